@@ -1,0 +1,39 @@
+"""A prompt as the policy reads it: token ids and media patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Media:
+    """One video or image in the model's patch layout.
+
+    Attributes:
+        patches: (n, C * temporal_patch * patch * patch), the rows of `pixel_values_videos`.
+        grid_thw: (t, h, w) in patches, before merging; n = t * h * w.
+        is_video: Whether the prompt holds it behind video tokens (else image tokens).
+        seconds_per_grid: Seconds between two temporal patches.
+        key: Content address; equal keys have equal patches, so one encoding serves all.
+    """
+
+    patches: Tensor  # (n, D)
+    grid_thw: tuple[int, int, int]
+    is_video: bool
+    seconds_per_grid: float
+    key: str
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt, ready for the policy.
+
+    Attributes:
+        input_ids: (P,) int64, media tokens expanded, generation prompt included.
+        media: The media in order of appearance.
+    """
+
+    input_ids: Tensor  # (P,) int64
+    media: tuple[Media, ...] = ()

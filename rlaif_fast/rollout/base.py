@@ -1,0 +1,65 @@
+"""What a rollout is, and the sampler protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from rlaif_fast.policy.prompt import EncodedPrompt
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are drawn; the names are those of `transformers.GenerationConfig`.
+
+    Attributes:
+        max_new_tokens: Most tokens a response may have, the end-of-sequence token counted.
+        temperature: Softmax temperature; 0 is greedy.
+        top_p: Nucleus mass kept, in (0, 1]; 1 keeps all.
+        top_k: Tokens kept; 0 keeps all.
+        min_new_tokens: The end-of-sequence token cannot be drawn before this many tokens.
+        seed: Seed of the sampler's own generator; None draws from torch's.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_new_tokens: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G responses for each of N prompts; B = N * G rows, the rows of a prompt adjacent.
+
+    Attributes:
+        prompts: The N prompts.
+        num_generations: G.
+        token_ids: (B, T) int64; the end-of-sequence token, where drawn, is the last of a row; padded after it.
+        mask: (B, T) bool, true on sampled tokens.
+        logps: (B, T) float32 log-probability of each sampled token under the policy at the sampling
+            temperature, before top-k and top-p; 0 under the mask.
+        texts: B decoded responses, special tokens removed.
+        finished: (B,) bool, whether the row drew its end-of-sequence token within the budget.
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    num_generations: int
+    token_ids: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) bool
+    logps: Tensor  # (B, T) float32
+    texts: tuple[str, ...]
+    finished: Tensor  # (B,) bool
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws `num_generations` responses for each prompt."""
+
+    def sample(self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams) -> Rollout:
+        """Return one rollout; the policy's weights are read, never changed."""
+        ...
