@@ -1,0 +1,147 @@
+"""From a dataset row and its clips to the token ids and patches the policy reads.
+
+The text follows the model's own chat template; each media placeholder is then expanded to as many media tokens as the
+vision tower emits, the way the Hugging Face processor of the family does it (Qwen3-VL: one timestamp and one vision
+block per temporal patch; Qwen2.5-VL: one block a video).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+
+import torch
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.prompt import EncodedPrompt, Media
+from rlaif_fast.video import PatchSpec, preprocess
+from rlaif_fast.video.base import Clip
+
+VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """Bounds on the size of the media, in pixels after resizing; None leaves a bound out."""
+
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None = None
+
+
+def question_text(example: Example) -> str:
+    """The user's turn: the question, then the options with their letters."""
+    if not example.options:
+        return example.question
+    choices = "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, example.options))
+    return f"{example.question}\n{choices}"
+
+
+class PromptEncoder:
+    """Encodes prompts and answers for one model.
+
+    Args:
+        tokenizer: The model's tokenizer, with a chat template.
+        model_type: `config.model_type` of the model.
+        patch_spec: Patch sizes and normalisation of its vision tower.
+        pixels: Bounds on the media's size.
+        system_prompt: Used where the row brings none; None leaves the system turn to the template.
+        cache_size: Clips whose patches are kept, so that several questions about a clip share one preprocessing.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        model_type: str,
+        patch_spec: PatchSpec,
+        pixels: PixelBudget,
+        *,
+        system_prompt: str | None = None,
+        cache_size: int = 256,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.timestamped = model_type.startswith("qwen3_vl")
+        self.patch_spec = patch_spec
+        self.pixels = pixels
+        self.system_prompt = system_prompt
+        self._cache_size = cache_size
+        self._media: OrderedDict[tuple[str, int], Media] = OrderedDict()
+        self._special = [token for token in tokenizer.all_special_tokens if token]
+
+    def encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
+        """Encode one prompt.
+
+        Args:
+            example: The row; its question and options are plain text (special tokens in them are removed).
+            clips: Its decoded media, videos first, then images, as in the row.
+
+        Raises:
+            UsageError: The row names no media where the template needs some, or the prompt has no text.
+        """
+        media = tuple(self._preprocess(clip, len(clips)) for clip in clips)
+        content: list[dict[str, str]] = [{"type": "image" if clip.is_image else "video"} for clip in clips]
+        content.append({"type": "text", "text": self._plain(question_text(example))})
+        messages: list[dict] = [{"role": "user", "content": content}]
+        system = example.system or self.system_prompt
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._plain(system)}]})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for clip, item in zip(clips, media):
+            block = IMAGE_BLOCK if clip.is_image else VIDEO_BLOCK
+            if block not in text:
+                raise UsageError(
+                    f"{example.source or example.id}: the chat template of this model leaves out a "
+                    f"{'picture' if clip.is_image else 'video'}; use a model with a vision chat template"
+                )
+            text = text.replace(block, self._expand(clip, item).replace("<|", "<\0|"), 1)
+        ids = self.tokenizer(text.replace("<\0|", "<|"), add_special_tokens=False)["input_ids"]
+        return EncodedPrompt(input_ids=torch.tensor(ids, dtype=torch.int64), media=media)
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of an answer, the end-of-sequence token last."""
+        ids = self.tokenizer(self._plain(answer), add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _expand(self, clip: Clip, media: Media) -> str:
+        t, h, w = media.grid_thw
+        tokens = h * w // self.patch_spec.merge_size**2
+        if clip.is_image:
+            return f"<|vision_start|>{'<|image_pad|>' * (t * tokens)}<|vision_end|>"
+        if not self.timestamped:
+            return f"<|vision_start|>{'<|video_pad|>' * (t * tokens)}<|vision_end|>"
+        stamps = list(clip.timestamps)
+        step = self.patch_spec.temporal_patch_size
+        stamps += [stamps[-1]] * (t * step - len(stamps))
+        return "".join(
+            f"<{(stamps[i * step] + stamps[i * step + step - 1]) / 2:.1f} seconds>"
+            f"<|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
+            for i in range(t)
+        )
+
+    def _preprocess(self, clip: Clip, share: int) -> Media:
+        key = (clip.key, share)
+        media = self._media.get(key)
+        if media is None:
+            total = self.pixels.total_pixels
+            media = preprocess(
+                clip,
+                self.patch_spec,
+                min_pixels=self.pixels.min_pixels,
+                max_pixels=self.pixels.max_pixels,
+                total_pixels=None if total is None else total // share,
+            )
+            self._media[key] = media
+            if len(self._media) > self._cache_size:
+                self._media.popitem(last=False)
+        else:
+            self._media.move_to_end(key)
+        return media
+
+    def _plain(self, text: str) -> str:
+        for token in self._special:
+            text = text.replace(token, " ")
+        return text
