@@ -1,0 +1,281 @@
+"""What a run says while it works: metrics, event files, rollouts, timings and the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.run_dir import MARKER, RunDir, json_line, plain, read_jsonl
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# What the progress line shows, in this order: the scalar, its label, its format.
+LIVE_VALUES = (
+    ("loss", "loss", ".4f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("kl", "KL", ".4f"),
+    ("kendall_tau", "agreement", "+.2f"),
+)
+PLAIN_SHARE = 0.1  # of a stage, between two plain lines
+PLAIN_SECONDS = 15.0  # or this long
+
+
+class RunLogger:
+    """Writes a run's records and shows its progress. Use it as a context manager.
+
+    `metrics.jsonl` is the source: TensorBoard event files are derived from it, and written anew from it when
+    a run is resumed.
+
+    Args:
+        run_dir: Where to write.
+        tensorboard: Whether to write event files.
+        log_every: Record every so many steps; the last step of a stage and evaluations are always recorded.
+        stream: Where progress goes, standard output by default: a bar on a terminal, plain lines elsewhere.
+        seconds: Timings to continue from, as `seconds()` gave them before the run was interrupted.
+
+    Raises:
+        UsageError: `tensorboard` is set and the package is not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        *,
+        tensorboard: bool = True,
+        log_every: int = 1,
+        stream: TextIO | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        if log_every < 1:
+            raise ValueError(f"log_every: expected at least 1, got {log_every}")
+        self._log_every = log_every
+        self._seconds = dict(seconds or {})
+        self._timers: list[str] = []
+        self._timer_mark = 0.0
+        self._console = Console(
+            file=stream if stream is not None else sys.stdout, markup=False, highlight=False, soft_wrap=True
+        )
+        self._stages: list[_Stage] = []
+        self._live: dict[str, float] = {}
+
+        earlier = list(read_jsonl(run_dir.metrics))
+        self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
+        self._created = float(json.loads((run_dir.path / MARKER).read_text(encoding="utf-8"))["created"])
+        self._events = _event_writer(run_dir) if tensorboard else None
+        for record in earlier:
+            self._write_events(record)
+        self._metrics = run_dir.metrics.open("a", encoding="utf-8", buffering=1)
+        self._rollouts = run_dir.rollouts.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        self._metrics.close()
+        self._rollouts.close()
+        if self._events is not None:
+            self._events.close()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+        """Show the progress of `total` steps, of which `start` are done; `log(name, step, ...)` moves it.
+
+        A stage inside another one, such as an evaluation, is shown below it while it lasts.
+
+        Yields:
+            A function that sets the number of steps done, for a stage that logs nothing at each step.
+        """
+        outer = self._stages[-1] if self._stages else None
+        progress = outer.progress if outer else _progress_bar(self._console)
+        if progress is not None and outer is None:
+            progress.start()
+        stage = _Stage(name, total, start, self._console, progress, nested=outer is not None)
+        self._stages.append(stage)
+        try:
+            yield lambda done: stage.update(done, self._live_text())
+        finally:
+            self._stages.pop()
+            stage.close()
+            if progress is not None and outer is None:
+                progress.stop()
+
+    def log(self, stage: str, step: int, **scalars: Any) -> None:
+        """Record scalars of a step; tensors are read, which waits for the device, only when recorded.
+
+        Args:
+            stage: "sft", "rl" or "eval".
+            step: Steps done in the stage, this one counted; of an evaluation, in the stage its phase names.
+            scalars: Numbers, 0-d tensors, or what an evaluation reports (`phase`, `split`, `accuracy`,
+                `by_category`).
+        """
+        running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
+        last = running is not None and step >= running.total
+        if stage == "eval" or last or step % self._log_every == 0:
+            record = plain({"time": round(self._elapsed(), 3), "stage": stage, "step": step, **scalars})
+            self._metrics.write(json_line(record))
+            self._write_events(record)
+            self._live.update({key: record[key] for key, *_ in LIVE_VALUES if record.get(key) is not None})
+            if stage == "eval":
+                self.message(_evaluation_line(record))
+        if running is not None:
+            running.update(step, self._live_text())
+
+    def rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Record the groups of an RL step."""
+        for record in records:
+            self._rollouts.write(json_line({"step": step, **record}))
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the wall-clock time of a block to `name`; a timer inside takes its time from the outer."""
+        self._charge()
+        self._timers.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._timers.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by timer name; they do not overlap, so their sum is at most the run's wall-clock time."""
+        self._charge()
+        return dict(self._seconds)
+
+    def message(self, text: str) -> None:
+        """Print a plain line, above the bar where there is one."""
+        self._console.print(text)
+
+    def _elapsed(self) -> float:
+        """Seconds of work so far, without the pause before a resume."""
+        return time.perf_counter() - self._started
+
+    def _charge(self) -> None:
+        """Give the time since the last mark to the innermost timer."""
+        now = time.perf_counter()
+        if self._timers:
+            name = self._timers[-1]
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._timer_mark
+        self._timer_mark = now
+
+    def _live_text(self) -> str:
+        return "  ".join(
+            f"{label} {self._live[key]:{spec}}" for key, label, spec in LIVE_VALUES if key in self._live
+        )
+
+    def _write_events(self, record: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
+        prefix = "/".join(str(record[key]) for key in ("stage", "phase", "split") if key in record)
+        values = {key: value for key, value in record.items() if key not in ("time", "step")}
+        for category, row in values.pop("by_category", {}).items():
+            values[f"accuracy/{category}"] = row["accuracy"]
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                walltime = self._created + record["time"]
+                self._events.add_scalar(f"{prefix}/{key}", value, record["step"], walltime=walltime)
+
+
+class _Stage:
+    """The progress of one stage: a task of the bar, or plain lines where there is no bar."""
+
+    def __init__(
+        self, name: str, total: int, start: int, console: Console, progress: Progress | None, *, nested: bool
+    ) -> None:
+        self.name = name
+        self.total = total
+        self.progress = progress
+        self._start = start
+        self._console = console
+        self._nested = nested
+        self._started = self._printed_at = time.perf_counter()
+        self._printed = start
+        self._task: TaskID | None = None
+        if progress is not None:
+            self._task = progress.add_task(name, total=total, completed=start, live="")
+
+    def update(self, done: int, live: str) -> None:
+        if self.progress is not None and self._task is not None:
+            self.progress.update(self._task, completed=done, live=live)
+            return
+        now = time.perf_counter()
+        due = done - self._printed >= PLAIN_SHARE * self.total or done >= self.total
+        if (due and not self._nested and done > self._printed) or now - self._printed_at >= PLAIN_SECONDS:
+            pace = (now - self._started) / max(done - self._start, 1)
+            eta = f"ETA {_duration(pace * (self.total - done))}" if done < self.total else "done"
+            steps = f"{done:>{len(str(self.total))}}/{self.total}"
+            share = done / max(self.total, 1)
+            self._console.print(f"{self.name} {steps} {share:4.0%} {eta}  {live}".rstrip())
+            self._printed, self._printed_at = done, now
+
+    def close(self) -> None:
+        if self.progress is not None and self._task is not None and self._nested:
+            self.progress.remove_task(self._task)
+
+
+def _progress_bar(console: Console) -> Progress | None:
+    """A bar where the console is a terminal."""
+    if not console.is_terminal:
+        return None
+    return Progress(
+        TextColumn("{task.description:<5}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[live]}"),
+        console=console,
+        refresh_per_second=4,
+    )
+
+
+def _event_writer(run_dir: RunDir) -> SummaryWriter:
+    """A writer on an empty folder: what was there is written again from the metrics."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "tensorboard is not installed; pip install 'rlaif-fast[train]', or set --tensorboard false"
+        ) from error
+    if run_dir.tensorboard.exists():
+        shutil.rmtree(run_dir.tensorboard)
+    return SummaryWriter(log_dir=str(run_dir.tensorboard))
+
+
+def _evaluation_line(record: Mapping[str, Any]) -> str:
+    counts = [row["n"] for row in record.get("by_category", {}).values()]
+    of = f" of {sum(counts)} answers" if counts else ""
+    accuracy = record.get("accuracy")
+    shown = f"{accuracy:.3f}" if accuracy is not None else "unknown"
+    where = f"{record.get('phase', '')} step {record['step']}, {record.get('split', '')}"
+    return f"eval {where}: accuracy {shown}{of}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

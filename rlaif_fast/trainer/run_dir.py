@@ -1,0 +1,270 @@
+"""The run directory: what a run leaves behind, and the rules that keep it honest.
+
+A folder is ours when it holds the marker file; it is a finished run when it also holds `summary.json`, which
+is written last and atomically. The `.jsonl` files only grow, one object a line, so a killed run loses at most
+the line being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+
+MARKER = ".rlaif-fast-run"
+MIN_FREE_BYTES = 256 * 2**20
+STAGE_ORDER = {"start": 0, "sft": 1, "rl": 2, "final": 3}
+
+
+class RunDir:
+    """One run's folder and the paths in it. Make it with `create` or `open`.
+
+    Attributes:
+        path: The folder.
+        config: The resolved configuration, YAML.
+        metrics: Scalars by stage and step, one object a line.
+        rollouts: The groups RL learned from, one object a line.
+        samples: Responses to the test clips of the gallery before and after RL, one object a line.
+        summary: The result; its presence means that the run finished.
+        report: The self-contained HTML report.
+        figures: The report's figures as PNG.
+        checkpoints: Weights and trainer state.
+        tensorboard: Event files, derived from `metrics`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.rollouts = self.path / "rollouts.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.summary = self.path / "summary.json"
+        self.report = self.path / "report.html"
+        self.figures = self.path / "figures"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+
+    def predictions(self, phase: str) -> Path:
+        """The file of the test predictions made after `phase`."""
+        return self.path / f"predictions-{phase}.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run wrote its summary."""
+        return self.summary.is_file()
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, overwrite: bool = False, min_free_bytes: int = MIN_FREE_BYTES
+    ) -> RunDir:
+        """Make an empty run folder.
+
+        Args:
+            path: Where; missing parents are made.
+            overwrite: Start over in a folder that already holds a run. What a run does not write is kept.
+            min_free_bytes: Refuse a disk with less free space.
+
+        Raises:
+            UsageError: `path` is a file, a folder that is not ours, a run that would be lost, not writable,
+                or on a disk that is too full.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise UsageError(
+                f"output_dir {run.path} is a file; choose a folder that is empty or does not exist"
+            )
+        try:
+            entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
+            if entries and MARKER not in entries:
+                raise UsageError(
+                    f"output_dir {run.path} is not empty and was not made by a run; choose another folder"
+                )
+            if run.finished and not overwrite:
+                raise UsageError(
+                    f"output_dir {run.path} holds a finished run; choose another folder, "
+                    "or set overwrite to replace it"
+                )
+            if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()) and not overwrite:
+                raise UsageError(
+                    f"output_dir {run.path} holds an unfinished run; continue it with --resume {run.path}, "
+                    "or set overwrite to start over"
+                )
+            run.path.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(run.path).free
+            if free < min_free_bytes:
+                raise UsageError(
+                    f"output_dir {run.path} has {_size(free)} of disk space left and the run needs at least "
+                    f"{_size(min_free_bytes)}; free some or choose another disk"
+                )
+            write_atomically(
+                run.path / MARKER, json.dumps({"format": 1, "created": round(time.time())}) + "\n"
+            )
+            run._clear()
+            run.checkpoints.mkdir()
+        except OSError as error:
+            raise UsageError(
+                f"output_dir {run.path} cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """Open an existing run folder, to resume it or to report on it.
+
+        Raises:
+            UsageError: There is no such run.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UsageError(f"there is no run folder {run.path}; give the --output_dir of an earlier run")
+        if not (run.path / MARKER).is_file():
+            raise UsageError(f"{run.path} was not made by a run; give the --output_dir of an earlier run")
+        return run
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json` so that it is there completely or not at all. Call it last."""
+        text = json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(self.summary, text + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the summary of a finished run.
+
+        Raises:
+            UsageError: The run has not finished, or its summary is not what a run writes.
+        """
+        if not self.finished:
+            raise UsageError(
+                f"{self.path} has no summary.json: the run did not finish; continue it with --resume"
+            )
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{self.summary} is not valid JSON ({error})") from error
+        if not isinstance(summary, dict):
+            raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
+        return summary
+
+    def truncate_after(self, stage: str, step: int) -> None:
+        """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice.
+
+        Lines of `stage` up to and including `step`, and of the stages before it, are kept. An evaluation
+        belongs to the stage its phase names, so write a checkpoint after the evaluation of its step.
+
+        Args:
+            stage: "sft" or "rl", the stage of the checkpoint.
+            step: The last step that the checkpoint contains.
+        """
+        if stage not in ("sft", "rl"):
+            raise ValueError(f"stage: expected 'sft' or 'rl', got {stage!r}")
+        limit = (STAGE_ORDER[stage], step)
+        self.summary.unlink(missing_ok=True)
+        keep_jsonl(self.metrics, lambda record: _position(record) <= limit)
+        keep_jsonl(self.rollouts, lambda record: (STAGE_ORDER["rl"], record["step"]) <= limit)
+        keep_jsonl(self.samples, lambda record: STAGE_ORDER[record["phase"]] <= limit[0])
+
+    def _clear(self) -> None:
+        """Remove what an earlier run wrote, the summary first: half a run must not look finished."""
+        for file in (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.report):
+            file.unlink(missing_ok=True)
+        for file in self.path.glob("predictions-*.jsonl"):
+            file.unlink()
+        for folder in (self.checkpoints, self.tensorboard, self.figures):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into what JSON can hold: tensors become numbers and lists, NaN and infinity None."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if hasattr(value, "tolist"):  # torch.Tensor, numpy.ndarray and numpy scalars
+        return plain(value.tolist())
+    raise TypeError(f"value: expected something JSON can hold, got {type(value).__name__}")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file; a missing file has none, and a last line cut off by a kill is left out.
+
+    Raises:
+        RlaifFastError: A complete line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RlaifFastError(f"{path}:{number} is not valid JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise RlaifFastError(f"{path}:{number} holds {type(record).__name__}, expected an object")
+            yield record
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by `records`, one a line, completely or not at all."""
+    write_atomically(path, "".join(json_line(record) for record in records))
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """One line of a `.jsonl` file."""
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def keep_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines for which `keep` is false; a missing file stays missing."""
+    if path.exists():
+        write_jsonl(path, [record for record in read_jsonl(path) if keep(record)])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself must survive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _position(record: Mapping[str, Any]) -> tuple[int, int]:
+    """Where in the run a metrics line belongs; an evaluation belongs to its phase."""
+    stage = record["phase"] if record["stage"] == "eval" else record["stage"]
+    return STAGE_ORDER[stage], record["step"]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,90 @@
+"""How sure a measured accuracy is: intervals for a share, and for a difference on the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the two-sided interval around it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return the Wilson score interval of a share.
+
+    Unlike the normal approximation it stays in [0, 1] and is right for a handful of examples and at 0 or n
+    correct.
+
+    Args:
+        correct: Examples answered right.
+        n: Examples, at least 1.
+        confidence: Coverage, in (0, 1).
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct: expected 0 to n = {n}, got {correct}")
+    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    # At the ends the bound is exactly the share; rounding must not push it across.
+    return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
+
+
+def paired_bootstrap(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Return the mean change from `before` to `after` on the same examples and its bootstrap interval.
+
+    Args:
+        before: Score of each example, such as 0 or 1.
+        after: Score of the same examples, in the same order.
+        clusters: What each example belongs to, such as its video: questions about one video are not
+            independent, so whole videos are drawn. None draws examples.
+        resamples: Bootstrap draws; the interval is between percentiles of their means.
+        confidence: Coverage, in (0, 1).
+        seed: Of the draws.
+    """
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    if change.ndim != 1 or change.size == 0:
+        raise ValueError(f"before, after: expected two lists of one length >= 1, got shape {change.shape}")
+    if clusters is None:
+        index = np.arange(len(change))
+    else:
+        if len(clusters) != len(change):
+            raise ValueError(f"clusters: expected {len(change)} entries, got {len(clusters)}")
+        number: dict[Hashable, int] = {}
+        index = np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
+    sums, sizes = np.bincount(index, weights=change), np.bincount(index)
+    tail = (1 - _checked(confidence)) / 2
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for draw in range(resamples):
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[draw] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(change.mean()), float(low), float(high))
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
+    return confidence

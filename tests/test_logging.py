@@ -1,0 +1,225 @@
+"""What a run records and shows: the files, the event files, the bar on a real terminal, the plain lines."""
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.logging import RunLogger
+from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir.create(tmp_path / "run")
+
+
+def _logger(run, **options):
+    return RunLogger(run, **{"tensorboard": False, "stream": io.StringIO(), **options})
+
+
+def test_metrics_are_lines_of_plain_json(run):
+    with _logger(run) as logger:
+        logger.log("sft", 1, loss=torch.tensor(2.0), accuracy=0.25)
+        logger.log("rl", 1, **{"loss/policy": torch.tensor(-0.5), "kl": float("nan")})
+        logger.log("eval", 1, phase="rl", split="validation", accuracy=0.5, by_category={})
+        first, second, third = read_jsonl(run.metrics)  # already on the disk before the run ends
+    assert {key: first[key] for key in ("stage", "step", "loss", "accuracy")} == {
+        "stage": "sft",
+        "step": 1,
+        "loss": 2.0,
+        "accuracy": 0.25,
+    }
+    assert second["loss/policy"] == -0.5 and second["kl"] is None
+    assert third["phase"] == "rl" and third["split"] == "validation"
+    assert 0 <= first["time"] <= second["time"] <= third["time"]
+
+
+def test_log_every_thins_steps_but_not_the_last_nor_evaluations(run):
+    with _logger(run, log_every=4) as logger, logger.stage("rl", 6):
+        for step in range(1, 7):
+            logger.log("rl", step, loss=0.0)
+        logger.log("eval", 5, phase="rl", split="validation", accuracy=1.0)
+    assert [(line["stage"], line["step"]) for line in read_jsonl(run.metrics)] == [
+        ("rl", 4),
+        ("rl", 6),
+        ("eval", 5),
+    ]
+
+
+def test_a_step_that_is_not_recorded_does_not_read_its_tensors(run):
+    class Unread:
+        def tolist(self):
+            raise AssertionError("waited for the device")
+
+    with _logger(run, log_every=2) as logger:
+        logger.log("rl", 1, loss=Unread())
+        with pytest.raises(AssertionError, match="waited"):
+            logger.log("rl", 2, loss=Unread())
+
+
+def test_rollouts_carry_their_step(run):
+    with _logger(run) as logger:
+        logger.rollouts(3, [{"example_id": "a", "responses": ["é\n"]}, {"example_id": "b", "responses": []}])
+        assert [line["example_id"] for line in read_jsonl(run.rollouts)] == ["a", "b"]
+    assert [line["step"] for line in read_jsonl(run.rollouts)] == [3, 3]
+
+
+def test_timers_do_not_overlap(run):
+    with _logger(run, seconds={"decode": 100.0}) as logger:
+        begin = time.perf_counter()
+        with logger.timer("rollout"):
+            time.sleep(0.02)
+            with logger.timer("decode"):
+                time.sleep(0.04)
+            time.sleep(0.02)
+        with pytest.raises(KeyError), logger.timer("rollout"):
+            raise KeyError
+        seconds = logger.seconds()
+        elapsed = time.perf_counter() - begin
+    assert seconds["decode"] >= 100.04 and seconds["rollout"] >= 0.04
+    assert seconds["decode"] - 100 + seconds["rollout"] <= elapsed
+
+
+def test_plain_lines_come_every_tenth_of_a_stage(run):
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger, logger.stage("rl", 100):
+        for step in range(1, 101):
+            logger.log("rl", step, loss=1 / step, kl=0.01, kendall_tau=0.5)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("rl  10/100  10% ETA ")
+    assert lines[0].endswith("loss 0.1000  KL 0.0100  agreement +0.50")
+    assert lines[-1].startswith("rl 100/100 100% done")
+
+
+def test_plain_lines_come_at_least_every_15_seconds(run, monkeypatch):
+    clock = iter(range(0, 10_000, 8))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger, logger.stage("rl", 1000) as advance:
+        for step in range(1, 9):
+            advance(step)
+    assert len(stream.getvalue().splitlines()) == 4
+
+
+def test_a_resumed_stage_starts_where_it_was(run):
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger, logger.stage("rl", 100, start=85):
+        for step in range(86, 101):
+            logger.log("rl", step, loss=0.0)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["95/100", "100/100"]
+
+
+def test_evaluations_are_printed_and_their_accuracy_stays_in_view(run):
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger, logger.stage("rl", 2):
+        logger.log("rl", 1, loss=0.5)
+        rows = {
+            "counting": {"accuracy": 0.5, "n": 4, "correct": 2},
+            "action": {"accuracy": 1, "n": 2, "correct": 2},
+        }
+        logger.log("eval", 1, phase="rl", split="validation", accuracy=4 / 6, by_category=rows)
+        logger.log("rl", 2, loss=0.5)
+    lines = stream.getvalue().splitlines()
+    assert "eval rl step 1, validation: accuracy 0.667 of 6 answers" in lines
+    assert "accuracy 0.667" in lines[-1]
+
+
+def test_a_nested_stage_leaves_the_outer_one_alone(run):
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger, logger.stage("rl", 10):
+        with logger.stage("eval", 5) as advance:
+            for done in range(1, 6):
+                advance(done)
+        logger.log("eval", 10, phase="rl", split="test", accuracy=0.5)
+        assert not any(line.startswith("rl") for line in stream.getvalue().splitlines())
+
+
+def _events(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run.tensorboard))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_event_files_follow_the_metrics_through_a_resume(run):
+    with _logger(run, tensorboard=True) as logger:
+        for step in (1, 2, 3):
+            logger.log("rl", step, loss=step / 2)
+        rows = {"counting": {"accuracy": 0.25, "n": 4, "correct": 1}}
+        logger.log("eval", 3, phase="rl", split="validation", accuracy=0.25, by_category=rows)
+    assert _events(run)["rl/loss"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert _events(run)["eval/rl/validation/accuracy/counting"] == [(3, 0.25)]
+
+    run.truncate_after("rl", 2)
+    with _logger(run, tensorboard=True) as logger:
+        logger.log("rl", 3, loss=9.0)
+    assert _events(run) == {"rl/loss": [(1, 0.5), (2, 1.0), (3, 9.0)]}
+
+
+def test_time_goes_on_after_a_resume(run):
+    with run.metrics.open("w") as file:
+        file.write(json.dumps({"time": 500.0, "stage": "rl", "step": 1}) + "\n")
+    with _logger(run) as logger:
+        logger.log("rl", 2, loss=0.0)
+    assert 500.0 <= list(read_jsonl(run.metrics))[-1]["time"] < 560.0
+
+
+def test_missing_tensorboard_is_said_at_once(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match="--tensorboard false"):
+        _logger(run, tensorboard=True)
+
+
+def test_markup_in_a_message_is_shown_as_it_is(run):
+    stream = io.StringIO()
+    with _logger(run, stream=stream) as logger:
+        logger.message("see [bold]this[/bold] [/not] path")
+    assert stream.getvalue() == "see [bold]this[/bold] [/not] path\n"
+
+
+SCRIPT = """
+import sys, time
+from rlaif_fast.trainer.logging import RunLogger
+from rlaif_fast.trainer.run_dir import RunDir
+with RunLogger(RunDir.open(sys.argv[1]), tensorboard=False) as logger, logger.stage("rl", 3):
+    for step in (1, 2, 3):
+        logger.log("rl", step, loss=0.125, kendall_tau=0.5)
+        logger.message(f"message {step}")
+        time.sleep(0.3)
+"""
+
+
+def test_on_a_terminal_there_is_a_bar_and_messages_do_not_tear_it(run):
+    parent, child = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "140"}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(run.path)], stdout=child, env=environment)
+    os.close(child)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(parent, 65536)
+        except OSError:  # the terminal is closed
+            break
+        if not chunk:
+            break
+        output += chunk
+    os.close(parent)
+    assert process.wait() == 0
+    shown = output.decode()
+    assert "━" in shown and "3/3" in shown and "ETA" in shown and "loss 0.1250" in shown
+    for step in (1, 2, 3):
+        # Each message stands at the start of a line that was erased, and ends it.
+        assert f"\x1b[2Kmessage {step}\r\n" in shown

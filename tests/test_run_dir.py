@@ -1,0 +1,203 @@
+"""The run directory: what it refuses, that a summary is whole or absent, and what a resumed run keeps."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.trainer import run_dir as module
+from rlaif_fast.trainer.run_dir import RunDir, plain, read_jsonl, write_jsonl
+
+
+def test_create_makes_parents_and_an_unfinished_run(tmp_path):
+    run = RunDir.create(tmp_path / "a" / "b")
+    assert run.path.is_dir() and run.checkpoints.is_dir()
+    assert not run.finished
+    assert RunDir.open(run.path).path == run.path
+
+
+def test_create_takes_an_empty_folder(tmp_path):
+    assert RunDir.create(tmp_path).path == tmp_path
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_create_never_touches_a_folder_that_is_not_ours(tmp_path, overwrite):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not made by a run"):
+        RunDir.create(tmp_path, overwrite=overwrite)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_create_refuses_a_finished_run_unless_told(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    run.write_summary({"final_accuracy": 0.5})
+    (run.path / "notes.txt").write_text("mine")
+    write_jsonl(run.predictions("sft"), [{"example_id": "a"}])
+    with pytest.raises(UsageError, match="finished run"):
+        RunDir.create(run.path)
+    assert run.read_summary() == {"final_accuracy": 0.5}
+
+    again = RunDir.create(run.path, overwrite=True)
+    assert not again.finished and not again.predictions("sft").exists()
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+def test_create_refuses_to_lose_checkpoints(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    RunDir.create(run.path)  # nothing to lose yet
+    (run.checkpoints / "step-10").mkdir()
+    with pytest.raises(UsageError, match="--resume"):
+        RunDir.create(run.path)
+    RunDir.create(run.path, overwrite=True)
+    assert not any(run.checkpoints.iterdir())
+
+
+def test_create_refuses_a_file_and_what_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        RunDir.create(file)
+    with pytest.raises(UsageError, match="cannot be written"):
+        RunDir.create(file / "below")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a read-only file system")
+def test_create_refuses_a_read_only_file_system():
+    with pytest.raises(UsageError, match="cannot be written"):
+        RunDir.create("/proc/rlaif-fast")
+
+
+def test_create_refuses_a_full_disk(tmp_path):
+    with pytest.raises(UsageError, match=r"disk space left and the run needs at least 1000000\.0 TB"):
+        RunDir.create(tmp_path / "run", min_free_bytes=10**18)
+    assert not (tmp_path / "run" / module.MARKER).exists()
+
+
+def test_open_refuses_what_is_not_a_run(tmp_path):
+    with pytest.raises(UsageError, match="no run folder"):
+        RunDir.open(tmp_path / "missing")
+    with pytest.raises(UsageError, match="not made by a run"):
+        RunDir.open(tmp_path)
+
+
+def test_every_message_is_one_line(tmp_path):
+    (tmp_path / "x").write_text("")
+    for call in (RunDir.create, RunDir.open):
+        with pytest.raises(UsageError) as caught:
+            call(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_summary_of_an_unfinished_run_says_so(tmp_path):
+    with pytest.raises(UsageError, match="did not finish"):
+        RunDir.create(tmp_path).read_summary()
+
+
+def test_a_summary_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path)
+    with pytest.raises(TypeError, match="object"):
+        run.write_summary({"bad": object()})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.write_summary({"final_accuracy": 1.0})
+    assert not run.finished
+    assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_kill_while_the_summary_is_written_leaves_none(tmp_path):
+    script = """
+import os, sys
+from rlaif_fast.trainer.run_dir import RunDir
+run = RunDir.create(sys.argv[1])
+os.fsync = lambda _: os._exit(9)
+run.write_summary({"final_accuracy": 1.0})
+"""
+    path = tmp_path / "run"
+    process = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert process.returncode == 9
+    assert not RunDir.open(path).finished
+
+
+def test_summary_holds_numbers_of_every_kind_and_stays_json(tmp_path):
+    run = RunDir.create(tmp_path)
+    run.write_summary(
+        {
+            "a": torch.tensor(1.5),
+            "b": np.float32(0.5),
+            "c": math.nan,
+            "d": [np.int64(3)],
+            "e": tmp_path,
+            "f": True,
+        }
+    )
+    loaded = json.loads(run.summary.read_text(), parse_constant=pytest.fail)
+    assert loaded == {"a": 1.5, "b": 0.5, "c": None, "d": [3], "e": str(tmp_path), "f": True}
+    assert plain({1: (2, math.inf)}) == {"1": [2, None]}
+
+
+def test_read_jsonl_leaves_out_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert list(read_jsonl(path)) == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a":')
+    assert list(read_jsonl(path)) == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a":\n{"a": 2}\n')
+    with pytest.raises(RlaifFastError, match=r"x\.jsonl:1 is not valid JSON"):
+        list(read_jsonl(path))
+    path.write_text("{}\n[]\n")
+    with pytest.raises(RlaifFastError, match=r"x\.jsonl:2 holds list"):
+        list(read_jsonl(path))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run of 4 SFT and 4 RL steps, each stage evaluated every other step, killed while writing a line."""
+    run = RunDir.create(tmp_path)
+    metrics = [{"stage": "eval", "phase": "start", "step": 0}]
+    for stage in ("sft", "rl"):
+        for step in range(1, 5):
+            metrics.append({"stage": stage, "step": step})
+            if step % 2 == 0:
+                metrics.append({"stage": "eval", "phase": stage, "step": step})
+    metrics.append({"stage": "eval", "phase": "final", "step": 4})
+    write_jsonl(run.metrics, metrics)
+    with run.metrics.open("a") as file:
+        file.write('{"stage": "eval", "ph')
+    write_jsonl(run.rollouts, [{"step": step} for step in range(1, 5)])
+    write_jsonl(run.samples, [{"phase": "sft"}, {"phase": "final"}])
+    run.write_summary({})
+    return run
+
+
+def _kept(run):
+    return [(line.get("phase", line["stage"]), line["step"]) for line in read_jsonl(run.metrics)]
+
+
+def test_truncate_after_an_rl_checkpoint(recorded):
+    recorded.truncate_after("rl", 2)
+    assert _kept(recorded)[-3:] == [("rl", 1), ("rl", 2), ("rl", 2)]
+    assert len(_kept(recorded)) == 1 + 6 + 3
+    assert [line["step"] for line in read_jsonl(recorded.rollouts)] == [1, 2]
+    assert [line["phase"] for line in read_jsonl(recorded.samples)] == ["sft"]
+    assert not recorded.finished
+    assert recorded.metrics.read_text().endswith("}\n")  # the torn line is gone, so appending is safe
+
+
+def test_truncate_after_an_sft_checkpoint(recorded):
+    recorded.truncate_after("sft", 3)
+    assert _kept(recorded) == [("start", 0), ("sft", 1), ("sft", 2), ("sft", 2), ("sft", 3)]
+    assert list(read_jsonl(recorded.rollouts)) == []
+
+
+def test_truncate_refuses_an_unknown_stage(recorded):
+    with pytest.raises(ValueError, match="stage"):
+        recorded.truncate_after("eval", 3)
