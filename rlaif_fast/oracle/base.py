@@ -62,7 +62,7 @@ class Ranking:
 
 @runtime_checkable
 class Oracle(Protocol):
-    """Orders the responses of each request; never raises for a request it cannot judge (see `Ranking.error`)."""
+    """Orders the responses of each request; never raises for one it cannot judge (see `Ranking.error`)."""
 
     name: str
 

@@ -1,0 +1,19 @@
+"""Oracles: anything that can order the responses of a group is a teacher."""
+
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.registry import build_oracle, oracle_names
+from rlaif_fast.oracle.wrappers import CircuitBreaker, NoisyOracle, OracleFailedError, ShuffledOracle
+
+__all__ = [
+    "CircuitBreaker",
+    "NoisyOracle",
+    "Oracle",
+    "OracleFailedError",
+    "RankRequest",
+    "Ranking",
+    "ReferenceOracle",
+    "ShuffledOracle",
+    "build_oracle",
+    "oracle_names",
+]

@@ -1,0 +1,120 @@
+"""The embedded oracle: ranks responses by rules against the reference answer, with partial credit."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.scoring import (
+    answer_kind,
+    form_facts,
+    normalise,
+    parse_choice,
+    score_choice,
+    score_form,
+    score_number,
+    score_text,
+)
+
+
+class ReferenceOracle:
+    """Ranks by the rules of `rlaif_fast.oracle.scoring`: exact, then right facts, then right form, then the
+    rest.
+
+    Equal scores tie. A request without a reference answer gets a `Ranking` with an error.
+
+    Args:
+        tolerance: Relative tolerance of a numeric answer.
+        extract: Regular expression whose first group is the answer inside a longer response, for instance
+            r"<answer>(.*?)</answer>"; a response that it does not match is scored as it stands, halved.
+    """
+
+    name = "reference"
+
+    def __init__(self, *, tolerance: float = 0.0, extract: str | None = None) -> None:
+        if not 0.0 <= tolerance < 1.0:
+            raise UsageError(f"oracle option 'tolerance' must be in [0, 1), got {tolerance}")
+        self.tolerance = tolerance
+        try:
+            self._extract = re.compile(extract, re.DOTALL) if extract else None
+        except re.error as error:
+            raise UsageError(f"oracle option 'extract' is not a regular expression ({error})") from error
+        if self._extract is not None and self._extract.groups < 1:
+            raise UsageError("oracle option 'extract' needs one group that captures the answer")
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        extract = self._extract.pattern if self._extract else None
+        return f"reference/1 tolerance={self.tolerance} extract={extract}"
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        return [self._rank_one(request) for request in requests]
+
+    def score(self, request: RankRequest) -> tuple[float, ...]:
+        """The score of each response, in [0, 1]; equal scores are ties.
+
+        Raises:
+            UsageError: If the request has no reference answer, or one that its own `form` does not match.
+        """
+        reference, kind = _reference_of(request)
+        # Groups hold many repeats once the policy is confident; each distinct text is scored once.
+        scores = {text: self._score_one(text, reference, kind, request) for text in set(request.responses)}
+        return tuple(scores[text] for text in request.responses)
+
+    def is_correct(self, request: RankRequest, response: str) -> bool:
+        """Whether a response counts as right: exact, the right option or number, or every key fact right."""
+        reference, kind = _reference_of(request)
+        text, _ = self._answer_of(response)
+        if normalise(text) == normalise(reference):
+            return True
+        if kind == "text":
+            return False
+        if kind == "form":
+            facts = form_facts(request.metadata["form"], text)
+            return bool(facts) and facts == form_facts(request.metadata["form"], reference)
+        return self._score_by_kind(text, reference, kind, request) >= 0.9
+
+    def _rank_one(self, request: RankRequest) -> Ranking:
+        start = time.perf_counter()
+        try:
+            scores = self.score(request)
+        except UsageError as error:
+            return Ranking(ranks=(None,) * len(request.responses), confidence=0.0, error=str(error))
+        return Ranking(
+            ranks=ranks_from_scores(scores),
+            verdicts=tuple(round(score, 6) for score in scores),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _score_one(self, response: str, reference: str, kind: str, request: RankRequest) -> float:
+        text, factor = self._answer_of(response)
+        return factor * self._score_by_kind(text, reference, kind, request)
+
+    def _score_by_kind(self, text: str, reference: str, kind: str, request: RankRequest) -> float:
+        if kind == "form":
+            return score_form(text, reference, request.metadata["form"])
+        if kind == "choice":
+            answer = parse_choice(reference, request.options)
+            assert answer is not None
+            return score_choice(text, answer, request.options)
+        if kind == "number":
+            return score_number(text, reference, self.tolerance)
+        return score_text(text, reference)
+
+    def _answer_of(self, response: str) -> tuple[str, float]:
+        if self._extract is None:
+            return response, 1.0
+        match = self._extract.search(response)
+        return (match.group(1), 1.0) if match else (response, 0.5)
+
+
+def _reference_of(request: RankRequest) -> tuple[str, str]:
+    if request.reference is None or not request.reference.strip():
+        raise UsageError(f"request {request.id!r} has no reference answer; the reference oracle needs one")
+    return request.reference, answer_kind(request.reference, request.options, request.metadata.get("form"))

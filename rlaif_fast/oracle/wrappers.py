@@ -1,0 +1,165 @@
+"""Oracles around another oracle: controls for experiments, and a circuit breaker."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections import deque
+from collections.abc import Sequence
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+
+
+class OracleFailedError(RlaifFastError):
+    """Too many groups could not be ranked; the run stops rather than learn from what is left."""
+
+
+class NoisyOracle:
+    """Another oracle's ranking, disturbed: for experiments on how much noise a run survives.
+
+    The noise is drawn from the seed, the request's id and its responses, so it does not depend on batches.
+
+    Args:
+        inner: The oracle to disturb.
+        flip: Probability with which each pairwise comparison is turned round; the ranking is then by wins.
+        score_sd: Standard deviation of Gaussian noise on the rank, in units of the distance from best to
+            worst.
+        seed: Seed of the noise.
+    """
+
+    name = "noisy"
+
+    def __init__(self, inner: Oracle, *, flip: float = 0.0, score_sd: float = 0.0, seed: int = 0) -> None:
+        if not 0.0 <= flip <= 1.0:
+            raise UsageError(f"oracle option 'flip' must be in [0, 1], got {flip}")
+        if score_sd < 0.0:
+            raise UsageError(f"oracle option 'score_sd' must be at least 0, got {score_sd}")
+        self.inner = inner
+        self.flip = flip
+        self.score_sd = score_sd
+        self.seed = seed
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"noisy/1 flip={self.flip} sd={self.score_sd} seed={self.seed} ({identity_of(self.inner)})"
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        return [self._disturb(*pair) for pair in zip(requests, self.inner.rank(requests))]
+
+    def _disturb(self, request: RankRequest, ranking: Ranking) -> Ranking:
+        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
+        if ranking.error is not None or len(judged) < 2:
+            return ranking
+        generator = request_generator(self.seed, request)
+        ranks: list[float] = [float(ranking.ranks[i] or 0) for i in judged]
+        if self.score_sd > 0.0:
+            span = max(ranks) - min(ranks) or 1.0
+            ranks = [rank + generator.gauss(0.0, self.score_sd * span) for rank in ranks]
+        scores: list[float | None] = [None] * len(ranking.ranks)
+        for i, score in zip(judged, self._wins(ranks, generator) if self.flip else [-rank for rank in ranks]):
+            scores[i] = score
+        return dataclasses.replace(ranking, ranks=ranks_from_scores(scores))
+
+    def _wins(self, ranks: list[float], generator: random.Random) -> list[float]:
+        wins = [0.0] * len(ranks)
+        for i in range(len(ranks)):
+            for j in range(i):
+                flipped = generator.random() < self.flip
+                if ranks[i] == ranks[j]:
+                    wins[i] += 0.5
+                    wins[j] += 0.5
+                else:
+                    wins[i if (ranks[i] < ranks[j]) != flipped else j] += 1.0
+        return wins
+
+
+class ShuffledOracle:
+    """Another oracle's ranks dealt out at random within each group: the control that must teach nothing.
+
+    Args:
+        inner: The oracle whose ranks are shuffled (its ties, abstentions and failures stay as many as they
+            were).
+        seed: Seed of the shuffle; each request draws its own from it, its id and its responses.
+    """
+
+    name = "shuffled"
+
+    def __init__(self, inner: Oracle, *, seed: int = 0) -> None:
+        self.inner = inner
+        self.seed = seed
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"shuffled/1 seed={self.seed} ({identity_of(self.inner)})"
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        shuffled = []
+        for request, ranking in zip(requests, self.inner.rank(requests)):
+            ranks = list(ranking.ranks)
+            request_generator(self.seed, request).shuffle(ranks)
+            shuffled.append(dataclasses.replace(ranking, ranks=tuple(ranks)))
+        return shuffled
+
+
+class CircuitBreaker:
+    """Stops the run when too many of the last groups could not be ranked.
+
+    Args:
+        inner: The oracle to watch.
+        max_invalid_fraction: Share of the window that may fail, in [0, 1].
+        window: How many of the last groups are looked at; a run is not stopped before half of it is filled.
+    """
+
+    def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = 64) -> None:
+        if not 0.0 <= max_invalid_fraction <= 1.0:
+            raise UsageError(f"max_invalid_fraction must be in [0, 1], got {max_invalid_fraction}")
+        if window < 1:
+            raise UsageError(f"window must be at least 1, got {window}")
+        self.inner = inner
+        self.name = inner.name
+        self.max_invalid_fraction = max_invalid_fraction
+        self._window: deque[str | None] = deque(maxlen=window)
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request: the breaker changes none."""
+        return identity_of(self.inner)
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request.
+
+        Raises:
+            OracleFailedError: If more than `max_invalid_fraction` of the last window failed.
+        """
+        rankings = self.inner.rank(requests)
+        self._window.extend(
+            None if ranking.valid else ranking.error or "fewer than two responses could be judged"
+            for ranking in rankings
+        )
+        failures = [error for error in self._window if error is not None]
+        share = len(failures) / max(1, len(self._window))
+        if 2 * len(self._window) >= (self._window.maxlen or 0) and share > self.max_invalid_fraction:
+            raise OracleFailedError(
+                f"the oracle {self.name!r} could not rank {len(failures)} of the last {len(self._window)} "
+                f"groups (at most {self.max_invalid_fraction:.0%} may fail); last reason: {failures[-1]}. "
+                "Check the judge, or raise max_invalid_fraction"
+            )
+        return rankings
+
+
+def identity_of(oracle: Oracle) -> str:
+    """What an oracle's verdicts depend on beside the request: its `identity`, or else its name."""
+    return str(getattr(oracle, "identity", oracle.name))
+
+
+def request_generator(seed: int, request: RankRequest) -> random.Random:
+    """A random generator that depends on the seed, the request's id and its responses alone."""
+    digest = hashlib.sha256("\x1f".join((str(seed), request.id, *request.responses)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))

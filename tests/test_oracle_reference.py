@@ -1,0 +1,179 @@
+"""The embedded oracle: partial credit in the promised order, ties where equal."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import RankRequest, ReferenceOracle
+from rlaif_fast.oracle.scoring import chrf, parse_choice, parse_number, token_f1
+
+FORM = r"the (red|green|blue) (square|circle) moves (left|right)\."
+
+
+def request(reference, responses=("a", "b"), **kwargs):
+    return RankRequest(id="r", question="?", responses=tuple(responses), reference=reference, **kwargs)
+
+
+def form_request(*responses):
+    return request("The red square moves left.", responses, metadata={"form": FORM})
+
+
+def test_form_orders_exact_then_facts_then_malformed():
+    group = form_request(
+        "the red square moves left",  # exact after normalising
+        "the red square moves right.",  # two facts of three
+        "the red circle moves right.",  # one fact
+        "the blue circle moves right.",  # none, yet well-formed
+        "red square moves left left",  # malformed, near
+        "square square",  # malformed, far
+        "",
+    )
+    (ranking,) = ReferenceOracle().rank([group])
+    assert ranking.ranks == (0, 1, 2, 3, 4, 5, 6)
+    assert ranking.valid
+    assert ranking.confidence == 1.0
+
+
+def test_equal_scores_tie_and_all_equal_groups_tie_wholly():
+    oracle = ReferenceOracle()
+    group = form_request(
+        "the blue square moves left.", "the red circle moves left.", "THE RED square  moves left"
+    )
+    assert oracle.rank([group])[0].ranks == (1, 1, 0)
+    same = form_request("nonsense", "nonsense", "other words")
+    assert oracle.rank([same])[0].ranks == (0, 0, 0)
+
+
+WORDS = ("the", "red", "square", "moves", "left", "circle", "right", "left.")
+
+
+@given(words=st.lists(st.sampled_from(WORDS), max_size=9))
+def test_malformed_never_reaches_well_formed(words):
+    text = " ".join(words)
+    worst = "the blue circle moves right."
+    oracle = ReferenceOracle()
+    malformed, well_formed, exact = oracle.score(form_request(text, worst, "the red square moves left."))
+    assert 0.0 <= malformed <= 1.0
+    if malformed < 0.3:
+        assert malformed < well_formed < exact
+    else:
+        assert re.fullmatch(FORM, f"{text.rstrip('.')}.")
+
+
+@pytest.mark.parametrize(
+    ("response", "index"),
+    [
+        ("A", 0),
+        ("(b)", 1),
+        ("B.", 1),
+        ("C) a green bird", 2),
+        ("answer: A", 0),
+        ("The answer is (C).", 2),
+        ("a Dog.", 0),
+        ("It is a green bird I think", 2),
+        ("A or B", None),
+        ("A. B. C.", None),
+        ("F", None),
+        ("", None),
+        ("a horse", None),
+        ("a dog and a cat", None),
+    ],
+)
+def test_parse_choice(response, index):
+    assert parse_choice(response, ["a dog", "a cat", "a green bird"]) == index
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3.0),
+        ("there are three squares", 3.0),
+        ("-1,234.5", -1234.5),
+        ("3 or 4", None),
+        ("none", None),
+        ("x3", None),
+        ("the one on the left: 2", 2.0),
+    ],
+)
+def test_parse_number(text, value):
+    assert parse_number(text) == value
+
+
+def test_choice_is_scored_by_letter():
+    oracle = ReferenceOracle()
+    group = request("B", ("(B)", "red", "blue!", "green", "whatever", ""), options=("red", "blue", "green"))
+    scores = oracle.score(group)
+    assert scores[0] == scores[2] == 1.0
+    assert scores[1] == scores[3] > scores[4] == scores[5] == 0.0
+    assert oracle.is_correct(group, "answer: B")
+    assert not oracle.is_correct(group, "A")
+
+
+def test_a_letter_reference_without_options():
+    oracle = ReferenceOracle()
+    assert oracle.score(request("B", ("B.", "C", "the cat"))) == (1.0, 0.2, 0.0)
+
+
+def test_number_credit_falls_with_distance():
+    scores = ReferenceOracle().score(request("4", ("4", "there are four", "5", "9", "many", "4 or 5")))
+    assert scores[0] == 1.0
+    assert scores[1] == 0.9
+    assert scores[1] > scores[2] > scores[3] > scores[4] == 0.0
+    assert scores[5] < scores[3]
+    assert ReferenceOracle(tolerance=0.3).is_correct(request("4"), "5")
+    assert not ReferenceOracle().is_correct(request("4"), "5")
+
+
+def test_free_text_uses_words_and_characters():
+    reference = "A man opens the door"
+    scores = ReferenceOracle().score(
+        request(reference, ("a man opens the door.", "a man opened a door", "a dog runs", "!!"))
+    )
+    assert scores[0] == 1.0
+    assert 0.9 > scores[1] > scores[2] > scores[3] == 0.0
+    assert token_f1("a man opens the door", reference) == 1.0
+    assert token_f1("man man", reference) == pytest.approx(2 / 7)
+    assert chrf(reference, reference) == pytest.approx(1.0)
+
+
+def test_is_correct_by_form_needs_every_fact():
+    oracle = ReferenceOracle()
+    group = form_request("a", "b")
+    assert oracle.is_correct(group, "The red square moves left")
+    assert not oracle.is_correct(group, "the red square moves right.")
+    assert not oracle.is_correct(group, "red square left")
+
+
+def test_extract_finds_the_answer_inside_reasoning():
+    oracle = ReferenceOracle(extract=r"<answer>(.*?)</answer>")
+    group = request(
+        "B", ("<think>A?</think><answer>B</answer>", "B", "<answer>A</answer>"), options=("x", "y")
+    )
+    assert oracle.score(group) == (1.0, 0.5, 0.2)
+
+
+def test_what_cannot_be_judged_is_an_error_not_a_default():
+    oracle = ReferenceOracle()
+    missing, bad = request(None), request("green", metadata={"form": "(red|blue)"})
+    for ranking in oracle.rank([missing, bad]):
+        assert not ranking.valid
+        assert ranking.ranks == (None, None)
+        assert ranking.error
+    with pytest.raises(UsageError, match="no reference answer"):
+        oracle.score(missing)
+    with pytest.raises(UsageError, match="regular expression"):
+        oracle.score(request("green", metadata={"form": "(red"}))
+
+
+@given(
+    reference=st.text(max_size=20).filter(lambda text: text.strip()),
+    response=st.text(max_size=20),
+)
+def test_scores_stay_in_range_and_the_reference_itself_wins(reference, response):
+    oracle = ReferenceOracle()
+    scores = oracle.score(request(reference, (response, reference)))
+    assert 0.0 <= scores[0] <= scores[1] == 1.0
+    assert oracle.is_correct(request(reference), reference)

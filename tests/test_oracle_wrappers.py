@@ -1,0 +1,149 @@
+"""Controls around an oracle, the circuit breaker, and the registry."""
+
+from collections import Counter
+
+import pytest
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import (
+    CircuitBreaker,
+    NoisyOracle,
+    Oracle,
+    OracleFailedError,
+    Ranking,
+    RankRequest,
+    ReferenceOracle,
+    ShuffledOracle,
+    build_oracle,
+    oracle_names,
+)
+from rlaif_fast.oracle.fusion import kendall_tau
+
+
+def groups(count, size=5):
+    words = [f"w{i}" for i in range(size)]
+    return [
+        RankRequest(
+            id=f"g{n}",
+            question="?",
+            responses=tuple(" ".join(words[: size - i]) for i in range(size)),
+            reference=" ".join(words),
+        )
+        for n in range(count)
+    ]
+
+
+def mean_tau(oracle, requests):
+    truth = tuple(range(len(requests[0].responses)))
+    taus = [kendall_tau(ranking.ranks, truth) for ranking in oracle.rank(requests)]
+    return sum(tau or 0.0 for tau in taus) / len(taus)
+
+
+def test_noise_lowers_agreement_and_is_deterministic():
+    requests = groups(200)
+    exact, mild, strong = (
+        mean_tau(NoisyOracle(ReferenceOracle(), flip=flip), requests) for flip in (0.0, 0.1, 0.4)
+    )
+    assert exact == pytest.approx(1.0)
+    assert exact > mild > strong > 0.0
+    first = NoisyOracle(ReferenceOracle(), score_sd=0.5, seed=1)
+    whole = first.rank(requests)
+    assert [r.ranks for r in whole] == [first.rank([request])[0].ranks for request in requests]
+    other = NoisyOracle(ReferenceOracle(), score_sd=0.5, seed=2).rank(requests)
+    assert [r.ranks for r in whole] != [r.ranks for r in other]
+    assert 0.2 < mean_tau(first, requests) < 0.95
+
+
+def test_flipping_everything_reverses_the_order():
+    assert mean_tau(NoisyOracle(ReferenceOracle(), flip=1.0), groups(5)) == pytest.approx(-1.0)
+
+
+def test_shuffled_ranks_keep_their_counts_and_teach_nothing():
+    requests = groups(600)
+    oracle = ShuffledOracle(ReferenceOracle(), seed=3)
+    ranked = oracle.rank(requests)
+    for ranking in ranked:
+        assert Counter(ranking.ranks) == Counter(range(5))
+    assert abs(mean_tau(oracle, requests)) < 0.06  # sd of the mean of 600 tau at G = 5 is 0.017
+    assert [r.ranks for r in ranked] == [r.ranks for r in oracle.rank(requests)]
+
+
+class _Failing:
+    name = "failing"
+
+    def __init__(self, fail):
+        self.fail = fail
+
+    def rank(self, requests):
+        return [
+            Ranking((None, None), error="timed out") if self.fail(request) else Ranking((0, 1))
+            for request in requests
+        ]
+
+
+def test_the_breaker_stops_the_run_with_the_reason():
+    requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(40)]
+    breaker = CircuitBreaker(_Failing(lambda r: int(r.id) >= 20), max_invalid_fraction=0.25, window=20)
+    assert len(breaker.rank(requests[:20])) == 20
+    breaker.rank(requests[20:25])  # five of the last twenty: exactly a quarter, still allowed
+    with pytest.raises(OracleFailedError, match=r"6 of the last 20.*timed out") as caught:
+        breaker.rank(requests[25:26])
+    assert caught.value.exit_code == 1
+
+
+def test_the_breaker_waits_for_half_a_window():
+    breaker = CircuitBreaker(_Failing(lambda r: True), window=20)
+    requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(10)]
+    assert breaker.rank(requests[:9])[0].error == "timed out"
+    with pytest.raises(OracleFailedError):
+        breaker.rank(requests[9:])
+
+
+def test_build_by_name():
+    oracle = build_oracle("noisy", inner={"name": "reference", "tolerance": 0.1}, flip=0.2, seed=4)
+    assert isinstance(oracle, Oracle)
+    assert oracle.name == "noisy"
+    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/1 tolerance=0.1 extract=None)"
+    assert isinstance(build_oracle("reference", max_invalid_fraction=None), ReferenceOracle)
+    assert {"reference", "noisy", "shuffled"} <= set(oracle_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("referense", {}, "did you mean 'reference'"),
+        ("reference", {"tolerence": 1}, "did you mean 'tolerance'"),
+        ("reference", {"inner": "reference"}, "wraps no other"),
+        ("noisy", {}, "option 'inner'"),
+        ("noisy", {"inner": 3}, "must be a name or a mapping"),
+        ("noisy", {"inner": "reference", "flip": 2.0}, "must be in"),
+        ("reference", {"max_invalid_fraction": 3.0}, "must be in"),
+    ],
+)
+def test_wrong_options_are_usage_errors(name, options, message):
+    with pytest.raises(UsageError, match=message):
+        build_oracle(name, **options)
+
+
+def test_other_packages_register_through_the_entry_point_group(tmp_path, monkeypatch):
+    (tmp_path / "longest_oracle.py").write_text(
+        "from rlaif_fast.oracle import Ranking\n"
+        "from rlaif_fast.oracle.fusion import ranks_from_scores\n"
+        "class Longest:\n"
+        "    name = 'longest'\n"
+        "    def __init__(self, *, weight=1.0):\n"
+        "        self.weight = weight\n"
+        "    def rank(self, requests):\n"
+        "        lengths = [[self.weight * len(t) for t in r.responses] for r in requests]\n"
+        "        return [Ranking(ranks_from_scores(row)) for row in lengths]\n"
+    )
+    meta = tmp_path / "longest_oracle-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: longest-oracle\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[rlaif_fast.oracles]\nlongest = longest_oracle:Longest\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "longest" in oracle_names()
+    oracle = build_oracle("longest", weight=-1.0)
+    assert oracle.rank([RankRequest("r", "?", ("aaa", "b", "cc"))])[0].ranks == (2, 0, 1)
+    with pytest.raises(UsageError, match="no option 'wait'"):
+        build_oracle("longest", wait=1)
