@@ -1,0 +1,406 @@
+"""Questions about a world, with answers whose facts a regular expression can read back."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rlaif_fast.data.worlds import COLORS, DIRECTIONS, LEVELS, SHAPES, TIMES, Event, World, beside
+
+CATEGORIES = (
+    "object recognition",
+    "attribute perception",
+    "spatial perception",
+    "counting problem",
+    "action recognition",
+    "temporal perception",
+    "temporal reasoning",
+    "object reasoning",
+    "spatial reasoning",
+    "action reasoning",
+    "information synopsis",
+)
+NUMBERS = ("zero", "one", "two", "three", "four")
+LETTERS = "ABCD"
+
+_FINITE = {
+    "move": "moves",
+    "grow": "grows",
+    "shrink": "shrinks",
+    "bounce": "bounces",
+    "turn": "turns",
+    "appear": "appears",
+    "vanish": "vanishes",
+    "change": "changes color",
+}
+_BARE = {"appear": "appear", "vanish": "vanish", "change": "change color"}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that one fact of an answer can have.
+
+    Attributes:
+        values: As they stand in the answer.
+        pattern: Matches exactly the values; its groups capture the facts.
+        options: As they stand in a multiple-choice option.
+    """
+
+    values: tuple[str, ...]
+    pattern: str
+    options: tuple[str, ...]
+
+
+def _domain(values: tuple[str, ...], pattern: str = "", options: tuple[str, ...] = ()) -> Domain:
+    return Domain(values, pattern or f"({'|'.join(values)})", options or values)
+
+
+_VERTICAL, _HORIZONTAL = _domain(("top", "bottom")), _domain(("left", "right"))
+_DIRECTION, _TIME = _domain(DIRECTIONS), _domain(TIMES)
+_RELATION = _domain(("left of", "right of", "above", "below"))
+_COUNTS = {
+    most: _domain(
+        ("is one object", *(f"are {number} objects" for number in NUMBERS[2 : most + 1])),
+        rf"(?:is|are) ({'|'.join(NUMBERS[1 : most + 1])}) objects?",
+        NUMBERS[1 : most + 1],
+    )
+    for most in (3, 4)
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One fact of an answer: its value and what else it could be."""
+
+    value: str
+    domain: Domain
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An open question before it is worded as a row.
+
+    Attributes:
+        kind: Name of the template.
+        category: One of CATEGORIES.
+        question: The question.
+        before: The answer up to its facts.
+        facts: The facts and the text between them.
+        after: The rest of the answer.
+    """
+
+    kind: str
+    category: str
+    question: str
+    before: str
+    facts: tuple[str | Slot, ...]
+    after: str = "."
+
+    @property
+    def answer(self) -> str:
+        """The right answer."""
+        return self.before + "".join(p if isinstance(p, str) else p.value for p in self.facts) + self.after
+
+    @property
+    def form(self) -> str:
+        """What every well-formed answer matches in full; the groups that took part are its facts."""
+        middle = "".join(re.escape(p) if isinstance(p, str) else p.domain.pattern for p in self.facts)
+        return (re.escape(self.before) + middle + re.escape(self.after)).replace(r"\ ", " ")
+
+    def corrupted(self, rng: random.Random) -> Draft:
+        """The same with one fact replaced by another value of its domain."""
+        slots = [index for index, part in enumerate(self.facts) if isinstance(part, Slot)]
+        chosen = rng.choice(slots)
+        slot = self.facts[chosen]
+        assert isinstance(slot, Slot)
+        other = Slot(rng.choice([v for v in slot.domain.values if v != slot.value]), slot.domain)
+        facts = (*self.facts[:chosen], other, *self.facts[chosen + 1 :])
+        return Draft(self.kind, self.category, self.question, self.before, facts, self.after)
+
+    def choices(self, rng: random.Random, count: int) -> tuple[tuple[str, ...], int]:
+        """Options for a multiple-choice form, and the index of the right one.
+
+        The wrong ones are drawn evenly from all other values and not near the right one, so that the
+        options do not tell which of them is right.
+        """
+        right = self._option([p if isinstance(p, str) else p.value for p in self.facts])
+        size = 1
+        for part in self.facts:
+            size *= 1 if isinstance(part, str) else len(part.domain.values)
+        options = [right]
+        while len(options) < min(count, size):
+            option = self._option(
+                [p if isinstance(p, str) else rng.choice(p.domain.values) for p in self.facts]
+            )
+            if option not in options:
+                options.append(option)
+        rng.shuffle(options)
+        return tuple(options), options.index(right)
+
+    def _option(self, texts: list[str]) -> str:
+        return "".join(
+            text if isinstance(part, str) else part.domain.options[part.domain.values.index(text)]
+            for part, text in zip(self.facts, texts)
+        )
+
+
+def drafts(world: World, rng: random.Random) -> list[Draft]:
+    """Draw the questions that a world can be asked, at most one a category."""
+    found: dict[str, list[Draft]] = {}
+    for draft in _all(_Asker(world, rng)):
+        found.setdefault(draft.category, []).append(draft)
+    return [rng.choice(found[category]) for category in CATEGORIES if category in found]
+
+
+class _Asker:
+    """A world, how its objects can be named, and what the answers can be."""
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        level = LEVELS[world.difficulty]
+        self.world = world
+        self.rng = rng
+        self.things = world.things
+        self.colors = _domain(COLORS[: level.colors])
+        self.shapes = _domain(SHAPES[: level.shapes])
+        lasting = [_FINITE[kind] for kind in dict.fromkeys(level.lasting) if kind not in ("move", "hit")]
+        plain = [*lasting, "appears", "vanishes", *(["stays"] if world.difficulty > 1 else [])]
+        self.deeds = _domain(
+            (*(f"moves {d}" for d in DIRECTIONS), *plain),
+            f"(?:(moves) (left|right|up|down)|({'|'.join(plain)}))",
+        )
+        moments = [_FINITE[kind] for kind in level.timed]
+        self.happenings = _domain(
+            ("screen flashes", *(f"{shape} {verb}" for shape in self.shapes.values for verb in moments)),
+            f"(?:(screen) (flashes)|({'|'.join(self.shapes.values)}) ({'|'.join(moments)}))",
+        )
+
+    def color(self, index: int) -> Slot:
+        return Slot(self.things[index].color, self.colors)
+
+    def shape(self, index: int) -> Slot:
+        return Slot(self.things[index].shape, self.shapes)
+
+    def lone_shape(self, index: int) -> bool:
+        """Whether no other object has its shape, so that "the circle" names it."""
+        return sum(t.shape == self.things[index].shape for t in self.things) == 1
+
+    def lone_color(self, index: int) -> bool:
+        """Whether nothing else ever has its colour, nor it another, so that "the red object" names it."""
+        color = self.things[index].color
+        changed = [e for e in self.world.events if e.kind == "change"]
+        return sum(t.color == color for t in self.things) == 1 and not any(
+            e.color == color or e.actor == index for e in changed
+        )
+
+    def name(self, index: int) -> str | None:
+        """ "the red circle", or "the circle" where its colour changes; None where that is ambiguous."""
+        thing = self.things[index]
+        if any(e.kind == "change" and e.actor == index for e in self.world.events):
+            return f"the {thing.shape}" if self.lone_shape(index) else None
+        return f"the {thing.color} {thing.shape}"
+
+    def happening(self, event: Event) -> Slot | None:
+        """The event as a fact of an answer; None where its actor cannot be named by shape."""
+        if event.kind == "flash":
+            return Slot("screen flashes", self.happenings)
+        if not self.lone_shape(event.actor):
+            return None
+        return Slot(f"{self.things[event.actor].shape} {_FINITE[event.kind]}", self.happenings)
+
+
+def _all(ask: _Asker) -> Iterator[Draft]:
+    """Every question worth asking, in a random order of the objects."""
+    world, rng = ask.world, ask.rng
+    order = rng.sample(range(len(ask.things)), len(ask.things))
+    yield from _about_looks(ask, order)
+    yield from _about_places(ask, order)
+    yield from _about_numbers(ask)
+    yield from _about_deeds(ask, order)
+    yield from _about_time(ask)
+    if len(world.events) == 1 and world.events[0].kind in ("move", "grow", "shrink", "bounce", "turn"):
+        actor = world.events[0].actor
+        yield Draft(
+            "synopsis",
+            "information synopsis",
+            "what happens in the video?",
+            "a ",
+            (ask.color(actor), " ", ask.shape(actor), " ", Slot(_deed(world.events[0]), ask.deeds)),
+        )
+
+
+def _about_looks(ask: _Asker, order: list[int]) -> Iterator[Draft]:
+    for k in order:
+        thing = ask.things[k]
+        if ask.lone_color(k):
+            question = f"what shape is the {thing.color} object?"
+            yield Draft(
+                "shape", "object recognition", question, f"the {thing.color} object is a ", (ask.shape(k),)
+            )
+        if not ask.lone_shape(k):
+            continue
+        change = next((e for e in ask.world.events if e.kind == "change" and e.actor == k), None)
+        if change is None:
+            question = f"what color is the {thing.shape}?"
+            yield Draft("color", "attribute perception", question, f"the {thing.shape} is ", (ask.color(k),))
+        else:
+            question = f"what color is the {thing.shape} at the start?"
+            yield Draft(
+                "color_start", "attribute perception", question, f"the {thing.shape} is ", (ask.color(k),)
+            )
+            question = f"what color is the {thing.shape} at the end?"
+            last = Slot(change.color, ask.colors)
+            yield Draft("color_end", "attribute perception", question, f"the {thing.shape} is ", (last,))
+
+
+def _about_places(ask: _Asker, order: list[int]) -> Iterator[Draft]:
+    for k in order:
+        thing = ask.things[k]
+        if ask.lone_shape(k) and not any(
+            e.kind == "hit" and k in (e.actor, e.target) for e in ask.world.events
+        ):
+            vertical, horizontal = thing.quadrant.split()
+            place = (Slot(vertical, _VERTICAL), " ", Slot(horizontal, _HORIZONTAL))
+            question = f"where is the {thing.shape}?"
+            yield Draft("place", "spatial perception", question, f"the {thing.shape} is in the ", place)
+        for other in order:
+            relation = beside(thing, ask.things[other])
+            if relation is None or not (ask.lone_shape(k) and ask.lone_shape(other)):
+                continue
+            if not _meet(ask.world, k, other):
+                continue
+            yield Draft(
+                "relation",
+                "spatial reasoning",
+                f"where is the {thing.shape} relative to the {ask.things[other].shape}?",
+                f"the {thing.shape} is ",
+                (Slot(relation, _RELATION),),
+                f" the {ask.things[other].shape}.",
+            )
+
+
+def _meet(world: World, one: int, other: int) -> bool:
+    """Whether two objects are ever visible together."""
+
+    def visible(index: int) -> set[int]:
+        event = world.event_of(index)
+        if event is None or event.kind not in ("appear", "vanish"):
+            return {0, 1, 2, 3}
+        return set(range(event.time + 1, 4)) if event.kind == "appear" else set(range(event.time + 1))
+
+    return bool(visible(one) & visible(other))
+
+
+def _about_numbers(ask: _Asker) -> Iterator[Draft]:
+    count = len(ask.things)
+    domain = _COUNTS[max(LEVELS[ask.world.difficulty].counts)]
+    kinds = [event.kind for event in ask.world.events]
+
+    def counted(kind: str, question: str, number: int) -> Draft:
+        value = "is one object" if number == 1 else f"are {NUMBERS[number]} objects"
+        return Draft(kind, "counting problem", question, "there ", (Slot(value, domain),))
+
+    if ask.world.difficulty > 1 and kinds.count("appear") + kinds.count("vanish") == 1:
+        if "vanish" in kinds:
+            yield counted("count_end", "how many objects are there at the end?", count - 1)
+        else:
+            yield counted("count_start", "how many objects are there at the start?", count - 1)
+    else:
+        yield counted("count", "how many objects are there in total?", count)
+
+
+def _about_deeds(ask: _Asker, order: list[int]) -> Iterator[Draft]:
+    world = ask.world
+    for event in world.events:
+        if event.kind == "flash":
+            continue
+        k, name = event.actor, ask.name(event.actor)
+        if event.kind == "hit":
+            target = event.target
+            facts: tuple[str | Slot, ...] = (ask.color(target), " ", ask.shape(target))
+            question = f"what does {name} hit?"
+            yield Draft("hit", "action recognition", question, f"{name} hits the ", facts)
+            facts = (ask.color(k), " ", ask.shape(k))
+            question = f"why does {ask.name(target)} move?"
+            yield Draft("why", "action reasoning", question, "the ", facts, " hits it.")
+            continue
+        if name is not None and event.kind != "change" and _worth(ask, event):
+            facts = (Slot(_deed(event), ask.deeds),)
+            yield Draft("deed", "action recognition", f"what does {name} do?", f"{name} ", facts)
+        if event.kind == "change":
+            if name is not None:
+                facts = (Slot(event.color, ask.colors),)
+                question = f"what color does {name} become?"
+                yield Draft("become", "action recognition", question, f"{name} becomes ", facts)
+        elif sum(e.kind == event.kind for e in world.events) == 1:
+            facts = (ask.color(k), " ", ask.shape(k))
+            verb = _FINITE[event.kind]
+            yield Draft("which", "object reasoning", f"which object {verb}?", "the ", facts, f" {verb}.")
+        flash = next((e for e in world.events if e.kind == "flash"), None)
+        if event.kind == "turn" and flash is not None and flash.time == 1:
+            when = ask.rng.choice(("before", "after"))
+            facts = (Slot(event.direction if when == "before" else event.then, _DIRECTION),)
+            question = f"where does {name} move {when} the flash?"
+            yield Draft(f"move_{when}", "action reasoning", question, "it moves ", facts)
+    idle = [k for k in order if not any(k in (e.actor, e.target) for e in world.events)]
+    if world.difficulty > 1 and idle and ask.rng.random() < 0.1:
+        k = idle[0]
+        facts = (Slot("stays", ask.deeds),)
+        yield Draft("deed", "action recognition", f"what does {ask.name(k)} do?", f"{ask.name(k)} ", facts)
+
+
+def _worth(ask: _Asker, event: Event) -> bool:
+    """Thin out the deeds that happen more often than the others, to keep the answers even."""
+    return event.kind not in ("appear", "vanish") or ask.rng.random() < 0.15
+
+
+def _deed(event: Event) -> str:
+    return f"moves {event.direction}" if event.kind == "move" else _FINITE[event.kind]
+
+
+def _about_time(ask: _Asker) -> Iterator[Draft]:
+    timed = [event for event in ask.world.events if event.time >= 0]
+    for event in timed:
+        if event.kind != "flash" and not ask.lone_shape(event.actor):
+            continue
+        subject = "screen" if event.kind == "flash" else ask.things[event.actor].shape
+        bare = "flash" if event.kind == "flash" else _BARE[event.kind]
+        finite = "flashes" if event.kind == "flash" else _FINITE[event.kind]
+        question = f"when does the {subject} {bare}?"
+        facts = (Slot(TIMES[event.time], _TIME),)
+        yield Draft("when", "temporal perception", question, f"the {subject} {finite} ", facts)
+    if len(timed) < 2:
+        return
+    first, last = sorted(timed, key=lambda event: event.time)
+    for word, event in (("first", first), ("last", last)):
+        slot = ask.happening(event)
+        if slot is not None:
+            question = f"what happens {word}?"
+            yield Draft(f"order_{word}", "temporal reasoning", question, f"{word} the ", (slot,))
+
+
+def _vocabulary() -> tuple[str, ...]:
+    """Every token that a question, an answer or an option can hold."""
+    text = " ".join(
+        [
+            *SHAPES,
+            *COLORS,
+            *DIRECTIONS,
+            *TIMES,
+            *NUMBERS[1:],
+            *_FINITE.values(),
+            *_BARE.values(),
+            *_RELATION.values,
+            "top bottom stays flash flashes screen hit hits becomes become it",
+            "what shape is the object? a color at where relative to how many objects are there in total?",
+            "what happens in the video? what does do? which object moves? why does move?",
+            "where does move before after the flash? when does appear? what happens first last?",
+            "there is one object.",
+        ]
+    )
+    return (*sorted(set(TOKEN.findall(text))), *LETTERS)
+
+
+TOKEN = re.compile(r"\w+|[^\w\s]")  # how the texts split: words, and each mark of punctuation
+VOCABULARY: tuple[str, ...] = _vocabulary()

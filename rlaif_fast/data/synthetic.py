@@ -1,0 +1,266 @@
+"""Makes the embedded dataset: short real videos of moving shapes, with questions and answers.
+
+Four splits are drawn from disjoint sets of worlds. Every file is the same to the byte for the same
+configuration and the same versions of the libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.encode import CODECS, CONTAINERS, encode_video
+from rlaif_fast.data.questions import LETTERS, VOCABULARY, drafts
+from rlaif_fast.data.render import render
+from rlaif_fast.data.worlds import LEVELS, World, sample_world
+from rlaif_fast.errors import RlaifFastError, UsageError
+
+__all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
+
+# The part of all worlds that each split draws from, by `worlds.share`.
+SPLITS = {"sft": (0.0, 0.4), "rl": (0.4, 0.8), "validation": (0.8, 0.88), "test": (0.88, 1.0)}
+
+_FORMAT = 1  # raise when the same configuration gives other files
+_MARKER = "dataset.json"
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """What to make.
+
+    Attributes:
+        seed: Seed of everything; other seeds give other worlds, drawn from the same disjoint sets.
+        sft_clips: Videos of the split for supervised fine-tuning.
+        rl_clips: Videos of the split for reinforcement learning.
+        validation_clips: Videos of the split that picks the best checkpoint.
+        test_clips: Videos of the split that is reported.
+        difficulty: Relative frequency of the levels 1, 2 and 3.
+        label_noise: Probability that an SFT answer has one fact wrong, as of a weak annotator, in [0, 1].
+        multiple_choice_fraction: Probability that a question is put as multiple choice, in [0, 1].
+        num_options: Most options of a multiple-choice question, 2 to 4.
+        questions_per_clip: Most questions about one clip, of distinct categories.
+        width: Pixels, even, at least 32.
+        height: Pixels, even, at least 32.
+        num_frames: Frames a clip, at least 8.
+        fps: Frames per second.
+        codec: "vp9" or "h264".
+        container: "mp4", or "webm" for VP9.
+    """
+
+    seed: int = 0
+    sft_clips: int = 1024
+    rl_clips: int = 1024
+    validation_clips: int = 96
+    test_clips: int = 256
+    difficulty: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    label_noise: float = 0.5
+    multiple_choice_fraction: float = 0.0
+    num_options: int = 4
+    questions_per_clip: int = 8
+    width: int = 64
+    height: int = 64
+    num_frames: int = 12
+    fps: float = 6.0
+    codec: str = "vp9"
+    container: str = "mp4"
+
+    def __post_init__(self) -> None:
+        checks = {
+            "sft_clips, rl_clips, validation_clips, test_clips": (
+                min(self.clips(split) for split in SPLITS) >= 0,
+                "at least 0",
+            ),
+            "difficulty": (
+                len(self.difficulty) == len(LEVELS)
+                and min(self.difficulty) >= 0
+                and sum(self.difficulty) > 0,
+                "three weights, none below 0, not all 0",
+            ),
+            "label_noise": (0 <= self.label_noise <= 1, "in [0, 1]"),
+            "multiple_choice_fraction": (0 <= self.multiple_choice_fraction <= 1, "in [0, 1]"),
+            "num_options": (2 <= self.num_options <= len(LETTERS), f"2 to {len(LETTERS)}"),
+            "questions_per_clip": (self.questions_per_clip >= 1, "at least 1"),
+            "width, height": (
+                min(self.width, self.height) >= 32 and not (self.width % 2 or self.height % 2),
+                "even and at least 32",
+            ),
+            "num_frames": (self.num_frames >= 8, "at least 8"),
+            "fps": (self.fps > 0, "above 0"),
+            "codec": (self.codec in CODECS, f"one of {sorted(CODECS)}"),
+            "container": (
+                self.container in CONTAINERS and (self.codec, self.container) != ("h264", "webm"),
+                "mp4, or webm for vp9",
+            ),
+        }
+        for names, (good, expected) in checks.items():
+            if not good:
+                values = ", ".join(str(getattr(self, name)) for name in names.split(", "))
+                raise UsageError(f"{names}: expected {expected}, got {values}")
+
+    def clips(self, split: str) -> int:
+        """Number of videos of a split."""
+        return int(getattr(self, f"{split}_clips"))
+
+    def digest(self) -> str:
+        """Names the dataset: equal for equal files."""
+        text = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class DatasetPaths:
+    """Where a dataset lies.
+
+    Attributes:
+        root: Its folder.
+        sft: JSONL of the SFT split.
+        rl: JSONL of the RL split.
+        validation: JSONL of the validation split.
+        test: JSONL of the test split.
+        reused: Whether it was there already.
+    """
+
+    root: Path
+    sft: Path
+    rl: Path
+    validation: Path
+    test: Path
+    reused: bool = False
+
+
+def make_dataset(
+    out_dir: str | Path,
+    config: SyntheticConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DatasetPaths:
+    """Make the dataset, or find it made.
+
+    The folder appears whole or not at all; several processes may make the same one at once.
+
+    Args:
+        out_dir: Folder to make. A dataset of the same configuration in it is kept and reused.
+        config: What to make.
+        overwrite: Replace a dataset of another configuration.
+        progress: Called with the number of clips made and their total.
+
+    Raises:
+        UsageError: The folder holds something else.
+        RlaifFastError: The files cannot be written.
+    """
+    config = config or SyntheticConfig()
+    out = Path(out_dir).absolute()
+    if _reusable(out, config, overwrite):
+        return _paths(out, reused=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        _write_all(temporary, config, progress)
+        if out.exists() and (out / _MARKER).exists():
+            shutil.rmtree(out)  # ours, of another configuration, and to be replaced
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and _reusable(out, config, False):
+            return _paths(out, reused=True)  # another process was quicker
+        raise RlaifFastError(f"{out}: cannot write the dataset: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _paths(out, reused=False)
+
+
+def _paths(root: Path, *, reused: bool) -> DatasetPaths:
+    return DatasetPaths(root, *(root / f"{split}.jsonl" for split in SPLITS), reused=reused)
+
+
+def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
+    """Whether `out` holds the dataset. Raises when it holds something that must not be replaced."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder for the dataset")
+    marker = out / _MARKER
+    if not marker.exists():
+        if any(out.iterdir()):
+            raise UsageError(f"{out} is not empty and not a dataset made here; name another folder")
+        return False
+    try:
+        digest = json.loads(marker.read_text()).get("digest")
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{marker} is damaged ({error}); delete the folder or name another") from error
+    if digest == config.digest():
+        return True
+    if not overwrite:
+        raise UsageError(
+            f"{out} holds a dataset of another configuration; name another folder, or overwrite it"
+        )
+    return False
+
+
+def _write_all(root: Path, config: SyntheticConfig, progress: Callable[[int, int], None] | None) -> None:
+    total, done = sum(config.clips(split) for split in SPLITS), 0
+    rows_of: dict[str, int] = {}
+    seen: dict[str, str] = {}  # signature -> split
+    for split in SPLITS:
+        (root / "videos" / split).mkdir(parents=True)
+        with (root / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
+            rows_of[split] = 0
+            for index in range(config.clips(split)):
+                world = _world(config, split, index)
+                assert seen.setdefault(world.signature, split) == split, "splits share a world"
+                video = f"videos/{split}/{index:05d}.{config.container}"
+                frames = render(world, width=config.width, height=config.height, num_frames=config.num_frames)
+                encode_video(root / video, frames, fps=config.fps, codec=config.codec)
+                for row in _rows(config, split, index, world, video):
+                    lines.write(json.dumps(row) + "\n")
+                    rows_of[split] += 1
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    marker = {"digest": config.digest(), "config": dataclasses.asdict(config), "questions": rows_of}
+    (root / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def _world(config: SyntheticConfig, split: str, index: int) -> World:
+    name = f"{config.seed}/{split}/{index}"
+    difficulty = random.Random(f"{name}/difficulty").choices(list(LEVELS), config.difficulty)[0]
+    return sample_world(name, difficulty, SPLITS[split])
+
+
+def _rows(
+    config: SyntheticConfig, split: str, index: int, world: World, video: str
+) -> Iterator[dict[str, Any]]:
+    rng = random.Random(f"{world.name}/questions")
+    found = drafts(world, rng)
+    kept = sorted(rng.sample(range(len(found)), min(len(found), config.questions_per_clip)))
+    for draft in (found[k] for k in kept):
+        noisy = split == "sft" and rng.random() < config.label_noise
+        options: tuple[str, ...] = ()
+        if rng.random() < config.multiple_choice_fraction:
+            options, right = draft.choices(rng, config.num_options)
+            letters = LETTERS[: len(options)]
+            clean, form = letters[right], f"([{letters}])"
+            answer = rng.choice(letters.replace(clean, "")) if noisy else clean
+        else:
+            clean, form = draft.answer, draft.form
+            answer = draft.corrupted(rng).answer if noisy else clean
+        metadata: dict[str, Any] = {
+            "world": world.name,
+            "difficulty": world.difficulty,
+            "kind": draft.kind,
+            "form": form,
+        }
+        if noisy:
+            metadata |= {"corrupted": True, "clean_answer": clean}
+        row = {"id": f"{split}-{index:05d}-{draft.kind}", "video": video, "question": draft.question}
+        row |= {"options": list(options)} if options else {}
+        yield {**row, "answer": answer, "category": draft.category, "metadata": metadata}
