@@ -60,14 +60,6 @@ def _domain(values: tuple[str, ...], pattern: str = "", options: tuple[str, ...]
 _VERTICAL, _HORIZONTAL = _domain(("top", "bottom")), _domain(("left", "right"))
 _DIRECTION, _TIME = _domain(DIRECTIONS), _domain(TIMES)
 _RELATION = _domain(("left of", "right of", "above", "below"))
-_COUNTS = {
-    most: _domain(
-        ("is one object", *(f"are {number} objects" for number in NUMBERS[2 : most + 1])),
-        rf"(?:is|are) ({'|'.join(NUMBERS[1 : most + 1])}) objects?",
-        NUMBERS[1 : most + 1],
-    )
-    for most in (3, 4)
-}
 
 
 @dataclass(frozen=True)
@@ -294,20 +286,17 @@ def _meet(world: World, one: int, other: int) -> bool:
 
 def _about_numbers(ask: _Asker) -> Iterator[Draft]:
     count = len(ask.things)
-    domain = _COUNTS[max(LEVELS[ask.world.difficulty].counts)]
+    counts = LEVELS[ask.world.difficulty].counts
     kinds = [event.kind for event in ask.world.events]
-
-    def counted(kind: str, question: str, number: int) -> Draft:
-        value = "is one object" if number == 1 else f"are {NUMBERS[number]} objects"
-        return Draft(kind, "counting problem", question, "there ", (Slot(value, domain),))
-
+    kind, when = "count", "in total"
     if ask.world.difficulty > 1 and kinds.count("appear") + kinds.count("vanish") == 1:
-        if "vanish" in kinds:
-            yield counted("count_end", "how many objects are there at the end?", count - 1)
-        else:
-            yield counted("count_start", "how many objects are there at the start?", count - 1)
-    else:
-        yield counted("count", "how many objects are there in total?", count)
+        count, counts = count - 1, tuple(number - 1 for number in counts)
+        kind, when = ("count_end", "at the end") if "vanish" in kinds else ("count_start", "at the start")
+    words = tuple(NUMBERS[number] for number in counts)
+    phrases = tuple("is one object" if word == "one" else f"are {word} objects" for word in words)
+    domain = Domain(phrases, rf"(?:is|are) ({'|'.join(words)}) objects?", words)
+    fact = Slot(phrases[counts.index(count)], domain)
+    yield Draft(kind, "counting problem", f"how many objects are there {when}?", "there ", (fact,))
 
 
 def _about_deeds(ask: _Asker, order: list[int]) -> Iterator[Draft]:

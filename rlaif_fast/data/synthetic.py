@@ -179,7 +179,8 @@ def make_dataset(
 
 
 def _paths(root: Path, *, reused: bool) -> DatasetPaths:
-    return DatasetPaths(root, *(root / f"{split}.jsonl" for split in SPLITS), reused=reused)
+    sft, rl, validation, test = (root / f"{split}.jsonl" for split in SPLITS)
+    return DatasetPaths(root, sft, rl, validation, test, reused)
 
 
 def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
@@ -261,6 +262,10 @@ def _rows(
         }
         if noisy:
             metadata |= {"corrupted": True, "clean_answer": clean}
-        row = {"id": f"{split}-{index:05d}-{draft.kind}", "video": video, "question": draft.question}
+        row: dict[str, Any] = {
+            "id": f"{split}-{index:05d}-{draft.kind}",
+            "video": video,
+            "question": draft.question,
+        }
         row |= {"options": list(options)} if options else {}
         yield {**row, "answer": answer, "category": draft.category, "metadata": metadata}

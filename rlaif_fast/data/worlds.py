@@ -131,7 +131,7 @@ class World:
 
     @property
     def signature(self) -> str:
-        """The world less its name, its jitter and the order of its objects: equal for clips with one story."""
+        """The world less its name, jitter and order of objects: equal for clips that tell the same story."""
         lines = []
         for index, thing in enumerate(self.things):
             deeds = [
