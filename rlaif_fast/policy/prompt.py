@@ -17,6 +17,8 @@ class Media:
         is_video: Whether the prompt holds it behind video tokens (else image tokens).
         seconds_per_grid: Seconds between two temporal patches.
         key: Content address; equal keys have equal patches, so one encoding serves all.
+        timestamps: Seconds of each temporal patch (the mean of its first and last frame), for prompts that
+            state them; empty for an image.
     """
 
     patches: Tensor  # (n, D)
@@ -24,6 +26,7 @@ class Media:
     is_video: bool
     seconds_per_grid: float
     key: str
+    timestamps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

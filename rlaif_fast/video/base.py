@@ -24,6 +24,7 @@ class VideoInfo:
         timestamps: Presentation time of each frame in seconds, ascending, starting at or after 0.
         rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
         pixel_format: Pixel format name as FFmpeg spells it, e.g. "yuv420p".
+        variable_rate: Whether the frames are unevenly spaced in time.
     """
 
     path: str
@@ -36,6 +37,7 @@ class VideoInfo:
     timestamps: tuple[float, ...]
     rotation: int = 0
     pixel_format: str = ""
+    variable_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Clip:
         key: Content address of the frames (file identity, indices, size), the same for equal clips.
         path: Where it came from.
         is_image: Whether the source is a still image.
+        sample_fps: Sampled frames per second of video; 0 for an image.
     """
 
     frames: Tensor  # (F, H, W, 3) uint8
@@ -55,6 +58,7 @@ class Clip:
     key: str
     path: str = ""
     is_image: bool = False
+    sample_fps: float = 0.0
 
 
 @runtime_checkable

@@ -1,0 +1,138 @@
+"""One file to one `Clip`: probe, choose frames, look in the cache, decode, resize."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.cache import ClipCache
+from rlaif_fast.video.decoders import assemble, decode_sized
+from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.isolate import DecodeProcess
+from rlaif_fast.video.preprocess import PixelBudget, resize_frames
+from rlaif_fast.video.probe import MEMO, file_digest, file_version, info_of, scan_file
+from rlaif_fast.video.sampling import FrameSampling
+
+MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
+MAX_IMAGE_PIXELS = 200_000_000
+
+
+def load_clip(
+    path: str | Path,
+    *,
+    sampling: FrameSampling | None = None,
+    decoder: str = "auto",
+    cache: ClipCache | None = None,
+    resize: PixelBudget | None = None,
+    device: torch.device | str = "cpu",
+    process: DecodeProcess | None = None,
+    timeout: float | None = None,
+) -> Clip:
+    """Return the sampled frames of a video.
+
+    Args:
+        path: The file.
+        sampling: Which frames; None for the defaults of `FrameSampling`.
+        decoder: "auto" or a name of the decoder table.
+        cache: Where frames are looked up and kept; None decodes each time.
+        resize: Resize while decoding, within these limits; `preprocess` with the same limits then leaves the
+            size as it is. None keeps full frames.
+        device: Where the frames end up.
+        process: Decode in this process (see `isolate`) instead of this one.
+        timeout: Seconds that the isolated process may take; None for no limit.
+
+    Raises:
+        VideoError: When the file is bad, with the reason.
+    """
+    path = str(path)
+    if process is not None:
+        scan = MEMO.scan(file_version(path))
+        if scan is None:
+            version = file_version(path)
+            scan = process.scan(path, timeout)
+            MEMO.keep_scan(version, scan)
+    else:
+        scan = scan_file(path)
+    info = info_of(path, scan)
+    indices, sample_fps = (sampling or FrameSampling()).sample(info)
+    size = resize.size(path, len(indices), *scan.shape) if resize is not None else scan.shape
+    key = clip_key(file_digest(path), indices, size)
+    known = cache.get(key) if cache is not None else None
+    if known is not None:
+        return known
+    wanted_bytes = len(indices) * size[0] * size[1] * 3
+    if wanted_bytes > MAX_CLIP_BYTES:
+        raise VideoError(
+            path,
+            f"{len(indices)} frames of {size[1]}x{size[0]} need {wanted_bytes / 2**30:.1f} GiB;"
+            " lower max_frames or resize",
+        )
+    if process is not None:
+        frames: Tensor = assemble(process.frames(path, scan, indices, timeout), indices, scan.shape, size).to(
+            device
+        )
+    else:
+        frames = decode_sized(path, indices, size, decoder, torch.device(device))
+    times = info.timestamps
+    clip = Clip(frames, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)
+    if cache is not None:
+        cache.put(clip)
+    return clip
+
+
+def load_image(
+    path: str | Path, *, resize: PixelBudget | None = None, cache: ClipCache | None = None
+) -> Clip:
+    """Return a still image as a clip of one frame, upright (EXIF), transparent parts on white.
+
+    Raises:
+        VideoError: When the file is not an image, or not a whole one.
+    """
+    path = str(path)
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    key = clip_key(file_digest(path), [0], None if resize is None else _budget_id(resize))
+    known = cache.get(key) if cache is not None else None
+    if known is not None:
+        return known
+    try:
+        with Image.open(path) as opened:
+            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                raise VideoError(path, f"{opened.width}x{opened.height} is too large for an image")
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert("RGB")
+    except FileNotFoundError:
+        raise VideoError(path, "does not exist") from None
+    except UnidentifiedImageError:
+        raise VideoError(path, "not an image") from None
+    except Image.DecompressionBombError:
+        raise VideoError(path, "is too large for an image") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise VideoError(path, f"damaged image: {error}") from None
+    data = bytearray(picture.tobytes())
+    frames = torch.frombuffer(data, dtype=torch.uint8).view(1, picture.height, picture.width, 3)
+    if resize is not None:
+        frames = resize_frames(frames, resize.size(path, 1, picture.height, picture.width))
+    clip = Clip(frames, (0.0,), key, path, is_image=True)
+    if cache is not None:
+        cache.put(clip)
+    return clip
+
+
+def clip_key(digest: str, indices: Sequence[int], size: object) -> str:
+    """Return the content address of frames: the file's content, which frames, how large."""
+    described = f"{digest}:{','.join(map(str, indices))}:{size}"
+    return hashlib.blake2b(described.encode(), digest_size=20).hexdigest()
+
+
+def _budget_id(resize: PixelBudget) -> str:
+    return f"image:{resize}"

@@ -1,0 +1,153 @@
+"""The table of decoders, and the one place where `decoder="auto"` chooses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video import ffmpeg
+from rlaif_fast.video.base import VideoDecoder
+from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
+from rlaif_fast.video.probe import scan_file
+
+log = logging.getLogger(__name__)
+
+
+class PyAVDecoder:
+    """FFmpeg through PyAV: every codec, on the CPU, one frame at a time.
+
+    Args:
+        threads: FFmpeg's decoding threads; 0 lets it choose.
+        timeout: Seconds a file may take; None for no limit. A decoder that hangs inside one FFmpeg call is
+            only stopped by `isolate.DecodeProcess`.
+    """
+
+    name = "pyav"
+
+    def __init__(self, threads: int = 1, timeout: float | None = None) -> None:
+        self.threads, self.timeout = threads, timeout
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Return why this decoder cannot run here, or None."""
+        return None
+
+    def refuses(self, scan: ffmpeg.Scan) -> str | None:
+        """Return why this decoder cannot read such a file, or None."""
+        return None
+
+    def decode(self, path: str, indices: Sequence[int]) -> Tensor:
+        """Return frames (F, H, W, 3) uint8 RGB, upright, in the order of `indices`."""
+        return self.decode_resized(path, indices, None)
+
+    def decode_resized(self, path: str, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
+        """Like `decode`, resized to (height, width) on the way, so that full frames never pile up."""
+        scan = scan_file(path)
+        frames = ffmpeg.read_frames(
+            path, scan, indices, threads=self.threads, deadline=ffmpeg.Deadline(self.timeout)
+        )
+        try:
+            return assemble(frames, indices, scan.shape, size)
+        except ffmpeg.BadVideo as error:
+            raise VideoError(path, str(error)) from None
+
+
+DECODERS: dict[str, Any] = {"pyav": PyAVDecoder}
+
+
+def assemble(
+    frames: Iterable[tuple[int, np.ndarray]],
+    indices: Sequence[int],
+    shape: tuple[int, int],
+    size: tuple[int, int] | None,
+) -> Tensor:
+    """Return (F, h, w, 3) uint8 in the order of `indices` from frames that come ascending and without
+    repeats.
+
+    Args:
+        frames: (index, frame (H, W, 3)); a frame need not stay valid after the next one.
+        indices: Wanted order.
+        shape: (H, W).
+        size: (h, w) to resize to; None keeps `shape`.
+    """
+    wanted = sorted(set(indices))
+    place = {index: i for i, index in enumerate(wanted)}
+    out = torch.empty(len(wanted), *(size or shape), 3, dtype=torch.uint8)
+    if size is None or tuple(size) == tuple(shape):
+        for index, picture in frames:
+            out[place[index]] = torch.from_numpy(picture)
+    else:
+        step = max(1, min(RESIZE_CHUNK_BYTES // (shape[0] * shape[1] * 3), len(wanted)))
+        room = torch.empty(step, *shape, 3, dtype=torch.uint8)
+        held: list[int] = []
+        for index, picture in frames:
+            room[len(held)] = torch.from_numpy(picture)
+            held.append(place[index])
+            if len(held) == step:
+                out[held[0] : held[-1] + 1] = resize_frames(room, size)
+                held = []
+        if held:
+            out[held[0] : held[-1] + 1] = resize_frames(room[: len(held)], size)
+    if wanted == list(indices):
+        return out
+    return out[torch.tensor([place[i] for i in indices], dtype=torch.long)]
+
+
+def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.device) -> str:
+    """Return the decoder that `name` ("auto" or one of the table) stands for.
+
+    Raises:
+        UsageError: When a decoder asked for by name is unknown, cannot run here or cannot read such a file.
+    """
+    if name != "auto":
+        if name not in DECODERS:
+            raise UsageError(f"decoder must be 'auto' or one of {', '.join(sorted(DECODERS))}, got {name!r}")
+        reason = DECODERS[name].unavailable()
+        if reason:
+            raise UsageError(f"decoder {name!r} cannot run here: {reason}")
+        return name
+    return "pyav"
+
+
+@cache
+def decoder(name: str) -> VideoDecoder:
+    """Return the process's one decoder of that name."""
+    return DECODERS[name]()
+
+
+def decode(
+    path: str, indices: Sequence[int], *, decoder: str = "auto", device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the frames (F, H, W, 3) uint8 RGB at `indices`, upright, in their order.
+
+    Args:
+        path: The video file.
+        indices: Frames by their place in presentation order; any order, repeats allowed.
+        decoder: "auto" or a name of the table (`rlaif_fast.video.DECODERS`).
+        device: Where the frames end up.
+
+    Raises:
+        VideoError: When the file is bad or one of the frames cannot be decoded whole.
+        UsageError: When the decoder asked for cannot run.
+    """
+    return decode_sized(path, indices, None, decoder, torch.device(device))
+
+
+def decode_sized(
+    path: str, indices: Sequence[int], size: tuple[int, int] | None, name: str, device: torch.device
+) -> Tensor:
+    """Like `decode`, resized to (height, width) where `size` is given."""
+    chosen = decoder(choose(name, scan_file(str(path)), indices, device))
+    resized = getattr(chosen, "decode_resized", None)
+    if resized is not None:
+        return resized(str(path), indices, size).to(device)
+    frames = chosen.decode(str(path), indices).to(device)
+    return frames if size is None else resize_frames(frames, size)

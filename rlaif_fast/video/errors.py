@@ -1,0 +1,26 @@
+"""What goes wrong with a media file."""
+
+from __future__ import annotations
+
+from rlaif_fast.errors import RlaifFastError
+
+
+class VideoError(RlaifFastError):
+    """A video or image file cannot be used, and why.
+
+    Args:
+        path: The file.
+        reason: One clause, e.g. "truncated: the header promises 120 frames, the file holds 41".
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return (VideoError, (self.path, self.reason))
+
+
+class TooManyBadFiles(RlaifFastError):
+    """More files are bad than `max_bad_fraction` allows; the message is a summary by reason."""

@@ -1,0 +1,466 @@
+"""Reading video files through FFmpeg (PyAV): which frames a file holds, and the pixels of some of them.
+
+This file imports neither torch nor the rest of the package, so that a decoding process (see `worker.py`)
+starts in a fifth of a second and weighs 60 MB.
+
+`scan` reads every packet header once and writes down the presentation time of each frame that a player would
+show: hidden reference frames (VP8), packets that an edit list cuts off and frames before time zero are left
+out. A frame's index is its place in that list, whichever decoder delivers it. `read_frames` then decodes from
+the key frame before each wanted index and accepts a picture only if it carries exactly the time that was
+asked for. Nothing is ever replaced by a neighbour: a frame that does not come out whole raises `BadVideo`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import time
+from bisect import bisect_right
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+
+NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text files as pictures
+FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
+CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
+
+
+class BadVideo(Exception):
+    """The file cannot be used; the message is the reason, without the path."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the packets of a file's first video stream say.
+
+    Attributes:
+        codec: Codec name as FFmpeg spells it.
+        width: Pixels, as coded (before rotation).
+        height: Pixels, as coded (before rotation).
+        pixel_format: As FFmpeg spells it.
+        rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
+        fps: Average frames per second.
+        duration: Seconds.
+        pts: Presentation time of each shown frame, ascending, in units of `time_base`.
+        order: Decode order of each shown frame (its packet's number).
+        keys: Presentation times of the key frames, ascending.
+        key_order: Decode order of each key frame.
+        time_base: Seconds per unit.
+        variable_rate: Whether the frames are unevenly spaced.
+        counted: Whether frames can only be told apart by counting (no usable presentation times).
+        plain: Whether every packet is one shown frame, so that any decoder counts frames alike.
+    """
+
+    codec: str
+    width: int
+    height: int
+    pixel_format: str
+    rotation: int
+    fps: float
+    duration: float
+    pts: tuple[int, ...]
+    order: tuple[int, ...]
+    keys: tuple[int, ...]
+    key_order: tuple[int, ...]
+    time_base: Fraction
+    variable_rate: bool
+    counted: bool
+    plain: bool
+
+    @property
+    def timestamps(self) -> tuple[float, ...]:
+        """Seconds since the first shown frame."""
+        first, base = self.pts[0], self.time_base
+        return tuple(float((p - first) * base) for p in self.pts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of an upright frame."""
+        return (self.width, self.height) if self.rotation in (90, 270) else (self.height, self.width)
+
+
+class Deadline:
+    """A moment after which work is given up; None never comes."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raise `BadVideo` if the moment has passed."""
+        if self._end is not None and time.monotonic() > self._end:
+            raise BadVideo(f"decoding took longer than {self.seconds:g} s")
+
+
+def scan(path: str, deadline: Deadline | None = None) -> Scan:
+    """Read the packet headers of `path` and decode its first frame.
+
+    Raises:
+        BadVideo: With the reason.
+    """
+    deadline = deadline or Deadline(None)
+    _check_file(path)
+    with _open(path) as container:
+        stream = _video_stream(container)
+        packets = list(_packet_facts(container, stream, deadline))
+        if not packets:
+            raise BadVideo("the video stream holds no frames")
+        if any(p.corrupt for p in packets):
+            raise BadVideo("damaged: the container marks packets as corrupt")
+        if stream.frames and len(packets) < stream.frames:
+            raise BadVideo(
+                f"truncated: the header promises {stream.frames} frames, the file holds {len(packets)}"
+            )
+        # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
+        unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
+        return _summarise(path, stream, packets, unordered, deadline)
+
+
+def read_frames(
+    path: str, info: Scan, indices: Sequence[int], *, threads: int = 1, deadline: Deadline | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (index, frame (H, W, 3) uint8 RGB upright) for each distinct index, ascending.
+
+    Args:
+        path: The file.
+        info: Its scan.
+        indices: Wanted frames, in any order, repeats allowed.
+        threads: FFmpeg's decoding threads; 0 lets it choose.
+        deadline: When to give up.
+
+    Raises:
+        BadVideo: When a wanted frame does not exist or cannot be decoded whole.
+    """
+    deadline = deadline or Deadline(None)
+    wanted = sorted(set(indices))
+    if wanted and (wanted[0] < 0 or wanted[-1] >= len(info.pts)):
+        raise BadVideo(
+            f"frame {wanted[-1] if wanted[0] >= 0 else wanted[0]} of {len(info.pts)} was asked for"
+        )
+    convert = av.video.reformatter.VideoReformatter()
+    with _Reader(path, info, threads, deadline) as reader:
+        for index in wanted:
+            frame = reader.frame(index)
+            picture = convert.reformat(frame, format="rgb24").to_ndarray()
+            if picture.shape[:2] != (info.height, info.width):
+                raise BadVideo(
+                    f"frame {index} is {frame.width}x{frame.height}, the first {info.width}x{info.height}"
+                )
+            yield index, np.ascontiguousarray(np.rot90(picture, -(info.rotation // 90)))
+
+
+class _Reader:
+    """Walks through a file, seeking to a later key frame when that skips work."""
+
+    def __init__(self, path: str, info: Scan, threads: int, deadline: Deadline) -> None:
+        self.path, self.info, self.threads, self.deadline = path, info, threads, deadline
+        self.place = {pts: i for i, pts in enumerate(info.pts)}
+        self.linear = info.counted
+        self._open()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.frames.close()
+        self.container.close()
+
+    def frame(self, index: int) -> Any:
+        """Return the decoded picture of `index`; indices come ascending."""
+        if self.linear:
+            return self._advance(index)
+        key = bisect_right(self.info.keys, self.info.pts[index]) - 1
+        if key > 0 and self.info.keys[key] > self.info.pts[max(self.reached, 0)]:
+            self._seek(self.info.keys[key])
+        try:
+            return self._advance(index)
+        except _NotFoundError:
+            # Some containers cannot seek where their packets say; then only reading from the start is exact.
+            self.linear = True
+            self.__exit__()
+            self._open()
+            return self._advance(index)
+
+    def _open(self) -> None:
+        self.container = _open(self.path)
+        self.stream = _video_stream(self.container)
+        self.stream.codec_context.options = {"err_detect": "explode"}
+        self.stream.codec_context.thread_count = self.threads
+        if self.threads != 1:
+            self.stream.thread_type = "AUTO"
+        self._start()
+
+    def _seek(self, pts: int) -> None:
+        self.frames.close()
+        self.container.seek(pts, stream=self.stream, backward=True)
+        self.stream.codec_context.flush_buffers()
+        self._start()
+
+    def _start(self) -> None:
+        self.bad_orders: list[int] = []
+        self.reached = -1  # index of the last frame that came out
+        self.frames = self._decode()
+
+    def _advance(self, index: int) -> Any:
+        for found, frame in self.frames:
+            self.reached = found
+            if found == index:
+                self._check_whole(index, frame)
+                return frame
+            if found > index:
+                break
+        if self.bad_orders:
+            raise BadVideo(f"frame {index} depends on damaged data")
+        raise _NotFoundError(f"frame {index} is in the container but does not decode")
+
+    def _check_whole(self, index: int, frame: Any) -> None:
+        if frame.is_corrupt:
+            raise BadVideo(f"frame {index} is damaged")
+        if not self.bad_orders:
+            return
+        own = self.info.order[index]
+        starts = [o for o in self.info.key_order if o <= own]
+        start = max(starts) if starts else 0
+        if any(start <= bad <= own for bad in self.bad_orders) or self.info.counted:
+            raise BadVideo(f"frame {index} depends on damaged data")
+
+    def _decode(self) -> Generator[tuple[int, Any], None, None]:
+        """Yield (index, frame) as pictures come out; pictures without an index are passed over."""
+        count = 0
+        for packet in self.container.demux(self.stream):
+            self.deadline.check()
+            try:
+                frames = packet.decode()
+            except av.error.EOFError:
+                return
+            except av.error.FFmpegError:
+                place = self.place.get(packet.pts)
+                if place is not None:
+                    self.bad_orders.append(self.info.order[place])
+                elif packet.dts is not None:
+                    raise BadVideo("damaged data between the frames") from None
+                continue
+            for frame in frames:
+                if self.info.counted:
+                    yield count, frame
+                    count += 1
+                elif frame.pts in self.place:
+                    yield self.place[frame.pts], frame
+
+
+class _NotFoundError(BadVideo):
+    pass
+
+
+@dataclass(frozen=True)
+class _Packet:
+    pts: int | None
+    dts: int | None
+    duration: int
+    key: bool
+    shown: bool
+    corrupt: bool
+
+
+def _packet_facts(container: Any, stream: Any, deadline: Deadline) -> Iterator[_Packet]:
+    hidden_flag = stream.codec_context.name in ("vp8", "libvpx")
+    try:
+        for packet in container.demux(stream):
+            deadline.check()
+            if packet.size == 0:
+                continue
+            # RFC 6386, 9.1: bit 4 of the first byte of a VP8 frame says whether it is shown.
+            shown = not packet.is_discard and not (hidden_flag and not memoryview(packet)[0] & 0x10)
+            yield _Packet(
+                packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, shown, packet.is_corrupt
+            )
+    except av.error.FFmpegError as error:
+        raise BadVideo(f"damaged: {_plain(error)}") from None
+
+
+def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool, deadline: Deadline) -> Scan:
+    base = stream.time_base or Fraction(1, 1000)
+    times: list[Any] = [p.pts for p in packets if p.shown]
+    counted = unordered or None in times or len(set(times)) < len(times)
+    if counted:
+        times = [p.dts if p.dts is not None else p.pts for p in packets if p.shown]
+        if None in times or len(set(times)) < len(times):
+            times = _times_by_rate(stream, base, len(times))
+    numbered = sorted(
+        (t, o) for t, o in zip(times, (o for o, p in enumerate(packets) if p.shown), strict=True)
+    )
+    if not counted:
+        numbered = [(t, o) for t, o in numbered if t * base >= 0]
+    if not numbered:
+        raise BadVideo("every frame lies before time zero")
+    pts = tuple(t for t, _ in numbered)
+    keys = sorted((p.pts, o) for o, p in enumerate(packets) if p.key and p.pts is not None)
+    first = _first_frame(path, deadline)
+    fps, duration, variable = _rate(stream, pts, base, packets)
+    return Scan(
+        codec=stream.codec_context.codec.canonical_name,
+        width=first.width,
+        height=first.height,
+        pixel_format=first.format.name,
+        rotation=_rotation(first),
+        fps=fps,
+        duration=duration,
+        pts=pts,
+        order=tuple(o for _, o in numbered),
+        keys=tuple(k for k, _ in keys),
+        key_order=tuple(sorted(o for _, o in keys)),
+        time_base=base,
+        variable_rate=variable,
+        counted=counted,
+        plain=not counted and len(pts) == len(packets),
+    )
+
+
+def _times_by_rate(stream: Any, base: Fraction, count: int) -> list[int]:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise BadVideo("the file has neither frame times nor a frame rate")
+    return [round(i / rate / base) for i in range(count)]
+
+
+def _rate(
+    stream: Any, pts: Sequence[int], base: Fraction, packets: list[_Packet]
+) -> tuple[float, float, bool]:
+    """Return (frames per second, seconds, whether the spacing varies)."""
+    n = len(pts)
+    declared = stream.average_rate or None
+    if n == 1:
+        length = next((float(p.duration * base) for p in packets if p.duration > 0), 0.0)
+        fps = float(declared) if declared else (1 / length if length else 1.0)
+        return fps, 1 / fps, False
+    span = float((pts[-1] - pts[0]) * base)
+    measured = (n - 1) / span
+    # A container rounds each time to its time base; the declared rate has no such error where it fits.
+    rounding = float(base) + CONSTANT_RATE_TOLERANCE * span / (n - 1)
+    for rate in [float(declared)] if declared else []:
+        if all(abs(float((p - pts[0]) * base) - i / rate) <= rounding for i, p in enumerate(pts)):
+            return rate, n / rate, False
+    even = all(abs(float((p - pts[0]) * base) - i / measured) <= rounding for i, p in enumerate(pts))
+    return measured, span + 1 / measured, not even
+
+
+def _first_frame(path: str, deadline: Deadline) -> Any:
+    """Return the first picture that decodes, from a fresh container (a scan leaves its own at the end)."""
+    with _open(path) as container:
+        stream = _video_stream(container)
+        for number, packet in enumerate(container.demux(stream)):
+            deadline.check()
+            try:
+                for frame in packet.decode():
+                    return frame
+            except av.error.EOFError:
+                break
+            except av.error.FFmpegError:
+                if number >= FIRST_FRAME_PACKETS:
+                    break
+    raise BadVideo("no frame can be decoded")
+
+
+def _rotation(frame: Any) -> int:
+    clockwise = -frame.rotation % 360
+    if clockwise % 90:
+        raise BadVideo(f"the display rotation of {clockwise} degrees is not a multiple of 90")
+    return clockwise
+
+
+def _video_stream(container: Any) -> Any:
+    for stream in container.streams.video:
+        if stream.codec_context.name in NOT_VIDEO_CODECS:
+            raise BadVideo(f"not a video (FFmpeg reads it as {stream.codec_context.name} text)")
+        if not int(stream.disposition) & int(av.stream.Disposition.attached_pic):
+            return stream
+    kinds = sorted({s.type for s in container.streams})
+    raise BadVideo(f"no video stream ({', '.join(kinds) if kinds else 'no streams at all'})")
+
+
+def _open(path: str) -> Any:
+    try:
+        return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise BadVideo(f"not a readable video: {_plain(error)}") from None
+    except OSError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from None
+
+
+def _plain(error: Any) -> str:
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _check_file(path: str) -> None:
+    try:
+        facts = os.stat(path)  # noqa: PTH116 - the path is a str throughout this file
+        if stat.S_ISDIR(facts.st_mode):
+            raise BadVideo("is a folder, not a video")
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadVideo("is not a regular file")
+        if facts.st_size == 0:
+            raise BadVideo("empty file (0 bytes)")
+        with open(path, "rb") as file:  # noqa: PTH123
+            _check_length(file, facts.st_size)
+    except FileNotFoundError:
+        raise BadVideo("does not exist") from None
+    except OSError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from None
+
+
+def _check_length(file: BinaryIO, size: int) -> None:
+    """Refuse a file that is shorter than its own container says (a broken download)."""
+    head = file.read(64)
+    end = None
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        end = _end_of_boxes(file, size)
+    elif head[:4] == b"\x1aE\xdf\xa3":
+        end = _end_of_segment(head)
+    elif head[:4] == b"RIFF":
+        end = 8 + struct.unpack("<I", head[4:8])[0]
+    if end is not None and end > size + 1:  # RIFF chunks may lack the padding byte
+        raise BadVideo(f"truncated: the container spans {end} bytes, the file has {size}")
+
+
+def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
+    """Return where the last top-level box of an MP4 or MOV ends; None when that is left open."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if length == 1:
+            wide = file.read(8)
+            if len(wide) < 8:
+                return at + 16
+            length = struct.unpack(">Q", wide)[0]
+        if length == 0 or (length < 8 and not kind.isalnum()):
+            return None
+        if length < 8:
+            return None
+        at += length
+    return at
+
+
+def _end_of_segment(head: bytes) -> int | None:
+    """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown."""
+    at, length, _ = 4, *_ebml_size(head, 4)
+    at = 4 + _ebml_size(head, 4)[1] + length
+    if head[at : at + 4] != b"\x18S\x80g":
+        return None
+    length, width = _ebml_size(head, at + 4)
+    unknown = (1 << (7 * width)) - 1
+    return None if length == unknown else at + 4 + width + length
+
+
+def _ebml_size(head: bytes, at: int) -> tuple[int, int]:
+    """Return (value, bytes used) of the variable-length size at `at` (RFC 8794, 4)."""
+    if at >= len(head) or head[at] == 0:
+        return 0, 1
+    width = 9 - head[at].bit_length()
+    value = int.from_bytes(head[at : at + width], "big") & ((1 << (7 * width)) - 1)
+    return value, width

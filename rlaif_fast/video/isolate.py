@@ -1,0 +1,218 @@
+"""Decoding in processes of its own, which can be stopped.
+
+A thread that hangs inside FFmpeg (a network mount that went away, an endless loop on a hostile file) cannot
+be ended from outside: it keeps its stack, its file and its frames for the rest of the run, and a crash there
+ends the run. A process can be killed, and the kernel takes back all that it held. So each decoding process
+works for one thread; when it misses its deadline or dies, it is killed and reaped, the file is bad, and the
+next request starts a fresh one. Pixels come through anonymous shared memory (`memfd`), which needs no name,
+no cleaning up and no room in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import queue
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.ffmpeg import Scan
+
+CHUNK_BYTES = 32 << 20  # of frames handed over at a time
+_HEADER = struct.Struct("<Q")
+
+
+class DecodeProcess:
+    """One decoding process, started at the first request and again after it had to be killed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+        self._memory = _anonymous_file()
+        self._capacity = 0
+
+    def scan(self, path: str, timeout: float | None) -> Scan:
+        """Return what `path` holds; raises `VideoError`, also when `timeout` seconds pass."""
+        with self._guarded(path, timeout) as end:
+            self._send(("scan", path))
+            return Scan(**self._answer(path, end)[1])
+
+    def frames(
+        self, path: str, scan: Scan, indices: Sequence[int], timeout: float | None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (index, frame (H, W, 3) uint8), ascending; valid until the next one."""
+        height, width = scan.shape
+        frame_bytes = height * width * 3
+        with self._guarded(path, timeout) as end:
+            self._grow(max(CHUNK_BYTES, frame_bytes))
+            self._send(("frames", path, asdict(scan), list(indices), self._capacity))
+            memory = mmap.mmap(self._memory, self._capacity)  # unmapped when its last view is gone
+            slots = self._capacity // frame_bytes
+            room = np.frombuffer(memory, np.uint8, slots * frame_bytes).reshape(slots, height, width, 3)
+            while (answer := self._answer(path, end))[0] == "frames":
+                for slot, index in enumerate(answer[1]):
+                    yield index, room[slot]
+                self._send(("next",))
+
+    def close(self) -> None:
+        """End the process and give the shared memory back."""
+        self._kill()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while none runs."""
+        return self._process.pid if self._process is not None else None
+
+    @contextmanager
+    def _guarded(self, path: str, timeout: float | None) -> Iterator[float | None]:
+        """Start the process if need be; kill it unless the body ends with an answer."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        end = None if timeout is None else time.monotonic() + timeout
+        whole = False
+        try:
+            yield end
+            whole = True
+        except _Refused as error:
+            whole = True
+            raise VideoError(path, str(error)) from None
+        except TimeoutError:
+            raise VideoError(path, f"decoding took longer than {timeout:g} s") from None
+        except (EOFError, ConnectionError):
+            raise VideoError(path, f"the decoder crashed on it ({self._exit_words()})") from None
+        finally:
+            if not whole:
+                self._kill()
+
+    def _start(self) -> None:
+        self._kill()
+        ours, theirs = socket.socketpair()
+        worker = str(Path(__file__).with_name("worker.py"))
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, worker, str(theirs.fileno()), str(self._memory)],
+                pass_fds=(theirs.fileno(), self._memory),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except OSError as error:
+            ours.close()
+            raise RlaifFastError(f"no decoding process could be started: {error.strerror}") from None
+        finally:
+            theirs.close()
+        self._channel = ours
+
+    def _kill(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _exit_words(self) -> str:
+        assert self._process is not None
+        code = self._process.wait(timeout=5)
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _grow(self, capacity: int) -> None:
+        if capacity != self._capacity:
+            os.ftruncate(self._memory, capacity)
+            self._capacity = capacity
+
+    def _send(self, message: tuple[Any, ...]) -> None:
+        assert self._channel is not None
+        data = pickle.dumps(message)
+        self._channel.settimeout(None)
+        self._channel.sendall(_HEADER.pack(len(data)) + data)
+
+    def _answer(self, path: str, end: float | None) -> tuple[Any, ...]:
+        size = _HEADER.unpack(self._exactly(_HEADER.size, end))[0]
+        answer = pickle.loads(self._exactly(size, end))
+        if answer[0] == "bad":
+            raise _Refused(answer[1])
+        return answer
+
+    def _exactly(self, count: int, end: float | None) -> bytes:
+        assert self._channel is not None
+        parts = bytearray()
+        while len(parts) < count:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            self._channel.settimeout(left)
+            part = self._channel.recv(min(count - len(parts), 1 << 20))
+            if not part:
+                raise EOFError
+            parts += part
+        return bytes(parts)
+
+
+class DecodePool:
+    """Decoding processes lent to threads, at most `size` at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._all = [DecodeProcess() for _ in range(size)]
+        self._free: queue.SimpleQueue[DecodeProcess] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        for process in self._all:
+            self._free.put(process)
+
+    @contextmanager
+    def lend(self) -> Iterator[DecodeProcess]:
+        """Wait for a free process and hold it."""
+        process = self._free.get()
+        try:
+            yield process
+        finally:
+            if self._closed.is_set():
+                process.close()
+            self._free.put(process)
+
+    def close(self) -> None:
+        """End every process; one that is lent ends when it comes back."""
+        self._closed.set()
+        lent = len(self._all)
+        while True:
+            try:
+                self._free.get_nowait().close()
+                lent -= 1
+            except queue.Empty:
+                break
+        for process in self._all if lent else []:
+            process._kill()  # ends the wait of the thread that holds it
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the running processes."""
+        return [p.pid for p in self._all if p.pid is not None]
+
+
+class _Refused(Exception):
+    """The process answered that the file is bad."""
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("rlaif_fast_frames")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -1,0 +1,249 @@
+"""Clips of many examples, decoded ahead of need by worker threads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.cache import ClipCache
+from rlaif_fast.video.clips import load_clip, load_image
+from rlaif_fast.video.errors import TooManyBadFiles, VideoError
+from rlaif_fast.video.isolate import DecodePool
+from rlaif_fast.video.preprocess import PixelBudget
+from rlaif_fast.video.sampling import FrameSampling
+
+log = logging.getLogger(__name__)
+
+MIN_FILES_JUDGED = 50  # `max_bad_fraction` is taken of at least this many files while the total is unknown
+
+
+@dataclass
+class LoadStats:
+    """What loading has cost so far.
+
+    Attributes:
+        clips: Clips loaded.
+        dropped: Examples dropped for a bad file.
+        bad_files: Distinct bad files, reason by path.
+        wait_seconds: Time the consumer stood waiting for clips.
+    """
+
+    clips: int = 0
+    dropped: int = 0
+    bad_files: dict[str, str] = field(default_factory=dict)
+    wait_seconds: float = 0.0
+
+    def summary(self) -> str:
+        """Return the bad files by reason, most frequent first."""
+        kinds = Counter(reason.split(":")[0] for reason in self.bad_files.values())
+        return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+
+
+class ClipStore:
+    """Loads clips, each once: in memory, on disk, or decoded in a process that can be stopped.
+
+    Args:
+        sampling: Which frames of a video.
+        resize: Pixel limits applied while decoding; None keeps full frames.
+        cache: Where clips are kept; None for 512 MiB of memory.
+        decoder: "auto" or a name of the decoder table. Processes decode with "pyav"; any other runs in this
+            process.
+        workers: Decoding threads, each with a process of its own where `isolate`.
+        isolate: Decode in processes, so that a hang or a crash inside a decoder costs one file.
+        timeout: Seconds a file may take to scan, and again to decode; a slower one is bad.
+        quarantine: File that gets one JSON line per bad file; None for none.
+        max_bad_fraction: Above this share of bad files `TooManyBadFiles` is raised.
+        total_files: Number of distinct files of the dataset; None while unknown.
+    """
+
+    def __init__(
+        self,
+        sampling: FrameSampling | None = None,
+        *,
+        resize: PixelBudget | None = None,
+        cache: ClipCache | None = None,
+        decoder: str = "auto",
+        workers: int = 2,
+        isolate: bool = True,
+        timeout: float = 60.0,
+        quarantine: str | Path | None = None,
+        max_bad_fraction: float = 0.05,
+        total_files: int | None = None,
+    ) -> None:
+        if workers < 1:
+            raise UsageError(f"workers must be at least 1, got {workers}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UsageError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
+        if timeout <= 0:
+            raise UsageError(f"timeout must be positive, got {timeout}")
+        self.sampling = sampling or FrameSampling()
+        self.resize, self.decoder, self.timeout = resize, decoder, timeout
+        self.cache = cache if cache is not None else ClipCache()
+        self.quarantine = None if quarantine is None else Path(quarantine)
+        self.max_bad_fraction, self.total_files = max_bad_fraction, total_files
+        self.stats = LoadStats()
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+        self._in_flight: dict[tuple[str, bool], Future[Clip]] = {}
+        isolate = isolate and decoder in ("auto", "pyav")
+        self._pool = DecodePool(workers) if isolate else None
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="clips")
+
+    def load(self, path: str, *, image: bool = False) -> Clip:
+        """Return the clip of a file.
+
+        Raises:
+            VideoError: When the file is bad; it is then in quarantine and is not tried again.
+            TooManyBadFiles: When that makes too many of them.
+        """
+        return self.submit(path, image=image).result()
+
+    def submit(self, path: str, *, image: bool = False) -> Future[Clip]:
+        """Start loading a file and return its future; one that is being loaded already is shared."""
+        with self._lock:
+            known = self._in_flight.get((path, image))
+            if known is not None:
+                return known
+            future = self._threads.submit(self._load, path, image)
+            self._in_flight[path, image] = future
+        future.add_done_callback(lambda _: self._landed(path, image))
+        return future
+
+    def close(self) -> None:
+        """End the threads and processes. Loads in progress are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
+        self._threads.shutdown(wait=True)
+
+    def __enter__(self) -> ClipStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _landed(self, path: str, image: bool) -> None:
+        with self._lock:
+            self._in_flight.pop((path, image), None)
+
+    def _load(self, path: str, image: bool) -> Clip:
+        reason = self.stats.bad_files.get(path)
+        if reason is not None:
+            raise VideoError(path, reason)
+        try:
+            clip = self._read(path, image)
+        except VideoError as error:
+            self._set_aside(error)
+            raise
+        with self._lock:
+            self._seen.add(path)
+            self.stats.clips += 1
+        return clip
+
+    def _read(self, path: str, image: bool) -> Clip:
+        if image:
+            return load_image(path, resize=self.resize, cache=self.cache)
+        if self._pool is None:
+            return load_clip(
+                path, sampling=self.sampling, decoder=self.decoder, cache=self.cache, resize=self.resize
+            )
+        with self._pool.lend() as process:
+            return load_clip(
+                path,
+                sampling=self.sampling,
+                cache=self.cache,
+                resize=self.resize,
+                process=process,
+                timeout=self.timeout,
+            )
+
+    def _set_aside(self, error: VideoError) -> None:
+        with self._lock:
+            if error.path in self.stats.bad_files:
+                return
+            self._seen.add(error.path)
+            self.stats.bad_files[error.path] = error.reason
+            log.warning("dropped %s", error)
+            if self.quarantine is not None:
+                line = json.dumps({"path": error.path, "reason": error.reason}, ensure_ascii=False)
+                with self.quarantine.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            bad = len(self.stats.bad_files)
+            total = self.total_files or max(len(self._seen), MIN_FILES_JUDGED)
+            if bad > self.max_bad_fraction * total:
+                raise TooManyBadFiles(
+                    f"{bad} of {total} files are bad, more than max_bad_fraction={self.max_bad_fraction:g}"
+                    f" allows ({self.stats.summary()}); look at {self.quarantine or 'the warnings above'}"
+                )
+
+
+class FrameLoader:
+    """Iterates over (example, its clips: videos first, then images), in order, decoding ahead of need.
+
+    An example with a bad file is left out and counted in `stats.dropped`.
+
+    Args:
+        store: Loads the clips.
+        examples: What to load, in order; may be endless.
+        prefetch: Examples decoded ahead.
+        max_bytes_ahead: Stop decoding ahead while the waiting clips hold more than this.
+    """
+
+    def __init__(
+        self,
+        store: ClipStore,
+        examples: Iterable[Example],
+        *,
+        prefetch: int = 16,
+        max_bytes_ahead: int = 4 << 30,
+    ) -> None:
+        if prefetch < 1:
+            raise UsageError(f"prefetch must be at least 1, got {prefetch}")
+        self.store, self.examples = store, examples
+        self.prefetch, self.max_bytes_ahead = prefetch, max_bytes_ahead
+
+    @property
+    def stats(self) -> LoadStats:
+        """What loading has cost so far."""
+        return self.store.stats
+
+    def __iter__(self) -> Iterator[tuple[Example, tuple[Clip, ...]]]:
+        source = iter(self.examples)
+        ahead: deque[tuple[Example, list[Future[Clip]]]] = deque()
+        exhausted = False
+        while True:
+            while not exhausted and len(ahead) < self.prefetch and self._bytes(ahead) < self.max_bytes_ahead:
+                example = next(source, None)
+                if example is None:
+                    exhausted = True
+                    break
+                clips = [self.store.submit(path) for path in example.videos]
+                clips += [self.store.submit(path, image=True) for path in example.images]
+                ahead.append((example, clips))
+            if not ahead:
+                return
+            example, futures = ahead.popleft()
+            began = time.monotonic()
+            try:
+                loaded = tuple(future.result() for future in futures)
+            except VideoError:
+                self.stats.dropped += 1
+                continue
+            finally:
+                self.stats.wait_seconds += time.monotonic() - began
+            yield example, loaded
+
+    @staticmethod
+    def _bytes(ahead: Iterable[tuple[Example, list[Future[Clip]]]]) -> int:
+        done = (f for _, futures in ahead for f in futures if f.done() and f.exception() is None)
+        return sum({id(clip.frames): clip.frames.nbytes for clip in (f.result() for f in done)}.values())

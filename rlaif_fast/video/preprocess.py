@@ -1,0 +1,222 @@
+"""Frames to the model's patches with the arithmetic of the Qwen-VL processors: resize, normalise, patchify."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlaif_fast.policy.prompt import Media
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.errors import VideoError
+
+MAX_RATIO = 200
+RESIZE_CHUNK_BYTES = 64 << 20  # of full-size frames handed to the resize at a time
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """What a vision tower eats.
+
+    Attributes:
+        patch_size: Pixels along a side of a patch (Qwen2.5-VL 14, Qwen3-VL 16).
+        temporal_patch_size: Frames in a patch.
+        merge_size: Patches along a side of one language-model token.
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, of values in [0, 1].
+    """
+
+    patch_size: int
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not all(s > 0 for s in self.std):
+            raise ValueError(f"std must be positive, got {self.std}")
+
+    @property
+    def factor(self) -> int:
+        """Height and width of a preprocessed frame are multiples of this."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class PixelBudget:
+    """How large frames may be after resizing.
+
+    Attributes:
+        factor: Height and width become multiples of this (`PatchSpec.factor`).
+        min_pixels: Fewest pixels of a frame.
+        max_pixels: Most pixels of a frame.
+        total_pixels: Most pixels of a video, counted per temporal patch of `frame_factor` frames; None for no
+            limit.
+        frame_factor: Frames in a temporal patch.
+    """
+
+    factor: int
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None = None
+    frame_factor: int = 2
+
+    def size(self, path: str, frames: int, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) that `frames` frames of a video are resized to."""
+        most = self.max_pixels
+        if self.total_pixels is not None:
+            share = max(self.total_pixels / frames * self.frame_factor, int(self.min_pixels * 1.05))
+            most = min(most, int(share))
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise VideoError(path, f"{width}x{height} is more than {MAX_RATIO} times as long as wide")
+        return smart_resize(
+            height, width, factor=self.factor, min_pixels=min(self.min_pixels, most), max_pixels=most
+        )
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return the size that keeps the aspect ratio best, in multiples of `factor`, within the pixel limits.
+
+    Args:
+        height: Pixels.
+        width: Pixels.
+        factor: Both results are multiples of this.
+        min_pixels: Least height * width of the result.
+        max_pixels: Most height * width of the result (a result of one `factor` squared is always allowed).
+
+    Returns:
+        (height, width).
+
+    Raises:
+        ValueError: For an aspect ratio above 200 or limits that exclude each other.
+
+    Source: qwen-vl-utils 0.0.14, `smart_resize`.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+    if min_pixels > max_pixels:
+        raise ValueError(f"min_pixels must not exceed max_pixels, got {min_pixels} and {max_pixels}")
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise ValueError(f"the aspect ratio must be at most {MAX_RATIO}, got {height}x{width}")
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def resize_frames(
+    frames: Tensor,  # (F, H, W, 3) uint8
+    size: tuple[int, int],
+) -> Tensor:
+    """Return `frames` resized to (height, width): antialiased bicubic, rounded to uint8, as torchvision does."""
+    if tuple(frames.shape[1:3]) == tuple(size):
+        return frames
+    out = frames.new_empty(frames.shape[0], *size, 3)
+    step = max(1, RESIZE_CHUNK_BYTES // max(1, frames[0].numel()))
+    for at in range(0, frames.shape[0], step):
+        chunk = frames[at : at + step].permute(0, 3, 1, 2)  # (f, 3, H, W), channels last in memory
+        if frames.device.type == "cpu":
+            resized = F.interpolate(chunk, size=size, mode="bicubic", antialias=True, align_corners=False)
+        else:  # uint8 interpolation is a CPU kernel; elsewhere round as it does
+            resized = F.interpolate(
+                chunk.float(), size=size, mode="bicubic", antialias=True, align_corners=False
+            )
+            resized = resized.round_().clamp_(0, 255)
+        out[at : at + step] = resized.permute(0, 2, 3, 1)
+    return out
+
+
+def preprocess(
+    clip: Clip,
+    spec: PatchSpec,
+    *,
+    min_pixels: int,
+    max_pixels: int,
+    total_pixels: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Media:
+    """Return the patches of a clip: resized within the pixel limits, normalised, in the model's row order.
+
+    Args:
+        clip: The frames.
+        spec: Patch sizes and normalisation of the model.
+        min_pixels: Fewest pixels of a resized frame.
+        max_pixels: Most pixels of a resized frame.
+        total_pixels: Most pixels of a whole video, per temporal patch; None for no limit. Images ignore it.
+        device: Where the work is done and the patches stay; None for where the frames are.
+        dtype: Of the patches.
+
+    Returns:
+        `Media` with patches (n, 3 * temporal_patch_size * patch_size**2).
+
+    Raises:
+        VideoError: When the frames are more than 200 times as long as wide.
+    """
+    frames = clip.frames if device is None else clip.frames.to(device, non_blocking=True)
+    count, height, width, _ = frames.shape
+    budget = PixelBudget(
+        spec.factor, min_pixels, max_pixels, None if clip.is_image else total_pixels, spec.temporal_patch_size
+    )
+    size = budget.size(clip.path, count, height, width)
+    patches = patchify(resize_frames(frames, size), spec, dtype)
+    grid = (-(-count // spec.temporal_patch_size), size[0] // spec.patch_size, size[1] // spec.patch_size)
+    described = f"{clip.key}:{spec}:{size}:{dtype}"
+    return Media(
+        patches=patches,
+        grid_thw=grid,
+        is_video=not clip.is_image,
+        seconds_per_grid=spec.temporal_patch_size / clip.sample_fps if clip.sample_fps else 0.0,
+        key=hashlib.blake2b(described.encode(), digest_size=20).hexdigest(),
+        timestamps=() if clip.is_image else grid_timestamps(clip.timestamps, spec.temporal_patch_size),
+    )
+
+
+def grid_timestamps(timestamps: tuple[float, ...], temporal_patch_size: int) -> tuple[float, ...]:
+    """Return the time that Qwen3-VL's prompts state for each temporal patch: between its first and last frame."""
+    full = timestamps + timestamps[-1:] * (-len(timestamps) % temporal_patch_size)
+    starts = range(0, len(full), temporal_patch_size)
+    return tuple((full[i] + full[i + temporal_patch_size - 1]) / 2 for i in starts)
+
+
+def patchify(
+    frames: Tensor,  # (F, H, W, 3) uint8
+    spec: PatchSpec,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return the normalised patches (n, 3 * temporal_patch_size * patch_size**2) of resized frames.
+
+    On the CPU the bytes are put in order before they become floats, so that the large copy moves a quarter of
+    the data.
+    """
+    return _patchify_cpu(frames, spec, dtype)
+
+
+def _patchify_cpu(frames: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
+    p, pt, m = spec.patch_size, spec.temporal_patch_size, spec.merge_size
+    missing = -frames.shape[0] % pt
+    if missing:
+        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+    count, height, width, channels = frames.shape
+    grid = frames.reshape(count // pt, pt, height // (m * p), m, p, width // (m * p), m, p, channels)
+    rows = grid.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, pt * p * p)
+    scale = torch.tensor([1 / (255 * s) for s in spec.std], device=frames.device).view(1, channels, 1)
+    shift = torch.tensor([-a / s for a, s in zip(spec.mean, spec.std, strict=True)], device=frames.device)
+    values = rows.to(torch.float32).mul_(scale).add_(shift.view(1, channels, 1))
+    return values.view(-1, channels * pt * p * p).to(dtype)

@@ -1,0 +1,137 @@
+"""What a video file holds, read once per version of the file."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from rlaif_fast.video import ffmpeg
+from rlaif_fast.video.base import VideoInfo
+from rlaif_fast.video.errors import VideoError
+
+MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
+WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
+DIGEST_BLOCKS = 256
+DIGEST_BLOCK_BYTES = 1 << 20
+
+Version = tuple[str, int, int, int]
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Return what `path` holds: codec, size, frame times, rotation.
+
+    Every packet header is read and the first frame is decoded, so the frame count is the file's own, not its
+    header's.
+
+    Raises:
+        VideoError: When the file is not a whole, decodable video.
+    """
+    path = str(path)
+    return info_of(path, scan_file(path))
+
+
+def info_of(path: str, scan: ffmpeg.Scan) -> VideoInfo:
+    """Return the public form of a scan."""
+    return VideoInfo(
+        path=path,
+        codec=scan.codec,
+        width=scan.width,
+        height=scan.height,
+        frames=len(scan.pts),
+        fps=scan.fps,
+        duration=scan.duration,
+        timestamps=scan.timestamps,
+        rotation=scan.rotation,
+        pixel_format=scan.pixel_format,
+        variable_rate=scan.variable_rate,
+    )
+
+
+class _Memo:
+    """Scans and digests by file version, the oldest forgotten first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._scans: OrderedDict[Version, ffmpeg.Scan] = OrderedDict()
+        self._digests: OrderedDict[Version, str] = OrderedDict()
+        self._frames = 0
+
+    def scan(self, version: Version) -> ffmpeg.Scan | None:
+        with self._lock:
+            return self._scans.get(version)
+
+    def keep_scan(self, version: Version, scan: ffmpeg.Scan) -> None:
+        with self._lock:
+            if version in self._scans:
+                return
+            self._scans[version] = scan
+            self._frames += len(scan.pts)
+            while self._frames > MEMO_FRAMES and len(self._scans) > 1:
+                self._frames -= len(self._scans.popitem(last=False)[1].pts)
+
+    def digest(self, version: Version) -> str | None:
+        with self._lock:
+            return self._digests.get(version)
+
+    def keep_digest(self, version: Version, digest: str) -> None:
+        with self._lock:
+            self._digests[version] = digest
+            while len(self._digests) > 100_000:
+                self._digests.popitem(last=False)
+
+
+MEMO = _Memo()
+
+
+def file_version(path: str) -> Version:
+    """Return what changes when the file does."""
+    try:
+        facts = Path(path).stat()
+    except OSError as error:
+        raise VideoError(path, _os_reason(error)) from None
+    return (str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+def scan_file(path: str) -> ffmpeg.Scan:
+    """Return the scan of `path`, from memory where the file has not changed."""
+    version = file_version(path)
+    known = MEMO.scan(version)
+    if known is None:
+        try:
+            known = ffmpeg.scan(path)
+        except ffmpeg.BadVideo as error:
+            raise VideoError(path, str(error)) from None
+        MEMO.keep_scan(version, known)
+    return known
+
+
+def file_digest(path: str) -> str:
+    """Return a digest of the file's content; above 256 MiB of its size and 256 blocks spread over it."""
+    version = file_version(path)
+    known = MEMO.digest(version)
+    if known is None:
+        try:
+            known = _digest(path, version[1])
+        except OSError as error:
+            raise VideoError(path, _os_reason(error)) from None
+        MEMO.keep_digest(version, known)
+    return known
+
+
+def _digest(path: str, size: int) -> str:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=20)
+    with Path(path).open("rb") as file:
+        if size <= WHOLE_DIGEST_BYTES:
+            while block := file.read(DIGEST_BLOCK_BYTES):
+                digest.update(block)
+        else:
+            for i in range(DIGEST_BLOCKS):
+                file.seek((size - DIGEST_BLOCK_BYTES) * i // (DIGEST_BLOCKS - 1))
+                digest.update(file.read(DIGEST_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _os_reason(error: OSError) -> str:
+    return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
