@@ -1,0 +1,221 @@
+"""The one table that says which implementation runs an operation.
+
+An operation ("op") has up to four implementations ("backends"): `triton`, `cuda`, `cpu` and `reference`. Each row of
+`TABLE` names a module and what in it implements the op; the module is imported when it is first needed. What
+a module provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H hidden, V
+vocabulary):
+
+    unavailable() -> str | None
+        Why the backend cannot run on this machine at all, or None. Asked once.
+    supports(op, device_type, dtype, group_size) -> str | None
+        Why this call cannot run, or None; device and dtype are those of the op's first tensor (scores, logps,
+        logits or hidden), group_size is G where the op ranks and None elsewhere.
+
+    rank_penalty(scores, oracle_ranks, valid, options: RankOptions) -> RankAdvantages
+
+    rank_loss(logps, advantages, oracle_ranks, valid, old_logps, ref_logps, mask, sampling_ratio, entropy,
+    num_items,
+              options: LossOptions) -> TokenGradients
+        The arguments of `rlaif_fast.reference.rank_loss.rank_loss`; the mask is bool or None, float inputs
+        may be any float dtype, ranks are of the dtype of the scores.
+
+    row_stats(logits (M, V), token_ids (M,), temperature) -> RowStats
+    row_grad(logits (M, V), token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) |
+    None,
+             out (M, V)) -> None
+        Write d/dlogits = grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits; `out` may be `logits`
+        itself.
+    row_loss(logits (M, V), token_ids (M,), temperature, rows: RowInputs, options: LossOptions)
+             -> (RowStats, grad_logps (M,), grad_entropy (M,))
+        Both at once where the advantages are known: logits are overwritten by their gradient of the loss.
+        An id outside [0, V) yields NaN statistics and a NaN gradient, and is never read through.
+
+    linear_loss(hidden (M, H), weight (V, H), bias (V,) | None, token_ids (M,), ...)  -> LinearGradients
+        See `rlaif_fast.linear.linear_loss`, which builds it from the three row functions of any backend.
+
+All results are detached, of float32 or wider, and on the device of the inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+OPS = ("rank_penalty", "rank_loss", "logits_loss", "linear_loss")
+NAMES = ("triton", "cuda", "cpu", "reference")
+
+
+class TokenGradients(NamedTuple):
+    """A token-level loss with its gradient.
+
+    Attributes:
+        loss: Scalar.
+        advantages: (B,), or (B, T) where they were given so.
+        stats: (len(STATS),), in the order of `rlaif_fast.options.STATS`.
+        grad_logps: (B, T) of the loss; exactly 0 on masked tokens.
+        grad_entropy: (B, T) of the loss, or None without `entropy_coef`.
+    """
+
+    loss: Tensor
+    advantages: Tensor
+    stats: Tensor
+    grad_logps: Tensor
+    grad_entropy: Tensor | None
+
+
+class RowStats(NamedTuple):
+    """Statistics of M rows of logits, of z = logits / temperature; each (M,)."""
+
+    logps: Tensor  # z_y - lse
+    lse: Tensor  # logsumexp z
+    entropy: Tensor  # lse - sum softmax(z) z
+
+
+class RowInputs(NamedTuple):
+    """What the loss needs to know of M rows when their advantages are known beforehand; each (M,), float32 or
+    wider."""
+
+    advantages: Tensor
+    weights: Tensor  # what the row counts in the aggregate; 0 masks it
+    old_logps: Tensor | None  # None is on-policy
+    ref_logps: Tensor | None
+    sampling_ratio: Tensor | None
+
+
+class LinearGradients(NamedTuple):
+    """A fused linear loss with its gradients; None where none was asked for."""
+
+    loss: Tensor  # scalar
+    advantages: Tensor  # (B,), (B, T) or (M,), as given
+    stats: Tensor  # (len(STATS),)
+    grad_hidden: Tensor | None  # (M, H), dtype of hidden
+    grad_weight: Tensor | None  # (V, H), float32 or wider
+    grad_bias: Tensor | None  # (V,), float32 or wider
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table.
+
+    Attributes:
+        name: "triton", "cuda", "cpu" or "reference".
+        op: The operation it implements.
+        module: Where it is implemented (see the module's docstring).
+        priority: `backend="auto"` takes the highest that supports the call.
+    """
+
+    name: str
+    op: str
+    module: str
+    priority: int
+
+    def load(self) -> Any:
+        """Import and return the module."""
+        return importlib.import_module(self.module)
+
+    @functools.cache  # noqa: B019  the rows live as long as the process
+    def unavailable(self) -> str | None:
+        """Return why the backend cannot run on this machine, or None."""
+        try:
+            module = self.load()
+        except ImportError as error:
+            return f"{self.module} cannot be imported: {error}"
+        return module.unavailable()
+
+    def refuses(self, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
+        """Return why this call cannot run here, or None."""
+        return self.unavailable() or self.load().supports(self.op, device_type, dtype, group_size)
+
+
+TABLE = (
+    Backend("triton", "rank_loss", "rlaif_fast_kernels.rank_loss", 30),
+    Backend("triton", "logits_loss", "rlaif_fast_kernels.logits_loss", 30),
+    Backend("triton", "linear_loss", "rlaif_fast_kernels.linear_loss", 30),
+    Backend("cuda", "rank_penalty", "rlaif_fast.cuda", 20),
+    Backend("cpu", "rank_penalty", "rlaif_fast.cpu", 10),
+    Backend("cpu", "rank_loss", "rlaif_fast.cpu", 10),
+    Backend("cpu", "logits_loss", "rlaif_fast.cpu", 10),
+    Backend("cpu", "linear_loss", "rlaif_fast.cpu", 10),
+    *(Backend("reference", op, "rlaif_fast.reference.backend", 0) for op in OPS),
+)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether one implementation can run on this machine, and if not, why."""
+
+    name: str
+    op: str
+    available: bool
+    reason: str
+
+
+def rows(op: str) -> Iterable[Backend]:
+    """Return the implementations of an operation, best first."""
+    return sorted((row for row in TABLE if row.op == op), key=lambda row: -row.priority)
+
+
+def select(op: str, name: str, x: Tensor, group_size: int | None = None) -> str:
+    """Return the name of the backend that runs `op` on `x`.
+
+    Args:
+        op: One of `OPS`.
+        name: "auto", or a backend by name, which then runs or raises: it never falls back.
+        x: The first tensor of the call.
+        group_size: G where the op ranks.
+
+    Raises:
+        ValueError: The name is unknown, or the named backend cannot run the call (the message says why).
+    """
+    return _select(op, name, x.device.type, x.dtype, group_size)
+
+
+@torch.compiler.assume_constant_result
+def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str:
+    call = (device_type, dtype, group_size)
+    if name == "auto":
+        chosen = next(row for row in rows(op) if row.refuses(*call) is None)
+        native = {"cuda": "triton", "cpu": "cpu"}.get(device_type)
+        if chosen.name == "reference":
+            _warn_once(next((row.unavailable() for row in rows(op) if row.name == native), None))
+        return chosen.name
+    if name not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}; got {name!r}")
+    for row in rows(op):
+        if row.name == name:
+            reason = row.refuses(*call)
+            if reason is None:
+                return name
+            raise ValueError(f"backend={name!r} cannot run {op}: {reason}")
+    raise ValueError(f"backend={name!r} does not implement {op}; {[row.name for row in rows(op)]} do")
+
+
+@functools.cache
+def _warn_once(reason: str | None) -> None:
+    if reason is not None:
+        warnings.warn(
+            f"rlaif_fast runs on its plain PyTorch reference: {reason}", RuntimeWarning, stacklevel=4
+        )
+
+
+def get(op: str, name: str) -> Any:
+    """Return the module that implements `op` for a backend chosen earlier by `select`."""
+    return next(row for row in TABLE if row.op == op and row.name == name).load()
+
+
+def report() -> list[BackendStatus]:
+    """Return every implementation, best first per op, and why it cannot run on this machine where it
+    cannot."""
+    statuses = []
+    for op in OPS:
+        for row in rows(op):
+            reason = row.unavailable()
+            statuses.append(BackendStatus(row.name, op, reason is None, reason or ""))
+    return statuses

@@ -1,0 +1,27 @@
+"""Log-probability and entropy of chosen tokens from logits.
+
+    z = logits / temperature,  p = softmax(z),  logp = z_y - logsumexp(z),  H = logsumexp(z) - sum p z
+
+Letters: V vocabulary; `...` is any leading shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V)
+    token_ids: Tensor,  # (...)
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability of each chosen token and the entropy of its distribution, in float32 or
+    wider."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    log_p = z.log_softmax(-1)
+    logps = log_p.gather(-1, token_ids[..., None]).squeeze(-1)
+    p = log_p.exp()
+    # p log p tends to 0 where the logit is -inf, and so must its gradient.
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
+    return logps, entropy
