@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from string import ascii_uppercase
 
 import torch
@@ -17,20 +16,11 @@ import torch
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.prompt import EncodedPrompt, Media
-from rlaif_fast.video import PatchSpec, preprocess
+from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
 from rlaif_fast.video.base import Clip
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-@dataclass(frozen=True)
-class PixelBudget:
-    """Bounds on the size of the media, in pixels after resizing; None leaves a bound out."""
-
-    min_pixels: int
-    max_pixels: int
-    total_pixels: int | None = None
 
 
 def question_text(example: Example) -> str:
@@ -108,18 +98,14 @@ class PromptEncoder:
 
     def _expand(self, clip: Clip, media: Media) -> str:
         t, h, w = media.grid_thw
-        tokens = h * w // self.patch_spec.merge_size**2
+        tokens = h * w // self.patch_spec.merge_size**2  # in one temporal patch
         if clip.is_image:
             return f"<|vision_start|>{'<|image_pad|>' * (t * tokens)}<|vision_end|>"
         if not self.timestamped:
             return f"<|vision_start|>{'<|video_pad|>' * (t * tokens)}<|vision_end|>"
-        stamps = list(clip.timestamps)
-        step = self.patch_spec.temporal_patch_size
-        stamps += [stamps[-1]] * (t * step - len(stamps))
         return "".join(
-            f"<{(stamps[i * step] + stamps[i * step + step - 1]) / 2:.1f} seconds>"
-            f"<|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
-            for i in range(t)
+            f"<{seconds:.1f} seconds><|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
+            for seconds in grid_timestamps(clip.timestamps, self.patch_spec.temporal_patch_size)
         )
 
     def _preprocess(self, clip: Clip, share: int) -> Media:
@@ -142,6 +128,8 @@ class PromptEncoder:
         return media
 
     def _plain(self, text: str) -> str:
-        for token in self._special:
-            text = text.replace(token, " ")
+        """`text` without special tokens: a question or an answer is data, never markup."""
+        while any(token in text for token in self._special):
+            for token in self._special:
+                text = text.replace(token, " ")
         return text

@@ -1,0 +1,144 @@
+"""The order rows are visited in, and the way from rows to encoded prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.policy.tokenize import PromptEncoder
+from rlaif_fast.video import ClipStore, VideoError
+from rlaif_fast.video.base import Clip
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Encoded prompts with the rows and clips they came from, in one order.
+
+    Attributes:
+        examples: N rows.
+        clips: The N rows' decoded media.
+        prompts: The N encoded prompts.
+    """
+
+    examples: tuple[Example, ...]
+    clips: tuple[tuple[Clip, ...], ...]
+    prompts: tuple[EncodedPrompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def select(self, keep: Sequence[int]) -> PromptBatch:
+        """The rows at `keep`, in that order."""
+        return PromptBatch(
+            tuple(self.examples[i] for i in keep),
+            tuple(self.clips[i] for i in keep),
+            tuple(self.prompts[i] for i in keep),
+        )
+
+
+def by_media(examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows about the same media together, in order of first appearance; rows without media stand alone."""
+    groups: dict[tuple, list[Example]] = {}
+    for example in examples:
+        media = (example.videos, example.images)
+        key = media if any(media) else (example.id,)
+        groups.setdefault(key, []).append(example)
+    return list(groups.values())
+
+
+class EpochOrder:
+    """A seeded order over items, a fresh permutation each epoch; any step can be asked for, so resuming needs no state.
+
+    Args:
+        items: What is visited.
+        per_step: Items a step; an epoch's last step is filled from the next epoch, nothing is dropped.
+        seed: Seed of the permutations.
+    """
+
+    def __init__(self, items: Sequence, per_step: int, seed: int) -> None:
+        self.items = items
+        self.per_step = per_step
+        self.seed = seed
+        self._epochs: dict[int, list[int]] = {}
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._epochs:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epochs = {
+                e: order for e, order in self._epochs.items() if e >= epoch - 1
+            }  # two epochs at most meet in one step
+            self._epochs[epoch] = torch.randperm(len(self.items), generator=generator).tolist()
+        return self._epochs[epoch]
+
+    def step(self, index: int) -> list:
+        """The items of step `index` (0-based)."""
+        chosen = []
+        for position in range(index * self.per_step, (index + 1) * self.per_step):
+            epoch, offset = divmod(position, len(self.items))
+            chosen.append(self.items[self._permutation(epoch)[offset]])
+        return chosen
+
+
+class BatchMaker:
+    """Turns rows into a `PromptBatch`.
+
+    A row whose media cannot be read is left out; the store puts the file into quarantine and counts it.
+
+    Args:
+        encoder: Encodes prompts for the model.
+        store: Loads clips.
+        blank_frames: Replace every frame by grey, the control for what can be answered unseen.
+    """
+
+    def __init__(self, encoder: PromptEncoder, store: ClipStore, *, blank_frames: bool = False) -> None:
+        self.encoder = encoder
+        self.store = store
+        self.blank_frames = blank_frames
+
+    def __enter__(self) -> BatchMaker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.store.close()
+
+    def prefetch(self, examples: Sequence[Example]) -> None:
+        """Start decoding the media of rows that will be asked for next."""
+        for example in examples:
+            self._submit(example)
+
+    def __call__(self, examples: Sequence[Example]) -> PromptBatch:
+        """Load and encode `examples`; the rows with bad media are missing from the result."""
+        kept, clips, prompts = [], [], []
+        for example, futures in [(example, self._submit(example)) for example in examples]:
+            try:
+                media = tuple(future.result() for future in futures)
+                if self.blank_frames:
+                    media = tuple(blanked(clip) for clip in media)
+                prompt = self.encoder.encode(example, media)
+            except VideoError:
+                self.store.stats.dropped += 1
+                continue
+            kept.append(example)
+            clips.append(media)
+            prompts.append(prompt)
+        return PromptBatch(tuple(kept), tuple(clips), tuple(prompts))
+
+    def _submit(self, example: Example) -> list[Future[Clip]]:
+        videos = [self.store.submit(path) for path in example.videos]
+        return videos + [self.store.submit(path, image=True) for path in example.images]
+
+
+def blanked(clip: Clip) -> Clip:
+    """The clip with every frame mid-grey: what is left to a policy that cannot see."""
+    return Clip(
+        frames=torch.full_like(clip.frames, 128),
+        timestamps=clip.timestamps,
+        key=f"blank:{tuple(clip.frames.shape)}",
+        path=clip.path,
+        is_image=clip.is_image,
+    )

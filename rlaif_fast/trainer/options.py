@@ -1,0 +1,274 @@
+"""The configuration: one dataclass a component, under the names TRL uses where TRL has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.loading import ModelOptions
+
+MAX_GROUP_SIZE = 64
+
+
+def _require(ok: bool, name: str, expected: str, got: Any) -> None:
+    if not ok:
+        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclass
+class DataOptions:
+    """What the policy is asked, and how clips become frames.
+
+    Attributes:
+        data: "synthetic" (clips made on the spot), a JSONL file, or a folder with sft, rl, validation and test .jsonl.
+            A single file serves SFT and RL, and `holdout_fraction` of its videos is held out twice (validation, test).
+        sft_data: JSONL for supervised fine-tuning, in place of the one in `data`.
+        validation_data: JSONL that checkpoints are chosen by, in place of the one in `data`.
+        test_data: JSONL that the final figures are measured on, in place of the one in `data`.
+        media_root: Folder that relative media paths start from; null is the folder of the JSONL file.
+        holdout_fraction: Share of the videos held out for validation, and as many again for the test.
+        on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
+        max_bad_fraction: Share of unreadable media above which the run stops.
+        fps: Frames sampled a second.
+        nframes: Frames sampled a video, in place of `fps`.
+        min_frames: Fewest frames sampled.
+        max_frames: Most frames sampled.
+        decoder: "auto", "pyav", "dali", "torchcodec".
+        frame_cache_bytes: Bytes of decoded frames kept in memory.
+        synthetic_sft_clips: Clips made for supervised fine-tuning.
+        synthetic_rl_clips: Clips made for reinforcement learning.
+        synthetic_validation_clips: Clips made for validation.
+        synthetic_test_clips: Clips made for the test.
+        synthetic_difficulty: 1 to 3: more objects, noise and distractors.
+        label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one (a weak annotator).
+        multiple_choice_fraction: Share of the synthetic questions asked with options.
+        codec: Codec of the synthetic clips, "vp9" or "h264".
+    """
+
+    data: str = "synthetic"
+    sft_data: str | None = None
+    validation_data: str | None = None
+    test_data: str | None = None
+    media_root: str | None = None
+    holdout_fraction: float = 0.1
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    max_bad_fraction: float = 0.05
+    fps: float = 2.0
+    nframes: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    decoder: str = "auto"
+    frame_cache_bytes: int = 2**30
+    synthetic_sft_clips: int = 768
+    synthetic_rl_clips: int = 768
+    synthetic_validation_clips: int = 64
+    synthetic_test_clips: int = 192
+    synthetic_difficulty: int = 1
+    label_noise: float = 0.5
+    multiple_choice_fraction: float = 0.1
+    codec: str = "vp9"
+
+    def check_data(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
+        _require(0.0 < self.holdout_fraction < 0.5, "holdout_fraction", "a share in (0, 0.5)", self.holdout_fraction)
+        _require(self.fps > 0, "fps", "a positive number", self.fps)
+        _require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
+        _require(1 <= self.synthetic_difficulty <= 3, "synthetic_difficulty", "1, 2 or 3", self.synthetic_difficulty)
+
+
+@dataclass
+class SftOptions:
+    """The supervised stage.
+
+    Attributes:
+        sft: "auto" runs it, "none" skips it, a checkpoint folder starts RL from there.
+        sft_steps: Optimizer steps.
+        sft_learning_rate: Peak learning rate.
+        sft_videos_per_step: Videos a step; all their questions are learned together.
+        sft_warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
+        sft_weight_decay: AdamW weight decay.
+    """
+
+    sft: str = "auto"
+    sft_steps: int = 600
+    sft_learning_rate: float = 1e-3
+    sft_videos_per_step: int = 8
+    sft_warmup_steps: int = 30
+    sft_weight_decay: float = 0.01
+
+    def check_sft(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require(self.sft_steps >= 0, "sft_steps", "0 or more", self.sft_steps)
+        _require(self.sft_learning_rate > 0, "sft_learning_rate", "a positive number", self.sft_learning_rate)
+        _require(self.sft_videos_per_step >= 1, "sft_videos_per_step", "1 or more", self.sft_videos_per_step)
+
+
+@dataclass
+class RlOptions:
+    """The reinforcement-learning stage.
+
+    Attributes:
+        algorithm: "grpo_rank", the loss of this project.
+        advantage: How ranks become advantages: "directed", "oracle", "paper", "paper_swapped", "zscore".
+        penalty_weight: Weight w of the rank penalty in a directed advantage.
+        scale: "none", or "group": divide by the group's root mean square.
+        score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
+        max_steps: Rollouts, each followed by its updates.
+        videos_per_step: Videos a rollout; every question about them is asked, up to `questions_per_video`.
+        questions_per_video: Most questions asked about one video in a step.
+        num_generations: Responses a prompt, G, 2 to 64.
+        max_completion_length: Most tokens in a response, the end-of-sequence token counted.
+        temperature: Sampling temperature; the loss uses the same.
+        top_p: Nucleus mass kept when sampling.
+        top_k: Tokens kept when sampling; 0 keeps all.
+        num_iterations: Passes over each rollout; more than 1 makes the clipping matter.
+        steps_per_generation: Optimizer steps a pass (the rollout is cut into as many parts, by group).
+        learning_rate: Peak learning rate.
+        warmup_steps: Steps of linear warm-up.
+        lr_scheduler_type: "cosine" (to `min_lr_ratio` of the peak), "linear" or "constant".
+        min_lr_ratio: Where the cosine ends, as a share of the peak.
+        weight_decay: AdamW weight decay.
+        adam_beta1: AdamW beta 1.
+        adam_beta2: AdamW beta 2.
+        max_grad_norm: Gradient clipping.
+        beta: Weight of the KL to the reference policy (the start of this stage).
+        kl: KL estimator: "k1", "k2", "k3".
+        epsilon: Lower (and, by default, upper) clip range.
+        epsilon_high: Upper clip range.
+        delta: Upper bound on the ratio (two-sided clipping); null for none.
+        entropy_coef: Weight of the entropy bonus.
+        loss_type: "grpo", "dapo", "dr_grpo".
+        importance_sampling_level: "token" or "sequence".
+        mask_truncated_completions: Leave responses without an end of sequence out of the loss.
+        dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
+        dynamic_sampling_rounds: Most extra rollouts a step for that.
+        weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
+        eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each.
+        early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
+        backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
+    """
+
+    algorithm: Literal["grpo_rank"] = "grpo_rank"
+    advantage: Literal["directed", "oracle", "paper", "paper_swapped", "zscore"] = "directed"
+    penalty_weight: float = 1.0
+    scale: Literal["none", "group"] = "group"
+    score: Literal["mean", "sum"] = "mean"
+    max_steps: int = 150
+    videos_per_step: int = 8
+    questions_per_video: int = 16
+    num_generations: int = 8
+    max_completion_length: int = 12
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_iterations: int = 1
+    steps_per_generation: int = 1
+    learning_rate: float = 3e-4
+    warmup_steps: int = 5
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    beta: float = 0.04
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    entropy_coef: float = 0.0
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    mask_truncated_completions: bool = False
+    dynamic_sampling: bool = False
+    dynamic_sampling_rounds: int = 2
+    weight_by_confidence: bool = False
+    eval_steps: int = 25
+    early_stopping_patience: int = 0
+    backend: str = "auto"
+
+    def check_rl(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require(
+            2 <= self.num_generations <= MAX_GROUP_SIZE,
+            "num_generations",
+            f"2 to {MAX_GROUP_SIZE} (a ranking needs at least two responses)",
+            self.num_generations,
+        )
+        _require(self.max_steps >= 0, "max_steps", "0 or more", self.max_steps)
+        _require(self.videos_per_step >= 1, "videos_per_step", "1 or more", self.videos_per_step)
+        _require(self.questions_per_video >= 1, "questions_per_video", "1 or more", self.questions_per_video)
+        _require(self.max_completion_length >= 1, "max_completion_length", "1 or more", self.max_completion_length)
+        _require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
+        _require(self.num_iterations >= 1, "num_iterations", "1 or more", self.num_iterations)
+        _require(self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation)
+        _require(self.learning_rate > 0, "learning_rate", "a positive number", self.learning_rate)
+        _require(self.beta >= 0, "beta", "0 or more", self.beta)
+        _require(self.eval_steps >= 1, "eval_steps", "1 or more", self.eval_steps)
+
+
+@dataclass
+class OracleOptions:
+    """Who ranks.
+
+    Attributes:
+        oracle: Name of a registered oracle: "reference", "embedding", "local", "api", "reward_model", "callable",
+            "replay", or one from the entry-point group `rlaif_fast.oracles`.
+        oracle_options: Keyword arguments of that oracle, as YAML or JSON.
+        oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
+        oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
+        max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
+    """
+
+    oracle: str = "reference"
+    oracle_options: dict[str, Any] = field(default_factory=dict)
+    oracle_noise: float = 0.0
+    oracle_shuffle: bool = False
+    max_invalid_fraction: float = 0.5
+
+
+@dataclass
+class RunOptions:
+    """Where the run lives and what it shows.
+
+    Attributes:
+        output_dir: The run's folder; it is made, and must be new, empty or an unfinished run of ours with `resume`.
+        overwrite_output_dir: Replace an earlier run in `output_dir`.
+        resume: Folder of a run to continue from its last checkpoint, with the configuration it began with.
+        cache_dir: Where synthetic data and tiny models are kept between runs.
+        seed: Seed of weights, data, order and sampling.
+        threads: CPU threads; 0 leaves it to torch.
+        logging_steps: Steps between two lines in metrics.jsonl.
+        eval_videos_per_step: Videos evaluated at once.
+        gallery_clips: Test clips shown in the report with the responses before and after.
+        tensorboard: Write TensorBoard events.
+        report: Write report.html and its figures at the end.
+        debug: Show tracebacks.
+    """
+
+    output_dir: str = "runs/tiny"
+    overwrite_output_dir: bool = False
+    resume: str | None = None
+    cache_dir: str = "~/.cache/rlaif_fast"
+    seed: int = 0
+    threads: int = 0
+    logging_steps: int = 1
+    eval_videos_per_step: int = 64
+    gallery_clips: int = 12
+    tensorboard: bool = True
+    report: bool = True
+    debug: bool = False
+
+
+@dataclass
+class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOptions, RunOptions):
+    """Everything `python -m rlaif_fast.train` can be told."""
+
+    def __post_init__(self) -> None:
+        self.check_data()
+        self.check_sft()
+        self.check_rl()

@@ -1,0 +1,233 @@
+"""Reinforcement learning from an oracle's rankings: sample, rank, turn ranks into advantages, update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlaif_fast import fused_linear_grpo_rank_loss
+from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.policy.policy import MediaFeatures
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.trainer.batches import EpochOrder, by_media
+from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.trainer.groups import (
+    RankedRollout,
+    concat,
+    rank_requests,
+    rank_rollout,
+    rollout_records,
+    unique_responses,
+)
+from rlaif_fast.trainer.run import Run, make_optimizer, trainable
+
+
+@dataclass
+class Progress:
+    """Where the stage stands; part of every checkpoint."""
+
+    step: int = 0
+    best_accuracy: float = -1.0
+    evals_without_gain: int = 0
+
+
+def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
+    """Run the RL stage from its beginning, or from a checkpoint of this stage; the best checkpoint is kept."""
+    config, policy, logger = run.config, run.policy, run.logger
+    clips = by_media(run.data.rl)
+    order = EpochOrder(clips, config.videos_per_step, config.seed + 1)
+    parameters = trainable(policy.model)
+    updates_per_rollout = config.num_iterations * config.steps_per_generation
+    optimizer, scheduler = make_optimizer(
+        parameters,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        schedule=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps * updates_per_rollout,
+        total_steps=config.max_steps * updates_per_rollout,
+        min_lr_ratio=config.min_lr_ratio,
+    )
+    progress = Progress()
+    if resume_from is not None:
+        state = load_state(resume_from)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        progress = Progress(**state["progress"])
+
+    def save(name: str, **roles: bool) -> None:
+        state = {
+            "stage": "rl",
+            "progress": vars(progress).copy(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "seconds": logger.seconds(),
+        }
+        with logger.timer("checkpoint"):
+            run.store.save(name, policy.model, policy.tokenizer, state, **roles)
+
+    with logger.stage("rl", total=config.max_steps, start=progress.step):
+        while progress.step < config.max_steps:
+            ranked, stats = sample_and_rank(run, order, progress.step)
+            if ranked is not None:
+                for _ in range(config.num_iterations):
+                    for part in minibatches(ranked, config.steps_per_generation):
+                        with logger.timer("update"):
+                            loss_stats = update_loss(run, part)
+                            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                            optimizer.step()
+                            scheduler.step()
+                            optimizer.zero_grad(set_to_none=True)
+                stats |= loss_stats | {"grad_norm": grad_norm}
+            progress.step += 1
+            logger.log("rl", progress.step, **stats, learning_rate=scheduler.get_last_lr()[0])
+
+            if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
+                accuracy = run.evaluate(
+                    run.data.validation, phase="rl", split="validation", step=progress.step
+                ).accuracy
+                improved = accuracy > progress.best_accuracy
+                progress.evals_without_gain = 0 if improved else progress.evals_without_gain + 1
+                progress.best_accuracy = max(accuracy, progress.best_accuracy)
+                save(f"rl-{progress.step:06d}", last=True, best=improved)
+                if 0 < config.early_stopping_patience <= progress.evals_without_gain:
+                    logger.message(
+                        f"no better validation accuracy in {progress.evals_without_gain} evaluations: stopping early"
+                    )
+                    break
+    return progress
+
+
+def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollout | None, dict]:
+    """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
+
+    Returns:
+        The groups to learn from (None where there are none), and statistics over everything that was sampled.
+    """
+    config, logger = run.config, run.logger
+    rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
+    sampled: list[RankedRollout] = []
+    wanted = None
+    for attempt in range(rounds):
+        # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
+        at = step if attempt == 0 else config.max_steps + step * (rounds - 1) + attempt - 1
+        rows = [row for clip in order.step(at) for row in clip[: config.questions_per_video]]
+        with logger.timer("decode"):
+            batch = run.make_batch(rows)
+        if not len(batch):
+            continue
+        params = SamplingParams(
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            seed=(config.seed * 1_000_003 + step) * 16 + attempt,
+        )
+        with logger.timer("rollout"), torch.no_grad():
+            rollout = run.sampler.sample(batch.prompts, config.num_generations, params)
+        with logger.timer("oracle"):
+            sampled.append(rank_rollout(batch, rollout, run.oracle, config))
+        wanted = wanted or len(batch)
+        if sum(int(part.has_signal.sum()) for part in sampled) >= wanted:
+            break
+    if not sampled:
+        return None, {}
+    everything = concat(sampled)
+    logger.rollouts(step + 1, rollout_records(everything, step + 1))
+    stats = rollout_stats(everything)
+    valid = everything.valid
+    if config.dynamic_sampling:
+        valid &= everything.has_signal
+    groups = torch.nonzero(valid).flatten().tolist()[:wanted]
+    return (everything.select(groups) if groups else None), stats
+
+
+def rollout_stats(ranked: RankedRollout) -> dict:
+    """What is logged of a rollout before anything is learned from it."""
+    rollout, g = ranked.rollout, ranked.rollout.num_generations
+    judge = ReferenceOracle()
+    correct, scored = 0, 0
+    for request in rank_requests(ranked.batch, rollout.texts, g):
+        if request.reference is not None:
+            correct += sum(judge.is_correct(request, text) for text in request.responses)
+            scored += g
+    valid = ranked.valid
+    best_by_policy = ranked.scores.argmax(1)
+    top1 = [
+        ranking.ranks[int(best)] == 0 for ranking, best in zip(ranked.rankings, best_by_policy) if ranking.valid
+    ]
+    return {
+        "accuracy": correct / scored if scored else math.nan,
+        "ndcg": ranked.ndcg.nanmean(),
+        "kendall_tau": ranked.kendall_tau.nanmean(),
+        "top1_agreement": sum(top1) / len(top1) if top1 else math.nan,
+        "no_signal": 1.0 - ranked.has_signal.float().mean(),
+        "invalid": 1.0 - valid.float().mean(),
+        "groups": len(ranked.batch),
+        "completion_length": rollout.mask.sum(1).float().mean(),
+        "truncated": 1.0 - rollout.finished.float().mean(),
+    }
+
+
+def minibatches(ranked: RankedRollout, parts: int) -> list[RankedRollout]:
+    """The rollout cut into `parts` by groups, as evenly as it goes; empty parts are left out."""
+    n = len(ranked.batch)
+    bounds = [n * i // parts for i in range(parts + 1)]
+    pieces = [range(low, high) for low, high in zip(bounds, bounds[1:]) if high > low]
+    return [ranked] if len(pieces) == 1 else [ranked.select(piece) for piece in pieces]
+
+
+def update_loss(run: Run, ranked: RankedRollout) -> dict:
+    """Accumulate the gradient of the loss of `ranked` and return the loss's statistics."""
+    config, policy, rollout = run.config, run.policy, ranked.rollout
+    unique = unique_responses(rollout)
+    device = policy.device
+    forward = (unique.prompts, unique.token_ids, unique.lengths.to(device))
+    features: MediaFeatures = policy.encode_media(unique.prompts)
+
+    ref_logps: Tensor | None = None
+    if config.beta > 0:
+        with torch.no_grad():
+            ref_logps = policy.reference_logps(
+                *forward, group_sizes=unique.group_sizes, temperature=config.temperature
+            )[unique.token_index]
+    hidden = policy.response_hidden(*forward, group_sizes=unique.group_sizes, features=features)
+    keep = torch.ones(len(unique.row_lengths), dtype=torch.bool)
+    if config.mask_truncated_completions:
+        keep = rollout.finished.cpu()
+    token_mask = torch.repeat_interleave(keep, unique.row_lengths).to(device)
+    on_policy = config.num_iterations == 1 and config.steps_per_generation == 1
+    output = fused_linear_grpo_rank_loss(
+        hidden[unique.token_index],
+        policy.head_weight,
+        unique.target_ids,
+        advantages=ranked.advantages.flatten().to(device),
+        bias=policy.head_bias,
+        lengths=unique.row_lengths.to(device),
+        mask=None if bool(keep.all()) else token_mask,
+        old_logps=None if on_policy else rollout.logps[rollout.mask],
+        ref_logps=ref_logps,
+        temperature=config.temperature,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        kl=config.kl,
+        entropy_coef=config.entropy_coef,
+        loss_type=config.loss_type,
+        max_completion_length=config.max_completion_length,
+        importance_sampling_level=config.importance_sampling_level,
+        backend=config.backend,
+    )
+    if not torch.isfinite(output.loss):
+        raise RlaifFastError(
+            "the loss is not finite; lower learning_rate, or set dtype float32, and resume from the last checkpoint"
+        )
+    output.loss.backward()
+    names = ("loss", "policy loss", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
+    return {name.replace(" ", "_"): output.stats[name] for name in names if name in output.stats}

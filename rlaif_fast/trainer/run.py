@@ -1,0 +1,98 @@
+"""The parts of a run that both stages use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.rollout.base import Sampler
+from rlaif_fast.trainer.batches import BatchMaker
+from rlaif_fast.trainer.checkpoint import CheckpointStore
+from rlaif_fast.trainer.evaluation import EvalResult, evaluate
+from rlaif_fast.trainer.logging import RunLogger
+from rlaif_fast.trainer.options import TrainConfig
+
+
+@dataclass
+class Datasets:
+    """The rows of the four splits."""
+
+    sft: list[Example]
+    rl: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass
+class Run:
+    """One training run: its configuration, its parts, and the folder it writes to."""
+
+    config: TrainConfig
+    policy: Policy
+    sampler: Sampler
+    make_batch: BatchMaker
+    oracle: Oracle
+    data: Datasets
+    logger: RunLogger
+    store: CheckpointStore
+    seconds_before: dict[str, float] = field(default_factory=dict)
+
+    def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
+        """Answer `examples` greedily, log the accuracy, return the predictions."""
+        self.policy.model.eval()
+        with self.logger.timer("evaluation"), torch.no_grad():
+            result = evaluate(
+                examples,
+                self.make_batch,
+                self.sampler,
+                max_new_tokens=self.config.max_completion_length,
+                videos_per_step=self.config.eval_videos_per_step,
+            )
+        self.policy.model.train()
+        self.logger.log(
+            "eval", step, phase=phase, split=split, accuracy=result.accuracy, by_category=result.by_category()
+        )
+        return result
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    schedule: str,
+    warmup_steps: int,
+    total_steps: int,
+    min_lr_ratio: float,
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with linear warm-up and a cosine, linear or constant schedule."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    name, extra = schedule, None
+    if schedule == "cosine":
+        name, extra = "cosine_with_min_lr", {"min_lr_rate": min_lr_ratio}
+    elif schedule == "constant":
+        name = "constant_with_warmup"
+    scheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=max(total_steps, 1),
+        scheduler_specific_kwargs=extra,
+    )
+    return optimizer, scheduler
+
+

@@ -1,0 +1,215 @@
+"""Builds the parts of a run from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.policy.tokenize import PromptEncoder, question_text
+from rlaif_fast.rollout import make_sampler
+from rlaif_fast.rollout.base import Sampler
+from rlaif_fast.trainer.batches import BatchMaker, by_media
+from rlaif_fast.trainer.options import DataOptions, TrainConfig
+from rlaif_fast.trainer.run import Datasets
+from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
+
+TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
+SPLITS = ("sft", "rl", "validation", "test")
+
+
+def set_threads(threads: int) -> None:
+    """Use `threads` CPU threads; 0 leaves it to torch."""
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. The loop draws from generators of its own; this is for the libraries."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Where synthetic data and tiny models are kept."""
+    return Path(config.cache_dir).expanduser()
+
+
+def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
+    """The dataset that "synthetic" stands for."""
+    weights = {1: (1.0, 0.0, 0.0), 2: (0.5, 0.5, 0.0), 3: (0.34, 0.33, 0.33)}
+    return SyntheticConfig(
+        seed=seed,
+        sft_clips=config.synthetic_sft_clips,
+        rl_clips=config.synthetic_rl_clips,
+        validation_clips=config.synthetic_validation_clips,
+        test_clips=config.synthetic_test_clips,
+        difficulty=weights[config.synthetic_difficulty],
+        label_noise=config.label_noise,
+        multiple_choice_fraction=config.multiple_choice_fraction,
+        codec=config.codec,
+    )
+
+
+def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> Datasets:
+    """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
+
+    Raises:
+        UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
+    """
+    files: dict[str, Path | None] = dict.fromkeys(SPLITS)
+    rows: dict[str, list[Example]] = {}
+    source = Path(config.data).expanduser()
+    if config.data == "synthetic":
+        synthetic = synthetic_config(config, config.seed)
+        paths = make_dataset(cache_folder(config) / "data" / synthetic.digest()[:16], synthetic, progress=progress)
+        files = {split: getattr(paths, split) for split in SPLITS}
+    elif source.is_dir():
+        files = {split: path if (path := source / f"{split}.jsonl").exists() else None for split in SPLITS}
+        if files["rl"] is None and files["sft"] is None:
+            raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
+    elif source.exists():
+        train, validation, test = hold_out(_read(source, config), config.holdout_fraction, config.seed)
+        rows = {"sft": train, "rl": train, "validation": validation, "test": test}
+    else:
+        raise UsageError(f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic")
+    for split, override in (("sft", config.sft_data), ("validation", config.validation_data), ("test", config.test_data)):
+        if override is not None:
+            files[split] = Path(override).expanduser()
+            rows.pop(split, None)
+    for split, path in files.items():
+        if split not in rows:
+            rows[split] = _read(path, config, require_answer=split != "rl") if path is not None else []
+    rows["rl"] = rows["rl"] or rows["sft"]
+    if not rows["validation"] or not rows["test"]:
+        _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
+        held = {row.id for row in (*validation, *test)}
+        rows["rl"] = [row for row in rows["rl"] if row.id not in held]
+        rows["sft"] = [row for row in rows["sft"] if row.id not in held]
+        rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+    for split in ("validation", "test"):
+        rows[split] = [row for row in rows[split] if row.answer is not None]
+        if not rows[split]:
+            raise UsageError(f"data: no row of the {split} split has an answer, so nothing can be scored; add answers")
+    return Datasets(**rows)
+
+
+def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
+    return read_examples(
+        path, media_root=config.media_root, require_answer=require_answer, on_error=config.on_bad_row
+    )
+
+
+def hold_out(rows: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
+    """Split rows by their media into train, validation and test; `fraction` of the media goes to each of the last two."""
+    groups = by_media(rows)
+    count = max(1, round(len(groups) * fraction))
+    if len(groups) < 2 * count + 1:
+        raise UsageError(f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data")
+    random.Random(seed).shuffle(groups)
+    parts = groups[2 * count :], groups[:count], groups[count : 2 * count]
+    train, validation, test = ([row for group in part for row in group] for part in parts)
+    return train, validation, test
+
+
+def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
+    """The checkpoint folder of the tiny policy for this seed and this dataset's words, made on first use."""
+    family = TINY_FAMILIES[config.model]
+    words = set(VOCABULARY)
+    for row in (*data.sft, *data.rl, *data.validation, *data.test):
+        words |= words_of((question_text(row), row.answer or "", row.system or ""))
+    key = hashlib.sha256(json.dumps([2, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
+    folder = cache_folder(config) / "models" / f"{config.model}-{key}"
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        make_tiny(partial, words, family=family, seed=config.seed)
+        try:
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial)
+            if not folder.exists():
+                raise
+    return folder
+
+
+def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
+    """Wrap a loaded model with the switches of the configuration."""
+    return Policy(
+        loaded.model,
+        loaded.tokenizer,
+        shared_prefix=options.shared_prefix,
+        max_packed_tokens=options.max_packed_tokens,
+    )
+
+
+def make_batch_maker(
+    loaded: LoadedModel, config: TrainConfig, *, blank_frames: bool = False, quarantine: Path | None = None
+) -> BatchMaker:
+    """What turns rows into encoded prompts for this model."""
+    spec = loaded.patch_spec
+    pixels = PixelBudget(
+        spec.factor, config.min_pixels, config.max_pixels, config.total_pixels, spec.temporal_patch_size
+    )
+    encoder = PromptEncoder(
+        loaded.tokenizer,
+        loaded.model_type,
+        spec,
+        pixels,
+        system_prompt=config.system_prompt,
+        cache_size=4096 if config.model in TINY_FAMILIES else 64,
+    )
+    sampling = FrameSampling(
+        fps=config.fps,
+        nframes=config.nframes,
+        min_frames=config.min_frames,
+        max_frames=config.max_frames,
+        frame_factor=spec.temporal_patch_size,
+    )
+    store = ClipStore(
+        sampling,
+        resize=pixels,
+        cache=ClipCache(memory_bytes=config.frame_cache_bytes),
+        decoder=config.decoder,
+        quarantine=quarantine,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    return BatchMaker(encoder, store, blank_frames=blank_frames)
+
+
+def make_oracle(config: TrainConfig) -> Oracle:
+    """The oracle of the configuration, with the wrappers of the experiments around it."""
+    oracle = build_oracle(config.oracle, max_invalid_fraction=None, **config.oracle_options)
+    if config.oracle_noise > 0:
+        oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
+    if config.oracle_shuffle:
+        oracle = ShuffledOracle(oracle, seed=config.seed)
+    return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction)
+
+
+def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
+    """The model options with "tiny" replaced by the folder it was made in."""
+    names = {field.name for field in dataclasses.fields(ModelOptions)}
+    options = ModelOptions(**{name: getattr(config, name) for name in names})
+    if config.model in TINY_FAMILIES:
+        options.model = str(tiny_folder(config, data))
+    elif config.model.startswith("tiny"):
+        raise UsageError(f"model: unknown tiny model {config.model!r}; there are {', '.join(TINY_FAMILIES)}")
+    return options
+
+

@@ -1,0 +1,145 @@
+"""Supervised fine-tuning: the policy learns to answer in the dataset's form before it is ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlaif_fast import token_logps
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.trainer.batches import EpochOrder, PromptBatch, by_media
+from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.trainer.run import Run, make_optimizer, trainable
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """Answers to learn, laid out so that questions about one clip share the clip's tokens.
+
+    Attributes:
+        prompts: The shared beginnings: all token ids that the prompts about one clip have in common.
+        token_ids: (B, T) the rest of each prompt followed by its answer, padded.
+        lengths: (B,) tokens in each row.
+        group_sizes: (N,) rows that follow each shared beginning.
+        is_answer: (B, T) bool, true on the answer's tokens.
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    token_ids: Tensor  # (B, T)
+    lengths: Tensor  # (B,)
+    group_sizes: Tensor  # (N,)
+    is_answer: Tensor  # (B, T)
+
+
+def answer_rows(batch: PromptBatch, answers: Sequence[list[int]], media_token_ids: set[int]) -> AnswerRows:
+    """Split prompts about the same clip into what they share and what follows.
+
+    The clip comes first in the chat templates of the Qwen-VL families, so what they share holds its tokens; where
+    a template puts them later, nothing is shared and the rows stand alone.
+    """
+    members: dict[tuple[str, ...], list[int]] = {}
+    for index, prompt in enumerate(batch.prompts):
+        keys = tuple(item.key for item in prompt.media)
+        members.setdefault(keys or (f"row {index}",), []).append(index)
+    prompts, rows, starts, sizes = [], [], [], []
+    for group in members.values():
+        ids = [batch.prompts[i].input_ids.tolist() for i in group]
+        shared = min(len(row) for row in ids)
+        if len(group) > 1:
+            shared = next((k for k, column in enumerate(zip(*ids)) if len(set(column)) > 1), shared)
+        if shared == 0 or any(token in media_token_ids for row in ids for token in row[shared:]):
+            pieces = [([i], len(row)) for i, row in zip(group, ids)]
+        else:
+            pieces = [(group, shared)]
+        for piece, length in pieces:
+            first = batch.prompts[piece[0]]
+            prompts.append(EncodedPrompt(first.input_ids[:length], first.media))
+            sizes.append(len(piece))
+            for i in piece:
+                rest = batch.prompts[i].input_ids[length:].tolist()
+                starts.append(len(rest))
+                rows.append(rest + answers[i])
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    token_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    position = torch.arange(longest)
+    is_answer = (position >= torch.tensor(starts)[:, None]) & (position < lengths[:, None])
+    return AnswerRows(tuple(prompts), token_ids, lengths, torch.tensor(sizes), is_answer)
+
+
+def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> tuple[Tensor, int]:
+    """Mean negative log-likelihood over all answer tokens of the batch, and their number."""
+    device = policy.device
+    hidden = policy.response_hidden(
+        rows.prompts, rows.token_ids.to(device), rows.lengths.to(device), group_sizes=rows.group_sizes
+    )
+    inside = torch.arange(rows.token_ids.shape[1]) < rows.lengths[:, None]
+    answer = rows.is_answer[inside].to(device)
+    targets = rows.token_ids[rows.is_answer].to(device)
+    logps = token_logps(hidden[answer], policy.head_weight, targets, bias=policy.head_bias, backend=backend)
+    return -logps.mean(), targets.numel()
+
+
+def train_sft(run: Run, *, resume_from=None) -> None:
+    """Run the supervised stage from its beginning, or from a checkpoint of this stage.
+
+    Raises:
+        UsageError: A row has no answer.
+    """
+    config, policy, logger = run.config, run.policy, run.logger
+    missing = next((row for row in run.data.sft if row.answer is None), None)
+    if missing is not None:
+        raise UsageError(f"{missing.source or missing.id}: supervised fine-tuning needs an answer; or use --sft none")
+    order = EpochOrder(by_media(run.data.sft), config.sft_videos_per_step, config.seed)
+    parameters = trainable(policy.model)
+    optimizer, scheduler = make_optimizer(
+        parameters,
+        learning_rate=config.sft_learning_rate,
+        weight_decay=config.sft_weight_decay,
+        betas=(0.9, 0.98),
+        schedule="cosine",
+        warmup_steps=config.sft_warmup_steps,
+        total_steps=config.sft_steps,
+        min_lr_ratio=0.1,
+    )
+    done = 0
+    if resume_from is not None:
+        state = load_state(resume_from)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        done = state["step"]
+
+    with logger.stage("sft", total=config.sft_steps, start=done):
+        for step in range(done, config.sft_steps):
+            with logger.timer("decode"):
+                batch = run.make_batch([row for clip in order.step(step) for row in clip])
+            if not len(batch):
+                continue
+            with logger.timer("sft"):
+                answers = [run.make_batch.encoder.encode_answer(row.answer or "") for row in batch.examples]
+                rows = answer_rows(batch, answers, policy.media_token_ids)
+                loss, tokens = sft_loss(policy, rows, config.backend)
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+            logger.log(
+                "sft", step + 1, loss=loss, grad_norm=grad_norm, tokens=tokens, learning_rate=scheduler.get_last_lr()[0]
+            )
+            if (step + 1) % (4 * config.eval_steps) == 0 and step + 1 < config.sft_steps:
+                run.evaluate(run.data.validation, phase="sft", split="validation", step=step + 1)
+                state = {
+                    "stage": "sft",
+                    "step": step + 1,
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "seconds": logger.seconds(),
+                }
+                with logger.timer("checkpoint"):
+                    run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)
