@@ -1,9 +1,8 @@
 """The one table that says which implementation runs an operation.
 
-An operation ("op") has up to four implementations ("backends"): `triton`, `cuda`, `cpu` and `reference`. Each row of
-`TABLE` names a module and what in it implements the op; the module is imported when it is first needed. What
-a module provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H hidden, V
-vocabulary):
+An operation ("op") has up to four implementations ("backends"): `triton`, `cuda`, `cpu` and `reference`. A row
+of `TABLE` names the module that implements it, which is imported when it is first needed. What a module
+provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H hidden, V vocabulary):
 
     unavailable() -> str | None
         Why the backend cannot run on this machine at all, or None. Asked once.

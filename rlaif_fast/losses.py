@@ -304,8 +304,8 @@ def grpo_rank_loss(
         loss_type: "grpo" mean over responses of the mean over tokens; "dapo" mean over tokens; "dr_grpo" sum
             over (responses * max_completion_length).
         max_completion_length: Tokens; needed for "dr_grpo".
-        num_items_in_batch: What stands for the number of tokens ("dapo") or responses (the others) when the batch is
-            one part of a larger one: that of the whole divided by the number of processes.
+        num_items_in_batch: What stands for the number of tokens ("dapo") or responses (the others) when the
+            batch is part of a larger one: that of the whole divided by the number of processes.
         importance_sampling_level: "token", or "sequence": one ratio a response, the geometric mean (GSPO).
         backend: "auto", "triton", "cpu" or "reference"; a backend asked for by name runs or raises.
 

@@ -70,10 +70,7 @@ def rank_advantages(
     options = RankOptions(kind, penalty_weight, scale)
     checks.floating("scores", scores, ("N", "G"))
     check_ranks(oracle_ranks, valid, kind, like=scores)
-    if scores.shape != oracle_ranks.shape:
-        raise ValueError(
-            f"scores must have the shape of oracle_ranks, {tuple(oracle_ranks.shape)}; got {tuple(scores.shape)}"
-        )
+    checks.floating("scores", scores, tuple(oracle_ranks.shape))
     scores = scores.detach()
     if kind in ("oracle", "zscore"):
         scores = scores.nan_to_num()  # ignored, so it may hold anything

@@ -113,7 +113,7 @@ def rank_loss(
         loss = loss + entropy_loss
 
     def token_mean(x: Tensor) -> Tensor:
-        return (x * mask).sum() / mask.sum().clamp(min=1)
+        return (x.to(logps.dtype) * mask).sum() / mask.sum().clamp(min=1)
 
     def group_mean(x: Tensor) -> Tensor:  # over the valid groups
         assert groups is not None

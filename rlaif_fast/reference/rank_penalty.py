@@ -104,7 +104,7 @@ def rank_penalty(
     ndcg = _ndcg(relevance, discount, oracle_at, policy_at)
     tau = _kendall_tau_b(oracle if options.kind != "zscore" else -oracle, -scores)
     best, first = oracle_at[0] == 0, policy_at[0] == 0
-    top1 = (best & first).sum(-1) / best.sum(-1)
+    top1 = (best & first).sum(-1).to(wide) / best.sum(-1)
 
     keep = torch.ones_like(tied) if valid is None else valid
     row = keep[:, None]
@@ -114,7 +114,7 @@ def rank_penalty(
         ndcg=ndcg.where(keep, 0.0).to(dtype),
         kendall_tau=tau.where(keep, 0.0).to(dtype),
         has_signal=keep & ~tied,
-        top1_agreement=top1.to(wide).where(keep, 0.0).to(dtype),
+        top1_agreement=top1.where(keep, 0.0).to(dtype),
     )
 
 
