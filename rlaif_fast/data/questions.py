@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rlaif_fast.data.worlds import COLORS, DIRECTIONS, LEVELS, SHAPES, TIMES, Event, World, beside
+from rlaif_fast.data.worlds import (
+    COLORS,
+    DIRECTIONS,
+    LEVELS,
+    SHAPES,
+    TIMES,
+    Event,
+    World,
+    beside,
+    destination,
+)
 
 CATEGORIES = (
     "object recognition",
@@ -154,6 +165,8 @@ class _Asker:
         self.world = world
         self.rng = rng
         self.things = world.things
+        moves = [event.actor for event in world.events if event.kind == "move"]
+        self.travellers = moves if level.long_moves else []  # they leave their quadrant
         self.colors = _domain(COLORS[: level.colors])
         self.shapes = _domain(SHAPES[: level.shapes])
         lasting = [_FINITE[kind] for kind in dict.fromkeys(level.lasting) if kind not in ("move", "hit")]
@@ -247,29 +260,30 @@ def _about_looks(ask: _Asker, order: list[int]) -> Iterator[Draft]:
 
 
 def _about_places(ask: _Asker, order: list[int]) -> Iterator[Draft]:
-    for k in order:
-        thing = ask.things[k]
-        if ask.lone_shape(k) and not any(
-            e.kind == "hit" and k in (e.actor, e.target) for e in ask.world.events
-        ):
-            vertical, horizontal = thing.quadrant.split()
-            place = (Slot(vertical, _VERTICAL), " ", Slot(horizontal, _HORIZONTAL))
-            question = f"where is the {thing.shape}?"
-            yield Draft("place", "spatial perception", question, f"the {thing.shape} is in the ", place)
-        for other in order:
-            relation = beside(thing, ask.things[other])
-            if relation is None or not (ask.lone_shape(k) and ask.lone_shape(other)):
-                continue
-            if not _meet(ask.world, k, other):
-                continue
-            yield Draft(
-                "relation",
-                "spatial reasoning",
-                f"where is the {thing.shape} relative to the {ask.things[other].shape}?",
-                f"the {thing.shape} is ",
-                (Slot(relation, _RELATION),),
-                f" the {ask.things[other].shape}.",
-            )
+    hits = [event for event in ask.world.events if event.kind == "hit"]
+    nameable = [k for k in order if ask.lone_shape(k) and not any(k in (e.actor, e.target) for e in hits)]
+    for k in nameable:
+        shape, quadrant = ask.things[k].shape, ask.things[k].quadrant
+        if k not in ask.travellers:
+            yield _place("place", f"where is the {shape}?", shape, quadrant)
+            continue
+        event = ask.world.event_of(k)
+        assert event is not None
+        for when, place in (("start", quadrant), ("end", destination(quadrant, event.direction))):
+            yield _place(f"place_{when}", f"where is the {shape} at the {when}?", shape, place)
+    for k, other in itertools.permutations([k for k in nameable if k not in ask.travellers], 2):
+        relation = beside(ask.things[k], ask.things[other])
+        if relation is not None and _meet(ask.world, k, other):
+            one, two = ask.things[k].shape, ask.things[other].shape
+            question = f"where is the {one} relative to the {two}?"
+            fact = Slot(relation, _RELATION)
+            yield Draft("relation", "spatial reasoning", question, f"the {one} is ", (fact,), f" the {two}.")
+
+
+def _place(kind: str, question: str, shape: str, quadrant: str) -> Draft:
+    vertical, horizontal = quadrant.split()
+    facts = (Slot(vertical, _VERTICAL), " ", Slot(horizontal, _HORIZONTAL))
+    return Draft(kind, "spatial perception", question, f"the {shape} is in the ", facts)
 
 
 def _meet(world: World, one: int, other: int) -> bool:

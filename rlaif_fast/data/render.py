@@ -27,8 +27,8 @@ RGB = {
 CHANGE_AT = (0.25, 0.5, 0.75)
 FLASH_AT = ((1 / 12, 5 / 12), (5 / 12, 8 / 12), (9 / 12, 1.0))
 _FLASH = 0.6  # how far a flash pulls the picture to white
-_TRAVEL = 0.25  # length of a move, as a fraction of the frame
-_SMALL, _LARGE = 0.095, 0.2  # radii between which an object grows and shrinks
+_TRAVEL = 0.25  # length of a move within a quadrant, as a fraction of the frame; twice that into the next
+_SMALL, _LARGE = 0.09, 0.21  # radii between which an object grows and shrinks
 _STEP = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -108,7 +108,7 @@ def pose_at(world: World, index: int, moment: float, progress: float) -> Pose:
         elif event.kind == "change" and happened:
             color = event.color
     elif event is not None:
-        dx, dy, radius = _lasting(event, radius, progress)
+        dx, dy, radius = _lasting(event, radius, progress, LEVELS[world.difficulty].long_moves)
         x, y = x + dx, y + dy
     return Pose(x, y, radius, color, visible)
 
@@ -120,14 +120,14 @@ def _home(thing: Thing) -> tuple[float, float]:
     return x + thing.jitter[0], y + thing.jitter[1]
 
 
-def _lasting(event: Event, radius: float, progress: float) -> tuple[float, float, float]:
+def _lasting(event: Event, radius: float, progress: float, long_moves: bool) -> tuple[float, float, float]:
     """Offset and radius of an object while a lasting event goes on."""
     if event.kind in ("grow", "shrink"):
         part = progress if event.kind == "grow" else 1.0 - progress
         return 0.0, 0.0, _SMALL + (_LARGE - _SMALL) * part
     ux, uy = _STEP[event.direction]
     if event.kind == "move":
-        along = _TRAVEL * (progress - 0.5)
+        along = 2 * _TRAVEL * progress if long_moves else _TRAVEL * (progress - 0.5)
         return ux * along, uy * along, radius
     if event.kind == "bounce":  # to the edge at half-time and back
         reach = 0.25 - radius

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Level:
         counts: Numbers of objects, equally likely.
         lasting: Kinds of lasting event, equally likely ("move" once for each direction).
         timed: Kinds of timed event of an object, equally likely.
+        long_moves: Whether a move leads into the next quadrant, an empty one; else it stays within its own.
         radius: Smallest and largest radius, as a fraction of the shorter side.
         noise: Standard deviation of the noise of each frame, in grey levels.
         texture: Contrast of the background, in grey levels.
@@ -39,6 +41,7 @@ class Level:
     counts: tuple[int, ...]
     lasting: tuple[str, ...]
     timed: tuple[str, ...]
+    long_moves: bool
     radius: tuple[float, float]
     noise: float
     texture: float
@@ -46,27 +49,37 @@ class Level:
 
 LEVELS = {
     1: Level(
-        3, 4, (1, 2, 3), (*("move",) * 4, "grow", "shrink"), ("appear", "vanish"), (0.15, 0.18), 4.0, 10.0
+        shapes=3,
+        colors=4,
+        counts=(1, 2, 3),
+        lasting=("move", "move", "move", "move", "grow", "shrink"),
+        timed=("appear", "vanish"),
+        long_moves=True,
+        radius=(0.17, 0.2),
+        noise=3.0,
+        texture=8.0,
     ),
     2: Level(
-        4,
-        6,
-        (2, 3, 4),
-        (*("move",) * 4, "grow", "shrink", "bounce", "turn"),
-        ("appear", "vanish", "change"),
-        (0.14, 0.17),
-        5.0,
-        14.0,
+        shapes=4,
+        colors=6,
+        counts=(2, 3, 4),
+        lasting=("move", "move", "move", "move", "grow", "shrink", "bounce", "turn"),
+        timed=("appear", "vanish", "change"),
+        long_moves=False,
+        radius=(0.14, 0.17),
+        noise=5.0,
+        texture=14.0,
     ),
     3: Level(
-        4,
-        6,
-        (2, 3, 4),
-        (*("move",) * 4, "grow", "shrink", "bounce", "turn", "hit", "hit"),
-        ("appear", "vanish", "change"),
-        (0.11, 0.13),
-        9.0,
-        20.0,
+        shapes=4,
+        colors=6,
+        counts=(2, 3, 4),
+        lasting=("move", "move", "move", "move", "grow", "shrink", "bounce", "turn", "hit", "hit"),
+        timed=("appear", "vanish", "change"),
+        long_moves=False,
+        radius=(0.11, 0.13),
+        noise=9.0,
+        texture=20.0,
     ),
 }
 
@@ -78,7 +91,7 @@ class Thing:
     Attributes:
         shape: One of SHAPES.
         color: One of COLORS, at the start.
-        quadrant: One of QUADRANTS; the object never leaves it, unless it hits another.
+        quadrant: One of QUADRANTS; where it is at the start.
         radius: Fraction of the shorter side of the frame.
         jitter: Offset of its centre from the centre of the quadrant, as fractions of the frame.
     """
@@ -170,7 +183,10 @@ def sample_world(name: str, difficulty: int, interval: tuple[float, float] = (0.
     count = rng.choice(LEVELS[difficulty].counts)  # outside the loop, so that refusals cannot unbalance it
     for _ in range(_TRIES):
         things = _sample_things(rng, difficulty, count)
-        world = World(name, difficulty, things, _sample_events(rng, difficulty, things))
+        events = _sample_events(rng, difficulty, things)
+        if LEVELS[difficulty].long_moves and events[0].kind == "move":
+            things = _make_way(rng, things, events[0])
+        world = World(name, difficulty, things, events)
         if interval[0] <= share(world.signature) < interval[1]:
             return world
     raise AssertionError(f"no world of difficulty {difficulty} in {interval} after {_TRIES} tries")
@@ -195,6 +211,26 @@ def _sample_things(rng: random.Random, difficulty: int, count: int) -> tuple[Thi
         )
         for (color, shape), quadrant in zip(looks, rng.sample(QUADRANTS, count))
     )
+
+
+def _make_way(rng: random.Random, things: tuple[Thing, ...], move: Event) -> tuple[Thing, ...]:
+    """Seat the objects anew, so that the quadrant that the mover goes to is empty."""
+    ends = {"left": "right", "right": "left", "up": "bottom", "down": "top"}[move.direction]
+    start = rng.choice([quadrant for quadrant in QUADRANTS if ends in quadrant.split()])
+    goal = destination(start, move.direction)
+    others = iter(rng.sample([q for q in QUADRANTS if q not in (start, goal)], 2))
+    return tuple(
+        dataclasses.replace(thing, quadrant=start if index == move.actor else next(others))
+        for index, thing in enumerate(things)
+    )
+
+
+def destination(quadrant: str, direction: str) -> str:
+    """The quadrant that lies in a direction from another."""
+    vertical, horizontal = quadrant.split()
+    if direction in ("left", "right"):
+        return f"{vertical} {direction}"
+    return f"{'top' if direction == 'up' else 'bottom'} {horizontal}"
 
 
 def _sample_events(rng: random.Random, difficulty: int, things: tuple[Thing, ...]) -> tuple[Event, ...]:
