@@ -113,9 +113,9 @@ def test_build_by_name():
     [
         ("referense", {}, "did you mean 'reference'"),
         ("reference", {"tolerence": 1}, "did you mean 'tolerance'"),
-        ("reference", {"inner": "reference"}, "wraps no other"),
-        ("noisy", {}, "option 'inner'"),
-        ("noisy", {"inner": 3}, "must be a name or a mapping"),
+        ("reference", {"inner": "reference"}, "no option .inner."),
+        ("noisy", {}, "needs option .inner."),
+        ("noisy", {"inner": 3}, "must be an oracle.s name or a mapping"),
         ("noisy", {"inner": "reference", "flip": 2.0}, "must be in"),
         ("reference", {"max_invalid_fraction": 3.0}, "must be in"),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
@@ -18,6 +19,13 @@ ENTRY_POINT_GROUP = "rlaif_fast.oracles"
 # Modules are imported on use, so that an oracle's libraries are needed by those who ask for it alone.
 _BUILTIN = {
     "reference": "rlaif_fast.oracle.reference:ReferenceOracle",
+    "embedding": "rlaif_fast.oracle.embedding:EmbeddingOracle",
+    "local": "rlaif_fast.oracle.local:LocalOracle",
+    "api": "rlaif_fast.oracle.api:ApiOracle",
+    "reward_model": "rlaif_fast.oracle.reward_model:RewardModelOracle",
+    "callable": "rlaif_fast.oracle.callable:CallableOracle",
+    "replay": "rlaif_fast.oracle.replay:ReplayOracle",
+    "ensemble": "rlaif_fast.oracle.ensemble:EnsembleOracle",
     "noisy": "rlaif_fast.oracle.wrappers:NoisyOracle",
     "shuffled": "rlaif_fast.oracle.wrappers:ShuffledOracle",
 }
@@ -31,7 +39,7 @@ def oracle_names() -> list[str]:
 def build_oracle(
     name: str,
     *,
-    inner: str | Mapping[str, Any] | None = None,
+    cache: str | Path | None = None,
     max_invalid_fraction: float | None = 0.5,
     window: int = 64,
     **options: Any,
@@ -40,42 +48,53 @@ def build_oracle(
 
     Args:
         name: One of `oracle_names()`.
-        inner: For an oracle around another one ("noisy", "shuffled", ...): the other's name, or a mapping
-            with `name` and its options.
+        cache: File to keep verdicts in; None keeps none.
         max_invalid_fraction: Stop the run when more of the last `window` groups could not be ranked; None
             never does.
         window: How many groups the circuit breaker looks back.
-        **options: The oracle's own; see its class.
+        **options: The oracle's own; see its class. An option `inner` (of "noisy" and "shuffled") is another
+            oracle's name, or a mapping of `name` and its options; `members` (of "ensemble") is a list of
+            such.
 
     Returns:
-        The oracle, behind a `CircuitBreaker` unless `max_invalid_fraction` is None.
+        The oracle; with a cache in front of it if asked for, and a `CircuitBreaker` unless
+        `max_invalid_fraction` is None.
 
     Raises:
         UsageError: If the name or an option is unknown.
     """
     factory = _factory(name)
-    arguments: list[Oracle] = []
-    if _takes_inner(factory):
-        if inner is None:
-            raise UsageError(f"oracle {name!r} wraps another oracle; name it with option 'inner'")
-        arguments.append(_build_inner(inner))
-    elif inner is not None:
-        raise UsageError(f"oracle {name!r} wraps no other oracle; drop option 'inner'")
     _check_options(name, factory, options)
-    oracle = factory(*arguments, **options)
+    if "inner" in options:
+        options["inner"] = _nested(name, "inner", options["inner"])
+    if "members" in options:
+        members = options["members"]
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            raise UsageError(f"oracle {name!r}: option 'members' must be a list of oracles, got {members!r}")
+        options["members"] = [_nested(name, "members", member) for member in members]
+    oracle = factory(**options)
     if not isinstance(oracle, Oracle):
         raise UsageError(f"oracle {name!r} has no 'name' and 'rank'; see rlaif_fast.oracle.Oracle")
-    if max_invalid_fraction is None:
-        return oracle
-    return CircuitBreaker(oracle, max_invalid_fraction=max_invalid_fraction, window=window)
+    if cache is not None:
+        from rlaif_fast.oracle.cache import CachedOracle
+
+        oracle = CachedOracle(oracle, path=cache)
+    if max_invalid_fraction is not None:
+        oracle = CircuitBreaker(oracle, max_invalid_fraction=max_invalid_fraction, window=window)
+    return oracle
 
 
-def _build_inner(inner: str | Mapping[str, Any]) -> Oracle:
-    if isinstance(inner, str):
-        return build_oracle(inner, max_invalid_fraction=None)
-    if not isinstance(inner, Mapping) or "name" not in inner:
-        raise UsageError(f"oracle option 'inner' must be a name or a mapping with 'name', got {inner!r}")
-    return build_oracle(**{"max_invalid_fraction": None, **inner})
+def _nested(name: str, option: str, value: Any) -> Oracle:
+    """An oracle given as itself, by name, or as a mapping of its name and options."""
+    if isinstance(value, str):
+        return build_oracle(value, max_invalid_fraction=None)
+    if isinstance(value, Mapping) and "name" in value:
+        return build_oracle(**{"max_invalid_fraction": None, **value})
+    if isinstance(value, Oracle):
+        return value
+    raise UsageError(
+        f"oracle {name!r}: option {option!r} must be an oracle's name or a mapping with 'name', got {value!r}"
+    )
 
 
 def _factory(name: str) -> Callable[..., Oracle]:
@@ -86,7 +105,7 @@ def _factory(name: str) -> Callable[..., Oracle]:
     if name in plugins:
         return plugins[name].load()
     close = difflib.get_close_matches(name, oracle_names(), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise UsageError(f"unknown oracle {name!r}{hint} Known: {', '.join(oracle_names())}")
 
 
@@ -94,22 +113,18 @@ def _plugins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
-def _takes_inner(factory: Callable[..., Oracle]) -> bool:
-    return "inner" in inspect.signature(factory).parameters
-
-
 def _check_options(name: str, factory: Callable[..., Oracle], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(factory).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = [key for key in parameters if key not in ("inner", "self")]
+    named = {key: p for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    known = [*named, *getattr(factory, "more_options", ())]
+    open_ended = len(named) < len(parameters) and not hasattr(factory, "more_options")
     for key in options:
-        if key not in known:
+        if key not in known and not open_ended:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UsageError(
                 f"oracle {name!r} has no option {key!r}{hint} Known: {', '.join(known) or 'none'}"
             )
-    missing = [k for k in known if parameters[k].default is parameters[k].empty and k not in options]
+    missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
     if missing:
         raise UsageError(f"oracle {name!r} needs option {missing[0]!r}")

@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
+
+T = TypeVar("T")
 
 
 class OracleFailedError(RlaifFastError):
@@ -20,13 +23,14 @@ class OracleFailedError(RlaifFastError):
 class NoisyOracle:
     """Another oracle's ranking, disturbed: for experiments on how much noise a run survives.
 
-    The noise is drawn from the seed, the request's id and its responses, so it does not depend on batches.
+    The noise is drawn from the seed, the request's id and its responses, so it does not depend on batches;
+    equal responses get equal noise.
 
     Args:
         inner: The oracle to disturb.
         flip: Probability with which each pairwise comparison is turned round; the ranking is then by wins.
-        score_sd: Standard deviation of Gaussian noise on the rank, in units of the distance from best to
-            worst.
+        score_sd: Standard deviation of Gaussian noise on the inner oracle's scores; where it has none, on its
+            ranks scaled to [0, 1].
         seed: Seed of the noise.
     """
 
@@ -47,43 +51,54 @@ class NoisyOracle:
         """What a cached verdict depends on beside the request."""
         return f"noisy/1 flip={self.flip} sd={self.score_sd} seed={self.seed} ({identity_of(self.inner)})"
 
+    @property
+    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
+        """The inner oracle's scores, disturbed, where it has any."""
+        inner = self.inner.score  # type: ignore[attr-defined]
+        return lambda request: tuple(self._disturb(request, request.responses, inner(request)))
+
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        return [self._disturb(*pair) for pair in zip(requests, self.inner.rank(requests))]
+        return [self._rank_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
 
-    def _disturb(self, request: RankRequest, ranking: Ranking) -> Ranking:
-        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
-        if ranking.error is not None or len(judged) < 2:
+    def _rank_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
+        if not ranking.valid:
             return ranking
-        generator = request_generator(self.seed, request)
-        ranks: list[float] = [float(ranking.ranks[i] or 0) for i in judged]
-        if self.score_sd > 0.0:
-            span = max(ranks) - min(ranks) or 1.0
-            ranks = [rank + generator.gauss(0.0, self.score_sd * span) for rank in ranks]
-        scores: list[float | None] = [None] * len(ranking.ranks)
-        for i, score in zip(judged, self._wins(ranks, generator) if self.flip else [-rank for rank in ranks]):
-            scores[i] = score
-        return dataclasses.replace(ranking, ranks=ranks_from_scores(scores))
+        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
+        if hasattr(self.inner, "score"):
+            scores = self.inner.score(request)
+        else:
+            worst = max(rank for rank in ranking.ranks if rank is not None) or 1
+            scores = [-(rank or 0) / worst for rank in ranking.ranks]
+        texts = [request.responses[i] for i in judged]
+        disturbed = dict(zip(judged, self._disturb(request, texts, [scores[i] for i in judged])))
+        ranks = ranks_from_scores([disturbed.get(i) for i in range(len(ranking.ranks))])
+        return dataclasses.replace(ranking, ranks=ranks)
 
-    def _wins(self, ranks: list[float], generator: random.Random) -> list[float]:
-        wins = [0.0] * len(ranks)
-        for i in range(len(ranks)):
+    def _disturb(self, request: RankRequest, texts: Sequence[str], scores: Sequence[float]) -> list[float]:
+        generator = request_generator(self.seed, request)
+        noise = {text: generator.gauss(0.0, self.score_sd) for text in dict.fromkeys(texts)}
+        noisy = [score + noise[text] for text, score in zip(texts, scores)]
+        if self.flip == 0.0:
+            return noisy
+        wins = [0.0] * len(noisy)
+        for i in range(len(noisy)):
             for j in range(i):
                 flipped = generator.random() < self.flip
-                if ranks[i] == ranks[j]:
+                if noisy[i] == noisy[j]:
                     wins[i] += 0.5
                     wins[j] += 0.5
                 else:
-                    wins[i if (ranks[i] < ranks[j]) != flipped else j] += 1.0
-        return wins
+                    wins[i if (noisy[i] > noisy[j]) != flipped else j] += 1.0
+        return [win / max(1, len(noisy) - 1) for win in wins]
 
 
 class ShuffledOracle:
     """Another oracle's ranks dealt out at random within each group: the control that must teach nothing.
 
     Args:
-        inner: The oracle whose ranks are shuffled (its ties, abstentions and failures stay as many as they
-            were).
+        inner: The oracle whose ranks are shuffled; its ties, abstentions and failures stay as many as they
+            were.
         seed: Seed of the shuffle; each request draws its own from it, its id and its responses.
     """
 
@@ -98,13 +113,22 @@ class ShuffledOracle:
         """What a cached verdict depends on beside the request."""
         return f"shuffled/1 seed={self.seed} ({identity_of(self.inner)})"
 
+    @property
+    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
+        """The inner oracle's scores, shuffled as the ranks are, where it has any."""
+        inner = self.inner.score  # type: ignore[attr-defined]
+        return lambda request: tuple(self._shuffle(request, inner(request)))
+
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        shuffled = []
-        for request, ranking in zip(requests, self.inner.rank(requests)):
-            ranks = list(ranking.ranks)
-            request_generator(self.seed, request).shuffle(ranks)
-            shuffled.append(dataclasses.replace(ranking, ranks=tuple(ranks)))
+        return [
+            dataclasses.replace(ranking, ranks=tuple(self._shuffle(request, ranking.ranks)))
+            for request, ranking in zip(requests, self.inner.rank(requests))
+        ]
+
+    def _shuffle(self, request: RankRequest, values: Sequence[T]) -> list[T]:
+        shuffled = list(values)
+        request_generator(self.seed, request).shuffle(shuffled)
         return shuffled
 
 
@@ -131,6 +155,15 @@ class CircuitBreaker:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request: the breaker changes none."""
         return identity_of(self.inner)
+
+    @property
+    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
+        """The inner oracle's scores, where it has any."""
+        return self.inner.score  # type: ignore[attr-defined, no-any-return]
+
+    def stats(self) -> dict[str, float]:
+        """The inner oracle's own figures."""
+        return getattr(self.inner, "stats", dict)()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request.

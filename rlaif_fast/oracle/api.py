@@ -1,0 +1,404 @@
+"""A judge behind an OpenAI-compatible chat-completions endpoint: a vLLM server, a hosted model.
+
+Every failure the wire can produce ends in one of three ways: it is tried again (bounded, jittered, within the
+deadline), the rest of the verdict is used without it, or the group is marked invalid with the reason. No
+failure turns into a rank.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import concurrent.futures
+import datetime
+import email.utils
+import io
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
+from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
+from rlaif_fast.video.base import Clip
+
+T = TypeVar("T")
+
+_RETRIED_STATUS = {408, 409, 425, 429}
+_KEY_LIKE = re.compile(r"\b(?:sk|pk|key|hf|Bearer)[-_ ][\w*.\-]{6,}", re.IGNORECASE)
+_RESPONSE_FORMATS = ("json_schema", "json_object", "none")
+
+
+class _Fault(Exception):
+    """An attempt that brought no usable verdict; `kind` is what it counts as."""
+
+    def __init__(self, kind: str, detail: str, *, retry: bool = True, wait: float = 0.0, partial: Any = None):
+        super().__init__(detail)
+        self.kind = kind
+        self.retry = retry
+        self.wait = wait
+        self.partial = partial
+
+
+class ApiOracle(Judge):
+    """Ranks by asking a model behind `POST {base_url}/chat/completions`; frames are sent as JPEG images.
+
+    Args:
+        model: The model's name at the endpoint.
+        base_url: The endpoint, e.g. "http://localhost:8000/v1"; None reads the variable OPENAI_BASE_URL.
+        api_key_env: Name of the environment variable that holds the key; unset or empty sends none. The key
+            itself is never an option, so that it cannot end up in a config file.
+        response_format: "json_schema" (structured output by the reply's schema), "json_object", or "none" for
+            servers that take no `response_format`.
+        temperature: Sampling temperature of the judge.
+        max_tokens: Most tokens of a reply.
+        concurrency: Most requests in flight.
+        timeout: Seconds one request may take.
+        deadline: Seconds one call of `rank` may take; what is unanswered then is invalid.
+        max_attempts: Tries of one request.
+        backoff: Seconds before the second try; doubled for each further one, jittered, at most `max_backoff`.
+        max_backoff: Longest wait between tries, a server's Retry-After aside.
+        frames_per_clip: Most frames of a clip that are sent, evenly spaced.
+        image_size: Longest side of a sent frame in pixels.
+        extra_body: More fields for the request body, as the endpoint defines them.
+        judge: The options of `JudgeOptions`.
+    """
+
+    name = "api"
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        response_format: str = "json_schema",
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        concurrency: int = 16,
+        timeout: float = 60.0,
+        deadline: float = 300.0,
+        max_attempts: int = 4,
+        backoff: float = 0.5,
+        max_backoff: float = 20.0,
+        frames_per_clip: int = 8,
+        image_size: int = 448,
+        extra_body: Mapping[str, Any] | None = None,
+        **judge: Any,
+    ) -> None:
+        super().__init__(JudgeOptions(**judge))
+        if self.options.protocol not in PROTOCOLS:
+            raise UsageError(
+                f"oracle 'api' takes protocol {', '.join(PROTOCOLS)}, got {self.options.protocol!r}"
+            )
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        if not base_url:
+            raise UsageError("oracle 'api' needs option 'base_url' (or the variable OPENAI_BASE_URL)")
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(
+                "oracle option 'base_url' must be an http(s) address such as http://localhost:8000/v1"
+            )
+        if parts.username or parts.password or parts.query:
+            raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
+        if response_format not in _RESPONSE_FORMATS:
+            raise UsageError(f"oracle option 'response_format' must be one of {_RESPONSE_FORMATS}")
+        for option, value in (("concurrency", concurrency), ("max_attempts", max_attempts)):
+            if value < 1:
+                raise UsageError(f"oracle option {option!r} must be at least 1, got {value}")
+        if timeout <= 0 or deadline <= 0:
+            raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
+        self.model = model
+        self.base_url = base_url.rstrip("/")
+        self.api_key_env = api_key_env
+        self.response_format = response_format
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.deadline = deadline
+        self.max_attempts = max_attempts
+        self.backoff = backoff
+        self.max_backoff = max_backoff
+        self.frames_per_clip = frames_per_clip
+        self.image_size = image_size
+        self.extra_body = dict(extra_body or {})
+        self._counts: Counter[str] = Counter()
+        _import_httpx()
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request; the address is no part of it."""
+        return (
+            f"{super().identity} model={self.model} format={self.response_format} "
+            f"temperature={self.temperature} max_tokens={self.max_tokens} "
+            f"frames={self.frames_per_clip} size={self.image_size} "
+            f"extra={json.dumps(self.extra_body, sort_keys=True)}"
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counts since the start: requests, retries, prompt and completion tokens, faults by kind."""
+        return {f"oracle/api/{key}": float(value) for key, value in sorted(self._counts.items())}
+
+    def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
+        """Ask about every showing, many at a time, and be back within the deadline."""
+        return _run_in_loop(self._run_all(showings))
+
+    async def _run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
+        httpx = _import_httpx()
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(f"the variable {self.api_key_env} holds characters that no key has; set it anew")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        # The semaphore bounds the connections, so no request waits for one: a timeout is the server's.
+        async with httpx.AsyncClient(headers=headers, timeout=self.timeout, limits=limits) as client:
+            session = _Session(self, client, key)
+            return list(await asyncio.gather(*(session.run(showing) for showing in showings)))
+
+
+@dataclass
+class _Tally:
+    """What one showing has cost so far, and what went wrong last."""
+
+    raw: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    fault: _Fault | None = None
+
+
+class _Session:
+    """One call of `rank`: a client, its key and its images."""
+
+    def __init__(self, oracle: ApiOracle, client: Any, key: str) -> None:
+        self.oracle = oracle
+        self.client = client
+        self.key = key
+        self.counts = oracle._counts
+        self.slots = asyncio.Semaphore(oracle.concurrency)
+        self.end = asyncio.get_running_loop().time() + oracle.deadline
+        self.images: dict[str, list[dict[str, Any]]] = {}
+
+    async def run(self, showing: Showing) -> Outcome:
+        tally = _Tally()
+        protocol = PROTOCOLS[self.oracle.options.protocol]
+        run = protocol(showing.request, showing.texts, showing.order, showing.salt)
+        asks = next(run)
+        while True:
+            answers = await asyncio.gather(*(self.answer(showing, ask, tally) for ask in asks))
+            try:
+                asks = run.send(answers)
+            except StopIteration as end:
+                ranks = end.value
+                break
+        judged = sum(rank is not None for rank in ranks)
+        error = None if judged >= 2 else str(tally.fault or "the judge declined")
+        return Outcome(ranks, tuple(tally.raw), tally.tokens, tally.seconds, error)
+
+    async def answer(self, showing: Showing, ask: Ask, tally: _Tally) -> Any:
+        """The parsed reply; None where none could be had in the tries and the time there are."""
+        left = self.end - asyncio.get_running_loop().time()
+        try:
+            return await asyncio.wait_for(self._tries(showing, ask, tally), timeout=left)
+        except asyncio.TimeoutError:
+            last = f"; last: {tally.fault}" if tally.fault else ""
+            self._note(_Fault("deadline", f"the deadline of {self.oracle.deadline:g} s passed{last}"), tally)
+            return None
+
+    async def _tries(self, showing: Showing, ask: Ask, tally: _Tally) -> Any:
+        tenacity = _import_tenacity()
+        jitter = tenacity.wait_random_exponential(multiplier=self.oracle.backoff, max=self.oracle.max_backoff)
+
+        def wait(retry_state: Any) -> float:
+            return max(retry_state.outcome.exception().wait, jitter(retry_state))
+
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.oracle.max_attempts),
+            wait=wait,
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Fault) and error.retry),
+            reraise=True,
+        )
+        content = [*self._images(showing.request.clips), {"type": "text", "text": ask.text}]
+        messages = [{"role": "system", "content": ask.system}, {"role": "user", "content": content}]
+        body = {
+            "model": self.oracle.model,
+            "messages": messages,
+            "temperature": self.oracle.temperature,
+            "max_tokens": self.oracle.max_tokens,
+            **self._format(ask),
+            **self.oracle.extra_body,
+        }
+        partial = None
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    self.counts["retries"] += attempt.retry_state.attempt_number > 1
+                    try:
+                        return await self._attempt(ask, body, tally)
+                    except _Fault as fault:
+                        partial = fault.partial or partial
+                        raise
+        except _Fault:
+            self.counts["gave_up"] += 1
+            return partial
+        raise AssertionError("a retry loop ends by a result or an exception")
+
+    async def _attempt(self, ask: Ask, body: dict[str, Any], tally: _Tally) -> Any:
+        try:
+            async with self.slots:
+                start = time.perf_counter()
+                self.counts["requests"] += 1
+                try:
+                    reply = await self._post(body, tally)
+                finally:
+                    tally.seconds += time.perf_counter() - start
+            tally.raw.append(self._redact(reply))
+            try:
+                return ask.parse(reply)
+            except MalformedVerdict as error:
+                raise _Fault(error.kind, str(error), partial=error.partial) from None
+        except _Fault as fault:
+            self._note(fault, tally)
+            raise
+
+    def _note(self, fault: _Fault, tally: _Tally) -> None:
+        self.counts[f"fault_{fault.kind}"] += 1
+        tally.fault = fault
+
+    async def _post(self, body: dict[str, Any], tally: _Tally) -> str:
+        """One request; the text of the reply's message."""
+        httpx = _import_httpx()
+        try:
+            response = await self.client.post(f"{self.oracle.base_url}/chat/completions", json=body)
+        except httpx.TimeoutException:
+            raise _Fault("timeout", f"no reply within {self.oracle.timeout:g} s") from None
+        except httpx.RequestError as error:
+            raise _Fault("connection", self._redact(f"{type(error).__name__}: {error}")) from None
+        if response.status_code != 200:
+            raise self._status_fault(response)
+        try:
+            payload = response.json()
+            usage = payload.get("usage") or {}
+            for kind in ("prompt_tokens", "completion_tokens"):
+                self.counts[kind] += int(usage.get(kind) or 0)
+                tally.tokens += int(usage.get(kind) or 0)
+            choice = payload["choices"][0]
+            message = choice["message"]
+            if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+                raise _Fault("refusal", "the judge refused")
+            content = message["content"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            raise _Fault("malformed_body", "the reply is not a chat completion") from None
+        if not isinstance(content, str):
+            raise _Fault("malformed_body", "the reply holds no text")
+        return content
+
+    def _status_fault(self, response: Any) -> _Fault:
+        status = response.status_code
+        detail = self._redact(f"HTTP {status}: {' '.join(response.text.split())[:200]}")
+        if status == 429:
+            return _Fault("rate_limit", detail, wait=retry_after(response.headers.get("retry-after")))
+        if status >= 500:
+            return _Fault("server_error", detail, wait=retry_after(response.headers.get("retry-after")))
+        return _Fault("rejected", detail, retry=status in _RETRIED_STATUS)
+
+    def _format(self, ask: Ask) -> dict[str, Any]:
+        if self.oracle.response_format == "none":
+            return {}
+        if self.oracle.response_format == "json_object":
+            return {"response_format": {"type": "json_object"}}
+        schema = {"name": "verdict", "strict": True, "schema": ask.schema}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+    def _images(self, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for number, clip in enumerate(clips, 1):
+            if clip.key not in self.images:
+                self.images[clip.key] = encode_frames(
+                    clip, self.oracle.frames_per_clip, self.oracle.image_size
+                )
+            what = "Picture" if clip.is_image else "Video"
+            parts += [{"type": "text", "text": f"{what} {number}:"}, *self.images[clip.key]]
+        return parts
+
+    def _redact(self, text: str) -> str:
+        """`text` without the key, and without anything that looks like one (servers echo keys in part)."""
+        if self.key:
+            text = text.replace(self.key, "[key]")
+        return _KEY_LIKE.sub("[key]", text)
+
+
+def encode_frames(clip: Clip, max_frames: int, size: int) -> list[dict[str, Any]]:
+    """At most `max_frames` evenly spaced frames of a clip as message parts: a time, then a JPEG."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise _missing("pillow", "sending frames") from error
+    total = clip.frames.shape[0]
+    count = min(total, max_frames)
+    parts: list[dict[str, Any]] = []
+    for index in [(2 * i + 1) * total // (2 * count) for i in range(count)]:
+        image = Image.fromarray(clip.frames[index].cpu().numpy())
+        image.thumbnail((size, size))
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=85)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        if not clip.is_image:
+            parts.append({"type": "text", "text": f"{clip.timestamps[index]:.1f} s"})
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    return parts
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds a Retry-After header asks for, as a number or a date; 0 where it is absent or unreadable."""
+    if value is None:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=datetime.timezone.utc)
+    return max(0.0, (when - datetime.datetime.now(datetime.timezone.utc)).total_seconds())
+
+
+def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, from plain code or from inside a running event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+def _import_httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise _missing("httpx", "the api oracle") from error
+    return httpx
+
+
+def _import_tenacity() -> Any:
+    try:
+        import tenacity
+    except ImportError as error:
+        raise _missing("tenacity", "the api oracle") from error
+    return tenacity
+
+
+def _missing(package: str, what: str) -> RlaifFastError:
+    return RlaifFastError(
+        f"{what} needs {package}, which is not installed; run: pip install 'rlaif-fast[judge]'"
+    )

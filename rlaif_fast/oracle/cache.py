@@ -1,0 +1,217 @@
+"""Verdicts kept on disk, by what was asked and who was asked: resuming and replaying a run costs nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json, request_to_json
+from rlaif_fast.oracle.wrappers import identity_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SCHEMA_VERSION = 1
+_SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, ranking TEXT NOT NULL) WITHOUT ROWID"
+_BUSY_SECONDS = 30.0
+_LOOKUP = 500  # keys a statement, under SQLite's bound on variables
+
+
+class VerdictCache:
+    """A SQLite file of rankings; any number of processes may read and write it at once.
+
+    A file that is no database, is damaged or has another layout is renamed to NAME.corrupt-TIME with a
+    warning, and a new one is begun.
+
+    Args:
+        path: The file; its folder is made if need be.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"verdict cache: cannot make {self.path.parent}: {error.strerror}") from None
+        if self.path.is_dir():
+            raise UsageError(f"verdict cache: {self.path} is a folder; name a file")
+        self._connection = self._open_or_rebuild()
+
+    def get_many(self, keys: Sequence[str]) -> dict[str, Ranking]:
+        """The rankings that are there, by key."""
+
+        def read(connection: sqlite3.Connection) -> dict[str, Ranking]:
+            found: dict[str, Ranking] = {}
+            for start in range(0, len(keys), _LOOKUP):
+                part = keys[start : start + _LOOKUP]
+                marks = ",".join("?" * len(part))
+                rows = connection.execute(f"SELECT key, ranking FROM verdicts WHERE key IN ({marks})", part)
+                for key, text in rows:
+                    try:
+                        found[key] = ranking_from_json(json.loads(text))
+                    except (ValueError, TypeError, AttributeError) as error:
+                        raise sqlite3.DatabaseError(f"a row is no ranking ({error})") from None
+            return found
+
+        return self._run(read)
+
+    def put_many(self, rankings: Sequence[tuple[str, Ranking]]) -> None:
+        """Keep rankings by key; the first one kept for a key stays."""
+        rows = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
+
+        def write(connection: sqlite3.Connection) -> None:
+            with connection:
+                connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
+
+        self._run(write)
+
+    def __len__(self) -> int:
+        return self._run(lambda connection: connection.execute("SELECT count(*) FROM verdicts").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do one piece of work; if the file turns out to be damaged, set it aside and do it on a new one."""
+        with self._lock:
+            try:
+                return work(self._connection)
+            except sqlite3.OperationalError as error:
+                raise RlaifFastError(
+                    f"verdict cache {self.path}: {error}; free the disk or name another"
+                ) from None
+            except sqlite3.DatabaseError as error:
+                self._connection.close()
+                self._set_aside(error)
+                self._connection = self._open_or_rebuild()
+                return work(self._connection)
+
+    def _open_or_rebuild(self) -> sqlite3.Connection:
+        try:
+            return self._open()
+        except sqlite3.OperationalError as error:
+            raise RlaifFastError(f"verdict cache: cannot open {self.path}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+            return self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        with self._exclusive():
+            connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, check_same_thread=False)
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=NORMAL")
+                version = connection.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, _SCHEMA_VERSION):
+                    raise sqlite3.DatabaseError(f"layout {version}, expected {_SCHEMA_VERSION}")
+                verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
+                if verdict != "ok":
+                    raise sqlite3.DatabaseError(verdict)
+                with connection:
+                    connection.execute(_SCHEMA)
+                    connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+                connection.execute("SELECT key, ranking FROM verdicts LIMIT 1").fetchone()
+            except sqlite3.Error:
+                connection.close()
+                raise
+            return connection
+
+    def _set_aside(self, error: Exception) -> None:
+        """Rename the damaged file, unless another process has done so already."""
+        with self._exclusive():
+            try:
+                probe = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
+                with contextlib.closing(probe):
+                    healthy = probe.execute("PRAGMA quick_check").fetchone()[0] == "ok" and (
+                        probe.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA_VERSION
+                    )
+                    for (text,) in probe.execute("SELECT ranking FROM verdicts"):
+                        ranking_from_json(json.loads(text))
+            except (sqlite3.Error, ValueError, TypeError, AttributeError):
+                healthy = False
+            if healthy:
+                return
+            aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
+            for suffix in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{self.path}{suffix}").rename(f"{aside}{suffix}")
+        logger.warning(
+            "verdict cache %s is damaged (%s); set aside as %s, beginning anew", self.path, error, aside
+        )
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other processes from opening or renaming the file meanwhile."""
+        with open(f"{self.path}.lock", "w") as lock:  # noqa: PTH123
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+class CachedOracle:
+    """Another oracle behind a verdict cache; only valid rankings are kept.
+
+    The key is the content of the request (not its id) and the oracle's `identity`, which names the judge, its
+    options and the version of its prompt.
+
+    Args:
+        inner: The oracle that is asked where the cache has nothing.
+        path: The cache file.
+    """
+
+    def __init__(self, inner: Oracle, *, path: str | Path) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.cache = VerdictCache(path)
+        self.hits = 0
+        self.misses = 0
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request: the inner oracle's."""
+        return identity_of(self.inner)
+
+    def stats(self) -> dict[str, float]:
+        """Hits and misses since the start, and the inner oracle's own figures."""
+        inner: dict[str, float] = getattr(self.inner, "stats", dict)()
+        return {"oracle/cache_hits": float(self.hits), "oracle/cache_misses": float(self.misses), **inner}
+
+    @property
+    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
+        """The inner oracle's scores, where it has any."""
+        return self.inner.score  # type: ignore[attr-defined, no-any-return]
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; what the cache holds costs no tokens and no time."""
+        keys = [self.key(request) for request in requests]
+        found = self.cache.get_many(sorted(set(keys)))
+        first = {key: at for at, key in reversed(list(enumerate(keys))) if key not in found}
+        missing = sorted(first.values())
+        self.hits += len(requests) - len(missing)
+        self.misses += len(missing)
+        fresh = dict(zip(missing, self.inner.rank([requests[at] for at in missing]))) if missing else {}
+        self.cache.put_many([(keys[at], ranking) for at, ranking in fresh.items() if ranking.valid])
+        return [
+            fresh[at] if at in fresh else found.get(key) or fresh[first[key]] for at, key in enumerate(keys)
+        ]
+
+    def key(self, request: RankRequest) -> str:
+        """The hash under which the verdict on a request is kept."""
+        content = json.dumps(
+            [identity_of(self.inner), request_to_json(request)], sort_keys=True, default=repr
+        )
+        return hashlib.sha256(content.encode()).hexdigest()

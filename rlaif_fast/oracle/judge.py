@@ -1,0 +1,198 @@
+"""The part that all judges share: orders of appearance, fusion, confidence, abstentions.
+
+A judge answers one shown order at a time; how is left to `Judge.run_all`. Each group is shown in k orders,
+the orders' verdicts are fused, and their agreement is the confidence.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import agreement, borda, kemeny
+from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
+from rlaif_fast.oracle.untrusted import clean_text, distinct, draw_orders
+
+FUSIONS = {"borda": borda, "kemeny": kemeny}
+DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 4, "pointwise": 1, "likelihood": 1}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said about one shown order.
+
+    Attributes:
+        order: The responses in order of appearance, duplicates of a text left out.
+        ranks: The ranks it gave, G entries; None where it gave none (and for the left-out duplicates).
+        raw: Its replies.
+        error: Why there are no ranks; None where there are.
+    """
+
+    order: tuple[int, ...]
+    ranks: Ranks
+    raw: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Showing:
+    """One run of a protocol: a group's distinct texts in one order of appearance."""
+
+    request: RankRequest
+    texts: tuple[str, ...]
+    order: tuple[int, ...]
+    salt: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a showing: ranks over the distinct texts, or the reason why there are none."""
+
+    ranks: Ranks
+    raw: tuple[str, ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a judge is asked.
+
+    Attributes:
+        protocol: "listwise", "pairwise" (all pairs), "network" (a sorting network of pairs) or "pointwise".
+        orders: k, the orders of appearance each group is shown in; None is 4 listwise, 2 for all pairs, 1
+            pointwise.
+        fusion: "borda" or "kemeny".
+        min_confidence: At most this confidence and the fused ranking is all tied: orders that agree no better
+            than chance carry nothing to learn from.
+        use_reference: Show the reference answer to the judge where there is one.
+        use_clips: Show the frames to the judge.
+        max_response_chars: Length a response is cut to.
+        seed: Seed of the orders of appearance and the labels.
+    """
+
+    protocol: str = "listwise"
+    orders: int | None = None
+    fusion: str = "borda"
+    min_confidence: float = 0.0
+    use_reference: bool = True
+    use_clips: bool = True
+    max_response_chars: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.protocol not in DEFAULT_ORDERS:
+            raise UsageError(
+                f"oracle option 'protocol' must be one of {sorted(PROTOCOLS)}, got {self.protocol!r}"
+            )
+        if self.fusion not in FUSIONS:
+            raise UsageError(f"oracle option 'fusion' must be one of {sorted(FUSIONS)}, got {self.fusion!r}")
+        if self.orders is not None and self.orders < 1:
+            raise UsageError(f"oracle option 'orders' must be at least 1, got {self.orders}")
+        if not 0.0 <= self.min_confidence <= 1.0:
+            raise UsageError(f"oracle option 'min_confidence' must be in [0, 1], got {self.min_confidence}")
+        if self.max_response_chars < 1:
+            raise UsageError(
+                f"oracle option 'max_response_chars' must be at least 1, got {self.max_response_chars}"
+            )
+
+    @property
+    def num_orders(self) -> int:
+        """k."""
+        return DEFAULT_ORDERS[self.protocol] if self.orders is None else self.orders
+
+
+class Judge(ABC):
+    """An oracle that asks a judge; subclasses say how (`run_all`) and who (`identity`).
+
+    Args:
+        options: How it is asked.
+    """
+
+    name = "judge"
+    more_options = tuple(option.name for option in fields(JudgeOptions))  # what **judge of a subclass takes
+
+    def __init__(self, options: JudgeOptions) -> None:
+        self.options = options
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"{self.name}/{PROMPT_VERSION} {self.options}"
+
+    @abstractmethod
+    def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
+        """Get the judge's ranks for every showing, in their order; failures are outcomes with an error."""
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        groups = [self._show(request) for request in requests]
+        flat = [showing for showings, _ in groups for showing in showings]
+        start = time.perf_counter()
+        outcomes = iter(self.run_all(flat) if flat else [])
+        share = (time.perf_counter() - start) / max(1, len(flat))
+        return [
+            self._fuse(places, showings, [next(outcomes) for _ in showings], share)
+            for showings, places in groups
+        ]
+
+    def _show(self, request: RankRequest) -> tuple[list[Showing], list[int]]:
+        """The showings of a group (none where it has but one text), and which text each response is."""
+        texts, places = distinct(
+            [clean_text(response, self.options.max_response_chars) for response in request.responses]
+        )
+        if len(texts) < 2:
+            return [], places
+        if not self.options.use_reference:
+            request = replace(request, reference=None)
+        if not self.options.use_clips:
+            request = replace(request, clips=())
+        # Nothing that names the request: equal content is shown equally, so that verdicts can be cached.
+        content = (str(self.options.seed), request.question, *texts)
+        orders = draw_orders(len(texts), self.options.num_orders, *content)
+        salts = ["\x1f".join((str(number), *content)) for number in range(len(orders))]
+        return [Showing(request, tuple(texts), *pair) for pair in zip(orders, salts)], places
+
+    def _fuse(
+        self, places: list[int], showings: list[Showing], outcomes: list[Outcome], share: float
+    ) -> Ranking:
+        if not showings:
+            return Ranking(ranks=(0,) * len(places))
+        first_of = [places.index(text) for text in range(len(showings[0].texts))]
+        verdicts = tuple(
+            Verdict(
+                order=tuple(first_of[i] for i in showing.order),
+                ranks=_spread(outcome.ranks, first_of, len(places)),
+                raw=outcome.raw,
+                error=outcome.error,
+            )
+            for showing, outcome in zip(showings, outcomes)
+        )
+        tokens = sum(outcome.tokens for outcome in outcomes)
+        seconds = sum(outcome.seconds for outcome in outcomes) or share * len(showings)
+        usable = [o.ranks for o in outcomes if o.error is None and sum(r is not None for r in o.ranks) >= 2]
+        # One order of several shows neither bias nor disagreement: it would pass for certain.
+        if len(usable) < min(2, len(showings)):
+            reasons = [o.error or "the judge could not judge two responses" for o in outcomes]
+            error = next((o.error for o in reversed(outcomes) if o.error), reasons[-1])
+            return Ranking((None,) * len(places), 0.0, verdicts, tokens, seconds, error)
+        fused = list(FUSIONS[self.options.fusion](usable))
+        for i in range(len(fused)):
+            if 2 * sum(ranks[i] is not None for ranks in usable) < len(usable):
+                fused[i] = None
+        confidence = agreement(usable)
+        if len(showings) > 1 and confidence <= self.options.min_confidence:
+            fused = [None if rank is None else 0 for rank in fused]
+        return Ranking(tuple(fused[text] for text in places), confidence, verdicts, tokens, seconds)
+
+
+def _spread(ranks: Ranks, first_of: list[int], size: int) -> Ranks:
+    spread: list[int | None] = [None] * size
+    for place, rank in zip(first_of, ranks):
+        spread[place] = rank
+    return tuple(spread)

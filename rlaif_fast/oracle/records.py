@@ -1,0 +1,159 @@
+"""Requests and rankings as JSON, for the verdict cache, verdict files and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.judge import Verdict
+
+_VERDICT_KEYS = {"order", "ranks", "raw", "error"}
+
+
+def ranking_to_json(ranking: Ranking) -> dict[str, Any]:
+    """A ranking as JSON-ready values; verdicts other than `Verdict` must be JSON-ready themselves."""
+    return {
+        "ranks": list(ranking.ranks),
+        "confidence": ranking.confidence,
+        "verdicts": [asdict(v) if isinstance(v, Verdict) else v for v in ranking.verdicts],
+        "tokens": ranking.tokens,
+        "seconds": ranking.seconds,
+        "error": ranking.error,
+    }
+
+
+def ranking_from_json(value: Mapping[str, Any]) -> Ranking:
+    """The inverse of `ranking_to_json`.
+
+    Raises:
+        ValueError: If `value` is no ranking.
+    """
+    ranks = value.get("ranks")
+    if not isinstance(ranks, list) or not all(
+        rank is None or (isinstance(rank, int) and not isinstance(rank, bool)) for rank in ranks
+    ):
+        raise ValueError("'ranks' must be a list of integers and nulls")
+    return Ranking(
+        ranks=tuple(ranks),
+        confidence=float(value.get("confidence", 1.0)),
+        verdicts=tuple(_verdict_from_json(verdict) for verdict in value.get("verdicts", ())),
+        tokens=int(value.get("tokens", 0)),
+        seconds=float(value.get("seconds", 0.0)),
+        error=value.get("error"),
+    )
+
+
+def _verdict_from_json(value: Any) -> Any:
+    if not isinstance(value, Mapping) or set(value) != _VERDICT_KEYS:
+        return value
+    return Verdict(tuple(value["order"]), tuple(value["ranks"]), tuple(value["raw"]), value["error"])
+
+
+def request_to_json(request: RankRequest) -> dict[str, Any]:
+    """Everything of a request that a verdict may depend on: not its id; clips by their content address."""
+    return {
+        "question": request.question,
+        "responses": list(request.responses),
+        "clips": [clip.key for clip in request.clips],
+        "reference": request.reference,
+        "options": list(request.options),
+        "category": request.category,
+        "metadata": dict(request.metadata),
+    }
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a JSONL file with their place as "file:line".
+
+    Raises:
+        UsageError: If the file cannot be read, or a line is no JSON object.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UsageError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise UsageError(f"{where}: expected one JSON object a line")
+                yield where, row
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}") from None
+
+
+def row_responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """The responses of a row.
+
+    Raises:
+        UsageError: If it has no list of at least two texts.
+    """
+    responses = row.get("responses")
+    if (
+        not isinstance(responses, list)
+        or len(responses) < 2
+        or not all(isinstance(response, str) for response in responses)
+    ):
+        raise UsageError(f"{where}: 'responses' must be a list of at least two texts")
+    return tuple(responses)
+
+
+def row_ranks(row: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+    """The ranks of a row, under `ranks` (verdict files) or `oracle_ranks` (a run's rollouts.jsonl).
+
+    Raises:
+        UsageError: If they are missing, malformed, or not one per response.
+    """
+    ranks = row.get("ranks", row.get("oracle_ranks"))
+    try:
+        parsed = ranking_from_json({"ranks": ranks}).ranks
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+    if len(parsed) != len(row_responses(row, where)):
+        raise UsageError(f"{where}: {len(parsed)} ranks for {len(row_responses(row, where))} responses")
+    return parsed
+
+
+def row_id(row: Mapping[str, Any]) -> str | None:
+    """The name of a row: `id`, or `example_id` in a run's rollouts.jsonl."""
+    name = row.get("id", row.get("example_id"))
+    return None if name is None else str(name)
+
+
+def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -> RankRequest:
+    """A dataset row with `responses` as a request.
+
+    Raises:
+        UsageError: If a field has the wrong type.
+    """
+    question = row.get("question")
+    if not isinstance(question, str):
+        raise UsageError(f"{where}: 'question' must be a text")
+    reference = row.get("reference", row.get("answer"))
+    options, metadata = row.get("options") or [], row.get("metadata") or {}
+    if reference is not None and not isinstance(reference, str):
+        raise UsageError(f"{where}: 'answer' must be a text")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise UsageError(f"{where}: 'options' must be a list of texts")
+    if not isinstance(metadata, dict):
+        raise UsageError(f"{where}: 'metadata' must be an object")
+    return RankRequest(
+        id=row_id(row) or where,
+        question=question,
+        responses=row_responses(row, where),
+        clips=tuple(clips),
+        reference=reference,
+        options=tuple(options),
+        category=str(row.get("category", "")),
+        metadata=metadata,
+    )

@@ -1,0 +1,91 @@
+"""Responses are data: what a judge is shown of them, and under which names.
+
+A policy that is trained against a judge finds whatever the judge's prompt lets through. So a response is
+stripped of control sequences, capped, and written as one JSON string in which no character can end the block
+it stands in; its label is drawn anew for every order it is shown in, from a hash that the response cannot
+know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_TERMINAL_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_CONTROL_TOKEN = re.compile(r"<\|[^<>]{0,64}\|>|\[/?INST\]|</?s>|<</?SYS>>")
+_DROPPED = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+}  # control, invisible format (bidi, zero width), unpaired, private, unassigned
+_CUT = " …[cut]"
+_LABEL_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no label is a word
+_LABEL_DIGITS = "23456789"
+
+
+def clean_text(text: str, max_chars: int) -> str:
+    """One line of plain text without terminal escapes, control tokens and invisible characters, capped."""
+    text = unicodedata.normalize("NFC", _TERMINAL_SEQUENCE.sub(" ", text))
+    text = "".join(
+        " " if character.isspace() else character
+        for character in text
+        if character.isspace() or unicodedata.category(character) not in _DROPPED
+    )
+    # Removing one control token can put another together from its halves, so until nothing changes.
+    while (stripped := _CONTROL_TOKEN.sub(" ", text)) != text:
+        text = stripped
+    text = " ".join(text.split())
+    return text if len(text) <= max_chars else text[:max_chars] + _CUT
+
+
+def quote(value: object) -> str:
+    """JSON on one line in which no tag, bracketed control token or Unicode line break can stand."""
+    encoded = json.dumps(value, ensure_ascii=False)
+    for character in "<>&\u0085\u2028\u2029":
+        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
+    return encoded
+
+
+def draw_labels(count: int, *content: str) -> tuple[str, ...]:
+    """Distinct labels such as "K7Q" for `count` responses, fixed by a hash of `content`."""
+    generator = seeded_generator(*content)
+    labels: list[str] = []
+    while len(labels) < count:
+        first, digit, last = (generator.choice(s) for s in (_LABEL_LETTERS, _LABEL_DIGITS, _LABEL_LETTERS))
+        label = first + digit + last
+        if label not in labels:
+            labels.append(label)
+    return tuple(labels)
+
+
+def draw_orders(size: int, count: int, *content: str) -> list[tuple[int, ...]]:
+    """`count` orders of appearance: shuffles, each followed by its own reverse.
+
+    A judge that goes by the slot alone then contradicts itself exactly: every pair is shown both ways as
+    often.
+    """
+    generator = seeded_generator("orders", *content)
+    orders: list[tuple[int, ...]] = []
+    while len(orders) < count:
+        order = tuple(generator.sample(range(size), size))
+        orders += [order, order[::-1]]
+    return orders[:count]
+
+
+def seeded_generator(*content: str) -> random.Random:
+    """A random generator fixed by a hash of `content`."""
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct texts in order of first appearance, and for each text the place of its own."""
+    place: dict[str, int] = {}
+    return_places = [place.setdefault(text, len(place)) for text in texts]
+    return list(place), return_places
