@@ -1,0 +1,285 @@
+"""Shared-prefix attention, plugged into transformers through `AttentionInterface`.
+
+In a packed row a prompt attends causally to itself, and a response token to its prompt and to the response
+tokens on its path (`packing.PackedRow`). The layout travels to the attention function as one keyword
+argument, `shared_prefix`, which the model's own forward hands down to every layer, in a gradient checkpoint's
+second forward too. Without it the function is the model's previous implementation, so the model still
+generates and evaluates as before.
+
+Backends, all equal to the dense-mask reference:
+
+- `sdpa`: per bucket of similar groups, one causal call for the prompts and one call for the responses over
+  [prompt | responses] with a mask. Any device.
+- `flex`: FlexAttention with a block mask over the whole row.
+- `flash`: flash-attn's varlen kernels; the response part is two calls merged by their log-sum-exp.
+- `reference`: one dense mask over the whole row, softmax written out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
+
+PREFIX = "rlaif_shared_prefix_"
+# Handed to the model as its attention mask: a 4D mask is passed through untouched, so none is built; nothing
+# reads it.
+UNUSED_MASK_SHAPE = (1, 1, 1, 1)
+
+
+class AttentionContext(Protocol):
+    """What `shared_prefix=` carries to every attention layer of one forward."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (1, H, S, D)
+        key: Tensor,  # (1, K, S, D)
+        value: Tensor,  # (1, K, S, D)
+        scale: float,
+    ) -> Tensor:
+        """Return (1, S, H, D)."""
+        ...
+
+
+def install(decoder: Any) -> None:
+    """Route the attention of a text decoder through `AttentionContext`s, when one is given."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    base = decoder.config._attn_implementation or "eager"
+    if base.startswith(PREFIX):
+        return
+    AttentionInterface.register(PREFIX + base, partial(_attention, base=base))
+    AttentionMaskInterface.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    decoder.config._attn_implementation = PREFIX + base
+
+
+def _attention(module, query, key, value, attention_mask, *, base: str, shared_prefix=None, **kwargs):
+    if shared_prefix is not None:
+        scale = kwargs["scaling"]
+        return shared_prefix.attend(module.layer_idx, query, key, value, scale), None
+    if base == "eager":  # the one implementation that transformers keeps in each model's own file
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS[base]
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+# --- padding inside attention -------------------------------------------------------------------------------
+
+
+class _Pad(torch.autograd.Function):
+    """Rows to their slots of a zeroed grid; the backward pass reads the same slots."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.new_zeros(size, *x.shape[1:]).index_copy_(0, slots, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (slots,) = ctx.saved_tensors
+        return grad.index_select(0, slots), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The inverse of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.size = x.shape[0]
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        (slots,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, slots, grad), None
+
+
+# --- SDPA ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _DeviceBucket:
+    """A bucket with its index tensors on the device; one additive mask serves every layer."""
+
+    bucket: Bucket
+    tokens: int
+    slots: Tensor | None
+    rows: Tensor | None
+    allowed: Tensor | None  # (n, 1, R, P + R) bool
+    bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.bias:
+            assert self.allowed is not None
+            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
+            self.bias[dtype] = zeros.masked_fill_(~self.allowed, float("-inf"))
+        return self.bias[dtype]
+
+    def grid(self, x: Tensor) -> Tensor:  # (S, H, D) -> (n, H, P + R, D)
+        b, n = self.bucket, len(self.bucket.groups)
+        x = x.narrow(0, b.begin, self.tokens) if self.rows is None else x.index_select(0, self.rows)
+        width = b.prompt + b.response
+        if self.slots is not None:
+            x = _Pad.apply(x, self.slots, n * width)
+        return x.reshape(n, width, *x.shape[1:]).transpose(1, 2)
+
+    def ungrid(self, x: Tensor) -> Tensor:  # (n, P + R, H, D) -> (tokens, H, D)
+        x = x.reshape(-1, *x.shape[2:])
+        return x if self.slots is None else _Unpad.apply(x, self.slots)
+
+
+class SdpaContext:
+    """Bucketed attention by `scaled_dot_product_attention`."""
+
+    def __init__(self, row: PackedRow, device: torch.device) -> None:
+        def put(index: np.ndarray | None) -> Tensor | None:
+            return None if index is None else torch.from_numpy(index).to(device, non_blocking=True)
+
+        buckets = make_buckets(row)
+        self._buckets = [
+            _DeviceBucket(
+                bucket=bucket,
+                tokens=int(row.group_lengths[bucket.groups].sum()),
+                slots=put(bucket.slots),
+                rows=put(bucket.rows),
+                allowed=put(bucket_mask(row, bucket)[:, None]) if bucket.response else None,
+            )
+            for bucket in buckets
+        ]
+        self._restore = None  # from bucket order to row order
+        if len(buckets) > 1:
+            order = np.concatenate(
+                [
+                    np.arange(b.begin, b.begin + d.tokens) if b.rows is None else b.rows
+                    for b, d in zip(buckets, self._buckets)
+                ]
+            )
+            if not (np.diff(order) == 1).all():
+                self._restore = put(np.argsort(order))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
+        outputs = [self._attend_bucket(bucket, query, key, value, scale) for bucket in self._buckets]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self._restore is not None:
+            output = output.index_select(0, self._restore)
+        return output[None]
+
+    def _attend_bucket(
+        self, bucket: _DeviceBucket, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> Tensor:
+        q, k, v = bucket.grid(query), bucket.grid(key), bucket.grid(value)
+        prompt, response = bucket.bucket.prompt, bucket.bucket.response
+        if response == 0:
+            return bucket.ungrid(sdpa(q, k, v, scale=scale, is_causal=True).transpose(1, 2))
+        q_prompt, q_response = q.split((prompt, response), dim=2)
+        of_prompt = sdpa(q_prompt, k[:, :, :prompt], v[:, :, :prompt], scale=scale, is_causal=True)
+        of_response = sdpa(q_response, k, v, scale=scale, mask=bucket.additive_mask(q.dtype))
+        return bucket.ungrid(torch.cat((of_prompt.transpose(1, 2), of_response.transpose(1, 2)), dim=1))
+
+
+def sdpa(
+    query: Tensor,  # (n, H, Q, D)
+    key: Tensor,  # (n, K, L, D), H a multiple of K
+    value: Tensor,  # (n, K, L, D)
+    *,
+    scale: float,
+    is_causal: bool = False,
+    mask: Tensor | None = None,  # (n, 1, Q, L), additive
+) -> Tensor:
+    """Grouped-query `scaled_dot_product_attention` that stays on a fused kernel: (n, H, Q, D)."""
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1 and mask is not None and query.is_cuda:
+        # With a mask and `enable_gqa` CUDA falls back to the kernel that writes out the scores.
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        repeat = 1
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=repeat > 1
+    )
+
+
+# --- dense reference ----------------------------------------------------------------------------------------
+
+
+class ReferenceContext:
+    """One dense mask over the whole row; the softmax is written out in the input's dtype."""
+
+    def __init__(self, row: PackedRow, device: torch.device) -> None:
+        self._allowed = torch.from_numpy(row.allowed()).to(device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        scores = query @ key.transpose(-1, -2) * scale
+        weights = scores.masked_fill(~self._allowed, float("-inf")).softmax(-1)
+        return (weights @ value).transpose(1, 2)
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class AttentionBackend:
+    """One way to compute shared-prefix attention.
+
+    Attributes:
+        name: What `attention_backend` calls it.
+        priority: "auto" takes the highest that can run; below 0 only on request.
+        refuses: Why it cannot run on a device and dtype; None where it can.
+        merge: How much of the responses it lets a row share (see `packing.pack`).
+        context: Makes the context of one row.
+    """
+
+    name: str
+    priority: int
+    refuses: Callable[[torch.device, torch.dtype], str | None]
+    merge: Merge
+    context: Callable[[PackedRow, torch.device], AttentionContext]
+
+
+ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
+    backend.name: backend
+    for backend in (
+        AttentionBackend("sdpa", 10, _always, "prefixes", SdpaContext),
+        AttentionBackend("reference", -1, _always, "prefixes", ReferenceContext),
+    )
+}
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend called `name`, or the best one that can run for "auto".
+
+    Raises:
+        ValueError: No such backend, or it cannot run here.
+    """
+    if name == "auto":
+        able = [
+            b for b in ATTENTION_BACKENDS.values() if b.priority >= 0 and b.refuses(device, dtype) is None
+        ]
+        return max(able, key=lambda b: b.priority)
+    backend = ATTENTION_BACKENDS.get(name)
+    if backend is None:
+        raise ValueError(f"attention_backend: expected auto, {', '.join(ATTENTION_BACKENDS)}, got {name!r}")
+    reason = backend.refuses(device, dtype)
+    if reason is not None:
+        raise ValueError(f"attention_backend: {name} cannot run here: {reason}")
+    return backend

@@ -1,0 +1,153 @@
+"""Vision features: the tower runs once for each distinct video or image, and what it gives is shared.
+
+Frozen towers are also remembered from call to call, within a budget of bytes. A fingerprint of the tower's
+parameters (each tensor's identity and in-place version) guards what is remembered: an optimizer step or a
+loaded checkpoint empties it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlaif_fast.policy.packing import ranges
+from rlaif_fast.policy.prompt import EncodedPrompt, Media
+
+MAX_PATCHES_A_CALL = 65_536  # of a tower call without gradient; bounds its memory
+
+
+@dataclass(frozen=True)
+class MediaFeatures:
+    """What the vision tower gave for the media of some prompts.
+
+    Attributes:
+        levels: The projector's output first, then each deepstack level, each (F, H), media after media.
+        spans: Where the rows of a medium are: key -> (begin, rows).
+    """
+
+    levels: tuple[Tensor, ...]
+    spans: dict[str, tuple[int, int]]
+
+    def gather(self, prompts: Iterable[EncodedPrompt]) -> tuple[Tensor, ...]:
+        """The rows of the media of `prompts`, prompt after prompt, in order of appearance; one tensor a
+        level.
+        """
+        spans = [self.spans[media.key] for prompt in prompts for media in prompt.media]
+        begins, lengths = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+        index = torch.from_numpy(np.repeat(begins, lengths) + ranges(lengths)).to(self.levels[0].device)
+        return tuple(level.index_select(0, index) for level in self.levels)
+
+    def detach(self) -> MediaFeatures:
+        """The same features without their graph, for a rollout or a reference pass."""
+        return MediaFeatures(tuple(level.detach() for level in self.levels), self.spans)
+
+    def leaves(self) -> MediaFeatures:
+        """The same features as leaves that collect gradient, so that several backward passes can share one
+        tower pass.
+
+        After the last of them, call `backward_from` of the original with the leaves.
+        """
+        return MediaFeatures(tuple(level.detach().requires_grad_() for level in self.levels), self.spans)
+
+    def backward_from(self, leaves: MediaFeatures) -> None:
+        """Send the gradient that `leaves` collected through the tower, once."""
+        pairs = [
+            (level, leaf.grad) for level, leaf in zip(self.levels, leaves.levels) if leaf.grad is not None
+        ]
+        if pairs:
+            torch.autograd.backward([level for level, _ in pairs], [grad for _, grad in pairs])
+
+
+class VisionEncoder:
+    """Runs a vision tower once for each distinct medium.
+
+    Args:
+        tower: A module that takes (patches, grid_thw=...) and gives `pooler_output` and maybe
+            `deepstack_features`.
+        cache_bytes: Budget of features remembered while no gradient is asked of the tower; 0 remembers none.
+    """
+
+    def __init__(self, tower: nn.Module, cache_bytes: int) -> None:
+        self.tower = tower
+        self.cache_bytes = cache_bytes
+        self.calls = 0  # media encoded so far
+        self._cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        self._used = 0
+        self._fingerprint: tuple = ()
+
+    def __call__(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
+        """Features of every distinct medium of `prompts`; None where there is none."""
+        media = {m.key: m for prompt in prompts for m in prompt.media}
+        if not media:
+            return None
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())
+        if trains:
+            pieces = self._encode(list(media.values()))
+        else:
+            self._forget_if_changed()
+            missing = [m for m in media.values() if m.key not in self._cache]
+            fresh: dict[str, tuple[Tensor, ...]] = {}
+            with torch.no_grad():
+                for chunk in _chunks(missing):
+                    fresh |= zip((m.key for m in chunk), self._encode(chunk))
+            pieces = [fresh[key] if key in fresh else self._cache[key] for key in media]
+            self._remember(media, fresh)
+        lengths = [len(piece[0]) for piece in pieces]
+        begins = np.cumsum([0, *lengths[:-1]]).tolist()
+        levels = tuple(torch.cat(level) for level in zip(*pieces))
+        return MediaFeatures(levels, dict(zip(media, zip(begins, lengths))))
+
+    def _encode(self, media: Sequence[Media]) -> list[tuple[Tensor, ...]]:
+        parameter = next(self.tower.parameters())
+        patches = torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
+        grids = torch.tensor([m.grid_thw for m in media], device=parameter.device)
+        output = self.tower(patches, grid_thw=grids, return_dict=True)
+        self.calls += len(media)
+        merge = len(patches) // len(output.pooler_output)
+        lengths = [t * h * w // merge for t, h, w in (m.grid_thw for m in media)]
+        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        return list(zip(*(level.split(lengths) for level in levels)))
+
+    def _forget_if_changed(self) -> None:
+        fingerprint = tuple((p.data_ptr(), p._version) for p in self.tower.parameters())
+        if fingerprint != self._fingerprint:
+            self._cache.clear()
+            self._used = 0
+            self._fingerprint = fingerprint
+
+    def _remember(self, media: Iterable[str], fresh: dict[str, tuple[Tensor, ...]]) -> None:
+        for key in media:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+        for key, piece in fresh.items():
+            size = _bytes(piece)
+            if size <= self.cache_bytes:
+                self._cache[key] = tuple(
+                    level.clone() for level in piece
+                )  # a view would keep the whole call alive
+                self._used += size
+        while self._used > self.cache_bytes:
+            _, oldest = self._cache.popitem(last=False)
+            self._used -= _bytes(oldest)
+
+
+def _bytes(piece: Iterable[Tensor]) -> int:
+    return sum(level.numel() * level.element_size() for level in piece)
+
+
+def _chunks(media: Sequence[Media]) -> list[list[Media]]:
+    chunks: list[list[Media]] = []
+    patches = 0
+    for m in media:
+        size = m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2]
+        if not chunks or patches + size > MAX_PATCHES_A_CALL:
+            chunks.append([])
+            patches = 0
+        chunks[-1].append(m)
+        patches += size
+    return chunks

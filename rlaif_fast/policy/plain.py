@@ -1,0 +1,99 @@
+"""The plain path: every response behind its own copy of the prompt, padded, through the model's own forward.
+
+It is what other trainers do, it knows nothing of the model family beyond the names of the model's inputs, and
+it is what the shared-prefix path is compared with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlaif_fast.policy.families import IMAGE, VIDEO, unwrap
+from rlaif_fast.policy.prompt import EncodedPrompt
+
+
+def model_inputs(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    token_ids: Tensor | None = None,  # (B, T)
+    lengths: Tensor | None = None,  # (B,)
+    *,
+    group_sizes: Sequence[int] | None = None,
+    padding_side: str = "right",
+) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward (or `generate`) for one row a response, or one row a prompt
+    without any.
+
+    Args:
+        model: The Hugging Face model.
+        prompts: N prompts.
+        token_ids: Response tokens behind the prompts.
+        lengths: Tokens of each response.
+        group_sizes: Responses of each prompt; needed with `token_ids`.
+        padding_side: "right" to train, "left" to generate.
+    """
+    config = unwrap(model).config
+    device = next(model.parameters()).device
+    sequences = []
+    repeated: list[EncodedPrompt] = []
+    if token_ids is None:
+        repeated = list(prompts)
+        sequences = [p.input_ids.to(device) for p in repeated]
+    else:
+        assert lengths is not None and group_sizes is not None
+        repeated = [p for p, count in zip(prompts, group_sizes) for _ in range(count)]
+        for p, row, length in zip(repeated, token_ids, lengths.tolist()):
+            sequences.append(torch.cat((p.input_ids.to(device), row[:length].to(device))))
+    width = max(len(s) for s in sequences)
+    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64, device=device)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if padding_side == "right" else slice(width - len(sequence), width)
+        input_ids[row, place] = sequence
+        attention_mask[row, place] = 1
+    inputs: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    media = [m for p in repeated for m in p.media]
+    if not media:
+        return inputs
+    accepted = inspect.signature(unwrap(model).forward).parameters
+    dtype = next(model.parameters()).dtype
+    for is_video, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        chosen = [m for m in media if m.is_video == is_video]
+        if chosen:
+            inputs[pixels] = torch.cat([m.patches for m in chosen]).to(device, dtype)
+            inputs[grid] = torch.tensor([m.grid_thw for m in chosen], device=device)
+    if "second_per_grid_ts" in accepted and "video_grid_thw" in inputs:
+        seconds = [m.seconds_per_grid for m in media if m.is_video]
+        inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device=device)
+    if "mm_token_type_ids" in accepted:
+        types = torch.zeros_like(input_ids, dtype=torch.int32)
+        types[input_ids == config.image_token_id] = IMAGE
+        types[input_ids == config.video_token_id] = VIDEO
+        inputs["mm_token_type_ids"] = types
+    return inputs
+
+
+def plain_hidden(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    token_ids: Tensor,  # (B, T)
+    lengths: Tensor,  # (B,)
+    group_sizes: Sequence[int],
+) -> Tensor:
+    """Hidden states (M, H) that predict each response token, from a padded (B, P + T) forward."""
+    inputs = model_inputs(model, prompts, token_ids, lengths, group_sizes=group_sizes)
+    base = unwrap(model).base_model
+    hidden = base(**inputs, use_cache=False)[0]  # (B, P + T, H)
+    prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts], device=hidden.device)
+    first = prompt_lengths.repeat_interleave(torch.tensor(group_sizes, device=hidden.device)) - 1
+    place = torch.arange(token_ids.shape[1], device=hidden.device)
+    chosen = place < lengths.to(hidden.device)[:, None]  # (B, T)
+    rows, columns = chosen.nonzero(as_tuple=True)
+    return hidden[rows, first[rows] + columns]

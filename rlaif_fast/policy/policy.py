@@ -1,0 +1,420 @@
+"""The policy: a Hugging Face Video-LLM and the three things training asks of it.
+
+`encode_media` runs the vision tower, `response_hidden` gives the hidden states that predict the response
+tokens, and `response_logps` their log-probabilities. With `shared_prefix` every prompt is computed once a
+group (`packing`, `attention`); without it the plain padded path runs (`plain`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy import attention
+from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
+from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
+from rlaif_fast.policy.packing import PackedRow, pack, split_groups
+from rlaif_fast.policy.plain import plain_hidden
+from rlaif_fast.policy.prompt import EncodedPrompt
+
+# The logit bias of a forbidden token. Finite, so that p * log p is 0 and not NaN; exp(FORBIDDEN - any logit)
+# is exactly 0 in float32 at every temperature up to 100; within the range of float16.
+FORBIDDEN = -3e4
+
+
+class Policy:
+    """A Video-LLM that is sampled from and trained.
+
+    Args:
+        model: A `...ForConditionalGeneration` of a known family, maybe inside a peft wrapper. Its weights are
+            used in place.
+        tokenizer: Its tokenizer.
+        shared_prefix: Compute each prompt once a group; False is the plain padded path, for any family.
+        attention_backend: "auto", or a name of `attention.ATTENTION_BACKENDS`.
+        forbidden_token_ids: Tokens that are never sampled, besides the special ones. End-of-sequence tokens
+            stay allowed.
+        max_packed_tokens: Most tokens of a packed row; a single longer group still gets a row.
+        feature_cache_bytes: Budget for the features of a frozen vision tower kept from step to step.
+
+    Attributes:
+        eos_token_ids: The tokens that end a response.
+        pad_token_id: What fills a rollout behind the end of a response.
+        media_token_ids: The tokens that stand for media or mark where they begin and end.
+
+    Raises:
+        UsageError: `shared_prefix` with a family it does not know.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        shared_prefix: bool = True,
+        attention_backend: str = "auto",
+        forbidden_token_ids: Sequence[int] = (),
+        max_packed_tokens: int = 16384,
+        feature_cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.shared_prefix = shared_prefix
+        self.max_packed_tokens = max_packed_tokens
+        self.feature_cache_bytes = feature_cache_bytes
+        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_token_ids[0]
+        )
+        self.media_token_ids = set(_marker_token_ids(model))
+        self._reference: Policy | None = None
+        head = self._head()
+        forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
+        forbidden[len(tokenizer) :] = True  # rows of the embedding that no token uses
+        forbidden[[i for i in (*tokenizer.all_special_ids, *forbidden_token_ids) if i < len(forbidden)]] = (
+            True
+        )
+        forbidden[[i for i in self.media_token_ids if i < len(forbidden)]] = True
+        forbidden[list(self.eos_token_ids)] = False
+        self.token_ids_allowed = (~forbidden).to(head.weight.device)  # (V,)
+        self.forbidden_bias = torch.where(self.token_ids_allowed, 0.0, FORBIDDEN)
+        if shared_prefix:
+            family = family_of(model)
+            self.decoder = text_decoder(model)
+            self.embedding = self.decoder.get_input_embeddings()
+            self.vision = VisionEncoder(vision_tower(model), feature_cache_bytes)
+            self.layouts = PromptLayouts(model, family)
+            self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
+            attention.install(self.decoder)
+
+    # --- the head -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return self.head_weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, H) the output embedding."""
+        return self._head().weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        """(V,) float32 added to the logits: the head's own bias, and `FORBIDDEN` on tokens that are never
+        sampled.
+
+        Sampler and training log-probabilities both add it, so they are of one distribution.
+        """
+        own = getattr(self._head(), "bias", None)
+        return self.forbidden_bias if own is None else self.forbidden_bias + own.float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) float32 logits of hidden states, forbidden tokens included at about `FORBIDDEN`."""
+        return nn.functional.linear(hidden, self.head_weight).float() + self.head_bias
+
+    def _head(self) -> nn.Linear:
+        head = unwrap(self.model).get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UsageError(
+                f"model: its output embedding is a {type(head).__name__}, not a plain linear layer; "
+                "leave lm_head out of lora_target_modules and of modules_to_save"
+            )
+        return head
+
+    # --- the passes -----------------------------------------------------------------------------------------
+
+    def encode_media(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
+        """Run the vision tower once for each distinct video or image of `prompts` (those with equal
+        `Media.key`).
+
+        With gradients enabled and a tower that trains, the features carry the tower's graph; otherwise they
+        come from the cache where it has them. None where no prompt has media, or on the plain path, which
+        encodes by itself.
+        """
+        return self.vision(prompts) if self.shared_prefix else None
+
+    def response_hidden(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        token_ids: Tensor,  # (B, T) int64
+        lengths: Tensor,  # (B,)
+        *,
+        group_sizes: Sequence[int] | Tensor | None = None,
+        features: MediaFeatures | None = None,
+    ) -> Tensor:
+        """Hidden states that predict each response token, differentiable.
+
+        Args:
+            prompts: N prompts.
+            token_ids: Responses, those of a prompt adjacent; what stands behind `lengths` is not read.
+            lengths: Tokens of each response.
+            group_sizes: (N,) responses of each prompt; None for equally many.
+            features: From `encode_media` of these prompts or of more; None to encode here.
+
+        Returns:
+            (M, H) packed, response after response, M = lengths.sum(). The first token of a response is
+            predicted by the last token of its prompt.
+        """
+        sizes = _group_sizes(len(prompts), token_ids, lengths, group_sizes)
+        if not self.shared_prefix:
+            return plain_hidden(self.model, prompts, token_ids, lengths, sizes.tolist())
+        if features is None:
+            features = self.encode_media(prompts)
+        host_ids = token_ids.numpy(force=True)
+        host_lengths = lengths.numpy(force=True).astype(np.int64)
+        prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
+        response_ends = np.concatenate(([0], np.cumsum(sizes)))
+        fed = np.add.reduceat(np.append(np.maximum(host_lengths - 1, 0), 0), response_ends[:-1])
+        fed[sizes == 0] = 0
+        hidden = []
+        for groups in split_groups(prompt_lengths, fed, self.max_packed_tokens):
+            rows = slice(response_ends[groups.start], response_ends[groups.stop])
+            row = pack(
+                host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups], self.backend.merge
+            )
+            context = self.backend.context(row, self.device)
+            hidden.append(self.packed_forward(row, prompts[groups], host_ids[rows], features, context))
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def packed_forward(
+        self,
+        row: PackedRow,
+        prompts: Sequence[EncodedPrompt],
+        token_ids: np.ndarray,  # (B, T)
+        features: MediaFeatures | None,
+        context: attention.AttentionContext,
+    ) -> Tensor:
+        """Run one packed row; the hidden states (M, H) that predict its response tokens."""
+        ids = np.empty(row.tokens, dtype=np.int64)
+        ids[row.prompt_index] = np.concatenate([p.input_ids.numpy(force=True) for p in prompts])
+        ids[row.node_index] = token_ids.reshape(-1)[row.node_source]
+        layouts = [self.layouts(p) for p in prompts]
+        positions = row.position_ids(
+            [layout.positions for layout in layouts], np.asarray([layout.next_position for layout in layouts])
+        )
+        media_index = np.concatenate(
+            [begin + layout.media_index for begin, layout in zip(row.group_starts, layouts)]
+        )
+        hidden = self.decode(
+            torch.from_numpy(ids).to(self.device),
+            torch.from_numpy(positions).to(self.device),
+            context,
+            media_index=media_index,
+            media=None if features is None or not len(media_index) else features.gather(prompts),
+        )
+        return hidden.index_select(0, torch.from_numpy(row.predictor_index).to(self.device))
+
+    def decode(
+        self,
+        ids: Tensor,  # (S,)
+        positions: Tensor,  # (3, S)
+        context: attention.AttentionContext,
+        *,
+        media_index: np.ndarray | None = None,  # (F,) ascending
+        media: tuple[Tensor, ...] | None = None,  # each (F, H)
+    ) -> Tensor:
+        """Run the text decoder over one packed row and return its last hidden states (S, H)."""
+        embeds = self.embedding(ids)
+        options = {}
+        if media is not None:
+            assert media_index is not None
+            index = torch.from_numpy(media_index).to(embeds.device)
+            embeds = embeds.index_copy(0, index, media[0].to(embeds.dtype))
+            if len(media) > 1:
+                mask = torch.zeros(1, len(ids), dtype=torch.bool, device=embeds.device)
+                mask[0, index] = True
+                options = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(media[1:])}
+        output = self.decoder(
+            inputs_embeds=embeds[None],
+            position_ids=positions[:, None],
+            attention_mask=embeds.new_zeros(attention.UNUSED_MASK_SHAPE),
+            use_cache=False,
+            shared_prefix=context,
+            **options,
+        )
+        return output.last_hidden_state[0]
+
+    def response_logps(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        token_ids: Tensor,  # (B, T)
+        lengths: Tensor,  # (B,)
+        *,
+        temperature: float = 1.0,
+        group_sizes: Sequence[int] | Tensor | None = None,
+        features: MediaFeatures | None = None,
+        return_entropy: bool = False,
+        chunk_size: int = 2048,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probabilities of the response tokens.
+
+        Args:
+            prompts: As for `response_hidden`, and so `token_ids`, `lengths`, `group_sizes` and `features`.
+            temperature: Softmax temperature.
+            return_entropy: Give the entropy of each token's distribution too.
+            chunk_size: Tokens whose logits are held at once; more of them are recomputed in the backward
+                pass.
+
+        Returns:
+            Float32 (M,), packed as `response_hidden`; with `return_entropy` a pair of them.
+        """
+        hidden = self.response_hidden(prompts, token_ids, lengths, group_sizes=group_sizes, features=features)
+        place = torch.arange(token_ids.shape[1], device=hidden.device)
+        targets = token_ids.to(hidden.device)[place < lengths.to(hidden.device)[:, None]]
+        logps, entropies = self._token_logps(hidden, targets, temperature, chunk_size)
+        return (logps, entropies) if return_entropy else logps
+
+    def _token_logps(
+        self, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        def chunk(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            logits = (nn.functional.linear(hidden, weight).float() + bias) / temperature
+            logps = logits.log_softmax(-1)
+            return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+
+        weight, bias = self.head_weight, self.head_bias
+        if len(hidden) <= chunk_size:
+            return chunk(hidden, targets, weight, bias)
+        pieces = [
+            checkpoint(chunk, h, t, weight, bias, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
+        ]
+        logps, entropies = zip(*pieces)
+        return torch.cat(logps), torch.cat(entropies)
+
+    # --- the reference --------------------------------------------------------------------------------------
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model is wrapped by peft, so that switching the adapter off gives the reference."""
+        return hasattr(self.model, "disable_adapter")
+
+    def freeze_reference(self) -> None:
+        """Keep the present weights as the reference: a frozen copy, or nothing where an adapter can be
+        switched off.
+        """
+        if self.has_adapter:
+            return
+        # A frozen tower is not copied: reference and policy then share its features too.
+        tower = self.vision.tower if self.shared_prefix else None
+        frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
+        model = copy.deepcopy(self.model, {id(tower): tower} if frozen else {}).requires_grad_(False).eval()
+        reference = Policy(
+            model,
+            self.tokenizer,
+            shared_prefix=self.shared_prefix,
+            attention_backend=self.backend.name if self.shared_prefix else "auto",
+            max_packed_tokens=self.max_packed_tokens,
+            feature_cache_bytes=self.feature_cache_bytes,
+        )
+        if frozen:
+            reference.vision = self.vision
+        reference.token_ids_allowed, reference.forbidden_bias = self.token_ids_allowed, self.forbidden_bias
+        self._reference = reference
+
+    @torch.no_grad()
+    def reference_logps(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        token_ids: Tensor,  # (B, T)
+        lengths: Tensor,  # (B,)
+        *,
+        temperature: float = 1.0,
+        group_sizes: Sequence[int] | Tensor | None = None,
+        features: MediaFeatures | None = None,
+    ) -> Tensor:
+        """Log-probabilities (M,) under the reference: the model with its adapter off, else the copy of
+        `freeze_reference`.
+
+        Args:
+            features: Features of the policy's tower; used only where the reference has the same tower.
+
+        Raises:
+            RuntimeError: There is no adapter and `freeze_reference` was not called.
+        """
+        scored = self
+        if self.has_adapter:
+            if self.shared_prefix and _has_adapter_layers(self.vision.tower):
+                features = None  # what the tower gives depends on the adapter
+        elif self._reference is None:
+            raise RuntimeError(
+                "reference_logps: no reference; call freeze_reference() where the policy starts"
+            )
+        else:
+            scored = self._reference
+            if self.shared_prefix and scored.vision is not self.vision:
+                features = None
+        with (
+            self.evaluating(),
+            self.model.disable_adapter() if self.has_adapter else contextlib.nullcontext(),
+        ):
+            if features is None and self.has_adapter and self.shared_prefix:
+                features = VisionEncoder(self.vision.tower, cache_bytes=0)(prompts)
+            logps = scored.response_logps(
+                prompts,
+                token_ids,
+                lengths,
+                temperature=temperature,
+                group_sizes=group_sizes,
+                features=features,
+            )
+        assert isinstance(logps, Tensor)
+        return logps
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode (no dropout), as it was before afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+
+def _eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    configured = unwrap(model).generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id] if configured is None else configured
+    return tuple(dict.fromkeys([ids] if isinstance(ids, int) else ids))
+
+
+def _marker_token_ids(model: nn.Module) -> list[int]:
+    """Tokens that stand for media: a sampled one would ask for features that are not there."""
+    config = unwrap(model).config
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+
+
+def _has_adapter_layers(module: nn.Module) -> bool:
+    return any(hasattr(part, "lora_A") or hasattr(part, "base_layer") for part in module.modules())
+
+
+def _group_sizes(
+    prompts: int, token_ids: Tensor, lengths: Tensor, sizes: Sequence[int] | Tensor | None
+) -> np.ndarray:
+    if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
+        raise ValueError(
+            "token_ids, lengths: expected (B, T) and (B,), "
+            f"got {tuple(token_ids.shape)} and {tuple(lengths.shape)}"
+        )
+    responses = len(token_ids)
+    if sizes is None:
+        if prompts == 0 or responses % prompts:
+            raise ValueError(
+                f"token_ids: {responses} rows do not divide among {prompts} prompts; pass group_sizes"
+            )
+        return np.full(prompts, responses // prompts, dtype=np.int64)
+    array = np.asarray(sizes, dtype=np.int64)
+    if array.shape != (prompts,) or array.sum() != responses or (array < 0).any():
+        raise ValueError(
+            f"group_sizes: expected {prompts} counts that sum to {responses}, got {array.tolist()}"
+        )
+    return array

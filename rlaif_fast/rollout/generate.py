@@ -1,0 +1,121 @@
+"""How a token is drawn, the same for every sampler.
+
+Each draw is the inverse of the cumulative distribution at a uniform number that belongs to (response, step).
+The numbers are made before the first step, so neither the batch a response sits in, nor when its neighbours
+end, changes what it draws: samplers that compute the same logits give the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.policy import FORBIDDEN, Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.rollout.base import Rollout, SamplingParams
+
+
+def check_params(params: SamplingParams, num_generations: int) -> None:
+    """Raise ValueError where a setting is out of range."""
+    if num_generations < 1:
+        raise ValueError(f"num_generations: expected at least 1, got {num_generations}")
+    if params.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {params.max_new_tokens}")
+    if params.temperature < 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, got {params.temperature}")
+    if not 0 < params.top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {params.top_p}")
+    if params.top_k < 0:
+        raise ValueError(f"top_k: expected 0 (all) or more, got {params.top_k}")
+    if not 0 <= params.min_new_tokens <= params.max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens: expected 0 to {params.max_new_tokens} (max_new_tokens), got {params.min_new_tokens}"
+        )
+
+
+def uniforms(rows: int, params: SamplingParams) -> Tensor:
+    """(rows, max_new_tokens) float64 in [0, 1): the draw of each response at each step."""
+    generator = None
+    if params.seed is not None:
+        generator = torch.Generator().manual_seed(params.seed)
+    return torch.rand(rows, params.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+class TokenSampler:
+    """Draws the next tokens of some responses from their logits."""
+
+    def __init__(self, policy: Policy, params: SamplingParams) -> None:
+        self.params = params
+        self._eos = torch.tensor(policy.eos_token_ids, device=policy.device)
+
+    def __call__(
+        self,
+        logits: Tensor,  # (A, V) float32
+        rows: Tensor | None,  # (B,) the row of each response in `logits`; None where they are the same
+        uniform: Tensor,  # (B,) float64
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return tokens (B,) and their float32 log-probabilities before top-k, top-p and min_new_tokens."""
+        params = self.params
+        logps = (logits / params.temperature if params.temperature not in (0.0, 1.0) else logits).log_softmax(
+            -1
+        )
+        kept = logps
+        if step < params.min_new_tokens:
+            kept = kept.index_fill(-1, self._eos, FORBIDDEN)
+        if params.temperature == 0:
+            tokens = kept.argmax(-1)
+            tokens = tokens if rows is None else tokens[rows]
+        else:
+            kept = _nucleus(kept, params.top_k, params.top_p)
+            mass = kept.softmax(-1).cumsum(-1, dtype=torch.float64)  # (A, V)
+            mass = mass if rows is None else mass[rows]
+            total = mass[:, -1:]
+            # The first token whose cumulated mass exceeds the draw; it has mass itself. Rounding must not
+            # reach the total.
+            target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+            tokens = torch.searchsorted(mass, target, right=True)[:, 0]
+        logps = logps.gather(-1, tokens[:, None])[:, 0] if rows is None else logps[rows, tokens]
+        return tokens, logps
+
+
+def _nucleus(logps: Tensor, top_k: int, top_p: float) -> Tensor:
+    if 0 < top_k < logps.shape[-1]:
+        least = logps.topk(top_k).values[:, -1:]
+        logps = logps.masked_fill(logps < least, float("-inf"))
+    if top_p < 1:
+        ordered, order = logps.sort(-1, descending=True)
+        mass = ordered.softmax(-1)
+        dropped = mass.cumsum(-1) - mass >= top_p  # the token that crosses the mark stays
+        logps = logps.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    return logps
+
+
+def make_rollout(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    num_generations: int,
+    token_ids: np.ndarray,  # (B, T)
+    logps: np.ndarray,  # (B, T)
+    lengths: np.ndarray,  # (B,)
+    finished: np.ndarray,  # (B,)
+) -> Rollout:
+    """Cut to the longest response, pad, decode (equal responses once) and wrap up."""
+    width = int(lengths.max(initial=1))
+    mask = np.arange(width) < lengths[:, None]
+    ids = np.where(mask, token_ids[:, :width], policy.pad_token_id)
+    sequences = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
+    distinct = list(dict.fromkeys(sequences))
+    decoded = dict(zip(distinct, policy.tokenizer.batch_decode(distinct, skip_special_tokens=True)))
+    return Rollout(
+        prompts=tuple(prompts),
+        num_generations=num_generations,
+        token_ids=torch.from_numpy(ids).to(policy.device),
+        mask=torch.from_numpy(mask).to(policy.device),
+        logps=torch.from_numpy(np.where(mask, logps[:, :width], 0.0).astype(np.float32)).to(policy.device),
+        texts=tuple(decoded[sequence] for sequence in sequences),
+        finished=torch.from_numpy(finished).to(policy.device),
+    )

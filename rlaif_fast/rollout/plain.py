@@ -1,0 +1,73 @@
+"""The plain rollout: `generate(num_return_sequences=G)`, every response behind its own copy of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.families import unwrap
+from rlaif_fast.policy.plain import model_inputs
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
+
+
+class PlainSampler:
+    """Draws responses through the model's own `generate`; the fallback of `shared_prefix: false`, and the
+    baseline.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams
+    ) -> Rollout:
+        """Return one rollout; see `Sampler`."""
+        from transformers import LogitsProcessorList
+
+        check_params(params, num_generations)
+        policy = self.policy
+        draw = _Draw(policy, params, uniforms(len(prompts) * num_generations, params))
+        inputs = model_inputs(policy.model, prompts, padding_side="left")
+        with policy.evaluating():
+            sequences = unwrap(policy.model).generate(
+                **inputs,
+                num_return_sequences=num_generations,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=params.max_new_tokens,
+                eos_token_id=list(policy.eos_token_ids),
+                pad_token_id=policy.pad_token_id,
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        tokens = sequences[:, inputs["input_ids"].shape[1] :].numpy(force=True)
+        logps = torch.stack(draw.logps, dim=1).numpy(force=True)
+        ended = np.isin(tokens, policy.eos_token_ids)
+        finished = np.asarray(ended.any(axis=1))
+        lengths = np.where(finished, ended.argmax(1) + 1, tokens.shape[1])
+        return make_rollout(policy, prompts, num_generations, tokens, logps, lengths, finished)
+
+
+class _Draw:
+    """A logits processor that draws the tokens itself and leaves `generate` no choice."""
+
+    def __init__(self, policy: Policy, params: SamplingParams, uniform: Tensor) -> None:
+        self._policy = policy
+        self._sampler = TokenSampler(policy, params)
+        self._uniform = uniform.to(policy.device)
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = len(self.logps)
+        logits = scores.float() + self._policy.forbidden_bias
+        tokens, logps = self._sampler(logits, None, self._uniform[:, step], step)
+        self.logps.append(logps)
+        return torch.full_like(scores, float("-inf")).scatter_(-1, tokens[:, None], 0.0)

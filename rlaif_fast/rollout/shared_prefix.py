@@ -1,0 +1,226 @@
+"""The shared-prefix rollout: a prompt is prefilled once a group, its keys and values exist once a group.
+
+Responses of a group that have drawn the same tokens so far are one node of the group's tree: computed once,
+split when their draws part. A group has one buffer of keys and values a layer, allocated once: [prompt |
+nodes in the order they came]. A step appends a column for each new node and attends, in one call a layer,
+from the group's nodes to the group's buffer, under a mask that leaves each node its prompt and its ancestors.
+Nothing is concatenated, copied on a split, or moved when a response ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.attention import SdpaContext, sdpa
+from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
+
+
+class GroupCache:
+    """Keys and values of N groups, (N, K, L, D) a layer, L = longest prompt + room for the nodes."""
+
+    def __init__(self, policy: Policy, prompt_lengths: np.ndarray, room: int) -> None:
+        attention = policy.decoder.layers[0].self_attn
+        config = policy.decoder.config
+        weight = policy.head_weight
+        shape = (
+            len(prompt_lengths),
+            config.num_key_value_heads,
+            int(prompt_lengths.max()) + room,
+            attention.head_dim,
+        )
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.used = prompt_lengths.copy()  # (N,) columns in use
+
+    def write(self, layer: int, groups: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> None:
+        """Put the keys and values (1, K, S, D) of S tokens in columns of their groups."""
+        self.keys[layer][groups, :, columns] = key[0].transpose(0, 1)
+        self.values[layer][groups, :, columns] = value[0].transpose(0, 1)
+
+    def keep(self, groups: np.ndarray) -> None:
+        """Drop all other groups."""
+        index = torch.from_numpy(groups).to(self.keys[0].device)
+        for layer in range(len(self.keys)):
+            self.keys[layer] = self.keys[layer].index_select(0, index)
+            self.values[layer] = self.values[layer].index_select(0, index)
+        self.used = self.used[groups]
+
+
+class _Prefill:
+    """Causal attention of each prompt of a row to itself, storing keys and values on the way."""
+
+    def __init__(self, cache: GroupCache, row: PackedRow, first_group: int, device: torch.device) -> None:
+        groups = np.repeat(np.arange(len(row.prompt_lengths)), row.prompt_lengths) + first_group
+        self._cache = cache
+        self._groups = torch.from_numpy(groups).to(device)
+        self._columns = torch.from_numpy(ranges(row.prompt_lengths)).to(device)
+        self._causal = SdpaContext(row, device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._cache.write(layer, self._groups, self._columns, key, value)
+        return self._causal.attend(layer, query, key, value, scale)
+
+
+class _Step:
+    """One token for each node of each group, against the group's buffer.
+
+    Args:
+        groups: (A,) group of each node, ascending.
+        columns: (A,) column of its own key and value.
+        allowed: (A, L) what it may attend to.
+    """
+
+    def __init__(
+        self, cache: GroupCache, groups: np.ndarray, columns: np.ndarray, allowed: np.ndarray, like: Tensor
+    ) -> None:
+        counts = np.bincount(groups, minlength=len(cache.used))
+        width = int(counts.max())
+        place = groups * width + ranges(counts)
+        length = int(cache.used.max())
+        mask = np.ones((len(counts) * width, length), dtype=bool)
+        mask[place] = allowed[:, :length]
+        device = like.device
+        bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
+        bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
+        self._cache = cache
+        self._groups = torch.from_numpy(groups).to(device)
+        self._columns = torch.from_numpy(columns).to(device)
+        self._place = None if len(place) == len(counts) * width else torch.from_numpy(place).to(device)
+        self._grid = (len(counts), width)
+        self._length = length
+        self._bias = bias.view(len(counts), 1, width, length)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._cache.write(layer, self._groups, self._columns, key, value)
+        keys = self._cache.keys[layer][:, :, : self._length]
+        values = self._cache.values[layer][:, :, : self._length]
+        q = query[0].transpose(0, 1)  # (A, H, D)
+        groups, width = self._grid
+        if self._place is not None:
+            q = q.new_zeros(groups * width, *q.shape[1:]).index_copy_(0, self._place, q)
+        q = q.reshape(groups, width, *q.shape[1:]).transpose(1, 2)
+        output = sdpa(q, keys, values, scale=scale, mask=self._bias).transpose(1, 2)
+        output = output.reshape(groups * width, *output.shape[2:])
+        return (output if self._place is None else output.index_select(0, self._place))[None]
+
+
+class SharedPrefixSampler:
+    """Draws responses with one prefill a group and one computation a distinct prefix."""
+
+    def __init__(self, policy: Policy) -> None:
+        if not policy.shared_prefix:
+            raise ValueError("policy: expected one with shared_prefix=True; use PlainSampler for this one")
+        self.policy = policy
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_generations: int,
+        params: SamplingParams,
+        *,
+        features: MediaFeatures | None = None,
+    ) -> Rollout:
+        """Return one rollout; see `Sampler`.
+
+        Args:
+            features: From `Policy.encode_media` of these prompts, to share one tower pass with the update;
+                None to encode here.
+        """
+        check_params(params, num_generations)
+        policy = self.policy
+        with policy.evaluating():
+            if features is None:
+                features = policy.encode_media(prompts)
+            room = num_generations * (params.max_new_tokens - 1)
+            prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
+            cache = GroupCache(policy, prompt_lengths, room)
+            hidden = self._prefill(prompts, prompt_lengths, cache, features)
+            return self._decode(prompts, prompt_lengths, num_generations, params, cache, hidden)
+
+    def _prefill(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        prompt_lengths: np.ndarray,
+        cache: GroupCache,
+        features: MediaFeatures | None,
+    ) -> Tensor:
+        """Hidden states (N, H) of the last prompt tokens."""
+        policy = self.policy
+        last = []
+        for groups in split_groups(prompt_lengths, np.zeros_like(prompt_lengths), policy.max_packed_tokens):
+            count = groups.stop - groups.start
+            empty = np.zeros((count, 1), dtype=np.int64)
+            ones = np.ones(count, dtype=np.int64)
+            row = pack(empty, ones, prompt_lengths[groups], ones)
+            context = _Prefill(cache, row, groups.start, policy.device)
+            last.append(policy.packed_forward(row, prompts[groups], empty, features, context))
+        return torch.cat(last)
+
+    def _decode(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        prompt_lengths: np.ndarray,
+        num_generations: int,
+        params: SamplingParams,
+        cache: GroupCache,
+        hidden: Tensor,
+    ) -> Rollout:
+        policy, device = self.policy, self.policy.device
+        groups, responses = len(prompts), len(prompts) * num_generations
+        next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
+        vocabulary = policy.head_weight.shape[0]
+        draw = TokenSampler(policy, params)
+        uniform = uniforms(responses, params).to(device)
+        token_ids = np.zeros((responses, params.max_new_tokens), dtype=np.int64)
+        logps = np.zeros((responses, params.max_new_tokens), dtype=np.float32)
+        lengths = np.zeros(responses, dtype=np.int64)
+        finished = np.zeros(responses, dtype=bool)
+
+        live = np.arange(responses)  # responses that still draw
+        node = live // num_generations  # (live,) the node each of them draws from
+        node_group = np.arange(groups)  # (A,) group of each node, in the cache
+        allowed = np.arange(cache.keys[0].shape[2]) < prompt_lengths[:, None]  # (A, L)
+        for step in range(params.max_new_tokens):
+            own_node = len(node) == len(node_group) and bool((node == np.arange(len(node))).all())
+            rows = None if own_node else torch.from_numpy(node).to(device)
+            drawn = torch.from_numpy(live).to(device)
+            tokens, logp = draw(policy.logits(hidden), rows, uniform[drawn, step], step)
+            new = tokens.numpy(force=True)
+            token_ids[live, step] = new
+            logps[live, step] = logp.numpy(force=True)
+            lengths[live] = step + 1
+            ended = np.isin(new, policy.eos_token_ids)
+            finished[live[ended]] = True
+            live, node, new = live[~ended], node[~ended], new[~ended]
+            if not len(live) or step + 1 == params.max_new_tokens:
+                break
+            # One node for each distinct (node, token); sorted, so that the nodes of a group stay adjacent.
+            branch, node = np.unique(node * vocabulary + new, return_inverse=True)
+            parent, fed = branch // vocabulary, branch % vocabulary
+            node_group, allowed = node_group[parent], allowed[parent]
+            present, place = np.unique(node_group, return_inverse=True)
+            if 2 * len(present) <= len(cache.used):
+                cache.keep(present)
+                next_position, node_group = next_position[present], place
+            counts = np.bincount(node_group, minlength=len(cache.used))
+            columns = cache.used[node_group] + ranges(counts)
+            cache.used = cache.used + counts
+            allowed[np.arange(len(fed)), columns] = True
+            positions = np.broadcast_to(next_position[node_group] + step, (3, len(fed)))
+            hidden = policy.decode(
+                torch.from_numpy(fed).to(device),
+                torch.from_numpy(np.ascontiguousarray(positions)).to(device),
+                _Step(cache, node_group, columns, allowed, hidden),
+            )
+        return make_rollout(policy, prompts, num_generations, token_ids, logps, lengths, finished)
