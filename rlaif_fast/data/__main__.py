@@ -1,0 +1,172 @@
+"""`python -m rlaif_fast.data make|check|preview`: make the embedded dataset, check one's own, draw either."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.data.reader import ReadReport, read_report
+from rlaif_fast.data.summary import chance_accuracy, summarise
+from rlaif_fast.data.synthetic import SPLITS, SyntheticConfig, make_dataset
+from rlaif_fast.errors import RlaifFastError, UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
+    parser = argparse.ArgumentParser("rlaif_fast.data", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="make|check|preview")
+
+    make = commands.add_parser(
+        "make", help="Make the embedded dataset; --help shows every option.", add_help=False
+    )
+    make.add_argument("out", type=Path, nargs="?", help="Folder to make.")
+    make.add_argument("--overwrite", action="store_true", help="Replace a dataset of another configuration.")
+
+    check = commands.add_parser("check", help="Check a dataset and sum it up.")
+    check.add_argument("file", type=Path, help="JSONL, or a JSON array.")
+    check.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
+    check.add_argument("--allow_unanswered", action="store_true", help="Rows need no answer.")
+    check.add_argument("--skip_decode", action="store_true", help="Do not open the videos.")
+    check.add_argument("--shown", type=int, default=10, help="Most wrong rows to name.")
+
+    preview = commands.add_parser("preview", help="Draw clips with their questions into a PNG.")
+    preview.add_argument("file", type=Path, help="JSONL, or a JSON array.")
+    preview.add_argument("out", type=Path, help="PNG to write.")
+    preview.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
+    preview.add_argument("--clips", type=int, default=8, help="Number of clips.")
+    preview.add_argument("--frames", type=int, default=6, help="Frames of each, evenly spread.")
+
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "make":
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    command: dict[str, Callable[[], int]] = {
+        "make": lambda: _make(options, rest),
+        "check": lambda: _check(options),
+        "preview": lambda: _preview(options),
+    }
+    return run_command(command[options.command], debug=options.debug)
+
+
+def _make(options: argparse.Namespace, rest: list[str]) -> int:
+    about = "Make the embedded dataset in the folder OUT, or find it made."
+    config = parse_config(
+        SyntheticConfig, rest, prog="rlaif_fast.data make OUT [--overwrite]", description=about
+    )
+    if options.out is None:
+        raise UsageError("make: name the folder to make, e.g. python -m rlaif_fast.data make data/synthetic")
+    start = time.perf_counter()
+    with _progress("making clips") as advance:
+        paths = make_dataset(options.out, config, overwrite=options.overwrite, progress=advance)
+    clips = sum(config.clips(split) for split in SPLITS)
+    state = "is there already" if paths.reused else f"made in {time.perf_counter() - start:.1f} s"
+    print(f"{paths.root}: {clips} clips, {', '.join(f'{split}.jsonl' for split in SPLITS)}; {state}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    report = read_report(
+        options.file, media_root=options.media_root, require_answer=not options.allow_unanswered
+    )
+    _print_table(report)
+    for note in report.notes:
+        print(f"note: {note}")
+    if report.errors:
+        raise UsageError(report.describe_errors(options.shown))
+    if not report.examples:
+        raise UsageError(f"{report.path}: no row; write one JSON object a line")
+    if not options.skip_decode:
+        _open_media(report, options.shown)
+    print(f"{report.path}: {report.rows} rows, {len(report.examples)} questions, all good")
+    return 0
+
+
+def _open_media(report: ReadReport, shown: int) -> None:
+    """Probe every video and open every image once."""
+    from rlaif_fast.video import VideoError, load_image, probe
+
+    first: dict[tuple[str, bool], str] = {}  # (path, is a video) -> the first row that names it
+    for example in report.examples:
+        for path in example.videos:
+            first.setdefault((path, True), example.source)
+        for path in example.images:
+            first.setdefault((path, False), example.source)
+    errors = []
+    with _progress("opening files") as advance:
+        for done, ((path, is_video), source) in enumerate(first.items(), 1):
+            try:
+                probe(path) if is_video else load_image(path)
+            except VideoError as error:
+                errors.append(f"{source}: {error}")
+            advance(done, len(first))
+    if errors:
+        more = [f"... and {len(errors) - shown} more"] if len(errors) > shown else []
+        head = f"{report.path}: {len(errors)} of {len(first)} files cannot be decoded"
+        raise RlaifFastError("\n  ".join([head, *errors[:shown], *more]))
+
+
+def _print_table(report: ReadReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not report.examples:
+        return
+    formats = ", ".join(f"{count} {name}" for name, count in report.formats.items())
+    table = Table(
+        title=f"rows: {formats}", caption="choice: multiple choice; words of question, answer, longest answer"
+    )
+    table.add_column("category", no_wrap=True)
+    for name in ("asked", "choice", "chance", "question", "answer", "longest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in summarise(report.examples):
+        table.add_row(
+            line.category,
+            str(line.questions),
+            str(line.multiple_choice),
+            f"{line.chance:.1%}",
+            f"{line.mean_question_words:.1f}",
+            f"{line.mean_answer_words:.1f}",
+            str(line.max_answer_words),
+        )
+    table.add_section()
+    table.add_row("all", str(len(report.examples)), "", f"{chance_accuracy(report.examples):.1%}", "", "", "")
+    Console().print(table)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from rlaif_fast.data.preview import draw_preview
+
+    report = read_report(options.file, media_root=options.media_root, require_answer=False)
+    if not report.examples:
+        raise UsageError(report.describe_errors() if report.errors else f"{report.path}: no row to draw")
+    drawn = draw_preview(report.examples, options.out, clips=options.clips, frames=options.frames)
+    print(f"{options.out}: {drawn} clips")
+    return 0
+
+
+class _progress:
+    """A progress bar on the terminal, nothing elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(what, total=None)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.bar.start()
+        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Turns rows of the formats in use into the fields of an `Example`; the format is told by the row's keys.
+
+| format                | told by         | published by                                      |
+|-----------------------|-----------------|---------------------------------------------------|
+| native                | `question`      | this project                                      |
+| Video-R1              | `problem`       | Video-R1-260k, Video-R1-COT-165k                  |
+| LLaVA conversations   | `conversations` | LLaVA-Video-178K, ShareGPT                        |
+| query and response    | `query`         | ms-swift                                          |
+| messages              | `messages`      | ms-swift, TRL, OpenAI                             |
+| prompt and completion | `prompt`        | TRL                                               |
+
+`answer`, `options`, `category`, `system`, `id` and `metadata` mean the same in every format.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+@dataclass
+class Fields:
+    """What a converter found; the fields of `Example` before paths are resolved and names made unique."""
+
+    question: str
+    answer: str | None = None
+    videos: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    category: str | None = None
+    id: str | None = None
+    system: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+_ID = ("id", "question_id", "problem_id", "sample_id")
+_CATEGORY = ("category", "task_type", "problem_type")
+_COMMON = {*_ID, *_CATEGORY, "answer", "options", "metadata", "system", "video", "videos", "image", "images"}
+_TAG = re.compile(r"<(video|image)>(?:(.*?)</\1>)?\n?", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*\S)\s*$", re.DOTALL)
+_LETTER = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z]))(?:[.):]|\s*$)")
+
+
+def convert(row: Row) -> tuple[str, list[Fields]]:
+    """Convert one row.
+
+    Returns:
+        The name of the format, and one entry for each question the row asks.
+
+    Raises:
+        RowError: The row is of no known format, or is wrong.
+    """
+    for key, (name, reader) in FORMATS.items():
+        if row.get(key) is not None:
+            return name, [_finish(fields, row) for fields in reader(row)]
+    known = [*FORMATS, *sorted(_COMMON)]
+    hints = [
+        f"{key!r} (did you mean {near[0]!r}?)"
+        for key in row
+        if (near := _nearest(key, known)) and near[0] != key
+    ]
+    found = ", ".join(hints or map(repr, row)) or "no key"
+    raise RowError(f"none of the keys {', '.join(FORMATS)} is there; found {found}")
+
+
+def _nearest(key: str, known: list[str]) -> list[str]:
+    return difflib.get_close_matches(key, known, 1, 0.75)
+
+
+# Formats
+
+
+def _native(row: Row) -> list[Fields]:
+    return [Fields(_text(row, "question"), _optional_text(row, "answer"))]
+
+
+def _video_r1(row: Row) -> list[Fields]:
+    fields = Fields(_text(row, "problem"), _optional_text(row, "solution"))
+    if row.get("path") is not None:
+        kind = row.get("data_type", "video")
+        if kind not in ("video", "image"):
+            raise RowError(f"data_type: expected 'video' or 'image', got {kind!r}")
+        _media_of(fields, f"{kind}s").append(_path(row["path"], "path"))
+    return [fields]
+
+
+def _query_response(row: Row) -> list[Fields]:
+    if row.get("history"):
+        raise RowError("history: earlier turns cannot be carried along; give one question a row")
+    return [Fields(_text(row, "query"), _optional_text(row, "response"))]
+
+
+def _llava(row: Row) -> list[Fields]:
+    roles = {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+        "system": "system",
+    }
+    turns = []
+    for turn in _list(row, "conversations"):
+        if not isinstance(turn, Mapping):
+            raise RowError(f"conversations: expected objects with 'from' and 'value', got {turn!r:.60}")
+        role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if role not in roles:
+            raise RowError(f"conversations: unknown 'from' {role!r}; use 'human' and 'gpt'")
+        turns.append({"role": roles[role], "content": value})
+    return _dialogue(turns, "conversations")
+
+
+def _messages(row: Row) -> list[Fields]:
+    return _dialogue(_list(row, "messages"), "messages")
+
+
+def _prompt_completion(row: Row) -> list[Fields]:
+    prompt, completion = row["prompt"], row.get("completion", row.get("solution"))
+    if isinstance(prompt, str):
+        return [Fields(_text(row, "prompt"), completion if completion is None else _flat(completion))]
+    found = _dialogue(_list(row, "prompt"), "prompt")
+    if len(found) != 1 or found[0].answer is not None:
+        raise RowError("prompt: expected one user message; give one question a row")
+    if completion is not None:
+        found[0].answer = _flat(completion)
+    return found
+
+
+FORMATS: dict[str, tuple[str, Callable[[Row], list[Fields]]]] = {
+    "question": ("native", _native),
+    "problem": ("Video-R1", _video_r1),
+    "conversations": ("LLaVA conversations", _llava),
+    "query": ("query and response", _query_response),
+    "messages": ("messages", _messages),
+    "prompt": ("prompt and completion", _prompt_completion),
+}
+_OWN = {*FORMATS, "solution", "completion", "response", "history", "path", "data_type"}
+
+
+# Parts
+
+
+def _dialogue(turns: list[Any], key: str) -> list[Fields]:
+    """One entry for each user turn with the answer after it; all see all media of the dialogue."""
+    found: list[Fields] = []
+    media = Fields("")
+    system = None
+    for turn in turns:
+        if not isinstance(turn, Mapping) or "role" not in turn:
+            raise RowError(f"{key}: expected objects with 'role' and 'content', got {turn!r:.60}")
+        role, content = turn["role"], turn.get("content")
+        if role == "system":
+            system = _flat(content)
+        elif role == "user":
+            if found and found[-1].answer is None:
+                raise RowError(f"{key}: two user turns without an answer between them")
+            found.append(Fields(_user_text(content, media)))
+        elif role == "assistant":
+            if not found or found[-1].answer is not None:
+                raise RowError(f"{key}: an assistant turn without a user turn before it")
+            found[-1].answer = _flat(content)
+        else:
+            raise RowError(f"{key}: unknown role {role!r}; use 'system', 'user' and 'assistant'")
+    if not found:
+        raise RowError(f"{key}: no user turn")
+    for fields in found:
+        fields.videos, fields.images, fields.system = list(media.videos), list(media.images), system
+    tags = sum(len(_TAG.findall(fields.question)) for fields in found)
+    for fields in found:  # counted here, over the whole dialogue
+        fields.metadata = {"_tags": tags}
+    return found
+
+
+def _user_text(content: Any, media: Fields) -> str:
+    """The text of a user turn; its media are added to `media`."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"content: expected a string or a list, got {type(content).__name__}")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(_flat([part]))
+        elif kind in ("video", "image", "video_url", "image_url"):
+            value = part.get(kind)
+            if isinstance(value, Mapping) and "url" in value:
+                value = value["url"]
+            if value is not None:  # else a placeholder for the next of `videos` or `images`
+                _media_of(media, f"{kind[:5]}s").append(_path(value, kind))
+        else:
+            raise RowError(f"content: unknown part {part!r:.60}; use the types 'text', 'video' and 'image'")
+    return "\n".join(texts)
+
+
+def _flat(content: Any) -> str:
+    """The text of a string, of a list of text parts, or of a list with one message."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
+        if len(content) == 1 and "role" in content[0]:
+            return _flat(content[0].get("content"))
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(texts)  # type: ignore[arg-type]
+    raise RowError(f"expected a text, got {content!r:.60}")
+
+
+def _finish(fields: Fields, row: Row) -> Fields:
+    """Apply the keys that all formats share, and bring options and answer into one form."""
+    for key in ("video", "videos", "image", "images"):
+        value = row.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        _media_of(fields, key).extend(_path(item, key) for item in values)
+    fields.question = _without_tags(fields)
+    if row.get("answer") is not None:
+        fields.answer = _optional_text(row, "answer")
+    if row.get("system") is not None:
+        fields.system = _text(row, "system")
+    fields.id = next((str(row[key]) for key in _ID if row.get(key) is not None), None)
+    fields.category = next((str(row[key]).strip() for key in _CATEGORY if row.get(key)), None)
+    if fields.answer is not None:
+        tagged = _ANSWER.search(fields.answer)
+        fields.answer = (tagged.group(1) if tagged else fields.answer).strip() or None
+    _settle_options(fields, row)
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise RowError(f"metadata: expected an object, got {type(metadata).__name__}")
+    rest = {
+        key: value
+        for key, value in row.items()
+        if key not in _COMMON and key not in _OWN and value is not None
+    }
+    fields.metadata = {**rest, **metadata}
+    return fields
+
+
+def _without_tags(fields: Fields) -> str:
+    """The question without <video> and <image> tags, whose number is checked."""
+    tags = fields.metadata.get("_tags", len(_TAG.findall(fields.question)))
+    for kind, inner in _TAG.findall(fields.question):  # <video>path</video>
+        if inner:
+            _media_of(fields, f"{kind}s").append(inner.strip())
+    count = len(fields.videos) + len(fields.images)
+    if tags > count:
+        raise RowError(
+            f"{tags} <video> or <image> tags, but {count} files; name each in `videos` or `images`"
+        )
+    question = _TAG.sub("", fields.question).strip()
+    if not question:
+        raise RowError("the question is empty")
+    return question
+
+
+def _settle_options(fields: Fields, row: Row) -> None:
+    options = row.get("options")
+    if options:
+        if not isinstance(options, list) or not all(
+            isinstance(option, str) and option.strip() for option in options
+        ):
+            raise RowError(f"options: expected a list of texts, got {options!r:.60}")
+        fields.options = _unlabelled(options)
+        if len(fields.options) < 2:
+            raise RowError(f"options: expected at least 2, got {len(fields.options)}")
+        if fields.answer is not None:
+            letter = _letter(fields.answer, fields.options)
+            if letter is None:
+                raise RowError(f"answer: {fields.answer!r:.60} is none of the options; give its letter")
+            fields.answer = letter
+        return
+    # Options written into the question, one a line.
+    lines = fields.question.splitlines()
+    first = next((i for i, line in enumerate(lines) if _label(line) == "A"), None)
+    if not first or fields.answer is None:
+        return
+    found: list[str] = []
+    for line in lines[first:]:
+        if _label(line) != chr(ord("A") + len(found)):
+            break
+        found.append(line)
+    inside = _unlabelled(found)
+    letter = _letter(fields.answer, inside)
+    if len(inside) >= 2 and letter is not None:
+        fields.question = "\n".join(lines[:first]).strip()
+        fields.options, fields.answer = inside, letter
+
+
+def _label(option: str) -> str | None:
+    match = _LABEL.match(option)
+    return (match.group(1) or match.group(2)) if match else None
+
+
+def _unlabelled(options: list[str]) -> list[str]:
+    """The options without "A. ", "(B) ", "C) " where all of them are so labelled, in order."""
+    if [_label(option) for option in options] != [chr(ord("A") + i) for i in range(len(options))]:
+        return [option.strip() for option in options]
+    return [match.group(3) for option in options if (match := _LABEL.match(option))]
+
+
+def _letter(answer: str, options: list[str]) -> str | None:
+    """The letter an answer names: "B", "(B)", "B. the text" or "the text"."""
+    texts = [option.strip().casefold() for option in options]
+    if texts.count(answer.strip().casefold()) == 1:
+        return chr(ord("A") + texts.index(answer.strip().casefold()))
+    match = _LETTER.match(answer)
+    letter = (match.group(1) or match.group(2)) if match else None
+    return letter if letter is not None and ord(letter) - ord("A") < len(options) else None
+
+
+def _media_of(fields: Fields, key: str) -> list[str]:
+    return fields.videos if key.startswith("video") else fields.images
+
+
+def _path(value: Any, key: str) -> str:
+    if isinstance(value, Mapping):
+        value = value.get("path") or value.get("video") or value.get("image")
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{key}: expected the path of a file, got {value!r:.60}")
+    if value.startswith(("http://", "https://", "data:")):
+        raise RowError(f"{key}: {value:.60} is not a local file; download it and give its path")
+    return value.removeprefix("file://")
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    if not isinstance(row[key], list):
+        raise RowError(f"{key}: expected a list, got {type(row[key]).__name__}")
+    return list(row[key])
+
+
+def _text(row: Row, key: str) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise RowError(f"{key}: expected a text, got {type(value).__name__}")
+    if not value.strip():
+        raise RowError(f"{key}: is empty")
+    return value
+
+
+def _optional_text(row: Row, key: str) -> str | None:
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise RowError(f"{key}: expected a text, got {type(value).__name__}")

@@ -1,0 +1,233 @@
+"""Reads datasets; a wrong row is reported with its file and line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlaif_fast.data.converters import Fields, RowError, convert
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 10  # wrong rows that a message names
+
+
+@dataclass
+class ReadReport:
+    """What came out of a file.
+
+    Attributes:
+        path: The file.
+        examples: The usable rows, in order.
+        rows: Number of rows, wrong ones included.
+        errors: One "file:line: why" for each wrong row.
+        notes: What the user may want to know, but nothing wrong.
+        formats: Rows by format.
+    """
+
+    path: Path
+    examples: list[Example] = field(default_factory=list)
+    rows: int = 0
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+
+    def describe_errors(self, shown: int = _SHOWN) -> str:
+        """A message that counts the wrong rows and names the first of them."""
+        lines = [f"{self.path}: {len(self.errors)} of {self.rows} rows are wrong", *self.errors[:shown]]
+        if len(self.errors) > shown:
+            lines.append(f"... and {len(self.errors) - shown} more")
+        return "\n  ".join(lines)
+
+
+def read_examples(
+    path: str | Path,
+    *,
+    media_root: str | Path | None = None,
+    require_answer: bool = True,
+    check_files: bool = True,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> list[Example]:
+    """Read a dataset in any of the formats of `converters`, told row by row.
+
+    Args:
+        path: A file with one JSON object a line, or with one JSON array.
+        media_root: Folder that relative paths start from; by default the folder of `path`.
+        require_answer: Whether a row without an answer is wrong.
+        check_files: Whether a row is wrong whose video or image is not there.
+        on_error: "raise" refuses a file with wrong rows and names them; "skip" leaves them out and logs them.
+
+    Raises:
+        UsageError: The file cannot be read, has no usable row, or has wrong rows and `on_error` is "raise".
+    """
+    report = read_report(path, media_root=media_root, require_answer=require_answer, check_files=check_files)
+    if report.errors and on_error == "raise":
+        raise UsageError(report.describe_errors())
+    if report.errors:
+        logger.warning("%s", report.describe_errors())
+    if not report.examples:
+        raise UsageError(
+            f"{report.path}: no usable row; {report.errors[0] if report.errors else 'the file is empty'}"
+        )
+    for note in report.notes:
+        logger.info("%s: %s", report.path, note)
+    return report.examples
+
+
+def read_report(
+    path: str | Path,
+    *,
+    media_root: str | Path | None = None,
+    require_answer: bool = True,
+    check_files: bool = True,
+) -> ReadReport:
+    """Read a dataset as `read_examples` does, but return everything there is to say about it.
+
+    Raises:
+        UsageError: The file itself cannot be read.
+    """
+    path = Path(path)
+    root = Path(media_root) if media_root is not None else path.parent
+    report = ReadReport(path)
+    lines_of: dict[str, int] = {}  # id -> line
+    renamed = uncategorised = 0
+    media = _Media(root, check_files)
+    for line, row in _rows(path):
+        report.rows += 1
+        try:
+            if isinstance(row, RowError):
+                raise row
+            if not isinstance(row, dict):
+                raise RowError(f"expected a JSON object, got {type(row).__name__}")
+            name, found = convert(row)
+            examples = []
+            for turn, fields in enumerate(found):
+                if require_answer and fields.answer is None:
+                    raise RowError(_no_answer(row))
+                id_ = fields.id or f"{path.stem}:{line}"
+                id_ += f"#{turn + 1}" if len(found) > 1 else ""
+                if id_ in lines_of and name == "native":
+                    raise RowError(f"id {id_!r} is that of line {lines_of[id_]} too; ids must be unique")
+                if id_ in lines_of:
+                    id_, renamed = f"{id_}@{line}", renamed + 1
+                examples.append(_example(fields, id_, media, f"{path}:{line}"))
+        except RowError as error:
+            report.errors.append(f"{path}:{line}: {error}")
+            continue
+        lines_of.update((example.id, line) for example in examples)
+        uncategorised += sum(fields.category is None for fields in found)
+        report.examples += examples
+        report.formats[name] += 1
+    if uncategorised:
+        report.notes.append(f'{uncategorised} questions have no category; they are reported under "all"')
+    if renamed:
+        report.notes.append(f"{renamed} questions share their id with another; their line was added to it")
+    return report
+
+
+class _Media:
+    """Resolves paths, and looks once at each file."""
+
+    def __init__(self, root: Path, check: bool) -> None:
+        self.root = root
+        self.check = check
+        self.seen: dict[str, str] = {}  # path -> what is wrong with it
+
+    def resolve(self, name: str) -> str:
+        path = str(self.root / name)
+        if self.check:
+            if path not in self.seen:
+                self.seen[path] = self._trouble(Path(path))
+            if self.seen[path]:
+                raise RowError(self.seen[path])
+        return path
+
+    @staticmethod
+    def _trouble(path: Path) -> str:
+        try:
+            if path.is_dir() and any(path.iterdir()):
+                return f"{path} is a folder; give the path of a file"
+            if path.stat().st_size == 0:
+                return f"{path} is empty"
+            with path.open("rb"):
+                return ""
+        except FileNotFoundError:
+            return f"{path} does not exist; relative paths start from the dataset's folder, or media_root"
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}"
+
+
+def _example(fields: Fields, id_: str, media: _Media, source: str) -> Example:
+    if not fields.videos and not fields.images:
+        raise RowError("no video and no image; name them in `video`, `videos` or `images`")
+    return Example(
+        id=id_,
+        question=fields.question,
+        answer=fields.answer,
+        videos=tuple(map(media.resolve, fields.videos)),
+        images=tuple(map(media.resolve, fields.images)),
+        options=tuple(fields.options),
+        category=fields.category or "all",
+        metadata=fields.metadata,
+        system=fields.system,
+        source=source,
+    )
+
+
+def _no_answer(row: dict[str, Any]) -> str:
+    near = difflib.get_close_matches("answer", [key for key in row if key != "answer"], 1, 0.7)
+    return "no answer" + (f"; did you mean 'answer' by {near[0]!r}?" if near else "")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line, row); a row that is no JSON comes as a RowError."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
+    if data.lstrip()[:1] == b"[":
+        yield from _array(path, data)
+        return
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            yield number, json.loads(raw.decode())
+        except UnicodeDecodeError as error:
+            yield number, RowError(f"not UTF-8 at byte {error.start}")
+        except json.JSONDecodeError as error:
+            yield number, RowError(f"not JSON: {error.msg} at column {error.colno}")
+
+
+def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    """The rows of one JSON array, each with the line that it starts on."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
+    decoder = json.JSONDecoder()
+    at, line = text.index("[") + 1, 1
+    counted = 0
+    while True:
+        while at < len(text) and (text[at].isspace() or text[at] == ","):
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield (
+                error.lineno,
+                RowError(f"not JSON: {error.msg} at column {error.colno}; the rest is not read"),
+            )
+            return
+        yield line, row
