@@ -229,5 +229,5 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
             "the loss is not finite; lower learning_rate, or set dtype float32, and resume from the last checkpoint"
         )
     output.loss.backward()
-    names = ("loss", "policy loss", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
-    return {name.replace(" ", "_"): output.stats[name] for name in names if name in output.stats}
+    names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
+    return {"loss": output.loss.detach()} | {name: output.stats[name] for name in names if name in output.stats}
