@@ -1,0 +1,367 @@
+"""Rows of logits to log-probability, entropy and loss, and to their gradient: the vocabulary is swept online.
+
+    z = logits / temperature,   lse = logsumexp z,   p = softmax z,   logp = z_y - lse,   H = lse - sum p z
+    d logp / d z_v = [v = y] - p_v,             d H / d z_v = -p_v (log p_v + H)
+    d loss / d logits_v = (g ([v = y] - p_v) - h p_v (log p_v + H)) / temperature
+                          with g = d loss / d logp, h = d loss / d H
+
+    row_stats   logits -> logp, lse, H             reads each logit once
+    row_grad    logits, lse, H, g, h -> gradient   reads and writes each once, in place or not
+    row_loss    logits -> all of it, in place      one launch: where A is known beforehand, g follows from
+                                                   logp while the row is still in the L2 cache
+
+One program takes one row. Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and w = sum 2^(z
+- m)(z - m) of VEC neighbouring logits, so that no thread waits for another within the sweep. z is in units
+of log 2, and the entropy comes from z - m, which does not cancel. The next block is loaded before this one
+is used. Never materialised: softmax, log-softmax, a float32 copy. Any float dtype in, float32 inside,
+statistics float32. A row of weight 0 is not read; an id outside [0, V) is not read through and makes the
+row's results NaN.
+
+Letters: M rows, V vocabulary; logits are (M, V) or (B, T, V) with M = B * T, the last stride 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlaif_fast.backends import RowInputs, RowStats
+from rlaif_fast.options import LossOptions
+from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
+from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, policy_slope
+
+__all__ = ["aot_configs", "row_grad", "row_loss", "row_stats", "supports", "unavailable"]
+
+FLOOR = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 are
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+
+
+def launch_config(V: int, element_size: int, block: int) -> dict[str, int]:
+    """32 bytes a thread and block: 16-byte accesses, two of them in flight. `block` is in bytes."""
+    VEC = 16 // element_size
+    BLOCK_V = min(block // element_size, max(8 * VEC, triton.next_power_of_2(V)))
+    num_warps = max(1, BLOCK_V * element_size // 1024)
+    return {"VEC": VEC, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "num_stages": 1}
+
+
+# Bytes of a row in flight. Two programs an SM where the row passes through once; one where it has to stay
+# in the L2 cache until it is written.
+STREAM_BLOCK = 16384
+RESIDENT_BLOCK = 32768
+
+
+@triton.jit
+def _row(x, row, T, stride_b, stride_t):
+    return x + (row // T) * stride_b + (row % T) * stride_t
+
+
+@triton.jit
+def _lanes(VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Offsets (BLOCK_V / VEC, VEC): the second axis lies within a thread."""
+    return tl.arange(0, BLOCK_V // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def _sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return lse in units of log 2, and logp and H in nats, of one row; scale is log2(e) / temperature."""
+    offs_v = _lanes(VEC, BLOCK_V)
+    m = tl.full((BLOCK_V // VEC,), FLOOR, tl.float32)
+    s = tl.zeros((BLOCK_V // VEC,), tl.float32)
+    w = tl.zeros((BLOCK_V // VEC,), tl.float32)
+    ahead = tl.load(x + offs_v, mask=offs_v < V, other=float("-inf"), eviction_policy="evict_last")
+    for v in tl.range(BLOCK_V, V + BLOCK_V, BLOCK_V):
+        z = ahead.to(tl.float32) * scale
+        at = v + offs_v
+        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        shift = m - m_new
+        decay = tl.exp2(shift)
+        d = z - m_new[:, None]
+        e = tl.exp2(d)
+        w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)  # 0 * -inf is NaN
+        s = decay * s + tl.sum(e, axis=1)
+        m = m_new
+    top = tl.max(m, axis=0)
+    shift = m - top
+    decay = tl.exp2(shift)
+    total = tl.sum(decay * s, axis=0)
+    mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
+    inside = (y >= 0) & (y < V)
+    z_y = tl.load(x + tl.where(inside, y, 0)).to(tl.float32) * scale
+    log_total = tl.where(inside, tl.log2(total), float("nan"))
+    return top + log_total, (z_y - top - log_total) * LN2, (log_total - mean) * LN2
+
+
+@triton.jit
+def _write_grad(
+    x, out, V, y, scale, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Write one row of the gradient, from the end, where the sweep has just been."""
+    offs_v = _lanes(VEC, BLOCK_V)
+    g *= inv_temperature
+    h *= inv_temperature
+    g = tl.where((y >= 0) & (y < V), g, float("nan"))
+    blocks = (V + BLOCK_V - 1) // BLOCK_V
+    if (g == 0) & (h == 0):
+        for block in tl.range(0, blocks):
+            at = block * BLOCK_V + offs_v
+            tl.store(out + at, tl.zeros((BLOCK_V // VEC, VEC), tl.float32), mask=at < V)
+    else:
+        at = (blocks - 1) * BLOCK_V + offs_v
+        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
+        for _ in tl.range(0, blocks):
+            d = ahead.to(tl.float32) * scale - lse2
+            before = at - BLOCK_V
+            ahead = tl.load(x + before, mask=before >= 0, other=float("-inf"), eviction_policy="evict_first")
+            p = tl.exp2(d)
+            slope = g + h * (tl.maximum(d, FLOOR) * LN2 + H)
+            tl.store(out + at, tl.where(at == y, g, 0.0) - p * slope, mask=at < V)
+            at = before
+
+
+@triton.jit
+def row_stats_kernel(
+    logits,  # (B, T, V)
+    token_ids,  # (M,)
+    logps,  # (M,) out
+    lse,  # (M,) out
+    entropy,  # (M,) out
+    T,
+    V,
+    stride_b,
+    stride_t,
+    inv_temperature,
+    VEC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(token_ids + row)
+    lse2, logp, H = _sweep(
+        _row(logits, row, T, stride_b, stride_t), V, y, inv_temperature * LOG2E, VEC, BLOCK_V
+    )
+    tl.store(logps + row, logp)
+    tl.store(lse + row, lse2 * LN2)
+    tl.store(entropy + row, H)
+
+
+@triton.jit
+def row_grad_kernel(
+    logits,  # (B, T, V)
+    token_ids,  # (M,)
+    lse,  # (M,)
+    entropy,  # (M,)
+    grad_logps,  # (M,)
+    grad_entropy,  # (M,) or None
+    out,  # (B, T, V) out; may be logits
+    T,
+    V,
+    stride_b,
+    stride_t,
+    out_stride_b,
+    out_stride_t,
+    inv_temperature,
+    VEC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    y = tl.load(token_ids + row)
+    h = 0.0 if grad_entropy is None else tl.load(grad_entropy + row)
+    _write_grad(
+        _row(logits, row, T, stride_b, stride_t), _row(out, row, T, out_stride_b, out_stride_t), V, y,
+        inv_temperature * LOG2E, inv_temperature, tl.load(lse + row) * LOG2E, tl.load(entropy + row),
+        tl.load(grad_logps + row), h, VEC, BLOCK_V,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_loss_kernel(
+    logits,  # (B, T, V); the gradient out
+    token_ids,  # (M,)
+    advantages,  # (M,)
+    weights,  # (M,)
+    old_logps,  # (M,) or None
+    ref_logps,  # (M,) or None
+    sampling_ratio,  # (M,) or None
+    logps,  # (M,) out
+    lse,  # (M,) out
+    entropy,  # (M,) out
+    grad_logps,  # (M,) out
+    grad_entropy,  # (M,) out
+    T,
+    V,
+    stride_b,
+    stride_t,
+    inv_temperature,
+    low,
+    high,
+    delta,  # or None
+    beta,
+    entropy_coef,
+    KL: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = _row(logits, row, T, stride_b, stride_t)
+    y = tl.load(token_ids + row)
+    weight = tl.load(weights + row).to(tl.float32)
+    scale = inv_temperature * LOG2E
+    lse2, logp, H, g = 0.0, 0.0, 0.0, 0.0
+    if weight != 0:
+        lse2, logp, H = _sweep(x, V, y, scale, VEC, BLOCK_V)
+        log_ratio = logp - (logp if old_logps is None else tl.load(old_logps + row).to(tl.float32))
+        A = tl.load(advantages + row).to(tl.float32)
+        slope = policy_slope(log_ratio, importance_ratio(log_ratio), A, low, high, delta)
+        if sampling_ratio is not None:
+            slope *= tl.load(sampling_ratio + row).to(tl.float32)
+        if ref_logps is not None:
+            _, kl_slope = kl_term(tl.load(ref_logps + row).to(tl.float32) - logp, KL)
+            slope -= beta * kl_slope
+        g = -weight * slope
+    else:
+        y = tl.minimum(tl.maximum(y, 0), V - 1)  # masked: whatever the id, the gradient is 0
+    h = -weight * entropy_coef
+    tl.store(logps + row, logp)
+    tl.store(lse + row, lse2 * LN2)
+    tl.store(entropy + row, H)
+    tl.store(grad_logps + row, g)
+    tl.store(grad_entropy + row, h)
+    tl.debug_barrier()  # no thread writes before every thread has read z_y
+    _write_grad(x, x, V, y, scale, inv_temperature, lse2, H, g, h, VEC, BLOCK_V)
+
+
+def _rows(
+    logits: Tensor,  # (M, V) or (B, T, V)
+) -> tuple[int, int, int, int, int]:
+    """Return M, T, V and the strides of B and T."""
+    V = logits.shape[-1]
+    if logits.dim() == 2:
+        return logits.shape[0], 1, V, logits.stride(0), 0
+    return logits.shape[0] * logits.shape[1], logits.shape[1], V, logits.stride(0), logits.stride(1)
+
+
+def _dense(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def row_stats(
+    logits: Tensor,  # (M, V) or (B, T, V)
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+) -> RowStats:
+    """Return log-probability, logsumexp and entropy of each row; the logits are left alone."""
+    logits = _dense(logits)
+    M, T, V, stride_b, stride_t = _rows(logits)
+    stats = RowStats(*torch.empty((3, M), dtype=torch.float32, device=logits.device))
+    if M:
+        with torch.cuda.device_of(logits):
+            row_stats_kernel[(M,)](
+                logits,
+                token_ids.contiguous(),
+                *(stats.logps, stats.lse, stats.entropy),
+                *(T, V, stride_b, stride_t),
+                1.0 / temperature,
+                **launch_config(V, logits.element_size(), STREAM_BLOCK),
+            )
+    return stats
+
+
+def row_grad(
+    logits: Tensor,  # (M, V) or (B, T, V)
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+    stats: RowStats,
+    grad_logps: Tensor,  # (M,)
+    grad_entropy: Tensor | None,  # (M,)
+    out: Tensor,  # like logits; may be logits
+) -> None:
+    """Write grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits."""
+    logits = _dense(logits)
+    M, T, V, stride_b, stride_t = _rows(logits)
+    _, _, _, out_stride_b, out_stride_t = _rows(out)
+    assert out.shape == logits.shape and out.stride(-1) == 1
+    if M:
+        with torch.cuda.device_of(logits):
+            row_grad_kernel[(M,)](
+                logits,
+                token_ids.contiguous(),
+                *(stats.lse, stats.entropy),
+                grad_logps.contiguous(),
+                None if grad_entropy is None else grad_entropy.contiguous(),
+                out,
+                *(T, V, stride_b, stride_t, out_stride_b, out_stride_t),
+                1.0 / temperature,
+                **launch_config(V, logits.element_size(), STREAM_BLOCK),
+            )
+
+
+def row_loss(
+    logits: Tensor,  # (M, V) or (B, T, V); overwritten by the gradient
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+    rows: RowInputs,
+    options: LossOptions,
+) -> tuple[RowStats, Tensor, Tensor]:
+    """Return statistics, grad_logps and grad_entropy (M,) of each row; the gradient replaces the logits."""
+    M, T, V, stride_b, stride_t = _rows(logits)
+    assert logits.stride(-1) == 1
+    results = torch.empty((5, M), dtype=torch.float32, device=logits.device)
+    if M:
+        given = [None if x is None else x.contiguous() for x in rows]
+        with torch.cuda.device_of(logits):
+            row_loss_kernel[(M,)](
+                logits,
+                token_ids.contiguous(),
+                *given,
+                *results,
+                *(T, V, stride_b, stride_t),
+                1.0 / temperature,
+                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high),
+                *(options.delta, options.beta, options.entropy_coef),
+                KL=options.kl,
+                **launch_config(V, logits.element_size(), RESIDENT_BLOCK),
+            )
+    logps, lse, entropy, grad_logps, grad_entropy = results
+    return RowStats(logps, lse, entropy), grad_logps, grad_entropy
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
+    """Return why the kernels cannot take such logits, or None."""
+    return refuse("logits", device_type, dtype)
+
+
+def aot_configs() -> list[AotConfig]:
+    """The configurations that the ahead-of-time gate compiles."""
+    outputs = ("logps", "lse", "entropy", "grad_logps", "grad_entropy")
+    types = dict.fromkeys((*outputs, "advantages", "weights", "old_logps", "ref_logps"), "*fp32:16")
+    types |= {"token_ids": "*i64:16", "T": "i32", "stride_b": "i64:16", "stride_t": "i32:16"}
+    types |= {"out_stride_b": "i64:16", "out_stride_t": "i32:16"}
+    types |= dict.fromkeys(("inv_temperature", "low", "high", "beta", "entropy_coef"), "fp32")
+    absent = {"sampling_ratio": None, "delta": None, "KL": "k3"}
+    cases = [
+        (row_stats_kernel, "bf16", 152064, STREAM_BLOCK),
+        (row_grad_kernel, "bf16", 152064, STREAM_BLOCK),
+        (row_loss_kernel, "bf16", 152064, RESIDENT_BLOCK),
+        (row_loss_kernel, "fp32", 32000, RESIDENT_BLOCK),
+    ]
+    configs = []
+    for kernel, dtype, V, block in cases:
+        launch = launch_config(V, 4 if dtype == "fp32" else 2, block)
+        values = absent | launch
+        pointers = {"logits": f"*{dtype}:16", "out": f"*{dtype}:16", "V": "i32:16"}
+        configs.append(
+            AotConfig(
+                kernel,
+                {name: kind for name, kind in (types | pointers).items() if name in kernel.arg_names},
+                {name: value for name, value in values.items() if name in kernel.arg_names},
+                launch["num_warps"],
+                launch["num_stages"],
+                f"{dtype} V={V}",
+            )
+        )
+    return configs

@@ -1,0 +1,383 @@
+"""The GRPO_rank loss of token log-probabilities: ranks, advantages, clipped loss, KL and statistics in one
+launch.
+
+    J_t  = min(rho_t A, clip(rho_t, low, high) A) sampling_ratio_t - beta KL_t + entropy_coef H_t
+    loss = -sum_i w_i sum_t J_t
+    w_i  = 1 / (responses tokens_i) "grpo",   1 / tokens "dapo",   1 / (responses max_length) "dr_grpo"
+    d loss / d logp_t = -w_i (sampling_ratio_t rho_t dJ_t/drho_t - beta dKL_t/dlogp_t)
+    d loss / d H_t    = -w_i entropy_coef
+
+One program reads one response once. Its clipped ratios are summed for either sign of A (see `token_terms`),
+so no second pass is needed when A becomes known: the last program of a group to finish ranks its G
+responses and closes their sums, and the last group to finish adds up the batch. Only the counters of
+finished programs are atomic; all sums run in a fixed order, so equal inputs give equal bits. The gradient
+is a second launch, elementwise. Never materialised: ratios, clipped ratios, KL, ranks, (G, G) comparisons.
+Any float dtype in, float32 inside and out.
+
+Letters: N groups, G responses a group (the last may be short where there are no ranks), B rows, T tokens, M
+packed tokens. Token arrays are (B, T), or (M,) with cu_seqlens (B + 1,). Suffixes: _i response of a group,
+_t token.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlaif_fast.backends import TokenGradients
+from rlaif_fast.options import MAX_GROUP_SIZE, LossOptions
+from rlaif_fast_kernels.launch import AotConfig, refuse
+from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group, load_float
+from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, one_sided, policy_slope
+
+SPLITS = 8  # programs a response in the gradient kernel
+
+
+def launch_config(T: int, G: int) -> dict[str, int]:
+    BLOCK_T = min(1024, max(64, triton.next_power_of_2(T)))
+    return {
+        "GP": triton.next_power_of_2(G),
+        "BLOCK_T": BLOCK_T,
+        "num_warps": 4 if G <= 32 else 8,
+        "num_stages": 1,
+    }
+
+
+@triton.jit
+def _span(row, T, cu_seqlens):
+    """First element and length of a response."""
+    if cu_seqlens is None:
+        start, length = row * T, T
+    else:
+        start = tl.load(cu_seqlens + row).to(tl.int64)
+        length = (tl.load(cu_seqlens + row + 1).to(tl.int64) - start).to(tl.int32)
+    return start, length
+
+
+@triton.jit
+def rank_loss_kernel(
+    logps,  # (B, T)
+    old_logps,  # (B, T) or None
+    ref_logps,  # (B, T) or None
+    mask,  # (B, T) uint8 or None
+    sampling_ratio,  # (B, T) or None
+    entropy,  # (B, T) or None
+    given,  # (B,) or, PER_TOKEN, (B, T) advantages; None where there are ranks
+    oracle_ranks,  # (B,) or None
+    valid,  # (N,) uint8 or None
+    num_items,  # scalar or None
+    cu_seqlens,  # (B + 1,) or None
+    advantages,  # (B,) out, where there are ranks
+    row_slopes,  # (B,) out, dJ/dlogp of every token of a response, SEQUENCE only
+    row_weights,  # (B,) out, w
+    row_sums,  # (ROW_SUMS, B) scratch
+    group_sums,  # (GROUP_SUMS, N) scratch
+    finished,  # (N + 1,) int32 zeros: programs of a group, groups
+    out,  # (GROUP_SUMS,) out: the statistics, the loss
+    B,
+    N,
+    G,
+    T,
+    penalty_weight,
+    low,
+    high,
+    delta,  # or None
+    beta,
+    entropy_coef,
+    max_length,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCORE: tl.constexpr,
+    KL: tl.constexpr,
+    LOSS_TYPE: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    GP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = row // G
+    start, length = _span(row, T, cu_seqlens)
+    if valid is not None:
+        length = tl.where(tl.load(valid + group) != 0, length, 0)
+
+    zero = tl.zeros((BLOCK_T,), tl.float32)
+    tokens, score, upper_sum, lower_sum, kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero
+    low_count, high_count, rho_sum, rho_max, log_ratio_sum = zero, zero, zero, zero, zero
+    for t in tl.range(0, length, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        at = start + offs_t
+        live = offs_t < length
+        if mask is not None:
+            live = live & (tl.load(mask + at, mask=live, other=0) != 0)
+        one = tl.where(live, 1.0, 0.0)
+        logp = load_float(logps, at, live)
+        old = logp if old_logps is None else load_float(old_logps, at, live)
+        weight = one if sampling_ratio is None else load_float(sampling_ratio, at, live)
+        upper_weight_t, lower_weight_t, is_upper, is_lower = weight, weight, one, one
+        if PER_TOKEN:  # A is known: fold it into the one-sided sums
+            A = load_float(given, at, live)
+            upper_weight_t, lower_weight_t = weight * tl.maximum(A, 0.0), weight * tl.minimum(A, 0.0)
+            is_upper, is_lower = tl.where(A > 0, 1.0, 0.0), tl.where(A < 0, 1.0, 0.0)
+
+        tokens += one
+        score += old
+        if SEQUENCE:  # the ratio is one a response: only the weights can be summed here
+            log_ratio_sum += logp - old
+            upper_sum += upper_weight_t
+            lower_sum += lower_weight_t
+            low_count += is_lower
+            high_count += is_upper
+        else:
+            rho = importance_ratio(logp - old)
+            upper, lower = one_sided(rho, low, high, delta)
+            upper_sum += upper_weight_t * upper
+            lower_sum += lower_weight_t * lower
+            low_count += tl.where(rho < low, is_lower, 0.0)
+            high_count += tl.where(rho > high, is_upper, 0.0)
+            rho_sum += rho * one
+            rho_max = tl.maximum(rho_max, rho * one)
+        if ref_logps is not None:
+            kl_t, _ = kl_term(load_float(ref_logps, at, live) - logp, KL)
+            kl_sum += kl_t
+        if entropy is not None:
+            entropy_sum += load_float(entropy, at, live)
+
+    mine = row_sums + row
+    tl.store(mine, tl.sum(tokens))
+    tl.store(mine + B, tl.sum(score))
+    tl.store(mine + 2 * B, tl.sum(upper_sum))
+    tl.store(mine + 3 * B, tl.sum(lower_sum))
+    tl.store(mine + 4 * B, tl.sum(kl_sum))
+    tl.store(mine + 5 * B, tl.sum(entropy_sum))
+    tl.store(mine + 6 * B, tl.sum(low_count))
+    tl.store(mine + 7 * B, tl.sum(high_count))
+    tl.store(mine + 8 * B, tl.sum(rho_sum))
+    tl.store(mine + 9 * B, tl.max(rho_max))
+    tl.store(mine + 10 * B, tl.sum(log_ratio_sum))
+
+    # The last program of the group to get here sees what the others stored before their own increment.
+    tl.debug_barrier()
+    responses = tl.minimum(G, B - group * G).to(tl.int32)
+    if tl.atomic_add(finished + group, 1, sem="acq_rel") == responses - 1:
+        close_group(
+            row_sums, given, oracle_ranks, valid, advantages, row_slopes, group_sums, group, responses,
+            B, N, G, penalty_weight, low, high, delta, max_length,
+            KIND, SCALE, SCORE, LOSS_TYPE, SEQUENCE, PER_TOKEN, GP,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if tl.atomic_add(finished + N, 1, sem="acq_rel") == N - 1:
+            has_ranks: tl.constexpr = oracle_ranks is not None
+            close_batch(
+                row_sums, group_sums, valid, num_items, row_weights, out, B, N, G,
+                beta, entropy_coef, max_length, LOSS_TYPE, has_ranks, 256,
+            )  # fmt: skip
+
+
+@triton.jit
+def rank_loss_grad_kernel(
+    logps,  # (B, T)
+    old_logps,  # (B, T) or None
+    ref_logps,  # (B, T) or None
+    mask,  # (B, T) uint8 or None
+    sampling_ratio,  # (B, T) or None
+    valid,  # (N,) uint8 or None
+    cu_seqlens,  # (B + 1,) or None
+    A,  # (B,) or, PER_TOKEN, (B, T)
+    row_slopes,  # (B,), SEQUENCE only
+    row_weights,  # (B,)
+    grad_logps,  # (B, T) out
+    grad_entropy,  # (B, T) out, or None
+    G,
+    T,
+    low,
+    high,
+    delta,  # or None
+    beta,
+    entropy_coef,
+    KL: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start, length = _span(row, T, cu_seqlens)
+    counted = length
+    if valid is not None:
+        counted = tl.where(tl.load(valid + row // G) != 0, length, 0)
+    weight = tl.load(row_weights + row)
+    for t in tl.range(tl.program_id(1) * BLOCK_T, length, BLOCK_T * tl.num_programs(1)):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        at = start + offs_t
+        inside = offs_t < length
+        live = offs_t < counted
+        if mask is not None:
+            live = live & (tl.load(mask + at, mask=live, other=0) != 0)
+        logp = load_float(logps, at, live)
+        if SEQUENCE:
+            slope = tl.load(row_slopes + row)
+        else:
+            A_t = load_float(A, at, live) if PER_TOKEN else tl.load(A + row).to(tl.float32)
+            log_ratio = logp - (logp if old_logps is None else load_float(old_logps, at, live))
+            slope = policy_slope(log_ratio, importance_ratio(log_ratio), A_t, low, high, delta)
+            if sampling_ratio is not None:
+                slope *= load_float(sampling_ratio, at, live)
+        if ref_logps is not None:
+            _, kl_slope = kl_term(load_float(ref_logps, at, live) - logp, KL)
+            slope -= beta * kl_slope
+        tl.store(grad_logps + at, tl.where(live, -weight * slope, 0.0), mask=inside)
+        if grad_entropy is not None:
+            tl.store(grad_entropy + at, tl.where(live, -weight * entropy_coef, 0.0), mask=inside)
+
+
+def rank_loss(
+    logps: Tensor,  # (B, T), or (M,) with cu_seqlens
+    advantages: Tensor | None,  # (B,), or like logps
+    oracle_ranks: Tensor | None,  # (N, G)
+    valid: Tensor | None,  # (N,) bool
+    old_logps: Tensor | None,  # like logps
+    ref_logps: Tensor | None,  # like logps
+    mask: Tensor | None,  # like logps, bool
+    sampling_ratio: Tensor | None,  # like logps, or (B, 1)
+    entropy: Tensor | None,  # like logps
+    num_items: Tensor | None,  # scalar
+    options: LossOptions,
+    *,
+    cu_seqlens: Tensor
+    | None = None,  # (B + 1,) int32 or int64: responses one behind the other, without padding
+) -> TokenGradients:
+    """Return the loss of `reference.rank_loss` and its gradient, in two launches."""
+    packed = cu_seqlens is not None
+    B = cu_seqlens.numel() - 1 if cu_seqlens is not None else logps.shape[0]
+    T = logps.shape[-1]
+    device = logps.device
+    per_token = advantages is not None and advantages.shape == logps.shape and (packed or logps.dim() == 2)
+    if oracle_ranks is not None:
+        N, G = oracle_ranks.shape
+    else:
+        G = max(1, min(MAX_GROUP_SIZE, B))
+        N = triton.cdiv(B, G)
+    if sampling_ratio is not None and packed and sampling_ratio.dim() == 2:
+        raise ValueError("sampling_ratio must be (M,) with cu_seqlens; got one value a response")
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().expand(logps.shape).contiguous()
+
+    def bits(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous().view(torch.uint8)
+
+    tokens = [flat(logps), flat(old_logps), flat(ref_logps), bits(mask), flat(sampling_ratio)]
+    given = None if advantages is None else advantages.detach().contiguous()
+    ranks = None if oracle_ranks is None else oracle_ranks.contiguous()
+    computed = torch.empty(B, dtype=torch.float32, device=device)
+    row_slopes, row_weights = torch.empty_like(computed), torch.empty_like(computed)
+    out = torch.zeros(GROUP_SUMS, dtype=torch.float32, device=device)
+    grad_logps = torch.empty(logps.shape, dtype=torch.float32, device=device)
+    grad_entropy = (
+        torch.empty_like(grad_logps) if entropy is not None and options.entropy_coef != 0.0 else None
+    )
+    low, high = 1.0 - options.epsilon_low, 1.0 + options.epsilon_high
+    entropy_coef = options.entropy_coef if entropy is not None else 0.0
+    beta = options.beta if ref_logps is not None else 0.0
+    sequence = options.importance_sampling_level == "sequence"
+    if B:
+        config = launch_config(T if not packed else triton.cdiv(T, B), G)
+        with torch.cuda.device_of(logps):
+            rank_loss_kernel[(B,)](
+                *tokens,
+                flat(entropy),
+                given,
+                ranks,
+                bits(valid),
+                num_items,
+                cu_seqlens,
+                computed,
+                row_slopes,
+                row_weights,
+                torch.empty((ROW_SUMS, B), dtype=torch.float32, device=device),
+                torch.empty((GROUP_SUMS, N), dtype=torch.float32, device=device),
+                torch.zeros(N + 1, dtype=torch.int32, device=device),
+                out,
+                B,
+                N,
+                G,
+                T,
+                options.penalty_weight,
+                low,
+                high,
+                options.delta,
+                beta,
+                entropy_coef,
+                float(options.max_completion_length or 1),
+                KIND=options.kind,
+                SCALE=options.scale,
+                SCORE=options.score,
+                KL=options.kl,
+                LOSS_TYPE=options.loss_type,
+                SEQUENCE=sequence,
+                PER_TOKEN=per_token,
+                **config,
+            )
+            splits = min(SPLITS, triton.cdiv(T, config["BLOCK_T"]))
+            if splits:
+                rank_loss_grad_kernel[(B, splits)](
+                    *tokens,
+                    bits(valid),
+                    cu_seqlens,
+                    computed if given is None else given,
+                    row_slopes,
+                    row_weights,
+                    grad_logps,
+                    grad_entropy,
+                    G,
+                    T,
+                    low,
+                    high,
+                    options.delta,
+                    beta,
+                    entropy_coef,
+                    KL=options.kl,
+                    SEQUENCE=sequence,
+                    PER_TOKEN=per_token,
+                    BLOCK_T=config["BLOCK_T"],
+                    num_warps=config["num_warps"],
+                )
+    return TokenGradients(
+        out[15], computed if advantages is None else advantages.detach(), out[:15], grad_logps, grad_entropy
+    )
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
+    """Return why the kernel cannot take such logps, or None."""
+    return refuse("logps", device_type, dtype, group_size)
+
+
+def aot_configs() -> list[AotConfig]:
+    """The configurations that the ahead-of-time gate compiles."""
+    token_arrays = ("logps", "old_logps", "ref_logps", "sampling_ratio", "entropy")
+    types = dict.fromkeys((*token_arrays, "oracle_ranks", "num_items"), "*fp32:16")
+    types |= dict.fromkeys(("mask", "valid"), "*u8:16") | dict.fromkeys(("B", "N", "G", "T"), "i32")
+    types |= dict.fromkeys(("row_slopes", "row_weights"), "*fp32:16")
+    types |= dict.fromkeys(("penalty_weight", "low", "high", "beta", "entropy_coef", "max_length"), "fp32")
+    scratch = dict.fromkeys(("advantages", "row_sums", "group_sums", "out"), "*fp32:16")
+    outputs = dict.fromkeys(("A", "grad_logps", "grad_entropy"), "*fp32:16")
+    absent = {"given": None, "cu_seqlens": None, "delta": None}
+    kinds = {"KIND": "directed", "SCALE": "none", "SCORE": "mean", "KL": "k3", "LOSS_TYPE": "grpo"}
+    configs = []
+    for T, G, sequence in ((512, 8, False), (4096, 64, True)):
+        launch = launch_config(T, G)
+        flags = {"SEQUENCE": sequence, "PER_TOKEN": False, "GP": launch["GP"], "BLOCK_T": launch["BLOCK_T"]}
+        label = f"T={T} G={G}" + " sequence" * sequence
+        for kernel, extra in (
+            (rank_loss_kernel, scratch | {"finished": "*i32:16"}),
+            (rank_loss_grad_kernel, outputs),
+        ):
+            known = kernel.arg_names
+            signature = {name: kind for name, kind in (types | extra).items() if name in known}
+            constexprs = {name: value for name, value in (absent | kinds | flags).items() if name in known}
+            configs.append(
+                AotConfig(kernel, signature, constexprs, launch["num_warps"], launch["num_stages"], label)
+            )
+    return configs

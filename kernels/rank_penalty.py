@@ -1,0 +1,212 @@
+"""Ranks, penalties and advantages of groups: policy scores against an oracle's order, one program a group.
+
+    g(k)      = 1 / ((1 + k) log2(2 + k)), the worth of position k; ties share the mean of their positions
+    u, v      = worth of a response in the oracle's and in the policy's order
+    penalty   = 1 - min(u, v) / max(u, v)     ("paper": 1 - v / u;  "paper_swapped": 1 - u / v)
+    b = u - mean(u),  a = b (1 + w penalty),  A = a - mean(a)      the directed advantage
+
+`rank_group` does one group in registers, as matrices of comparisons (no sort), and is what the fused loss
+calls when it closes a group; `rank_penalty` launches it alone. Nothing here has a gradient. Float32 inside.
+Source: arXiv 2510.02561.
+
+Letters: N groups, G responses a group, GP = G rounded up to a power of two. Suffixes: _i this response, _j
+the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlaif_fast.options import RankOptions
+from rlaif_fast.reference.rank_penalty import RankAdvantages
+from rlaif_fast_kernels.launch import AotConfig, refuse
+
+
+def launch_config(G: int) -> dict[str, int]:
+    """The comparisons of one group are GP x GP: at most 16 of them a thread."""
+    GP = triton.next_power_of_2(G)
+    return {"GP": GP, "num_warps": max(1, min(8, GP * GP // 512)), "num_stages": 1}
+
+
+@triton.jit
+def _positions(key_i, key_j, live_j):
+    """Return first, count (GP,): key i shares positions first..first+count-1; the lowest key comes first."""
+    first = tl.sum(tl.where(live_j & (key_j < key_i), 1.0, 0.0), axis=1)
+    count = tl.sum(tl.where(live_j & (key_j == key_i), 1.0, 0.0), axis=1)
+    return first, count
+
+
+@triton.jit
+def _tie_mean(worth_k, k, first, count):
+    """Mean worth (GP,) of the positions that each response shares."""
+    shared = (k >= first[:, None]) & (k < (first + count)[:, None])
+    return tl.sum(tl.where(shared, worth_k, 0.0), axis=1) / count
+
+
+@triton.jit
+def _group_mean(x, live, G):
+    return tl.sum(tl.where(live, x, 0.0)) / G
+
+
+@triton.jit
+def rank_group(
+    score,  # (GP,) policy scores, higher is more likely
+    oracle,  # (GP,) ranks, lower is better; rewards, higher is better, for "zscore"
+    live,  # (GP,) true for the first G
+    G,
+    penalty_weight,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    GP: tl.constexpr,
+):
+    """Return advantage, penalty (GP,) and ndcg, kendall_tau, top1_agreement, has_signal of one group."""
+    k = tl.arange(0, GP).to(tl.float32)[None, :]
+    relevance = 1.0 / (1.0 + k)
+    discount = 1.0 / tl.log2(2.0 + k)
+    live_j = live[None, :]
+    order = -oracle if KIND == "zscore" else oracle
+    first_u, count_u = _positions(order[:, None], order[None, :], live_j)
+    first_v, count_v = _positions(-score[:, None], -score[None, :], live_j)
+    count_u = tl.where(live, count_u, 1.0)  # lanes beyond G compare nothing; keep their quotients finite
+    count_v = tl.where(live, count_v, 1.0)
+    u = _tie_mean(relevance * discount, k, first_u, count_u)
+    v = _tie_mean(relevance * discount, k, first_v, count_v)
+
+    if KIND == "paper":
+        penalty = 1.0 - v / u
+    elif KIND == "paper_swapped":
+        penalty = 1.0 - u / v
+    else:
+        penalty = 1.0 - tl.minimum(u, v) / tl.maximum(u, v)
+    penalty = tl.where(live, penalty, 0.0)
+
+    tied = tl.sum(tl.where(live & (count_u == G), 1, 0)) == G
+    if KIND == "zscore":
+        advantage = oracle - _group_mean(oracle, live, G)
+        variance = tl.sum(tl.where(live, advantage * advantage, 0.0)) / tl.maximum(G - 1, 1)
+        advantage = advantage / (tl.sqrt(variance) + 1e-4)
+    elif KIND == "paper" or KIND == "paper_swapped":
+        advantage = _group_mean(penalty, live, G) - penalty
+    else:
+        advantage = u - _group_mean(u, live, G)
+        if KIND == "directed":
+            advantage = advantage * (1.0 + penalty_weight * penalty)
+            advantage = advantage - _group_mean(advantage, live, G)
+    if KIND != "paper" and KIND != "paper_swapped":  # exact zeros, whatever the mean above rounded to
+        advantage = tl.where(tied, 0.0, advantage)
+    if SCALE == "group":
+        advantage = advantage / (tl.sqrt(_group_mean(advantage * advantage, live, G)) + 1e-6)
+    advantage = tl.where(live, advantage, 0.0)
+
+    worth = tl.where(live, _tie_mean(relevance, k, first_u, count_u), 0.0)
+    found = tl.sum(worth * _tie_mean(discount, k, first_v, count_v))
+    ideal = tl.sum(worth * _tie_mean(discount, k, first_u, count_u))
+
+    pair = live[:, None] & live_j
+    order_ij = order[:, None] - order[None, :]
+    score_ji = score[None, :] - score[:, None]
+    sign_u = tl.where(pair, (order_ij > 0).to(tl.float32) - (order_ij < 0).to(tl.float32), 0.0)
+    sign_v = tl.where(pair, (score_ji > 0).to(tl.float32) - (score_ji < 0).to(tl.float32), 0.0)
+    agreement = tl.sum(tl.sum(sign_u * sign_v, axis=1))
+    untied = tl.sum(tl.sum(sign_u * sign_u, axis=1)) * tl.sum(tl.sum(sign_v * sign_v, axis=1))
+    tau = tl.where(untied > 0, agreement / tl.sqrt(tl.maximum(untied, 1.0)), 0.0)
+
+    best = live & (first_u == 0)
+    top1 = tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)) / tl.sum(tl.where(best, 1.0, 0.0))
+    return advantage, penalty, found / ideal, tau, top1, tl.where(tied, 0.0, 1.0)
+
+
+@triton.jit
+def rank_penalty_kernel(
+    scores,  # (N, G)
+    oracle_ranks,  # (N, G)
+    valid,  # (N,) uint8 or None
+    advantages,  # (N, G) out
+    penalties,  # (N, G) out
+    measures,  # (4, N) out: ndcg, kendall_tau, top1_agreement, has_signal
+    N,
+    G,
+    penalty_weight,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    GP: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    offs_i = tl.arange(0, GP)
+    live = offs_i < G
+    at = group * G + offs_i
+    score = tl.load(scores + at, mask=live, other=0.0).to(tl.float32)
+    oracle = tl.load(oracle_ranks + at, mask=live, other=0.0).to(tl.float32)
+    advantage, penalty, ndcg, tau, top1, signal = rank_group(
+        score, oracle, live, G, penalty_weight, KIND, SCALE, GP
+    )
+    if valid is not None:
+        keep = tl.load(valid + group) != 0
+        advantage = tl.where(keep, advantage, 0.0)
+        penalty = tl.where(keep, penalty, 0.0)
+        ndcg = tl.where(keep, ndcg, 0.0)
+        tau = tl.where(keep, tau, 0.0)
+        top1 = tl.where(keep, top1, 0.0)
+        signal = tl.where(keep, signal, 0.0)
+    tl.store(advantages + at, advantage, mask=live)
+    tl.store(penalties + at, penalty, mask=live)
+    tl.store(measures + group, ndcg)
+    tl.store(measures + N + group, tau)
+    tl.store(measures + 2 * N + group, top1)
+    tl.store(measures + 3 * N + group, signal)
+
+
+def rank_penalty(
+    scores: Tensor,  # (N, G)
+    oracle_ranks: Tensor,  # (N, G)
+    valid: Tensor | None,  # (N,) bool
+    options: RankOptions,
+) -> RankAdvantages:
+    """Return what `reference.rank_penalty` does, in one launch."""
+    N, G = scores.shape
+    scores, oracle_ranks = scores.detach().contiguous(), oracle_ranks.contiguous()
+    advantages, penalties = torch.empty_like(scores), torch.empty_like(scores)
+    measures = scores.new_empty((4, N), dtype=torch.float32)
+    if N:
+        with torch.cuda.device_of(scores):
+            rank_penalty_kernel[(N,)](
+                scores,
+                oracle_ranks,
+                None if valid is None else valid.contiguous().view(torch.uint8),
+                advantages,
+                penalties,
+                measures,
+                N,
+                G,
+                options.penalty_weight,
+                KIND=options.kind,
+                SCALE=options.scale,
+                **launch_config(G),
+            )
+    ndcg, tau, top1, signal = measures
+    dtype = scores.dtype
+    return RankAdvantages(advantages, penalties, ndcg.to(dtype), tau.to(dtype), signal.bool(), top1.to(dtype))
+
+
+def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
+    """Return why the kernel cannot take such scores, or None."""
+    return refuse("scores", device_type, dtype, group_size)
+
+
+def aot_configs() -> list[AotConfig]:
+    """The configurations that the ahead-of-time gate compiles."""
+    types = dict.fromkeys(("scores", "oracle_ranks", "advantages", "penalties", "measures"), "*fp32:16")
+    types |= {"valid": "*u8:16", "N": "i32", "G": "i32", "penalty_weight": "fp32"}
+    configs = []
+    for G in (8, 64):
+        config = launch_config(G)
+        constexprs = {"KIND": "directed", "SCALE": "group", "GP": config["GP"]}
+        configs.append(
+            AotConfig(
+                rank_penalty_kernel, types, constexprs, config["num_warps"], config["num_stages"], f"G={G}"
+            )
+        )
+    return configs
