@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest
 from rlaif_fast.oracle.fusion import kendall_tau
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome
@@ -105,8 +106,7 @@ def flipping(probability, seed):
     return compare
 
 
-@pytest.mark.parametrize("size", [5, 8])
-@pytest.mark.parametrize("fusion", ["borda", "kemeny"])
+@pytest.mark.parametrize(("fusion", "size"), [("borda", 5), ("kemeny", 5), ("borda", 8)])
 def test_four_orders_beat_one_under_noise(fusion, size):
     requests = groups(200, size)
     one = taus(PromptJudge(flipping(0.3, 1), orders=1, fusion=fusion), requests)
@@ -125,13 +125,13 @@ def always_first(first, second):
 def test_full_position_bias_gives_no_confidence_and_no_gradient(protocol, fusion):
     from rlaif_fast import rank_advantages
 
-    requests = groups(40, 6)
+    requests = groups(20, 6)
     judge = PromptJudge(always_first, protocol=protocol, fusion=fusion, orders=4)
     rankings = judge.rank(requests)
     assert max(ranking.confidence for ranking in rankings) == 0.0
     ranks = torch.tensor([ranking.ranks for ranking in rankings])
-    advantages = rank_advantages(torch.randn(40, 6), ranks).advantages
-    assert torch.equal(advantages, torch.zeros(40, 6))
+    advantages = rank_advantages(torch.randn(20, 6), ranks).advantages
+    assert torch.equal(advantages, torch.zeros(20, 6))
     assert position_bias(rankings) == pytest.approx(1.0)
     # One order alone hides it: the bias would be learnt as if it were the truth.
     blind = PromptJudge(always_first, protocol=protocol, orders=1).rank(requests)
@@ -252,7 +252,7 @@ LABELS = ("K7Q", "B2D", "C3F")
         ('{"ranking": [["K7Q"], ["B2D", "C3F"]], "cannot_judge": []}', (("K7Q",), ("B2D", "C3F"))),
         ('```json\n{"ranking": [["C3F"], ["K7Q"]], "cannot_judge": ["B2D"]}\n```', (("C3F",), ("K7Q",))),
         (
-            '<think>{"ranking": []} </think> hm</think>\n{"ranking": [["K7Q","B2D","C3F"]], "cannot_judge": []}',
+            '<think>{"ranking": []} </think></think>\n{"ranking": [["K7Q","B2D","C3F"]], "cannot_judge": []}',
             (("K7Q", "B2D", "C3F"),),
         ),
     ],
@@ -330,12 +330,29 @@ def test_abstentions_and_too_few_verdicts():
     outcomes = iter([Outcome((0, 1, None)), Outcome((0, 1, None)), Outcome((0, 1, 2)), failed])
     request = RankRequest("r", "?", ("a", "b", "c"))
     [ranking] = judge.rank([request])
-    assert ranking.ranks == (0, 1, None)
+    assert ranking.ranks == (0, 1, None)  # the third order counts for nothing without its reverse
     assert ranking.valid
-    outcomes = iter([Outcome((0, 1, 2)), failed, failed, failed])
+    outcomes = iter([Outcome((0, 1, 2)), failed, failed, Outcome((2, 1, 0))])
     [ranking] = judge.rank([request])
     assert ranking.error == "HTTP 503"
     assert not ranking.valid
+    assert len(ranking.verdicts) == 4
+
+
+def test_orders_are_one_or_even():
+    with pytest.raises(UsageError, match="1 or even"):
+        JudgeOptions(orders=3)
+    assert JudgeOptions(protocol="pointwise", orders=3).num_orders == 3
+
+
+def test_too_little_confidence_ties_the_group():
+    generator = random.Random(5)
+    judge = PromptJudge(lambda a, b: generator.choice((1, -1)), orders=4, min_confidence=0.6)
+    rankings = judge.rank(groups(30, 5))
+    low = [ranking for ranking in rankings if ranking.confidence < 0.6]
+    assert len(low) > 20
+    assert all(set(ranking.ranks) == {0} for ranking in low)
+    assert all(len(set(ranking.ranks)) > 1 for ranking in rankings if ranking.confidence >= 0.6)
 
 
 def test_what_the_judge_may_see():

@@ -127,9 +127,12 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
     m = len(margin)
     full = (1 << m) - 1
 
-    def cost(chosen: int, rest: int) -> float:
-        """Votes contradicted by placing `chosen` before each of the set `rest`."""
-        return sum(max(0.0, margin[j][chosen]) for j in range(m) if rest >> j & 1)
+    # cost[i][S]: votes contradicted by placing i before every response of the set S.
+    cost = [[0.0] * (full + 1) for _ in range(m)]
+    for i in range(m):
+        for rest in range(1, full + 1):
+            last = rest.bit_length() - 1
+            cost[i][rest] = cost[i][rest ^ 1 << last] + max(0.0, margin[last][i])
 
     best = [math.inf] * (full + 1)
     ways = [0] * (full + 1)
@@ -141,7 +144,7 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
             if subset >> i & 1:
                 continue
             grown = subset | 1 << i
-            total = best[subset] + cost(i, full ^ grown)
+            total = best[subset] + cost[i][full ^ grown]
             steps.append((subset, i, grown))
             costs.append(total)
             if total < best[grown] - 1e-9:

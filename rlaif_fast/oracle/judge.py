@@ -19,6 +19,7 @@ from rlaif_fast.oracle.untrusted import clean_text, distinct, draw_orders
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
 DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 4, "pointwise": 1, "likelihood": 1}
+_ORDERED = {"listwise", "pairwise", "network"}  # what is shown first may matter
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,10 @@ class JudgeOptions:
 
     Attributes:
         protocol: "listwise", "pairwise" (all pairs), "network" (a sorting network of pairs) or "pointwise".
-        orders: k, the orders of appearance each group is shown in; None is 4 listwise, 2 for all pairs, 1
-            pointwise.
+        orders: k, the orders of appearance each group is shown in, 1 or even (every order is followed by its
+            reverse); None is 4, but 2 for all pairs and 1 pointwise.
         fusion: "borda" or "kemeny".
-        min_confidence: At most this confidence and the fused ranking is all tied: orders that agree no better
-            than chance carry nothing to learn from.
+        min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing.
         use_reference: Show the reference answer to the judge where there is one.
         use_clips: Show the frames to the judge.
         max_response_chars: Length a response is cut to.
@@ -94,6 +94,11 @@ class JudgeOptions:
             raise UsageError(f"oracle option 'fusion' must be one of {sorted(FUSIONS)}, got {self.fusion!r}")
         if self.orders is not None and self.orders < 1:
             raise UsageError(f"oracle option 'orders' must be at least 1, got {self.orders}")
+        if self.protocol in _ORDERED and self.num_orders > 1 and self.num_orders % 2:
+            raise UsageError(
+                f"oracle option 'orders' must be 1 or even, got {self.orders}: an order without its reverse "
+                "leaves the judge's position bias in"
+            )
         if not 0.0 <= self.min_confidence <= 1.0:
             raise UsageError(f"oracle option 'min_confidence' must be in [0, 1], got {self.min_confidence}")
         if self.max_response_chars < 1:
@@ -175,20 +180,29 @@ class Judge(ABC):
         )
         tokens = sum(outcome.tokens for outcome in outcomes)
         seconds = sum(outcome.seconds for outcome in outcomes) or share * len(showings)
-        usable = [o.ranks for o in outcomes if o.error is None and sum(r is not None for r in o.ranks) >= 2]
-        # One order of several shows neither bias nor disagreement: it would pass for certain.
-        if len(usable) < min(2, len(showings)):
-            reasons = [o.error or "the judge could not judge two responses" for o in outcomes]
-            error = next((o.error for o in reversed(outcomes) if o.error), reasons[-1])
+        usable = self._usable(outcomes)
+        if not usable:
+            reason = next((outcome.error for outcome in reversed(outcomes) if outcome.error), None)
+            error = reason or "the judge could not judge two responses"
             return Ranking((None,) * len(places), 0.0, verdicts, tokens, seconds, error)
         fused = list(FUSIONS[self.options.fusion](usable))
         for i in range(len(fused)):
             if 2 * sum(ranks[i] is not None for ranks in usable) < len(usable):
                 fused[i] = None
         confidence = agreement(usable)
-        if len(showings) > 1 and confidence <= self.options.min_confidence:
+        if confidence < self.options.min_confidence:
             fused = [None if rank is None else 0 for rank in fused]
         return Ranking(tuple(fused[text] for text in places), confidence, verdicts, tokens, seconds)
+
+    def _usable(self, outcomes: Sequence[Outcome]) -> list[Ranks]:
+        """The orders that can be fused: those that judged something, and only beside their own reverse.
+
+        An order whose reverse is lost would leave its slots' pull in the ranking and pass for certain.
+        """
+        good = [o.error is None and sum(rank is not None for rank in o.ranks) >= 2 for o in outcomes]
+        if self.options.protocol in _ORDERED and len(outcomes) > 1:
+            good = [good[i] and good[i ^ 1] for i in range(len(good))]
+        return [outcome.ranks for outcome, usable in zip(outcomes, good) if usable]
 
 
 def _spread(ranks: Ranks, first_of: list[int], size: int) -> Ranks:
