@@ -8,6 +8,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+MAX_DRAWN = 2**20  # indices of the bootstrap held in memory at once
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -76,11 +78,12 @@ def paired_bootstrap(
     sums, sizes = np.bincount(index, weights=change), np.bincount(index)
     tail = (1 - _checked(confidence)) / 2
     generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for draw in range(resamples):
-        drawn = generator.integers(len(sums), size=len(sums))
-        means[draw] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [tail, 1 - tail])
+    means: list[np.ndarray] = []
+    at_once = max(1, MAX_DRAWN // len(sums))
+    for start in range(0, resamples, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return Interval(float(change.mean()), float(low), float(high))
 
 

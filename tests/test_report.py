@@ -1,0 +1,532 @@
+"""The report of a run made up from real video files, hostile text and plausible numbers."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from rlaif_fast.trainer import figures, report
+from rlaif_fast.trainer.report import (
+    compare_predictions,
+    gallery,
+    learning_panels,
+    main,
+    places,
+    write_report,
+)
+from rlaif_fast.trainer.run_dir import RunDir, write_jsonl
+
+ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 7*7 }}'
+
+CATEGORIES = {  # accuracy before, after, and of guessing
+    "action recognition": (0.41, 0.72, 0.21),
+    "attribute perception": (0.47, 0.70, 0.25),
+    "counting": (0.55, 0.74, 0.33),
+    "object reasoning": (0.38, 0.52, 0.25),
+    "object recognition": (0.51, 0.75, 0.28),
+    "spatial perception": (0.33, 0.60, 0.24),
+    "temporal perception": (0.44, 0.47, 0.31),
+    "temporal reasoning": (0.36, 0.55, 0.29),
+}
+COLORS = {"red": (222, 48, 48), "blue": (62, 92, 238), "green": (52, 190, 74), "yellow": (240, 216, 60)}
+
+
+def make_video(path: Path, color: tuple[int, int, int], seed: int, size: int = 64) -> None:
+    """Encode a disc that crosses a textured background in 12 frames."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    background = 95 + 14 * np.sin(x / 6 + seed)[..., None] * np.cos(y / 9)[..., None] + np.zeros(3)
+    start, end = generator.uniform(0.25, 0.75, (2, 2)) * size
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=6, options={"deadline": "realtime", "cpu-used": "8"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for index in range(12):
+            cx, cy = start + (end - start) * index / 11
+            cover = np.clip(size / 6 - np.hypot(x - cx, y - cy), 0, 1)[..., None]
+            frame = (
+                background * (1 - cover) + np.array(color) * cover + generator.normal(0, 4, (size, size, 3))
+            )
+            image = av.VideoFrame.from_ndarray(np.clip(frame, 0, 255).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+
+
+def make_run(
+    path: Path, *, seed: int = 0, clips: int = 6, sft_steps: int = 600, rl_steps: int = 150
+) -> RunDir:
+    """Write everything that a finished run leaves behind."""
+    run = RunDir.create(path)
+    generator = np.random.default_rng(seed)
+    metrics, time = [], 0.0
+    for step in range(1, sft_steps + 1, max(1, sft_steps // 300)):
+        time += 0.3
+        loss = 0.5 + 3 * math.exp(-step / (sft_steps / 7)) + generator.normal(0, 0.04)
+        metrics.append({"time": time, "stage": "sft", "step": step, "loss": loss})
+    rollouts = []
+    for step in range(rl_steps + 1):
+        time += 1.1
+        done = 1 - math.exp(-3 * step / rl_steps)
+
+        def noisy(low, high, spread, done=done):
+            return low + (high - low) * done + generator.normal(0, spread)
+
+        if step:
+            metrics.append(
+                {
+                    "time": time,
+                    "stage": "rl",
+                    "step": step,
+                    "loss": noisy(0.0, -0.01, 0.012),
+                    "kl": max(0.0, noisy(0.0, 0.11, 0.006)),
+                    "entropy": noisy(0.72, 0.35, 0.02),
+                    "kendall_tau": noisy(0.22, 0.55, 0.04),
+                    "ndcg": min(1.0, noisy(0.68, 0.86, 0.015)),
+                    "top1_agreement": noisy(0.35, 0.62, 0.04),
+                    "penalty": noisy(0.35, 0.2, 0.012),
+                    "no_signal": max(0.0, noisy(0.06, 0.24, 0.03)),
+                }
+            )
+            rollouts.append({"step": step, "responses": ["a"] * 8})
+        if step % 25 == 0:
+            rows = {
+                name: {"n": 24, "correct": (correct := int(np.clip(round(24 * noisy(b, a, 0.03)), 0, 24)))}
+                | {"accuracy": correct / 24}
+                for name, (b, a, _) in CATEGORIES.items()
+            }
+            accuracy = sum(row["correct"] for row in rows.values()) / (24 * len(rows))
+            metrics.append(
+                {"time": time, "stage": "eval", "step": step, "phase": "rl", "split": "validation"}
+                | {"accuracy": accuracy, "by_category": rows}
+            )
+    write_jsonl(run.metrics, metrics)
+    write_jsonl(run.rollouts, rollouts)
+
+    predictions = {"sft": [], "final": []}
+    for category, (before, after, chance) in CATEGORIES.items():
+        for index in range(54):
+            luck = generator.random()
+            for phase, accuracy in (("sft", before), ("final", after)):
+                luck = luck if generator.random() < 0.7 else generator.random()
+                predictions[phase].append(
+                    {
+                        "example_id": f"clip{index}-{category}",
+                        "category": category,
+                        "video": f"clip{index}.mp4",
+                    }
+                    | {"prediction": "x", "answer": "y", "correct": bool(luck < accuracy), "chance": chance}
+                )
+    media = path / "media"
+    media.mkdir()
+    samples = []
+    names = list(COLORS)
+    for index in range(clips):
+        color = names[index % len(names)]
+        file = media / f"clip{index}.mp4"
+        make_video(file, COLORS[color], seed + index)
+        category = list(CATEGORIES)[index % len(CATEGORIES)]
+        chosen = index % 3 == 2
+        good = "B" if chosen else f"the {color} disc moves to the left"
+        near, off, bad = (
+            ("A", "C", "the the red")
+            if chosen
+            else (f"the {color} disc grows", "the purple star moves up", f"{color} disc the to")
+        )
+        for phase, responses, oracle_ranks, policy_ranks, advantages in (
+            (
+                "sft",
+                [near, good, near, off, bad, near, off, good],
+                [2, 0, 2, 5, 7, 2, 5, 0],
+                [0, 3, 0, 5, 7, 0, 5, 3],
+                [-0.31, 1.52, -0.31, -0.62, -0.9, -0.31, -0.59, 1.52],
+            ),
+            (
+                "final",
+                [good, good, good, near, good, good, off, good],
+                [0, 0, 0, 6, 0, 0, 7, 0],
+                [0, 0, 0, 6, 0, 0, 7, 0],
+                [0.12, 0.12, 0.12, -0.3, 0.12, 0.12, -0.42, 0.12],
+            ),
+        ):
+            samples.append(
+                {
+                    "phase": phase,
+                    "step": 0,
+                    "example_id": f"clip{index}-{category}",
+                    "category": category,
+                    "video": str(file),
+                    "question": f"What does the {color} disc do?",
+                    "options": ["It grows.", "It moves to the left.", "It vanishes."] if chosen else [],
+                    "answer": good,
+                    "responses": responses,
+                    "oracle_ranks": oracle_ranks,
+                    "policy_ranks": policy_ranks,
+                    "advantages": advantages,
+                    "valid": True,
+                    "confidence": 1.0,
+                    "greedy": near if phase == "sft" else good,
+                }
+            )
+    samples.sort(key=lambda record: record["phase"], reverse=True)
+    for record in samples:  # the greedy answers of the gallery are those of the predictions
+        for row in predictions[record["phase"]]:
+            if row["example_id"] == record["example_id"]:
+                row["correct"] = record["greedy"] == record["answer"]
+    write_jsonl(run.samples, samples)
+    for phase, records in predictions.items():
+        write_jsonl(run.predictions(phase), records)
+
+    def share(phase, category=None):
+        rows = [row["correct"] for row in predictions[phase] if category in (None, row["category"])]
+        return sum(rows) / len(rows)
+
+    run.write_summary(
+        {
+            "sft_accuracy": share("sft"),
+            "final_accuracy": share("final"),
+            "by_category": {
+                name: {"sft": share("sft", name), "final": share("final", name), "n": 54}
+                for name in CATEGORIES
+            },
+            "seconds": 312.4,
+            "peak_rss_bytes": 1_420_000_000,
+            "seed": seed,
+            "config": {
+                "model": "tiny",
+                "algorithm": "grpo_rank",
+                "advantage": "directed",
+                "num_generations": 8,
+                "oracle": "reference",
+                "learning_rate": 3e-4,
+                "beta": 0.04,
+                "sft_steps": sft_steps,
+                "max_steps": rl_steps,
+                "data": "synthetic",
+                "label_noise": 0.5,
+                "seed": seed,
+            },
+            "git_commit": "1f2e3d4c5b6a79880123456789abcdef01234567",
+            "seconds_by_stage": {
+                "rollout": 78.0,
+                "update": 61.0,
+                "sft": 96.0,
+                "data": 31.0,
+                "evaluation": 21.0,
+                "decode": 9.0,
+                "oracle": 2.4,
+                "checkpoint": 3.0,
+                "report": 4.2,
+            },
+            "versions": {"python": "3.11.2", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+            "machine": "x86_64, 2 cores, no GPU",
+            "notes": [
+                "1,204 of 2,410 supervised answers have one fact wrong on purpose, like a weak annotator's."
+            ],
+        }
+    )
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("report") / "tiny-seed0", clips=2, sft_steps=60, rl_steps=50)
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_report_needs_nothing_else(html):
+    page = Page(html)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, name, value)
+    assert set(re.findall(r"url\(([^)]{1,2})", html)) <= {"#" + c for c in "abcdefghijklmnopqrstuvwxyz"}
+    assert "@import" not in html
+    policies = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_the_report_shows_the_result_and_how_it_was_obtained(run, html):
+    summary = run.read_summary()
+    text = Page(html).text
+    gain = 100 * (summary["final_accuracy"] - summary["sft_accuracy"])
+    assert f"{gain:+.1f} points" in text
+    assert f"{summary['sft_accuracy']:.1%}" in text and f"{summary['final_accuracy']:.1%}" in text
+    for category in CATEGORIES:
+        assert category in text
+    for shown in (
+        "5 min 12 s",
+        "1.42 GB",
+        "x86_64, 2 cores, no GPU",
+        "400 responses in 50 groups",
+        "1f2e3d4c5b",
+    ):
+        assert shown in text
+    assert summary["notes"][0] in text
+    assert "torch 2.13.0+cpu" in text and "label_noise" in text
+    assert "This run has not finished" not in text
+
+
+def test_figures_follow_the_page_and_their_names_do_not_collide(html):
+    drawn = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    assert len(drawn) == 3 * 2 + 1 * 2 + 7  # three figures and a panel for two widths, seven panels for one
+    for svg in drawn:
+        for name, color in figures.COLORS.items():
+            assert color not in svg, name
+    assert any("var(--after)" in svg for svg in drawn)
+    identifiers = [
+        attributes["id"]
+        for tag, attributes in Page(html).tags
+        if tag in ("path", "clippath") and "id" in attributes
+    ]
+    assert identifiers and len(identifiers) == len(set(identifiers))
+
+
+def test_png_figures_are_pictures(run, html):
+    names = {"headline", "categories", "curves", "time", "overview"}
+    assert {path.stem for path in run.figures.glob("*.png")} == names
+    for name in names:
+        with Image.open(run.figures / f"{name}.png") as image:
+            assert image.width >= 1400
+            assert len(image.convert("RGB").resize((300, 200)).getcolors(60_000)) > 50
+
+
+def test_the_gallery_holds_frames_of_the_clips_and_both_groups(run):
+    first, second = gallery(run)
+    assert (first.category, second.category) == ("action recognition", "attribute perception")
+    assert len(first.frames) == report.STRIP_FRAMES and first.problem == ""
+    assert [frame.time for frame in first.frames] == sorted(frame.time for frame in first.frames)
+    for card, color in ((first, COLORS["red"]), (second, COLORS["blue"])):
+        picture = _decoded(card.frames[0].uri)
+        assert picture.shape == (64, 64, 3)
+        assert np.abs(picture.astype(int) - color).sum(-1).min() < 60
+    before, after = first.answers
+    assert (before.title, before.correct, after.title, after.correct) == (
+        "Before RL",
+        False,
+        "After RL",
+        True,
+    )
+    assert [(row.count, row.oracle, row.policy) for row in before.rows] == [
+        (2, 1, 4),
+        (3, 3, 1),
+        (1, 6, 6),
+        (1, 6, 6),
+        (1, 8, 8),
+    ]
+    assert before.rows[0].strength == 1.0 and before.rows[0].oracle_share == 1.0
+    assert before.rows[-1].oracle_share == 0.0
+    assert sum(row.count for row in after.rows) == 8
+
+
+def _decoded(uri: str) -> np.ndarray:
+    import base64
+    import io
+
+    with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([0, 1, 2], [1, 2, 3]),
+        ([0, 0, 2], [1, 1, 3]),
+        ([0, 0, 1], [1, 1, 3]),
+        ([3, 3, 9], [1, 1, 3]),
+        ([5, None, 1.5], [2, None, 1]),
+        ([None, None], [None, None]),
+    ],
+)
+def test_places_depend_on_the_order_alone(ranks, expected):
+    assert places(ranks) == expected
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A small run whose every text is an attack, whose clip is gone and whose group was not ranked."""
+    run = RunDir.create(tmp_path_factory.mktemp("hostile") / "a & <b>")
+    record = {
+        "example_id": ATTACK,
+        "category": ATTACK,
+        "video": f"/missing/{ATTACK}",
+        "question": ATTACK,
+        "options": [ATTACK, "other"],
+        "answer": "A",
+        "responses": [ATTACK, ""],
+        "oracle_ranks": [None, None],
+        "policy_ranks": [0, 1],
+        "advantages": [0.0, 0.0],
+        "valid": False,
+        "confidence": 0.0,
+        "greedy": ATTACK,
+    }
+    write_jsonl(run.samples, [{"phase": phase, **record} for phase in ("sft", "final")])
+    for phase in ("sft", "final"):
+        rows = [{"example_id": ATTACK, "category": ATTACK, "correct": phase == "final", "chance": 0.5}]
+        write_jsonl(run.predictions(phase), rows)
+    summary = {
+        "notes": [ATTACK],
+        "config": {"algorithm": ATTACK, "advantage": ATTACK, "num_generations": ATTACK, ATTACK: ATTACK},
+        "versions": {ATTACK: ATTACK},
+        "machine": ATTACK,
+        "git_commit": ATTACK,
+        "seconds_by_stage": {ATTACK: 1.0},
+    }
+    write_report(run, summary=summary)
+    return run
+
+
+def test_no_text_of_a_model_or_a_dataset_becomes_markup(hostile):
+    page = Page(hostile.report.read_text(encoding="utf-8"))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [attributes for tag, attributes in page.tags if tag == "img"]
+    assert not [
+        attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)
+    ]
+    assert page.text.count(ATTACK) >= 20
+    assert "49" not in page.text  # what {{ 7*7 }} would have become
+    assert "a & <b>" in page.text
+
+
+def test_every_hostile_text_is_shown_as_it_is(hostile):
+    text = Page(hostile.report.read_text(encoding="utf-8")).text
+    for shown in (
+        f"A. {ATTACK}",
+        f"Reference: A. {ATTACK}",
+        f"No frames: /missing/{ATTACK}: does not exist",
+        f"✓{ATTACK}",
+        f"✗{ATTACK}",
+        "The oracle could not rank this group.",
+        "(empty)",
+    ):
+        assert shown in text
+
+
+def test_the_summary_given_is_not_written(hostile):
+    assert not hostile.finished
+
+
+def test_an_unfinished_run_shows_what_there_is(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    write_jsonl(run.metrics, [{"stage": "rl", "step": step, "kl": step / 10} for step in (1, 2, 3)])
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "This run has not finished" in text
+    assert "Learning curves" in text and "Accuracy by category" not in text
+    assert [path.name for path in run.figures.iterdir()] == ["curves.png"]
+
+
+def test_the_command_writes_the_same_report_again(tmp_path, capsys):
+    run = RunDir.create(tmp_path / "run")
+    write_jsonl(run.metrics, [{"stage": "rl", "step": step, "kl": step / 10} for step in (1, 2, 3)])
+    html = write_report(run).read_text(encoding="utf-8")
+    run.report.unlink()
+    assert main([str(run.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(run.report)
+    assert run.report.read_text(encoding="utf-8") == html
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "was not made by a run" in message and message.count("\n") == 1
+
+
+def test_comparison_pairs_questions_by_name(tmp_path):
+    run = RunDir.create(tmp_path)
+    assert compare_predictions(run) is None
+    row = {"chance": 0.25, "category": "a"}
+    write_jsonl(
+        run.predictions("sft"),
+        [{**row, "example_id": str(i), "correct": i < 2, "video": f"v{i % 2}"} for i in range(5)],
+    )
+    write_jsonl(
+        run.predictions("final"),
+        [
+            {**row, "example_id": str(i), "correct": i in (1, 2, 3), "video": f"v{i % 2}"}
+            for i in (3, 2, 1, 0)
+        ],
+    )
+    comparison = compare_predictions(run)
+    assert comparison is not None
+    assert (comparison.fixed, comparison.broken, comparison.clips) == (2, 1, 2)
+    assert (comparison.total.n, comparison.total.before.mean, comparison.total.after.mean) == (4, 0.5, 0.75)
+    assert comparison.total.change.mean == 0.25 and comparison.total.chance == 0.25
+    assert comparison.total.change.low == 0.0  # one clip gained nothing: whole clips are drawn
+    assert comparison.total.change.high == 0.5
+
+
+def test_learning_panels_take_the_last_word_on_a_step_and_skip_gaps():
+    metrics = [
+        {"stage": "rl", "step": 1, "loss": 1.0, "kl": None},
+        {"stage": "rl", "step": 2, "loss": 5.0, "kl": 0.5},
+        {"stage": "rl", "step": 2, "loss": 2.0, "kl": 0.5},
+        {"stage": "sft", "step": 1, "loss": 3.0},
+    ]
+    for step, accuracy in ((0, 0.25), (10, 0.75), (20, 0.75)):
+        rows = {"a": {"n": 8, "correct": int(8 * accuracy), "accuracy": accuracy}}
+        line = {"stage": "eval", "phase": "rl", "split": "validation", "step": step}
+        metrics.append({**line, "accuracy": accuracy, "by_category": rows})
+    metrics.append({"stage": "eval", "phase": "sft", "split": "validation", "step": 1, "accuracy": 0.1})
+    validation, loss = learning_panels(metrics)
+    assert (validation.title, loss.title) == ("Validation accuracy", "RL loss")
+    assert loss.curves[0].values.tolist() == [1.0, 2.0]
+    curve = validation.curves[0]
+    assert curve.steps.tolist() == [0, 10, 20] and curve.values.tolist() == [0.25, 0.75, 0.75]
+    assert validation.marked_step == 10
+    assert curve.low is not None and curve.high is not None
+    assert (curve.low < curve.values).all() and (curve.values < curve.high).all()
+
+
+def test_smoothing_keeps_constants_lengths_and_means():
+    assert figures.smooth(np.full(37, 2.5)) == pytest.approx(np.full(37, 2.5))
+    wave = np.array([0.0, 1.0] * 50)
+    smoothed = figures.smooth(wave)
+    assert len(smoothed) == 100 and np.abs(smoothed - 0.5).max() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.04, "0.0 s"), (9.96, "10.0 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min"), (12, "12 s")],
+)
+def test_durations_read_well(seconds, shown):
+    assert figures.duration(seconds) == shown
+
+
+def test_long_names_leave_room():
+    assert figures.shortened("counting", 8) == "counting"
+    assert figures.shortened("object reasoning", 8) == "object…"
+
+
+def test_points_have_a_sign():
+    assert (figures.points(0.1234), figures.points(-0.1), figures.points(0, 0)) == ("+12.3", "−10.0", "+0")
