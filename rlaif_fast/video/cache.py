@@ -32,6 +32,9 @@ class ClipCache:
     file that is short or fails its checksum counts as absent and is deleted. The least recently used go
     first.
 
+    What other processes write to a shared folder is noticed after an eighth of the budget has been written
+    here.
+
     Args:
         memory_bytes: Budget in memory; 0 keeps nothing there.
         disk_dir: Folder on disk; None for none. It may be shared between runs and processes.
@@ -48,6 +51,7 @@ class ClipCache:
         self._clips: OrderedDict[str, Clip] = OrderedDict()
         self._held = 0
         self._on_disk: OrderedDict[str, int] = OrderedDict()
+        self._disk_held = self._unsurveyed = 0
         if self.disk_dir is not None:
             try:
                 self.disk_dir.mkdir(parents=True, exist_ok=True)
@@ -79,9 +83,9 @@ class ClipCache:
             self._write(self.disk_dir, clip)
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of frames in memory."""
-        return self._held
+    def held_bytes(self) -> tuple[int, int]:
+        """Bytes in memory and on disk."""
+        return self._held, self._disk_held
 
     def _keep(self, clip: Clip) -> None:
         size = clip.frames.nbytes
@@ -97,8 +101,7 @@ class ClipCache:
 
     def _write(self, folder: Path, clip: Clip) -> None:
         frames = clip.frames.contiguous().cpu()
-        size = frames.nbytes
-        if size > self.disk_bytes or (folder / (_name(clip.key) + SUFFIX)).exists():
+        if frames.nbytes > self.disk_bytes or (folder / (_name(clip.key) + SUFFIX)).exists():
             return
         header = json.dumps(
             {
@@ -117,6 +120,7 @@ class ClipCache:
             with temporary.open("wb") as file:
                 file.write(_HEAD.pack(MAGIC, len(header)) + header + struct.pack("<I", checksum))
                 file.write(pixels)
+                size = file.tell()
             temporary.replace(folder / (_name(clip.key) + SUFFIX))
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -140,16 +144,16 @@ class ClipCache:
 
     def _account(self, folder: Path, name: str, size: int) -> None:
         with self._lock:
+            self._disk_held += size - self._on_disk.pop(name, 0)
             self._on_disk[name] = size
-            self._on_disk.move_to_end(name)
-            if sum(self._on_disk.values()) <= self.disk_bytes:
+            self._unsurveyed += size
+            if max(self._disk_held, 8 * self._unsurveyed) <= self.disk_bytes:
                 return
             self._survey(folder)  # other processes write here too
-            excess = sum(self._on_disk.values()) - self.disk_bytes
-            while excess > 0:
+            while self._disk_held > self.disk_bytes:
                 oldest, freed = self._on_disk.popitem(last=False)
                 (folder / (oldest + SUFFIX)).unlink(missing_ok=True)
-                excess -= freed
+                self._disk_held -= freed
 
     def _survey(self, folder: Path) -> None:
         """Note what is on disk, least recently used first, and sweep up after killed processes."""
@@ -162,6 +166,7 @@ class ClipCache:
                 elif file.suffix == ".tmp" and time.time() - facts.st_mtime > STALE_SECONDS:
                     file.unlink()
         self._on_disk = OrderedDict((name, size) for _, name, size in sorted(found))
+        self._disk_held, self._unsurveyed = sum(self._on_disk.values()), 0
 
 
 def _name(key: str) -> str:

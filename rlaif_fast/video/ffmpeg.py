@@ -27,6 +27,7 @@ import numpy as np
 
 NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text files as pictures
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
+STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
 
 
@@ -189,7 +190,7 @@ class _Reader:
     def _open(self) -> None:
         self.container = _open(self.path)
         self.stream = _video_stream(self.container)
-        self.stream.codec_context.options = {"err_detect": "explode"}
+        self.stream.codec_context.options = STRICT
         self.stream.codec_context.thread_count = self.threads
         if self.threads != 1:
             self.stream.thread_type = "AUTO"
@@ -353,6 +354,7 @@ def _first_frame(path: str, deadline: Deadline) -> Any:
     """Return the first picture that decodes, from a fresh container (a scan leaves its own at the end)."""
     with _open(path) as container:
         stream = _video_stream(container)
+        stream.codec_context.options = STRICT
         for number, packet in enumerate(container.demux(stream)):
             deadline.check()
             try:
@@ -385,7 +387,9 @@ def _video_stream(container: Any) -> Any:
 
 def _open(path: str) -> Any:
     try:
-        return av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        # An absolute path cannot be taken for a protocol ("a:b.mp4"), and no playlist may reach the network.
+        whole = os.path.abspath(path)  # noqa: PTH100
+        return av.open(whole, options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise BadVideo(f"not a readable video: {_plain(error)}") from None
     except OSError as error:

@@ -34,6 +34,7 @@ from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.ffmpeg import Scan
 
 CHUNK_BYTES = 32 << 20  # of frames handed over at a time
+START_SECONDS = 120.0
 _HEADER = struct.Struct("<Q")
 
 
@@ -50,7 +51,7 @@ class DecodeProcess:
         """Return what `path` holds; raises `VideoError`, also when `timeout` seconds pass."""
         with self._guarded(path, timeout) as end:
             self._send(("scan", path))
-            return Scan(**self._answer(path, end)[1])
+            return Scan(**self._answer(end)[1])
 
     def frames(
         self, path: str, scan: Scan, indices: Sequence[int], timeout: float | None
@@ -64,7 +65,7 @@ class DecodeProcess:
             memory = mmap.mmap(self._memory, self._capacity)  # unmapped when its last view is gone
             slots = self._capacity // frame_bytes
             room = np.frombuffer(memory, np.uint8, slots * frame_bytes).reshape(slots, height, width, 3)
-            while (answer := self._answer(path, end))[0] == "frames":
+            while (answer := self._answer(end))[0] == "frames":
                 for slot, index in enumerate(answer[1]):
                     yield index, room[slot]
                 self._send(("next",))
@@ -119,6 +120,11 @@ class DecodeProcess:
         finally:
             theirs.close()
         self._channel = ours
+        try:
+            self._answer(time.monotonic() + START_SECONDS)  # importing FFmpeg is not the file's fault
+        except (TimeoutError, EOFError, ConnectionError):
+            self._kill()
+            raise RlaifFastError("the decoding process did not start; its error stands above") from None
 
     def _kill(self) -> None:
         if self._channel is not None:
@@ -145,7 +151,7 @@ class DecodeProcess:
         self._channel.settimeout(None)
         self._channel.sendall(_HEADER.pack(len(data)) + data)
 
-    def _answer(self, path: str, end: float | None) -> tuple[Any, ...]:
+    def _answer(self, end: float | None) -> tuple[Any, ...]:
         size = _HEADER.unpack(self._exactly(_HEADER.size, end))[0]
         answer = pickle.loads(self._exactly(size, end))
         if answer[0] == "bad":

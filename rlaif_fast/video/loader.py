@@ -86,6 +86,7 @@ class ClipStore:
             raise UsageError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
         if timeout <= 0:
             raise UsageError(f"timeout must be positive, got {timeout}")
+        self.workers = workers
         self.sampling = sampling or FrameSampling()
         self.resize, self.decoder, self.timeout = resize, decoder, timeout
         self.cache = cache if cache is not None else ClipCache()
@@ -211,6 +212,7 @@ class FrameLoader:
             raise UsageError(f"prefetch must be at least 1, got {prefetch}")
         self.store, self.examples = store, examples
         self.prefetch, self.max_bytes_ahead = prefetch, max_bytes_ahead
+        self._largest = 0  # bytes of the largest clip so far, what one in progress is taken to need
 
     @property
     def stats(self) -> LoadStats:
@@ -222,7 +224,7 @@ class FrameLoader:
         ahead: deque[tuple[Example, list[Future[Clip]]]] = deque()
         exhausted = False
         while True:
-            while not exhausted and len(ahead) < self.prefetch and self._bytes(ahead) < self.max_bytes_ahead:
+            while not exhausted and len(ahead) < self.prefetch and self._room(ahead):
                 example = next(source, None)
                 if example is None:
                     exhausted = True
@@ -243,7 +245,18 @@ class FrameLoader:
                 self.stats.wait_seconds += time.monotonic() - began
             yield example, loaded
 
-    @staticmethod
-    def _bytes(ahead: Iterable[tuple[Example, list[Future[Clip]]]]) -> int:
-        done = (f for _, futures in ahead for f in futures if f.done() and f.exception() is None)
-        return sum({id(clip.frames): clip.frames.nbytes for clip in (f.result() for f in done)}.values())
+    def _room(self, ahead: Iterable[tuple[Example, list[Future[Clip]]]]) -> bool:
+        """Whether one more example may be loaded ahead of the ones that wait."""
+        held: dict[int, int] = {}  # clips that share frames count once
+        pending = 0
+        for _, futures in ahead:
+            for future in futures:
+                if not future.done():
+                    pending += 1
+                elif future.exception() is None:
+                    frames = future.result().frames
+                    held[id(frames)] = frames.nbytes
+        self._largest = max([self._largest, *held.values()])
+        if not self._largest:
+            return pending < self.store.workers
+        return sum(held.values()) + pending * self._largest < self.max_bytes_ahead

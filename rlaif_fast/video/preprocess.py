@@ -1,4 +1,4 @@
-"""Frames to the model's patches with the arithmetic of the Qwen-VL processors: resize, normalise, patchify."""
+"""Frames to the model's patches, with the arithmetic of the Qwen-VL processors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.prompt import Media
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.errors import VideoError
@@ -68,21 +69,25 @@ class PixelBudget:
     total_pixels: int | None = None
     frame_factor: int = 2
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise UsageError(
+                f"expected 1 <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
+            )
+
     def size(self, path: str, frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that `frames` frames of a video are resized to."""
-        most = self.max_pixels
+        most: float = self.max_pixels
         if self.total_pixels is not None:
             share = max(self.total_pixels / frames * self.frame_factor, int(self.min_pixels * 1.05))
-            most = min(most, int(share))
+            most = min(most, share)
         if max(height, width) > MAX_RATIO * min(height, width):
             raise VideoError(path, f"{width}x{height} is more than {MAX_RATIO} times as long as wide")
-        return smart_resize(
-            height, width, factor=self.factor, min_pixels=min(self.min_pixels, most), max_pixels=most
-        )
+        return smart_resize(height, width, factor=self.factor, min_pixels=self.min_pixels, max_pixels=most)
 
 
 def smart_resize(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int
+    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: float
 ) -> tuple[int, int]:
     """Return the size that keeps the aspect ratio best, in multiples of `factor`, within the pixel limits.
 
@@ -91,7 +96,7 @@ def smart_resize(
         width: Pixels.
         factor: Both results are multiples of this.
         min_pixels: Least height * width of the result.
-        max_pixels: Most height * width of the result (a result of one `factor` squared is always allowed).
+        max_pixels: Most height * width of the result (a side never falls under `factor`).
 
     Returns:
         (height, width).
@@ -124,7 +129,7 @@ def resize_frames(
     frames: Tensor,  # (F, H, W, 3) uint8
     size: tuple[int, int],
 ) -> Tensor:
-    """Return `frames` resized to (height, width): antialiased bicubic, rounded to uint8, as torchvision does."""
+    """Return `frames` resized to (height, width): antialiased bicubic, rounded, as torchvision does."""
     if tuple(frames.shape[1:3]) == tuple(size):
         return frames
     out = frames.new_empty(frames.shape[0], *size, 3)
@@ -189,7 +194,7 @@ def preprocess(
 
 
 def grid_timestamps(timestamps: tuple[float, ...], temporal_patch_size: int) -> tuple[float, ...]:
-    """Return the time that Qwen3-VL's prompts state for each temporal patch: between its first and last frame."""
+    """Return the time of each temporal patch, midway between its first and last frame."""
     full = timestamps + timestamps[-1:] * (-len(timestamps) % temporal_patch_size)
     starts = range(0, len(full), temporal_patch_size)
     return tuple((full[i] + full[i + temporal_patch_size - 1]) / 2 for i in starts)
@@ -218,5 +223,9 @@ def _patchify_cpu(frames: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor
     rows = grid.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, pt * p * p)
     scale = torch.tensor([1 / (255 * s) for s in spec.std], device=frames.device).view(1, channels, 1)
     shift = torch.tensor([-a / s for a, s in zip(spec.mean, spec.std, strict=True)], device=frames.device)
-    values = rows.to(torch.float32).mul_(scale).add_(shift.view(1, channels, 1))
+    values = (
+        rows.to(torch.float32, memory_format=torch.contiguous_format)
+        .mul_(scale)
+        .add_(shift.view(1, channels, 1))
+    )
     return values.view(-1, channels * pt * p * p).to(dtype)

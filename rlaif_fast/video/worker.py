@@ -27,6 +27,7 @@ def main(socket_fd: int, memory_fd: int) -> None:
     """Serve until the other end closes."""
     ffmpeg = _load_ffmpeg()
     with socket.socket(fileno=socket_fd) as channel:
+        _send(channel, ("ready",))
         while (request := _receive(channel)) is not None:
             try:
                 _serve(ffmpeg, channel, memory_fd, *request)

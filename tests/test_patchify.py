@@ -1,0 +1,104 @@
+"""Patches against Hugging Face's processors: the reference, the CPU path and the Triton kernel."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlaif_fast.reference.patchify import patchify_reference
+from rlaif_fast.video import PatchSpec, patchify
+
+# The reference multiplies by 1 / (255 std) and adds -mean / std where the processors subtract 255 mean and
+# divide by 255 std: the same value, at most 3 roundings apart. bfloat16 keeps 8 bits, float16 11, of values
+# up to 2.7.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 2.0**-9,
+    torch.bfloat16: 2.0**-6,
+}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+ORDER = json.loads((Path(__file__).parent / "data" / "patch_order.json").read_text())
+
+
+def random_frames(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+def spec(patch=8, temporal=2, merge=2):
+    return PatchSpec(patch, temporal, merge, **CLIP)
+
+
+def reference(frames, s, dtype=torch.float64):
+    return patchify_reference(
+        frames,
+        patch_size=s.patch_size,
+        temporal_patch_size=s.temporal_patch_size,
+        merge_size=s.merge_size,
+        mean=s.mean,
+        std=s.std,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu"])
+def test_row_and_column_order_is_the_processors(path):
+    """Each value's place is followed through: the two bytes of its number go through separately."""
+    shape = ORDER["shape"]
+    place = torch.arange(np.prod(shape)).view(shape)
+    sizes = (ORDER[name] for name in ("patch_size", "temporal_patch_size", "merge_size"))
+    s = PatchSpec(*sizes, (0.0,) * 3, (1 / 255,) * 3)
+    run = patchify if path == "cpu" else reference
+    low, high = (run((place // d % 256).to(torch.uint8), s, torch.float32) for d in (1, 256))
+    assert torch.equal((low + 256 * high).round().long(), torch.tensor(ORDER["rows"]))
+
+
+def test_image_equals_hugging_face_pil_processor():
+    """A still image through Hugging Face's own processor without torchvision."""
+    processors = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    image = pytest.importorskip("PIL.Image")
+    frame = random_frames(1, 56, 84)
+    processor = processors.Qwen2VLImageProcessorPil(do_resize=False)
+    theirs = processor(image.fromarray(frame[0].numpy()), return_tensors="pt")
+    assert theirs["image_grid_thw"].tolist() == [[1, 4, 6]]
+    torch.testing.assert_close(
+        patchify(frame, spec(14)),
+        torch.as_tensor(theirs["pixel_values"]),
+        atol=TOLERANCE[torch.float32],
+        rtol=0,
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    frames=st.integers(1, 5),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 3),
+    patch=st.sampled_from([2, 8, 14, 16]),
+    temporal=st.integers(1, 3),
+    merge=st.integers(1, 3),
+)
+def test_cpu_path_equals_reference(frames, rows, columns, patch, temporal, merge):
+    s = spec(patch, temporal, merge)
+    x = random_frames(frames, rows * s.factor, columns * s.factor)
+    got = patchify(x, s)
+    assert got.shape == (-(-frames // temporal) * rows * columns * merge**2, 3 * temporal * patch**2)
+    torch.testing.assert_close(got.double(), reference(x, s), atol=TOLERANCE[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes(dtype):
+    x = random_frames(4, 32, 32)
+    got = patchify(x, spec(), dtype)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), reference(x, spec()), atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_strided_frames():
+    x = random_frames(8, 32, 64)[::2, :, ::2]
+    assert not x.is_contiguous()
+    torch.testing.assert_close(patchify(x, spec()).double(), reference(x, spec()), atol=2e-6, rtol=0)

@@ -1,0 +1,474 @@
+"""Every kind of file that a dataset holds sooner or later: it decodes exactly or it says why not."""
+
+import json
+import os
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.video import (
+    ClipStore,
+    FrameLoader,
+    PatchSpec,
+    TooManyBadFiles,
+    VideoError,
+    decode,
+    load_clip,
+    load_image,
+    preprocess,
+    probe,
+    sample_indices,
+)
+from rlaif_fast.video.isolate import DecodeProcess
+from rlaif_fast.video.testing import counter_frame, counter_frames, read_counter, write_video
+
+H264 = {"codec": "libx264"}
+MPEG4 = {"codec": "mpeg4"}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """One whole file of 40 frames for each container."""
+    folder = tmp_path_factory.mktemp("good")
+    kinds = {"mp4": H264, "webm": {}, "avi": MPEG4, "mkv": H264, "ts": H264, "mov": H264}
+    return {
+        ending: write_video(folder / f"good.{ending}", counter_frames(40), **how)
+        for ending, how in kinds.items()
+    }
+
+
+def changed(source: Path, target: Path, change) -> Path:
+    data = bytearray(source.read_bytes())
+    change(data)
+    target.write_bytes(data)
+    return target
+
+
+def scramble(source: Path, target: Path, packets) -> Path:
+    """Overwrite the payload of the chosen packets with noise, leaving the container whole."""
+    noise = random.Random(0)
+    with av.open(str(source)) as container:
+        places = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+
+    def change(data):
+        for number, (start, size) in enumerate(places):
+            if packets is None or number in packets:
+                data[start + 12 : start + size] = noise.randbytes(size - 12)
+
+    return changed(source, target, change)
+
+
+def counters(path, indices):
+    return [read_counter(f) for f in decode(str(path), indices)]
+
+
+# --- files that are fine, however odd
+# --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["mp4", "webm", "avi", "mkv", "ts", "mov"])
+def test_every_frame_of_a_whole_file(good, ending):
+    info = probe(good[ending])
+    assert (info.frames, info.fps, info.rotation) == (40, 30.0, 0)
+    assert info.duration == pytest.approx(40 / 30)
+    assert info.timestamps == pytest.approx([i / 30 for i in range(40)], abs=1e-3)
+    assert counters(good[ending], range(40)) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        ("webm", {"codec": "libvpx", "codec_options": {"auto-alt-ref": "1", "lag-in-frames": "16"}}),
+        ("mp4", {"codec": "libx265", "codec_options": {"x265-params": "log-level=none"}}),
+        ("avi", H264),  # reordered frames in a container that knows no presentation times
+        ("mp4", {"codec": "libx264", "codec_options": {"bf": "3", "preset": "medium"}, "gop": 8}),
+        ("mkv", {"codec": "mjpeg", "pixel_format": "yuvj420p"}),
+    ],
+    ids=["vp8-hidden-frames", "hevc", "h264-avi", "h264-b-frames", "mjpeg"],
+)
+def test_codecs_out_of_order_and_repeated(tmp_path, ending, how):
+    path = write_video(tmp_path / f"a.{ending}", counter_frames(50), **how)
+    assert probe(path).frames == 50
+    order = [49, 0, 13, 13, 37, 1, 12, 49]
+    assert counters(path, order) == order
+
+
+def test_wrong_extension_is_no_fault(good, tmp_path):
+    shutil.copy(good["webm"], tmp_path / "a.mp4")
+    shutil.copy(good["mp4"], tmp_path / "b.jpg")
+    assert counters(tmp_path / "a.mp4", [7]) == [7]
+    assert counters(tmp_path / "b.jpg", [7]) == [7]
+
+
+@pytest.mark.parametrize("name", ["ünï 视频 🎬.mp4", "line\nbreak.mp4", "a:b.mp4", "50%d #1?.mp4"])
+def test_path_names(good, tmp_path, name, monkeypatch):
+    shutil.copy(good["mp4"], tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert counters(tmp_path / name, [5]) == [5]
+    assert counters(name, [5]) == [5]
+
+
+def test_negative_timestamps_are_not_counted(tmp_path):
+    """An edit list starts the film at the seventh frame: the rest is no frame, and time starts there."""
+    path = write_video(
+        tmp_path / "a.mp4",
+        counter_frames(40),
+        times=[(i - 6) * 40 for i in range(40)],
+        container_options={"avoid_negative_ts": "disabled"},
+    )
+    info = probe(path)
+    assert info.frames == 34
+    assert info.timestamps[:2] == pytest.approx((0.0, 0.04))
+    assert counters(path, [0, 33, 10]) == [6, 39, 16]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "degrees"),
+    [((0, 1, -1, 0), 90), ((-1, 0, 0, -1), 180), ((0, -1, 1, 0), 270)],
+)
+def test_rotated_film_comes_out_upright(good, tmp_path, matrix, degrees):
+    a, b, c, d = (x << 16 for x in matrix)
+
+    def turn(data):
+        start = data.find(b"tkhd") + 44  # the display matrix of a version 0 track header
+        data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+
+    path = changed(good["mp4"], tmp_path / "a.mp4", turn)
+    info = probe(path)
+    assert info.rotation == degrees
+    frame = decode(str(path), [5])[0].numpy()
+    assert frame.shape == ((96, 128, 3) if degrees == 180 else (128, 96, 3))
+    # Turned back by as much, the counter can be read; a quarter turn to the right is np.rot90 with k = -1.
+    assert read_counter(np.rot90(frame, degrees // 90)) == 5
+
+
+def test_odd_sizes(tmp_path):
+    path = write_video(tmp_path / "a.webm", counter_frames(8, 91, 127))
+    assert decode(str(path), [3]).shape == (1, 91, 127, 3)
+    assert counters(path, [3]) == [3]
+
+
+def test_one_pixel(tmp_path):
+    path = write_video(tmp_path / "a.webm", (np.full((1, 1, 3), 200, np.uint8) for _ in range(8)))
+    frames = decode(str(path), [0, 7])
+    assert frames.shape == (2, 1, 1, 3)
+    assert (frames.int() - 200).abs().max() < 8
+    media = preprocess(load_clip(path), PatchSpec(8), min_pixels=256, max_pixels=4096)
+    assert media.patches.shape[0] == np.prod(media.grid_thw)
+
+
+def test_8k(tmp_path):
+    picture = np.tile(counter_frame(5, 432, 768), (10, 10, 1))
+    path = write_video(tmp_path / "a.avi", [picture] * 2, codec="mjpeg", pixel_format="yuvj420p")
+    frame = decode(str(path), [1])[0]
+    assert frame.shape == (4320, 7680, 3)
+    assert read_counter(frame[:432, :768]) == 5
+
+
+def test_10_bit(tmp_path):
+    path = write_video(tmp_path / "a.mp4", counter_frames(8), pixel_format="yuv420p10le", **H264)
+    assert probe(path).pixel_format == "yuv420p10le"
+    assert counters(path, range(8)) == list(range(8))
+
+
+@pytest.mark.parametrize(("ending", "how"), [("mp4", H264), ("webm", {})])
+def test_variable_frame_rate(tmp_path, ending, how):
+    times = [i * 40 if i < 20 else 800 + (i - 20) * 200 for i in range(40)]
+    path = write_video(tmp_path / f"a.{ending}", counter_frames(40), times=times, **how)
+    info = probe(path)
+    assert info.variable_rate
+    assert info.timestamps == pytest.approx([t / 1000 for t in times], abs=1e-3)
+    chosen = sample_indices(info, nframes=6)
+    moments = np.linspace(0, times[-1] / 1000, 6)
+    assert chosen == [max(i for i, t in enumerate(info.timestamps) if t <= m + 1e-9) for m in moments]
+    assert counters(path, chosen) == chosen
+
+
+def test_declared_rate_of_zero(good, tmp_path):
+    def stop(data):
+        start = data.find(b"avih") + 8
+        data[start : start + 4] = bytes(4)  # microseconds per frame
+        start = data.find(b"strh") + 28
+        data[start : start + 8] = bytes(8)  # scale and rate
+
+    path = changed(good["avi"], tmp_path / "a.avi", stop)
+    info = probe(path)
+    assert info.frames == 40
+    assert info.fps > 0
+    assert counters(path, [0, 20, 39]) == [0, 20, 39]
+
+
+@pytest.mark.parametrize("ending", ["webm", "mp4"])
+def test_declared_duration_is_not_believed(good, tmp_path, ending):
+    def lie(data):
+        if ending == "webm":
+            start = data.find(b"\x44\x89\x88") + 3
+            data[start : start + 8] = struct.pack(">d", 1e12)
+        else:
+            for box in (b"mvhd", b"mdhd"):
+                start = data.find(box) + 20
+                data[start : start + 4] = b"\x7f\xff\xff\xff"
+
+    path = changed(good[ending], tmp_path / f"a.{ending}", lie)
+    assert path.read_bytes() != good[ending].read_bytes()
+    assert probe(path).duration == pytest.approx(40 / 30, abs=1e-3)
+    assert counters(path, sample_indices(probe(path))) == sample_indices(probe(path))
+
+
+def test_undamaged_part_of_a_damaged_film(good, tmp_path):
+    """Frames before the damage are whole and decode; those that build on it are refused, never concealed."""
+    path = scramble(good["webm"], tmp_path / "a.webm", {20, 21})
+    assert counters(path, [0, 5, 11]) == [0, 5, 11]
+    assert counters(path, [36, 39]) == [36, 39]  # after the next key frame
+    with pytest.raises(VideoError, match=r"frame 2[0-3]"):
+        decode(str(path), [23])
+
+
+# --- files that are not
+# ----------------------------------------------------------------------------------------
+
+
+def _truncated(good, folder):
+    return changed(
+        good["mp4"], folder / "a.mp4", lambda data: data.__delitem__(slice(len(data) * 6 // 10, None))
+    )
+
+
+def _truncated_after_the_index(good, folder):
+    whole = write_video(
+        folder / "w.mp4", counter_frames(40), container_options={"movflags": "faststart"}, **H264
+    )
+    return changed(whole, folder / "a.mp4", lambda data: data.__delitem__(slice(len(data) * 6 // 10, None)))
+
+
+def _truncated_webm(good, folder):
+    return changed(good["webm"], folder / "a.webm", lambda data: data.__delitem__(slice(-100, None)))
+
+
+def _truncated_avi(good, folder):
+    return changed(good["avi"], folder / "a.avi", lambda data: data.__delitem__(slice(-2000, None)))
+
+
+def _empty(good, folder):
+    (folder / "a.mp4").touch()
+    return folder / "a.mp4"
+
+
+def _text(good, folder):
+    (folder / "a.mp4").write_text("Not found\n" * 1000)
+    return folder / "a.mp4"
+
+
+def _text_file(good, folder):
+    (folder / "a.txt").write_text("FFmpeg would draw this as a picture of a terminal.\n" * 100)
+    return folder / "a.txt"
+
+
+def _zeros(good, folder):
+    (folder / "a.mp4").write_bytes(bytes(100_000))
+    return folder / "a.mp4"
+
+
+def _audio_only(good, folder):
+    with av.open(str(folder / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return folder / "a.mp4"
+
+
+def _subtitles_only(good, folder):
+    (folder / "a.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nhello\n")
+    return folder / "a.srt"
+
+
+def _missing(good, folder):
+    return folder / "a.mp4"
+
+
+def _folder(good, folder):
+    (folder / "a.mp4").mkdir()
+    return folder / "a.mp4"
+
+
+def _pipe(good, folder):
+    os.mkfifo(folder / "a.mp4")
+    return folder / "a.mp4"
+
+
+def _link_to_itself(good, folder):
+    (folder / "a.mp4").symlink_to(folder / "a.mp4")
+    return folder / "a.mp4"
+
+
+def _all_frames_corrupt(good, folder):
+    return scramble(good["mp4"], folder / "a.mp4", None)
+
+
+def _some_frames_corrupt(good, folder):
+    return scramble(good["mp4"], folder / "a.mp4", {10, 11, 12, 13})
+
+
+def _one_frame(good, folder):
+    return write_video(folder / "a.webm", counter_frames(1))
+
+
+def _still_picture(good, folder):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (64, 64)).save(folder / "a.png")
+    return (folder / "a.png").rename(folder / "a.mp4")
+
+
+BAD = [
+    (_truncated, "truncated: the container spans"),
+    (_truncated_after_the_index, "truncated: the container spans"),
+    (_truncated_webm, "truncated: the container spans"),
+    (_truncated_avi, "truncated: the container spans"),
+    (_empty, "empty file"),
+    (_text, "not a readable video"),
+    (_text_file, "not a video"),
+    (_zeros, "not a readable video"),
+    (_audio_only, r"no video stream \(audio\)"),
+    (_subtitles_only, r"no video stream \(subtitle\)"),
+    (_missing, "does not exist"),
+    (_folder, "is a folder"),
+    (_pipe, "not a regular file"),
+    (_link_to_itself, "cannot be read: Too many levels"),
+    (_all_frames_corrupt, "no frame can be decoded|frame 0 depends on damaged data"),
+    (_some_frames_corrupt, r"frame \d+ (depends on damaged data|is damaged)"),
+    (_one_frame, "holds 1 frame, but 2"),
+    (_still_picture, "holds 1 frame, but 2"),
+]
+
+
+@pytest.fixture(scope="module")
+def process():
+    decoding = DecodeProcess()
+    yield decoding
+    decoding.close()
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD, ids=[make.__name__[1:] for make, _ in BAD])
+@pytest.mark.parametrize("isolated", [False, True], ids=["here", "isolated"])
+def test_bad_file_says_why(good, tmp_path, make, reason, isolated, process):
+    path = make(good, tmp_path)
+    with pytest.raises(VideoError, match=reason) as caught:
+        load_clip(path, process=process if isolated else None)
+    assert caught.value.path == str(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable(good, tmp_path):
+    path = Path(shutil.copy(good["mp4"], tmp_path / "a.mp4"))
+    path.chmod(0)
+    with pytest.raises(VideoError, match="cannot be read: Permission denied"):
+        probe(path)
+
+
+def test_vanished_between_scan_and_decode(good, tmp_path, process):
+    path = Path(shutil.copy(good["mp4"], tmp_path / "a.mp4"))
+    scan = process.scan(str(path), 30.0)
+    path.unlink()
+    with pytest.raises(VideoError, match="no such file"):
+        list(process.frames(str(path), scan, [0], 30.0))
+
+
+def test_replaced_file_is_scanned_again(good, tmp_path):
+    path = Path(shutil.copy(good["mp4"], tmp_path / "a.mp4"))
+    assert probe(path).codec == "h264"
+    shutil.copy(good["webm"], path)
+    assert probe(path).codec == "vp9"
+    assert counters(path, [9]) == [9]
+
+
+def test_frame_that_does_not_exist(good):
+    for indices in ([40], [-1], [0, 99]):
+        with pytest.raises(VideoError, match=f"frame {max(indices, key=abs)} of 40"):
+            decode(str(good["mp4"]), indices)
+
+
+def test_no_frames_asked_for(good):
+    assert decode(str(good["mp4"]), []).shape == (0, 96, 128, 3)
+
+
+# --- images
+# ----------------------------------------------------------------------------------------------------
+
+
+def test_image_is_upright_and_on_white(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    picture = image.new("RGBA", (6, 4), (255, 0, 0, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.save(tmp_path / "a.png")
+    clip = load_image(tmp_path / "a.png")
+    assert clip.is_image
+    assert clip.frames.shape == (1, 4, 6, 3)
+    assert clip.frames[0, 0, 0].tolist() == [255, 255, 255]
+    assert clip.frames[0, 1, 1].tolist() == [255, 0, 0]
+    exif = image.Exif()
+    exif[0x0112] = 6  # turn a quarter to the right
+    image.new("RGB", (6, 4)).save(tmp_path / "b.jpg", exif=exif)
+    assert load_image(tmp_path / "b.jpg").frames.shape == (1, 6, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not an image"),
+        (b"plain text", "not an image"),
+        (None, "does not exist"),
+        ("cut", "damaged image"),
+    ],
+)
+def test_bad_image_says_why(tmp_path, content, reason):
+    path = tmp_path / "a.png"
+    if content == "cut":
+        image = pytest.importorskip("PIL.Image")
+        image.effect_noise((64, 64), 50).save(path)
+        path.write_bytes(path.read_bytes()[:900])
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(VideoError, match=reason):
+        load_image(path)
+
+
+# --- the loader drops and counts
+# -------------------------------------------------------------------------------
+
+
+def test_bad_file_costs_its_examples_and_one_line(good, tmp_path):
+    bad = _truncated(good, tmp_path)
+    gone = tmp_path / "gone.mp4"
+    paths = [good["mp4"], bad, good["webm"], gone, bad, good["avi"]]
+    examples = [Example(id=str(i), question="?", videos=(str(p),)) for i, p in enumerate(paths)]
+    examples.append(Example(id="both", question="?", videos=(str(good["mp4"]), str(bad))))
+    quarantine = tmp_path / "quarantine.jsonl"
+    with ClipStore(quarantine=quarantine, max_bad_fraction=0.5) as store:
+        kept = {example.id: clips for example, clips in FrameLoader(store, examples)}
+    assert list(kept) == ["0", "2", "5"]
+    for clips in kept.values():
+        assert [read_counter(f) for f in clips[0].frames] == [0, 13, 26, 39]
+    assert store.stats.dropped == 4
+    assert set(store.stats.bad_files) == {str(bad), str(gone)}
+    lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    assert {line["path"]: line["reason"] for line in lines} == store.stats.bad_files
+    assert len(lines) == 2
+
+
+def test_too_many_bad_files_stop_with_a_summary(good, tmp_path):
+    paths = [good["mp4"]] + [tmp_path / f"gone{i}.mp4" for i in range(5)]
+    examples = [Example(id=str(i), question="?", videos=(str(p),)) for i, p in enumerate(paths)]
+    with (
+        ClipStore(quarantine=tmp_path / "q.jsonl", max_bad_fraction=0.5, total_files=6) as store,
+        pytest.raises(TooManyBadFiles, match=r"4 of 6 files are bad.*4 x does not exist.*q\.jsonl"),
+    ):
+        list(FrameLoader(store, examples))

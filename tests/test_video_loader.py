@@ -1,0 +1,165 @@
+"""Loading ahead, and decoders that hang or crash."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video import (
+    ClipCache,
+    ClipStore,
+    FrameLoader,
+    FrameSampling,
+    PixelBudget,
+    VideoError,
+    load_clip,
+)
+from rlaif_fast.video.isolate import DecodeProcess
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("v")
+    return [str(write_video(folder / f"{n}.webm", list(counter_frames(40 + n))[n:])) for n in range(6)]
+
+
+def running(pid):
+    """Whether a process exists that is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+def test_order_images_and_repeats(videos, tmp_path, isolate):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (32, 32), (9, 8, 7)).save(tmp_path / "a.png")
+    order = [3, 0, 0, 5, 1, 3, 4]
+    examples = [
+        Example(id=str(i), question="?", videos=(videos[n],), images=(str(tmp_path / "a.png"),) * (i % 2))
+        for i, n in enumerate(order)
+    ]
+    with ClipStore(FrameSampling(nframes=4), isolate=isolate, workers=3) as store:
+        loaded = list(FrameLoader(store, examples, prefetch=3))
+    assert [example.id for example, _ in loaded] == [str(i) for i in range(len(order))]
+    assert [read_counter(clips[0].frames[0]) for _, clips in loaded] == order
+    assert [len(clips) for _, clips in loaded] == [1 + i % 2 for i in range(len(order))]
+    assert loaded[1][1][1].is_image
+    assert store.stats.dropped == 0
+
+
+def test_isolated_clip_equals_the_one_decoded_here(videos):
+    budget = PixelBudget(16, 256, 4096)
+    process = DecodeProcess()
+    try:
+        for resize in (None, budget):
+            there = load_clip(videos[0], resize=resize, process=process, timeout=60)
+            here = load_clip(videos[0], resize=resize)
+            assert torch.equal(there.frames, here.frames)
+            assert (there.key, there.timestamps) == (here.key, here.timestamps)
+    finally:
+        process.close()
+
+
+def test_clip_larger_than_the_shared_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif_fast.video.isolate.CHUNK_BYTES", 3 * 96 * 128 * 3)
+    path = write_video(tmp_path / "a.webm", counter_frames(20))
+    process = DecodeProcess()
+    try:
+        clip = load_clip(path, sampling=FrameSampling(nframes=20), process=process, timeout=60)
+    finally:
+        process.close()
+    assert [read_counter(f) for f in clip.frames] == list(range(20))
+
+
+def test_hung_decoder_is_timed_out_and_replaced(videos):
+    with ClipStore(workers=1, max_bad_fraction=1.0, cache=ClipCache(0)) as store:
+        first = store.load(videos[0])
+        (pid,) = store._pool.pids
+        os.kill(pid, signal.SIGSTOP)
+        store.timeout = 1.0
+        began = time.monotonic()
+        with pytest.raises(VideoError, match=r"took longer than 1 s"):
+            store.load(videos[1])
+        assert time.monotonic() - began < 20
+        assert not running(pid)
+        store.timeout = 60.0
+        assert store.load(videos[2]).frames.shape == first.frames.shape
+        with pytest.raises(VideoError, match=r"took longer than 1 s"):
+            store.load(videos[1])  # in quarantine: not tried again
+        pids = store._pool.pids
+    assert not any(running(pid) for pid in pids)
+
+
+def test_crashed_decoder_costs_one_file(videos):
+    process = DecodeProcess()
+    try:
+        scan = process.scan(videos[0], 60)
+        os.kill(process.pid, signal.SIGSTOP)
+        killer = threading.Timer(0.2, os.kill, (process.pid, signal.SIGKILL))
+        killer.start()
+        with pytest.raises(VideoError, match=r"decoder crashed on it \(signal 9\)"):
+            list(process.frames(videos[0], scan, [0], 60))
+        killer.join()
+        assert [index for index, _ in process.frames(videos[0], scan, [3, 1], 60)] == [1, 3]
+    finally:
+        process.close()
+    assert process.pid is None
+
+
+def test_reader_that_stops_half_way_leaves_a_usable_process(videos):
+    process = DecodeProcess()
+    try:
+        scan = process.scan(videos[0], 60)
+        frames = process.frames(videos[0], scan, range(40), 60)
+        next(frames)
+        frames.close()
+        assert len(list(process.frames(videos[0], scan, range(40), 60))) == 40
+    finally:
+        process.close()
+
+
+def test_closing_while_loading_does_not_hang(videos):
+    store = ClipStore(workers=2, cache=ClipCache(0))
+    futures = [store.submit(path) for path in videos]
+    futures[0].result()
+    pids = store._pool.pids
+    began = time.monotonic()
+    store.close()
+    assert time.monotonic() - began < 20
+    assert not any(running(pid) for pid in pids)
+
+
+def test_waiting_is_counted_and_prefetch_hides_it(videos):
+    examples = [Example(id=str(i), question="?", videos=(path,)) for i, path in enumerate(videos)]
+    with ClipStore(workers=2, isolate=False) as store:
+        loader = FrameLoader(store, examples, prefetch=6)
+        first = next(iter(loader))
+        assert first[0].id == "0"
+        assert store.stats.wait_seconds > 0
+
+
+def test_backpressure_by_bytes(videos):
+    examples = [Example(id=str(i), question="?", videos=(path,)) for i, path in enumerate(videos)]
+    with ClipStore(workers=1, isolate=False) as store:
+        loader = iter(FrameLoader(store, examples, prefetch=6, max_bytes_ahead=1))
+        next(loader)
+        time.sleep(0.3)
+        ready = store.stats.clips
+        next(loader)
+        assert ready < 6
+        assert len(list(loader)) == 4
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"max_bad_fraction": 1.5}, {"timeout": 0}])
+def test_bad_options(options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        ClipStore(**options)
