@@ -1,0 +1,105 @@
+"""Tables of several runs, from summaries whose figures are known."""
+
+import pytest
+
+from rlaif_fast.compare import category_table, group_results, main, markdown_table, read_result, results_table
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.run_dir import RunDir
+
+
+def finished(path, seed, before, after, *, advantage="directed", categories=None, **changes):
+    run = RunDir.create(path)
+    run.write_summary(
+        {
+            "sft_accuracy": before,
+            "final_accuracy": after,
+            "by_category": categories
+            or {
+                "action": {"sft": before, "final": after, "n": 60},
+                "counting": {"sft": 0.5, "final": 0.25, "n": 40},
+            },
+            "seconds": 300.0 + 2 * seed,
+            "peak_rss_bytes": 1e9 * (1 + seed),
+            "seed": seed,
+            "config": {"advantage": advantage, "beta": 0.04, "seed": seed, "output_dir": str(path)},
+            "git_commit": "0123456789abcdef",
+            "versions": {"torch": "2.13.0"},
+            "machine": "2 cores",
+        }
+        | changes
+    )
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [
+        finished(tmp_path / "b", 1, 0.50, 0.75),
+        finished(tmp_path / "a", 0, 0.40, 0.60),
+        finished(tmp_path / "c", 0, 0.40, 0.45, advantage="oracle"),
+    ]
+
+
+def test_seeds_share_a_row_that_is_named_by_what_differs(runs):
+    groups = group_results([read_result(path) for path in runs])
+    assert [(group.label, [run.seed for run in group.runs]) for group in groups] == [
+        ("advantage=directed", [0, 1]),
+        ("advantage=oracle", [0]),
+    ]
+    first, second = results_table(groups).splitlines()[2:]
+    figures = "45.0% | 67.5% | +22.5 | +20.0 +25.0 | counting -25.0 | 301 s | 2.00 GB"
+    assert first == f"| advantage=directed | 0 1 | {figures} |"
+    assert second == (
+        "| advantage=oracle | 0 | 40.0% | 45.0% | +5.0 | +5.0 | counting -25.0 | 300 s | 1.00 GB |"
+    )
+
+
+def test_a_single_group_is_named_by_its_folder(runs):
+    groups = group_results([read_result(runs[0])])
+    assert [group.label for group in groups] == ["b"]
+
+
+def test_category_table_takes_the_mean_over_seeds_and_leaves_holes(runs, tmp_path):
+    other = finished(
+        tmp_path / "d",
+        0,
+        0.5,
+        0.5,
+        advantage="zscore",
+        categories={"action": {"sft": 0.5, "final": 0.5, "n": 9}},
+    )
+    lines = category_table(group_results([read_result(path) for path in [*runs, other]])).splitlines()
+    assert lines[0] == "| category | advantage=directed | advantage=oracle | advantage=zscore |"
+    assert lines[2] == "| action | 45.0% → 67.5% | 40.0% → 45.0% | 50.0% → 50.0% |"
+    assert lines[3] == "| counting | 50.0% → 25.0% | 50.0% → 25.0% | – |"
+
+
+def test_the_same_run_twice_is_refused(runs):
+    with pytest.raises(UsageError, match="same settings and seed 0"):
+        group_results([read_result(runs[1]), read_result(runs[1])])
+
+
+def test_a_summary_that_lacks_something_is_named(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    run.write_summary({"seed": 0, "config": {}})
+    with pytest.raises(UsageError, match="has no 'sft_accuracy'"):
+        read_result(run.path)
+
+
+def test_the_command_prints_tables_and_where_they_come_from(runs, capsys):
+    assert main(["--categories", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("|---|") == 2
+    assert "100 held-out questions a run" in printed
+    assert "- 2 cores; torch 2.13.0; commit 0123456789" in printed
+
+
+def test_the_command_refuses_an_unfinished_run(tmp_path, capsys):
+    RunDir.create(tmp_path / "run")
+    assert main([str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert "did not finish" in message and message.count("\n") == 1
+
+
+def test_cells_cannot_break_the_table():
+    assert markdown_table(["a", "b"], [["x|y", "1\n2"]]).splitlines()[2] == "| x\\|y | 1 2 |"
