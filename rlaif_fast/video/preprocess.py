@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.prompt import Media
+from rlaif_fast.reference.patchify import patchify_reference
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.errors import VideoError
 
@@ -204,28 +208,80 @@ def patchify(
     frames: Tensor,  # (F, H, W, 3) uint8
     spec: PatchSpec,
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> Tensor:
     """Return the normalised patches (n, 3 * temporal_patch_size * patch_size**2) of resized frames.
 
-    On the CPU the bytes are put in order before they become floats, so that the large copy moves a quarter of
-    the data.
+    Args:
+        frames: (F, H, W, 3) uint8; H and W are multiples of `spec.factor`.
+        spec: Patch sizes and normalisation.
+        dtype: Of the patches.
+        backend: "auto", "triton" (on a GPU), "torch" or "reference".
+
+    Raises:
+        ValueError: For another backend, or one that cannot run here.
     """
-    return _patchify_cpu(frames, spec, dtype)
+    reasons = {name: refuses(frames.device.type, dtype) for name, (refuses, _) in PATCHIFIERS.items()}
+    if backend == "auto":  # Triton's interpreter, which reaches the CPU, is for tests
+        backend = "triton" if frames.is_cuda and reasons["triton"] is None else "torch"
+    if backend not in reasons:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(PATCHIFIERS)}, got {backend!r}")
+    if reasons[backend] is not None:
+        raise ValueError(f"backend {backend!r} cannot run: {reasons[backend]}")
+    return PATCHIFIERS[backend][1](
+        frames,
+        patch_size=spec.patch_size,
+        temporal_patch_size=spec.temporal_patch_size,
+        merge_size=spec.merge_size,
+        mean=spec.mean,
+        std=spec.std,
+        dtype=dtype,
+    )
 
 
-def _patchify_cpu(frames: Tensor, spec: PatchSpec, dtype: torch.dtype) -> Tensor:
-    p, pt, m = spec.patch_size, spec.temporal_patch_size, spec.merge_size
+def _refuses_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "the frames are on cpu; Triton runs on cuda"
+    try:
+        from rlaif_fast_kernels import launch, patchify
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    return launch.unavailable() or patchify.supports(device_type, dtype)
+
+
+def _patchify_triton(frames: Tensor, **options: Any) -> Tensor:
+    from rlaif_fast_kernels.patchify import patchify
+
+    return patchify(frames, **options)
+
+
+def _patchify_torch(
+    frames: Tensor,  # (F, H, W, 3) uint8
+    *,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Put the bytes in order before they become floats: the strided copy moves a quarter of the data."""
+    p, pt, m = patch_size, temporal_patch_size, merge_size
     missing = -frames.shape[0] % pt
     if missing:
         frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     count, height, width, channels = frames.shape
     grid = frames.reshape(count // pt, pt, height // (m * p), m, p, width // (m * p), m, p, channels)
     rows = grid.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, pt * p * p)
-    scale = torch.tensor([1 / (255 * s) for s in spec.std], device=frames.device).view(1, channels, 1)
-    shift = torch.tensor([-a / s for a, s in zip(spec.mean, spec.std, strict=True)], device=frames.device)
-    values = (
-        rows.to(torch.float32, memory_format=torch.contiguous_format)
-        .mul_(scale)
-        .add_(shift.view(1, channels, 1))
-    )
-    return values.view(-1, channels * pt * p * p).to(dtype)
+    scale = torch.tensor([1 / (255 * s) for s in std], device=frames.device).view(1, channels, 1)
+    shift = torch.tensor([-a / s for a, s in zip(mean, std, strict=True)], device=frames.device)
+    values = rows.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.mul_(scale).add_(shift.view(1, channels, 1)).view(-1, channels * pt * p * p).to(dtype)
+
+
+# Name -> (why it cannot run for a device type and dtype, or None; the function), the preferred one first.
+PATCHIFIERS: dict[str, tuple[Callable[[str, torch.dtype], str | None], Callable[..., Tensor]]] = {
+    "triton": (_refuses_triton, _patchify_triton),
+    "torch": (lambda _device, _dtype: None, _patchify_torch),
+    "reference": (lambda _device, _dtype: None, patchify_reference),
+}
