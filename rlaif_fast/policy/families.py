@@ -144,7 +144,7 @@ class PromptLayouts:
             found = int((types == kind).sum())
             if wanted != found:
                 raise ValueError(
-                    f"prompt: its {name} grids make {wanted} features, its input_ids hold {found} {name} tokens"
+                    f"prompt: its {name} grids make {wanted} features, input_ids holds {found} tokens"
                 )
         # One text token more than the prompt: its position is where a response starts.
         length = types.size + 1

@@ -32,7 +32,7 @@ def check_params(params: SamplingParams, num_generations: int) -> None:
         raise ValueError(f"top_k: expected 0 (all) or more, got {params.top_k}")
     if not 0 <= params.min_new_tokens <= params.max_new_tokens:
         raise ValueError(
-            f"min_new_tokens: expected 0 to {params.max_new_tokens} (max_new_tokens), got {params.min_new_tokens}"
+            f"min_new_tokens: expected 0 to {params.max_new_tokens}, got {params.min_new_tokens}"
         )
 
 

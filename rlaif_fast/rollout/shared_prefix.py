@@ -40,6 +40,7 @@ class GroupCache:
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.used = prompt_lengths.copy()  # (N,) columns in use
 
     def write(self, layer: int, groups: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> None:
@@ -92,13 +93,14 @@ class _Step:
         device = like.device
         bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
         bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
+        bias = bias.view(len(counts), 1, width, length)
         self._cache = cache
         self._groups = torch.from_numpy(groups).to(device)
         self._columns = torch.from_numpy(columns).to(device)
         self._place = None if len(place) == len(counts) * width else torch.from_numpy(place).to(device)
         self._grid = (len(counts), width)
         self._length = length
-        self._bias = bias.view(len(counts), 1, width, length)
+        self._bias = bias.repeat(1, 1, cache.heads_per_key, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._cache.write(layer, self._groups, self._columns, key, value)
@@ -108,9 +110,11 @@ class _Step:
         groups, width = self._grid
         if self._place is not None:
             q = q.new_zeros(groups * width, *q.shape[1:]).index_copy_(0, self._place, q)
-        q = q.reshape(groups, width, *q.shape[1:]).transpose(1, 2)
-        output = sdpa(q, keys, values, scale=scale, mask=self._bias).transpose(1, 2)
-        output = output.reshape(groups * width, *output.shape[2:])
+        # The query heads that share a key head are further queries of it: its keys are read once.
+        heads, size = q.shape[1:]
+        q = q.reshape(groups, width, heads, size).transpose(1, 2).reshape(groups, keys.shape[1], -1, size)
+        output = sdpa(q, keys, values, scale=scale, mask=self._bias)
+        output = output.reshape(groups, heads, width, size).transpose(1, 2).reshape(-1, heads, size)
         return (output if self._place is None else output.index_select(0, self._place))[None]
 
 

@@ -1,4 +1,4 @@
-"""Small random models of both families and prompts for them, for the tests of the shared-prefix path."""
+"""Small random models of both families, prompts and responses for them; for tests and benchmarks."""
 
 from __future__ import annotations
 

@@ -1,0 +1,223 @@
+"""Rollouts: the same tokens from the same draws, stopping, filters, log-probabilities, and the drawing
+itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.testing import FAMILIES, IDS, make_model, make_policy, make_prompt, standard_prompts
+from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
+from rlaif_fast.rollout.generate import TokenSampler, uniforms
+from rlaif_fast.rollout.plain import PlainSampler
+from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+
+EOS = IDS["<|im_end|>"]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def policy(family) -> Policy:
+    """A policy that ends a response now and then, and repeats itself within a group."""
+    policy = make_policy(family, model=make_model(family))
+    policy.forbidden_bias[EOS] += 3.0
+    policy.forbidden_bias[IDS["word1"]] += 3.0
+    return policy
+
+
+def assert_same(ours: Rollout, plain: Rollout) -> None:
+    assert torch.equal(ours.token_ids, plain.token_ids)
+    assert torch.equal(ours.mask, plain.mask)
+    assert torch.equal(ours.finished, plain.finished)
+    assert ours.texts == plain.texts
+    torch.testing.assert_close(ours.logps, plain.logps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_new_tokens=9, seed=1),
+        SamplingParams(max_new_tokens=7, seed=2, temperature=0.6, top_p=0.8, min_new_tokens=3),
+        SamplingParams(max_new_tokens=6, seed=3, temperature=1.4, top_k=5, min_new_tokens=0),
+        SamplingParams(max_new_tokens=5, temperature=0.0),
+        SamplingParams(max_new_tokens=1, seed=4),
+    ],
+    ids=["plain softmax", "top-p", "top-k", "greedy", "one token"],
+)
+def test_same_draws_give_the_tokens_of_generate(policy: Policy, family: str, params: SamplingParams) -> None:
+    """Prompts of different lengths with no, one and two media, in one batch."""
+    prompts = standard_prompts(family)
+    ours = SharedPrefixSampler(policy).sample(prompts, 4, params)
+    assert_same(ours, PlainSampler(policy).sample(prompts, 4, params))
+    assert ours.mask.any(1).all()
+    if params.temperature:
+        assert len(set(ours.texts)) > 4 or params.max_new_tokens == 1
+
+
+def test_logps_are_those_of_training(policy: Policy, family: str) -> None:
+    """So the first update of a rollout needs no pass for old log-probabilities."""
+    prompts = standard_prompts(family)
+    params = SamplingParams(max_new_tokens=8, seed=5, temperature=0.9, top_p=0.9, top_k=20)
+    rollout = SharedPrefixSampler(policy).sample(prompts, 3, params)
+    with torch.no_grad():
+        logps = policy.response_logps(prompts, rollout.token_ids, rollout.mask.sum(1), temperature=0.9)
+    assert rollout.logps.dtype == torch.float32
+    torch.testing.assert_close(rollout.logps[rollout.mask], logps, rtol=1e-5, atol=1e-5)
+    assert (rollout.logps[~rollout.mask] == 0).all()
+
+
+def test_responses_end_at_their_first_end_token(policy: Policy, family: str) -> None:
+    params = SamplingParams(max_new_tokens=12, seed=6, min_new_tokens=2)
+    rollout = SharedPrefixSampler(policy).sample(standard_prompts(family), 6, params)
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < lengths.max()  # some ended early while their neighbours went on
+    for row, length, finished in zip(rollout.token_ids, lengths.tolist(), rollout.finished.tolist()):
+        tokens = row[:length].tolist()
+        assert tokens.count(EOS) == int(finished)
+        assert finished == (tokens[-1] == EOS)
+        assert finished or length == 12
+        assert EOS not in tokens[:2]
+        assert (row[length:] == policy.pad_token_id).all()
+        assert all(policy.token_ids_allowed[t] for t in tokens)
+
+
+def test_a_response_does_not_depend_on_its_batch(policy: Policy, family: str) -> None:
+    """Draws belong to (response, step), so a group sampled alone from the same draws is the same."""
+    prompts = standard_prompts(family)
+    params = SamplingParams(max_new_tokens=8, seed=7)
+    sampler = SharedPrefixSampler(policy)
+    together, alone = sampler.sample(prompts, 4, params), sampler.sample(prompts[:1], 4, params)
+    width = alone.token_ids.shape[1]
+    assert torch.equal(together.token_ids[:4, :width][alone.mask], alone.token_ids[alone.mask])
+
+
+def test_finished_groups_leave_the_cache(monkeypatch) -> None:
+    """When half of the groups have ended the cache is compacted, and the others do not notice."""
+    policy = make_policy("qwen3_vl")
+    policy.forbidden_bias[EOS] += 4.0
+    kept = []
+    from rlaif_fast.rollout import shared_prefix
+
+    original = shared_prefix.GroupCache.keep
+    monkeypatch.setattr(
+        shared_prefix.GroupCache,
+        "keep",
+        lambda self, groups: (kept.append(len(groups)), original(self, groups))[1],
+    )
+    prompts = [make_prompt("qwen3_vl", before=2 + i, seed=i) for i in range(8)]
+    params = SamplingParams(max_new_tokens=16, seed=11)
+    ours = SharedPrefixSampler(policy).sample(prompts, 2, params)
+    assert kept
+    assert kept == sorted(kept, reverse=True)
+    assert_same(ours, PlainSampler(policy).sample(prompts, 2, params))
+
+
+def test_seed_none_follows_the_global_generator(policy: Policy, family: str) -> None:
+    prompts = standard_prompts(family)[:2]
+    sampler = SharedPrefixSampler(policy)
+    rollouts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        rollouts.append(sampler.sample(prompts, 3, SamplingParams(max_new_tokens=6)))
+    assert torch.equal(rollouts[0].token_ids, rollouts[1].token_ids)
+    assert rollouts[0].texts != rollouts[2].texts
+
+
+def test_sampling_leaves_the_model_as_it_was(policy: Policy, family: str) -> None:
+    policy.model.train()
+    rollout = SharedPrefixSampler(policy).sample(
+        standard_prompts(family), 2, SamplingParams(max_new_tokens=3)
+    )
+    assert policy.model.training
+    assert not rollout.logps.requires_grad
+    assert all(p.grad is None for p in policy.model.parameters())
+    assert isinstance(SharedPrefixSampler(policy), Sampler)
+    assert isinstance(PlainSampler(policy), Sampler)
+
+
+def test_shared_features_are_used(policy: Policy, family: str) -> None:
+    prompts = standard_prompts(family)
+    params = SamplingParams(max_new_tokens=5, seed=8)
+    features = policy.encode_media(prompts)
+    before = policy.vision.calls
+    ours = SharedPrefixSampler(policy).sample(prompts, 2, params, features=features)
+    assert policy.vision.calls == before
+    assert_same(ours, SharedPrefixSampler(policy).sample(prompts, 2, params))
+
+
+# --- the drawing --------------------------------------------------------------------------------------------
+
+
+class _Head:
+    """What `TokenSampler` needs of a policy."""
+
+    eos_token_ids = (4,)
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(min_new_tokens=0), {0, 1, 2, 3, 4}),
+        (SamplingParams(min_new_tokens=1), {0, 1, 2, 3}),
+        (SamplingParams(min_new_tokens=0, top_k=2), {0, 1}),
+        (SamplingParams(min_new_tokens=0, top_p=0.75), {0, 1, 2}),
+        (SamplingParams(min_new_tokens=0, top_p=0.2), {0}),
+        (SamplingParams(min_new_tokens=0, temperature=0.5), {0, 1, 2, 3, 4}),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(params: SamplingParams, kept: set[int]) -> None:
+    logits = torch.tensor([[0.35, 0.3, 0.2, 0.1, 0.05, 0.0]]).log()
+    count = 40_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens, logps = TokenSampler(_Head(), params)(
+        logits, torch.zeros(count, dtype=torch.int64), uniform, step=0
+    )
+    unfiltered = (logits / params.temperature).softmax(-1)[0]
+    expected = torch.zeros(6)
+    expected[list(kept)] = unfiltered[list(kept)]
+    frequencies = torch.bincount(tokens, minlength=6) / count
+    torch.testing.assert_close(frequencies, expected / expected.sum(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps, unfiltered.log()[tokens])  # of the policy, not of what the filters left
+
+
+def test_extreme_draws_stay_on_tokens_with_mass() -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
+    draws = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    tokens, _ = TokenSampler(_Head(), SamplingParams(min_new_tokens=0))(logits, None, draws, step=0)
+    assert tokens.tolist() == [1, 3]
+
+
+def test_uniforms_belong_to_row_and_step() -> None:
+    params = SamplingParams(max_new_tokens=5, seed=9)
+    few, many = uniforms(3, params), uniforms(6, params)
+    assert torch.equal(few, many[:3])
+    assert few.min() >= 0
+    assert few.max() < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_new_tokens": 99}, "min_new_tokens"),
+    ],
+)
+def test_bad_settings_are_named(policy: Policy, family: str, change: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        SharedPrefixSampler(policy).sample(standard_prompts(family)[:1], 2, SamplingParams(**change))
+
+
+def test_no_generations_is_refused(policy: Policy, family: str) -> None:
+    with pytest.raises(ValueError, match="num_generations"):
+        PlainSampler(policy).sample(standard_prompts(family)[:1], 0, SamplingParams())
