@@ -1,6 +1,6 @@
 """The one table that says which implementation runs an operation.
 
-An operation ("op") has up to four implementations ("backends"): `triton`, `cuda`, `cpu` and `reference`. A row
+An operation ("op") has up to four implementations ("backends"): `triton`, `cuda`, `cpu`, `reference`. A row
 of `TABLE` names the module that implements it, which is imported when it is first needed. What a module
 provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H hidden, V vocabulary):
 
@@ -18,19 +18,25 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         The arguments of `rlaif_fast.reference.rank_loss.rank_loss`; the mask is bool or None, float inputs
         may be any float dtype, ranks are of the dtype of the scores.
 
-    row_stats(logits (M, V), token_ids (M,), temperature) -> RowStats
-    row_grad(logits (M, V), token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) |
-    None,
-             out (M, V)) -> None
-        Write d/dlogits = grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits; `out` may be `logits`
-        itself.
-    row_loss(logits (M, V), token_ids (M,), temperature, rows: RowInputs, options: LossOptions)
+    row_stats(logits, token_ids (M,), temperature) -> RowStats
+    row_grad(logits, token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) | None,
+    out)
+        Write d/dlogits = grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits; `out` may be `logits`.
+    row_loss(logits, token_ids (M,), temperature, rows: RowInputs, options: LossOptions)
              -> (RowStats, grad_logps (M,), grad_entropy (M,))
         Both at once where the advantages are known: logits are overwritten by their gradient of the loss.
-        An id outside [0, V) yields NaN statistics and a NaN gradient, and is never read through.
+        Logits are (M, V), or (..., V) with M rows, the last stride 1. An id outside [0, V) yields a NaN logp,
+        never a read; `row_grad` then has no one-hot term.
 
-    linear_loss(hidden (M, H), weight (V, H), bias (V,) | None, token_ids (M,), ...)  -> LinearGradients
-        See `rlaif_fast.linear.linear_loss`, which builds it from the three row functions of any backend.
+    linear_loss(hidden (M, H), head: Head, token_ids (M,), shape (B, T), padding: Padding | None,
+                inputs: TokenInputs, options: LossOptions, chunk_size: int | None, needs: Needs)
+                -> (TokenGradients, grad_hidden | None, grad_weight | None, grad_bias | None)
+    linear_stats(hidden (M, H), head: Head, token_ids (M,), chunk_size) -> RowStats
+    linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy
+    (M,),
+                chunk_size, needs: Needs) -> (grad_hidden | None, grad_weight | None, grad_bias | None)
+        `rlaif_fast.linear` makes all three from a module that also has the row functions, `rank_loss` and
+        `compact_rows(rows (M, V), keep (M,) bool)`, which moves the kept rows to the front.
 
 All results are detached, of float32 or wider, and on the device of the inputs.
 """
@@ -88,17 +94,6 @@ class RowInputs(NamedTuple):
     sampling_ratio: Tensor | None
 
 
-class LinearGradients(NamedTuple):
-    """A fused linear loss with its gradients; None where none was asked for."""
-
-    loss: Tensor  # scalar
-    advantages: Tensor  # (B,), (B, T) or (M,), as given
-    stats: Tensor  # (len(STATS),)
-    grad_hidden: Tensor | None  # (M, H), dtype of hidden
-    grad_weight: Tensor | None  # (V, H), float32 or wider
-    grad_bias: Tensor | None  # (V,), float32 or wider
-
-
 @dataclass(frozen=True)
 class Backend:
     """One row of the table.
@@ -137,6 +132,7 @@ TABLE = (
     Backend("triton", "rank_loss", "rlaif_fast_kernels.rank_loss", 30),
     Backend("triton", "logits_loss", "rlaif_fast_kernels.logits_loss", 30),
     Backend("triton", "linear_loss", "rlaif_fast_kernels.linear_loss", 30),
+    Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
     Backend("cuda", "rank_penalty", "rlaif_fast.cuda", 20),
     Backend("cpu", "rank_penalty", "rlaif_fast.cpu", 10),
     Backend("cpu", "rank_loss", "rlaif_fast.cpu", 10),
@@ -180,7 +176,9 @@ def select(op: str, name: str, x: Tensor, group_size: int | None = None) -> str:
 def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str:
     call = (device_type, dtype, group_size)
     if name == "auto":
-        chosen = next(row for row in rows(op) if row.refuses(*call) is None)
+        # Triton's interpreter runs on the CPU when it is asked for by name only.
+        candidates = (row for row in rows(op) if row.name != "triton" or device_type != "cpu")
+        chosen = next(row for row in candidates if row.refuses(*call) is None)
         native = {"cuda": "triton", "cpu": "cpu"}.get(device_type)
         if chosen.name == "reference":
             _warn_once(next((row.unavailable() for row in rows(op) if row.name == native), None))

@@ -1,17 +1,285 @@
-"""The C++ kernels for the CPU as a row of the backend table."""
+"""The C++ kernels for the CPU, as the backend table takes them."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
 import torch
+from torch import Tensor
 
+from rlaif_fast import extension
+from rlaif_fast.backends import RowInputs, RowStats, TokenGradients
+from rlaif_fast.extension import unavailable
+from rlaif_fast.inputs import Padding, TokenInputs
+from rlaif_fast.linear import (
+    Head,
+    Needs,
+    linear_grad_from_rows,
+    linear_loss_from_rows,
+    linear_stats_from_rows,
+)
+from rlaif_fast.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
+from rlaif_fast.reference.rank_penalty import RankAdvantages
 
-def unavailable() -> str | None:
-    """Return why the extension cannot run, or None."""
-    return "the extension rlaif_fast._C is not built"
+__all__ = [
+    "compact_rows",
+    "linear_grad",
+    "linear_loss",
+    "linear_stats",
+    "rank_loss",
+    "rank_penalty",
+    "row_grad",
+    "row_loss",
+    "row_stats",
+    "supports",
+    "unavailable",
+]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+extension.load()
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
     """Return why a call cannot run, or None."""
     if device_type != "cpu":
         return f"the tensors are on {device_type}, not on the CPU"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if group_size is not None and group_size > MAX_GROUP_SIZE:
+        return f"the group size {group_size} is above {MAX_GROUP_SIZE}"
     return None
+
+
+def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def rank_penalty(
+    scores: Tensor,  # (N, G)
+    oracle_ranks: Tensor,  # (N, G)
+    valid: Tensor | None,  # (N,) bool
+    options: RankOptions,
+) -> RankAdvantages:
+    """Rank N groups (see `rlaif_fast.reference.rank_penalty.rank_penalty`)."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    advantages, penalties, ndcg, tau, has_signal, top1 = torch.ops.rlaif_fast.rank_penalty(
+        scores.to(wide).contiguous(),
+        oracle_ranks.to(wide).contiguous(),
+        valid,
+        KINDS.index(options.kind),
+        options.penalty_weight,
+        options.scale == "group",
+    )
+    dtype = scores.dtype
+    return RankAdvantages(
+        advantages.to(dtype), penalties.to(dtype), ndcg.to(dtype), tau.to(dtype), has_signal, top1.to(dtype)
+    )
+
+
+def rank_loss(
+    logps: Tensor,  # (B, T)
+    advantages: Tensor | None,  # (B,) or (B, T)
+    oracle_ranks: Tensor | None,  # (N, G)
+    valid: Tensor | None,  # (N,) bool
+    old_logps: Tensor | None,  # (B, T)
+    ref_logps: Tensor | None,  # (B, T)
+    mask: Tensor | None,  # (B, T) bool
+    sampling_ratio: Tensor | None,  # (B, T) or (B, 1)
+    entropy: Tensor | None,  # (B, T)
+    num_items: Tensor | None,  # scalar
+    options: LossOptions,
+) -> TokenGradients:
+    """Close the loss over tokens (see `rlaif_fast.reference.rank_loss.rank_loss`)."""
+    wide = torch.promote_types(logps.dtype, torch.float32)
+    loss, used, stats, grad_logps, grad_entropy = torch.ops.rlaif_fast.token_loss(
+        logps.to(wide),
+        _wide(advantages, wide),
+        _wide(oracle_ranks, wide),
+        valid,
+        _wide(old_logps, wide),
+        _wide(ref_logps, wide),
+        mask,
+        _wide(sampling_ratio, wide),
+        _wide(entropy, wide),
+        _wide(num_items, wide),
+        KINDS.index(options.kind),
+        options.penalty_weight,
+        options.scale == "group",
+        options.score == "mean",
+        options.epsilon_low,
+        options.epsilon_high,
+        options.delta,
+        options.beta,
+        KLS.index(options.kl) + 1,
+        options.entropy_coef,
+        LOSS_TYPES.index(options.loss_type),
+        options.max_completion_length or 0,
+        options.importance_sampling_level == "sequence",
+    )
+    return TokenGradients(
+        loss,
+        used if advantages is None else advantages,
+        stats,
+        grad_logps,
+        None if entropy is None else grad_entropy,
+    )
+
+
+def row_stats(
+    logits: Tensor,  # (M, V) or (..., V)
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+) -> RowStats:
+    """Return log-probability, logsumexp and entropy of each row."""
+    ids = token_ids.long().contiguous()
+    parts = [torch.ops.rlaif_fast.row_stats(rows, ids[span], temperature) for span, rows in _matrices(logits)]
+    return RowStats(*parts[0]) if len(parts) == 1 else RowStats(*map(torch.cat, zip(*parts)))
+
+
+def row_grad(
+    logits: Tensor,  # (M, V) or (..., V)
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+    stats: RowStats,
+    grad_logps: Tensor,  # (M,)
+    grad_entropy: Tensor | None,  # (M,)
+    out: Tensor,  # like logits; may be logits
+) -> None:
+    """Write the gradient of the logits."""
+    ids, grad = token_ids.long().contiguous(), grad_logps.contiguous()
+    lse, entropy = stats.lse.contiguous(), stats.entropy.contiguous()
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    for (span, rows), (_, to) in zip(_matrices(logits), _matrices(out)):
+        torch.ops.rlaif_fast.row_grad_out(
+            rows,
+            ids[span],
+            temperature,
+            lse[span],
+            entropy[span],
+            grad[span],
+            None if grad_entropy is None else grad_entropy[span],
+            to,
+        )
+
+
+def row_loss(
+    logits: Tensor,  # (M, V)
+    token_ids: Tensor,  # (M,)
+    temperature: float,
+    rows: RowInputs,
+    options: LossOptions,
+) -> tuple[RowStats, Tensor, Tensor]:
+    """Overwrite the logits with their gradient of the loss; return statistics and per-row gradients."""
+    logps, lse, entropy, grad_logps, grad_entropy = torch.ops.rlaif_fast.row_loss_(
+        logits,
+        token_ids.long(),
+        temperature,
+        *(None if x is None else x.contiguous() for x in rows),
+        options.epsilon_low,
+        options.epsilon_high,
+        options.delta,
+        options.beta,
+        KLS.index(options.kl) + 1,
+        options.entropy_coef,
+    )
+    return RowStats(logps, lse, entropy), grad_logps, grad_entropy
+
+
+def compact_rows(rows: Tensor, keep: Tensor) -> None:  # (M, V), (M,) bool
+    """Move the kept rows to the front, in order."""
+    torch.ops.rlaif_fast.compact_rows_(rows, keep)
+
+
+def _matrices(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Split (..., V) into matrices whose rows lie one stride apart, without copying; yield their rows and
+    them.
+
+    A slice like `logits[:, :-1]` is one matrix a response. Only where V itself is strided is there no such
+    matrix.
+    """
+    V = x.shape[-1]
+    if x.dim() == 1:
+        x = x[None]
+    if x.numel() and V > 1 and x.stride(-1) != 1:
+        raise ValueError(f"the last dimension of logits must be contiguous; got strides {x.stride()}")
+    if x.dim() == 2 or x.is_contiguous():
+        yield slice(0, x.numel() // V), x.reshape(-1, V)
+        return
+    first = 0
+    for part in x:
+        count = part.numel() // V
+        for span, rows in _matrices(part):
+            yield slice(first + span.start, first + span.stop), rows
+        first += count
+
+
+def linear_stats(
+    hidden: Tensor,  # (M, H)
+    head: Head,
+    token_ids: Tensor,  # (M,)
+    chunk_size: int | None,
+) -> RowStats:
+    """Return the statistics of every row (see `rlaif_fast.linear`)."""
+    return linear_stats_from_rows(_kernels(), *_float32(hidden, head), token_ids.long(), chunk_size)
+
+
+def linear_grad(
+    hidden: Tensor,  # (M, H)
+    head: Head,
+    token_ids: Tensor,  # (M,)
+    stats: RowStats,
+    grad_logps: Tensor,  # (M,)
+    grad_entropy: Tensor,  # (M,)
+    chunk_size: int | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
+    return linear_grad_from_rows(
+        _kernels(),
+        *_float32(hidden, head),
+        token_ids.long(),
+        stats,
+        grad_logps,
+        grad_entropy,
+        chunk_size,
+        needs,
+    )
+
+
+def linear_loss(
+    hidden: Tensor,  # (M, H), or (B * T, H)
+    head: Head,
+    token_ids: Tensor,  # (M,)
+    shape: tuple[int, int],  # (B, T)
+    padding: Padding | None,
+    inputs: TokenInputs,
+    options: LossOptions,
+    chunk_size: int | None,
+    needs: Needs,
+) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the closed loss and the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
+    return linear_loss_from_rows(
+        _kernels(),
+        *_float32(hidden, head),
+        token_ids.long(),
+        shape,
+        padding,
+        inputs,
+        options,
+        chunk_size,
+        needs,
+    )
+
+
+def _float32(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Widen 16-bit hidden states and weights: without matrix units for them, float32 is faster, and exact."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(wide)
+    return hidden.to(wide), Head(head.weight.to(wide), bias, head.temperature)
+
+
+def _kernels() -> ModuleType:
+    return sys.modules[__name__]

@@ -1,17 +1,32 @@
-"""The C++ kernels for CUDA devices as a row of the backend table."""
+"""The CUDA C++ kernel of the rank penalty, as the backend table takes it."""
 
 from __future__ import annotations
 
 import torch
 
+from rlaif_fast import extension
+from rlaif_fast.cpu import rank_penalty
+from rlaif_fast.options import MAX_GROUP_SIZE
+
+__all__ = ["rank_penalty", "supports", "unavailable"]
+
 
 def unavailable() -> str | None:
-    """Return why the extension cannot run, or None."""
-    return "the extension rlaif_fast._C is not built"
+    """Return why the kernel cannot run on this machine, or None."""
+    reason = extension.unavailable()
+    if reason is None and extension.load().build_info()["cuda"] is None:
+        reason = "the extension rlaif_fast._C was built without CUDA (it needs torch with CUDA, and nvcc)"
+    if reason is None and not torch.cuda.is_available():
+        reason = "torch finds no CUDA device"
+    return reason
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:
     """Return why a call cannot run, or None."""
     if device_type != "cuda":
         return f"the tensors are on {device_type}, not on a CUDA device"
+    if not dtype.is_floating_point:
+        return f"dtype {dtype} is not floating point"
+    if group_size is not None and group_size > MAX_GROUP_SIZE:
+        return f"the group size {group_size} is above {MAX_GROUP_SIZE}"
     return None

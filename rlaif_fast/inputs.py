@@ -30,6 +30,25 @@ class TokenInputs(NamedTuple):
         """G where the loss ranks, else None."""
         return None if self.oracle_ranks is None else self.oracle_ranks.shape[1]
 
+    def responses(self, rows: slice) -> TokenInputs:
+        """Return the inputs of some responses: whole groups where the loss ranks."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[rows]
+
+        ranks, valid, G = self.oracle_ranks, self.valid, self.group_size
+        groups = rows if G is None else slice(rows.start // G, rows.stop // G)
+        return TokenInputs(
+            advantages=part(self.advantages),
+            oracle_ranks=None if ranks is None else ranks[groups],
+            valid=None if valid is None else valid[groups],
+            old_logps=part(self.old_logps),
+            ref_logps=part(self.ref_logps),
+            mask=part(self.mask),
+            sampling_ratio=part(self.sampling_ratio),
+            num_items=self.num_items,
+        )
+
 
 class Padding:
     """Moves tokens between the packed layout (M,) and the padded one (B, T), T the longest response."""

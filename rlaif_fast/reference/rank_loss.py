@@ -102,7 +102,7 @@ def rank_loss(
 
     kl = None if ref is None else _kl(ref - logps, options.kl)
 
-    weight = _token_weights(mask, length, row_valid, num_items, options, logps.dtype)
+    weight = token_weights(mask, length, row_valid, num_items, options, logps.dtype)
     policy_loss = -(policy * weight).sum()
     kl_loss = zero if kl is None else options.beta * (kl * weight).sum()
     entropy_loss = zero if entropy is None else -options.entropy_coef * (entropy * weight).sum()
@@ -156,7 +156,7 @@ def _kl(
     return x.exp() - x - 1
 
 
-def _token_weights(
+def token_weights(
     mask: Tensor,  # (B, T) bool
     length: Tensor,  # (B,)
     row_valid: Tensor,  # (B,) bool

@@ -1,0 +1,37 @@
+// Checks that every implementation of an operator makes before it reads memory. The public functions have checked
+// their arguments in the user's own terms before; these guard direct calls of the operators.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "rank_group.h"
+
+namespace rlaif {
+
+inline void check_rank_penalty(const at::Tensor& scores, const at::Tensor& oracle_ranks,
+                               const std::optional<at::Tensor>& valid, int64_t kind) {
+  TORCH_CHECK_VALUE(scores.dim() == 2, "scores must be (N, G); got ", scores.sizes());
+  TORCH_CHECK_VALUE(scores.size(1) >= 1 && scores.size(1) <= kMaxGroup, "scores must have between 1 and ", kMaxGroup,
+                    " responses a group; got ", scores.size(1));
+  TORCH_CHECK_VALUE(oracle_ranks.sizes() == scores.sizes(), "oracle_ranks must have the shape of scores, ",
+                    scores.sizes(), "; got ", oracle_ranks.sizes());
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
+                   "scores must be float32 or float64; got ", scores.scalar_type());
+  TORCH_CHECK_TYPE(oracle_ranks.scalar_type() == scores.scalar_type(), "oracle_ranks must have the dtype of scores, ",
+                   scores.scalar_type(), "; got ", oracle_ranks.scalar_type());
+  TORCH_CHECK_VALUE(oracle_ranks.device() == scores.device(), "oracle_ranks must be on ", scores.device(), "; got ",
+                    oracle_ranks.device());
+  TORCH_CHECK_VALUE(kind >= 0 && kind <= static_cast<int64_t>(Kind::ZScore), "kind must be in [0, 4]; got ", kind);
+  if (valid.has_value()) {
+    TORCH_CHECK_VALUE(valid->dim() == 1 && valid->size(0) == scores.size(0), "valid must be (", scores.size(0),
+                      ",); got ", valid->sizes());
+    TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, "valid must be bool; got ", valid->scalar_type());
+    TORCH_CHECK_VALUE(valid->device() == scores.device(), "valid must be on ", scores.device(), "; got ",
+                      valid->device());
+  }
+}
+
+}  // namespace rlaif

@@ -1,0 +1,185 @@
+// Ranks, penalties and advantages of groups of responses on the CPU: one group after another, groups in parallel.
+
+#include "rank_penalty.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "../checks.h"
+
+namespace rlaif {
+namespace {
+
+constexpr int64_t kGrain = 512;  // groups a thread takes at least
+
+template <typename T>
+T mean(const T* x, int G) {
+  T total = 0;
+  for (int i = 0; i < G; ++i) {
+    total += x[i];
+  }
+  return total / T(G);
+}
+
+template <typename T>
+T zscore_spread(const T* x, T centre, int G) {
+  T total = 0;
+  for (int i = 0; i < G; ++i) {
+    total += (x[i] - centre) * (x[i] - centre);
+  }
+  return (G > 1 ? std::sqrt(total / T(G - 1)) : T(0)) + T(kZScoreEps);
+}
+
+}  // namespace
+
+template <typename T>
+GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T penalty_weight, bool scale_group,
+                          T* advantages, T* penalties) {
+  static constexpr Tables<T> tables = make_tables<T>();
+  T oracle_key[kMaxGroup];
+  T policy_key[kMaxGroup];
+  T u[kMaxGroup];
+  for (int i = 0; i < G; ++i) {
+    oracle_key[i] = kind == Kind::ZScore ? -ranks[i] : ranks[i];
+    policy_key[i] = -scores[i];
+  }
+
+  GroupResult<T> result{};
+  result.has_signal = false;
+  T found = 0;
+  T ideal = 0;
+  int best = 0;
+  int shared = 0;
+  int agreement = 0;
+  int oracle_untied = 0;
+  int policy_untied = 0;
+  for (int i = 0; i < G; ++i) {
+    Place oracle{0, 0};
+    Place policy{0, 0};
+    for (int j = 0; j < G; ++j) {
+      const int a = sign_of(oracle_key[i], oracle_key[j]);
+      const int b = sign_of(policy_key[i], policy_key[j]);
+      meet(oracle, a);
+      meet(policy, b);
+      agreement += a * b;
+      oracle_untied += a * a;
+      policy_untied += b * b;
+    }
+    u[i] = tie_mean(tables.gain, oracle);
+    penalties[i] = penalty_of(kind, u[i], tie_mean(tables.gain, policy));
+    const T worth = tie_mean(tables.relevance, oracle);
+    found += worth * tie_mean(tables.discount, policy);
+    ideal += worth * tie_mean(tables.discount, oracle);
+    best += oracle.first == 0 ? 1 : 0;
+    shared += oracle.first == 0 && policy.first == 0 ? 1 : 0;
+    result.has_signal = result.has_signal || oracle.count != G;
+  }
+  result.ndcg = found / ideal;
+  result.top1_agreement = T(shared) / T(best);
+
+  const T pairs = T(oracle_untied) * T(policy_untied);
+  result.kendall_tau = pairs > 0 ? T(agreement) / std::sqrt(pairs) : T(0);
+
+  if (follows_paper(kind)) {
+    const T centre = mean(penalties, G);
+    for (int i = 0; i < G; ++i) {
+      advantages[i] = centre - penalties[i];
+    }
+  } else if (!result.has_signal) {  // exact zeros, whatever a mean would round to
+    for (int i = 0; i < G; ++i) {
+      advantages[i] = 0;
+    }
+  } else {
+    const T* value = kind == Kind::ZScore ? ranks : u;
+    const T centre = mean(value, G);
+    const T spread = kind == Kind::ZScore ? zscore_spread(ranks, centre, G) : T(1);
+    for (int i = 0; i < G; ++i) {
+      advantages[i] = (value[i] - centre) / spread;
+      if (kind == Kind::Directed) {
+        advantages[i] *= T(1) + penalty_weight * penalties[i];
+      }
+    }
+    if (kind == Kind::Directed) {
+      const T rest = mean(advantages, G);
+      for (int i = 0; i < G; ++i) {
+        advantages[i] -= rest;
+      }
+    }
+  }
+  if (scale_group) {
+    T square = 0;
+    for (int i = 0; i < G; ++i) {
+      square += advantages[i] * advantages[i];
+    }
+    const T rms = std::sqrt(square / T(G)) + T(kScaleEps);
+    for (int i = 0; i < G; ++i) {
+      advantages[i] /= rms;
+    }
+  }
+  return result;
+}
+
+template GroupResult<float> rank_group(const float*, const float*, int, Kind, float, bool, float*, float*);
+template GroupResult<double> rank_group(const double*, const double*, int, Kind, double, bool, double*, double*);
+
+namespace {
+
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Result rank_penalty_cpu(const at::Tensor& scores,                // (N, G)
+                        const at::Tensor& oracle_ranks,          // (N, G)
+                        const std::optional<at::Tensor>& valid,  // (N,) bool
+                        int64_t kind, double penalty_weight, bool scale_group) {
+  check_rank_penalty(scores, oracle_ranks, valid, kind);
+  const int64_t N = scores.size(0);
+  const int G = static_cast<int>(scores.size(1));
+  const auto s = scores.contiguous();
+  const auto r = oracle_ranks.contiguous();
+  const auto keep = valid.has_value() ? valid->contiguous() : at::Tensor();
+  const auto options = scores.options();
+  auto advantages = at::empty({N, G}, options);
+  auto penalties = at::empty({N, G}, options);
+  auto ndcg = at::empty({N}, options);
+  auto tau = at::empty({N}, options);
+  auto has_signal = at::empty({N}, options.dtype(at::kBool));
+  auto top1 = at::empty({N}, options);
+
+  AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "rank_penalty_cpu", [&] {
+    const scalar_t* s_data = s.const_data_ptr<scalar_t>();
+    const scalar_t* r_data = r.const_data_ptr<scalar_t>();
+    const bool* keep_data = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
+    scalar_t* a_data = advantages.data_ptr<scalar_t>();
+    scalar_t* p_data = penalties.data_ptr<scalar_t>();
+    scalar_t* ndcg_data = ndcg.data_ptr<scalar_t>();
+    scalar_t* tau_data = tau.data_ptr<scalar_t>();
+    scalar_t* top1_data = top1.data_ptr<scalar_t>();
+    bool* signal_data = has_signal.data_ptr<bool>();
+    at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        GroupResult<scalar_t> group{};
+        if (keep_data == nullptr || keep_data[n]) {
+          group = rank_group<scalar_t>(s_data + n * G, r_data + n * G, G, static_cast<Kind>(kind),
+                                       static_cast<scalar_t>(penalty_weight), scale_group, a_data + n * G,
+                                       p_data + n * G);
+        } else {
+          std::fill_n(a_data + n * G, G, scalar_t(0));
+          std::fill_n(p_data + n * G, G, scalar_t(0));
+        }
+        ndcg_data[n] = group.ndcg;
+        tau_data[n] = group.kendall_tau;
+        top1_data[n] = group.top1_agreement;
+        signal_data[n] = group.has_signal;
+      }
+    });
+  });
+  return {advantages, penalties, ndcg, tau, has_signal, top1};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(rlaif_fast, CPU, m) { m.impl("rank_penalty", &rank_penalty_cpu); }
+
+}  // namespace rlaif

@@ -1,0 +1,63 @@
+// Rows of logits: statistics and gradients. row_kernels_impl.h is compiled once for each instruction set (the files
+// row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build runs anywhere.
+//
+// With z = logits / temperature, lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
+//   d logp / d logits_v = (1[v = y] - p_v) / temperature
+//   d H    / d logits_v = -p_v * (z_v - lse + H) / temperature
+#pragma once
+
+#include <cstdint>
+
+#include "../token_terms.h"
+
+namespace rlaif {
+
+enum class Dtype { Float, Double, BFloat16, Half };
+
+// M rows of V logits. Statistics are float, or double for double logits.
+struct RowArgs {
+  const void* logits;  // (M, V)
+  int64_t row_stride;  // elements between rows
+  int64_t V;
+  const int64_t* token_ids;  // (M,); an id outside [0, V) gives NaN and is never read through
+  double inv_temperature;
+  void* logps;    // (M,)
+  void* lse;      // (M,)
+  void* entropy;  // (M,)
+};
+
+struct RowGradArgs {
+  RowArgs rows;                // lse and entropy are read
+  const void* grad_logps;     // (M,)
+  const void* grad_entropy;   // (M,) or null
+  void* out;                  // (M, V); may be the logits
+  int64_t out_stride;
+};
+
+// The loss of rows whose advantage is known: statistics, then the logits overwritten by their gradient.
+struct RowLossArgs {
+  RowArgs rows;
+  const void* advantages;      // (M,)
+  const void* weights;         // (M,) what the row counts in the aggregate
+  const void* old_logps;       // (M,) or null: on-policy
+  const void* ref_logps;       // (M,) or null
+  const void* sampling_ratio;  // (M,) or null
+  TokenOptions<double> options;
+  void* grad_logps;    // (M,)
+  void* grad_entropy;  // (M,)
+};
+
+struct RowKernels {
+  const char* name;
+  void (*stats)(Dtype, const RowArgs&, int64_t begin, int64_t end);
+  void (*grad)(Dtype, const RowGradArgs&, int64_t begin, int64_t end);
+  void (*loss)(Dtype, const RowLossArgs&, int64_t begin, int64_t end);
+};
+
+const RowKernels& row_kernels_default();
+#if defined(RLAIF_X86_KERNELS)
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+#endif
+
+}  // namespace rlaif

@@ -1,0 +1,12 @@
+// The row kernels for the instruction set "avx512".
+
+#include "row_kernels_impl.h"
+
+namespace rlaif {
+
+const RowKernels& row_kernels_avx512() {
+  static constexpr RowKernels kernels{"avx512", &stats, &grad, &loss};
+  return kernels;
+}
+
+}  // namespace rlaif

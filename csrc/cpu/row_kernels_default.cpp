@@ -1,0 +1,12 @@
+// The row kernels for the instruction set "default".
+
+#include "row_kernels_impl.h"
+
+namespace rlaif {
+
+const RowKernels& row_kernels_default() {
+  static constexpr RowKernels kernels{"default", &stats, &grad, &loss};
+  return kernels;
+}
+
+}  // namespace rlaif

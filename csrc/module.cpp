@@ -1,0 +1,133 @@
+// The operators' schemas and shape functions, and a small module that says how the extension was built.
+// rank_penalty has CPU and CUDA implementations; the others have CPU ones (Triton serves CUDA devices).
+
+#include <ATen/ATen.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "checks.h"
+
+namespace rlaif {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+
+at::ScalarType wide_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_penalty_meta(const Tensor& scores,
+                                                                            const Tensor& oracle_ranks,
+                                                                            const OptionalTensor& valid, int64_t kind,
+                                                                            double, bool) {
+  const auto matrix = scores.sym_sizes();
+  const auto column = c10::SymIntArrayRef(matrix.data(), 1);
+  const auto options = scores.options();
+  return {at::empty_symint(matrix, options), at::empty_symint(matrix, options),
+          at::empty_symint(column, options), at::empty_symint(column, options),
+          at::empty_symint(column, options.dtype(at::kBool)), at::empty_symint(column, options)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_stats_meta(const Tensor& logits, const Tensor& token_ids, double) {
+  const auto options = logits.options().dtype(wide_type(logits));
+  const auto rows = token_ids.sym_sizes();
+  return {at::empty_symint(rows, options), at::empty_symint(rows, options), at::empty_symint(rows, options)};
+}
+
+void row_grad_out_meta(const Tensor&, const Tensor&, double, const Tensor&, const Tensor&, const Tensor&,
+                       const OptionalTensor&, Tensor&) {}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss_meta(Tensor& logits, const Tensor& token_ids, double,
+                                                                 const Tensor&, const Tensor&, const OptionalTensor&,
+                                                                 const OptionalTensor&, const OptionalTensor&, double,
+                                                                 double, std::optional<double>, double, int64_t,
+                                                                 double) {
+  const auto options = logits.options().dtype(wide_type(logits));
+  const auto rows = token_ids.sym_sizes();
+  const auto make = [&] { return at::empty_symint(rows, options); };
+  return {make(), make(), make(), make(), make()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_meta(
+    const Tensor& logps, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor& entropy,
+    const OptionalTensor&, int64_t, double, bool, bool, double, double, std::optional<double>, double, int64_t, double,
+    int64_t, int64_t, bool) {
+  const auto grid = logps.sym_sizes();
+  const auto options = logps.options();
+  return {at::empty({}, options), at::empty_symint(c10::SymIntArrayRef(grid.data(), 1), options),
+          at::empty({15}, options), at::empty_symint(grid, options),
+          entropy.has_value() ? at::empty_symint(grid, options) : at::empty({0}, options)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rlaif_fast, m) {
+  m.def(
+      "rank_penalty(Tensor scores, Tensor oracle_ranks, Tensor? valid, int kind, float penalty_weight, "
+      "bool scale_group) -> (Tensor advantages, Tensor penalties, Tensor ndcg, Tensor kendall_tau, "
+      "Tensor has_signal, Tensor top1_agreement)");
+  m.def(
+      "token_loss(Tensor logps, Tensor? advantages, Tensor? oracle_ranks, Tensor? valid, Tensor? old_logps, "
+      "Tensor? ref_logps, Tensor? mask, Tensor? sampling_ratio, Tensor? entropy, Tensor? num_items, int kind, "
+      "float penalty_weight, bool scale_group, bool mean_score, float epsilon_low, float epsilon_high, float? delta, "
+      "float beta, int kl, float entropy_coef, int loss_type, int max_completion_length, bool sequence_level) "
+      "-> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_logps, Tensor grad_entropy)");
+  m.def(
+      "row_stats(Tensor logits, Tensor token_ids, float temperature) "
+      "-> (Tensor logps, Tensor lse, Tensor entropy)");
+  m.def(
+      "row_grad_out(Tensor logits, Tensor token_ids, float temperature, Tensor lse, Tensor entropy, "
+      "Tensor grad_logps, Tensor? grad_entropy, Tensor(a!) out) -> ()");
+  m.def(
+      "row_loss_(Tensor(a!) logits, Tensor token_ids, float temperature, Tensor advantages, Tensor weights, "
+      "Tensor? old_logps, Tensor? ref_logps, Tensor? sampling_ratio, float epsilon_low, float epsilon_high, "
+      "float? delta, float beta, int kl, float entropy_coef) "
+      "-> (Tensor logps, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy)");
+  m.def("compact_rows_(Tensor(a!) rows, Tensor keep) -> int");
+  m.def("row_instruction_set() -> str");
+}
+
+TORCH_LIBRARY_IMPL(rlaif_fast, Meta, m) {
+  m.impl("rank_penalty", &rank_penalty_meta);
+  m.impl("token_loss", &token_loss_meta);
+  m.impl("row_stats", &row_stats_meta);
+  m.impl("row_grad_out", &row_grad_out_meta);
+  m.impl("row_loss_", &row_loss_meta);
+}
+
+}  // namespace rlaif
+
+#define RLAIF_TEXT(x) RLAIF_TEXT_OF(x)
+#define RLAIF_TEXT_OF(x) #x
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "How the extension of rlaif_fast was built; importing it registers the operators.";
+  m.def("build_info", [] {
+    pybind11::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+    info["compiler"] = "gcc " __VERSION__;
+#else
+    info["compiler"] = "unknown";
+#endif
+    info["cpp_standard"] = static_cast<long>(__cplusplus);
+    info["torch"] = TORCH_VERSION;
+#if defined(RLAIF_WITH_CUDA)
+    info["cuda"] = RLAIF_TEXT(RLAIF_CUDA_VERSION);
+    info["cuda_architectures"] = RLAIF_TEXT(RLAIF_CUDA_ARCHITECTURES);
+#else
+    info["cuda"] = pybind11::none();
+    info["cuda_architectures"] = pybind11::none();
+#endif
+#if defined(RLAIF_X86_KERNELS)
+    info["instruction_sets"] = "default avx2 avx512";
+#else
+    info["instruction_sets"] = "default";
+#endif
+    return info;
+  });
+}

@@ -1,0 +1,82 @@
+"""Builds the extension rlaif_fast._C: the C++ kernels always, the CUDA ones where torch has CUDA and nvcc is found.
+
+RLAIF_FAST_EXT=0 skips it: everything then runs on the plain PyTorch references. TORCH_CUDA_ARCH_LIST overrides the
+CUDA architectures, MAX_JOBS the number of compilers at a time. The metadata is in pyproject.toml.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+# One object of row kernels per instruction set, so that one build runs on any processor of its family
+# (csrc/cpu/row_kernels.h).
+X86_INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+
+
+def build_arguments() -> dict:
+    """Return what setup() needs to build the extension, or nothing where it is not to be built."""
+    if os.environ.get("RLAIF_FAST_EXT", "1") == "0":
+        return {}
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
+    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    macros = [("RLAIF_X86_KERNELS", None)] if x86 else []
+    sources = [
+        "csrc/module.cpp",
+        "csrc/cpu/rank_penalty.cpp",
+        "csrc/cpu/row_ops.cpp",
+        "csrc/cpu/token_loss.cpp",
+    ]
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        sources.append("csrc/cuda/rank_penalty.cu")
+        macros += [
+            ("RLAIF_WITH_CUDA", None),
+            ("RLAIF_CUDA_VERSION", torch.version.cuda),
+            ("RLAIF_CUDA_ARCHITECTURES", os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")),
+        ]
+
+    class Build(BuildExtension):
+        """Compiles the row kernels once for each instruction set before the rest."""
+
+        def build_extensions(self) -> None:
+            standard = ["-std=c++20" if torch.__version__ >= (2, 10) else "-std=c++17"]
+            sets = {"default": [], **(X86_INSTRUCTION_SETS if x86 else {})}
+            for extension in self.extensions:
+                for name, flags in sets.items():
+                    extension.extra_objects += self.compiler.compile(
+                        [f"csrc/cpu/row_kernels_{name}.cpp"],
+                        output_dir=self.build_temp,
+                        include_dirs=extension.include_dirs,
+                        extra_postargs=[
+                            *CXX_FLAGS,
+                            *standard,
+                            *flags,
+                            f"-DCPU_CAPABILITY={name.upper()}",
+                            f"-DCPU_CAPABILITY_{name.upper()}",
+                        ],
+                    )
+            super().build_extensions()
+
+    extension = (CUDAExtension if with_cuda else CppExtension)(
+        "rlaif_fast._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-Xptxas", "-v"]},
+        depends=[str(path) for path in Path("csrc").rglob("*.h")],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+setup(**build_arguments())
