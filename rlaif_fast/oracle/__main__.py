@@ -1,0 +1,221 @@
+"""`python -m rlaif_fast.oracle rank|agree`: rank a file of responses, compare two files of rankings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.cli import run_command
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
+from rlaif_fast.oracle.monitors import counters, oracle_stats
+from rlaif_fast.oracle.records import (
+    ranking_to_json,
+    read_rows,
+    row_id,
+    row_ranks,
+    row_request,
+    row_responses,
+)
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.registry import build_oracle, oracle_names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
+    parser = argparse.ArgumentParser("rlaif_fast.oracle", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="rank|agree|list")
+
+    rank = commands.add_parser("rank", help="Rank the responses of each row of a file.")
+    rank.add_argument("file", type=Path, help="JSONL: dataset rows, each with `responses`, a list of texts.")
+    rank.add_argument("--oracle", default="reference", help="One of: see `list`.")
+    rank.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="An oracle's option, as JSON or text.",
+    )
+    rank.add_argument("--cache", type=Path, help="Keep verdicts in this file; ranking again is then free.")
+    rank.add_argument("--output", type=Path, help="File to write; FILE.ranked.jsonl without it.")
+    rank.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
+    rank.add_argument("--no_clips", action="store_true", help="Do not decode the videos.")
+    rank.add_argument("--nframes", type=int, default=8, help="Frames decoded of each video.")
+    rank.add_argument("--batch_size", type=int, default=64, help="Groups ranked at a time.")
+    rank.add_argument(
+        "--max_invalid_fraction", type=float, default=0.5, help="Stop when more of the last groups failed."
+    )
+
+    agree = commands.add_parser("agree", help="Compare the rankings of two files.")
+    agree.add_argument("first", type=Path, help="JSONL with `responses` and `ranks`.")
+    agree.add_argument("second", type=Path, help="The same groups, ranked otherwise.")
+
+    commands.add_parser("list", help="Name the oracles there are.")
+
+    options = parser.parse_args(argv)
+    command = {"rank": _rank, "agree": _agree, "list": _list}[options.command]
+    return run_command(lambda: command(options), debug=options.debug)
+
+
+def _list(options: argparse.Namespace) -> int:
+    print("\n".join(oracle_names()))
+    return 0
+
+
+def _rank(options: argparse.Namespace) -> int:
+    if options.batch_size < 1 or options.nframes < 1:
+        raise UsageError("--batch_size and --nframes must be at least 1")
+    rows = list(read_rows(options.file))
+    if not rows:
+        raise UsageError(f"{options.file} holds no rows")
+    for where, row in rows:
+        row_request(row, where)  # a wrong row is reported before anything is paid for
+    output = options.output or options.file.with_name(f"{options.file.stem}.ranked.jsonl")
+    if output.resolve() == options.file.resolve():
+        raise UsageError(f"--output would overwrite {options.file}")
+    oracle = build_oracle(
+        options.oracle,
+        cache=options.cache,
+        max_invalid_fraction=options.max_invalid_fraction,
+        **dict(_option(text) for text in options.option),
+    )
+    requests, rankings = _rank_rows(oracle, rows, options, output)
+    stats = {**oracle_stats(requests, rankings, reference=ReferenceOracle()), **counters(oracle)}
+    for key, value in stats.items():
+        print(f"{key:<28} {value:.4g}", file=sys.stderr)
+    invalid = [ranking for ranking in rankings if not ranking.valid]
+    if invalid:
+        print(f"{len(invalid)} groups could not be ranked; the last: {invalid[-1].error}", file=sys.stderr)
+    print(output)
+    return 0
+
+
+def _rank_rows(
+    oracle: Oracle, rows: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespace, output: Path
+) -> tuple[list[RankRequest], list[Ranking]]:
+    """Rank in batches; the file appears under its name only when all of it is there."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ImportError as error:
+        raise RlaifFastError("this command needs rich; run: pip install 'rlaif-fast[train]'") from error
+    from rich.console import Console
+
+    requests: list[RankRequest] = []
+    rankings: list[Ranking] = []
+    columns = ("ranking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        partial = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
+        )
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        with partial, Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("ranking", total=len(rows))
+            for start in range(0, len(rows), options.batch_size):
+                part = rows[start : start + options.batch_size]
+                batch = [row_request(row, where, _clips(row, where, options)) for where, row in part]
+                ranked = oracle.rank(batch)
+                for (_, row), ranking in zip(part, ranked):
+                    line = {**row, **ranking_to_json(ranking)}
+                    partial.write(json.dumps(line, ensure_ascii=False) + "\n")
+                requests += batch
+                rankings += ranked
+                progress.advance(task, len(part))
+        Path(partial.name).replace(output)
+    finally:
+        Path(partial.name).unlink(missing_ok=True)
+    return requests, rankings
+
+
+def _clips(row: dict[str, Any], where: str, options: argparse.Namespace) -> list[Any]:
+    """The decoded media of a row."""
+    named = {key: row.get(key) for key in ("video", "videos", "images")}
+    videos = [named["video"]] if named["video"] else named["videos"] or []
+    images = named["images"] or []
+    if options.no_clips or not (videos or images):
+        return []
+    from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image
+
+    root = options.media_root or options.file.parent
+    try:
+        sampling = FrameSampling(nframes=options.nframes)
+        return [load_clip(root / path, sampling=sampling) for path in videos] + [
+            load_image(root / path) for path in images
+        ]
+    except VideoError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--option must look like KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _agree(options: argparse.Namespace) -> int:
+    first, second = _read_rankings(options.first), _read_rankings(options.second)
+    shared = [key for key in first if key in second]
+    if not shared:
+        raise UsageError(
+            f"{options.first} and {options.second} share no group (same id or question, same responses)"
+        )
+    by_category: dict[str, list[tuple[float | None, float | None]]] = defaultdict(list)
+    for key in shared:
+        category, ranks = first[key]
+        other = second[key][1]
+        texts = sorted(ranks)
+        pair = [ranks[text] for text in texts], [other[text] for text in texts]
+        by_category[category].append((kendall_tau(*pair), top1_agreement(*pair)))
+    rows = [(category or "(none)", values) for category, values in sorted(by_category.items())]
+    if len(rows) > 1:
+        rows.append(("all", [value for _, values in rows for value in values]))
+    width = max(len(category) for category, _ in rows)
+    print(f"{'category':<{max(width, 8)}}  {'groups':>6}  {'tau':>6}  {'top-1':>6}")
+    for category, values in rows:
+        tau, top1 = (_mean([value[i] for value in values]) for i in (0, 1))
+        print(f"{category:<{max(width, 8)}}  {len(values):>6}  {tau:>6}  {top1:>6}")
+    for name, own, other_keys in (("first", first, second), ("second", second, first)):
+        alone = sum(key not in other_keys for key in own)
+        if alone:
+            print(f"{alone} groups are in the {name} file alone", file=sys.stderr)
+    return 0
+
+
+def _read_rankings(path: Path) -> dict[tuple[str, frozenset[str]], tuple[str, dict[str, int | None]]]:
+    """Category and rank of each response, by group."""
+    rankings = {}
+    for where, row in read_rows(path):
+        responses, ranks = row_responses(row, where), row_ranks(row, where)
+        name = row_id(row) or str(row.get("question"))
+        rankings[name, frozenset(responses)] = str(row.get("category", "")), dict(zip(responses, ranks))
+    if not rankings:
+        raise UsageError(f"{path} holds no rows")
+    return rankings
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    present = [value for value in values if value is not None]
+    return f"{sum(present) / len(present):.3f}" if present else "-"
+
+
+if __name__ == "__main__":
+    # A reader that closes the pipe early is no error of ours.
+    try:
+        sys.exit(main())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

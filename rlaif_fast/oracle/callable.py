@@ -1,0 +1,84 @@
+"""Any Python function as an oracle."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+
+logger = logging.getLogger(__name__)
+
+
+class CallableOracle:
+    """Ranks by a function of the request that returns one number, or None for "cannot judge", per response.
+
+    A function that raises, or returns anything else, makes the group invalid with the reason; the first
+    traceback is logged.
+
+    Args:
+        function: The function, or its name as "package.module:function".
+        returns: "scores" (higher is better) or "ranks" (lower is better).
+    """
+
+    name = "callable"
+
+    def __init__(
+        self, *, function: str | Callable[[RankRequest], Sequence[float | None]], returns: str = "scores"
+    ) -> None:
+        if returns not in ("scores", "ranks"):
+            raise UsageError(f"oracle option 'returns' must be 'scores' or 'ranks', got {returns!r}")
+        self.function = _import(function) if isinstance(function, str) else function
+        if not callable(self.function):
+            raise UsageError(f"oracle option 'function' must be a function, got {self.function!r}")
+        self.returns = returns
+        module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
+        self.identity = f"callable/1 {module}:{name or type(self.function).__qualname__} returns={returns}"
+        self._told = False
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        return [self._rank_one(request) for request in requests]
+
+    def _rank_one(self, request: RankRequest) -> Ranking:
+        start = time.perf_counter()
+        try:
+            values = _checked(self.function(request), len(request.responses))
+        except Exception as error:  # other people's code: whatever it raises is this group's failure
+            if not self._told:
+                logger.exception("the oracle function failed on %r", request.id)
+                self._told = True
+            none: tuple[None, ...] = (None,) * len(request.responses)
+            return Ranking(none, 0.0, error=f"the oracle function failed: {type(error).__name__}: {error}")
+        sign = 1.0 if self.returns == "scores" else -1.0
+        ranks = ranks_from_scores([None if value is None else sign * value for value in values])
+        return Ranking(ranks, 1.0, tuple(values), seconds=time.perf_counter() - start)
+
+
+def _checked(values: Any, count: int) -> list[float | None]:
+    values = list(values)
+    if len(values) != count:
+        raise ValueError(f"expected {count} values, got {len(values)}")
+    numbers = [None if value is None else float(value) for value in values]
+    if any(number is not None and math.isnan(number) for number in numbers):
+        raise ValueError("a value is NaN; return None for a response that cannot be judged")
+    return numbers
+
+
+def _import(name: str) -> Callable[[RankRequest], Sequence[float | None]]:
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise UsageError(f"oracle option 'function' must look like 'package.module:function', got {name!r}")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"oracle option 'function': cannot import {name!r} ({error})") from None
+    return value

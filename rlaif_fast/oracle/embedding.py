@@ -1,0 +1,179 @@
+"""Ranks by how close the meaning of a response is to the reference answer, by sentence embeddings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.scoring import normalise, parse_choice
+from rlaif_fast.oracle.untrusted import clean_text
+
+_TIE = 1e-4  # what padding to another batch changes in a cosine of float32
+
+
+class EmbeddingOracle:
+    """Ranks by the cosine of sentence embeddings, clipped to [0, 1]; an exact answer has 1.
+
+    A letter of a multiple-choice answer is replaced by its option's text. Embeddings measure likeness of
+    topic before truth ("left" and "right" are close), so check `oracle/reference_tau` before trusting one.
+
+    Args:
+        model: A folder with a transformers encoder (its `1_Pooling/config.json` is obeyed where there is
+            one), the name of an installed package that holds such a folder, or a hub name.
+        device: "auto", "cpu", "cuda", ...
+        batch_size: Texts in one forward pass.
+        max_response_chars: Length a response is cut to.
+    """
+
+    name = "embedding"
+
+    def __init__(
+        self, *, model: str, device: str = "auto", batch_size: int = 64, max_response_chars: int = 2000
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError(f"oracle option 'batch_size' must be at least 1, got {batch_size}")
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError as error:
+            raise RlaifFastError(
+                "the embedding oracle needs transformers, which is not installed; "
+                "run: pip install 'rlaif-fast[train]'"
+            ) from error
+        folder = resolve_model(model)
+        self.model_name = model
+        self.batch_size = batch_size
+        self.max_response_chars = max_response_chars
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"oracle option 'model': cannot load an encoder from {model!r}: {reason}"
+            ) from None
+        self._use_first, self._max_tokens = _pooling(folder)
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"embedding/1 model={self.model_name} max_chars={self.max_response_chars}"
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        start = time.perf_counter()
+        scored = self._score_all(requests)
+        seconds = (time.perf_counter() - start) / max(1, len(requests))
+        rankings = []
+        for request, scores in zip(requests, scored):
+            if scores is None:
+                none: tuple[None, ...] = (None,) * len(request.responses)
+                rankings.append(Ranking(none, 0.0, error=_no_reference(request)))
+            else:
+                verdicts = tuple(round(score, 6) for score in scores)
+                rankings.append(Ranking(ranks_from_scores(scores, _TIE), 1.0, verdicts, seconds=seconds))
+        return rankings
+
+    def score(self, request: RankRequest) -> tuple[float, ...]:
+        """The score of each response, in [0, 1].
+
+        Raises:
+            UsageError: If the request has no reference answer.
+        """
+        [scores] = self._score_all([request])
+        if scores is None:
+            raise UsageError(_no_reference(request))
+        return scores
+
+    def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float, ...] | None]:
+        plain = [self._texts(request) for request in requests]
+        texts = sorted({text for group in plain if group for text in group})
+        embeddings = dict(zip(texts, self._embed(texts)))
+        scored: list[tuple[float, ...] | None] = []
+        for group in plain:
+            if group is None:
+                scored.append(None)
+                continue
+            reference, *responses = group
+            scored.append(
+                tuple(
+                    1.0
+                    if text == reference
+                    else 0.0
+                    if not text
+                    else float((embeddings[text] @ embeddings[reference]).clamp(0.0, 1.0))
+                    for text in responses
+                )
+            )
+        return scored
+
+    def _texts(self, request: RankRequest) -> list[str] | None:
+        """The reference, then the responses, as they are compared; None without a reference."""
+        if request.reference is None or not request.reference.strip():
+            return None
+        texts = []
+        for text in (request.reference, *request.responses):
+            option = parse_choice(text, request.options) if request.options else None
+            plain = text if option is None else request.options[option]
+            texts.append(normalise(clean_text(plain, self.max_response_chars)))
+        return texts
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> list[Tensor]:
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        embeddings: dict[int, Tensor] = {}
+        for start in range(0, len(texts), self.batch_size):
+            part = by_length[start : start + self.batch_size]
+            batch = self._tokenizer(
+                [texts[i] for i in part],
+                padding=True,
+                truncation=True,
+                max_length=self._max_tokens,
+                return_tensors="pt",
+            ).to(self._model.device)
+            hidden = self._model(**batch).last_hidden_state  # (b, t, H)
+            if self._use_first:
+                pooled = hidden[:, 0]
+            else:
+                mask = batch["attention_mask"][..., None].to(hidden.dtype)
+                pooled = (hidden * mask).sum(1) / mask.sum(1)
+            embeddings.update(zip(part, torch.nn.functional.normalize(pooled, dim=-1).cpu()))
+        return [embeddings[i] for i in range(len(texts))]
+
+
+def resolve_model(model: str) -> str:
+    """The folder that `model` names, or that an installed package of that name holds; else `model` itself."""
+    if Path(model).is_dir():
+        return model
+    name = model.replace("-", "_")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    for root in spec.submodule_search_locations or [] if spec else []:
+        found = sorted(Path(root).glob("**/config.json"), key=lambda path: len(path.parts))
+        for config in found:
+            if "model_type" in json.loads(config.read_text()):
+                return str(config.parent)
+    return model
+
+
+def _pooling(folder: str) -> tuple[bool, int]:
+    """Whether the first token stands for the sentence (else the mean does), and the most tokens of a text."""
+    pooling, sentence = (
+        Path(folder) / name for name in ("1_Pooling/config.json", "sentence_bert_config.json")
+    )
+    use_first = pooling.is_file() and json.loads(pooling.read_text()).get("pooling_mode_cls_token", False)
+    max_tokens = json.loads(sentence.read_text()).get("max_seq_length") if sentence.is_file() else None
+    return bool(use_first), max_tokens or 512
+
+
+def _no_reference(request: RankRequest) -> str:
+    return f"request {request.id!r} has no reference answer; the embedding oracle needs one"

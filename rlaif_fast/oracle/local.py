@@ -1,0 +1,311 @@
+"""A Video-LLM in this process as the judge: it sees the frames, and may be the policy's own base model.
+
+Nothing is sampled, so there is nothing to parse and no reply to imitate:
+
+- `listwise` generates a permutation of the labels, constrained to the labels that are left, greedily;
+- `pointwise` asks "is this answer correct?" and ranks by the probability of yes against no;
+- `likelihood` ranks by the mean log-probability of the answer itself after the plain question, as a model
+  that was trained on the task would say it (no rules, no reference: those would be copied).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
+from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
+from rlaif_fast.oracle.untrusted import clean_text, distinct, seeded_generator
+
+if TYPE_CHECKING:
+    from rlaif_fast.policy.policy import Policy
+    from rlaif_fast.policy.prompt import EncodedPrompt
+    from rlaif_fast.policy.tokenize import PromptEncoder
+
+LOCAL_PROTOCOLS = ("listwise", "pointwise", "likelihood")
+
+_LISTWISE = (
+    RULES + "Reply with the ids and nothing else, from the best answer to the worst, separated by spaces."
+)
+_POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
+_YES, _NO = ("Yes", "yes"), ("No", "no")
+_LABELS = (*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789")
+_SCORE_TIE = 1e-5  # below what float32 and another packing of the same batch change in a probability
+
+
+class LocalOracle(Judge):
+    """Ranks with a Video-LLM of this process.
+
+    Args:
+        model: A checkpoint folder or a hub name.
+        protocol: "listwise", "pointwise" or "likelihood".
+        device: "auto", "cpu", "cuda", ...
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        attn_implementation: As for the policy.
+        min_pixels: Fewest pixels of a frame after resizing.
+        max_pixels: Most pixels of a frame after resizing.
+        shared_prefix: Compute a group's prompt once; False for families that this package does not know.
+        max_packed_tokens: Most tokens in one forward pass.
+        batch_size: Groups whose frames are encoded together.
+        **judge: The options of `JudgeOptions`.
+    """
+
+    name = "local"
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        protocol: str = "listwise",
+        device: str = "auto",
+        dtype: str = "auto",
+        attn_implementation: str = "auto",
+        min_pixels: int = 1024,
+        max_pixels: int = 200_704,
+        shared_prefix: bool = True,
+        max_packed_tokens: int = 16384,
+        batch_size: int = 32,
+        **judge: Any,
+    ) -> None:
+        if protocol not in LOCAL_PROTOCOLS:
+            raise UsageError(f"oracle 'local' takes protocol {', '.join(LOCAL_PROTOCOLS)}, got {protocol!r}")
+        if batch_size < 1:
+            raise UsageError(f"oracle option 'batch_size' must be at least 1, got {batch_size}")
+        super().__init__(JudgeOptions(protocol=protocol, **judge))
+        self.batch_size = batch_size
+        self.model = model
+        self.pixels = (min_pixels, max_pixels)
+        self.policy, self.encoder = _load(
+            model,
+            device,
+            dtype,
+            attn_implementation,
+            min_pixels,
+            max_pixels,
+            shared_prefix,
+            max_packed_tokens,
+        )
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"{super().identity} model={self.model} pixels={self.pixels}"
+
+    @property
+    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
+        """Probabilities in [0, 1] of each response; not with `listwise`, which only orders."""
+        if self.options.protocol == "listwise":
+            raise AttributeError("a listwise judge has no scores")
+        return self._score
+
+    def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
+        """Judge every showing, `batch_size` at a time."""
+        run = {"listwise": self._listwise, "pointwise": self._pointwise, "likelihood": self._likelihood}
+        outcomes: list[Outcome] = []
+        for start in range(0, len(showings), self.batch_size):
+            with torch.inference_mode():
+                outcomes += run[self.options.protocol](showings[start : start + self.batch_size])
+        return outcomes
+
+    def _score(self, request: RankRequest) -> tuple[float, ...]:
+        cap = self.options.max_response_chars
+        texts, places = distinct([clean_text(response, cap) for response in request.responses])
+        showing = Showing(request, tuple(texts), tuple(range(len(texts))), salt="")
+        with torch.inference_mode():
+            if self.options.protocol == "pointwise":
+                [(scores, _)] = self._yes_probabilities([showing])
+            else:
+                [(scores, _)] = self._likelihoods([showing])
+        return tuple(scores[place] for place in places)
+
+    def _listwise(self, showings: Sequence[Showing]) -> list[Outcome]:
+        start = time.perf_counter()
+        labels = [self._labels(showing) for showing in showings]
+        prompts = []
+        for showing, own in zip(showings, labels):
+            block = answers_block((own[i][0], showing.texts[i]) for i in showing.order)
+            prompts.append(self._encode(showing, _LISTWISE, question_block(showing.request) + block))
+        features = self.policy.encode_media(prompts)
+        chosen: list[list[int]] = [[] for _ in showings]  # texts from best to worst
+        tokens = sum(len(prompt.input_ids) for prompt in prompts)
+        for _ in range(max(len(showing.texts) for showing in showings) - 1):
+            left = [[i for i in s.order if i not in done] for s, done in zip(showings, chosen)]
+            open_ = [n for n, items in enumerate(left) if len(items) > 1]
+            replies = []
+            for n in open_:
+                said = [labels[n][i][1] for i in chosen[n]]
+                replies.append([[*said, labels[n][i][1]] for i in left[n]])
+            logps = self._logps([prompts[n] for n in open_], replies, features)
+            for n, candidates in zip(open_, logps):
+                last = [candidate[-1] for candidate in candidates]  # all that the candidates differ in
+                chosen[n].append(left[n][last.index(max(last))])
+        seconds = (time.perf_counter() - start) / len(showings)
+        outcomes = []
+        for showing, own, done in zip(showings, labels, chosen):
+            order = [*done, *(i for i in showing.order if i not in done)]
+            ranks = tuple(order.index(i) for i in range(len(order)))
+            said_text = " ".join(own[i][0] for i in order)
+            outcomes.append(Outcome(ranks, (said_text,), tokens // len(showings), seconds))
+        return outcomes
+
+    def _pointwise(self, showings: Sequence[Showing]) -> list[Outcome]:
+        return self._scored(showings, self._yes_probabilities)
+
+    def _likelihood(self, showings: Sequence[Showing]) -> list[Outcome]:
+        return self._scored(showings, self._likelihoods)
+
+    def _scored(
+        self,
+        showings: Sequence[Showing],
+        score: Callable[[Sequence[Showing]], list[tuple[list[float], int]]],
+    ) -> list[Outcome]:
+        start = time.perf_counter()
+        scored = score(showings)
+        seconds = (time.perf_counter() - start) / len(showings)
+        return [
+            Outcome(
+                ranks_from_scores(scores, _SCORE_TIE),
+                tuple(f"{value:.6f}" for value in scores),
+                tokens,
+                seconds,
+            )
+            for scores, tokens in scored
+        ]
+
+    def _yes_probabilities(self, showings: Sequence[Showing]) -> list[tuple[list[float], int]]:
+        """For each showing the probability of yes against no for each text, and the tokens read."""
+        yes, no = self._answer_tokens
+        words = [[token] for token in (*yes, *no)]
+        prompts = [
+            self._encode(
+                showing, _POINTWISE, question_block(showing.request) + answers_block([("answer", text)])
+            )
+            for showing in showings
+            for text in showing.texts
+        ]
+        features = self.policy.encode_media(prompts)
+        values = []
+        for candidates in self._logps(prompts, [words] * len(prompts), features):
+            logps = torch.tensor([candidate[0] for candidate in candidates], dtype=torch.float64)
+            split = logps[: len(yes)].logsumexp(0) - logps[len(yes) :].logsumexp(0)
+            values.append(split.sigmoid().item())
+        results, at = [], 0
+        for showing in showings:
+            own = slice(at, at + len(showing.texts))
+            results.append((values[own], sum(len(prompt.input_ids) for prompt in prompts[own])))
+            at = own.stop
+        return results
+
+    def _likelihoods(self, showings: Sequence[Showing]) -> list[tuple[list[float], int]]:
+        """For each showing the geometric mean of each text's token probabilities, and the tokens read."""
+        prompts = [self._encode(showing, None, showing.request.question) for showing in showings]
+        replies = [[self.encoder.encode_answer(text) for text in showing.texts] for showing in showings]
+        features = self.policy.encode_media(prompts)
+        results = []
+        for prompt, own, candidates in zip(prompts, replies, self._logps(prompts, replies, features)):
+            means = [sum(logps) / len(logps) for logps in candidates]
+            tokens = len(prompt.input_ids) + sum(map(len, own))
+            results.append((torch.tensor(means, dtype=torch.float64).exp().tolist(), tokens))
+        return results
+
+    def _encode(self, showing: Showing, rules: str | None, text: str) -> EncodedPrompt:
+        request = showing.request
+        # The rules' own block lists the options; the plain question is asked as the policy is.
+        options = request.options if rules is None else ()
+        example = Example(id=request.id, question=text, options=options, system=rules)
+        return self.encoder.encode(example, request.clips)
+
+    def _logps(
+        self, prompts: Sequence[EncodedPrompt], replies: Sequence[Sequence[Sequence[int]]], features: Any
+    ) -> list[list[list[float]]]:
+        """Log-probability of each token of each reply after its prompt."""
+        rows = [torch.tensor(list(reply)) for group in replies for reply in group]
+        lengths = torch.tensor([len(row) for row in rows])
+        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        logps = self.policy.response_logps(
+            prompts, token_ids, lengths, group_sizes=[len(group) for group in replies], features=features
+        )
+        assert isinstance(logps, torch.Tensor)
+        parts = iter(logps.double().cpu().split(lengths.tolist()))
+        return [[next(parts).tolist() for _ in group] for group in replies]
+
+    def _labels(self, showing: Showing) -> list[tuple[str, int]]:
+        """A label of one token for each text, dealt out anew for every order."""
+        count = len(showing.texts)
+        if count > len(self._label_tokens):
+            raise UsageError(
+                f"oracle 'local': the tokenizer of {self.model!r} has {len(self._label_tokens)} letters and "
+                f"digits as single tokens, too few for {count} responses; use protocol='pointwise'"
+            )
+        labels = self._label_tokens[:count]
+        seeded_generator("labels", showing.salt, *showing.texts).shuffle(labels)
+        return labels
+
+    @cached_property
+    def _label_tokens(self) -> list[tuple[str, int]]:
+        found = [(label, self._single_token(label)) for label in _LABELS]
+        return [(label, token) for label, token in found if token is not None]
+
+    @cached_property
+    def _answer_tokens(self) -> tuple[list[int], list[int]]:
+        yes, no = (
+            sorted({token for word in words if (token := self._single_token(word)) is not None})
+            for words in (_YES, _NO)
+        )
+        if not yes or not no:
+            raise UsageError(
+                f"oracle 'local': the tokenizer of {self.model!r} has no single token for Yes and No; use "
+                "protocol='likelihood' or protocol='listwise'"
+            )
+        return yes, no
+
+    def _single_token(self, word: str) -> int | None:
+        tokenizer = self.encoder.tokenizer
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _load(
+    model: str,
+    device: str,
+    dtype: str,
+    attn_implementation: str,
+    min_pixels: int,
+    max_pixels: int,
+    shared_prefix: bool,
+    max_packed_tokens: int,
+) -> tuple[Policy, PromptEncoder]:
+    try:
+        from rlaif_fast.policy.loading import ModelOptions, load_model
+        from rlaif_fast.policy.policy import Policy
+        from rlaif_fast.policy.tokenize import PromptEncoder
+        from rlaif_fast.video import PixelBudget
+    except ImportError as error:
+        raise RlaifFastError(
+            f"the local oracle needs {error.name}, which is not installed; "
+            "run: pip install 'rlaif-fast[train]'"
+        ) from error
+    options = ModelOptions(
+        model=model,
+        dtype=dtype,  # type: ignore[arg-type]
+        attn_implementation=attn_implementation,
+        device=device,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
+    loaded = load_model(options)
+    loaded.model.requires_grad_(False).eval()
+    policy = Policy(
+        loaded.model, loaded.tokenizer, shared_prefix=shared_prefix, max_packed_tokens=max_packed_tokens
+    )
+    spec = loaded.patch_spec
+    pixels = PixelBudget(spec.factor, min_pixels, max_pixels, None, spec.temporal_patch_size)
+    return policy, PromptEncoder(loaded.tokenizer, loaded.model_type, spec, pixels)

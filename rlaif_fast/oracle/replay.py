@@ -1,0 +1,67 @@
+"""Verdicts from a file: rankings of people, of another run, of `python -m rlaif_fast.oracle rank`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.records import read_rows, row_id, row_ranks, row_responses
+
+
+class ReplayOracle:
+    """Looks rankings up by what was asked: the question and the responses, in whatever order.
+
+    Where several rows ask the same, the row's `id` (or `example_id`) decides; rows that still contradict each
+    other are no verdict. A group that the file does not hold gets a `Ranking` with an error.
+
+    Args:
+        path: JSONL with `question`, `responses`, `ranks` (or `oracle_ranks`, as in a run's rollouts.jsonl),
+            maybe `id` and `confidence`.
+    """
+
+    name = "replay"
+
+    def __init__(self, *, path: str | Path) -> None:
+        self.path = Path(path)
+        self._rows: dict[tuple[str, frozenset[str]], list[_Row]] = defaultdict(list)
+        digest = hashlib.sha256()
+        for where, row in read_rows(self.path):
+            responses, ranks = row_responses(row, where), row_ranks(row, where)
+            digest.update(repr((row_id(row), row.get("question"), responses, ranks)).encode())
+            kept = _Row(row_id(row), dict(zip(responses, ranks)), float(row.get("confidence", 1.0)))
+            self._rows[str(row.get("question")), frozenset(responses)].append(kept)
+        self.identity = f"replay/1 {digest.hexdigest()}"
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        return [self._rank_one(request) for request in requests]
+
+    def _rank_one(self, request: RankRequest) -> Ranking:
+        none: tuple[None, ...] = (None,) * len(request.responses)
+        rows = self._rows.get((request.question, frozenset(request.responses)), [])
+        # A run names its requests "position:id"; the file's rows carry the id alone.
+        named = [row for row in rows if row.id in (request.id, request.id.partition(":")[2])]
+        rows = named or rows
+        if not rows:
+            return Ranking(none, 0.0, error=f"{self.path} holds no verdict on request {request.id!r}")
+        found = {
+            ranks_from_scores(
+                [None if (rank := row.rank_of[text]) is None else -rank for text in request.responses]
+            )
+            for row in rows
+        }
+        if len(found) > 1:
+            return Ranking(none, 0.0, error=f"{self.path} contradicts itself on request {request.id!r}")
+        return Ranking(found.pop(), min(row.confidence for row in rows))
+
+
+class _Row:
+    def __init__(self, name: str | None, rank_of: dict[str, Any], confidence: float) -> None:
+        self.id = name
+        self.rank_of = rank_of
+        self.confidence = confidence

@@ -1,0 +1,139 @@
+"""Ranks by a scalar reward model: a sequence classifier with one output over question and response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.untrusted import clean_text, distinct
+
+
+class RewardModelOracle:
+    """Ranks by `AutoModelForSequenceClassification` with one label; it reads text alone, no frames.
+
+    With a chat template the question is the user's turn and the response the assistant's; without one they
+    are a text pair.
+
+    Args:
+        model: A folder or a hub name.
+        device: "auto", "cpu", "cuda", ...
+        batch_size: Responses in one forward pass.
+        max_tokens: Longest input.
+        max_response_chars: Length a response is cut to.
+        tie: Scores closer than this tie.
+    """
+
+    name = "reward_model"
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        device: str = "auto",
+        batch_size: int = 32,
+        max_tokens: int = 2048,
+        max_response_chars: int = 2000,
+        tie: float = 1e-4,
+    ) -> None:
+        if batch_size < 1 or max_tokens < 1 or tie < 0:
+            raise UsageError(
+                "oracle options 'batch_size' and 'max_tokens' must be at least 1, 'tie' at least 0"
+            )
+        try:
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        except ImportError as error:
+            raise RlaifFastError(
+                "the reward_model oracle needs transformers, which is not installed; "
+                "run: pip install 'rlaif-fast[train]'"
+            ) from error
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self._model: Any = AutoModelForSequenceClassification.from_pretrained(model).eval().to(device)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(
+                f"oracle option 'model': cannot load a reward model from {model!r}: {reason}"
+            ) from None
+        if self._model.config.num_labels != 1:
+            raise UsageError(
+                f"oracle option 'model': expected one output, {model!r} has {self._model.config.num_labels}"
+            )
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        if self._model.config.pad_token_id is None:
+            self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        self.model_name = model
+        self.batch_size = batch_size
+        self.max_tokens = max_tokens
+        self.max_response_chars = max_response_chars
+        self.tie = tie
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return (
+            f"reward_model/1 model={self.model_name} max_tokens={self.max_tokens} "
+            f"max_chars={self.max_response_chars} tie={self.tie}"
+        )
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        start = time.perf_counter()
+        scored = self._score_all(requests)
+        seconds = (time.perf_counter() - start) / max(1, len(requests))
+        rankings = []
+        for request, scores in zip(requests, scored):
+            if any(score != score for score in scores):
+                none: tuple[None, ...] = (None,) * len(request.responses)
+                rankings.append(
+                    Ranking(none, 0.0, scores, seconds=seconds, error="the reward model gave NaN")
+                )
+            else:
+                ranks = ranks_from_scores(scores, self.tie)
+                rankings.append(Ranking(ranks, 1.0, tuple(round(s, 6) for s in scores), seconds=seconds))
+        return rankings
+
+    def score(self, request: RankRequest) -> tuple[float, ...]:
+        """The reward of each response; unbounded."""
+        [scores] = self._score_all([request])
+        return scores
+
+    @torch.inference_mode()
+    def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float, ...]]:
+        inputs: list[list[int]] = []
+        places = []
+        for request in requests:
+            texts, own = distinct(
+                [clean_text(response, self.max_response_chars) for response in request.responses]
+            )
+            places.append([len(inputs) + place for place in own])
+            inputs += [self._encode(request, text) for text in texts]
+        values = [0.0] * len(inputs)
+        by_length = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))
+        for start in range(0, len(inputs), self.batch_size):
+            part = by_length[start : start + self.batch_size]
+            batch = self._tokenizer.pad({"input_ids": [inputs[i] for i in part]}, return_tensors="pt")
+            logits = self._model(**batch.to(self._model.device)).logits[:, 0].float().tolist()
+            for i, value in zip(part, logits):
+                values[i] = value
+        return [tuple(values[i] for i in own) for own in places]
+
+    def _encode(self, request: RankRequest, text: str) -> list[int]:
+        question = request.question
+        if request.options:
+            letters = (f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(request.options))
+            question = "\n".join((question, *letters))
+        if self._tokenizer.chat_template is None:
+            return self._tokenizer(question, text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+        chat = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        encoded = self._tokenizer(chat, add_special_tokens=False, truncation=True, max_length=self.max_tokens)
+        return encoded["input_ids"]

