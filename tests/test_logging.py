@@ -121,7 +121,7 @@ def test_a_resumed_stage_starts_where_it_was(run):
 def test_evaluations_are_printed_and_their_accuracy_stays_in_view(run):
     stream = io.StringIO()
     with _logger(run, stream=stream) as logger, logger.stage("rl", 2):
-        logger.log("rl", 1, loss=0.5)
+        logger.log("rl", 1, loss=0.5, accuracy=0.25)
         rows = {
             "counting": {"accuracy": 0.5, "n": 4, "correct": 2},
             "action": {"accuracy": 1, "n": 2, "correct": 2},
@@ -130,7 +130,7 @@ def test_evaluations_are_printed_and_their_accuracy_stays_in_view(run):
         logger.log("rl", 2, loss=0.5)
     lines = stream.getvalue().splitlines()
     assert "eval rl step 1, validation: accuracy 0.667 of 6 answers" in lines
-    assert "accuracy 0.667" in lines[-1]
+    assert "accuracy 0.250  held-out 0.667" in lines[-1]
 
 
 def test_a_nested_stage_leaves_the_outer_one_alone(run):
@@ -174,6 +174,7 @@ def test_time_goes_on_after_a_resume(run):
         file.write(json.dumps({"time": 500.0, "stage": "rl", "step": 1}) + "\n")
     with _logger(run) as logger:
         logger.log("rl", 2, loss=0.0)
+        assert logger.elapsed() > 500.0
     assert 500.0 <= list(read_jsonl(run.metrics))[-1]["time"] < 560.0
 
 

@@ -88,7 +88,7 @@ def make_run(
                     "kendall_tau": noisy(0.22, 0.55, 0.04),
                     "ndcg": min(1.0, noisy(0.68, 0.86, 0.015)),
                     "top1_agreement": noisy(0.35, 0.62, 0.04),
-                    "penalty": noisy(0.35, 0.2, 0.012),
+                    "accuracy": noisy(0.3, 0.58, 0.02),
                     "no_signal": max(0.0, noisy(0.06, 0.24, 0.03)),
                 }
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -202,7 +203,7 @@ def headline(score: Score) -> Draw:
             axes.plot(
                 [interval.low, interval.high], [y, y], color=color, lw=9, alpha=0.28, solid_capstyle="round"
             )
-            axes.plot(interval.mean, y, "o", ms=12, color=color)
+            axes.plot(interval.mean, y, "o", ms=12, color=color, clip_on=False)
             axes.annotate(
                 f"{interval.mean:.1%}",
                 (interval.high, y),
@@ -241,7 +242,7 @@ def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
             for shift, interval, color in ((0.16, score.before, BEFORE), (-0.16, score.after, AFTER)):
                 span = [interval.low, interval.high]
                 axes.plot(span, [y + shift] * 2, color=color, lw=4.5, alpha=0.28, solid_capstyle="round")
-                axes.plot(interval.mean, y + shift, "o", ms=7, color=color)
+                axes.plot(interval.mean, y + shift, "o", ms=7, color=color, clip_on=False)
             _chance(axes, [(score.chance, y - 0.36, y + 0.36)])
             axes.text(
                 1.03,
@@ -294,9 +295,9 @@ def time_spent(seconds: Mapping[str, float], *, narrow: bool = False) -> Draw:
         values = [value for _, value in parts]
         axes.barh(range(len(parts)), values, height=0.62, color=AFTER, alpha=0.85)
         for y, value in enumerate(values):
-            share = f"{value / total:.0%}" if total else ""
+            share = f" · {value / total:.0%}" if total else ""
             axes.annotate(
-                f"{duration(value)}   {share}",
+                f"{duration(value)}{share}",
                 (value, y),
                 xytext=(7, 0),
                 textcoords="offset points",
@@ -330,18 +331,20 @@ def learning_curve(panel: Panel) -> Draw:
                 axes.plot(curve.steps, smooth(curve.values), color=color, lw=1.9, label=label)
         if panel.marked_step is not None:
             axes.axvline(panel.marked_step, color=MUTED, lw=1, ls=(0, (3, 3)))
+            steps = panel.curves[0].steps
+            early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # the word goes where room is
             axes.annotate(
                 "best",
                 (panel.marked_step, 0.02),
                 xycoords=("data", "axes fraction"),
-                xytext=(-4, 2),
+                xytext=(4 if early else -4, 2),
                 textcoords="offset points",
-                ha="right",
+                ha="left" if early else "right",
                 color=MUTED,
                 fontsize=9,
             )
         if panel.percent:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6 if panel.wide else 4, integer=True))
         axes.set_xlabel(panel.xlabel)

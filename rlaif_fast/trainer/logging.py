@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 LIVE_VALUES = (
     ("loss", "loss", ".4f"),
     ("accuracy", "accuracy", ".3f"),
+    ("held-out", "held-out", ".3f"),
     ("kl", "KL", ".4f"),
     ("kendall_tau", "agreement", "+.2f"),
 )
@@ -133,12 +134,15 @@ class RunLogger:
         running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
         last = running is not None and step >= running.total
         if stage == "eval" or last or step % self._log_every == 0:
-            record = plain({"time": round(self._elapsed(), 3), "stage": stage, "step": step, **scalars})
+            record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
             self._metrics.write(json_line(record))
             self._write_events(record)
-            self._live.update({key: record[key] for key, *_ in LIVE_VALUES if record.get(key) is not None})
             if stage == "eval":
                 self.message(_evaluation_line(record))
+                self._show("held-out", record.get("accuracy"))
+            else:
+                for key, *_ in LIVE_VALUES:
+                    self._show(key, record.get(key))
         if running is not None:
             running.update(step, self._live_text())
 
@@ -167,8 +171,8 @@ class RunLogger:
         """Print a plain line, above the bar where there is one."""
         self._console.print(text)
 
-    def _elapsed(self) -> float:
-        """Seconds of work so far, without the pause before a resume."""
+    def elapsed(self) -> float:
+        """Seconds of work so far, those before a resume counted and the pause left out."""
         return time.perf_counter() - self._started
 
     def _charge(self) -> None:
@@ -178,6 +182,10 @@ class RunLogger:
             name = self._timers[-1]
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._timer_mark
         self._timer_mark = now
+
+    def _show(self, key: str, value: float | None) -> None:
+        if value is not None:
+            self._live[key] = value
 
     def _live_text(self) -> str:
         return "  ".join(

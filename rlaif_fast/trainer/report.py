@@ -170,12 +170,17 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
         curve("rl", "top1_agreement", "same best"),
         curve("rl", "kendall_tau", "Kendall tau"),
     )
+    add(
+        "Right answers sampled",
+        "Share of the responses RL learns from.",
+        curve("rl", "accuracy"),
+        percent=True,
+    )
+    add("Groups without signal", "All tied or not ranked.", curve("rl", "no_signal"), percent=True)
+    add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
     add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
     add("RL loss", "Policy loss and its KL term.", curve("rl", "loss"))
     add("KL", "Distance of the policy from its start, per token.", curve("rl", "kl"))
-    add("Entropy", "Of the next token; zero would be no exploration.", curve("rl", "entropy"))
-    add("Rank penalty", "Mean error of the policy's order in a group.", curve("rl", "penalty"))
-    add("Groups without signal", "All tied or not ranked.", curve("rl", "no_signal"), percent=True)
     return panels
 
 
@@ -292,16 +297,16 @@ def gallery(run_dir: RunDir) -> list[Card]:
     largest = max(sizes, default=0.0) or 1.0
     cards = []
     for name, phases in by_example.items():
-        record = phases["sft"] if "sft" in phases else phases["final"]
-        frames, problem = _strip(_media(record))
-        answer = record.get("answer") or ""
+        asked = phases["sft"] if "sft" in phases else phases["final"]
+        frames, problem = _strip(_media(asked))
+        answer = asked.get("answer") or ""
         options = tuple(
-            f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(record.get("options") or ())
+            f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(asked.get("options") or ())
         )
         cards.append(
             Card(
-                category=record["category"],
-                question=record["question"],
+                category=asked["category"],
+                question=asked["question"],
                 options=options,
                 answer=next((option for option in options if option.startswith(f"{answer}. ")), answer),
                 frames=frames,
