@@ -209,6 +209,7 @@ def write_predictions(run_dir, phase: str, result, run) -> None:
             {
                 "example_id": prediction.example.id,
                 "category": prediction.example.category,
+                "video": next(iter((*prediction.example.videos, *prediction.example.images)), None),
                 "prediction": prediction.text,
                 "answer": prediction.example.answer,
                 "correct": bool(prediction.correct),

@@ -63,6 +63,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     def save(name: str, **roles: bool) -> None:
         state = {
             "stage": "rl",
+            "step": progress.step,
             "progress": vars(progress).copy(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
