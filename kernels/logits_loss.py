@@ -14,8 +14,8 @@ One program takes one row. Each lane keeps its own running maximum m, sum s = su
 - m)(z - m) of VEC neighbouring logits, so that no thread waits for another within the sweep. z is in units
 of log 2, and the entropy comes from z - m, which does not cancel. The next block is loaded before this one
 is used. Never materialised: softmax, log-softmax, a float32 copy. Any float dtype in, float32 inside,
-statistics float32. A row of weight 0 is not read; an id outside [0, V) is not read through and makes the
-row's results NaN.
+statistics float32.
+A row of weight 0 is not read. An id outside [0, V) is not read through: its logp is NaN, lse and H are right.
 
 Letters: M rows, V vocabulary; logits are (M, V) or (B, T, V) with M = B * T, the last stride 1.
 """
@@ -93,8 +93,9 @@ def _sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
     mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
     inside = (y >= 0) & (y < V)
     z_y = tl.load(x + tl.where(inside, y, 0)).to(tl.float32) * scale
-    log_total = tl.where(inside, tl.log2(total), float("nan"))
-    return top + log_total, (z_y - top - log_total) * LN2, (log_total - mean) * LN2
+    log_total = tl.log2(total)
+    logp = tl.where(inside, (z_y - top - log_total) * LN2, float("nan"))
+    return top + log_total, logp, (log_total - mean) * LN2
 
 
 @triton.jit
@@ -105,7 +106,6 @@ def _write_grad(
     offs_v = _lanes(VEC, BLOCK_V)
     g *= inv_temperature
     h *= inv_temperature
-    g = tl.where((y >= 0) & (y < V), g, float("nan"))
     blocks = (V + BLOCK_V - 1) // BLOCK_V
     if (g == 0) & (h == 0):
         for block in tl.range(0, blocks):
@@ -236,27 +236,29 @@ def row_loss_kernel(
 
 
 def _rows(
-    logits: Tensor,  # (M, V) or (B, T, V)
-) -> tuple[int, int, int, int, int]:
-    """Return M, T, V and the strides of B and T."""
+    logits: Tensor,  # (..., V)
+) -> tuple[Tensor, int, int, int, int, int]:
+    """Return the logits as (M, V) or (B, T, V), the last stride 1; M, T, V; the strides of B and T."""
     V = logits.shape[-1]
+    if logits.stride(-1) != 1 and V > 1:
+        logits = logits.contiguous()
+    if logits.dim() == 1:
+        logits = logits[None]
+    elif logits.dim() > 3:
+        logits = logits.reshape(-1, logits.shape[-2], V)
     if logits.dim() == 2:
-        return logits.shape[0], 1, V, logits.stride(0), 0
-    return logits.shape[0] * logits.shape[1], logits.shape[1], V, logits.stride(0), logits.stride(1)
-
-
-def _dense(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+        return logits, logits.shape[0], 1, V, logits.stride(0), 0
+    B, T, _ = logits.shape
+    return logits, B * T, T, V, logits.stride(0), logits.stride(1)
 
 
 def row_stats(
-    logits: Tensor,  # (M, V) or (B, T, V)
+    logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (M,)
     temperature: float,
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row; the logits are left alone."""
-    logits = _dense(logits)
-    M, T, V, stride_b, stride_t = _rows(logits)
+    logits, M, T, V, stride_b, stride_t = _rows(logits)
     stats = RowStats(*torch.empty((3, M), dtype=torch.float32, device=logits.device))
     if M:
         with torch.cuda.device_of(logits):
@@ -272,7 +274,7 @@ def row_stats(
 
 
 def row_grad(
-    logits: Tensor,  # (M, V) or (B, T, V)
+    logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (M,)
     temperature: float,
     stats: RowStats,
@@ -281,10 +283,9 @@ def row_grad(
     out: Tensor,  # like logits; may be logits
 ) -> None:
     """Write grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits."""
-    logits = _dense(logits)
-    M, T, V, stride_b, stride_t = _rows(logits)
-    _, _, _, out_stride_b, out_stride_t = _rows(out)
-    assert out.shape == logits.shape and out.stride(-1) == 1
+    logits, M, T, V, stride_b, stride_t = _rows(logits)
+    to, _, _, _, out_stride_b, out_stride_t = _rows(out)
+    assert to.shape == logits.shape and to.data_ptr() == out.data_ptr()  # a view: written through
     if M:
         with torch.cuda.device_of(logits):
             row_grad_kernel[(M,)](
@@ -301,15 +302,15 @@ def row_grad(
 
 
 def row_loss(
-    logits: Tensor,  # (M, V) or (B, T, V); overwritten by the gradient
+    logits: Tensor,  # (..., V); overwritten by the gradient
     token_ids: Tensor,  # (M,)
     temperature: float,
     rows: RowInputs,
     options: LossOptions,
 ) -> tuple[RowStats, Tensor, Tensor]:
     """Return statistics, grad_logps and grad_entropy (M,) of each row; the gradient replaces the logits."""
-    M, T, V, stride_b, stride_t = _rows(logits)
-    assert logits.stride(-1) == 1
+    x, M, T, V, stride_b, stride_t = _rows(logits)
+    assert x.data_ptr() == logits.data_ptr()  # a view: written through
     results = torch.empty((5, M), dtype=torch.float32, device=logits.device)
     if M:
         given = [None if x is None else x.contiguous() for x in rows]

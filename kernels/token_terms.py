@@ -44,21 +44,22 @@ def policy_slope(log_ratio, rho, A, low, high, delta):
     """Return dJ / dlogp: rho * A where the branch that min() takes still moves with rho, else 0."""
     clipped = _clip(rho, low, high)
     bounded = rho if delta is None else tl.minimum(rho, delta, propagate_nan=ALL)
-    takes_bounded = bounded * A <= clipped * A
-    moves = tl.where(takes_bounded, bounded == rho, clipped == rho)
-    return tl.where(moves & (tl.abs(log_ratio) <= LIMIT), rho * A, 0.0)
+    at_bound = tl.where(bounded * A <= clipped * A, bounded < rho, (clipped < rho) | (clipped > rho))
+    return tl.where(at_bound | (tl.abs(log_ratio) > LIMIT), 0.0, rho * A)  # comparisons let a NaN through
 
 
 @triton.jit
 def kl_term(x, KL: tl.constexpr):
     """Return KL and dKL / dlogp of x = ref_logp - logp."""
     if KL == "k1":
-        return -x, tl.full(x.shape, 1.0, tl.float32)
-    if KL == "k2":
-        return x * x * 0.5, -x
-    within = tl.abs(x) <= LIMIT
-    x = _clip(x, -LIMIT, LIMIT)
-    # exp(x) - 1 and exp(x) - 1 - x cancel near 0: a series there
-    tail = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
-    excess = tl.where(tl.abs(x) < 0.5, tail, tl.exp(x) - 1.0 - x)
-    return excess, tl.where(within, -(excess + x), 0.0)
+        kl, slope = -x, 1.0
+    elif KL == "k2":
+        kl, slope = x * x * 0.5, -x
+    else:
+        beyond = tl.abs(x) > LIMIT
+        x = _clip(x, -LIMIT, LIMIT)
+        # exp(x) - 1 and exp(x) - 1 - x cancel near 0: a series there
+        tail = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+        kl = tl.where(tl.abs(x) < 0.5, tail, tl.exp(x) - 1.0 - x)
+        slope = tl.where(beyond, 0.0, -(kl + x))
+    return kl, slope

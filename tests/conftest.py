@@ -1,0 +1,18 @@
+"""Set-up that has to come before any test module is imported."""
+
+import os
+
+import pytest
+import torch
+
+# Where there is no CUDA device, Triton kernels run in Triton's interpreter, chosen when triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the Triton tests as GPU tests where they are compiled rather than interpreted."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        for item in items:
+            if item.path.name.startswith("test_triton_") and item.path.name != "test_triton_aot.py":
+                item.add_marker(pytest.mark.gpu)

@@ -1,0 +1,80 @@
+"""The Triton rank penalty against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton_cases import DEVICE, LOSS, uninitialised_memory_is_nan
+
+from rlaif_fast import reference
+from rlaif_fast.options import KINDS, RankOptions
+from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
+
+poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
+
+
+def check(scores: Tensor, ranks: Tensor, valid: Tensor | None, options: RankOptions) -> None:
+    result = rank_penalty(scores, ranks, valid, options)
+    expected = reference.rank_penalty(scores.double(), ranks.double(), valid, options)
+    for got, want in zip(result, expected):
+        torch.testing.assert_close(got.to(want.dtype), want, rtol=LOSS[torch.float32], atol=1e-6)
+
+
+def groups(N: int, G: int, levels: int = 1 << 20) -> tuple[Tensor, Tensor]:
+    """Return scores and ranks (N, G); few levels make ties."""
+    random = torch.Generator().manual_seed(G)
+    scores = torch.randint(levels, (N, G), generator=random) / levels - 2.0
+    ranks = torch.randint(min(G, levels), (N, G), generator=random).float()
+    return scores.to(DEVICE), ranks.to(DEVICE)
+
+
+@pytest.mark.parametrize("G", [1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 63, 64])
+def test_group_sizes(G: int) -> None:
+    check(*groups(2, G), None, RankOptions())
+
+
+@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_with_ties(kind: str, scale: str) -> None:
+    scores, ranks = groups(4, 6, levels=3)
+    valid = torch.tensor([True, True, False, True], device=DEVICE)
+    check(scores, ranks, valid, RankOptions(kind=kind, scale=scale, penalty_weight=0.5))
+
+
+@pytest.mark.parametrize("kind", ["directed", "oracle", "zscore"])
+def test_all_tied_is_exactly_zero(kind: str) -> None:
+    scores, ranks = groups(2, 7)
+    result = rank_penalty(scores, torch.full_like(ranks, 3.0), None, RankOptions(kind=kind, scale="group"))
+    assert not result.advantages.any()
+    assert not result.has_signal.any()
+
+
+def test_only_the_order_counts() -> None:
+    scores, ranks = groups(3, 6)
+    result = rank_penalty(scores, ranks, None, RankOptions())
+    again = rank_penalty(scores * 5 - 3, ranks * 10 + 7, None, RankOptions())
+    assert torch.equal(result.advantages, again.advantages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_scores(dtype: torch.dtype) -> None:
+    scores, ranks = groups(3, 6)
+    result = rank_penalty(scores.to(dtype), ranks.to(dtype), None, RankOptions())
+    expected = reference.rank_penalty(scores.to(dtype).double(), ranks.double(), None, RankOptions())
+    assert result.advantages.dtype == dtype
+    torch.testing.assert_close(result.advantages.double(), expected.advantages, rtol=1e-2, atol=1e-3)
+
+
+def test_strided_and_empty() -> None:
+    scores, ranks = groups(4, 6)
+    check(scores[::2, 1::2], ranks[::2, 1::2], None, RankOptions())
+    assert rank_penalty(scores[:0], ranks[:0], None, RankOptions()).advantages.shape == (0, 6)
+
+
+def test_refusals_name_the_reason() -> None:
+    assert supports("rank_penalty", DEVICE, torch.float32, 64) is None
+    assert "65" in (supports("rank_penalty", DEVICE, torch.float32, 65) or "")
