@@ -1,0 +1,164 @@
+"""The local judge against plain forward passes of the same model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import RankRequest, build_oracle
+from rlaif_fast.oracle.local import LocalOracle
+from rlaif_fast.oracle.monitors import blind_control, oracle_stats
+from rlaif_fast.policy.plain import model_inputs
+from rlaif_fast.policy.tiny import TinySize, make_tiny
+from rlaif_fast.video.base import Clip
+
+SIZE = TinySize(
+    hidden_size=64, layers=2, heads=4, intermediate_size=96, vision_hidden_size=32, vision_layers=1
+)
+ANSWERS = ("a red square", "a blue square", "square square", "nothing", "a red square moves left")
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl"])
+def checkpoint(request, tmp_path_factory):
+    words = {"Yes", "No", "what", "happens", "?", *" ".join(ANSWERS).split()}
+    size = TinySize(**{**vars(SIZE), "hidden_size": 128}) if request.param == "qwen2_5_vl" else SIZE
+    return make_tiny(tmp_path_factory.mktemp("tiny"), words, family=request.param, size=size, seed=3)
+
+
+def clip(seed):
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randint(0, 256, (4, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return Clip(frames, (0.0, 0.5, 1.0, 1.5), key=f"clip{seed}")
+
+
+def requests(count=3):
+    return [
+        RankRequest(f"r{n}", "what happens ?", ANSWERS[: 5 - n % 2], clips=(clip(n),)) for n in range(count)
+    ]
+
+
+def judge(checkpoint, **options):
+    return LocalOracle(**{"model": str(checkpoint), "device": "cpu", "max_pixels": 1024, **options})
+
+
+def next_logps(oracle, prompt, reply=()):
+    """Log-probabilities of the next token after a prompt and some tokens, by the model's own forward."""
+    token_ids = torch.tensor([list(reply) or [0]])
+    inputs = model_inputs(
+        oracle.policy.model, [prompt], token_ids, torch.tensor([len(reply)]), group_sizes=[1]
+    )
+    with torch.no_grad():
+        logits = oracle.policy.model(**inputs).logits[0, -1]
+    return (logits.float() + oracle.policy.head_bias).log_softmax(-1)
+
+
+def test_likelihood_is_the_mean_token_log_probability(checkpoint):
+    oracle = judge(checkpoint, protocol="likelihood", batch_size=2)
+    group = requests(3)
+    for request, ranking in zip(group, oracle.rank(group)):
+        prompt = oracle.encoder.encode(Example(id="x", question=request.question), request.clips)
+        expected = []
+        for text in request.responses:
+            reply = oracle.encoder.encode_answer(text)
+            steps = [next_logps(oracle, prompt, reply[:t])[token].item() for t, token in enumerate(reply)]
+            expected.append(torch.tensor(steps).mean().exp().item())
+        assert oracle.score(request) == pytest.approx(expected, rel=1e-4)
+        order = sorted(expected, reverse=True)
+        assert ranking.ranks == tuple(order.index(value) for value in expected)
+        assert ranking.tokens > 0
+
+
+def test_pointwise_is_the_probability_of_yes(checkpoint):
+    oracle = judge(checkpoint, protocol="pointwise")
+    [request] = requests(1)
+    yes, no = (oracle.encoder.tokenizer.get_vocab()[word] for word in ("Yes", "No"))
+    from rlaif_fast.oracle.local import _POINTWISE
+    from rlaif_fast.oracle.protocols import answers_block, question_block
+
+    expected = []
+    for text in request.responses:
+        question = question_block(request) + answers_block([("answer", text)])
+        prompt = oracle.encoder.encode(Example(id="x", question=question, system=_POINTWISE), request.clips)
+        logps = next_logps(oracle, prompt)
+        expected.append(torch.sigmoid(logps[yes] - logps[no]).item())
+    assert oracle.score(request) == pytest.approx(expected, rel=1e-4)
+    [ranking] = oracle.rank([request])
+    order = sorted(expected, reverse=True)
+    assert ranking.ranks == tuple(order.index(value) for value in expected)
+
+
+def test_listwise_generates_a_permutation_greedily(checkpoint):
+    oracle = judge(checkpoint, orders=2)
+    [request] = requests(1)
+    [ranking] = oracle.rank([request])
+    assert len(ranking.verdicts) == 2
+    from rlaif_fast.oracle.local import _LISTWISE
+    from rlaif_fast.oracle.protocols import answers_block, question_block
+
+    for showing, verdict in zip(oracle._show(request)[0], ranking.verdicts):
+        labels = oracle._labels(showing)
+        block = answers_block((labels[i][0], showing.texts[i]) for i in showing.order)
+        prompt = oracle.encoder.encode(
+            Example(id="x", question=question_block(request) + block, system=_LISTWISE), request.clips
+        )
+        said, left = [], list(range(5))
+        while left:
+            logps = next_logps(oracle, prompt, [labels[i][1] for i in said])
+            best = max(left, key=lambda i: logps[labels[i][1]].item())
+            said.append(best)
+            left.remove(best)
+        assert verdict.ranks == tuple(said.index(i) for i in range(5))
+        assert verdict.raw == (" ".join(labels[i][0] for i in said),)
+        assert sorted(label for label, _ in labels) == list("ABCDE")
+
+
+@pytest.mark.parametrize("protocol", ["listwise", "pointwise", "likelihood"])
+def test_groups_do_not_depend_on_their_batch_and_frames_are_seen(checkpoint, protocol):
+    group = requests(4)
+    oracle = judge(checkpoint, protocol=protocol)
+    whole = oracle.rank(group)
+    alone = judge(checkpoint, protocol=protocol, batch_size=1)
+    assert [ranking.ranks for ranking in whole] == [alone.rank([request])[0].ranks for request in group]
+    assert all(ranking.valid for ranking in whole)
+    stats = oracle_stats(group, whole)
+    assert stats["oracle/invalid"] == 0.0
+    assert set(blind_control(oracle, group, whole, sample=2)) <= {"oracle/blind_tau", "oracle/blind_top1"}
+    if protocol != "listwise":
+        seen, other = (oracle.score(request) for request in (group[0], group[2]))
+        assert seen != other  # the same question and answers about another clip
+
+
+def test_a_judge_that_was_taught_the_answer_ranks_it_first(checkpoint):
+    oracle = judge(checkpoint, protocol="likelihood")
+    [request] = requests(1)
+    prompt = oracle.encoder.encode(Example(id="x", question=request.question), request.clips)
+    reply = torch.tensor([oracle.encoder.encode_answer("a blue square")])
+    lengths = torch.tensor([reply.shape[1]])
+    oracle.policy.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(oracle.policy.model.parameters(), 3e-3)
+    for _ in range(12):
+        loss = -oracle.policy.response_logps([prompt], reply, lengths).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    oracle.policy.model.requires_grad_(False)
+    assert oracle.rank([request])[0].ranks[1] == 0
+    assert oracle.score(request)[1] > 0.5
+
+
+def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
+    poor = make_tiny(tmp_path / "poor", {"square"}, size=SIZE)
+    with pytest.raises(UsageError, match="no single token for Yes"):
+        judge(poor, protocol="pointwise").rank(requests(1))
+    many = RankRequest("r", "what ?", tuple("square " * n for n in range(1, 40)))
+    with pytest.raises(UsageError, match="too few for 39"):
+        judge(poor).rank([many])
+    with pytest.raises(UsageError, match="protocol"):
+        judge(checkpoint, protocol="pairwise")
+    with pytest.raises(UsageError, match="cannot load"):
+        build_oracle("local", model=str(tmp_path / "none"))
+    assert not hasattr(judge(checkpoint), "score")
