@@ -14,9 +14,11 @@ from torch import Tensor
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoDecoder
+from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
 from rlaif_fast.video.probe import scan_file
+from rlaif_fast.video.torchcodec import TorchCodecDecoder
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,7 @@ class PyAVDecoder:
     """FFmpeg through PyAV: every codec, on the CPU, one frame at a time.
 
     Args:
+        device: Where the frames end up; decoding is on the CPU.
         threads: FFmpeg's decoding threads; 0 lets it choose.
         timeout: Seconds a file may take; None for no limit. A decoder that hangs inside one FFmpeg call is
             only stopped by `isolate.DecodeProcess`.
@@ -32,15 +35,18 @@ class PyAVDecoder:
 
     name = "pyav"
 
-    def __init__(self, threads: int = 1, timeout: float | None = None) -> None:
-        self.threads, self.timeout = threads, timeout
+    def __init__(
+        self, device: torch.device | str = "cpu", threads: int = 1, timeout: float | None = None
+    ) -> None:
+        self.device, self.threads, self.timeout = torch.device(device), threads, timeout
 
     @staticmethod
     def unavailable() -> str | None:
         """Return why this decoder cannot run here, or None."""
         return None
 
-    def refuses(self, scan: ffmpeg.Scan) -> str | None:
+    @staticmethod
+    def refuses(scan: ffmpeg.Scan, device: torch.device) -> str | None:
         """Return why this decoder cannot read such a file, or None."""
         return None
 
@@ -55,12 +61,13 @@ class PyAVDecoder:
             path, scan, indices, threads=self.threads, deadline=ffmpeg.Deadline(self.timeout)
         )
         try:
-            return assemble(frames, indices, scan.shape, size)
+            return assemble(frames, indices, scan.shape, size).to(self.device)
         except ffmpeg.BadVideo as error:
             raise VideoError(path, str(error)) from None
 
 
-DECODERS: dict[str, Any] = {"pyav": PyAVDecoder}
+# Name -> class: a class made with a device, with `unavailable()`, `refuses(scan, device)` and `decode`.
+DECODERS: dict[str, Any] = {"pyav": PyAVDecoder, "dali": DaliDecoder, "torchcodec": TorchCodecDecoder}
 
 
 def assemble(
@@ -105,7 +112,7 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
     """Return the decoder that `name` ("auto" or one of the table) stands for.
 
     Raises:
-        UsageError: When a decoder asked for by name is unknown, cannot run here or cannot read such a file.
+        UsageError: When a decoder asked for by name is unknown or cannot run here.
     """
     if name != "auto":
         if name not in DECODERS:
@@ -114,13 +121,27 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         if reason:
             raise UsageError(f"decoder {name!r} cannot run here: {reason}")
         return name
-    return "pyav"
+    if device.type == "cuda" and _unavailable("dali") is None and DaliDecoder.refuses(scan, device) is None:
+        return _logged("dali", scan.codec, device.type)
+    return _logged("pyav", scan.codec, device.type)
 
 
 @cache
-def decoder(name: str) -> VideoDecoder:
-    """Return the process's one decoder of that name."""
-    return DECODERS[name]()
+def _unavailable(name: str) -> str | None:
+    return DECODERS[name].unavailable()
+
+
+@cache
+def _logged(name: str, codec: str, device_type: str) -> str:
+    """Say once per kind of file which decoder was chosen."""
+    log.info("%s on %s is decoded by %s", codec, device_type, name)
+    return name
+
+
+@cache
+def decoder(name: str, device: str = "cpu") -> VideoDecoder:
+    """Return the process's one decoder of that name for that device."""
+    return DECODERS[name](device)
 
 
 def decode(
@@ -145,7 +166,7 @@ def decode_sized(
     path: str, indices: Sequence[int], size: tuple[int, int] | None, name: str, device: torch.device
 ) -> Tensor:
     """Like `decode`, resized to (height, width) where `size` is given."""
-    chosen = decoder(choose(name, scan_file(str(path)), indices, device))
+    chosen = decoder(choose(name, scan_file(str(path)), indices, device), str(device))
     resized = getattr(chosen, "decode_resized", None)
     if resized is not None:
         return resized(str(path), indices, size).to(device)

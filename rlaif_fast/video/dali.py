@@ -1,0 +1,240 @@
+"""Decoding through one persistent DALI pipeline: NVDEC on a GPU; VP8, VP9 and MJPEG on the CPU too.
+
+Any thread submits a file and gets a future. One thread gathers what has been submitted into batches, of
+unequal sizes and lengths, and runs the pipeline on DALI's own stream while the callers do something else; the
+frames come back without a copy (DLPack). A file that cannot be decoded makes DALI fail the whole batch and
+spoils the pipeline, so the pipeline is built again and the files of that batch go through it one by one: only
+the bad ones fail.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.video import ffmpeg
+from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.probe import scan_file
+
+CPU_CODECS = ("vp8", "vp9", "mjpeg")
+GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
+BATCH_FILES = 8  # a decoder is held per file; DALI's own cache of NVDEC decoders holds 100
+BATCH_BYTES = 1 << 30  # of decoded frames
+WAIT_SECONDS = 120.0
+
+
+@dataclass
+class _Job:
+    path: str
+    data: np.ndarray
+    indices: np.ndarray
+    scan: ffmpeg.Scan
+    result: Future[Tensor] = field(default_factory=Future)
+
+    @property
+    def output_bytes(self) -> int:
+        return len(self.indices) * self.scan.width * self.scan.height * 3
+
+
+class DaliDecoder:
+    """The DALI pipeline of this process for one device.
+
+    Args:
+        device: "cpu", or a CUDA device for NVDEC.
+        threads: DALI's worker threads; None for one per core, at most `BATCH_FILES`.
+        timeout: Seconds a file may take, from submission.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+        timeout: float = WAIT_SECONDS,
+    ) -> None:
+        reason = self.unavailable()
+        if reason is not None:
+            raise UsageError(f"decoder 'dali' cannot run here: {reason}")
+        self.device = torch.device(device)
+        self.threads = min(threads or os.cpu_count() or 1, BATCH_FILES)
+        self.timeout = timeout
+        self.builds = 0
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._left_over: _Job | None = None
+        self._pipeline: Any = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Return why DALI cannot run here, or None."""
+        try:
+            from nvidia.dali import fn
+        except ImportError as error:
+            return f"nvidia-dali does not import ({error})"
+        return None if hasattr(fn.decoders, "video") else "this DALI has no fn.decoders.video; 2.0 has"
+
+    @staticmethod
+    def refuses(scan: ffmpeg.Scan, device: torch.device) -> str | None:
+        """Return why DALI cannot read such a file on `device`, or None."""
+        codecs = CPU_CODECS if device.type == "cpu" else GPU_CODECS
+        if scan.codec not in codecs:
+            return f"it does not decode {scan.codec} on {device.type}"
+        if not scan.plain:
+            return "its frame numbers would differ (hidden, cut or unordered frames)"
+        if device.type != "cpu" and "10" in scan.pixel_format:
+            return f"{scan.pixel_format} is left to FFmpeg"
+        return None
+
+    def decode(self, path: str, indices: Sequence[int]) -> Tensor:
+        """Return frames (F, H, W, 3) uint8 RGB on the device, upright, in the order of `indices`."""
+        try:
+            return self.submit(path, indices).result(self.timeout)
+        except TimeoutError:
+            raise VideoError(path, f"decoding took longer than {self.timeout:g} s") from None
+
+    def submit(self, path: str, indices: Sequence[int]) -> Future[Tensor]:
+        """Read the file, queue it for the next batch and return the future of its frames."""
+        scan = scan_file(path)
+        reason = self.refuses(scan, self.device)
+        if reason is not None:
+            raise VideoError(path, f"decoder 'dali' cannot read it: {reason}; 'auto' can")
+        outside = [i for i in indices if not 0 <= i < len(scan.pts)]
+        if outside:
+            raise VideoError(path, f"frame {outside[0]} of {len(scan.pts)} was asked for")
+        if not len(indices):
+            return _done(torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device))
+        try:
+            data = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise VideoError(path, f"cannot be read: {error.strerror}") from None
+        job = _Job(path, data, np.asarray(indices, np.int32), scan)
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="dali", daemon=True)
+                self._thread.start()
+        self._jobs.put(job)
+        return job.result
+
+    def close(self) -> None:
+        """End the thread and give the pipeline's memory back."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._gather()) is not None:
+            self._serve(batch)
+        self._pipeline = None
+
+    def _serve(self, batch: list[_Job]) -> None:
+        if self._pipeline is None:
+            try:
+                self._pipeline = self._build()
+            except RuntimeError as error:
+                for job in batch:
+                    job.result.set_exception(RlaifFastError(f"DALI does not start: {_told(error)}"))
+                return
+        try:
+            frames = self._run(batch)
+        except RuntimeError as error:
+            self._pipeline = None  # it is of no more use
+            if len(batch) == 1:
+                reason = f"DALI cannot decode it: {_told(error)}"
+                batch[0].result.set_exception(VideoError(batch[0].path, reason))
+            for job in batch if len(batch) > 1 else []:
+                self._serve([job])
+        else:
+            for job, decoded in zip(batch, frames, strict=True):
+                _settle(job, decoded)
+
+    def _gather(self) -> list[_Job] | None:
+        """Wait for a job and take along what else is waiting, within the limits; None at the end."""
+        first = self._left_over or self._jobs.get()
+        self._left_over = None
+        if first is None:
+            return None
+        batch, size = [first], first.output_bytes
+        while len(batch) < BATCH_FILES:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)
+                break
+            size += job.output_bytes
+            if size > BATCH_BYTES:
+                self._left_over = job
+                break
+            batch.append(job)
+        return batch
+
+    def _run(self, batch: list[_Job]) -> list[Tensor]:
+        self._pipeline.feed_input("encoded", [job.data for job in batch])
+        self._pipeline.feed_input("indices", [job.indices for job in batch])
+        (output,) = self._pipeline.run()
+        return [torch.from_dlpack(output[i]) for i in range(len(batch))]
+
+    def _build(self) -> Any:
+        from nvidia.dali import fn
+        from nvidia.dali.pipeline import Pipeline
+        from nvidia.dali.types import DALIDataType
+
+        self.builds += 1
+        on_gpu = self.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=BATCH_FILES,
+            num_threads=self.threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=1,  # this class's own queue is what runs ahead
+            exec_dynamic=True,  # outputs stay valid as long as a tensor refers to them
+        )
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1, no_copy=True)
+            indices = fn.external_source(name="indices", dtype=DALIDataType.INT32, ndim=1)
+            place = "mixed" if on_gpu else "cpu"
+            # The default pad_mode answers for a frame that is not there with a black one.
+            pipeline.set_outputs(fn.decoders.video(encoded, frames=indices, device=place, pad_mode="none"))
+        pipeline.build()
+        return pipeline
+
+
+def _settle(job: _Job, decoded: Tensor) -> None:
+    wanted = (len(job.indices), job.scan.height, job.scan.width, 3)
+    if tuple(decoded.shape) != wanted:
+        got = "x".join(map(str, decoded.shape))
+        job.result.set_exception(VideoError(job.path, f"DALI gave frames of {got}, not {wanted}"))
+        return
+    job.result.set_result(torch.rot90(decoded, -(job.scan.rotation // 90), (1, 2)))
+
+
+def _done(frames: Tensor) -> Future[Tensor]:
+    result: Future[Tensor] = Future()
+    result.set_result(frames)
+    return result
+
+
+def _told(error: RuntimeError) -> str:
+    """Return the line of DALI's report that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [
+        line
+        for line in lines
+        if "assert" in line.lower() or "failed" in line.lower() or "error" in line.lower()
+    ]
+    line = next((x for x in told if not x.startswith(("Critical error", "Error in"))), "no reason given")
+    return line[:200]

@@ -1,0 +1,71 @@
+"""Decoding through torchcodec, on the CPU or through NVDEC; optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video import ffmpeg
+from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.probe import scan_file
+
+
+class TorchCodecDecoder:
+    """torchcodec's exact mode: one decoder a file, threads of its own inside FFmpeg.
+
+    Args:
+        device: "cpu", or a CUDA device for NVDEC.
+        threads: FFmpeg's decoding threads; 0 lets it choose.
+    """
+
+    name = "torchcodec"
+
+    def __init__(self, device: torch.device | str = "cpu", threads: int = 1) -> None:
+        reason = self.unavailable()
+        if reason is not None:
+            raise UsageError(f"decoder 'torchcodec' cannot run here: {reason}")
+        self.device, self.threads = torch.device(device), threads
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Return why torchcodec cannot run here, or None."""
+        try:
+            import torchcodec.decoders  # noqa: F401
+        except (ImportError, OSError, RuntimeError) as error:  # it loads FFmpeg's libraries when imported
+            return f"torchcodec does not import ({str(error).splitlines()[0][:200]})"
+        return None
+
+    @staticmethod
+    def refuses(scan: ffmpeg.Scan, device: torch.device) -> str | None:
+        """Return why torchcodec cannot read such a file on `device`, or None."""
+        if not scan.plain:
+            return "its frame numbers would differ (hidden, cut or unordered frames)"
+        if scan.rotation:
+            return "its versions differ in whether they turn a rotated film"
+        return None
+
+    def decode(self, path: str, indices: Sequence[int]) -> Tensor:
+        """Return frames (F, H, W, 3) uint8 RGB on the device, upright, in the order of `indices`."""
+        from torchcodec.decoders import VideoDecoder
+
+        scan = scan_file(path)
+        reason = self.refuses(scan, self.device)
+        if reason is not None:
+            raise VideoError(path, f"decoder 'torchcodec' cannot read it: {reason}; 'auto' can")
+        outside = [i for i in indices if not 0 <= i < len(scan.pts)]
+        if outside:
+            raise VideoError(path, f"frame {outside[0]} of {len(scan.pts)} was asked for")
+        if not len(indices):
+            return torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device)
+        try:
+            reader = VideoDecoder(
+                path, device=str(self.device), dimension_order="NHWC", num_ffmpeg_threads=self.threads
+            )
+            return reader.get_frames_at(list(indices)).data
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise VideoError(
+                path, f"torchcodec cannot decode it: {str(error).splitlines()[0][:200]}"
+            ) from None

@@ -1,0 +1,175 @@
+"""The decoders agree: the same frames, whatever order they are asked for in."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video import VideoError, decode, probe
+from rlaif_fast.video.dali import BATCH_FILES, DaliDecoder
+from rlaif_fast.video.decoders import DECODERS, choose, decoder
+from rlaif_fast.video.probe import scan_file
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
+
+OTHERS = [name for name in DECODERS if name != "pyav"]
+ORDERS = [[0], list(range(60)), [59, 0, 31, 31, 12, 13, 11, 59], [7] * 5, list(range(59, -1, -7))]
+MEAN_TOLERANCE = 2.0  # levels of 255: decoders differ in how they interpolate the colour planes
+
+
+def needs(name):
+    reason = DECODERS[name].unavailable()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("v")
+    kinds = {
+        "vp9": ("a.webm", {}),
+        "vp9-mp4": ("a.mp4", {}),
+        "vp8": ("b.webm", {"codec": "libvpx"}),
+        "mjpeg": ("a.avi", {"codec": "mjpeg", "pixel_format": "yuvj420p"}),
+        "h264": ("h.mp4", {"codec": "libx264"}),
+    }
+    made = {
+        kind: write_video(folder / name, counter_frames(60), **how) for kind, (name, how) in kinds.items()
+    }
+    made["large"] = write_video(folder / "large.webm", counter_frames(60, 270, 480))
+    made["odd"] = write_video(folder / "odd.webm", counter_frames(60, 91, 127))
+    return {kind: str(path) for kind, path in made.items()}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("kind", ["vp9", "vp9-mp4", "vp8", "mjpeg", "large", "odd"])
+@pytest.mark.parametrize("order", ORDERS, ids=["one", "all", "mixed", "repeated", "backwards"])
+def test_equal_to_pyav(files, name, kind, order):
+    needs(name)
+    ours = decode(files[kind], order, decoder="pyav")
+    theirs = decode(files[kind], order, decoder=name)
+    assert [read_counter(f) for f in ours] == order
+    assert [read_counter(f) for f in theirs] == order
+    assert theirs.shape == ours.shape
+    assert theirs.dtype == torch.uint8
+    assert (ours.float() - theirs.float()).abs().mean() <= MEAN_TOLERANCE
+
+
+def test_more_files_than_a_batch_of_unequal_sizes(files):
+    needs("dali")
+    kinds = ["vp9", "large", "odd", "vp8"] * BATCH_FILES
+    dali = DaliDecoder()
+    futures = [dali.submit(files[kind], range(i % 7 + 1)) for i, kind in enumerate(kinds)]
+    for i, (kind, future) in enumerate(zip(kinds, futures, strict=True)):
+        frames = future.result(60)
+        assert [read_counter(f) for f in frames] == list(range(i % 7 + 1))
+        info = probe(files[kind])
+        assert tuple(frames.shape[1:3]) == (info.height, info.width)
+    assert dali.builds == 1
+    dali.close()
+
+
+def test_results_stay_valid_while_the_pipeline_goes_on(files):
+    needs("dali")
+    dali = DaliDecoder()
+    kept = [dali.decode(files["vp9"], [i]) for i in range(60)]
+    assert [read_counter(frames[0]) for frames in kept] == list(range(60))
+    dali.close()
+
+
+def test_bad_file_in_a_batch_fails_alone(files, tmp_path):
+    needs("dali")
+    bad = tmp_path / "bad.webm"
+    shutil.copy(files["vp9"], bad)
+    scan_file(str(bad))  # the file is sound when it is probed ...
+    dali = DaliDecoder()
+    real = dali._run
+
+    def damage(batch):  # ... and broken when it is read
+        for job in batch:
+            if job.path == str(bad):
+                job.data[600:] = 255
+        return real(batch)
+
+    dali._run = damage
+    dali._gather, together = _held_back(dali)
+    futures = [dali.submit(path, [3, 40]) for path in (files["vp9"], str(bad), files["vp8"])]
+    together.set()
+    assert [read_counter(f) for f in futures[0].result(60)] == [3, 40]
+    assert [read_counter(f) for f in futures[2].result(60)] == [3, 40]
+    with pytest.raises(VideoError, match="DALI cannot decode it: "):
+        futures[1].result(60)
+    assert [read_counter(f) for f in dali.decode(files["large"], [9])] == [9]
+    dali.close()
+
+
+def _held_back(dali):
+    """Make the thread wait for an event before it gathers, so that files share a batch."""
+    start = threading.Event()
+    gather = dali._gather
+
+    def wait_then_gather():
+        start.wait(30)
+        return gather()
+
+    return wait_then_gather, start
+
+
+def test_no_thread_is_left(files):
+    needs("dali")
+    before = threading.active_count()
+    dali = DaliDecoder()
+    dali.decode(files["vp9"], [0])
+    assert threading.active_count() > before
+    dali.close()
+    dali.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", ["dali"])
+def test_named_decoder_says_what_it_cannot_read(files, name):
+    needs(name)
+    with pytest.raises(VideoError, match="does not decode h264 on cpu"):
+        decode(files["h264"], [0], decoder=name)
+    with pytest.raises(VideoError, match="frame 60 of 60"):
+        decode(files["vp9"], [60], decoder=name)
+    assert decode(files["vp9"], [], decoder=name).shape == (0, 96, 128, 3)
+
+
+def test_cut_film_is_left_to_ffmpeg(tmp_path):
+    path = write_video(
+        tmp_path / "a.mp4",
+        counter_frames(40),
+        times=[(i - 6) * 40 for i in range(40)],
+        container_options={"avoid_negative_ts": "disabled"},
+    )
+    scan = scan_file(str(path))
+    assert "frame numbers" in DaliDecoder.refuses(scan, torch.device("cuda"))
+    assert choose("auto", scan, [0], torch.device("cuda")) == "pyav"
+
+
+def test_unknown_and_missing_decoders():
+    with pytest.raises(UsageError, match="decoder must be"):
+        choose("decord", None, [], torch.device("cpu"))
+    for name in DECODERS:
+        if DECODERS[name].unavailable():
+            with pytest.raises(UsageError, match=f"decoder '{name}' cannot run here"):
+                choose(name, None, [], torch.device("cpu"))
+
+
+def test_one_decoder_a_process():
+    assert decoder("pyav", "cpu") is decoder("pyav", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["vp9", "vp9-mp4", "h264", "large"])
+@pytest.mark.parametrize("order", ORDERS, ids=["one", "all", "mixed", "repeated", "backwards"])
+def test_nvdec_equals_pyav(files, kind, order):
+    needs("dali")
+    ours = decode(files[kind], order, decoder="pyav")
+    theirs = decode(files[kind], order, decoder="dali", device="cuda")
+    assert theirs.is_cuda
+    assert [read_counter(f.cpu()) for f in theirs] == order
+    assert (ours.float() - theirs.cpu().float()).abs().mean() <= MEAN_TOLERANCE
