@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import ATTENTION_BACKENDS, choose_backend
+from rlaif_fast.policy.attention import ATTENTION_BACKENDS, ReferenceContext, choose_backend
+from rlaif_fast.policy.flash import FlashContext, Sequences
+from rlaif_fast.policy.packing import pack
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import (
     FAMILIES,
@@ -303,3 +306,135 @@ def test_a_prompt_without_media_tokens_for_its_media_is_refused() -> None:
     with pytest.raises(ValueError, match="video"):
         policy.response_hidden([broken], ids, lengths)
     assert TOKENIZER.eos_token_id == policy.eos_token_ids[0]
+
+
+# --- backends whose kernels do not run here -----------------------------------------------------------------
+
+
+class TorchVarlen:
+    """The varlen interface in plain PyTorch, sequence by sequence; the backward pass reads `lse` and `out` as
+    given.
+    """
+
+    @staticmethod
+    def _parts(queries: Sequences, keys: Sequences):
+        bounds = zip(
+            queries.ends.tolist(), queries.ends.tolist()[1:], keys.ends.tolist(), keys.ends.tolist()[1:]
+        )
+        return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds]
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        return (
+            scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+            if causal
+            else scores
+        )
+
+    def forward(self, q, k, v, queries, keys, scale, causal):
+        out, lse = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))
+        repeat = q.shape[1] // k.shape[1]
+        for a, b in self._parts(queries, keys):
+            scores = self._scores(q[a], k[b], scale, causal)
+            lse[:, a] = scores.logsumexp(-1)
+            out[a] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[b].repeat_interleave(repeat, dim=1))
+        return out, lse
+
+    def backward(self, dout, q, k, v, out, lse, queries, keys, scale, causal):
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
+        delta = (dout * out).sum(-1)  # (Tq, H)
+        for a, b in self._parts(queries, keys):
+            p = (self._scores(q[a], k[b], scale, causal) - lse[:, a, None]).exp()
+            dp = torch.einsum("qhd,khd->hqk", dout[a], v[b].repeat_interleave(repeat, dim=1))
+            ds = p * (dp - delta[a].T[:, :, None]) * scale
+            dq[a] = torch.einsum("hqk,khd->qhd", ds, k[b].repeat_interleave(repeat, dim=1))
+            for whole, weights, other in ((dk, ds, q[a]), (dv, p, dout[a])):
+                each = torch.einsum("hqk,qhd->khd", weights, other)
+                whole[b] = each.unflatten(1, (heads, repeat)).sum(2)
+        return dq, dk, dv
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flash_merges_two_calls_exactly(family: str, monkeypatch) -> None:
+    """The whole model on the flash backend's code, with its three kernel calls answered by PyTorch."""
+    flash = ATTENTION_BACKENDS["flash"]
+    backend = replace(
+        flash,
+        refuses=lambda device, dtype: None,
+        context=lambda row, device: FlashContext(row, device, TorchVarlen()),
+    )
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flash", backend)
+    model = make_model(family)
+    ours = make_policy(family, model=model, attention_backend="flash")
+    prompts, ids, lengths, sizes = standard_case(family)
+    ids[1] = ids[0]  # a whole response twice; prefixes in common are not shared on this backend
+    lengths[1] = lengths[0]
+    assert_same(ours, make_policy(family, model=model, shared_prefix=False), (prompts, ids, lengths, sizes))
+
+
+def test_flash_merge_against_autograd_in_float64() -> None:
+    ids, lengths = make_responses([4, 1, 6, 3, 5])
+    row = pack(
+        ids.numpy(), lengths.numpy(), torch.tensor([5, 2, 7]).numpy(), torch.tensor([3, 1, 1]).numpy(), "none"
+    )
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, row.tokens, 8) for heads in (4, 2, 2)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    weights = torch.randn(1, row.tokens, 4, 8, generator=generator, dtype=torch.float64)
+    results = []
+    for context in (
+        FlashContext(row, torch.device("cpu"), TorchVarlen()),
+        ReferenceContext(row, torch.device("cpu")),
+    ):
+        output = context.attend(0, *inputs, scale=0.3)
+        results.append((output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)))
+    for ours, expected in zip(*results):
+        assert distance(ours, expected) < 1e-14
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flex_forward(family: str, monkeypatch) -> None:
+    """FlexAttention has no backward pass on the CPU: the forward pass here, the gradients where there is a
+    GPU.
+    """
+    backend = replace(ATTENTION_BACKENDS["flex"], refuses=lambda device, dtype: None)
+    model = make_model(family)
+    with pytest.raises(ValueError, match="backward"):
+        make_policy(family, model=model, attention_backend="flex")
+    monkeypatch.setitem(ATTENTION_BACKENDS, "flex", backend)
+    ours = make_policy(family, model=model, attention_backend="flex")
+    prompts, ids, lengths, sizes = standard_case(family)
+    plain = make_policy(family, model=model, shared_prefix=False)
+    with torch.no_grad():
+        hidden, expected = (
+            p.response_hidden(prompts, ids, lengths, group_sizes=sizes) for p in (ours, plain)
+        )
+    assert distance(hidden, expected) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+def test_equals_the_plain_path_on_a_gpu(family: str, backend: str) -> None:
+    model = make_model(family).cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ours = make_policy(family, model=model, attention_backend=backend)
+    assert_same(ours, make_policy(family, model=model, shared_prefix=False), standard_case(family))
+
+
+@pytest.mark.gpu
+def test_flash_on_a_gpu() -> None:
+    """bfloat16 against the reference in bfloat16: both round alike at about 2^-8."""
+    pytest.importorskip("flash_attn")
+    model = make_model("qwen3_vl", dtype=torch.bfloat16).cuda()
+    case = standard_case("qwen3_vl")
+    _, logps, _, gradients = passes(make_policy("qwen3_vl", model=model, attention_backend="flash"), case)
+    _, expected, _, reference = passes(
+        make_policy("qwen3_vl", model=model, attention_backend="reference"), case
+    )
+    assert distance(logps, expected) < 2e-2
+    for name, gradient in gradients.items():
+        assert distance(gradient, reference[name]) < 8e-2, name

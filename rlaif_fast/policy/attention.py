@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.policy.flash import FlashContext, refuses_flash
 from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
 
 PREFIX = "rlaif_shared_prefix_"
@@ -233,6 +234,17 @@ class ReferenceContext:
 # --- the table ----------------------------------------------------------------------------------------------
 
 
+def refuses_flex(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why FlexAttention cannot train here; None where it can."""
+    return None if device.type == "cuda" else "it has no backward pass on the CPU"
+
+
+def _flex_context(row: PackedRow, device: torch.device) -> AttentionContext:
+    from rlaif_fast.policy.flex import FlexContext  # imports the compiler; only where it is asked for
+
+    return FlexContext(row, device)
+
+
 def _always(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -259,7 +271,9 @@ class AttentionBackend:
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
+        AttentionBackend("flash", 20, refuses_flash, "duplicates", FlashContext),
         AttentionBackend("sdpa", 10, _always, "prefixes", SdpaContext),
+        AttentionBackend("flex", -1, refuses_flex, "prefixes", _flex_context),
         AttentionBackend("reference", -1, _always, "prefixes", ReferenceContext),
     )
 }

@@ -1,0 +1,234 @@
+"""Shared-prefix attention with flash-attn's varlen kernels.
+
+Three calls a layer: the prompts to themselves (causal), all response tokens of a group to its prompt (not
+causal), and each response to itself (causal). The last two see disjoint keys of the same queries, so their
+outputs merge exactly by their log-sum-exp:
+
+    lse = logaddexp(lse_1, lse_2)        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+
+Backward: a flash kernel recomputes p = exp(s - lse) and needs rowsum(dout * out) beside it. Given the merged
+    `lse` and `out`, each call's p is the share of the whole softmax on its own keys, so running both backward
+    kernels with the merged values gives the exact dk and dv of each part, and dq is their sum.
+
+Prefix keys and values are read in place, once a group; nothing is expanded or padded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.packing import PackedRow
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences side by side in one tensor: cumulative lengths (n + 1,) int32 on the device, and the longest."""
+
+    ends: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, device: torch.device) -> Sequences:
+        ends = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
+        return cls(ends, int(lengths.max(initial=0)))
+
+
+class VarlenKernel(Protocol):
+    """Attention of sequences of q to sequences of k and v, with its log-sum-exp."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(Tq, H, D), (Tk, K, D) twice -> out (Tq, H, D), lse (H, Tq) float32."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Sequences,
+        keys: Sequences,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv for p = exp(scale q k - lse) and the given out."""
+        ...
+
+
+class FlashAttention2:
+    """The kernels of flash-attn 2.7 and later."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+
+        out, lse, _, _ = _flash_attn_varlen_forward(
+            q,
+            k,
+            v,
+            queries.ends,
+            keys.ends,
+            queries.longest,
+            keys.longest,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Sequences,
+        keys: Sequences,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
+
+        # Zeroed: a group without response tokens has keys that no block of the kernel writes.
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        _flash_attn_varlen_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            queries.ends,
+            keys.ends,
+            queries.longest,
+            keys.longest,
+            dropout_p=0.0,
+            softmax_scale=scale,
+            causal=causal,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+        )
+        return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tokens of a row stand, and how they fall into sequences."""
+
+    prompt_index: Tensor  # (sum of P,)
+    node_index: Tensor  # (nodes,)
+    prompts: Sequences
+    group_nodes: Sequences  # the nodes of each group
+    responses: Sequences  # the nodes of each response
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    """The three calls as one function: (S, H, D) and (S, K, D) twice -> (S, H, D)."""
+
+    @staticmethod
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, layout: _Layout, scale: float, kernel: VarlenKernel
+    ) -> Tensor:
+        q_p, k_p, v_p = (x.index_select(0, layout.prompt_index) for x in (q, k, v))
+        q_r, k_r, v_r = (x.index_select(0, layout.node_index) for x in (q, k, v))
+        out_p, lse_p = kernel.forward(q_p, k_p, v_p, layout.prompts, layout.prompts, scale, True)
+        output = torch.empty_like(q)
+        output.index_copy_(0, layout.prompt_index, out_p)
+        saved = [q_p, k_p, v_p, out_p, lse_p]
+        if len(q_r):
+            out_1, lse_1 = kernel.forward(q_r, k_p, v_p, layout.group_nodes, layout.prompts, scale, False)
+            out_2, lse_2 = kernel.forward(q_r, k_r, v_r, layout.responses, layout.responses, scale, True)
+            lse_r = torch.logaddexp(lse_1, lse_2)
+            share_1, share_2 = ((lse - lse_r).exp().T[:, :, None] for lse in (lse_1, lse_2))  # (nodes, H, 1)
+            out_r = (share_1 * out_1 + share_2 * out_2).to(q.dtype)
+            output.index_copy_(0, layout.node_index, out_r)
+            saved += [q_r, k_r, v_r, out_r, lse_r]
+        ctx.save_for_backward(*saved)
+        ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
+        return output
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):  # type: ignore[override]
+        layout, scale, kernel = ctx.layout, ctx.scale, ctx.kernel
+        q_p, k_p, v_p, out_p, lse_p = ctx.saved_tensors[:5]
+        dout_p = dout.index_select(0, layout.prompt_index)
+        dq_p, dk_p, dv_p = kernel.backward(
+            dout_p, q_p, k_p, v_p, out_p, lse_p, layout.prompts, layout.prompts, scale, True
+        )
+        dq = dout.new_zeros(len(dout), *q_p.shape[1:])
+        dk, dv = (dout.new_zeros(len(dout), *k_p.shape[1:]) for _ in range(2))
+        if len(ctx.saved_tensors) > 5:
+            q_r, k_r, v_r, out_r, lse_r = ctx.saved_tensors[5:]
+            dout_r = dout.index_select(0, layout.node_index)
+            dq_1, dk_1, dv_1 = kernel.backward(
+                dout_r, q_r, k_p, v_p, out_r, lse_r, layout.group_nodes, layout.prompts, scale, False
+            )
+            dq_2, dk_r, dv_r = kernel.backward(
+                dout_r, q_r, k_r, v_r, out_r, lse_r, layout.responses, layout.responses, scale, True
+            )
+            dk_p, dv_p = dk_p + dk_1, dv_p + dv_1
+            for whole, part in ((dq, dq_1 + dq_2), (dk, dk_r), (dv, dv_r)):
+                whole.index_copy_(0, layout.node_index, part)
+        for whole, part in ((dq, dq_p), (dk, dk_p), (dv, dv_p)):
+            whole.index_copy_(0, layout.prompt_index, part)
+        return dq, dk, dv, None, None, None
+
+
+class FlashContext:
+    """Attention of one row by varlen kernels.
+
+    Args:
+        row: Packed with merge="duplicates" or "none": its nodes must be runs that begin at the first token of
+            a response.
+        device: Where the layout goes.
+        kernel: The kernels; tests pass one written in PyTorch.
+    """
+
+    def __init__(self, row: PackedRow, device: torch.device, kernel: VarlenKernel | None = None) -> None:
+        _, lengths = np.unique(row.node_response, return_counts=True)
+        heads = int((row.node_depth == 0).sum())
+        assert heads == len(lengths), "a response of this row continues another one"
+        self._kernel = kernel or FlashAttention2()
+        self._layout = _Layout(
+            prompt_index=torch.from_numpy(row.prompt_index).to(device),
+            node_index=torch.from_numpy(row.node_index).to(device),
+            prompts=Sequences.of(row.prompt_lengths, device),
+            group_nodes=Sequences.of(row.node_counts, device),
+            responses=Sequences.of(lengths, device),
+        )
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _SharedPrefixAttention.apply(q, k, v, self._layout, scale, self._kernel)[None]
+
+
+def refuses_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn cannot run here; None where it can."""
+    if device.type != "cuda":
+        return "it needs a CUDA device"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
