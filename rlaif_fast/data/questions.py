@@ -378,6 +378,8 @@ def _about_time(ask: _Asker) -> Iterator[Draft]:
     first, last = sorted(timed, key=lambda event: event.time)
     for word, event in (("first", first), ("last", last)):
         slot = ask.happening(event)
+        if event.kind == "flash" and ask.rng.random() < 0.4:  # as with `_worth`
+            continue
         if slot is not None:
             question = f"what happens {word}?"
             yield Draft(f"order_{word}", "temporal reasoning", question, f"{word} the ", (slot,))

@@ -28,7 +28,7 @@ CHANGE_AT = (0.25, 0.5, 0.75)
 FLASH_AT = ((1 / 12, 5 / 12), (5 / 12, 8 / 12), (9 / 12, 1.0))
 _FLASH = 0.6  # how far a flash pulls the picture to white
 _TRAVEL = 0.25  # length of a move within a quadrant, as a fraction of the frame; twice that into the next
-_SMALL, _LARGE = 0.09, 0.21  # radii between which an object grows and shrinks
+_SMALL, _LARGE = 0.09, 0.22  # radii between which an object grows and shrinks
 _STEP = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -178,19 +178,19 @@ def _paint(frame: NDArray[np.float32], thing: Thing, pose: Pose) -> None:
     window += (color - window) * cover
 
 
-# Distances in pixels to the outline of a shape of about equal area, negative inside.
+# Distances in pixels to the outline of a shape of about the size of the circle, negative inside.
 def _circle(x: Plane, y: Plane, radius: float) -> Plane:
     return np.sqrt(x * x + y * y) - np.float32(radius)
 
 
 def _square(x: Plane, y: Plane, radius: float) -> Plane:
-    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.88 * radius)
+    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.92 * radius)
 
 
 def _triangle(x: Plane, y: Plane, radius: float) -> Plane:
-    y = y - np.float32(0.22 * radius)  # its centre of mass lies below the middle of its height
+    y = y - np.float32(0.2 * radius)  # its centre of mass lies below the middle of its height
     sides = np.abs(x) * np.float32(math.cos(math.pi / 6)) - y * np.float32(0.5)
-    return np.maximum(sides, y) - np.float32(0.66 * radius)
+    return np.maximum(sides, y) - np.float32(0.6 * radius)
 
 
 def _star(x: Plane, y: Plane, radius: float) -> Plane:

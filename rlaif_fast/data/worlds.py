@@ -55,7 +55,7 @@ LEVELS = {
         lasting=("move", "move", "move", "move", "grow", "shrink"),
         timed=("appear", "vanish"),
         long_moves=True,
-        radius=(0.17, 0.2),
+        radius=(0.19, 0.22),
         noise=3.0,
         texture=8.0,
     ),
@@ -154,7 +154,7 @@ class World:
                     e.direction,
                     e.then,
                     e.color,
-                    QUADRANTS.index(self.things[e.target].quadrant),
+                    self.things[e.target].quadrant if e.target >= 0 else "",
                 )
                 for e in self.events
                 if e.actor == index
