@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ from rlaif_fast.policy.testing import (
 # Relative l2. The two paths add the same terms in another order, so a few units in the last place over some
 # hundred additions.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CPU_TRAINED = ("sdpa", "reference")  # backends whose backward pass runs on the CPU
 
 
@@ -44,7 +47,7 @@ def passes(policy: Policy, case) -> tuple[Tensor, Tensor, Tensor, dict[str, Tens
     hidden = policy.response_hidden(prompts, ids, lengths, group_sizes=sizes)
     logps, entropies = policy.response_logps(prompts, ids, lengths, group_sizes=sizes, return_entropy=True)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(2, len(logps), generator=generator, dtype=torch.float64).to(hidden.dtype)
+    weights = torch.randn(2, len(logps), generator=generator).to(logps)
     (logps * weights[0] + 0.1 * entropies * weights[1]).sum().backward()
     gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     return hidden.detach(), logps.detach(), entropies.detach(), gradients
@@ -318,20 +321,15 @@ class TorchVarlen:
 
     @staticmethod
     def _parts(queries: Sequences, keys: Sequences):
-        bounds = zip(
-            queries.ends.tolist(), queries.ends.tolist()[1:], keys.ends.tolist(), keys.ends.tolist()[1:]
-        )
-        return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds]
+        each = [[slice(*pair) for pair in itertools.pairwise(s.ends.tolist())] for s in (queries, keys)]
+        return list(zip(*each))
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        return (
-            scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
-            if causal
-            else scores
-        )
+        future = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, float("-inf")) if causal else scores
 
     def forward(self, q, k, v, queries, keys, scale, causal):
         out, lse = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))
@@ -360,9 +358,8 @@ class TorchVarlen:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flash_merges_two_calls_exactly(family: str, monkeypatch) -> None:
     """The whole model on the flash backend's code, with its three kernel calls answered by PyTorch."""
-    flash = ATTENTION_BACKENDS["flash"]
     backend = replace(
-        flash,
+        ATTENTION_BACKENDS["flash"],
         refuses=lambda device, dtype: None,
         context=lambda row, device: FlashContext(row, device, TorchVarlen()),
     )
@@ -377,18 +374,14 @@ def test_flash_merges_two_calls_exactly(family: str, monkeypatch) -> None:
 
 def test_flash_merge_against_autograd_in_float64() -> None:
     ids, lengths = make_responses([4, 1, 6, 3, 5])
-    row = pack(
-        ids.numpy(), lengths.numpy(), torch.tensor([5, 2, 7]).numpy(), torch.tensor([3, 1, 1]).numpy(), "none"
-    )
+    row = pack(ids.numpy(), lengths.numpy(), np.asarray([5, 2, 7]), np.asarray([3, 1, 1]), "none")
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, row.tokens, 8) for heads in (4, 2, 2)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     weights = torch.randn(1, row.tokens, 4, 8, generator=generator, dtype=torch.float64)
     results = []
-    for context in (
-        FlashContext(row, torch.device("cpu"), TorchVarlen()),
-        ReferenceContext(row, torch.device("cpu")),
-    ):
+    cpu = torch.device("cpu")
+    for context in (FlashContext(row, cpu, TorchVarlen()), ReferenceContext(row, cpu)):
         output = context.attend(0, *inputs, scale=0.3)
         results.append((output.detach(), *torch.autograd.grad((output * weights).sum(), inputs)))
     for ours, expected in zip(*results):
@@ -409,13 +402,13 @@ def test_flex_forward(family: str, monkeypatch) -> None:
     prompts, ids, lengths, sizes = standard_case(family)
     plain = make_policy(family, model=model, shared_prefix=False)
     with torch.no_grad():
-        hidden, expected = (
-            p.response_hidden(prompts, ids, lengths, group_sizes=sizes) for p in (ours, plain)
-        )
+        hidden = ours.response_hidden(prompts, ids, lengths, group_sizes=sizes)
+        expected = plain.response_hidden(prompts, ids, lengths, group_sizes=sizes)
     assert distance(hidden, expected) < 1e-5
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_equals_the_plain_path_on_a_gpu(family: str, backend: str) -> None:
@@ -426,15 +419,15 @@ def test_equals_the_plain_path_on_a_gpu(family: str, backend: str) -> None:
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_flash_on_a_gpu() -> None:
     """bfloat16 against the reference in bfloat16: both round alike at about 2^-8."""
     pytest.importorskip("flash_attn")
     model = make_model("qwen3_vl", dtype=torch.bfloat16).cuda()
     case = standard_case("qwen3_vl")
-    _, logps, _, gradients = passes(make_policy("qwen3_vl", model=model, attention_backend="flash"), case)
-    _, expected, _, reference = passes(
-        make_policy("qwen3_vl", model=model, attention_backend="reference"), case
-    )
+    ours, dense = (make_policy("qwen3_vl", model=model, attention_backend=b) for b in ("flash", "reference"))
+    _, logps, _, gradients = passes(ours, case)
+    _, expected, _, reference = passes(dense, case)
     assert distance(logps, expected) < 2e-2
     for name, gradient in gradients.items():
         assert distance(gradient, reference[name]) < 8e-2, name

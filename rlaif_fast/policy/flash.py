@@ -28,7 +28,7 @@ from rlaif_fast.policy.packing import PackedRow
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences side by side in one tensor: cumulative lengths (n + 1,) int32 on the device, and the longest."""
+    """Sequences side by side in one tensor: cumulative lengths (n + 1,) int32, and the longest."""
 
     ends: Tensor
     longest: int
