@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rlaif_fast.errors import RlaifFastError
 
 
@@ -20,6 +22,11 @@ class VideoError(RlaifFastError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return (VideoError, (self.path, self.reason))
+
+
+def kind_of(reason: str) -> str:
+    """Return what reasons of one kind share: without the figures and what follows the colon."""
+    return re.sub(r"\d+", "N", reason.split(":")[0])
 
 
 class TooManyBadFiles(RlaifFastError):

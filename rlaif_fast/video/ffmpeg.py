@@ -408,7 +408,7 @@ def _check_file(path: str) -> None:
         if not stat.S_ISREG(facts.st_mode):
             raise BadVideo("is not a regular file")
         if facts.st_size == 0:
-            raise BadVideo("empty file (0 bytes)")
+            raise BadVideo("empty file")
         with open(path, "rb") as file:  # noqa: PTH123
             _check_length(file, facts.st_size)
     except FileNotFoundError:

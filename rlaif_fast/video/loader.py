@@ -17,7 +17,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip, load_image
-from rlaif_fast.video.errors import TooManyBadFiles, VideoError
+from rlaif_fast.video.errors import TooManyBadFiles, VideoError, kind_of
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.sampling import FrameSampling
@@ -45,7 +45,7 @@ class LoadStats:
 
     def summary(self) -> str:
         """Return the bad files by reason, most frequent first."""
-        kinds = Counter(reason.split(":")[0] for reason in self.bad_files.values())
+        kinds = Counter(map(kind_of, self.bad_files.values()))
         return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 

@@ -1,0 +1,274 @@
+"""`python -m rlaif_fast.video probe|check|preview`: look at files, vet a dataset, see what the model sees."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.cli import run_command
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video.base import VideoInfo
+from rlaif_fast.video.clips import load_clip, load_image
+from rlaif_fast.video.errors import VideoError, kind_of
+from rlaif_fast.video.isolate import DecodePool
+from rlaif_fast.video.preview import draw_contact_sheet
+from rlaif_fast.video.probe import info_of, probe
+from rlaif_fast.video.sampling import FrameSampling
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 when a file is bad, 2 for wrong usage."""
+    parser = argparse.ArgumentParser("rlaif_fast.video", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="probe|check|preview")
+
+    look = commands.add_parser("probe", help="Say what files hold.")
+    look.add_argument("files", nargs="+", metavar="FILE")
+    look.add_argument("--json", action="store_true", help="One JSON object a line, with every frame's time.")
+    _add_sampling(look)
+
+    check = commands.add_parser("check", help="Decode the sampled frames of every file of a dataset.")
+    check.add_argument("dataset", type=Path, metavar="DATASET.jsonl")
+    check.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
+    check.add_argument("--full", action="store_true", help="Decode every frame, not only the sampled ones.")
+    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Decoding processes.")
+    check.add_argument("--timeout", type=float, default=60.0, help="Seconds a file may take.")
+    check.add_argument("--quarantine", type=Path, help="File that gets one JSON line per bad file.")
+    check.add_argument("--shown", type=int, default=20, help="Most bad files to name.")
+    _add_sampling(check)
+
+    preview = commands.add_parser("preview", help="Draw the sampled frames as a contact sheet.")
+    preview.add_argument("file", metavar="FILE")
+    preview.add_argument("--out", type=Path, required=True, help="PNG, JPEG, PDF or SVG to write.")
+    preview.add_argument("--columns", type=int, default=6, help="Frames in a row.")
+    preview.add_argument("--most", type=int, default=48, help="Most frames to draw.")
+    _add_sampling(preview)
+
+    options = parser.parse_args(argv)
+    command: dict[str, Callable[[], int]] = {
+        "probe": lambda: _probe(options),
+        "check": lambda: _check(options),
+        "preview": lambda: _preview(options),
+    }
+    return run_command(command[options.command], debug=options.debug)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which frames")
+    group.add_argument("--fps", type=float, default=2.0, help="Frames per second of video.")
+    group.add_argument("--nframes", type=int, help="This many frames, instead of --fps.")
+    group.add_argument("--min_frames", type=int, default=4)
+    group.add_argument("--max_frames", type=int, default=768)
+    group.add_argument("--video_start", type=float, help="Seconds.")
+    group.add_argument("--video_end", type=float, help="Seconds.")
+
+
+def _sampling(options: argparse.Namespace) -> FrameSampling:
+    try:
+        return FrameSampling(
+            fps=options.fps,
+            nframes=options.nframes,
+            min_frames=options.min_frames,
+            max_frames=options.max_frames,
+            video_start=options.video_start,
+            video_end=options.video_end,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    sampling = _sampling(options)
+    console = Console()
+    any_bad = False
+    for path in options.files:
+        try:
+            info = probe(path)
+        except VideoError as error:
+            any_bad = True
+            if options.json:
+                print(json.dumps({"path": error.path, "error": error.reason}))
+            else:
+                console.print(f"[red]bad[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+            continue
+        if options.json:
+            print(json.dumps(vars(info)))
+        else:
+            console.print(f"[bold]{_escaped(path)}[/bold]", highlight=False, soft_wrap=True)
+            console.print(f"    {_facts(info)}; {_sampled(info, sampling)}", highlight=False, soft_wrap=True)
+    return 1 if any_bad else 0
+
+
+def _facts(info: VideoInfo) -> str:
+    rate = f"{info.fps:.4g} fps" + (" on average" if info.variable_rate else "")
+    turned = f", turned {info.rotation}°" if info.rotation else ""
+    size = f"{info.width}x{info.height}"
+    length = f"{info.frames} frame{'s' if info.frames != 1 else ''}, {rate}, {info.duration:.2f} s"
+    return f"{info.codec} {size} {info.pixel_format}, {length}{turned}"
+
+
+def _sampled(info: VideoInfo, sampling: FrameSampling) -> str:
+    try:
+        indices, fps = sampling.sample(info)
+    except VideoError as error:
+        return error.reason
+    return f"samples {len(indices)} at {fps:.3g} fps"
+
+
+@dataclass(frozen=True)
+class _Vetted:
+    path: str
+    info: VideoInfo | None  # None for an image or a bad file
+    frames: int
+    reason: str = ""
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rlaif_fast.data.reader import read_report
+
+    if options.workers < 1:
+        raise UsageError(f"workers must be at least 1, got {options.workers}")
+    sampling = _sampling(options)
+    report = read_report(
+        options.dataset, media_root=options.media_root, require_answer=False, check_files=False
+    )
+    media = dict.fromkeys((path, False) for example in report.examples for path in example.videos)
+    media |= dict.fromkeys((path, True) for example in report.examples for path in example.images)
+    console = Console()
+    for row in report.errors[: options.shown]:
+        console.print(f"[red]row[/red] {_escaped(row)}", highlight=False, soft_wrap=True)
+    if not media:
+        raise UsageError(f"{options.dataset}: no row names a video or an image")
+    began = time.perf_counter()
+    vetted = _vet_all(list(media), sampling, options, console)
+    seconds = time.perf_counter() - began
+    bad = [result for result in vetted if result.reason]
+    for result in bad[: options.shown]:
+        line = _escaped(f"{result.path}: {result.reason}")
+        console.print(f"[red]bad[/red] {line}", highlight=False, soft_wrap=True)
+    if len(bad) > options.shown:
+        console.print(f"... and {len(bad) - options.shown} more")
+    if options.quarantine is not None:
+        lines = [json.dumps({"path": r.path, "reason": r.reason}, ensure_ascii=False) + "\n" for r in bad]
+        options.quarantine.write_text("".join(lines), encoding="utf-8")
+    _summarise(vetted, bad, report.examples, len(report.errors), seconds, console)
+    return 1 if bad or report.errors else 0
+
+
+def _vet_all(
+    media: list[tuple[str, bool]], sampling: FrameSampling, options: argparse.Namespace, console: Any
+) -> list[_Vetted]:
+    """Decode every file in processes that can be stopped; results come in the order of `media`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    pool = DecodePool(options.workers)
+
+    def vet(path: str, image: bool) -> _Vetted:
+        try:
+            if image:
+                load_image(path)
+                return _Vetted(path, None, 1)
+            with pool.lend() as process:
+                scan = process.scan(path, options.timeout)
+                info = info_of(path, scan)
+                indices = range(info.frames) if options.full else sampling.sample(info)[0]
+                frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
+            return _Vetted(path, info, frames)
+        except VideoError as error:
+            return _Vetted(path, None, 0, error.reason)
+
+    results: list[_Vetted] = []
+    columns = (
+        TextColumn("decoding"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[bad]} bad"),
+        TimeRemainingColumn(),
+    )
+    waiting: deque[Future[_Vetted]] = deque()
+    source = iter(media)
+    try:
+        with (
+            ThreadPoolExecutor(options.workers) as threads,
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ):
+            task = progress.add_task("", total=len(media), bad=0)
+            while len(results) < len(media):
+                while len(waiting) < 4 * options.workers and (item := next(source, None)) is not None:
+                    waiting.append(threads.submit(vet, *item))
+                results.append(waiting.popleft().result())
+                progress.update(task, advance=1, bad=sum(1 for r in results if r.reason))
+    finally:
+        pool.close()
+    return results
+
+
+def _summarise(
+    vetted: list[_Vetted],
+    bad: list[_Vetted],
+    examples: Sequence[Any],
+    wrong_rows: int,
+    seconds: float,
+    console: Any,
+) -> None:
+    from rich.table import Table
+
+    gone = {result.path for result in bad}
+    kept = sum(1 for e in examples if not gone.intersection((*e.videos, *e.images)))
+    infos = [result.info for result in vetted if result.info is not None]
+    frames = sum(result.frames for result in vetted)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("files", f"{len(vetted) - len(bad)} good, {len(bad)} bad of {len(vetted)}")
+    for reason, count in Counter(kind_of(r.reason) for r in bad).most_common():
+        table.add_row("", f"{count} x {_escaped(reason)}")
+    table.add_row("questions", f"{kept} of {len(examples)} keep all their files; {wrong_rows} rows are wrong")
+    if infos:
+        codecs = Counter(info.codec for info in infos)
+        sizes = sorted((info.width * info.height, f"{info.width}x{info.height}") for info in infos)
+        lengths = sorted(info.duration for info in infos)
+        table.add_row("codecs", ", ".join(f"{count} {name}" for name, count in codecs.most_common()))
+        table.add_row("sizes", f"{sizes[0][1]} to {sizes[-1][1]}")
+        table.add_row(
+            "lengths",
+            f"{lengths[0]:.1f} to {lengths[-1]:.1f} s, median {lengths[len(lengths) // 2]:.1f} s,"
+            f" {sum(lengths) / 3600:.2f} h in all",
+        )
+    rate = f"{frames} frames in {seconds:.1f} s, {frames / seconds:.0f} a second"
+    table.add_row("decoded", rate)
+    console.print(table)
+
+
+def _preview(options: argparse.Namespace) -> int:
+    if options.columns < 1 or options.most < 2:
+        raise UsageError("columns must be at least 1 and most at least 2")
+    sampling = _sampling(options)
+    info = probe(options.file)
+    indices, _ = sampling.sample(info)
+    clip = load_clip(options.file, sampling=sampling)
+    drawn = draw_contact_sheet(clip, info, indices, options.out, most=options.most, columns=options.columns)
+    print(f"{options.out}: {drawn} of {len(indices)} sampled frames")
+    return 0
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""`python -m rlaif_fast.video`."""
+
+import json
+
+import pytest
+
+from rlaif_fast.video.__main__ import main
+from rlaif_fast.video.testing import counter_frames, write_video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("v")
+    write_video(made / "good.webm", counter_frames(60))
+    write_video(made / "tall.mp4", counter_frames(20, 128, 72), codec="libx264")
+    data = (made / "good.webm").read_bytes()
+    (made / "cut.webm").write_bytes(data[: len(data) // 2])
+    rows = [
+        {"id": "1", "video": "good.webm", "question": "?", "answer": "a"},
+        {"id": "2", "video": "cut.webm", "question": "?", "answer": "a"},
+        {"id": "3", "video": "good.webm", "question": "??", "answer": "a"},
+        {"id": "4", "videos": ["good.webm", "gone.mp4"], "question": "?", "answer": "a"},
+    ]
+    (made / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (made / "clean.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    return made
+
+
+def test_probe(folder, capsys):
+    assert main(["probe", str(folder / "good.webm"), str(folder / "tall.mp4")]) == 0
+    shown = capsys.readouterr().out
+    assert "vp9 128x96 yuv420p, 60 frames, 30 fps, 2.00 s; samples 4 at 2 fps" in shown
+    assert "h264 72x128" in shown
+
+
+def test_probe_of_a_bad_file(folder, capsys):
+    assert main(["probe", str(folder / "good.webm"), str(folder / "cut.webm")]) == 1
+    shown = capsys.readouterr().out
+    assert "60 frames" in shown
+    assert "cut.webm: truncated: the container spans" in shown
+
+
+def test_probe_as_json(folder, capsys):
+    assert main(["probe", "--json", str(folder / "good.webm"), str(folder / "cut.webm")]) == 1
+    good, bad = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (good["codec"], good["frames"], len(good["timestamps"])) == ("vp9", 60, 60)
+    assert bad["error"].startswith("truncated")
+
+
+@pytest.mark.parametrize(("extra", "frames"), [([], 4), (["--full"], 60), (["--nframes", "8"], 8)])
+def test_check_of_a_clean_dataset(folder, capsys, extra, frames):
+    assert main(["check", str(folder / "clean.jsonl"), "--workers", "1", *extra]) == 0
+    shown = capsys.readouterr().out
+    assert "1 good, 0 bad of 1" in shown
+    assert "1 of 1 keep all their files; 0 rows are wrong" in shown
+    assert f"{frames} frames in" in shown
+
+
+def test_check_of_a_mixed_dataset(folder, tmp_path, capsys):
+    quarantine = tmp_path / "q.jsonl"
+    assert main(["check", str(folder / "mixed.jsonl"), "--quarantine", str(quarantine)]) == 1
+    shown = capsys.readouterr().out
+    assert "1 good, 2 bad of 3" in shown
+    assert "1 x truncated" in shown
+    assert "1 x does not exist" in shown
+    assert "2 of 4 keep all their files" in shown
+    named = {json.loads(line)["path"] for line in quarantine.read_text().splitlines()}
+    assert named == {str(folder / "cut.webm"), str(folder / "gone.mp4")}
+
+
+def test_preview(folder, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    out = tmp_path / "sheet.png"
+    assert main(["preview", str(folder / "good.webm"), "--out", str(out), "--nframes", "12"]) == 0
+    assert "12 of 12 sampled frames" in capsys.readouterr().out
+    with image.open(out) as sheet:
+        assert sheet.width > 1200
+        assert len(sheet.convert("RGB").getcolors(1 << 24)) > 1000
+    assert (
+        main(["preview", str(folder / "tall.mp4"), "--out", str(out), "--nframes", "20", "--most", "5"]) == 0
+    )
+    assert "5 of 20 sampled frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["preview", "{}/cut.webm", "--out", "{}/x.png"], 1, "truncated"),
+        (["preview", "{}/good.webm", "--out", "{}/none/x.png"], 2, "cannot be written"),
+        (["preview", "{}/good.webm", "--out", "{}/x.png", "--fps", "0"], 2, "fps must be positive"),
+        (["check", "{}/none.jsonl"], 2, "none.jsonl"),
+        (["check", "{}/clean.jsonl", "--workers", "0"], 2, "workers"),
+    ],
+)
+def test_errors_are_one_line(folder, capsys, arguments, code, words):
+    assert main([a.format(folder) for a in arguments]) == code
+    said = capsys.readouterr().err.strip()
+    assert words in said
+    assert said.startswith("error: ")
+    assert "\n" not in said
