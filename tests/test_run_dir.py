@@ -38,13 +38,16 @@ def test_create_refuses_a_finished_run_unless_told(tmp_path):
     run = RunDir.create(tmp_path / "run")
     run.write_summary({"final_accuracy": 0.5})
     (run.path / "notes.txt").write_text("mine")
-    write_jsonl(run.predictions("sft"), [{"example_id": "a"}])
+    written = [run.config, run.metrics, run.rollouts, run.samples, run.quarantine, run.report]
+    for file in (*written, run.predictions("sft")):
+        file.write_text("{}\n")
     with pytest.raises(UsageError, match="finished run"):
         RunDir.create(run.path)
     assert run.read_summary() == {"final_accuracy": 0.5}
 
     again = RunDir.create(run.path, overwrite=True)
-    assert not again.finished and not again.predictions("sft").exists()
+    assert not again.finished and again.created > 0
+    assert {entry.name for entry in again.path.iterdir()} == {module.MARKER, "checkpoints", "notes.txt"}
     assert (run.path / "notes.txt").read_text() == "mine"
 
 

@@ -344,7 +344,7 @@ def learning_curve(panel: Panel) -> Draw:
                 fontsize=9,
             )
         if panel.percent:
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6 if panel.wide else 4, integer=True))
         axes.set_xlabel(panel.xlabel)

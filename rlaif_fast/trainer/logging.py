@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.progress import (
 )
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.run_dir import MARKER, RunDir, json_line, plain, read_jsonl
+from rlaif_fast.trainer.run_dir import RunDir, json_line, plain, read_jsonl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +78,7 @@ class RunLogger:
 
         earlier = list(read_jsonl(run_dir.metrics))
         self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
-        self._created = float(json.loads((run_dir.path / MARKER).read_text(encoding="utf-8"))["created"])
+        self._created = run_dir.created
         self._events = _event_writer(run_dir) if tensorboard else None
         for record in earlier:
             self._write_events(record)

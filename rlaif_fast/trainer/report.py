@@ -14,6 +14,7 @@ import mimetypes
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,7 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
         facts.append(("ranked by the oracle", f"{responses:,} responses in {groups:,} groups"))
     if "seed" in summary:
         facts.append(("seed", str(summary["seed"])))
+    facts.append(("begun", f"{datetime.fromtimestamp(run_dir.created, timezone.utc):%Y-%m-%d %H:%M} UTC"))
     if summary.get("git_commit"):
         facts.append(("code", str(summary["git_commit"])[:10]))
     return facts

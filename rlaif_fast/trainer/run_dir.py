@@ -33,6 +33,7 @@ class RunDir:
         metrics: Scalars by stage and step, one object a line.
         rollouts: The groups RL learned from, one object a line.
         samples: Responses to the test clips of the gallery before and after RL, one object a line.
+        quarantine: Media that could not be read, and why, one object a line.
         summary: The result; its presence means that the run finished.
         report: The self-contained HTML report.
         figures: The report's figures as PNG.
@@ -46,6 +47,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.quarantine = self.path / "quarantine.jsonl"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
         self.figures = self.path / "figures"
@@ -55,6 +57,11 @@ class RunDir:
     def predictions(self, phase: str) -> Path:
         """The file of the test predictions made after `phase`."""
         return self.path / f"predictions-{phase}.jsonl"
+
+    @property
+    def created(self) -> float:
+        """When the run began, in seconds since the epoch."""
+        return float(json.loads((self.path / MARKER).read_text(encoding="utf-8"))["created"])
 
     @property
     def finished(self) -> bool:
@@ -172,8 +179,9 @@ class RunDir:
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote, the summary first: half a run must not look finished."""
-        for file in (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.report):
+        for file in (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.quarantine):
             file.unlink(missing_ok=True)
+        self.report.unlink(missing_ok=True)
         for file in self.path.glob("predictions-*.jsonl"):
             file.unlink()
         for folder in (self.checkpoints, self.tensorboard, self.figures):
