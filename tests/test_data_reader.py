@@ -17,7 +17,7 @@ from rlaif_fast.data import (
     summarise,
 )
 from rlaif_fast.data.__main__ import main
-from rlaif_fast.data.converters import RowError, convert
+from rlaif_fast.data.converters import FORMATS, RowError, convert
 from rlaif_fast.data.encode import encode_video
 from rlaif_fast.errors import UsageError
 
@@ -397,16 +397,10 @@ json_values = st.recursive(
 )
 keys = st.sampled_from(
     [
-        "question",
-        "problem",
-        "conversations",
-        "query",
-        "messages",
-        "prompt",
+        *FORMATS,
         "answer",
         "options",
         "video",
-        "videos",
         "images",
         "completion",
         "solution",
@@ -414,9 +408,6 @@ keys = st.sampled_from(
         "metadata",
         "role",
         "content",
-        "system",
-        "history",
-        "id",
     ]
 )
 
