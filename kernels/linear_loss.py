@@ -36,6 +36,7 @@ from rlaif_fast.linear import (
     linear_stats_from_rows,
 )
 from rlaif_fast.options import LossOptions
+from rlaif_fast.parallel import VocabularyShard
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.logits_loss import row_grad, row_loss, row_stats
 from rlaif_fast_kernels.rank_loss import rank_loss
@@ -148,9 +149,10 @@ def linear_stats(
     head: Head,
     token_ids: Tensor,  # (M,)
     chunk_size: int | None,
+    shard: VocabularyShard | None = None,
 ) -> RowStats:
     """Return the statistics of every row (see `rlaif_fast.linear`)."""
-    return linear_stats_from_rows(_kernels(), hidden, head, token_ids, chunk_size)
+    return linear_stats_from_rows(_kernels(), hidden, head, token_ids, chunk_size, shard)
 
 
 def linear_grad(
@@ -162,10 +164,11 @@ def linear_grad(
     grad_entropy: Tensor,  # (M,)
     chunk_size: int | None,
     needs: Needs,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
     return linear_grad_from_rows(
-        _kernels(), hidden, head, token_ids, stats, grad_logps, grad_entropy, chunk_size, needs
+        _kernels(), hidden, head, token_ids, stats, grad_logps, grad_entropy, chunk_size, needs, shard
     )
 
 
@@ -179,10 +182,11 @@ def linear_loss(
     options: LossOptions,
     chunk_size: int | None,
     needs: Needs,
+    shard: VocabularyShard | None = None,
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
     return linear_loss_from_rows(
-        _kernels(), hidden, head, token_ids, shape, padding, inputs, options, chunk_size, needs
+        _kernels(), hidden, head, token_ids, shape, padding, inputs, options, chunk_size, needs, shard
     )
 
 

@@ -36,7 +36,11 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
     (M,),
                 chunk_size, needs: Needs) -> (grad_hidden | None, grad_weight | None, grad_bias | None)
         `rlaif_fast.linear` makes all three from a module that also has the row functions, `rank_loss` and
-        `compact_rows(rows (M, V), keep (M,) bool)`, which moves the kept rows to the front.
+        chunk_rows(weight (V, H), chunk_size) -> rows of logits in memory at once
+        compact_rows(rows (M, V), keep (M,) bool) -> order (kept,)
+            Brings the kept rows to the front and says which of them stands where.
+        add_product(total (V, H), grad_logits (m, V), hidden (m, H), first)
+            Adds grad_logits.T @ hidden to total, or with `first` writes it there.
 
 All results are detached, of float32 or wider, and on the device of the inputs.
 """
@@ -134,6 +138,7 @@ TABLE = (
     Backend("triton", "linear_loss", "rlaif_fast_kernels.linear_loss", 30),
     Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
     Backend("cuda", "rank_penalty", "rlaif_fast.cuda", 20),
+    Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
     Backend("cpu", "rank_penalty", "rlaif_fast.cpu", 10),
     Backend("cpu", "rank_loss", "rlaif_fast.cpu", 10),
     Backend("cpu", "logits_loss", "rlaif_fast.cpu", 10),

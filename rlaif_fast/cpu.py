@@ -16,14 +16,19 @@ from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.linear import (
     Head,
     Needs,
+    add_product,
+    chunk_rows,
     linear_grad_from_rows,
     linear_loss_from_rows,
     linear_stats_from_rows,
 )
 from rlaif_fast.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
+from rlaif_fast.parallel import VocabularyShard
 from rlaif_fast.reference.rank_penalty import RankAdvantages
 
 __all__ = [
+    "add_product",
+    "chunk_rows",
     "compact_rows",
     "linear_grad",
     "linear_loss",
@@ -188,9 +193,10 @@ def row_loss(
     return RowStats(logps, lse, entropy), grad_logps, grad_entropy
 
 
-def compact_rows(rows: Tensor, keep: Tensor) -> None:  # (M, V), (M,) bool
+def compact_rows(rows: Tensor, keep: Tensor) -> Tensor:  # (M, V), (M,) bool -> (kept,)
     """Move the kept rows to the front, in order."""
     torch.ops.rlaif_fast.compact_rows_(rows, keep)
+    return keep.nonzero().squeeze(1)
 
 
 def _matrices(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -221,9 +227,10 @@ def linear_stats(
     head: Head,
     token_ids: Tensor,  # (M,)
     chunk_size: int | None,
+    shard: VocabularyShard | None = None,
 ) -> RowStats:
     """Return the statistics of every row (see `rlaif_fast.linear`)."""
-    return linear_stats_from_rows(_kernels(), *_float32(hidden, head), token_ids.long(), chunk_size)
+    return linear_stats_from_rows(_kernels(), *_float32(hidden, head), token_ids.long(), chunk_size, shard)
 
 
 def linear_grad(
@@ -235,6 +242,7 @@ def linear_grad(
     grad_entropy: Tensor,  # (M,)
     chunk_size: int | None,
     needs: Needs,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
     return linear_grad_from_rows(
@@ -246,6 +254,7 @@ def linear_grad(
         grad_entropy,
         chunk_size,
         needs,
+        shard,
     )
 
 
@@ -259,6 +268,7 @@ def linear_loss(
     options: LossOptions,
     chunk_size: int | None,
     needs: Needs,
+    shard: VocabularyShard | None = None,
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
     return linear_loss_from_rows(
@@ -271,6 +281,7 @@ def linear_loss(
         options,
         chunk_size,
         needs,
+        shard,
     )
 
 

@@ -10,6 +10,8 @@ from rlaif_fast.options import MAX_GROUP_SIZE
 
 __all__ = ["rank_penalty", "supports", "unavailable"]
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def unavailable() -> str | None:
     """Return why the kernel cannot run on this machine, or None."""
@@ -25,8 +27,8 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
     """Return why a call cannot run, or None."""
     if device_type != "cuda":
         return f"the tensors are on {device_type}, not on a CUDA device"
-    if not dtype.is_floating_point:
-        return f"dtype {dtype} is not floating point"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
     if group_size is not None and group_size > MAX_GROUP_SIZE:
         return f"the group size {group_size} is above {MAX_GROUP_SIZE}"
     return None

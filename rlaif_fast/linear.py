@@ -29,11 +29,12 @@ from torch import Tensor
 from rlaif_fast.backends import RowInputs, RowStats
 from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.options import LossOptions
+from rlaif_fast.parallel import VocabularyShard
 from rlaif_fast.reference.rank_loss import token_weights
 
 # Bytes of logits in memory at once: large enough that the matmuls run at full speed and the weight's gradient
 # is read and written few times, small beside that gradient itself.
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 64
 
 
@@ -64,12 +65,27 @@ def chunk_rows(weight: Tensor, chunk_size: int | None) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
 
 
+def add_product(
+    total: Tensor,  # (V, H) float32 or wider
+    grad_logits: Tensor,  # (m, V)
+    hidden: Tensor,  # (m, H)
+    first: bool,
+) -> None:
+    """Add grad_logits.T @ hidden to total, or with `first` write it there."""
+    if grad_logits.dtype == total.dtype:
+        total.addmm_(grad_logits.t(), hidden, beta=0 if first else 1)
+    else:
+        product = grad_logits.t() @ hidden
+        total.copy_(product) if first else total.add_(product)
+
+
 class Gradients:
     """The gradients of hidden, weight and bias, accumulated chunk by chunk; float32 or wider for the last
     two."""
 
-    def __init__(self, hidden: Tensor, head: Head, needs: Needs) -> None:  # hidden (M, H)
+    def __init__(self, kernels: Any, hidden: Tensor, head: Head, needs: Needs) -> None:  # hidden (M, H)
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.kernels = kernels
         self.head = head
         self.hidden = torch.zeros_like(hidden) if needs.hidden else None
         self.weight = torch.empty_like(head.weight, dtype=wide) if needs.weight else None
@@ -91,11 +107,7 @@ class Gradients:
         if self.bias is not None:
             self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
-            if grad_logits.dtype == self.weight.dtype:
-                self.weight.addmm_(grad_logits.t(), hidden, beta=0 if self._first else 1)
-            else:
-                product = grad_logits.t() @ hidden
-                self.weight = product.to(self.weight.dtype) if self._first else self.weight.add_(product)
+            self.kernels.add_product(self.weight, grad_logits, hidden, self._first)
             self._first = False
 
     def close(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -158,10 +170,10 @@ def linear_stats_from_rows(
     head: Head,
     token_ids: Tensor,  # (M,)
     chunk_size: int | None,
-    shard: Any = None,
+    shard: VocabularyShard | None = None,
 ) -> RowStats:
     """Return the statistics of every row; one matmul, no logits kept."""
-    step = chunk_rows(head.weight, chunk_size)
+    step = kernels.chunk_rows(head.weight, chunk_size)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     stats = RowStats(*(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in RowStats._fields))
     for m in range(0, hidden.shape[0], step):
@@ -182,12 +194,12 @@ def linear_grad_from_rows(
     grad_entropy: Tensor | None,  # (M,)
     chunk_size: int | None,
     needs: Needs,
-    shard: Any = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias for given gradients of logps and entropy; makes the
     logits again."""
-    step = chunk_rows(head.weight, chunk_size)
-    gradients = Gradients(hidden, head, needs)
+    step = kernels.chunk_rows(head.weight, chunk_size)
+    gradients = Gradients(kernels, hidden, head, needs)
     for m in range(0, hidden.shape[0], step):
         span = slice(m, min(m + step, hidden.shape[0]))
         logits = _logits(hidden[span], head)
@@ -199,7 +211,7 @@ def linear_grad_from_rows(
 
 
 def linear_loss_from_rows(
-    kernels: Any,  # row_stats, row_grad, row_loss, rank_loss, compact_rows
+    kernels: Any,  # a module that provides `linear_loss` (see `backends`)
     hidden: Tensor,  # (M, H), or (B * T, H)
     head: Head,
     token_ids: Tensor,  # (M,)
@@ -209,13 +221,13 @@ def linear_loss_from_rows(
     options: LossOptions,
     chunk_size: int | None,
     needs: Needs,
-    shard: Any = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Any, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss (see `TokenGradients`) and the gradients of hidden, weight and bias."""
     layout = _layout(_response_mask(inputs, hidden, shape), padding)
-    step = chunk_rows(head.weight, chunk_size)
+    step = kernels.chunk_rows(head.weight, chunk_size)
     job = _Job(kernels, hidden, head, token_ids, layout, inputs, options, step, shard)
-    gradients = Gradients(hidden, head, needs)
+    gradients = Gradients(kernels, hidden, head, needs)
     if not needs.any:
         job.statistics()
     elif job.advantages_known and shard is None:
@@ -239,7 +251,7 @@ class _Job:
         inputs: TokenInputs,
         options: LossOptions,
         step: int,
-        shard: Any,
+        shard: VocabularyShard | None,
     ) -> None:
         self.kernels = kernels
         self.hidden = hidden
@@ -396,16 +408,16 @@ class _Job:
     def _add(self, gradients: Gradients, logits: Tensor, hidden: Tensor, span: slice, keep: Tensor) -> None:
         """Add the chunk's gradients, without the rows that have none."""
         rows = self.layout.hidden_rows(span)
-        kept = int(keep.sum())
-        if kept == 0:
-            if gradients.hidden is not None and isinstance(rows, slice):
-                gradients.hidden[rows] = 0.0
-            return
-        if kept < len(keep):
-            where = keep.nonzero().squeeze(1)
-            rows = where + span.start if self.layout.rows is None else self.layout.rows[span][where]
-            self.kernels.compact_rows(logits, keep)
-            logits, hidden = logits[:kept], hidden[where]
+        if self.options.beta == 0.0 and self.options.entropy_coef == 0.0:  # else every row has a gradient
+            kept = int(keep.sum())
+            if kept == 0:
+                if gradients.hidden is not None and isinstance(rows, slice):
+                    gradients.hidden[rows] = 0.0
+                return
+            if kept < len(keep):
+                where = self.kernels.compact_rows(logits, keep)
+                rows = where + span.start if self.layout.rows is None else self.layout.rows[span][where]
+                logits, hidden = logits[:kept], hidden[where]
         gradients.add(logits, hidden, rows)
 
 
@@ -432,7 +444,9 @@ def _logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:  #
     return torch.addmm(head.bias, hidden, head.weight.t(), out=out)
 
 
-def _stats(kernels: Any, logits: Tensor, token_ids: Tensor, head: Head, shard: Any) -> RowStats:
+def _stats(
+    kernels: Any, logits: Tensor, token_ids: Tensor, head: Head, shard: VocabularyShard | None
+) -> RowStats:
     if shard is None:
         return kernels.row_stats(logits, token_ids, head.temperature)
     return shard.combine(kernels.row_stats(logits, shard.local(token_ids), head.temperature))
@@ -446,13 +460,15 @@ def _write_grad(
     stats: RowStats,
     grad_logps: Tensor,  # (m,)
     grad_entropy: Tensor | None,  # (m,)
-    shard: Any,
+    shard: VocabularyShard | None,
 ) -> None:
     ids = token_ids if shard is None else shard.local(token_ids)
     kernels.row_grad(logits, ids, head.temperature, stats, grad_logps, grad_entropy, logits)
 
 
-def _close(gradients: Gradients, shard: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _close(
+    gradients: Gradients, shard: VocabularyShard | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     hidden, weight, bias = gradients.close()
     if shard is not None and hidden is not None:
         hidden = shard.sum(hidden)

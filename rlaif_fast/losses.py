@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from typing_extensions import TypedDict, Unpack
 
 from rlaif_fast import backends, checks, ops, reference
 from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.options import STATS, LossOptions, check_number
+from rlaif_fast.parallel import VocabularyShard
 from rlaif_fast.ranking import check_ranks
 
 __all__ = [
@@ -476,6 +478,10 @@ def _check_head(
 ) -> None:
     checks.floating("hidden", hidden, tuple(hidden.shape))
     checks.floating("weight", weight, ("V", hidden.shape[-1]), like=hidden)
+    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"weight must have the dtype of hidden, {hidden.dtype}; got {checks.describe(weight)}"
+        )
     if weight.shape[0] < 1:
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {checks.describe(weight)}")
     if bias is not None:
@@ -495,6 +501,7 @@ def fused_linear_grpo_rank_loss(
     temperature: float = 1.0,
     lengths: Tensor | None = None,  # (B,)
     chunk_size: int | None = None,
+    process_group: ProcessGroup | None = None,
     backend: str = "auto",
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
@@ -516,6 +523,9 @@ def fused_linear_grpo_rank_loss(
         temperature: Above 0; divides the logits.
         lengths: (B,) int64 tokens of each response, their sum M, when packed.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
+        process_group: Ranks that hold the head's vocabulary in consecutive shards, in their order: `weight`
+            (and `bias`) is this rank's shard, everything else the same on every rank, and so are the loss and
+            the gradient of `hidden`. Not under torch.compile.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -534,7 +544,12 @@ def fused_linear_grpo_rank_loss(
     like = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     inputs, options = _check(like, shape, responses, oracle_ranks, **arguments)
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
-    checks.ids_in_range("token_ids", token_ids, weight.shape[0], inputs.mask)
+    vocabulary = weight.shape[0]
+    if process_group is not None:
+        if backend == "reference":
+            raise ValueError("process_group must be None with backend='reference'; got a process group")
+        vocabulary = VocabularyShard(process_group, vocabulary, weight.device).vocabulary
+    checks.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
 
@@ -548,7 +563,17 @@ def fused_linear_grpo_rank_loss(
             inputs, logps, entropy = padding.pad_inputs(inputs), padding.pad(logps), padding.pad(entropy)
         return _token_loss(logps, entropy, inputs, options, "reference")
     loss, advantages, stats = ops.linear_loss(
-        hidden, weight, bias, token_ids, lengths, inputs, options, temperature, chunk_size, chosen
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        lengths,
+        inputs,
+        options,
+        temperature,
+        chunk_size,
+        process_group,
+        chosen,
     )
     return _output(loss, advantages, stats, inputs, options, entropy_known=True)
 

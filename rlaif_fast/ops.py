@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rlaif_fast import backends
 from rlaif_fast.backends import RowStats, TokenGradients
 from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.linear import Head, Needs
 from rlaif_fast.options import STATS, LossOptions
+from rlaif_fast.parallel import VocabularyShard
 
 _INPUTS = (
     "Tensor? advantages, Tensor? oracle_ranks, Tensor? valid, Tensor? old_logps, Tensor? ref_logps, "
@@ -275,7 +277,8 @@ def _(hidden, weight, bias, token_ids, temperature, chunk_size, backend):
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "
     "int? chunk_size, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool need_hidden, "
-    "bool need_weight, bool need_bias, str backend) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "bool need_weight, bool need_bias, str backend) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 def _linear_grad(
     hidden,
@@ -494,10 +497,16 @@ def linear_loss(
     options: LossOptions,
     temperature: float,
     chunk_size: int | None,
+    group: ProcessGroup | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, advantages and statistics; differentiable in hidden, weight and bias."""
     hidden, weight, bias = _autocast(hidden, weight, bias)
+    if group is not None:
+        loss, ranked, stats = _ShardedLinearLoss.apply(
+            hidden, weight, bias, token_ids, lengths, inputs, options, temperature, chunk_size, group, backend
+        )
+        return loss, ranked if inputs.advantages is None else inputs.advantages, stats
     grad = torch.is_grad_enabled()
     needs = Needs(
         grad and hidden.requires_grad,
@@ -517,3 +526,51 @@ def linear_loss(
         backend,
     )
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+
+
+class _ShardedLinearLoss(torch.autograd.Function):
+    """The fused linear loss on a shard of the vocabulary; a process group cannot pass through an operator."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        token_ids,
+        lengths,
+        inputs,
+        options,
+        temperature,
+        chunk_size,
+        group,
+        backend,
+    ):
+        padding = None if lengths is None else Padding(lengths)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        closed, *gradients = backends.get("linear_loss", backend).linear_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            Head(weight, bias, temperature),
+            token_ids.reshape(-1),
+            tuple(token_ids.shape if padding is None else padding.mask.shape),
+            padding,
+            inputs if padding is None else padding.pad_inputs(inputs),
+            options,
+            chunk_size,
+            needs,
+            VocabularyShard(group, weight.shape[0], weight.device),
+        )
+        grad_hidden, grad_weight, grad_bias = _in_dtype(gradients, (hidden, weight, bias))
+        if needs.hidden:
+            grad_hidden = grad_hidden.view(hidden.shape)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.needs = needs
+        ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
+        ctx.mark_non_differentiable(ranked, closed.stats)
+        ctx.set_materialize_grads(False)
+        return closed.loss, ranked, closed.stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        scaled = [_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
+        return *scaled, *(None for _ in range(8))

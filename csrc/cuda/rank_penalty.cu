@@ -3,10 +3,9 @@
 // captured in a graph. No atomics: results are bit-for-bit reproducible.
 
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../checks.h"
@@ -20,19 +19,7 @@ constexpr int kWarpsPerBlock = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kMaxBlocks = 65536;  // beyond it the grid strides
 
-__constant__ Tables<float> float_tables = make_tables<float>();
-__constant__ Tables<double> double_tables = make_tables<double>();
-
-template <typename T>
-__device__ __forceinline__ const Tables<T>& tables();
-template <>
-__device__ __forceinline__ const Tables<float>& tables<float>() {
-  return float_tables;
-}
-template <>
-__device__ __forceinline__ const Tables<double>& tables<double>() {
-  return double_tables;
-}
+__constant__ Tables<float> kTables = make_tables<float>();
 
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
@@ -44,32 +31,31 @@ __device__ __forceinline__ T warp_sum(T x) {
 }
 
 // The value of response j, where response i lives in slot i / 32 of lane i % 32.
-template <typename T, int SLOTS>
-__device__ __forceinline__ T from_lane(const T (&x)[SLOTS], int j) {
+template <int SLOTS>
+__device__ __forceinline__ float from_lane(const float (&x)[SLOTS], int j) {
   if constexpr (SLOTS == 1) {
     return __shfl_sync(kAllLanes, x[0], j);
   } else {
-    const T low = __shfl_sync(kAllLanes, x[0], j % kWarp);
-    const T high = __shfl_sync(kAllLanes, x[1], j % kWarp);
+    const float low = __shfl_sync(kAllLanes, x[0], j % kWarp);
+    const float high = __shfl_sync(kAllLanes, x[1], j % kWarp);
     return j < kWarp ? low : high;
   }
 }
 
-template <typename T, int SLOTS>
+template <int SLOTS>
 __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
-    rank_penalty_kernel(const T* __restrict__ scores,        // (N, G)
-                        const T* __restrict__ oracle_ranks,  // (N, G)
+    rank_penalty_kernel(const float* __restrict__ scores,        // (N, G)
+                        const float* __restrict__ oracle_ranks,  // (N, G)
                         const bool* __restrict__ valid,      // (N,) or null
-                        T* __restrict__ advantages,          // (N, G)
-                        T* __restrict__ penalties,           // (N, G)
-                        T* __restrict__ ndcg,                // (N,)
-                        T* __restrict__ kendall_tau,         // (N,)
+                        float* __restrict__ advantages,          // (N, G)
+                        float* __restrict__ penalties,           // (N, G)
+                        float* __restrict__ ndcg,                // (N,)
+                        float* __restrict__ kendall_tau,         // (N,)
                         bool* __restrict__ has_signal,       // (N,)
-                        T* __restrict__ top1_agreement,      // (N,)
-                        int64_t N, int G, Kind kind, T penalty_weight, bool scale_group) {
+                        float* __restrict__ top1_agreement,      // (N,)
+                        int64_t N, int G, Kind kind, float penalty_weight, bool scale_group) {
   const int lane = threadIdx.x % kWarp;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarpsPerBlock;
-  const Tables<T>& worth = tables<T>();
 
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; n < N; n += stride) {
     const int64_t base = n * G;
@@ -78,27 +64,27 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       for (int s = 0; s < SLOTS; ++s) {
         const int i = lane + s * kWarp;
         if (i < G) {
-          advantages[base + i] = T(0);
-          penalties[base + i] = T(0);
+          advantages[base + i] = float(0);
+          penalties[base + i] = float(0);
         }
       }
       if (lane == 0) {
-        ndcg[n] = T(0);
-        kendall_tau[n] = T(0);
-        top1_agreement[n] = T(0);
+        ndcg[n] = float(0);
+        kendall_tau[n] = float(0);
+        top1_agreement[n] = float(0);
         has_signal[n] = false;
       }
       continue;
     }
 
-    T oracle_key[SLOTS];
-    T policy_key[SLOTS];
+    float oracle_key[SLOTS];
+    float policy_key[SLOTS];
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int i = lane + s * kWarp;
-      const T rank = i < G ? oracle_ranks[base + i] : T(0);
+      const float rank = i < G ? oracle_ranks[base + i] : float(0);
       oracle_key[s] = kind == Kind::ZScore ? -rank : rank;
-      policy_key[s] = i < G ? -scores[base + i] : T(0);
+      policy_key[s] = i < G ? -scores[base + i] : float(0);
     }
 
     // One round of shuffles serves the places of both orders and the concordant pairs.
@@ -108,8 +94,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     int oracle_untied = 0;
     int policy_untied = 0;
     for (int j = 0; j < G; ++j) {
-      const T other_oracle = from_lane<T, SLOTS>(oracle_key, j);
-      const T other_policy = from_lane<T, SLOTS>(policy_key, j);
+      const float other_oracle = from_lane<SLOTS>(oracle_key, j);
+      const float other_policy = from_lane<SLOTS>(policy_key, j);
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         const int a = sign_of(oracle_key[s], other_oracle);
@@ -124,22 +110,22 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       }
     }
 
-    T u[SLOTS];
-    T penalty[SLOTS];
-    T advantage[SLOTS];
-    T found = 0;
-    T ideal = 0;
+    float u[SLOTS];
+    float penalty[SLOTS];
+    float advantage[SLOTS];
+    float found = 0;
+    float ideal = 0;
     int best = 0;
     int shared = 0;
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
-      u[s] = penalty[s] = advantage[s] = T(0);
+      u[s] = penalty[s] = advantage[s] = float(0);
       if (lane + s * kWarp < G) {
-        u[s] = tie_mean(worth.gain, oracle[s]);
-        penalty[s] = penalty_of(kind, u[s], tie_mean(worth.gain, policy[s]));
-        const T relevance = tie_mean(worth.relevance, oracle[s]);
-        found += relevance * tie_mean(worth.discount, policy[s]);
-        ideal += relevance * tie_mean(worth.discount, oracle[s]);
+        u[s] = tie_mean(kTables.gain, oracle[s]);
+        penalty[s] = penalty_of(kind, u[s], tie_mean(kTables.gain, policy[s]));
+        const float relevance = tie_mean(kTables.relevance, oracle[s]);
+        found += relevance * tie_mean(kTables.discount, policy[s]);
+        ideal += relevance * tie_mean(kTables.discount, oracle[s]);
         best += oracle[s].first == 0 ? 1 : 0;
         shared += oracle[s].first == 0 && policy[s].first == 0 ? 1 : 0;
       }
@@ -149,45 +135,45 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     policy_untied = warp_sum(policy_untied);
     const bool signal = oracle_untied > 0;
 
-    const auto group_mean = [&](const T(&x)[SLOTS]) {
-      T total = 0;
+    const auto group_mean = [&](const float(&x)[SLOTS]) {
+      float total = 0;
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
-        total += lane + s * kWarp < G ? x[s] : T(0);
+        total += lane + s * kWarp < G ? x[s] : float(0);
       }
-      return warp_sum(total) / T(G);
+      return warp_sum(total) / float(G);
     };
     if (follows_paper(kind)) {
-      const T centre = group_mean(penalty);
+      const float centre = group_mean(penalty);
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         advantage[s] = centre - penalty[s];
       }
     } else if (signal) {
-      T value[SLOTS];
+      float value[SLOTS];
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         value[s] = kind == Kind::ZScore ? -oracle_key[s] : u[s];
       }
-      const T centre = group_mean(value);
-      T spread = T(1);
+      const float centre = group_mean(value);
+      float spread = float(1);
       if (kind == Kind::ZScore) {
-        T square[SLOTS];
+        float square[SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
           square[s] = (value[s] - centre) * (value[s] - centre);
         }
-        spread = sqrt(group_mean(square) * T(G) / T(G > 1 ? G - 1 : 1)) + T(kZScoreEps);
+        spread = sqrt(group_mean(square) * float(G) / float(G > 1 ? G - 1 : 1)) + float(kZScoreEps);
       }
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         advantage[s] = (value[s] - centre) / spread;
         if (kind == Kind::Directed) {
-          advantage[s] *= T(1) + penalty_weight * penalty[s];
+          advantage[s] *= float(1) + penalty_weight * penalty[s];
         }
       }
       if (kind == Kind::Directed) {
-        const T rest = group_mean(advantage);
+        const float rest = group_mean(advantage);
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
           advantage[s] -= rest;
@@ -195,12 +181,12 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       }
     }
     if (scale_group) {
-      T square[SLOTS];
+      float square[SLOTS];
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         square[s] = advantage[s] * advantage[s];
       }
-      const T rms = sqrt(group_mean(square)) + T(kScaleEps);
+      const float rms = sqrt(group_mean(square)) + float(kScaleEps);
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         advantage[s] /= rms;
@@ -220,10 +206,10 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     best = warp_sum(best);
     shared = warp_sum(shared);
     if (lane == 0) {
-      const T pairs = T(oracle_untied) * T(policy_untied);
+      const float pairs = float(oracle_untied) * float(policy_untied);
       ndcg[n] = found / ideal;
-      kendall_tau[n] = pairs > T(0) ? T(agreement) / sqrt(pairs) : T(0);
-      top1_agreement[n] = T(shared) / T(best);
+      kendall_tau[n] = pairs > float(0) ? float(agreement) / sqrt(pairs) : float(0);
+      top1_agreement[n] = float(shared) / float(best);
       has_signal[n] = signal;
     }
   }
@@ -236,6 +222,8 @@ Result rank_penalty_cuda(const at::Tensor& scores,                // (N, G)
                          const std::optional<at::Tensor>& valid,  // (N,) bool
                          int64_t kind, double penalty_weight, bool scale_group) {
   check_rank_penalty(scores, oracle_ranks, valid, kind);
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores must be float32 on a CUDA device; got ",
+                   scores.scalar_type());
   TORCH_CHECK_VALUE(scores.is_contiguous() && oracle_ranks.is_contiguous(),
                     "scores and oracle_ranks must be contiguous on a CUDA device");
   const c10::cuda::CUDAGuard guard(scores.device());
@@ -255,18 +243,15 @@ Result rank_penalty_cuda(const at::Tensor& scores,                // (N, G)
   const int64_t blocks = std::min<int64_t>((N + kWarpsPerBlock - 1) / kWarpsPerBlock, kMaxBlocks);
   const dim3 grid(static_cast<unsigned>(blocks));
   const dim3 block(kWarp * kWarpsPerBlock);
-  const auto stream = at::cuda::getCurrentCUDAStream();
-  AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "rank_penalty_cuda", [&] {
-    const auto launch = [&](auto kernel) {
-      kernel<<<grid, block, 0, stream>>>(
-          scores.const_data_ptr<scalar_t>(), oracle_ranks.const_data_ptr<scalar_t>(),
-          valid.has_value() ? valid->const_data_ptr<bool>() : nullptr, advantages.data_ptr<scalar_t>(),
-          penalties.data_ptr<scalar_t>(), ndcg.data_ptr<scalar_t>(), tau.data_ptr<scalar_t>(),
-          has_signal.data_ptr<bool>(), top1.data_ptr<scalar_t>(), N, G, static_cast<Kind>(kind),
-          static_cast<scalar_t>(penalty_weight), scale_group);
-    };
-    G <= kWarp ? launch(rank_penalty_kernel<scalar_t, 1>) : launch(rank_penalty_kernel<scalar_t, 2>);
-  });
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto launch = [&](auto kernel) {
+    kernel<<<grid, block, 0, stream>>>(
+        scores.const_data_ptr<float>(), oracle_ranks.const_data_ptr<float>(),
+        valid.has_value() ? valid->const_data_ptr<bool>() : nullptr, advantages.data_ptr<float>(),
+        penalties.data_ptr<float>(), ndcg.data_ptr<float>(), tau.data_ptr<float>(), has_signal.data_ptr<bool>(),
+        top1.data_ptr<float>(), N, G, static_cast<Kind>(kind), static_cast<float>(penalty_weight), scale_group);
+  };
+  G <= kWarp ? launch(rank_penalty_kernel<1>) : launch(rank_penalty_kernel<2>);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {advantages, penalties, ndcg, tau, has_signal, top1};
 }
