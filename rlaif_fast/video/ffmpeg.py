@@ -144,7 +144,7 @@ def read_frames(
             f"frame {wanted[-1] if wanted[0] >= 0 else wanted[0]} of {len(info.pts)} was asked for"
         )
     convert = av.video.reformatter.VideoReformatter()
-    with _Reader(path, info, threads, deadline) as reader:
+    with _Reader(path, info, wanted, threads, deadline) as reader:
         for index in wanted:
             frame = reader.frame(index)
             picture = convert.reformat(frame, format="rgb24").to_ndarray()
@@ -158,8 +158,13 @@ def read_frames(
 class _Reader:
     """Walks through a file, seeking to a later key frame when that skips work."""
 
-    def __init__(self, path: str, info: Scan, threads: int, deadline: Deadline) -> None:
+    def __init__(
+        self, path: str, info: Scan, wanted: Sequence[int], threads: int, deadline: Deadline
+    ) -> None:
         self.path, self.info, self.threads, self.deadline = path, info, threads, deadline
+        self.wanted = {info.pts[i] for i in wanted}
+        # With frame threads the decoder would read `skip_frame` too late.
+        self.skips = threads == 1 and not info.counted
         self.place = {pts: i for i, pts in enumerate(info.pts)}
         self.linear = info.counted
         self._open()
@@ -233,8 +238,11 @@ class _Reader:
     def _decode(self) -> Generator[tuple[int, Any], None, None]:
         """Yield (index, frame) as pictures come out; pictures without an index are passed over."""
         count = 0
+        context = self.stream.codec_context
         for packet in self.container.demux(self.stream):
             self.deadline.check()
+            if self.skips:  # frames that no other frame builds on
+                context.skip_frame = "DEFAULT" if packet.pts in self.wanted else "NONREF"
             try:
                 frames = packet.decode()
             except av.error.EOFError:
