@@ -227,10 +227,14 @@ def test_answers_follow_from_the_world():
     for seed in range(60):
         answers.update({d.question: d.answer for d in drafts(world, random.Random(seed))})
     assert answers["how many objects are there in total?"] == "there are two objects."
-    assert answers["which object vanishes?"] == "the red circle vanishes."
+    assert answers["which object vanishes?"] == "the red object vanishes."
+    assert answers["what color is the object in the top right?"] == "the object is blue."
+    assert answers["where is the red object relative to the blue object?"].endswith(
+        "left of the blue object."
+    )
     assert answers["when does the screen flash?"] == "the screen flashes at the end."
     assert answers["what shape is the red object?"] == "the red object is a circle."
-    assert re.fullmatch(r"first the .* vanishes\.", answers["what happens first?"])
+    assert answers["what happens first?"] == "first the red object vanishes."
     assert answers["what happens last?"] == "last the screen flashes."
 
 
@@ -287,9 +291,9 @@ def test_the_wording_of_a_question_does_not_tell_its_answer():
         "action recognition": 0.19,
         "temporal perception": 0.38,
         "temporal reasoning": 0.22,
-        "object reasoning": 0.15,
+        "object reasoning": 0.30,
         "spatial reasoning": 0.55,
-        "information synopsis": 0.08,
+        "information synopsis": 0.10,
     }
     assert set(chance) == EASY
     assert {name: value for name, value in chance.items() if value > limits[name]} == {}

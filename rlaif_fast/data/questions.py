@@ -165,6 +165,7 @@ class _Asker:
         self.world = world
         self.rng = rng
         self.things = world.things
+        self.by_color = level.by_color
         moves = [event.actor for event in world.events if event.kind == "move"]
         self.travellers = moves if level.long_moves else []  # they leave their quadrant
         self.colors = _domain(COLORS[: level.colors])
@@ -175,10 +176,15 @@ class _Asker:
             (*(f"moves {d}" for d in DIRECTIONS), *plain),
             f"(?:(moves) (left|right|up|down)|({'|'.join(plain)}))",
         )
-        moments = [_FINITE[kind] for kind in level.timed]
+        moments = "|".join(_FINITE[kind] for kind in level.timed)
+        nouns = "|".join(self.colors.values if level.by_color else self.shapes.values)
+        tail = " object" if level.by_color else ""
         self.happenings = _domain(
-            ("screen flashes", *(f"{shape} {verb}" for shape in self.shapes.values for verb in moments)),
-            f"(?:(screen) (flashes)|({'|'.join(self.shapes.values)}) ({'|'.join(moments)}))",
+            (
+                "screen flashes",
+                *(f"{n}{tail} {m}" for n, m in itertools.product(nouns.split("|"), moments.split("|"))),
+            ),
+            f"(?:(screen) (flashes)|({nouns}){tail} ({moments}))",
         )
 
     def color(self, index: int) -> Slot:
@@ -199,20 +205,32 @@ class _Asker:
             e.color == color or e.actor == index for e in changed
         )
 
+    def noun(self, index: int) -> str | None:
+        """ "red object" or "circle", by the level; None where that is ambiguous."""
+        if self.by_color:
+            return f"{self.things[index].color} object" if self.lone_color(index) else None
+        return self.things[index].shape if self.lone_shape(index) else None
+
     def name(self, index: int) -> str | None:
-        """ "the red circle", or "the circle" where its colour changes; None where that is ambiguous."""
+        """ "the red object" or "the red circle", by the level; "the circle" where its colour changes."""
         thing = self.things[index]
-        if any(e.kind == "change" and e.actor == index for e in self.world.events):
-            return f"the {thing.shape}" if self.lone_shape(index) else None
+        if self.by_color or any(e.kind == "change" and e.actor == index for e in self.world.events):
+            noun = self.noun(index)
+            return noun and f"the {noun}"
         return f"the {thing.color} {thing.shape}"
 
+    def look(self, index: int) -> tuple[str | Slot, ...]:
+        """What it looks like, as facts of an answer: "red object" or "red circle", by the level."""
+        return (
+            (self.color(index), " object") if self.by_color else (self.color(index), " ", self.shape(index))
+        )
+
     def happening(self, event: Event) -> Slot | None:
-        """The event as a fact of an answer; None where its actor cannot be named by shape."""
+        """The event as a fact of an answer; None where its actor cannot be named."""
         if event.kind == "flash":
             return Slot("screen flashes", self.happenings)
-        if not self.lone_shape(event.actor):
-            return None
-        return Slot(f"{self.things[event.actor].shape} {_FINITE[event.kind]}", self.happenings)
+        noun = self.noun(event.actor)
+        return Slot(f"{noun} {_FINITE[event.kind]}", self.happenings) if noun else None
 
 
 def _all(ask: _Asker) -> Iterator[Draft]:
@@ -231,7 +249,7 @@ def _all(ask: _Asker) -> Iterator[Draft]:
             "information synopsis",
             "what happens in the video?",
             "a ",
-            (ask.color(actor), " ", ask.shape(actor), " ", Slot(_deed(world.events[0]), ask.deeds)),
+            (*ask.look(actor), " ", Slot(_deed(world.events[0]), ask.deeds)),
         )
 
 
@@ -243,7 +261,11 @@ def _about_looks(ask: _Asker, order: list[int]) -> Iterator[Draft]:
             yield Draft(
                 "shape", "object recognition", question, f"the {thing.color} object is a ", (ask.shape(k),)
             )
-        if not ask.lone_shape(k):
+        if k not in ask.travellers:
+            question = f"what color is the object in the {thing.quadrant}?"
+            if not any(e.kind in ("change", "hit") for e in ask.world.events):
+                yield Draft("color_at", "attribute perception", question, "the object is ", (ask.color(k),))
+        if ask.by_color or not ask.lone_shape(k):
             continue
         change = next((e for e in ask.world.events if e.kind == "change" and e.actor == k), None)
         if change is None:
@@ -261,29 +283,29 @@ def _about_looks(ask: _Asker, order: list[int]) -> Iterator[Draft]:
 
 def _about_places(ask: _Asker, order: list[int]) -> Iterator[Draft]:
     hits = [event for event in ask.world.events if event.kind == "hit"]
-    nameable = [k for k in order if ask.lone_shape(k) and not any(k in (e.actor, e.target) for e in hits)]
+    nameable = [k for k in order if ask.noun(k) and not any(k in (e.actor, e.target) for e in hits)]
     for k in nameable:
-        shape, quadrant = ask.things[k].shape, ask.things[k].quadrant
+        noun, quadrant = ask.noun(k), ask.things[k].quadrant
         if k not in ask.travellers:
-            yield _place("place", f"where is the {shape}?", shape, quadrant)
+            yield _place("place", f"where is the {noun}?", noun, quadrant)
             continue
         event = ask.world.event_of(k)
         assert event is not None
         for when, place in (("start", quadrant), ("end", destination(quadrant, event.direction))):
-            yield _place(f"place_{when}", f"where is the {shape} at the {when}?", shape, place)
+            yield _place(f"place_{when}", f"where is the {noun} at the {when}?", noun, place)
     for k, other in itertools.permutations([k for k in nameable if k not in ask.travellers], 2):
         relation = beside(ask.things[k], ask.things[other])
         if relation is not None and _meet(ask.world, k, other):
-            one, two = ask.things[k].shape, ask.things[other].shape
+            one, two = ask.noun(k), ask.noun(other)
             question = f"where is the {one} relative to the {two}?"
             fact = Slot(relation, _RELATION)
             yield Draft("relation", "spatial reasoning", question, f"the {one} is ", (fact,), f" the {two}.")
 
 
-def _place(kind: str, question: str, shape: str, quadrant: str) -> Draft:
+def _place(kind: str, question: str, noun: str | None, quadrant: str) -> Draft:
     vertical, horizontal = quadrant.split()
     facts = (Slot(vertical, _VERTICAL), " ", Slot(horizontal, _HORIZONTAL))
-    return Draft(kind, "spatial perception", question, f"the {shape} is in the ", facts)
+    return Draft(kind, "spatial perception", question, f"the {noun} is in the ", facts)
 
 
 def _meet(world: World, one: int, other: int) -> bool:
@@ -337,7 +359,7 @@ def _about_deeds(ask: _Asker, order: list[int]) -> Iterator[Draft]:
                 question = f"what color does {name} become?"
                 yield Draft("become", "action recognition", question, f"{name} becomes ", facts)
         elif sum(e.kind == event.kind for e in world.events) == 1:
-            facts = (ask.color(k), " ", ask.shape(k))
+            facts = ask.look(k)
             verb = _FINITE[event.kind]
             yield Draft("which", "object reasoning", f"which object {verb}?", "the ", facts, f" {verb}.")
         flash = next((e for e in world.events if e.kind == "flash"), None)
@@ -365,9 +387,9 @@ def _deed(event: Event) -> str:
 def _about_time(ask: _Asker) -> Iterator[Draft]:
     timed = [event for event in ask.world.events if event.time >= 0]
     for event in timed:
-        if event.kind != "flash" and not ask.lone_shape(event.actor):
+        subject = "screen" if event.kind == "flash" else ask.noun(event.actor)
+        if subject is None:
             continue
-        subject = "screen" if event.kind == "flash" else ask.things[event.actor].shape
         bare = "flash" if event.kind == "flash" else _BARE[event.kind]
         finite = "flashes" if event.kind == "flash" else _FINITE[event.kind]
         question = f"when does the {subject} {bare}?"

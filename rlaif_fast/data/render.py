@@ -154,12 +154,12 @@ def _background(rng: np.random.Generator, width: int, height: int, contrast: flo
     rows, columns = np.linspace(0, 5, height), np.linspace(0, 5, width)
     blotches = np.stack([np.interp(columns, np.arange(6), row) for row in coarse])  # (6, W)
     texture += np.stack([np.interp(rows, np.arange(6), column) for column in blotches.T], axis=1)
-    base = rng.uniform(70, 125) + rng.uniform(-8, 8, 3)
+    base = rng.uniform(40, 70) + rng.uniform(-8, 8, 3)
     return (base + contrast * texture[..., None]).astype(np.float32)
 
 
 def _paint(frame: NDArray[np.float32], thing: Thing, pose: Pose) -> None:
-    """Blend one object into a frame (H, W, 3), with a rim of a darker shade."""
+    """Blend one object into a frame (H, W, 3), with a white rim."""
     height, width, _ = frame.shape
     side = min(width, height)
     radius = pose.radius * side
@@ -173,7 +173,8 @@ def _paint(frame: NDArray[np.float32], thing: Thing, pose: Pose) -> None:
     distance = _DISTANCE[thing.shape](x, y, radius)
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     rim = np.clip(distance + 0.03 * side, 0, 1)[..., None]
-    color = np.asarray(RGB[pose.color], np.float32) * (1 - np.float32(0.35) * rim)
+    color = np.asarray(RGB[pose.color], np.float32)
+    color = color + (np.float32(255) - color) * rim
     window = frame[top:bottom, left:right]
     window += (color - window) * cover
 

@@ -30,6 +30,7 @@ class Level:
         counts: Numbers of objects, equally likely.
         lasting: Kinds of lasting event, equally likely ("move" once for each direction).
         timed: Kinds of timed event of an object, equally likely.
+        by_color: Whether questions name objects by colour ("the red object"), else by shape as well.
         long_moves: Whether a move leads into the next quadrant, an empty one; else it stays within its own.
         radius: Smallest and largest radius, as a fraction of the shorter side.
         noise: Standard deviation of the noise of each frame, in grey levels.
@@ -41,6 +42,7 @@ class Level:
     counts: tuple[int, ...]
     lasting: tuple[str, ...]
     timed: tuple[str, ...]
+    by_color: bool
     long_moves: bool
     radius: tuple[float, float]
     noise: float
@@ -54,8 +56,9 @@ LEVELS = {
         counts=(1, 2, 3),
         lasting=("move", "move", "move", "move", "grow", "shrink"),
         timed=("appear", "vanish"),
+        by_color=True,
         long_moves=True,
-        radius=(0.19, 0.22),
+        radius=(0.2, 0.22),
         noise=3.0,
         texture=8.0,
     ),
@@ -65,6 +68,7 @@ LEVELS = {
         counts=(2, 3, 4),
         lasting=("move", "move", "move", "move", "grow", "shrink", "bounce", "turn"),
         timed=("appear", "vanish", "change"),
+        by_color=False,
         long_moves=False,
         radius=(0.14, 0.17),
         noise=5.0,
@@ -76,6 +80,7 @@ LEVELS = {
         counts=(2, 3, 4),
         lasting=("move", "move", "move", "move", "grow", "shrink", "bounce", "turn", "hit", "hit"),
         timed=("appear", "vanish", "change"),
+        by_color=False,
         long_moves=False,
         radius=(0.11, 0.13),
         noise=9.0,
@@ -207,7 +212,7 @@ def _sample_things(rng: random.Random, difficulty: int, count: int) -> tuple[Thi
             color,
             quadrant,
             round(rng.uniform(*level.radius), 4),
-            (round(rng.uniform(-0.02, 0.02), 4), round(rng.uniform(-0.02, 0.02), 4)),
+            (round(rng.uniform(-0.015, 0.015), 4), round(rng.uniform(-0.015, 0.015), 4)),
         )
         for (color, shape), quadrant in zip(looks, rng.sample(QUADRANTS, count))
     )
