@@ -18,7 +18,7 @@ from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
 from rlaif_fast.oracle.untrusted import clean_text, distinct, draw_orders
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
-DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 4, "pointwise": 1, "likelihood": 1}
+DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 2, "pointwise": 1, "likelihood": 1}
 _ORDERED = {"listwise", "pairwise", "network"}  # what is shown first may matter
 
 
@@ -67,7 +67,7 @@ class JudgeOptions:
     Attributes:
         protocol: "listwise", "pairwise" (all pairs), "network" (a sorting network of pairs) or "pointwise".
         orders: k, the orders of appearance each group is shown in, 1 or even (every order is followed by its
-            reverse); None is 4, but 2 for all pairs and 1 pointwise.
+            reverse); None is 4 listwise, 2 for pairs and 1 pointwise.
         fusion: "borda" or "kemeny".
         min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing.
         use_reference: Show the reference answer to the judge where there is one.

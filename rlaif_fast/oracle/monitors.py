@@ -31,8 +31,8 @@ def oracle_stats(
         reference: Compares with the reference answers where there are any; None leaves that out.
 
     Returns:
-        oracle/groups, oracle/invalid, oracle/abstained, oracle/tied, oracle/confidence, oracle/tokens,
-        oracle/seconds; oracle/length_tau (positive: longer is ranked better); oracle/position_bias (positive:
+        oracle/groups, oracle/invalid, oracle/abstained, oracle/tied, oracle/confidence, oracle/tokens;
+        oracle/length_tau (positive: longer is ranked better); oracle/position_bias (positive:
         what is shown first is ranked better; 0 is fair); oracle/reference_tau and oracle/reference_top1.
     """
     valid = [pair for pair in zip(requests, rankings) if pair[1].valid]
@@ -45,7 +45,6 @@ def oracle_stats(
         "oracle/tied": _mean([float(len(set(ranks)) == 1) for ranks in judged]),
         "oracle/confidence": _mean([ranking.confidence for _, ranking in valid]),
         "oracle/tokens": float(sum(ranking.tokens for ranking in rankings)),
-        "oracle/seconds": sum(ranking.seconds for ranking in rankings),
         "oracle/length_tau": length_tau(requests, rankings),
         "oracle/position_bias": position_bias(rankings),
     }

@@ -40,6 +40,7 @@ class DataOptions:
         synthetic_rl_clips: Clips made for reinforcement learning.
         synthetic_validation_clips: Clips made for validation.
         synthetic_test_clips: Clips made for the test.
+        synthetic_questions_per_clip: Most questions about one synthetic clip, of distinct categories.
         synthetic_difficulty: 1 to 3: more objects, noise and distractors.
         label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one (a weak annotator).
         multiple_choice_fraction: Share of the synthetic questions asked with options.
@@ -64,6 +65,7 @@ class DataOptions:
     synthetic_rl_clips: int = 768
     synthetic_validation_clips: int = 64
     synthetic_test_clips: int = 192
+    synthetic_questions_per_clip: int = 4
     synthetic_difficulty: int = 1
     label_noise: float = 0.5
     multiple_choice_fraction: float = 0.1
@@ -222,6 +224,8 @@ class OracleOptions:
         oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
         max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
+        blind_control: Groups that the oracle ranks again without frames every `eval_steps`, to see whether it looks;
+            0 for none.
     """
 
     oracle: str = "reference"
@@ -229,6 +233,7 @@ class OracleOptions:
     oracle_noise: float = 0.0
     oracle_shuffle: bool = False
     max_invalid_fraction: float = 0.5
+    blind_control: int = 8
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.policy.policy import MediaFeatures
 from rlaif_fast.rollout.base import SamplingParams
@@ -140,7 +141,13 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         return None, {}
     everything = concat(sampled)
     logger.rollouts(step + 1, rollout_records(everything, step + 1))
-    stats = rollout_stats(everything)
+    stats = rollout_stats(everything) | counters(run.oracle)
+    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0:
+        requests = rank_requests(everything.batch, everything.rollout.texts, config.num_generations)
+        with logger.timer("oracle"):
+            stats |= blind_control(
+                run.oracle, requests, everything.rankings, sample=config.blind_control, seed=config.seed + step
+            )
     valid = everything.valid
     if config.dynamic_sampling:
         valid &= everything.has_signal
@@ -153,7 +160,8 @@ def rollout_stats(ranked: RankedRollout) -> dict:
     rollout, g = ranked.rollout, ranked.rollout.num_generations
     judge = ReferenceOracle()
     correct, scored = 0, 0
-    for request in rank_requests(ranked.batch, rollout.texts, g):
+    requests = rank_requests(ranked.batch, rollout.texts, g)
+    for request in requests:
         if request.reference is not None:
             correct += sum(judge.is_correct(request, text) for text in request.responses)
             scored += g
@@ -172,6 +180,7 @@ def rollout_stats(ranked: RankedRollout) -> dict:
         "groups": len(ranked.batch),
         "completion_length": rollout.mask.sum(1).float().mean(),
         "truncated": 1.0 - rollout.finished.float().mean(),
+        **oracle_stats(requests, ranked.rankings, reference=judge),
     }
 
 
