@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.losses import token_logps
 from rlaif_fast.policy import attention
 from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
@@ -252,7 +252,7 @@ class Policy:
         group_sizes: Sequence[int] | Tensor | None = None,
         features: MediaFeatures | None = None,
         return_entropy: bool = False,
-        chunk_size: int = 2048,
+        chunk_size: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities of the response tokens.
 
@@ -269,26 +269,15 @@ class Policy:
         hidden = self.response_hidden(prompts, token_ids, lengths, group_sizes=group_sizes, features=features)
         place = torch.arange(token_ids.shape[1], device=hidden.device)
         targets = token_ids.to(hidden.device)[place < lengths.to(hidden.device)[:, None]]
-        logps, entropies = self._token_logps(hidden, targets, temperature, chunk_size)
-        return (logps, entropies) if return_entropy else logps
-
-    def _token_logps(
-        self, hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
-    ) -> tuple[Tensor, Tensor]:
-        def chunk(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            logits = (nn.functional.linear(hidden, weight).float() + bias) / temperature
-            logps = logits.log_softmax(-1)
-            return logps.gather(-1, targets[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
-
-        weight, bias = self.head_weight, self.head_bias
-        if len(hidden) <= chunk_size:
-            return chunk(hidden, targets, weight, bias)
-        pieces = [
-            checkpoint(chunk, h, t, weight, bias, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size))
-        ]
-        logps, entropies = zip(*pieces)
-        return torch.cat(logps), torch.cat(entropies)
+        return token_logps(
+            hidden,
+            self.head_weight,
+            targets,
+            bias=self.head_bias,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            chunk_size=chunk_size,
+        )
 
     # --- the reference --------------------------------------------------------------------------------------
 
