@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import resource
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import pytest
 import torch
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.trainer.logging import RunLogger
 from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
 
@@ -70,6 +71,26 @@ def test_rollouts_carry_their_step(run):
         logger.rollouts(3, [{"example_id": "a", "responses": ["é\n"]}, {"example_id": "b", "responses": []}])
         assert [line["example_id"] for line in read_jsonl(run.rollouts)] == ["a", "b"]
     assert [line["step"] for line in read_jsonl(run.rollouts)] == [3, 3]
+
+
+@pytest.mark.parametrize("kind", ["metrics", "rollouts"])
+def test_a_disk_that_takes_no_more_is_said_in_one_line(run, kind):
+    logger = _logger(run)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(RlaifFastError, match=r"File too large.*--resume") as caught, logger:
+            for step in range(1, 9):
+                if kind == "metrics":
+                    logger.log("rl", step, loss=0.0)
+                else:
+                    logger.rollouts(step, [{"example_id": "a"}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert str(getattr(run, kind)) in str(caught.value)
+    kept = list(read_jsonl(getattr(run, kind)))  # what was written before is whole, the torn line is left out
+    assert [line["step"] for line in kept] == list(range(1, len(kept) + 1)) and kept
 
 
 def test_timers_do_not_overlap(run):

@@ -7,6 +7,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -20,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.trainer.run_dir import RunDir, json_line, plain, read_jsonl
 
 if TYPE_CHECKING:
@@ -82,8 +84,9 @@ class RunLogger:
         self._events = _event_writer(run_dir) if tensorboard else None
         for record in earlier:
             self._write_events(record)
-        self._metrics = run_dir.metrics.open("a", encoding="utf-8", buffering=1)
-        self._rollouts = run_dir.rollouts.open("a", encoding="utf-8", buffering=1)
+        # Unbuffered: a line is with the system once written, and a full disk is met there, not at the end.
+        self._metrics = run_dir.metrics.open("ab", buffering=0)
+        self._rollouts = run_dir.rollouts.open("ab", buffering=0)
 
     def __enter__(self) -> RunLogger:
         return self
@@ -129,12 +132,15 @@ class RunLogger:
             step: Steps done in the stage, this one counted; of an evaluation, in the stage its phase names.
             scalars: Numbers, 0-d tensors, or what an evaluation reports (`phase`, `split`, `accuracy`,
                 `by_category`).
+
+        Raises:
+            RlaifFastError: The disk is full or fails.
         """
         running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
         last = running is not None and step >= running.total
         if stage == "eval" or last or step % self._log_every == 0:
             record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
-            self._metrics.write(json_line(record))
+            _append(self._metrics, json_line(record))
             self._write_events(record)
             if stage == "eval":
                 self.message(_evaluation_line(record))
@@ -146,9 +152,12 @@ class RunLogger:
             running.update(step, self._live_text())
 
     def rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Record the groups of an RL step."""
-        for record in records:
-            self._rollouts.write(json_line({"step": step, **record}))
+        """Record the groups of an RL step.
+
+        Raises:
+            RlaifFastError: The disk is full or fails.
+        """
+        _append(self._rollouts, "".join(json_line({"step": step, **record}) for record in records))
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -269,6 +278,18 @@ def _event_writer(run_dir: RunDir) -> SummaryWriter:
     if run_dir.tensorboard.exists():
         shutil.rmtree(run_dir.tensorboard)
     return SummaryWriter(log_dir=str(run_dir.tensorboard))
+
+
+def _append(file: FileIO, text: str) -> None:
+    data = text.encode()
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError as error:
+        path = Path(str(file.name))
+        raise RlaifFastError(
+            f"cannot write {path} ({error.strerror}); free space, then continue with --resume {path.parent}"
+        ) from error
 
 
 def _evaluation_line(record: Mapping[str, Any]) -> str:
