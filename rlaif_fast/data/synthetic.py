@@ -29,7 +29,7 @@ __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_data
 # The part of all worlds that each split draws from, by `worlds.share`.
 SPLITS = {"sft": (0.0, 0.4), "rl": (0.4, 0.8), "validation": (0.8, 0.88), "test": (0.88, 1.0)}
 
-_FORMAT = 2  # raise when the same configuration gives other files
+_FORMAT = 3  # raise when the same configuration gives other files
 _MARKER = "dataset.json"
 
 
