@@ -321,7 +321,7 @@ def test_a_thousand_groups_with_a_fifth_of_faults():
         return generator.choice(FAULTS) if generator.random() < 0.2 else None
 
     with Judge(fault=fault) as server:
-        judge = oracle(server, orders=2, concurrency=64, timeout=8.0, deadline=120.0, max_attempts=5)
+        judge = oracle(server, orders=1, concurrency=64, timeout=8.0, deadline=120.0, max_attempts=5)
         start = time.monotonic()
         rankings = judge.rank(groups)
         seconds = time.monotonic() - start
@@ -335,9 +335,9 @@ def test_a_thousand_groups_with_a_fifth_of_faults():
     counted = {key.removeprefix("oracle/api/fault_"): n for key, n in stats.items() if "fault_" in key}
     assert set(injected) == set(FAULTS)
     assert counted == injected
-    assert sum(injected.values()) > 300
+    assert sum(injected.values()) > 150
     # Every request is a first try, or the retry of a fault; every fault is retried or given up.
-    assert stats["oracle/api/requests"] == len(server.bodies) == 2000 + stats["oracle/api/retries"]
+    assert stats["oracle/api/requests"] == len(server.bodies) == 1000 + stats["oracle/api/retries"]
     assert sum(counted.values()) == stats["oracle/api/retries"] + stats.get("oracle/api/gave_up", 0.0)
     # Nothing is lost, and no fault became a rank: a group is ranked right, or invalid with its reason.
     invalid = [ranking for ranking in rankings if not ranking.valid]
