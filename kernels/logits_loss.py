@@ -259,7 +259,7 @@ def row_stats(
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row; the logits are left alone."""
     logits, M, T, V, stride_b, stride_t = _rows(logits)
-    stats = RowStats(*torch.empty((3, M), dtype=torch.float32, device=logits.device))
+    stats = RowStats(*(torch.empty(M, dtype=torch.float32, device=logits.device) for _ in range(3)))
     if M:
         with torch.cuda.device_of(logits):
             row_stats_kernel[(M,)](

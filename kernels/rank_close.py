@@ -127,7 +127,8 @@ def close_group(
 
 @triton.jit
 def close_batch(
-    row_sums, group_sums, valid, num_items, row_weights, out, B, N, G, beta, entropy_coef, max_length,
+    row_sums, group_sums, valid, num_items, row_weights, loss_out, stats_out, B, N, G,
+    beta, entropy_coef, max_length,
     LOSS_TYPE: tl.constexpr, HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up the groups; write the statistics, the loss and the weight of each response."""
@@ -156,7 +157,8 @@ def close_batch(
     scale = tl.where(offs_k == 13, (1.0 / N) if HAS_RANKS else 0.0, scale)
     stats = total * scale
     loss = tl.sum(tl.where(offs_k < 3, stats, 0.0))
-    tl.store(out + offs_k, tl.where(offs_k == 15, loss, stats))
+    tl.store(loss_out, loss)
+    tl.store(stats_out + offs_k, stats, mask=offs_k < GROUP_SUMS - 1)
 
     for first in tl.range(0, B, 4 * BLOCK):
         offs_b = first + tl.arange(0, 4 * BLOCK)

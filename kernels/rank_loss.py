@@ -27,10 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rlaif_fast.backends import TokenGradients
-from rlaif_fast.options import MAX_GROUP_SIZE, LossOptions
-from rlaif_fast_kernels.launch import AotConfig, refuse
+from rlaif_fast.options import MAX_GROUP_SIZE, STATS, LossOptions
+from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group, load_float
 from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, one_sided, policy_slope
+
+__all__ = ["aot_configs", "rank_loss", "supports", "unavailable"]
 
 SPLITS = 8  # programs a response in the gradient kernel
 
@@ -75,7 +77,8 @@ def rank_loss_kernel(
     row_sums,  # (ROW_SUMS, B) scratch
     group_sums,  # (GROUP_SUMS, N) scratch
     finished,  # (N + 1,) int32 zeros: programs of a group, groups
-    out,  # (GROUP_SUMS,) out: the statistics, the loss
+    loss_out,  # scalar
+    stats_out,  # (len(STATS),)
     B,
     N,
     G,
@@ -171,7 +174,7 @@ def rank_loss_kernel(
         if tl.atomic_add(finished + N, 1, sem="acq_rel") == N - 1:
             has_ranks: tl.constexpr = oracle_ranks is not None
             close_batch(
-                row_sums, group_sums, valid, num_items, row_weights, out, B, N, G,
+                row_sums, group_sums, valid, num_items, row_weights, loss_out, stats_out, B, N, G,
                 beta, entropy_coef, max_length, LOSS_TYPE, has_ranks, 256,
             )  # fmt: skip
 
@@ -273,11 +276,10 @@ def rank_loss(
     ranks = None if oracle_ranks is None else oracle_ranks.contiguous()
     computed = torch.empty(B, dtype=torch.float32, device=device)
     row_slopes, row_weights = torch.empty_like(computed), torch.empty_like(computed)
-    out = torch.zeros(GROUP_SUMS, dtype=torch.float32, device=device)
+    loss = torch.zeros((), dtype=torch.float32, device=device)
+    stats = torch.zeros(len(STATS), dtype=torch.float32, device=device)
     grad_logps = torch.empty(logps.shape, dtype=torch.float32, device=device)
-    grad_entropy = (
-        torch.empty_like(grad_logps) if entropy is not None and options.entropy_coef != 0.0 else None
-    )
+    grad_entropy = None if entropy is None else torch.empty_like(grad_logps)
     low, high = 1.0 - options.epsilon_low, 1.0 + options.epsilon_high
     entropy_coef = options.entropy_coef if entropy is not None else 0.0
     beta = options.beta if ref_logps is not None else 0.0
@@ -299,7 +301,8 @@ def rank_loss(
                 torch.empty((ROW_SUMS, B), dtype=torch.float32, device=device),
                 torch.empty((GROUP_SUMS, N), dtype=torch.float32, device=device),
                 torch.zeros(N + 1, dtype=torch.int32, device=device),
-                out,
+                loss,
+                stats,
                 B,
                 N,
                 G,
@@ -345,7 +348,7 @@ def rank_loss(
                     num_warps=config["num_warps"],
                 )
     return TokenGradients(
-        out[15], computed if advantages is None else advantages.detach(), out[:15], grad_logps, grad_entropy
+        loss, computed if advantages is None else advantages.detach(), stats, grad_logps, grad_entropy
     )
 
 
@@ -361,7 +364,7 @@ def aot_configs() -> list[AotConfig]:
     types |= dict.fromkeys(("mask", "valid"), "*u8:16") | dict.fromkeys(("B", "N", "G", "T"), "i32")
     types |= dict.fromkeys(("row_slopes", "row_weights"), "*fp32:16")
     types |= dict.fromkeys(("penalty_weight", "low", "high", "beta", "entropy_coef", "max_length"), "fp32")
-    scratch = dict.fromkeys(("advantages", "row_sums", "group_sums", "out"), "*fp32:16")
+    scratch = dict.fromkeys(("advantages", "row_sums", "group_sums", "loss_out", "stats_out"), "*fp32:16")
     outputs = dict.fromkeys(("A", "grad_logps", "grad_entropy"), "*fp32:16")
     absent = {"given": None, "cu_seqlens": None, "delta": None}
     kinds = {"KIND": "directed", "SCALE": "none", "SCORE": "mean", "KL": "k3", "LOSS_TYPE": "grpo"}

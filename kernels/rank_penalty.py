@@ -22,7 +22,9 @@ from torch import Tensor
 
 from rlaif_fast.options import RankOptions
 from rlaif_fast.reference.rank_penalty import RankAdvantages
-from rlaif_fast_kernels.launch import AotConfig, refuse
+from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
+
+__all__ = ["aot_configs", "rank_group", "rank_penalty", "supports", "unavailable"]
 
 
 def launch_config(G: int) -> dict[str, int]:

@@ -69,7 +69,7 @@ class TokenGradients(NamedTuple):
         advantages: (B,), or (B, T) where they were given so.
         stats: (len(STATS),), in the order of `rlaif_fast.options.STATS`.
         grad_logps: (B, T) of the loss; exactly 0 on masked tokens.
-        grad_entropy: (B, T) of the loss, or None without `entropy_coef`.
+        grad_entropy: (B, T) of the loss, or None without `entropy`.
     """
 
     loss: Tensor

@@ -56,7 +56,7 @@ def rank_advantages(
         penalty_weight: w >= 0, how much more a misranked response weighs ("directed").
         scale: "none", or "group" to divide by the root mean square over the group.
         valid: (N,) bool; a group whose ranking failed is false and gets advantages of 0.
-        backend: "auto", "cuda", "cpu" or "reference".
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
         `RankAdvantages`, in the dtype of `scores`.
