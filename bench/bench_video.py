@@ -213,8 +213,8 @@ def machine() -> str:
     names = [line.split(":")[1].strip() for line in facts if line.startswith("model name")]
     model = names[0] if names else platform.processor()
     return (
-        f"{model}, {os.cpu_count()} cores, {gpu}; "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, PyAV {av.__version__}; commit {commit}; load {os.getloadavg()[0]:.1f} at the start"
+        f"{model}, {os.cpu_count()} cores, {gpu}; torch {torch.__version__}, PyAV {av.__version__}; "
+        f"{torch.get_num_threads()} threads; commit {commit}; load {os.getloadavg()[0]:.1f} at the start"
     )
 
 

@@ -12,7 +12,7 @@ class VideoError(RlaifFastError):
 
     Args:
         path: The file.
-        reason: One clause, e.g. "truncated: the header promises 120 frames, the file holds 41".
+        reason: One clause, e.g. "truncated: the container spans 11023 bytes, the file has 248".
     """
 
     def __init__(self, path: str, reason: str) -> None:

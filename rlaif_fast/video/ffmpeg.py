@@ -113,10 +113,6 @@ def scan(path: str, deadline: Deadline | None = None) -> Scan:
             raise BadVideo("the video stream holds no frames")
         if any(p.corrupt for p in packets):
             raise BadVideo("damaged: the container marks packets as corrupt")
-        if stream.frames and len(packets) < stream.frames:
-            raise BadVideo(
-                f"truncated: the header promises {stream.frames} frames, the file holds {len(packets)}"
-            )
         # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
         return _summarise(path, stream, packets, unordered, deadline)
