@@ -140,7 +140,9 @@ def row_stats(
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row."""
     ids = token_ids.long().contiguous()
-    parts = [torch.ops.rlaif_fast.row_stats(rows, ids[span], temperature) for span, rows in _matrices(logits)]
+    parts = [
+        torch.ops.rlaif_fast.row_stats(rows, ids[span], temperature) for span, (rows,) in _matrices(logits)
+    ]
     return RowStats(*parts[0]) if len(parts) == 1 else RowStats(*map(torch.cat, zip(*parts)))
 
 
@@ -157,7 +159,7 @@ def row_grad(
     ids, grad = token_ids.long().contiguous(), grad_logps.contiguous()
     lse, entropy = stats.lse.contiguous(), stats.entropy.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    for (span, rows), (_, to) in zip(_matrices(logits), _matrices(out)):
+    for span, (rows, to) in _matrices(logits, out):
         torch.ops.rlaif_fast.row_grad_out(
             rows,
             ids[span],
@@ -199,27 +201,22 @@ def compact_rows(rows: Tensor, keep: Tensor) -> Tensor:  # (M, V), (M,) bool -> 
     return keep.nonzero().squeeze(1)
 
 
-def _matrices(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Split (..., V) into matrices whose rows lie one stride apart, without copying; yield their rows and
-    them.
+def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Split (..., V) tensors of one shape into matrices whose rows lie one stride apart, without copying.
 
-    A slice like `logits[:, :-1]` is one matrix a response. Only where V itself is strided is there no such
-    matrix.
+    A slice like `logits[:, :-1]` is one matrix a response. Yields the rows, and the matrix of each tensor.
     """
+    x = tensors[0]
     V = x.shape[-1]
     if x.dim() == 1:
-        x = x[None]
-    if x.numel() and V > 1 and x.stride(-1) != 1:
-        raise ValueError(f"the last dimension of logits must be contiguous; got strides {x.stride()}")
-    if x.dim() == 2 or x.is_contiguous():
-        yield slice(0, x.numel() // V), x.reshape(-1, V)
+        tensors = tuple(y[None] for y in tensors)
+    if x.dim() <= 2 or all(y.is_contiguous() for y in tensors):
+        yield slice(0, x.numel() // V), tuple(y.view(-1, V) if y.dim() > 2 else y for y in tensors)
         return
-    first = 0
-    for part in x:
-        count = part.numel() // V
-        for span, rows in _matrices(part):
-            yield slice(first + span.start, first + span.stop), rows
-        first += count
+    rows = x[0].numel() // V
+    for index, parts in enumerate(zip(*tensors)):
+        for span, matrices in _matrices(*parts):
+            yield slice(index * rows + span.start, index * rows + span.stop), matrices
 
 
 def linear_stats(

@@ -36,6 +36,7 @@ from rlaif_fast.reference.rank_loss import token_weights
 # is read and written few times, small beside that gradient itself.
 CHUNK_BYTES = 64 << 20
 MIN_CHUNK_ROWS = 64
+SUM_LENGTH = 8192  # terms that a float32 matmul adds up before the parts are added
 
 
 class Head(NamedTuple):
@@ -101,9 +102,9 @@ class Gradients:
         """Add one chunk. The rows of hidden are each written once."""
         if self.hidden is not None:
             if isinstance(rows, slice):
-                torch.mm(grad_logits, self.head.weight, out=self.hidden[rows])
+                _product(grad_logits, self.head.weight, self.hidden[rows])
             else:
-                self.hidden[rows] = grad_logits @ self.head.weight
+                self.hidden[rows] = _product(grad_logits, self.head.weight, torch.empty_like(hidden))
         if self.bias is not None:
             self.bias += grad_logits.sum(0, dtype=self.bias.dtype)
         if self.weight is not None:
@@ -115,6 +116,15 @@ class Gradients:
         if self.weight is not None and self._first:
             self.weight.zero_()
         return self.hidden, self.weight, self.bias
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:  # (m, V), (V, H) -> (m, H)
+    """Write a @ b into out. V is long and the terms largely cancel: sums of float32 are taken in parts."""
+    part = SUM_LENGTH if out.dtype.itemsize >= 4 else a.shape[1]
+    torch.mm(a[:, :part], b[:part], out=out)
+    for v in range(part, a.shape[1], part):
+        out += a[:, v : v + part] @ b[v : v + part]
+    return out
 
 
 class _Layout(NamedTuple):

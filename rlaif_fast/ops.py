@@ -92,6 +92,8 @@ def _rank_loss_setup(ctx, inputs, output):
 
 
 def _rank_loss_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return tuple(None for _ in range(ctx.count))
     grad_logps, grad_entropy = ctx.saved_tensors
     dtype, entropy_dtype = ctx.dtypes
     to_entropy = None if entropy_dtype is None else (grad_loss * grad_entropy).to(entropy_dtype)
@@ -264,7 +266,8 @@ def selective_log_softmax(
 )
 def _linear_stats(hidden, weight, bias, token_ids, temperature, chunk_size, backend):
     module = backends.get("linear_loss", backend)
-    return tuple(module.linear_stats(hidden, Head(weight, bias, temperature), token_ids, chunk_size))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return tuple(module.linear_stats(hidden, Head(weight, bias, temperature), token_ids, chunk_size))
 
 
 @_linear_stats.register_fake
@@ -297,16 +300,17 @@ def _linear_grad(
     backend,
 ):
     module = backends.get("linear_loss", backend)
-    gradients = module.linear_grad(
-        hidden,
-        Head(weight, bias, temperature),
-        token_ids,
-        RowStats(lse, lse, entropy),
-        grad_logps.contiguous(),
-        grad_entropy.contiguous(),
-        chunk_size,
-        Needs(need_hidden, need_weight, need_bias),
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = module.linear_grad(
+            hidden,
+            Head(weight, bias, temperature),
+            token_ids,
+            RowStats(lse, lse, entropy),
+            grad_logps.contiguous(),
+            grad_entropy.contiguous(),
+            chunk_size,
+            Needs(need_hidden, need_weight, need_bias),
+        )
     return _in_dtype(gradients, (hidden, weight, bias))
 
 
@@ -431,17 +435,18 @@ def _linear_loss(
     inputs, options, backend = _unflatten(arguments)
     padding = None if lengths is None else Padding(lengths)
     shape = tuple(token_ids.shape if padding is None else padding.mask.shape)
-    closed, *gradients = backends.get("linear_loss", backend).linear_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        Head(weight, bias, temperature),
-        token_ids.reshape(-1),
-        shape,
-        padding,
-        inputs if padding is None else padding.pad_inputs(inputs),
-        options,
-        chunk_size,
-        Needs(need_hidden, need_weight, need_bias),
-    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        closed, *gradients = backends.get("linear_loss", backend).linear_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            Head(weight, bias, temperature),
+            token_ids.reshape(-1),
+            shape,
+            padding,
+            inputs if padding is None else padding.pad_inputs(inputs),
+            options,
+            chunk_size,
+            Needs(need_hidden, need_weight, need_bias),
+        )
     grad_hidden, grad_weight, grad_bias = _in_dtype(gradients, (hidden, weight, bias))
     if need_hidden:
         grad_hidden = grad_hidden.view(hidden.shape)
@@ -470,6 +475,8 @@ def _linear_loss_setup(ctx, inputs, output):
 
 
 def _linear_loss_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return tuple(None for _ in range(ctx.count))
     scaled = [_scale(grad, grad_loss) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs)]
     return *scaled, *(None for _ in range(ctx.count - len(scaled)))
 
@@ -548,18 +555,19 @@ class _ShardedLinearLoss(torch.autograd.Function):
     ):
         padding = None if lengths is None else Padding(lengths)
         needs = Needs(*ctx.needs_input_grad[:3])
-        closed, *gradients = backends.get("linear_loss", backend).linear_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
-            Head(weight, bias, temperature),
-            token_ids.reshape(-1),
-            tuple(token_ids.shape if padding is None else padding.mask.shape),
-            padding,
-            inputs if padding is None else padding.pad_inputs(inputs),
-            options,
-            chunk_size,
-            needs,
-            VocabularyShard(group, weight.shape[0], weight.device),
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            closed, *gradients = backends.get("linear_loss", backend).linear_loss(
+                hidden.reshape(-1, hidden.shape[-1]),
+                Head(weight, bias, temperature),
+                token_ids.reshape(-1),
+                tuple(token_ids.shape if padding is None else padding.mask.shape),
+                padding,
+                inputs if padding is None else padding.pad_inputs(inputs),
+                options,
+                chunk_size,
+                needs,
+                VocabularyShard(group, weight.shape[0], weight.device),
+            )
         grad_hidden, grad_weight, grad_bias = _in_dtype(gradients, (hidden, weight, bias))
         if needs.hidden:
             grad_hidden = grad_hidden.view(hidden.shape)
@@ -572,5 +580,7 @@ class _ShardedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return tuple(None for _ in range(11))
         scaled = [_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
         return *scaled, *(None for _ in range(8))

@@ -1,0 +1,364 @@
+"""The fused linear loss: reference, CPU kernels, chunks, packing, row elimination, and its two-sweep mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from rlaif_fast import cpu as cpu_kernels
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
+from rlaif_fast.options import KINDS
+from rlaif_fast.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def evaluate(problem: Problem, backend: str, packed: bool = False, **options):
+    """Return the output and the gradients of hidden, weight and bias."""
+    hidden, weight, bias = (
+        x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)
+    )
+    tensors, ids, h = dict(problem.tensors), problem.token_ids, hidden
+    if packed:
+        mask = tensors.pop("mask")
+        tensors = {name: x[mask] for name, x in tensors.items()}
+        h, ids = hidden[mask], ids[mask]
+        options["lengths"] = mask.sum(-1)
+    use = {**tensors, **options}
+    ranks = None if "advantages" in use else problem.oracle_ranks
+    out = fused_linear_grpo_rank_loss(h, weight, ids, ranks, bias=bias, backend=backend, **use)
+    return out, torch.autograd.grad(out.loss, [hidden, weight, bias])
+
+
+def assert_matches(problem: Problem, packed: bool = False, chunk_size: int | None = None, **options):
+    got, got_grads = evaluate(problem, "cpu", packed, chunk_size=chunk_size, **options)
+    wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
+    want, want_grads = evaluate(problem.double(), "reference", packed, **wide)
+    bound = TOLERANCES[problem.hidden.dtype]
+    assert relative(got.loss, want.loss) <= bound.value
+    assert relative(got.advantages, want.advantages) <= bound.value
+    for name, value in want.stats.items():
+        assert relative(got.stats[name], value) <= bound.value, name
+    for a, b in zip(got_grads, want_grads):
+        assert a.dtype == problem.hidden.dtype and relative_l2(a, b) <= bound.gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [1, 2, 33, 257])
+def test_matches_the_reference(V, dtype):
+    assert_matches(random_problem(V=V, dtype=dtype, seed=V), beta=0.04, entropy_coef=0.01, temperature=0.7)
+
+
+@pytest.mark.parametrize("V", [32_000, 151_936, 152_064])
+def test_real_vocabularies(V):
+    assert_matches(random_problem(N=1, G=2, T=3, V=V, H=8), beta=0.04, entropy_coef=0.01)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16, 10_000])
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_chunks_of_any_size(chunk_size, on_policy, packed, level):
+    problem = random_problem(seed=chunk_size)
+    if on_policy:
+        del problem.tensors["old_logps"]
+    options = {"beta": 0.04, "entropy_coef": 0.01, "importance_sampling_level": level}
+    assert_matches(problem, packed, chunk_size, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_kinds_and_aggregates(kind, loss_type):
+    # No group whose penalties are all equal: its "paper" advantages are rounding noise, whose sign the clip
+    # fractions would count.
+    problem = random_problem(seed=5)
+    options = {"kind": kind, "loss_type": loss_type, "max_completion_length": 9, "chunk_size": 13}
+    assert_matches(problem, **options)
+    options["valid"] = torch.tensor([True, False, True])
+    assert_matches(problem, **options)
+    del problem.tensors["old_logps"]
+    assert_matches(problem, **options)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_given_advantages(per_token):
+    problem = random_problem()
+    shape = problem.logps.shape if per_token else problem.logps.shape[:1]
+    assert_matches(problem, advantages=torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+
+
+def test_rows_without_gradient_never_reach_the_last_matmuls(monkeypatch):
+    """Masked rows are not even evaluated; rows with A = 0 or clipped are evaluated and then left out,
+    exactly.
+    """
+    problem = random_problem(N=4, G=4, T=9, drift=0.6)
+    problem.oracle_ranks[1] = 0  # all tied: A = 0
+    kept, evaluated = [], []
+    add, one_sweep = cpu_kernels.add_product, cpu_kernels.row_loss
+
+    def counting_add(total, grad_logits, hidden, first):
+        assert (grad_logits != 0).any(-1).all()
+        kept.append(len(hidden))
+        add(total, grad_logits, hidden, first)
+
+    def counting_rows(logits, *rest):
+        evaluated.append(len(logits))
+        return one_sweep(logits, *rest)
+
+    monkeypatch.setattr(cpu_kernels, "add_product", counting_add)
+    monkeypatch.setattr(cpu_kernels, "row_loss", counting_rows)
+    assert_matches(problem, chunk_size=20)
+    _, grads = evaluate(problem, "reference")
+    mask = problem.tensors["mask"]
+    assert sum(evaluated) == int(mask.sum())
+    assert 0 < sum(kept) < int(mask.sum() - mask[4:8].sum())
+    assert sum(kept) >= int((grads[0] != 0).any(-1).sum())
+
+
+def test_the_gradient_does_not_touch_memory_it_was_not_given():
+    """Outputs start from uninitialised memory: poison what the allocator hands out next, then compare."""
+    problem = random_problem(N=2, G=4, T=30, V=700, H=64)
+    want = evaluate(problem, "cpu")[1]
+    for _ in range(3):
+        trash = [torch.full_like(x, float("nan")) for x in want]
+        trash.append(torch.full((240, 700), float("nan")))
+        del trash
+        for a, b in zip(evaluate(problem, "cpu")[1], want):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_frozen_head_or_frozen_body(needs):
+    problem = random_problem()
+    want = evaluate(problem, "cpu")[1]
+    hidden = problem.hidden.clone().requires_grad_(needs[0])
+    weight = problem.weight.clone().requires_grad_(needs[1])
+    out = fused_linear_grpo_rank_loss(
+        hidden, weight, problem.token_ids, problem.oracle_ranks, bias=problem.bias, **problem.tensors
+    )
+    out.loss.backward()
+    assert (hidden.grad is None) == (not needs[0]) and (weight.grad is None) == (not needs[1])
+    got, expected = (hidden.grad, want[0]) if needs[0] else (weight.grad, want[1])
+    assert relative_l2(got, expected) <= 1e-6
+
+
+def test_no_gradient_asked_for():
+    problem = random_problem()
+    with torch.no_grad():
+        quiet = evaluate_without_grad(problem)
+    loud, _ = evaluate(problem, "cpu")
+    assert not quiet.loss.requires_grad
+    torch.testing.assert_close(quiet.loss, loud.loss.detach())
+
+
+def evaluate_without_grad(problem: Problem):
+    return fused_linear_grpo_rank_loss(
+        problem.hidden,
+        problem.weight,
+        problem.token_ids,
+        problem.oracle_ranks,
+        bias=problem.bias,
+        backend="cpu",
+        **problem.tensors,
+    )
+
+
+def test_upstream_gradient_and_accumulation():
+    problem = random_problem()
+    plain = evaluate(problem, "cpu")[1]
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    for _ in range(2):
+        out = fused_linear_grpo_rank_loss(
+            hidden, weight, problem.token_ids, problem.oracle_ranks, bias=problem.bias, **problem.tensors
+        )
+        (out.loss / 4).backward(retain_graph=True)
+        out.loss.backward()
+    assert relative_l2(weight.grad, 2.5 * plain[1]) <= 1e-6
+    assert relative_l2(hidden.grad, 2.5 * plain[0]) <= 1e-6
+
+
+def test_tied_weights_and_an_adapted_head():
+    """The head's weight may also be the embedding, or an effective weight made of a frozen one and an
+    adapter.
+    """
+    torch.manual_seed(0)
+    problem = random_problem(V=40, H=16)
+    grads = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(1)
+        embedding, body = nn.Embedding(40, 16), nn.Linear(16, 16)
+        down, up = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(40, 2))
+        hidden = body(embedding(problem.token_ids))
+        out = fused_linear_grpo_rank_loss(
+            hidden,
+            embedding.weight + up @ down,
+            problem.token_ids,
+            problem.oracle_ranks,
+            mask=problem.tensors["mask"],
+            backend=backend,
+        )
+        out.loss.backward()
+        grads.append([p.grad for p in (embedding.weight, body.weight, down, up)])
+    for a, b in zip(*grads):
+        assert relative_l2(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradcheck(backend):
+    problem = random_problem(N=2, G=2, T=3, V=7, H=4, dtype=torch.float64, drift=0.1)
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+
+    def loss(hidden, weight, bias):
+        return fused_linear_grpo_rank_loss(
+            hidden,
+            weight,
+            problem.token_ids,
+            problem.oracle_ranks,
+            bias=bias,
+            beta=0.04,
+            entropy_coef=0.01,
+            epsilon=5.0,
+            backend=backend,
+            **problem.tensors,
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_token_logps_and_its_gradient(chunk_size):
+    problem = random_problem(V=129)
+    up = torch.randn(2, *problem.logps.shape, dtype=torch.float64)
+    results = []
+    for p, backend in ((problem, "cpu"), (problem.double(), "reference")):
+        leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+        logps, entropy = token_logps(
+            leaves[0],
+            leaves[1],
+            p.token_ids,
+            bias=leaves[2],
+            temperature=0.7,
+            return_entropy=True,
+            chunk_size=chunk_size if backend == "cpu" else None,
+            backend=backend,
+        )
+        total = (logps * up[0].to(logps)).sum() + (entropy * up[1].to(logps)).sum()
+        results.append((logps, entropy, *torch.autograd.grad(total, leaves)))
+    for a, b in zip(results[0][:2], results[1][:2]):
+        assert relative(a, b) <= 1e-5
+    for a, b in zip(results[0][2:], results[1][2:]):
+        assert relative_l2(a, b) <= 1e-5
+
+
+def test_the_two_forms_agree():
+    """The fused loss is the token loss of token_logps."""
+    problem = random_problem()
+    logps, entropy = token_logps(problem.hidden, problem.weight, problem.token_ids, return_entropy=True)
+    want = grpo_rank_loss(logps, problem.oracle_ranks, entropy=entropy, beta=0.04, **problem.tensors)
+    got = fused_linear_grpo_rank_loss(
+        problem.hidden, problem.weight, problem.token_ids, problem.oracle_ranks, beta=0.04, **problem.tensors
+    )
+    torch.testing.assert_close(got.loss, want.loss)
+    for name, value in want.stats.items():
+        torch.testing.assert_close(got.stats[name], value)
+
+
+def test_empty_responses_and_an_empty_batch():
+    problem = random_problem()
+    problem.tensors["mask"][:] = False
+    out, grads = evaluate(problem, "cpu")
+    assert float(out.loss) == 0.0 and all((g == 0).all() for g in grads)
+    hidden = torch.empty(0, 4, requires_grad=True)
+    weight = torch.randn(9, 4, requires_grad=True)
+    out = fused_linear_grpo_rank_loss(
+        hidden,
+        weight,
+        torch.empty(0, dtype=torch.long),
+        torch.zeros(1, 3),
+        lengths=torch.zeros(3, dtype=torch.long),
+    )
+    out.loss.backward()
+    assert float(out.loss) == 0.0 and (weight.grad == 0).all() and hidden.grad.shape == (0, 4)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_head_and_keeps_statistics_wide(autocast):
+    problem = random_problem()
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=autocast):
+        out = fused_linear_grpo_rank_loss(
+            hidden, weight, problem.token_ids, problem.oracle_ranks, backend="cpu", **problem.tensors
+        )
+    out.loss.backward()
+    low = random_problem()
+    low_hidden, low_weight = (
+        low.hidden.to(autocast).requires_grad_(),
+        low.weight.to(autocast).requires_grad_(),
+    )
+    want = fused_linear_grpo_rank_loss(
+        low_hidden, low_weight, low.token_ids, low.oracle_ranks, backend="cpu", **low.tensors
+    )
+    want.loss.backward()
+    assert out.loss.dtype == torch.float32 and torch.equal(out.loss, want.loss)
+    assert weight.grad.dtype == torch.float32 and torch.equal(weight.grad, low_weight.grad.float())
+    assert torch.equal(hidden.grad, low_hidden.grad.float())
+
+
+SHARDS = (20, 13)
+
+
+def _sharded(rank: int, rendezvous: str, where: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=len(SHARDS))
+    first = sum(SHARDS[:rank])
+    own = slice(first, first + SHARDS[rank])
+    results = []
+    for options in SHARDED_OPTIONS:
+        problem = random_problem(V=sum(SHARDS))
+        if options.pop("on_policy", False):
+            del problem.tensors["old_logps"]
+        hidden = problem.hidden.clone().requires_grad_()
+        weight, bias = (x[own].clone().requires_grad_() for x in (problem.weight, problem.bias))
+        out = fused_linear_grpo_rank_loss(
+            hidden,
+            weight,
+            problem.token_ids,
+            problem.oracle_ranks,
+            bias=bias,
+            process_group=dist.group.WORLD,
+            **problem.tensors,
+            **options,
+        )
+        (2 * out.loss).backward()
+        results.append((out.loss.detach(), hidden.grad, weight.grad, bias.grad))
+    torch.save(results, Path(where) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+SHARDED_OPTIONS = (
+    {"beta": 0.04, "entropy_coef": 0.01},
+    {"importance_sampling_level": "sequence", "chunk_size": 5},
+    {"on_policy": True, "entropy_coef": 0.01, "chunk_size": 40},
+)
+
+
+def test_a_vocabulary_sharded_over_two_processes(tmp_path):
+    mp.spawn(_sharded, (f"file://{tmp_path / 'rendezvous'}", str(tmp_path)), nprocs=len(SHARDS))
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARDS))]
+    for case, options in enumerate(SHARDED_OPTIONS):
+        options = {k: v for k, v in options.items() if k != "chunk_size"}
+        problem = random_problem(V=sum(SHARDS)).double()
+        if options.pop("on_policy", False):
+            del problem.tensors["old_logps"]
+        want, grads = evaluate(problem, "reference", **options)
+        for loss, grad_hidden, *_ in (part[case] for part in parts):
+            assert relative(loss, want.loss) <= 1e-5
+            assert relative_l2(grad_hidden, 2 * grads[0]) <= 1e-5
+        for column in (1, 2):
+            whole = torch.cat([part[case][column + 1] for part in parts])
+            assert relative_l2(whole, 2 * grads[column]) <= 1e-5
