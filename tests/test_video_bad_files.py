@@ -376,7 +376,7 @@ def test_unreadable(good, tmp_path):
 
 def test_vanished_between_scan_and_decode(good, tmp_path, process):
     path = Path(shutil.copy(good["mp4"], tmp_path / "a.mp4"))
-    scan = process.scan(str(path), 30.0)
+    scan, _ = process.scan(str(path), 30.0)
     path.unlink()
     with pytest.raises(VideoError, match="no such file"):
         list(process.frames(str(path), scan, [0], 30.0))

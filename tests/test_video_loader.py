@@ -102,7 +102,7 @@ def test_hung_decoder_is_timed_out_and_replaced(videos):
 def test_crashed_decoder_costs_one_file(videos):
     process = DecodeProcess()
     try:
-        scan = process.scan(videos[0], 60)
+        scan, _ = process.scan(videos[0], 60)
         os.kill(process.pid, signal.SIGSTOP)
         killer = threading.Timer(0.2, os.kill, (process.pid, signal.SIGKILL))
         killer.start()
@@ -118,7 +118,7 @@ def test_crashed_decoder_costs_one_file(videos):
 def test_reader_that_stops_half_way_leaves_a_usable_process(videos):
     process = DecodeProcess()
     try:
-        scan = process.scan(videos[0], 60)
+        scan, _ = process.scan(videos[0], 60)
         frames = process.frames(videos[0], scan, range(40), 60)
         next(frames)
         frames.close()

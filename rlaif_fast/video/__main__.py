@@ -181,7 +181,7 @@ def _vet_all(
                 load_image(path)
                 return _Vetted(path, None, 1)
             with pool.lend() as process:
-                scan = process.scan(path, options.timeout)
+                scan, _ = process.scan(path, options.timeout)
                 info = info_of(path, scan)
                 indices = range(info.frames) if options.full else sampling.sample(info)[0]
                 frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))

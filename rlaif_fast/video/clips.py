@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
-from rlaif_fast.video.decoders import assemble, decode_sized
+from rlaif_fast.video.decoders import assemble, choose, decode_sized
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget, resize_frames
@@ -43,28 +44,28 @@ def load_clip(
         resize: Resize while decoding, within these limits; `preprocess` with the same limits then leaves the
             size as it is. None keeps full frames.
         device: Where the frames end up.
-        process: Decode in this process (see `isolate`) instead of this one.
+        process: Probe, and decode where the decoder is PyAV, in this process (see `isolate`) instead of this
+            one.
         timeout: Seconds that the isolated process may take; None for no limit.
 
     Raises:
         VideoError: When the file is bad, with the reason.
     """
     path = str(path)
-    if process is not None:
-        scan = MEMO.scan(file_version(path))
-        if scan is None:
-            version = file_version(path)
-            scan = process.scan(path, timeout)
-            MEMO.keep_scan(version, scan)
-    else:
-        scan = scan_file(path)
+    device = torch.device(device)
+    version = file_version(path)
+    if process is not None and MEMO.scan(version) is None:
+        found, digest = process.scan(path, timeout)
+        MEMO.keep_scan(version, found)
+        MEMO.keep_digest(version, digest)
+    scan = scan_file(path)
     info = info_of(path, scan)
     indices, sample_fps = (sampling or FrameSampling()).sample(info)
     size = resize.size(path, len(indices), *scan.shape) if resize is not None else scan.shape
     key = clip_key(file_digest(path), indices, size)
     known = cache.get(key) if cache is not None else None
     if known is not None:
-        return known
+        return replace(known, frames=known.frames.to(device))
     wanted_bytes = len(indices) * size[0] * size[1] * 3
     if wanted_bytes > MAX_CLIP_BYTES:
         raise VideoError(
@@ -72,12 +73,12 @@ def load_clip(
             f"{len(indices)} frames of {size[1]}x{size[0]} need {wanted_bytes / 2**30:.1f} GiB;"
             " lower max_frames or resize",
         )
-    if process is not None:
+    if process is not None and choose(decoder, scan, indices, device) == "pyav":
         frames: Tensor = assemble(process.frames(path, scan, indices, timeout), indices, scan.shape, size).to(
             device
         )
     else:
-        frames = decode_sized(path, indices, size, decoder, torch.device(device))
+        frames = decode_sized(path, indices, size, decoder, device)
     times = info.timestamps
     clip = Clip(frames, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)
     if cache is not None:

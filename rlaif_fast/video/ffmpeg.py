@@ -12,6 +12,7 @@ asked for. Nothing is ever replaced by a neighbour: a frame that does not come o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import struct
@@ -29,6 +30,11 @@ NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text fil
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
+
+
+WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
+DIGEST_BLOCKS = 256
+DIGEST_BLOCK_BYTES = 1 << 20
 
 
 class BadVideo(Exception):
@@ -116,6 +122,27 @@ def scan(path: str, deadline: Deadline | None = None) -> Scan:
         # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
         return _summarise(path, stream, packets, unordered, deadline)
+
+
+def digest(path: str) -> str:
+    """Return a digest of a file's content; of a very large one, of its size and of blocks spread over it."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            size = file.seek(0, os.SEEK_END)
+            found = hashlib.blake2b(str(size).encode(), digest_size=20)
+            file.seek(0)
+            if size <= WHOLE_DIGEST_BYTES:
+                while block := file.read(DIGEST_BLOCK_BYTES):
+                    found.update(block)
+            else:
+                for i in range(DIGEST_BLOCKS):
+                    file.seek((size - DIGEST_BLOCK_BYTES) * i // (DIGEST_BLOCKS - 1))
+                    found.update(file.read(DIGEST_BLOCK_BYTES))
+    except FileNotFoundError:
+        raise BadVideo("does not exist") from None
+    except OSError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from None
+    return found.hexdigest()
 
 
 def read_frames(

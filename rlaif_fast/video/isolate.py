@@ -47,11 +47,12 @@ class DecodeProcess:
         self._memory = _anonymous_file()
         self._capacity = 0
 
-    def scan(self, path: str, timeout: float | None) -> Scan:
-        """Return what `path` holds; raises `VideoError`, also when `timeout` seconds pass."""
+    def scan(self, path: str, timeout: float | None) -> tuple[Scan, str]:
+        """Return what `path` holds and its digest; raises `VideoError`, also when `timeout` seconds pass."""
         with self._guarded(path, timeout) as end:
             self._send(("scan", path))
-            return Scan(**self._answer(end)[1])
+            _, facts, digest = self._answer(end)
+            return Scan(**facts), digest
 
     def frames(
         self, path: str, scan: Scan, indices: Sequence[int], timeout: float | None

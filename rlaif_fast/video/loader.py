@@ -9,8 +9,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
@@ -56,10 +59,11 @@ class ClipStore:
         sampling: Which frames of a video.
         resize: Pixel limits applied while decoding; None keeps full frames.
         cache: Where clips are kept; None for 512 MiB of memory.
-        decoder: "auto" or a name of the decoder table. Processes decode with "pyav"; any other runs in this
-            process.
+        decoder: "auto" or a name of the decoder table.
         workers: Decoding threads, each with a process of its own where `isolate`.
-        isolate: Decode in processes, so that a hang or a crash inside a decoder costs one file.
+        isolate: Probe, and decode with PyAV, in processes, so that a hang or a crash there costs one file.
+            DALI and torchcodec decode in this process.
+        device: Where the frames end up; on a CUDA device "auto" decodes with NVDEC where it can.
         timeout: Seconds a file may take to scan, and again to decode; a slower one is bad.
         quarantine: File that gets one JSON line per bad file; None for none.
         max_bad_fraction: Above this share of bad files `TooManyBadFiles` is raised.
@@ -75,6 +79,7 @@ class ClipStore:
         decoder: str = "auto",
         workers: int = 2,
         isolate: bool = True,
+        device: torch.device | str = "cpu",
         timeout: float = 60.0,
         quarantine: str | Path | None = None,
         max_bad_fraction: float = 0.05,
@@ -86,7 +91,7 @@ class ClipStore:
             raise UsageError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
         if timeout <= 0:
             raise UsageError(f"timeout must be positive, got {timeout}")
-        self.workers = workers
+        self.workers, self.device = workers, torch.device(device)
         self.sampling = sampling or FrameSampling()
         self.resize, self.decoder, self.timeout = resize, decoder, timeout
         self.cache = cache if cache is not None else ClipCache()
@@ -96,7 +101,6 @@ class ClipStore:
         self._seen: set[str] = set()
         self._lock = threading.Lock()
         self._in_flight: dict[tuple[str, bool], Future[Clip]] = {}
-        isolate = isolate and decoder in ("auto", "pyav")
         self._pool = DecodePool(workers) if isolate else None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="clips")
 
@@ -154,16 +158,15 @@ class ClipStore:
     def _read(self, path: str, image: bool) -> Clip:
         if image:
             return load_image(path, resize=self.resize, cache=self.cache)
-        if self._pool is None:
-            return load_clip(
-                path, sampling=self.sampling, decoder=self.decoder, cache=self.cache, resize=self.resize
-            )
-        with self._pool.lend() as process:
+        lent = nullcontext() if self._pool is None else self._pool.lend()
+        with lent as process:
             return load_clip(
                 path,
                 sampling=self.sampling,
+                decoder=self.decoder,
                 cache=self.cache,
                 resize=self.resize,
+                device=self.device,
                 process=process,
                 timeout=self.timeout,
             )

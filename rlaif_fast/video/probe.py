@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -12,9 +11,6 @@ from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.errors import VideoError
 
 MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
-WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
-DIGEST_BLOCKS = 256
-DIGEST_BLOCK_BYTES = 1 << 20
 
 Version = tuple[str, int, int, int]
 
@@ -113,24 +109,11 @@ def file_digest(path: str) -> str:
     known = MEMO.digest(version)
     if known is None:
         try:
-            known = _digest(path, version[1])
-        except OSError as error:
-            raise VideoError(path, _os_reason(error)) from None
+            known = ffmpeg.digest(path)
+        except ffmpeg.BadVideo as error:
+            raise VideoError(path, str(error)) from None
         MEMO.keep_digest(version, known)
     return known
-
-
-def _digest(path: str, size: int) -> str:
-    digest = hashlib.blake2b(str(size).encode(), digest_size=20)
-    with Path(path).open("rb") as file:
-        if size <= WHOLE_DIGEST_BYTES:
-            while block := file.read(DIGEST_BLOCK_BYTES):
-                digest.update(block)
-        else:
-            for i in range(DIGEST_BLOCKS):
-                file.seek((size - DIGEST_BLOCK_BYTES) * i // (DIGEST_BLOCKS - 1))
-                digest.update(file.read(DIGEST_BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _os_reason(error: OSError) -> str:

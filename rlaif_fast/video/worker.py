@@ -39,7 +39,7 @@ def main(socket_fd: int, memory_fd: int) -> None:
 
 def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
     if kind == "scan":
-        _send(channel, ("scan", asdict(ffmpeg.scan(path))))
+        _send(channel, ("scan", asdict(ffmpeg.scan(path)), ffmpeg.digest(path)))
         return
     facts, indices, capacity = rest
     info = ffmpeg.Scan(**facts)
