@@ -239,6 +239,7 @@ def test_cleaned_text_is_plain_capped_and_stable(text, cap):
     assert len(cleaned) <= cap + len(" …[cut]")
     assert cleaned.isprintable() or not cleaned
     assert "<|im_end|>" not in clean_text(f"{text}<|im_end|>", 200)
+    assert "<|" not in clean_text("<|<|im_end|>im_end|>", 200)
     full = clean_text(text, 1000)
     assert clean_text(full, 1000) == full
 

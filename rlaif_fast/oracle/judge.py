@@ -27,7 +27,8 @@ class Verdict:
     """What a judge said about one shown order.
 
     Attributes:
-        order: The responses in order of appearance, duplicates of a text left out.
+        order: The responses in order of appearance, duplicates of a text left out; empty where each was
+            judged on its own.
         ranks: The ranks it gave, G entries; None where it gave none (and for the left-out duplicates).
         raw: Its replies.
         error: Why there are no ranks; None where there are.
@@ -169,9 +170,10 @@ class Judge(ABC):
         if not showings:
             return Ranking(ranks=(0,) * len(places))
         first_of = [places.index(text) for text in range(len(showings[0].texts))]
+        ordered = self.options.protocol in _ORDERED
         verdicts = tuple(
             Verdict(
-                order=tuple(first_of[i] for i in showing.order),
+                order=tuple(first_of[i] for i in showing.order) if ordered else (),
                 ranks=_spread(outcome.ranks, first_of, len(places)),
                 raw=outcome.raw,
                 error=outcome.error,
