@@ -16,7 +16,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,7 +56,6 @@ def train(config) -> Path:
     from rlaif_fast.trainer.run_dir import RunDir
     from rlaif_fast.trainer.sft import train_sft
 
-    started = time.perf_counter()
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
         config = saved_config(run_dir, config)
@@ -122,7 +120,7 @@ def train(config) -> Path:
         final = run.evaluate(data.test, phase="final", split="test", step=config.max_steps)
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
-        finish(run, run_dir, started, loaded.notes)
+        finish(run, run_dir, loaded.notes)
     return run_dir.path
 
 
@@ -147,14 +145,14 @@ def run_sft_stage(run, config, state, train_sft) -> None:
     train_sft(run, resume_from=run.store.path("last") if state is not None else None)
 
 
-def finish(run, run_dir, started: float, notes: Sequence[str]) -> None:
+def finish(run, run_dir, notes: Sequence[str]) -> None:
     """Write the report, then the summary: its presence means that the run finished."""
     from rlaif_fast.trainer.report import write_report
 
     config, logger = run.config, run.logger
     summary = {
         **accuracy_summary(run_dir),
-        "seconds": time.perf_counter() - started + sum(run.seconds_before.values()),
+        "seconds": logger.elapsed(),
         "peak_rss_bytes": peak_rss_bytes(),
         "seed": config.seed,
         "config": dataclasses.asdict(config),
@@ -168,7 +166,7 @@ def finish(run, run_dir, started: float, notes: Sequence[str]) -> None:
         with logger.timer("report"):
             path = write_report(run_dir, summary=summary)
         logger.message(f"report: {path}")
-    summary["seconds"] = time.perf_counter() - started + sum(run.seconds_before.values())
+    summary["seconds"] = logger.elapsed()
     summary["seconds_by_stage"] = logger.seconds()
     summary["peak_rss_bytes"] = peak_rss_bytes()
     run_dir.write_summary(summary)
@@ -202,7 +200,7 @@ def write_predictions(run_dir, phase: str, result, run) -> None:
     from rlaif_fast.data import chance_by_category
     from rlaif_fast.trainer.run_dir import write_jsonl
 
-    chance = chance_by_category(run.data.test)
+    chance = chance_by_category(run.data.test, reference=run.data.rl)
     write_jsonl(
         run_dir.predictions(phase),
         (

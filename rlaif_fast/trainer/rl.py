@@ -73,6 +73,13 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         with logger.timer("checkpoint"):
             run.store.save(name, policy.model, policy.tokenizer, state, **roles)
 
+    if resume_from is None:
+        # The start is a candidate for the best checkpoint, so what is kept never scores below it on validation.
+        progress.best_accuracy = run.evaluate(
+            run.data.validation, phase="rl", split="validation", step=0
+        ).accuracy
+        run.store.mark(best=run.store.path("sft").name)
+
     with logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps:
             ranked, stats = sample_and_rank(run, order, progress.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -41,7 +41,6 @@ class Run:
     data: Datasets
     logger: RunLogger
     store: CheckpointStore
-    seconds_before: dict[str, float] = field(default_factory=dict)
 
     def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
         """Answer `examples` greedily, log the accuracy, return the predictions."""

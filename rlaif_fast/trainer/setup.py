@@ -63,6 +63,7 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
         difficulty=weights[config.synthetic_difficulty],
         label_noise=config.label_noise,
         multiple_choice_fraction=config.multiple_choice_fraction,
+        questions_per_clip=config.synthetic_questions_per_clip,
         codec=config.codec,
     )
 
@@ -134,7 +135,7 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
     words = set(VOCABULARY)
     for row in (*data.sft, *data.rl, *data.validation, *data.test):
         words |= words_of((question_text(row), row.answer or "", row.system or ""))
-    key = hashlib.sha256(json.dumps([2, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([3, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
     folder = cache_folder(config) / "models" / f"{config.model}-{key}"
     if not folder.exists():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
