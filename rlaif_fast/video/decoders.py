@@ -22,13 +22,21 @@ from rlaif_fast.video.torchcodec import TorchCodecDecoder
 
 log = logging.getLogger(__name__)
 
+# Where one way overtakes another, measured by bench/bench_video.py (the table is in docs/video.md). On a CPU
+# DALI is never more than 7% faster than PyAV, and up to 2.7 times slower where the frames lie close together.
+AUTO = {"cuda": ("dali", "pyav"), "cpu": ("pyav",)}  # device -> in order of preference
+THREADED_PIXELS = (
+    1280 * 720
+)  # of a frame; from here on several threads per file pay (2 cores: 1.1 to 1.4 times)
+
 
 class PyAVDecoder:
     """FFmpeg through PyAV: every codec, on the CPU, one frame at a time.
 
     Args:
         device: Where the frames end up; decoding is on the CPU.
-        threads: FFmpeg's decoding threads; 0 lets it choose.
+        threads: FFmpeg's decoding threads; 0 lets it choose, None takes one for small frames and lets it
+            choose for large ones.
         timeout: Seconds a file may take; None for no limit. A decoder that hangs inside one FFmpeg call is
             only stopped by `isolate.DecodeProcess`.
     """
@@ -36,7 +44,7 @@ class PyAVDecoder:
     name = "pyav"
 
     def __init__(
-        self, device: torch.device | str = "cpu", threads: int = 1, timeout: float | None = None
+        self, device: torch.device | str = "cpu", threads: int | None = None, timeout: float | None = None
     ) -> None:
         self.device, self.threads, self.timeout = torch.device(device), threads, timeout
 
@@ -57,8 +65,11 @@ class PyAVDecoder:
     def decode_resized(self, path: str, indices: Sequence[int], size: tuple[int, int] | None) -> Tensor:
         """Like `decode`, resized to (height, width) on the way, so that full frames never pile up."""
         scan = scan_file(path)
+        threads = self.threads
+        if threads is None:
+            threads = 0 if scan.width * scan.height >= THREADED_PIXELS else 1
         frames = ffmpeg.read_frames(
-            path, scan, indices, threads=self.threads, deadline=ffmpeg.Deadline(self.timeout)
+            path, scan, indices, threads=threads, deadline=ffmpeg.Deadline(self.timeout)
         )
         try:
             return assemble(frames, indices, scan.shape, size).to(self.device)
@@ -121,9 +132,10 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         if reason:
             raise UsageError(f"decoder {name!r} cannot run here: {reason}")
         return name
-    if device.type == "cuda" and _unavailable("dali") is None and DaliDecoder.refuses(scan, device) is None:
-        return _logged("dali", scan.codec, device.type)
-    return _logged("pyav", scan.codec, device.type)
+    for candidate in AUTO.get(device.type, ("pyav",)):
+        if _unavailable(candidate) is None and DECODERS[candidate].refuses(scan, device) is None:
+            return _logged(candidate, scan.codec, device.type)
+    raise AssertionError("PyAV is always there and refuses nothing")
 
 
 @cache

@@ -265,18 +265,35 @@ def _patchify_torch(
     std: tuple[float, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Put the bytes in order before they become floats: the strided copy moves a quarter of the data."""
+    """One temporal patch at a time through scratch that stays in the cache.
+
+    The strided copy moves bytes, not floats, and the only fresh memory is the result: on a CPU the first
+    touch of a page costs more than the arithmetic.
+    """
     p, pt, m = patch_size, temporal_patch_size, merge_size
-    missing = -frames.shape[0] % pt
-    if missing:
-        frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
     count, height, width, channels = frames.shape
-    grid = frames.reshape(count // pt, pt, height // (m * p), m, p, width // (m * p), m, p, channels)
-    rows = grid.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(-1, channels, pt * p * p)
-    scale = torch.tensor([1 / (255 * s) for s in std], device=frames.device).view(1, channels, 1)
-    shift = torch.tensor([-a / s for a, s in zip(mean, std, strict=True)], device=frames.device)
-    values = rows.to(torch.float32, memory_format=torch.contiguous_format)
-    return values.mul_(scale).add_(shift.view(1, channels, 1)).view(-1, channels * pt * p * p).to(dtype)
+    down, across, steps = height // (m * p), width // (m * p), -(-count // pt)
+    rows = down * across * m * m
+    patches = frames.new_empty(steps * rows, channels, pt * p * p, dtype=dtype)
+    ordered = frames.new_empty(down, across, m, m, channels, pt, p, p)
+    floats = frames.new_empty(rows, channels, pt * p * p, dtype=torch.float32)
+    scale = torch.tensor([1 / (255 * s) for s in std], device=frames.device).view(channels, 1)
+    shift = torch.tensor([-a / s for a, s in zip(mean, std, strict=True)], device=frames.device).view(
+        channels, 1
+    )
+    for step in range(steps):
+        group = frames[step * pt : (step + 1) * pt]
+        if len(group) < pt:
+            group = torch.cat([group, group[-1:].expand(pt - len(group), -1, -1, -1)])
+        grid = group.reshape(pt, down, m, p, across, m, p, channels)
+        ordered.copy_(grid.permute(1, 4, 2, 5, 7, 0, 3, 6))
+        out = patches[step * rows : (step + 1) * rows]
+        values = out if dtype == torch.float32 else floats
+        values.copy_(ordered.view(rows, channels, -1))
+        values.mul_(scale).add_(shift)
+        if values is not out:
+            out.copy_(values)
+    return patches.view(-1, channels * pt * p * p)
 
 
 # Name -> (why it cannot run for a device type and dtype, or None; the function), the preferred one first.
