@@ -1,4 +1,4 @@
-"""Set-up that has to come before any test module is imported."""
+"""Set-up that has to come before any test module is imported, and how tests are dealt to processes."""
 
 import os
 
@@ -11,8 +11,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the Triton tests as GPU tests where they are compiled rather than interpreted."""
+    """Mark compiled Triton tests as GPU tests; RLAIF_FAST_TEST_SHARD=index/count keeps one share of all."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
             if item.path.name.startswith("test_triton_") and item.path.name != "test_triton_aot.py":
                 item.add_marker(pytest.mark.gpu)
+    if shard := os.environ.get("RLAIF_FAST_TEST_SHARD"):
+        index, count = map(int, shard.split("/"))
+        items[:] = items[index::count]

@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# Everything worth doing on a machine with a GPU, in under nine minutes:
+#
+#     bench/run_gpu.sh OUT_DIR [--dry-run]
+#
+# Builds the extension, runs the GPU tests, compute-sanitizer, the benchmarks and a training step; leaves logs, JSON,
+# table and figure in OUT_DIR and prints a short table last. Stages that passed leave a marker there and are skipped
+# when it is run again. Needs no network. BUDGET_S (default 530) bounds the whole, each stage has a limit of its own.
+# --dry-run goes through all stages on a machine without a GPU: tests and benchmarks are only collected, kernels
+# run in Triton's interpreter.
+set -uo pipefail
+# shellcheck disable=SC2329  # functions are called by name in a shell of their own
+
+usage() {
+  sed -n '4p' "$0" | cut -c3- >&2
+  exit 2
+}
+[[ $# -ge 1 && $# -le 2 ]] || usage
+dry=0
+if [[ $# -eq 2 ]]; then
+  [[ $2 == --dry-run ]] || usage
+  dry=1
+fi
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 2
+budget=${BUDGET_S:-530}
+slack=$((dry ? 20 : 1)) # a dry run may be on a small machine: it is about what runs, not how long
+budget=$((budget * slack))
+python=${PYTHON:-python3}
+
+# The packages as they lie in the tree, whether or not they are installed.
+mkdir -p "$out/path"
+ln -sfn "$root/kernels" "$out/path/rlaif_fast_kernels"
+export PYTHONPATH="$root:$out/path${PYTHONPATH:+:$PYTHONPATH}"
+export TRITON_CACHE_DIR="$out/triton-cache" PYTHONUNBUFFERED=1
+if [[ $dry -eq 1 ]]; then
+  export TRITON_INTERPRET=1
+  collect=(--collect-only -q)
+else
+  collect=()
+fi
+: >"$out/stages.tsv"
+
+# stage NAME LIMIT_S COMMAND...: run once, within the budget, output to NAME.log
+stage() {
+  local name=$1 limit=$(($2 * slack)) start=$SECONDS status seconds
+  shift 2
+  local left=$((budget - SECONDS))
+  if [[ -e $out/$name.done ]]; then
+    status="passed before"
+  elif [[ $left -lt 10 ]]; then
+    status="no time left"
+  else
+    [[ $limit -le $left ]] || limit=$left
+    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+    case $? in
+      0) status=passed && touch "$out/$name.done" ;;
+      5) status="no tests" ;;
+      124 | 137) status="over its ${limit} s" ;;
+      *) status=FAILED ;;
+    esac
+  fi
+  seconds=$((SECONDS - start))
+  printf '%s\t%s\t%s\n' "$name" "$status" "$seconds" | tee -a "$out/stages.tsv"
+}
+
+environment() {
+  nvidia-smi 2>&1 || true
+  nvcc --version 2>&1 | tail -n 2 || true
+  git -c safe.directory='*' rev-parse HEAD 2>&1 || true
+  "$python" - <<'PY'
+import ctypes, importlib.metadata, platform, sys
+
+print("python", platform.python_version())
+packages = "torch triton transformers flash-attn nvidia-dali-cuda130 trl liger-kernel pytest-benchmark"
+for name in packages.split():
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "not installed")
+import torch
+
+if torch.cuda.is_available():
+    found = torch.cuda.get_device_properties(0)
+    print("device", found.name, f"sm_{found.major}{found.minor}", found.multi_processor_count, "SMs")
+else:
+    print("device none")
+try:
+    ctypes.CDLL("libnvcuvid.so.1")
+    print("NVDEC yes (libnvcuvid.so.1 loads)")
+except OSError as error:
+    print(f"NVDEC no ({error})")
+PY
+}
+
+build() {
+  [[ $dry -eq 0 ]] || { echo "dry run: not built"; return; }
+  local arch
+  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return
+  TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
+}
+
+tests() { # every kernel on the device; most of the time is compilation, so the tests are dealt to processes
+  local files=() pids=() shard failed=0
+  local shards=$(($(nproc) < 12 ? $(nproc) : 12))
+  for file in tests/test_triton_*.py; do [[ $file == tests/test_triton_aot.py ]] || files+=("$file"); done
+  for ((shard = 0; shard < shards; shard++)); do
+    RLAIF_FAST_TEST_SHARD=$shard/$shards "$python" -m pytest -q -p no:cacheprovider "${collect[@]}" "${files[@]}" \
+      >"$out/kernel_tests.$shard.log" 2>&1 &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  cat "$out"/kernel_tests.*.log
+  return "$failed"
+}
+
+gpu_tests() {
+  local others=()
+  for file in tests/test_*.py; do [[ $file == tests/test_triton_* ]] || others+=("$file"); done
+  "$python" -m pytest -q "${collect[@]}" -m "gpu and not slow" "${others[@]}"
+}
+
+sanitize() { # TOOL
+  if [[ $dry -eq 1 ]]; then
+    "$python" bench/sanitize.py
+    return
+  fi
+  local tool
+  tool=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer) || return
+  "$python" bench/sanitize.py >/dev/null || return # compiles the kernels outside of the sanitizer
+  "$tool" --tool "$1" --error-exitcode 9 "$python" bench/sanitize.py
+}
+
+benchmark() { # NAME [pytest arguments]: one benchmark file to NAME.json
+  local name=$1
+  shift
+  if [[ ! -e bench/$name.py ]]; then
+    echo "bench/$name.py is not there"
+    return 1
+  fi
+  "$python" -m pytest "bench/$name.py" --benchmark-only --benchmark-disable-gc -q "${collect[@]}" \
+    --benchmark-json="$out/$name.json" "$@"
+}
+
+figures() {
+  [[ $dry -eq 0 ]] || { "$python" -c 'import matplotlib' && test -e bench/report.py; return; }
+  "$python" bench/report.py "$out"/bench_*.json --out "$out"
+}
+
+spills() {
+  [[ $dry -eq 0 ]] || { "$python" -m rlaif_fast_kernels.aot_report --help; return; }
+  local arch
+  arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return
+  "$python" -m rlaif_fast_kernels.aot_report --arch "$arch"
+}
+
+# timeout runs commands, not functions: each function is handed to a bash of its own.
+export -f environment build tests gpu_tests sanitize benchmark figures spills
+export out root python dry
+in_bash() { printf '%q ' "$@"; }
+collect_definition=$(declare -p collect)
+call() { # NAME LIMIT FUNCTION [ARGUMENTS]
+  local name=$1 limit=$2
+  shift 2
+  stage "$name" "$limit" bash -c "set -uo pipefail; $collect_definition; $(in_bash "$@")"
+}
+
+call environment 30 environment
+call build 150 build
+call kernel_tests 150 tests
+call memcheck 70 sanitize memcheck
+call racecheck 70 sanitize racecheck
+call bench_linear_loss 90 benchmark bench_linear_loss
+call bench_logits_loss 60 benchmark bench_logits_loss
+call bench_rank_loss 45 benchmark bench_rank_loss
+call bench_rank_penalty 45 benchmark bench_rank_penalty
+call bench_step 90 benchmark bench_step
+call bench_video 45 benchmark bench_video
+call gpu_tests 120 gpu_tests
+call spills 60 spills
+call report 30 figures
+
+echo
+printf '%-20s %-16s %s\n' stage result seconds
+failed=0
+while IFS=$'\t' read -r name status seconds; do
+  printf '%-20s %-16s %s\n' "$name" "$status" "$seconds"
+  [[ $status == passed* || $status == "no tests" ]] || failed=1
+done <"$out/stages.tsv"
+grep -h -E '^(device|NVDEC)' "$out/environment.log" 2>/dev/null
+grep -h -E '^[0-9]+ (passed|failed)' "$out"/kernel_tests.*.log "$out/gpu_tests.log" 2>/dev/null | sort | uniq -c
+grep -h 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/memcheck.log" "$out/racecheck.log" 2>/dev/null
+exit "$failed"
