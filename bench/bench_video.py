@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import av
@@ -27,6 +28,7 @@ import pytest
 import torch
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import (
     ClipCache,
     ClipStore,
@@ -104,12 +106,28 @@ def contestants(path: str) -> dict[str, Callable[[str, Sequence[int]], torch.Ten
             p, i, BUDGET.size(p, len(i), *scan_file(p).shape)
         ),
     }
-    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+    for device in ["cpu"] + ["cuda"] * (nvdec() == "NVDEC works"):
         for name in ("dali", "torchcodec"):
             kind = DECODERS[name]
             if kind.unavailable() is None and kind.refuses(scan_file(path), torch.device(device)) is None:
                 found[f"{name} {device}"] = kind(device).decode
     return found
+
+
+@cache
+def nvdec() -> str:
+    """Return whether frames come off NVDEC here, by decoding one."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if DECODERS["dali"].unavailable():
+        return f"no NVDEC: {DECODERS['dali'].unavailable()}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = make(Path(folder), "h264", 180, 1)
+        try:
+            DECODERS["dali"]("cuda").decode(path, [0])
+        except RlaifFastError as error:
+            return f"no NVDEC: {error}"
+    return "NVDEC works"
 
 
 def race(path: str, indices: Sequence[int], samples: int) -> dict[str, list[float]]:
@@ -163,7 +181,7 @@ def waiting_table(folder: Path, height: int, seconds: float, steps: int, step_se
     paths = [make(folder, codec, height, seconds) for codec in ("h264", "vp9")]
     examples = [Example(id=str(i), question="?", videos=(paths[i % 2],)) for i in range(2 * steps)]
     lines = [
-        f"| {height}p, 16 frames a clip, 2 clips a step of {step_seconds * 1e3:.0f} ms | waiting |",
+        f"| {height}p, 16 frames of {seconds:g} s, 2 clips a step of {step_seconds * 1e3:.0f} ms | waiting |",
         "|---|---|",
     ]
     for name, prefetch, workers in (("one ahead, 1 worker", 1, 1), ("8 ahead, 2 workers", 8, 2)):
@@ -208,7 +226,7 @@ def machine() -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    gpu = f"{torch.cuda.get_device_name()}, {nvdec()}" if torch.cuda.is_available() else "no GPU"
     facts = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in facts if line.startswith("model name")]
     model = names[0] if names else platform.processor()
