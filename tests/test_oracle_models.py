@@ -64,6 +64,16 @@ def test_embedding_ranks_by_meaning_and_does_not_depend_on_the_batch(encoder):
     assert ranking.ranks[0] == 0
     assert ranking.ranks[2] == ranking.ranks[4]
     assert all(0.0 <= score <= 1.0 for score in scores)
+    from transformers import AutoModel
+
+    model, tokenizer = AutoModel.from_pretrained(encoder).eval(), word_tokenizer()
+    with torch.no_grad():  # one text at a time, no padding
+        plain = [
+            model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1)[0]
+            for text in ("a red square moves left", "a red square moves right", "nothing")
+        ]
+    cosines = [torch.cosine_similarity(plain[0], other, dim=0).item() for other in plain[1:]]
+    assert list(scores[1:3]) == pytest.approx([max(0.0, cosine) for cosine in cosines], abs=1e-4)
     others = [request((word, "a", "left left left left left left")) for word in WORDS]
     small = EmbeddingOracle(model=str(encoder), device="cpu", batch_size=2)
     assert small.rank([*others, group])[-1].ranks == oracle.rank([group, *others])[0].ranks == ranking.ranks
