@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -15,6 +16,10 @@ from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.oracle.wrappers import CircuitBreaker
 
 ENTRY_POINT_GROUP = "rlaif_fast.oracles"
+
+_SECRET = re.compile(
+    r"(?i)(api[-_]?key|secret|password|authorization|(access|auth|bearer|hf)[-_]?token)(?!_env$)"
+)
 
 # Modules are imported on use, so that an oracle's libraries are needed by those who ask for it alone.
 _BUILTIN = {
@@ -34,6 +39,23 @@ _BUILTIN = {
 def oracle_names() -> list[str]:
     """Every name that `build_oracle` knows, sorted."""
     return sorted({*_BUILTIN, *_plugins()})
+
+
+def refuse_secrets(options: Mapping[str, Any]) -> None:
+    """Refuse options that hold a key or password, before they are written to any file.
+
+    Raises:
+        UsageError: If a name says so, at any depth; the value is not shown.
+    """
+    for key, value in options.items():
+        if _SECRET.search(str(key)):
+            raise UsageError(
+                f"oracle option {key!r}: keys do not belong in a configuration; put it into an environment "
+                "variable and name that with option 'api_key_env'"
+            )
+        for nested in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []:
+            if isinstance(nested, Mapping):
+                refuse_secrets(nested)
 
 
 def build_oracle(
@@ -63,6 +85,7 @@ def build_oracle(
     Raises:
         UsageError: If the name or an option is unknown.
     """
+    refuse_secrets(options)
     factory = _factory(name)
     _check_options(name, factory, options)
     if "inner" in options:
