@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.registry import refuse_secrets
 from rlaif_fast.policy.loading import ModelOptions
 
 MAX_GROUP_SIZE = 64
@@ -277,3 +278,4 @@ class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOption
         self.check_data()
         self.check_sft()
         self.check_rl()
+        refuse_secrets(self.oracle_options)
