@@ -36,6 +36,20 @@ CATEGORIES = (
 NUMBERS = ("zero", "one", "two", "three", "four")
 LETTERS = "ABCD"
 
+# What a careless annotator takes for something else, again and again: about a third of all open answers hold one of these.
+CONFUSIONS = {
+    "blue": "green",
+    "triangle": "circle",
+    "three": "two",
+    "bottom right": "bottom left",
+    "moves left": "moves right",
+    "moves up": "moves down",
+    "grows": "shrinks",
+    "vanishes": "appears",
+    "in the middle": "at the end",
+    "above": "below",
+}
+
 _FINITE = {
     "move": "moves",
     "grow": "grows",
@@ -121,6 +135,15 @@ class Draft:
         other = Slot(rng.choice([v for v in slot.domain.values if v != slot.value]), slot.domain)
         facts = (*self.facts[:chosen], other, *self.facts[chosen + 1 :])
         return Draft(self.kind, self.category, self.question, self.before, facts, self.after)
+
+    @property
+    def confused(self) -> str | None:
+        """The answer of an annotator who falls for CONFUSIONS; None where nothing in it is taken for something else."""
+        facts = "".join(p if isinstance(p, str) else p.value for p in self.facts)
+        seen = next((seen for seen in CONFUSIONS if re.search(rf"\b{seen}\b", facts)), None)
+        if seen is None:
+            return None
+        return self.before + re.sub(rf"\b{seen}\b", CONFUSIONS[seen], facts) + self.after
 
     def choices(self, rng: random.Random, count: int) -> tuple[tuple[str, ...], int]:
         """Options for a multiple-choice form, and the index of the right one.

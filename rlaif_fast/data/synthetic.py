@@ -29,7 +29,7 @@ __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_data
 # The part of all worlds that each split draws from, by `worlds.share`.
 SPLITS = {"sft": (0.0, 0.4), "rl": (0.4, 0.8), "validation": (0.8, 0.88), "test": (0.88, 1.0)}
 
-_FORMAT = 3  # raise when the same configuration gives other files
+_FORMAT = 4  # raise when the same configuration gives other files
 _MARKER = "dataset.json"
 
 
@@ -44,7 +44,9 @@ class SyntheticConfig:
         validation_clips: Videos of the split that picks the best checkpoint.
         test_clips: Videos of the split that is reported.
         difficulty: Relative frequency of the levels 1, 2 and 3.
-        label_noise: Probability that an SFT answer has one fact wrong, as of a weak annotator, in [0, 1].
+        label_noise: Probability that an SFT answer has one fact wrong at random, in [0, 1].
+        label_confusion: Probability that an open SFT answer with a value that is easily taken for another
+            (`questions.CONFUSIONS`) has that other value, in [0, 1]: an annotator's systematic error.
         multiple_choice_fraction: Probability that a question is put as multiple choice, in [0, 1].
         num_options: Most options of a multiple-choice question, 2 to 4.
         questions_per_clip: Most questions about one clip, of distinct categories.
@@ -62,7 +64,8 @@ class SyntheticConfig:
     validation_clips: int = 96
     test_clips: int = 256
     difficulty: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    label_noise: float = 0.5
+    label_noise: float = 0.0
+    label_confusion: float = 0.0
     multiple_choice_fraction: float = 0.0
     num_options: int = 4
     questions_per_clip: int = 8
@@ -86,6 +89,7 @@ class SyntheticConfig:
                 "three weights, none below 0, not all 0",
             ),
             "label_noise": (0 <= self.label_noise <= 1, "in [0, 1]"),
+            "label_confusion": (0 <= self.label_confusion <= 1, "in [0, 1]"),
             "multiple_choice_fraction": (0 <= self.multiple_choice_fraction <= 1, "in [0, 1]"),
             "num_options": (2 <= self.num_options <= len(LETTERS), f"2 to {len(LETTERS)}"),
             "questions_per_clip": (self.questions_per_clip >= 1, "at least 1"),
@@ -254,6 +258,8 @@ def _rows(
         else:
             clean, form = draft.answer, draft.form
             answer = draft.corrupted(rng).answer if noisy else clean
+            if split == "sft" and draft.confused and rng.random() < config.label_confusion:
+                answer, noisy = draft.confused, True
         metadata: dict[str, Any] = {
             "world": world.name,
             "difficulty": world.difficulty,

@@ -60,6 +60,7 @@ class PromptEncoder:
         self.system_prompt = system_prompt
         self._cache_size = cache_size
         self._media: OrderedDict[tuple[str, int], Media] = OrderedDict()
+        self._prompts: OrderedDict[tuple[str, ...], EncodedPrompt] = OrderedDict()
         self._special = [token for token in tokenizer.all_special_tokens if token]
 
     def encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
@@ -72,6 +73,14 @@ class PromptEncoder:
         Raises:
             UsageError: The row names no media where the template needs some, or the prompt has no text.
         """
+        key = (example.question, *example.options, example.system or "", *(clip.key for clip in clips))
+        prompt = self._prompts.get(key)
+        if prompt is None:
+            prompt = self._encode(example, clips)
+        _remember(self._prompts, key, prompt, 8 * self._cache_size)
+        return prompt
+
+    def _encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
         media = tuple(self._preprocess(clip, len(clips)) for clip in clips)
         content: list[dict[str, str]] = [{"type": "image" if clip.is_image else "video"} for clip in clips]
         content.append({"type": "text", "text": self._plain(question_text(example))})
@@ -120,11 +129,7 @@ class PromptEncoder:
                 max_pixels=self.pixels.max_pixels,
                 total_pixels=None if total is None else total // share,
             )
-            self._media[key] = media
-            if len(self._media) > self._cache_size:
-                self._media.popitem(last=False)
-        else:
-            self._media.move_to_end(key)
+        _remember(self._media, key, media, self._cache_size)
         return media
 
     def _plain(self, text: str) -> str:
@@ -133,3 +138,11 @@ class PromptEncoder:
             for token in self._special:
                 text = text.replace(token, " ")
         return text
+
+
+def _remember(cache: OrderedDict, key, value, size: int) -> None:
+    """Put `value` last in `cache` and drop what was used longest ago beyond `size`."""
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > size:
+        cache.popitem(last=False)

@@ -43,7 +43,9 @@ class DataOptions:
         synthetic_test_clips: Clips made for the test.
         synthetic_questions_per_clip: Most questions about one synthetic clip, of distinct categories.
         synthetic_difficulty: 1 to 3: more objects, noise and distractors.
-        label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one (a weak annotator).
+        label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one at random.
+        label_confusion: Share of the synthetic SFT answers with an easily confused value ("blue", "moves left", about a
+            third of all) that have the value it is confused with: an annotator's systematic error.
         multiple_choice_fraction: Share of the synthetic questions asked with options.
         codec: Codec of the synthetic clips, "vp9" or "h264".
     """
@@ -68,13 +70,15 @@ class DataOptions:
     synthetic_test_clips: int = 192
     synthetic_questions_per_clip: int = 4
     synthetic_difficulty: int = 1
-    label_noise: float = 0.5
+    label_noise: float = 0.0
+    label_confusion: float = 0.65
     multiple_choice_fraction: float = 0.1
     codec: str = "vp9"
 
     def check_data(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         _require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
+        _require(0.0 <= self.label_confusion <= 1.0, "label_confusion", "a share in [0, 1]", self.label_confusion)
         _require(0.0 < self.holdout_fraction < 0.5, "holdout_fraction", "a share in (0, 0.5)", self.holdout_fraction)
         _require(self.fps > 0, "fps", "a positive number", self.fps)
         _require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)

@@ -128,6 +128,7 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         rows = [row for clip in order.step(at) for row in clip[: config.questions_per_video]]
         with logger.timer("decode"):
             batch = run.make_batch(rows)
+            run.make_batch.prefetch([row for clip in order.step(step + 1) for row in clip])
         if not len(batch):
             continue
         params = SamplingParams(

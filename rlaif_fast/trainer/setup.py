@@ -62,6 +62,7 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
         test_clips=config.synthetic_test_clips,
         difficulty=weights[config.synthetic_difficulty],
         label_noise=config.label_noise,
+        label_confusion=config.label_confusion,
         multiple_choice_fraction=config.multiple_choice_fraction,
         questions_per_clip=config.synthetic_questions_per_clip,
         codec=config.codec,

@@ -118,6 +118,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         for step in range(done, config.sft_steps):
             with logger.timer("decode"):
                 batch = run.make_batch([row for clip in order.step(step) for row in clip])
+                run.make_batch.prefetch([row for clip in order.step(step + 1) for row in clip])
             if not len(batch):
                 continue
             with logger.timer("sft"):
