@@ -8,8 +8,8 @@
 # when it is run again. Needs no network. BUDGET_S (default 530) bounds the whole, each stage has a limit of its own.
 # --dry-run goes through all stages on a machine without a GPU: tests and benchmarks are only collected, kernels
 # run in Triton's interpreter.
+# shellcheck disable=SC2329  # functions are called by name, in a shell of their own
 set -uo pipefail
-# shellcheck disable=SC2329  # functions are called by name in a shell of their own
 
 usage() {
   sed -n '4p' "$0" | cut -c3- >&2
@@ -156,8 +156,13 @@ spills() {
   "$python" -m rlaif_fast_kernels.aot_report --arch "$arch"
 }
 
+tune() {
+  [[ $dry -eq 0 ]] || { "$python" bench/tune_rows.py --help; return; }
+  "$python" bench/tune_rows.py
+}
+
 # timeout runs commands, not functions: each function is handed to a bash of its own.
-export -f environment build tests gpu_tests sanitize benchmark figures spills
+export -f environment build tests gpu_tests sanitize benchmark figures spills tune
 export out root python dry
 in_bash() { printf '%q ' "$@"; }
 collect_definition=$(declare -p collect)
@@ -179,6 +184,7 @@ call bench_rank_penalty 45 benchmark bench_rank_penalty
 call bench_step 90 benchmark bench_step
 call bench_video 45 benchmark bench_video
 call gpu_tests 120 gpu_tests
+call tune_rows 40 tune
 call spills 60 spills
 call report 30 figures
 

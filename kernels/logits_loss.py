@@ -41,18 +41,19 @@ LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
 
-def launch_config(V: int, element_size: int, block: int) -> dict[str, int]:
-    """32 bytes a thread and block: 16-byte accesses, two of them in flight. `block` is in bytes."""
-    VEC = 16 // element_size
-    BLOCK_V = min(block // element_size, max(8 * VEC, triton.next_power_of_2(V)))
-    num_warps = max(1, BLOCK_V * element_size // 1024)
-    return {"VEC": VEC, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "num_stages": 1}
-
-
 # Bytes of a row in flight. Two programs an SM where the row passes through once; one where it has to stay
 # in the L2 cache until it is written.
 STREAM_BLOCK = 16384
 RESIDENT_BLOCK = 32768
+THREAD_BYTES = 32  # of a block: two accesses in flight
+
+
+def launch_config(V: int, element_size: int, block: int) -> dict[str, int]:
+    """Accesses of 16 bytes; `block` is in bytes."""
+    VEC = 16 // element_size
+    BLOCK_V = min(block // element_size, max(8 * VEC, triton.next_power_of_2(V)))
+    num_warps = max(1, BLOCK_V * element_size // (32 * THREAD_BYTES))
+    return {"VEC": VEC, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "num_stages": 1}
 
 
 @triton.jit

@@ -81,3 +81,10 @@ def test_the_interpreter_is_refused() -> None:
     )  # fmt: skip
     assert report.returncode == 2
     assert "unset it" in report.stderr
+
+
+def test_every_launch_passes_the_frontend() -> None:
+    report = run("tests/launched_kernels.py")
+    assert report.returncode == 0, report.stderr[-3000:]
+    compiled = {line.split()[1] for line in report.stdout.splitlines()}
+    assert compiled == {name for name in KERNELS if name != "patchify_kernel"}

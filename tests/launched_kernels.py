@@ -1,0 +1,132 @@
+"""Run the compiler's frontend on what the launchers really launch, every argument as it is passed.
+
+The interpreter accepts what the compiler does not (mixed types over a branch, an argument of 1 that becomes
+a constant, an absent tensor). Here each launch is caught, its arguments are specialised as at run time, and
+the frontend runs on them. Prints one line a specialisation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+
+from rlaif_fast.backends import RowInputs, RowStats
+from rlaif_fast.options import LossOptions, RankOptions
+from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
+
+TARGET = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+LAUNCH = ("num_warps", "num_stages", "grid", "warmup")
+seen: set[str] = set()
+
+
+def compile_launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+    """Specialise the arguments of a launch as the runtime does and run the frontend."""
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in kwargs.items() if k not in LAUNCH}
+    assert list(values) == kernel.arg_names, f"{kernel.__name__}: {set(kernel.arg_names) ^ set(values)}"
+    constant = {p.name for p in kernel.params if p.is_constexpr}
+    types, constexprs, attrs = {}, {}, {}
+    for i, (name, value) in enumerate(values.items()):
+        if name in constant or value is None or (isinstance(value, int) and value == 1):
+            types[name], constexprs[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = POINTERS[value.dtype]
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+    key = f"{kernel.__name__} {types} {constexprs} {sorted(attrs)}"
+    if key in seen:
+        return
+    seen.add(key)
+    backend = make_backend(TARGET)
+    options = backend.parse_options({"num_warps": kwargs.get("num_warps", 4)})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attrs)
+    source.make_ir(
+        TARGET, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    print(f"{triton.__version__} {kernel.__name__} {len(seen)}")
+
+
+def rank_losses() -> None:
+    """Every absent input, both levels, all kinds of advantage, all estimators, sizes of 1."""
+    for N, G, T in ((2, 3, 5), (1, 1, 1), (16, 8, 16)):
+        B = N * G
+        x, mask, ranks = torch.rand(B, T), torch.ones(B, T, dtype=torch.bool), torch.rand(N, G)
+        valid = torch.ones(N, dtype=torch.bool)
+        full = LossOptions(beta=0.1, entropy_coef=0.1)
+        rank_loss.rank_loss(x, None, ranks, valid, x, x, mask, x, x, torch.tensor(2.0), full)
+        rank_loss.rank_loss(x, None, ranks, None, None, None, None, None, None, None, LossOptions())
+    x = x.bfloat16()
+    for level, given in itertools.product(("token", "sequence"), (torch.rand(B), torch.rand(B, T))):
+        options = LossOptions(importance_sampling_level=level, delta=2.0, loss_type="dapo")
+        rank_loss.rank_loss(x, given, None, None, x, x, mask, None, x, None, options)
+    kinds = (
+        ("oracle", "none", "k1"),
+        ("paper", "group", "k2"),
+        ("paper_swapped", "none", "k3"),
+        ("zscore", "group", "k1"),
+    )
+    for kind, scale, kl in kinds:
+        options = LossOptions(
+            kind=kind, scale=scale, kl=kl, score="sum", loss_type="dr_grpo", max_completion_length=9, beta=0.1
+        )
+        rank_loss.rank_loss(x, None, ranks, valid, x, x, None, None, None, None, options)
+    cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+    flat = x.float().reshape(-1)
+    for level in ("token", "sequence"):
+        options = LossOptions(importance_sampling_level=level)
+        rank_loss.rank_loss(
+            flat, None, ranks, valid, flat, None, None, None, None, None, options, cu_seqlens=cu_seqlens
+        )
+
+
+def rows() -> None:
+    """Every dtype, sizes of 1, absent inputs, all estimators."""
+    for M, V, dtype in itertools.product(
+        (1, 3), (1, 257, 4096), (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        logits = torch.rand(M, V, dtype=dtype)
+        ids, ones = torch.zeros(M, dtype=torch.int64), torch.ones(M)
+        logits_loss.row_stats(logits, ids, 1.0)
+        stats = RowStats(ones, ones, ones)
+        for entropy in (None, ones):
+            logits_loss.row_grad(logits, ids, 0.7, stats, ones, entropy, logits)
+    cube = torch.rand(2, 3, 40)[:, :-1]
+    logits_loss.row_stats(cube, torch.zeros(4, dtype=torch.int32), 1.0)
+    for kl in ("k1", "k2", "k3"):
+        for extra in ((ones, ones, ones), (None, None, None)):
+            options = LossOptions(kl=kl, beta=0.1, delta=2.0 if extra[0] is None else None)
+            logits_loss.row_loss(logits, ids, 1.0, RowInputs(ones, ones, *extra), options)
+
+
+def main() -> None:
+    JITFunction.run = compile_launch
+    for G in (1, 8, 64):
+        for kind in ("directed", "zscore", "paper"):
+            scores = torch.rand(2, G)
+            rank_penalty.rank_penalty(scores, scores, None, RankOptions(kind=kind, scale="group"))
+            rank_penalty.rank_penalty(scores, scores, torch.ones(2, dtype=torch.bool), RankOptions(kind=kind))
+    rank_losses()
+    rows()
+    linear_loss.compact_rows(torch.rand(4, 9), torch.tensor([False, True, False, True]))
+
+
+if __name__ == "__main__":
+    main()
