@@ -12,8 +12,10 @@ from rlaif_fast.policy.testing import (
     FAMILIES,
     IDS,
     TOKENIZER,
+    make_media,
     make_model,
     make_policy,
+    make_prompt,
     make_responses,
     standard_prompts,
 )
@@ -116,7 +118,7 @@ def test_time_stretched_positions_do_not_move_the_response() -> None:
     position.
     """
     policy = make_policy("qwen2_5_vl")
-    prompt = standard_prompts("qwen2_5_vl")[0]
+    prompt = make_prompt("qwen2_5_vl", (make_media("c", (3, 4, 4), seconds=2.0),))
     layout = policy.layouts(prompt)
     assert layout.positions.max() > layout.next_position - 1
     assert layout.next_position == layout.positions[0, -1] + 1
