@@ -17,7 +17,9 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 Config = TypeVar("Config")
 
 
-def parse_config(config_class: type[Config], argv: Sequence[str] | None, *, prog: str, description: str) -> Config:
+def parse_config(
+    config_class: type[Config], argv: Sequence[str] | None, *, prog: str, description: str
+) -> Config:
     """Read a dataclass from `--config FILE` and `--key value` overrides, in that order of precedence.
 
     `--print-config` prints the result as YAML and exits; `--help` documents every field.
@@ -40,7 +42,7 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None, *, prog
     parser = Parser(prog=prog, description=description, print_config="--print-config", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     for base in (config_class, *config_class.__bases__):
-        own = {name for name in getattr(base, "__annotations__", {})}
+        own = set(vars(base).get("__annotations__", {}))
         if is_dataclass(base) and own:
             inherited = {field.name for field in fields(base)} - own
             parser.add_class_arguments(base, skip=inherited, as_group=True)
@@ -66,7 +68,9 @@ def _plain(value: Any) -> Any:
 def _explain(message: str, names: Sequence[str]) -> str:
     """One line of the parser's complaint, with the nearest known name where a key is unknown."""
     line = " ".join(part.strip() for part in message.strip().splitlines() if part.strip())
-    unknown = re.search(r"[Uu]nrecognized arguments?: -*([\w-]+)|[Kk]ey '([\w-]+)' is not expected|'([\w-]+)' is not", line)
+    unknown = re.search(
+        r"[Uu]nrecognized arguments?: -*([\w-]+)|[Kk]ey '([\w-]+)' is not expected|'([\w-]+)' is not", line
+    )
     if unknown:
         key = next(group for group in unknown.groups() if group)
         near = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
@@ -95,5 +99,8 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (run with --debug true for the traceback)", file=sys.stderr)
+        print(
+            f"error: {type(error).__name__}: {error} (run with --debug true for the traceback)",
+            file=sys.stderr,
+        )
         return 1

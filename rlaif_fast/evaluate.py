@@ -65,6 +65,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
     from rlaif_fast.data import chance_by_category, read_examples
     from rlaif_fast.policy.loading import load_model
+    from rlaif_fast.rollout import make_sampler
     from rlaif_fast.train import saved_config
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.checkpoint import CheckpointStore
@@ -85,11 +86,14 @@ def evaluate_command(options: EvaluateConfig) -> dict:
         rows = setup.load_data(config).test
     loaded = load_model(config)
     policy = setup.make_policy(loaded, config)
-    with torch.no_grad(), setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch:
+    with (
+        torch.no_grad(),
+        setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch,
+    ):
         result = evaluate(
             rows,
             make_batch,
-            setup.make_sampler(policy),
+            make_sampler(policy),
             max_new_tokens=options.max_completion_length or config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on a shared core slow small operators several times
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # spinning threads on a shared core slow small operators several times
 
 import dataclasses
 import platform
@@ -48,6 +50,8 @@ def train(config) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
+    from rlaif_fast.policy.loading import load_model
+    from rlaif_fast.rollout import make_sampler
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.checkpoint import CheckpointStore, load_state, load_weights, read_processor_files
     from rlaif_fast.trainer.logging import RunLogger
@@ -83,14 +87,14 @@ def train(config) -> Path:
             data = load_with_progress(config, logger)
         with logger.timer("model"):
             options = setup.resolved_model(config, data)
-            loaded = setup.load_model(options)
+            loaded = load_model(options)
             policy = setup.make_policy(loaded, options)
         for note in loaded.notes:
             logger.message(note)
         run = Run(
             config=config,
             policy=policy,
-            sampler=setup.make_sampler(policy),
+            sampler=make_sampler(policy),
             make_batch=setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl"),
             oracle=setup.make_oracle(config),
             data=data,
@@ -237,10 +241,10 @@ def write_samples(run_dir, phase: str, run) -> None:
         params = SamplingParams(
             max_new_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
         )
-        ranked = rank_rollout(batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config)
-        greedy = run.sampler.sample(
-            batch.prompts, 1, dataclasses.replace(params, temperature=0.0)
-        ).texts
+        ranked = rank_rollout(
+            batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config
+        )
+        greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
     with run_dir.samples.open("a", encoding="utf-8") as lines:
         for record, text in zip(rollout_records(ranked, 0), greedy):
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
@@ -268,7 +272,8 @@ def describe(run) -> None:
     trained = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
     data, config = run.data, run.config
     run.logger.message(
-        f"policy: {config.model}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; oracle: {run.oracle.name}"
+        f"policy: {config.model}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
+        f"oracle: {run.oracle.name}"
     )
     run.logger.message(
         f"rows: {len(data.sft)} sft, {len(data.rl)} rl, {len(data.validation)} validation, {len(data.test)} test"
@@ -280,7 +285,9 @@ def data_notes(run) -> list[str]:
     corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
     notes = []
     if run.config.data == "synthetic":
-        notes.append("The clips are generated: shapes that move over textured backgrounds; the policy is tiny.")
+        notes.append(
+            "The clips are generated: shapes that move over textured backgrounds; the policy is tiny."
+        )
     if corrupted:
         notes.append(
             f"{corrupted} of {len(run.data.sft)} supervised answers have one fact wrong on purpose, as a weak "
@@ -299,7 +306,9 @@ def print_result(summary: dict, logger) -> None:
     for name, row in summary["by_category"].items():
         logger.message(f"{name:<{width}}  {row['sft']:6.3f}  {row['final']:6.3f}  {row['n']:5d}")
     total = sum(row["n"] for row in summary["by_category"].values())
-    logger.message(f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}")
+    logger.message(
+        f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}"
+    )
     logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
 
 
@@ -337,8 +346,12 @@ def git_commit() -> str | None:
         return None
     root = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run([git, "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            [git, "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
@@ -360,7 +373,8 @@ def machine() -> str:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.machine()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores, {gpu}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{platform.machine()}, {cores} cores, {gpu}"
 
 
 def _has(argv: Sequence[str], name: str) -> bool:

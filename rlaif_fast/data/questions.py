@@ -36,7 +36,7 @@ CATEGORIES = (
 NUMBERS = ("zero", "one", "two", "three", "four")
 LETTERS = "ABCD"
 
-# What a careless annotator takes for something else, again and again: about a third of all open answers hold one of these.
+# What a careless annotator takes for something else, again and again: a third of all open answers hold one of these.
 CONFUSIONS = {
     "blue": "green",
     "triangle": "circle",

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -130,7 +130,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     try:
         config = AutoConfig.from_pretrained(options.model)
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForImageTextToText.from_pretrained(
+        loaded = AutoModelForImageTextToText.from_pretrained(
             options.model, config=config, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError, ImportError) as error:
@@ -138,7 +138,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
         raise UsageError(f"model: cannot load {options.model!r}: {reason}") from error
     if tokenizer.chat_template is None:
         raise UsageError(f"model: {options.model!r} has no chat template; use an instruct checkpoint")
-    model.to(device)
+    model: nn.Module = cast(nn.Module, loaded).to(device)
     apply_freezing(model, options)
     if options.lora_r > 0:
         model = add_lora(model, options)
@@ -149,7 +149,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
         if isinstance(module, nn.Dropout) and not options.lora_r:
             module.p = 0.0
     notes = (f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note)
-    return LoadedModel(model, tokenizer, config.model_type, read_patch_spec(options.model, config), device, notes)
+    return LoadedModel(
+        model, tokenizer, config.model_type, read_patch_spec(options.model, config), device, notes
+    )
 
 
 def apply_freezing(model: nn.Module, options: ModelOptions) -> None:
@@ -168,7 +170,9 @@ def apply_freezing(model: nn.Module, options: ModelOptions) -> None:
         else:
             parameter.requires_grad_(not options.freeze_language_model)
     if not any(parameter.requires_grad for parameter in model.parameters()) and not options.lora_r:
-        raise UsageError("freeze_*: every part is frozen, nothing is left to train; unfreeze one or set lora_r")
+        raise UsageError(
+            "freeze_*: every part is frozen, nothing is left to train; unfreeze one or set lora_r"
+        )
 
 
 def add_lora(model: nn.Module, options: ModelOptions) -> nn.Module:

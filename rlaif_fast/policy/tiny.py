@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +27,26 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 UNKNOWN = "<|unknown|>"
-# One token a timestamp: Qwen3-VL writes one in front of every temporal patch, so they are a large part of a short prompt.
+# One token a timestamp: Qwen3-VL writes one in front of every temporal patch, a large part of a short prompt.
 TIMESTAMPS = tuple(f"<{tenths / 10:.1f} seconds>" for tenths in range(100))
-TEMPLATE_WORDS = ("user", "assistant", "system", "\n", "A", "B", "C", "D", "E", "F", "G", "H", ".", ",", "?", ":")
+TEMPLATE_WORDS = (
+    "user",
+    "assistant",
+    "system",
+    "\n",
+    "A",
+    "B",
+    "C",
+    "D",
+    "E",
+    "F",
+    "G",
+    "H",
+    ".",
+    ",",
+    "?",
+    ":",
+)
 WORD_PATTERN = r"<\d+\.\d seconds>|[\w']+|[^\w\s]|\n"
 
 # The published template of the Qwen-VL families, less tools and vision counting.
@@ -96,7 +114,7 @@ def words_of(texts: Iterable[str]) -> set[str]:
 
 def tiny_config(family: str, vocab_size: int, token_ids: dict[str, int], size: TinySize):
     """The model config of a tiny `family` ("qwen3_vl" or "qwen2_5_vl")."""
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": size.hidden_size,
         "intermediate_size": size.intermediate_size,
@@ -110,15 +128,15 @@ def tiny_config(family: str, vocab_size: int, token_ids: dict[str, int], size: T
         "eos_token_id": token_ids["<|im_end|>"],
         "pad_token_id": token_ids[END_OF_TEXT],
     }
-    media_ids = {
+    media_ids: dict[str, Any] = {
         "image_token_id": token_ids["<|image_pad|>"],
         "video_token_id": token_ids["<|video_pad|>"],
         "vision_start_token_id": token_ids["<|vision_start|>"],
         "vision_end_token_id": token_ids["<|vision_end|>"],
         "tie_word_embeddings": True,
     }
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
-    vision = {
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+    vision: dict[str, Any] = {
         "depth": size.vision_layers,
         "hidden_size": size.vision_hidden_size,
         "intermediate_size": size.vision_intermediate_size,
@@ -132,7 +150,10 @@ def tiny_config(family: str, vocab_size: int, token_ids: dict[str, int], size: T
     if family == "qwen3_vl":
         from transformers import Qwen3VLConfig
 
-        text |= {"head_dim": size.hidden_size // size.heads, "rope_parameters": rope | {"mrope_interleaved": True}}
+        text |= {
+            "head_dim": size.hidden_size // size.heads,
+            "rope_parameters": rope | {"mrope_interleaved": True},
+        }
         vision |= {"num_position_embeddings": size.vision_positions, "deepstack_visual_indexes": [0]}
         return Qwen3VLConfig(text_config=text, vision_config=vision, **media_ids)
     if family == "qwen2_5_vl":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from string import ascii_uppercase
 
 import torch
+from torch import Tensor
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
@@ -21,6 +22,7 @@ from rlaif_fast.video.base import Clip
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
+CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
 
 
 def question_text(example: Example) -> str:
@@ -40,7 +42,7 @@ class PromptEncoder:
         patch_spec: Patch sizes and normalisation of its vision tower.
         pixels: Bounds on the media's size.
         system_prompt: Used where the row brings none; None leaves the system turn to the template.
-        cache_size: Clips whose patches are kept, so that several questions about a clip share one preprocessing.
+        cache_bytes: Budget for patches kept, so that questions about a clip, and later epochs, share one preprocessing.
     """
 
     def __init__(
@@ -51,16 +53,17 @@ class PromptEncoder:
         pixels: PixelBudget,
         *,
         system_prompt: str | None = None,
-        cache_size: int = 256,
+        cache_bytes: int = 1 << 30,
     ) -> None:
         self.tokenizer = tokenizer
         self.timestamped = model_type.startswith("qwen3_vl")
         self.patch_spec = patch_spec
         self.pixels = pixels
         self.system_prompt = system_prompt
-        self._cache_size = cache_size
+        self._cache_bytes = cache_bytes
+        self._held_bytes = 0
         self._media: OrderedDict[tuple[str, int], Media] = OrderedDict()
-        self._prompts: OrderedDict[tuple[str, ...], EncodedPrompt] = OrderedDict()
+        self._ids: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
         self._special = [token for token in tokenizer.all_special_tokens if token]
 
     def encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
@@ -73,15 +76,17 @@ class PromptEncoder:
         Raises:
             UsageError: The row names no media where the template needs some, or the prompt has no text.
         """
-        key = (example.question, *example.options, example.system or "", *(clip.key for clip in clips))
-        prompt = self._prompts.get(key)
-        if prompt is None:
-            prompt = self._encode(example, clips)
-        _remember(self._prompts, key, prompt, 8 * self._cache_size)
-        return prompt
-
-    def _encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
         media = tuple(self._preprocess(clip, len(clips)) for clip in clips)
+        key = (example.question, *example.options, example.system or "", *(clip.key for clip in clips))
+        ids = self._ids.get(key)
+        if ids is None:
+            ids = self._ids[key] = self._encode(example, clips, media)
+        self._ids.move_to_end(key)
+        if len(self._ids) > CACHED_PROMPTS:
+            self._ids.popitem(last=False)
+        return EncodedPrompt(input_ids=ids, media=media)
+
+    def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
         content: list[dict[str, str]] = [{"type": "image" if clip.is_image else "video"} for clip in clips]
         content.append({"type": "text", "text": self._plain(question_text(example))})
         messages: list[dict] = [{"role": "user", "content": content}]
@@ -98,7 +103,7 @@ class PromptEncoder:
                 )
             text = text.replace(block, self._expand(clip, item).replace("<|", "<\0|"), 1)
         ids = self.tokenizer(text.replace("<\0|", "<|"), add_special_tokens=False)["input_ids"]
-        return EncodedPrompt(input_ids=torch.tensor(ids, dtype=torch.int64), media=media)
+        return torch.tensor(ids, dtype=torch.int64)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of an answer, the end-of-sequence token last."""
@@ -129,7 +134,12 @@ class PromptEncoder:
                 max_pixels=self.pixels.max_pixels,
                 total_pixels=None if total is None else total // share,
             )
-        _remember(self._media, key, media, self._cache_size)
+            self._media[key] = media
+            self._held_bytes += media.patches.nbytes
+            while self._held_bytes > self._cache_bytes and len(self._media) > 1:
+                self._held_bytes -= self._media.popitem(last=False)[1].patches.nbytes
+        else:
+            self._media.move_to_end(key)
         return media
 
     def _plain(self, text: str) -> str:
@@ -138,11 +148,3 @@ class PromptEncoder:
             for token in self._special:
                 text = text.replace(token, " ")
         return text
-
-
-def _remember(cache: OrderedDict, key, value, size: int) -> None:
-    """Put `value` last in `cache` and drop what was used longest ago beyond `size`."""
-    cache[key] = value
-    cache.move_to_end(key)
-    if len(cache) > size:
-        cache.popitem(last=False)

@@ -60,6 +60,8 @@ class Rollout:
 class Sampler(Protocol):
     """Draws `num_generations` responses for each prompt."""
 
-    def sample(self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams) -> Rollout:
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams
+    ) -> Rollout:
         """Return one rollout; the policy's weights are read, never changed."""
         ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -63,7 +62,9 @@ class CheckpointStore:
             self._update_index(**{role: name for role, plays in roles.items() if plays})
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise RlaifFastError(f"cannot write checkpoint {target}: {error.strerror or error}; free some space") from error
+            raise RlaifFastError(
+                f"cannot write checkpoint {target}: {error.strerror or error}; free some space"
+            ) from error
         return target
 
     def mark(self, **roles: str) -> None:
@@ -78,21 +79,23 @@ class CheckpointStore:
         """
         name = getattr(self.index, role)
         if name is None or not (self.folder / name).is_dir():
-            raise UsageError(f"{self.folder}: no {role!r} checkpoint; the run was stopped before its first one")
+            raise UsageError(
+                f"{self.folder}: no {role!r} checkpoint; the run was stopped before its first one"
+            )
         return self.folder / name
 
     def _update_index(self, **names: str) -> None:
         index = CheckpointIndex(**(asdict(self.index) | names))
         temporary = self.folder / ".index.json"
         temporary.write_text(json.dumps(asdict(index)))
-        os.replace(temporary, self.folder / "index.json")
+        temporary.replace(self.folder / "index.json")
         kept = set(asdict(index).values())
         for child in self.folder.iterdir():
             if child.is_dir() and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer, processor_files: Mapping[str, str]) -> None:
+def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str, str]) -> None:
     """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -101,7 +104,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer, processor_files: Mappi
         (folder / name).write_text(text)
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: Any, folder: Path) -> None:
     """Put the weights of a checkpoint written by `save_model` into a model of the same shape, in place."""
     if hasattr(model, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
@@ -120,7 +123,9 @@ def load_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     if not path.exists():
-        raise UsageError(f"{folder}: no {STATE}, so a run cannot be resumed from it; pass it as --sft instead")
+        raise UsageError(
+            f"{folder}: no {STATE}, so a run cannot be resumed from it; pass it as --sft instead"
+        )
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

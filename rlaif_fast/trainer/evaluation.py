@@ -40,7 +40,8 @@ class EvalResult:
             tally[0] += prediction.correct
             tally[1] += 1
         return {
-            name: {"accuracy": correct / n, "n": n, "correct": correct} for name, (correct, n) in sorted(counts.items())
+            name: {"accuracy": correct / n, "n": n, "correct": correct}
+            for name, (correct, n) in sorted(counts.items())
         }
 
 

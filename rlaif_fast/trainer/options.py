@@ -78,11 +78,23 @@ class DataOptions:
     def check_data(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         _require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
-        _require(0.0 <= self.label_confusion <= 1.0, "label_confusion", "a share in [0, 1]", self.label_confusion)
-        _require(0.0 < self.holdout_fraction < 0.5, "holdout_fraction", "a share in (0, 0.5)", self.holdout_fraction)
+        _require(
+            0.0 <= self.label_confusion <= 1.0, "label_confusion", "a share in [0, 1]", self.label_confusion
+        )
+        _require(
+            0.0 < self.holdout_fraction < 0.5,
+            "holdout_fraction",
+            "a share in (0, 0.5)",
+            self.holdout_fraction,
+        )
         _require(self.fps > 0, "fps", "a positive number", self.fps)
         _require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        _require(1 <= self.synthetic_difficulty <= 3, "synthetic_difficulty", "1, 2 or 3", self.synthetic_difficulty)
+        _require(
+            1 <= self.synthetic_difficulty <= 3,
+            "synthetic_difficulty",
+            "1, 2 or 3",
+            self.synthetic_difficulty,
+        )
 
 
 @dataclass
@@ -207,12 +219,16 @@ class RlOptions:
         _require(self.max_steps >= 0, "max_steps", "0 or more", self.max_steps)
         _require(self.videos_per_step >= 1, "videos_per_step", "1 or more", self.videos_per_step)
         _require(self.questions_per_video >= 1, "questions_per_video", "1 or more", self.questions_per_video)
-        _require(self.max_completion_length >= 1, "max_completion_length", "1 or more", self.max_completion_length)
+        _require(
+            self.max_completion_length >= 1, "max_completion_length", "1 or more", self.max_completion_length
+        )
         _require(self.temperature > 0, "temperature", "a positive number", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
         _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
         _require(self.num_iterations >= 1, "num_iterations", "1 or more", self.num_iterations)
-        _require(self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation)
+        _require(
+            self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
+        )
         _require(self.learning_rate > 0, "learning_rate", "a positive number", self.learning_rate)
         _require(self.beta >= 0, "beta", "0 or more", self.beta)
         _require(self.eval_steps >= 1, "eval_steps", "1 or more", self.eval_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -154,7 +155,11 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         requests = rank_requests(everything.batch, everything.rollout.texts, config.num_generations)
         with logger.timer("oracle"):
             stats |= blind_control(
-                run.oracle, requests, everything.rankings, sample=config.blind_control, seed=config.seed + step
+                run.oracle,
+                requests,
+                everything.rankings,
+                sample=config.blind_control,
+                seed=config.seed + step,
             )
     valid = everything.valid
     if config.dynamic_sampling:
@@ -176,7 +181,9 @@ def rollout_stats(ranked: RankedRollout) -> dict:
     valid = ranked.valid
     best_by_policy = ranked.scores.argmax(1)
     top1 = [
-        ranking.ranks[int(best)] == 0 for ranking, best in zip(ranked.rankings, best_by_policy) if ranking.valid
+        ranking.ranks[int(best)] == 0
+        for ranking, best in zip(ranked.rankings, best_by_policy)
+        if ranking.valid
     ]
     return {
         "accuracy": correct / scored if scored else math.nan,
@@ -196,7 +203,7 @@ def minibatches(ranked: RankedRollout, parts: int) -> list[RankedRollout]:
     """The rollout cut into `parts` by groups, as evenly as it goes; empty parts are left out."""
     n = len(ranked.batch)
     bounds = [n * i // parts for i in range(parts + 1)]
-    pieces = [range(low, high) for low, high in zip(bounds, bounds[1:]) if high > low]
+    pieces = [range(low, high) for low, high in pairwise(bounds) if high > low]
     return [ranked] if len(pieces) == 1 else [ranked.select(piece) for piece in pieces]
 
 
@@ -206,7 +213,7 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
     unique = unique_responses(rollout)
     device = policy.device
     forward = (unique.prompts, unique.token_ids, unique.lengths.to(device))
-    features: MediaFeatures = policy.encode_media(unique.prompts)
+    features: MediaFeatures | None = policy.encode_media(unique.prompts)
 
     ref_logps: Tensor | None = None
     if config.beta > 0:
@@ -248,4 +255,6 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
         )
     output.loss.backward()
     names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
-    return {"loss": output.loss.detach()} | {name: output.stats[name] for name in names if name in output.stats}
+    return {"loss": output.loss.detach()} | {
+        name: output.stats[name] for name in names if name in output.stats
+    }

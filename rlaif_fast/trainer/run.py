@@ -93,5 +93,3 @@ def make_optimizer(
         scheduler_specific_kwargs=extra,
     )
     return optimizer, scheduler
-
-

@@ -18,12 +18,10 @@ from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_exam
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.tokenize import PromptEncoder, question_text
-from rlaif_fast.rollout import make_sampler
-from rlaif_fast.rollout.base import Sampler
 from rlaif_fast.trainer.batches import BatchMaker, by_media
 from rlaif_fast.trainer.options import DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
@@ -80,7 +78,9 @@ def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None =
     source = Path(config.data).expanduser()
     if config.data == "synthetic":
         synthetic = synthetic_config(config, config.seed)
-        paths = make_dataset(cache_folder(config) / "data" / synthetic.digest()[:16], synthetic, progress=progress)
+        paths = make_dataset(
+            cache_folder(config) / "data" / synthetic.digest()[:16], synthetic, progress=progress
+        )
         files = {split: getattr(paths, split) for split in SPLITS}
     elif source.is_dir():
         files = {split: path if (path := source / f"{split}.jsonl").exists() else None for split in SPLITS}
@@ -90,14 +90,20 @@ def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None =
         train, validation, test = hold_out(_read(source, config), config.holdout_fraction, config.seed)
         rows = {"sft": train, "rl": train, "validation": validation, "test": test}
     else:
-        raise UsageError(f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic")
-    for split, override in (("sft", config.sft_data), ("validation", config.validation_data), ("test", config.test_data)):
+        raise UsageError(
+            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
+        )
+    for split, override in (
+        ("sft", config.sft_data),
+        ("validation", config.validation_data),
+        ("test", config.test_data),
+    ):
         if override is not None:
             files[split] = Path(override).expanduser()
             rows.pop(split, None)
-    for split, path in files.items():
+    for split, file in files.items():
         if split not in rows:
-            rows[split] = _read(path, config, require_answer=split != "rl") if path is not None else []
+            rows[split] = [] if file is None else _read(file, config, require_answer=split != "rl")
     rows["rl"] = rows["rl"] or rows["sft"]
     if not rows["validation"] or not rows["test"]:
         _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
@@ -108,7 +114,9 @@ def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None =
     for split in ("validation", "test"):
         rows[split] = [row for row in rows[split] if row.answer is not None]
         if not rows[split]:
-            raise UsageError(f"data: no row of the {split} split has an answer, so nothing can be scored; add answers")
+            raise UsageError(
+                f"data: no row of the {split} split has an answer, so nothing can be scored; add answers"
+            )
     return Datasets(**rows)
 
 
@@ -118,12 +126,16 @@ def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> l
     )
 
 
-def hold_out(rows: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Split rows by their media into train, validation and test; `fraction` of the media goes to each of the last two."""
+def hold_out(
+    rows: list[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Split rows by their media into train, validation and test; the last two get `fraction` of the media each."""
     groups = by_media(rows)
     count = max(1, round(len(groups) * fraction))
     if len(groups) < 2 * count + 1:
-        raise UsageError(f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data")
+        raise UsageError(
+            f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data"
+        )
     random.Random(seed).shuffle(groups)
     parts = groups[2 * count :], groups[:count], groups[count : 2 * count]
     train, validation, test = ([row for group in part for row in group] for part in parts)
@@ -174,7 +186,6 @@ def make_batch_maker(
         spec,
         pixels,
         system_prompt=config.system_prompt,
-        cache_size=4096 if config.model in TINY_FAMILIES else 64,
     )
     sampling = FrameSampling(
         fps=config.fps,
@@ -213,5 +224,3 @@ def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
     elif config.model.startswith("tiny"):
         raise UsageError(f"model: unknown tiny model {config.model!r}; there are {', '.join(TINY_FAMILIES)}")
     return options
-
-

@@ -82,6 +82,7 @@ def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> tuple[T
     answer = rows.is_answer[inside].to(device)
     targets = rows.token_ids[rows.is_answer].to(device)
     logps = token_logps(hidden[answer], policy.head_weight, targets, bias=policy.head_bias, backend=backend)
+    assert isinstance(logps, Tensor)
     return -logps.mean(), targets.numel()
 
 
@@ -94,7 +95,9 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     config, policy, logger = run.config, run.policy, run.logger
     missing = next((row for row in run.data.sft if row.answer is None), None)
     if missing is not None:
-        raise UsageError(f"{missing.source or missing.id}: supervised fine-tuning needs an answer; or use --sft none")
+        raise UsageError(
+            f"{missing.source or missing.id}: supervised fine-tuning needs an answer; or use --sft none"
+        )
     order = EpochOrder(by_media(run.data.sft), config.sft_videos_per_step, config.seed)
     parameters = trainable(policy.model)
     optimizer, scheduler = make_optimizer(
@@ -131,7 +134,12 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
             logger.log(
-                "sft", step + 1, loss=loss, grad_norm=grad_norm, tokens=tokens, learning_rate=scheduler.get_last_lr()[0]
+                "sft",
+                step + 1,
+                loss=loss,
+                grad_norm=grad_norm,
+                tokens=tokens,
+                learning_rate=scheduler.get_last_lr()[0],
             )
             if (step + 1) % (4 * config.eval_steps) == 0 and step + 1 < config.sft_steps:
                 run.evaluate(run.data.validation, phase="sft", split="validation", step=step + 1)
