@@ -147,16 +147,21 @@ def test_waiting_is_counted_and_prefetch_hides_it(videos):
         assert store.stats.wait_seconds > 0
 
 
-def test_backpressure_by_bytes(videos):
+def test_backpressure_by_bytes(videos, monkeypatch):
+    submitted = []
+    submit = ClipStore.submit
+    monkeypatch.setattr(ClipStore, "submit", lambda self, path: submitted.append(path) or submit(self, path))
     examples = [Example(id=str(i), question="?", videos=(path,)) for i, path in enumerate(videos)]
-    with ClipStore(workers=1, isolate=False) as store:
-        loader = iter(FrameLoader(store, examples, prefetch=6, max_bytes_ahead=1))
-        next(loader)
-        time.sleep(0.3)
-        ready = store.stats.clips
-        next(loader)
-        assert ready < 6
-        assert len(list(loader)) == 4
+    for limit, most in ((1, 2), (1 << 30, 6)):
+        with ClipStore(workers=1, isolate=False) as store:
+            loader = iter(FrameLoader(store, examples, prefetch=6, max_bytes_ahead=limit))
+            next(loader)
+            next(loader)
+            asked = len(submitted)
+            assert len(list(loader)) == 4
+        assert asked <= most if limit == 1 else asked == most
+        assert len(submitted) == 6
+        submitted.clear()
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"max_bad_fraction": 1.5}, {"timeout": 0}])

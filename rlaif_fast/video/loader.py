@@ -246,6 +246,7 @@ class FrameLoader:
                 continue
             finally:
                 self.stats.wait_seconds += time.monotonic() - began
+            self._largest = max([self._largest, *(clip.frames.nbytes for clip in loaded)])
             yield example, loaded
 
     def _room(self, ahead: Iterable[tuple[Example, list[Future[Clip]]]]) -> bool:
