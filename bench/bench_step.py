@@ -54,8 +54,8 @@ SIZE = TinySize(
 SPEC = PatchSpec(patch_size=8, temporal_patch_size=2, merge_size=2)
 FRAME = (96, 80)  # pixels, so 30 tokens a temporal patch; with its timestamp and two marks, 33
 BETA = 0.04
-STEP_SECONDS = 75 if not FULL else 240  # of interleaved rounds, per size
-MIN_ROUNDS, MAX_ROUNDS = 5, 30
+STEP_SECONDS = 60 if not FULL else 240  # of interleaved rounds, per size
+MIN_ROUNDS, MAX_ROUNDS = 3, 30
 
 
 @dataclass(frozen=True)
