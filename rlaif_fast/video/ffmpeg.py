@@ -410,7 +410,7 @@ def _video_stream(container: Any) -> Any:
     for stream in container.streams.video:
         if stream.codec_context.name in NOT_VIDEO_CODECS:
             raise BadVideo(f"not a video (FFmpeg reads it as {stream.codec_context.name} text)")
-        if not int(stream.disposition) & int(av.stream.Disposition.attached_pic):
+        if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     kinds = sorted({s.type for s in container.streams})
     raise BadVideo(f"no video stream ({', '.join(kinds) if kinds else 'no streams at all'})")
