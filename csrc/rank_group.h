@@ -86,10 +86,13 @@ RLAIF_HD void meet(Place& place, int sign) {
 template <typename T>
 RLAIF_HD T tie_mean(const T* worth, Place place) {
   T total = worth[place.first];
+  if (place.count == 1) {
+    return total;
+  }
   for (int k = 1; k < place.count; ++k) {
     total += worth[place.first + k];
   }
-  return place.count > 1 ? total / T(place.count) : total;
+  return total / T(place.count);
 }
 
 template <typename T>
@@ -100,7 +103,7 @@ RLAIF_HD T penalty_of(Kind kind, T u, T v) {
   if (kind == Kind::PaperSwapped) {
     return T(1) - u / v;
   }
-  return T(1) - (u < v ? u / v : v / u);
+  return u == v ? T(0) : T(1) - (u < v ? u / v : v / u);
 }
 
 RLAIF_HD bool follows_paper(Kind kind) { return kind == Kind::Paper || kind == Kind::PaperSwapped; }

@@ -136,7 +136,6 @@ TABLE = (
     Backend("triton", "rank_loss", "rlaif_fast_kernels.rank_loss", 30),
     Backend("triton", "logits_loss", "rlaif_fast_kernels.logits_loss", 30),
     Backend("triton", "linear_loss", "rlaif_fast_kernels.linear_loss", 30),
-    Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
     Backend("cuda", "rank_penalty", "rlaif_fast.cuda", 20),
     Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
     Backend("cpu", "rank_penalty", "rlaif_fast.cpu", 10),

@@ -1,5 +1,6 @@
 """The operators that run the kernels under autograd and torch.compile.
 
+    rlaif_fast::rank_advantages        scores and ranks -> advantages, penalties, agreement
     rlaif_fast::rank_loss              log-probs -> loss, statistics and the gradients of logps and entropy
     rlaif_fast::logits_stats           logits -> log-prob, logsumexp and entropy of chosen tokens
     rlaif_fast::logits_grad            its backward, one sweep over the logits
@@ -24,8 +25,9 @@ from rlaif_fast import backends
 from rlaif_fast.backends import RowStats, TokenGradients
 from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.linear import Head, Needs
-from rlaif_fast.options import STATS, LossOptions
+from rlaif_fast.options import STATS, LossOptions, RankOptions
 from rlaif_fast.parallel import VocabularyShard
+from rlaif_fast.reference.rank_penalty import RankAdvantages
 
 _INPUTS = (
     "Tensor? advantages, Tensor? oracle_ranks, Tensor? valid, Tensor? old_logps, Tensor? ref_logps, "
@@ -46,6 +48,41 @@ def _wide(x: Tensor) -> torch.dtype:
 def _only_loss_differentiable(ctx, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
+
+
+# --- ranks
+
+
+@torch.library.custom_op(
+    "rlaif_fast::rank_advantages",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor oracle_ranks, Tensor? valid, str kind, float penalty_weight, str scale, "
+    "str backend) -> (Tensor advantages, Tensor penalties, Tensor ndcg, Tensor kendall_tau, Tensor has_signal, "
+    "Tensor top1_agreement)",
+)
+def _rank_advantages(scores, oracle_ranks, valid, kind, penalty_weight, scale, backend):
+    options = RankOptions(kind, penalty_weight, scale)
+    return tuple(backends.get("rank_penalty", backend).rank_penalty(scores, oracle_ranks, valid, options))
+
+
+@_rank_advantages.register_fake
+def _(scores, oracle_ranks, valid, kind, penalty_weight, scale, backend):
+    matrix = [torch.empty(scores.shape, dtype=scores.dtype, device=scores.device) for _ in range(2)]
+    column = [scores.new_empty(scores.shape[0]) for _ in range(3)]
+    signal = scores.new_empty(scores.shape[0], dtype=torch.bool)
+    return (*matrix, *column[:2], signal, column[2])
+
+
+def rank_advantages(
+    scores: Tensor,  # (N, G)
+    oracle_ranks: Tensor,  # (N, G)
+    valid: Tensor | None,  # (N,) bool
+    options: RankOptions,
+    backend: str,
+) -> RankAdvantages:
+    """Rank N groups; nothing here is differentiable."""
+    rest = options.kind, options.penalty_weight, options.scale, backend
+    return RankAdvantages(*_rank_advantages(scores, oracle_ranks, valid, *rest))
 
 
 # --- rank_loss

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlaif_fast import backends, checks
+from rlaif_fast import backends, checks, ops
 from rlaif_fast.options import MAX_GROUP_SIZE, RankOptions
-from rlaif_fast.reference.rank_penalty import RankAdvantages
+from rlaif_fast.reference.rank_penalty import RankAdvantages, rank_penalty
 
 __all__ = ["RankAdvantages", "rank_advantages"]
 
@@ -77,4 +77,6 @@ def rank_advantages(
     else:
         checks.not_nan("scores", scores, valid)
     chosen = backends.select("rank_penalty", backend, scores, oracle_ranks.shape[1])
-    return backends.get("rank_penalty", chosen).rank_penalty(scores, oracle_ranks.detach(), valid, options)
+    if chosen == "reference":
+        return rank_penalty(scores, oracle_ranks.detach(), valid, options)
+    return ops.rank_advantages(scores, oracle_ranks.detach(), valid, options, chosen)

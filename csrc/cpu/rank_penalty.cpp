@@ -7,13 +7,68 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 
 #include "../checks.h"
+
+// The comparisons of a group are compiled for several instruction sets; the loader picks one.
+#if defined(RLAIF_X86_KERNELS) && defined(__GLIBC__) && defined(__GNUC__)
+#define RLAIF_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define RLAIF_CLONES
+#endif
 
 namespace rlaif {
 namespace {
 
 constexpr int64_t kGrain = 512;  // groups a thread takes at least
+
+// How each response compares with all of the group: counts of better and worse ones in both orders, and concordant
+// less discordant pairs. Entries at and beyond G are padding.
+struct Comparison {
+  int32_t oracle_better[kMaxGroup];
+  int32_t oracle_worse[kMaxGroup];
+  int32_t policy_better[kMaxGroup];
+  int32_t policy_worse[kMaxGroup];
+  int32_t agreement[kMaxGroup];
+};
+
+constexpr int kLanes = 8;  // keys and counts are padded to whole vectors
+
+template <typename T>
+inline __attribute__((always_inline)) void compare(const T* oracle, const T* policy, int G, Comparison& counts) {
+  const int padded = (G + kLanes - 1) / kLanes * kLanes;
+  const size_t bytes = padded * sizeof(int32_t);
+  std::memset(counts.oracle_better, 0, bytes);
+  std::memset(counts.oracle_worse, 0, bytes);
+  std::memset(counts.policy_better, 0, bytes);
+  std::memset(counts.policy_worse, 0, bytes);
+  std::memset(counts.agreement, 0, bytes);
+  for (int j = 0; j < G; ++j) {
+    const T a = oracle[j];
+    const T b = policy[j];
+    for (int i = 0; i < padded; ++i) {
+      const int32_t oracle_better = a < oracle[i];
+      const int32_t oracle_worse = a > oracle[i];
+      const int32_t policy_better = b < policy[i];
+      const int32_t policy_worse = b > policy[i];
+      counts.oracle_better[i] += oracle_better;
+      counts.oracle_worse[i] += oracle_worse;
+      counts.policy_better[i] += policy_better;
+      counts.policy_worse[i] += policy_worse;
+      counts.agreement[i] += (oracle_better & policy_better) + (oracle_worse & policy_worse) -
+                             (oracle_better & policy_worse) - (oracle_worse & policy_better);
+    }
+  }
+}
+
+RLAIF_CLONES void compare_all(const float* oracle, const float* policy, int G, Comparison& counts) {
+  compare(oracle, policy, G, counts);
+}
+
+RLAIF_CLONES void compare_all(const double* oracle, const double* policy, int G, Comparison& counts) {
+  compare(oracle, policy, G, counts);
+}
 
 template <typename T>
 T mean(const T* x, int G) {
@@ -47,6 +102,12 @@ GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T p
     policy_key[i] = -scores[i];
   }
 
+  for (int i = G; i < (G + kLanes - 1) / kLanes * kLanes; ++i) {
+    oracle_key[i] = policy_key[i] = 0;
+  }
+  Comparison counts;
+  compare_all(oracle_key, policy_key, G, counts);
+
   GroupResult<T> result{};
   result.has_signal = false;
   T found = 0;
@@ -57,17 +118,11 @@ GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T p
   int oracle_untied = 0;
   int policy_untied = 0;
   for (int i = 0; i < G; ++i) {
-    Place oracle{0, 0};
-    Place policy{0, 0};
-    for (int j = 0; j < G; ++j) {
-      const int a = sign_of(oracle_key[i], oracle_key[j]);
-      const int b = sign_of(policy_key[i], policy_key[j]);
-      meet(oracle, a);
-      meet(policy, b);
-      agreement += a * b;
-      oracle_untied += a * a;
-      policy_untied += b * b;
-    }
+    const Place oracle{counts.oracle_better[i], G - counts.oracle_better[i] - counts.oracle_worse[i]};
+    const Place policy{counts.policy_better[i], G - counts.policy_better[i] - counts.policy_worse[i]};
+    agreement += counts.agreement[i];
+    oracle_untied += G - oracle.count;
+    policy_untied += G - policy.count;
     u[i] = tie_mean(tables.gain, oracle);
     penalties[i] = penalty_of(kind, u[i], tie_mean(tables.gain, policy));
     const T worth = tie_mean(tables.relevance, oracle);

@@ -1,0 +1,207 @@
+"""Interleaved timing, peak memory, and what is written beside each number; `bench/` uses it.
+
+CPU figures are of one thread, in seconds of processor time, which equals wall time on an idle machine and does not
+count the time other programs run. GPU figures are wall time.
+
+The arms of a case are timed round by round in one process, so that whatever else the machine does falls on
+all of them; medians, p20 and p80 go to `extra_info`, with bytes, FLOPs, peak memory, versions and commit.
+pytest-benchmark's own columns come from one more run of the arm. `RLAIF_FAST_BENCH=full` adds slow peers
+(torch.compile) on the CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FULL = os.environ.get("RLAIF_FAST_BENCH") == "full"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to do the work of a case.
+
+    Attributes:
+        run: Does it once.
+        rounds: Most rounds it is timed in; slow peers need fewer than the arms whose ratio is asserted.
+        bytes: Bytes of tensors read and written, at least.
+        flops: Floating point operations, at least.
+    """
+
+    run: Callable[[], Any]
+    rounds: int = 30
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Result:
+    """What was measured of one arm."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def quantile(self, q: float) -> float:
+        return float(torch.tensor(self.seconds, dtype=torch.float64).quantile(q))
+
+
+@dataclass
+class Case:
+    """The arms of one case, measured; `floor` is the arm that the others are set against."""
+
+    arms: dict[str, Arm]
+    results: dict[str, Result]
+    floor: str
+
+    def ratio(self, arm: str, over: str) -> float:
+        """Return time over time, at the 20th percentile: what shares the machine only ever adds to either."""
+        return self.results[arm].quantile(0.2) / self.results[over].quantile(0.2)
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device, where there is something to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[list[int]]:
+    """Measure how far memory rises within; the list holds the bytes afterwards."""
+    gc.collect()
+    peak: list[int] = []
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        torch.cuda.synchronize()
+        peak.append(torch.cuda.max_memory_allocated() - before)
+        return
+    before = most = _resident_bytes()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        most = max(most, _resident_bytes())
+        done.set()
+        watcher.join()
+    peak.append(most - before)
+
+
+def measure(arms: dict[str, Arm], floor: str, device: str, seconds: float) -> Case:
+    """Time the arms round by round for about `seconds`, after one round that warms up and measures memory."""
+    results = {name: Result() for name in arms}
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    started = time.perf_counter()
+    for name, arm in arms.items():
+        arm.run()
+        with peak_memory(device) as peak:
+            arm.run()
+        results[name].peak_bytes = peak[0]
+    for done in range(max(arm.rounds for arm in arms.values())):
+        for name, arm in arms.items():
+            if done >= arm.rounds:
+                continue
+            synchronise(device)
+            start = clock()
+            arm.run()
+            synchronise(device)
+            results[name].seconds.append(clock() - start)
+        if done >= 2 and time.perf_counter() - started > seconds:
+            break
+    return Case(arms, results, floor)
+
+
+class Arena:
+    """Measures each case once, whichever of its arms is asked for first."""
+
+    def __init__(self) -> None:
+        self._name = ""
+        self._case: Case | None = None
+
+    def case(self, name: str, build: Callable[[], Case]) -> Case:
+        """Return the measurements of a case; only the latest case is kept, and its tensors with it."""
+        if self._case is None or name != self._name:
+            self._case = None
+            gc.collect()
+            self._case = build()
+            self._name = name
+        return self._case
+
+
+def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device: str) -> None:
+    """Run the arm once for pytest-benchmark and write what was measured beside it."""
+    if arm not in case.arms:
+        import pytest
+
+        pytest.skip(f"{arm} is not installed, or not for {device}")
+    benchmark.group = f"{kernel} {shape} {device}"
+    benchmark.pedantic(case.arms[arm].run, rounds=1, iterations=1)
+    result, floor = case.results[arm], case.results[case.floor]
+    benchmark.extra_info.update(
+        kernel=kernel,
+        arm=arm,
+        shape=shape,
+        device=device_name(device),
+        median_s=result.median,
+        p20_s=result.quantile(0.2),
+        p80_s=result.quantile(0.8),
+        samples=len(result.seconds),
+        floor=case.floor,
+        floor_s=floor.median,
+        over_floor=case.ratio(arm, case.floor),
+        share_of_floor=1 / case.ratio(arm, case.floor),
+        peak_bytes=result.peak_bytes,
+        bytes=case.arms[arm].bytes,
+        flops=case.arms[arm].flops,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=commit(),
+    )
+
+
+def device_name(device: str) -> str:
+    """Return the name of the GPU, or the processor and the threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    return f"{model}, 1 thread, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def commit() -> str:
+    """Return the commit that is measured, with a mark where files differ from it."""
+    root = Path(__file__).parents[1]
+    command = ["git", "-c", "safe.directory=*", "describe", "--always", "--dirty"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"

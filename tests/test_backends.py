@@ -1,0 +1,125 @@
+"""The backend table, its report, the doctor, and life without the extension."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlaif_fast import backends, doctor, grpo_rank_loss
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_the_report_has_a_row_for_each_implementation_and_a_reason_for_each_absence():
+    report = backends.report()
+    assert {status.op for status in report} == set(backends.OPS)
+    assert {status.name for status in report} == set(backends.NAMES)
+    assert all(status.available == (status.reason == "") for status in report)
+    for op in backends.OPS:
+        here = {status.name for status in report if status.op == op and status.available}
+        assert {"reference", "cpu"} <= here
+
+
+def test_auto_takes_the_best_that_supports_the_call():
+    assert backends.select("rank_loss", "auto", torch.zeros(1)) == "cpu"
+    assert backends.select("rank_penalty", "auto", torch.zeros(1), 64) == "cpu"
+    assert backends.select("rank_penalty", "auto", torch.zeros(1), 65) == "reference"
+    assert backends.select("rank_loss", "reference", torch.zeros(1)) == "reference"
+
+
+def test_a_backend_asked_for_by_name_runs_or_says_why_not():
+    meta = torch.zeros(2, device="meta")
+    for name in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=f"backend='{name}' cannot run rank_loss: .*meta"):
+            backends.select("rank_loss", name, meta)
+    with pytest.raises(ValueError, match=r"cannot run rank_loss: .* above 64"):
+        backends.select("rank_loss", "cpu", torch.zeros(1), 65)
+
+
+def test_importing_the_package_is_light():
+    result = run("import sys, rlaif_fast; print('torch' in sys.modules, 'transformers' in sys.modules)")
+    assert result.stdout.split() == ["False", "False"], result.stderr
+    result = run("import sys; from rlaif_fast import grpo_rank_loss; print('transformers' in sys.modules)")
+    assert result.stdout.split() == ["False"], result.stderr
+
+
+def test_without_the_extension_the_reference_runs_and_says_so_once():
+    code = """
+import sys, warnings
+sys.modules["rlaif_fast._C"] = None  # what an import of a missing module finds
+warnings.simplefilter("always")
+import torch
+from rlaif_fast import backends, fused_linear_grpo_rank_loss, grpo_rank_loss, rank_advantages
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    x = torch.randn(4, 3, requires_grad=True)
+    grpo_rank_loss(x, torch.arange(4).view(2, 2)).loss.backward()
+    rank_advantages(x[:, :2], torch.zeros(4, 2))
+    h, w = torch.randn(4, 3, 5, requires_grad=True), torch.randn(7, 5)
+    fused_linear_grpo_rank_loss(h, w, torch.zeros(4, 3, dtype=torch.long), torch.arange(4).view(2, 2)).loss.backward()
+ours = [str(w.message) for w in seen if "rlaif_fast" in str(w.message)]
+assert len(ours) == 1 and "not built" in ours[0], ours
+assert x.grad.isfinite().all() and h.grad.isfinite().all()
+try:
+    grpo_rank_loss(x, torch.arange(4).view(2, 2), backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert "backend='cpu' cannot run rank_loss: the extension rlaif_fast._C is not built" in result.stdout
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_gives_the_same_numbers(capability):
+    """ATEN_CPU_CAPABILITY chooses the row kernels as it chooses ATen's own."""
+    code = """
+import torch
+from rlaif_fast.testing import random_problem, relative, relative_l2
+from rlaif_fast import grpo_rank_loss_from_logits
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    p = random_problem(V=2050, dtype=dtype)
+    x, y = p.logits.clone().requires_grad_(), p.logits.double().requires_grad_()
+    a = grpo_rank_loss_from_logits(x, p.token_ids, p.oracle_ranks, backend="cpu", **p.tensors).loss
+    b = grpo_rank_loss_from_logits(y, p.token_ids, p.oracle_ranks, backend="reference", **p.double().tensors).loss
+    a.backward(), b.backward()
+    assert relative(a, b) <= 1e-5 and relative_l2(x.grad, y.grad) <= (1e-5 if dtype.itemsize > 2 else 4e-3)
+print(torch.ops.rlaif_fast.row_instruction_set())
+"""
+    if capability not in ("default", torch.backends.cpu.get_cpu_capability().lower(), "avx2"):
+        pytest.skip(f"this processor has no {capability}")
+    result = run(code, ATEN_CPU_CAPABILITY=capability)
+    assert result.stdout.strip() == capability, result.stderr
+
+
+def test_doctor_prints_every_backend(capsys):
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    for word in (
+        "torch",
+        "triton",
+        "flash-attn",
+        "DALI",
+        "PyAV",
+        "rlaif_fast._C",
+        "reference",
+        *backends.OPS,
+    ):
+        assert word in text, word
+
+
+def test_masked_out_fields_are_left_out_of_the_statistics():
+    stats = grpo_rank_loss(torch.zeros(2, 3), advantages=torch.zeros(2)).stats
+    assert set(stats) == {"loss/policy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "tokens"}

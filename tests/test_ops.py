@@ -1,0 +1,176 @@
+"""The operators: schema, shape functions and autograd (opcheck), torch.compile without graph breaks,
+determinism.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import rlaif_fast._C as extension
+from rlaif_fast import (
+    fused_linear_grpo_rank_loss,
+    grpo_rank_loss,
+    grpo_rank_loss_from_logits,
+    ops,
+    rank_advantages,
+    token_logps,
+)
+from rlaif_fast.inputs import TokenInputs
+from rlaif_fast.options import LossOptions
+from rlaif_fast.testing import random_problem
+
+OPS = torch.ops.rlaif_fast
+
+
+def flat(problem, **changes):
+    """Return the inputs and options of a problem as the operators take them."""
+    inputs = TokenInputs(
+        None,
+        problem.oracle_ranks.to(problem.logps.dtype),
+        None,
+        problem.tensors["old_logps"],
+        problem.tensors["ref_logps"],
+        problem.tensors["mask"],
+        None,
+        None,
+    )._replace(**changes)
+    return ops._flatten(inputs, LossOptions(beta=0.04, entropy_coef=0.01))
+
+
+def test_rank_penalty():
+    scores, ranks = torch.randn(5, 6), torch.randint(0, 4, (5, 6)).float()
+    opcheck(OPS.rank_penalty.default, (scores, ranks, None, 0, 1.0, False))
+    opcheck(OPS.rank_penalty.default, (scores.double(), ranks.double(), torch.arange(5) > 1, 2, 0.5, True))
+    opcheck(OPS.rank_advantages.default, (scores, ranks, None, "directed", 1.0, "group", "cpu"))
+    opcheck(OPS.rank_penalty.default, (scores[:0], ranks[:0], None, 0, 1.0, False))
+
+
+def test_row_operators():
+    logits, ids = torch.randn(4, 37), torch.randint(0, 37, (4,))
+    opcheck(OPS.row_stats.default, (logits, ids, 0.7))
+    opcheck(OPS.row_stats.default, (logits.bfloat16(), ids, 1.0))
+    logps, lse, entropy = OPS.row_stats(logits, ids, 0.7)
+    opcheck(OPS.row_grad_out.default, (logits, ids, 0.7, lse, entropy, logps, lse, torch.empty_like(logits)))
+    advantages, weights = torch.randn(4), torch.rand(4)
+    rest = (None, None, None, 0.2, 0.2, None, 0.0, 3, 0.01)
+    opcheck(OPS.row_loss_.default, (logits.clone(), ids, 0.7, advantages, weights, *rest))
+
+
+def test_token_loss():
+    problem = random_problem()
+    t = problem.tensors
+    tensors = (t["old_logps"], t["ref_logps"], t["mask"], None, problem.entropy, None)
+    options = (0, 1.0, False, True, 0.2, 0.2, None, 0.04, 3, 0.01, 0, 0, False)
+    opcheck(
+        OPS.token_loss.default, (problem.logps, None, problem.oracle_ranks.float(), None, *tensors, *options)
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_differentiable_operators(backend):
+    problem = random_problem()
+    arguments = flat(problem)
+    logps, entropy = problem.logps.requires_grad_(), problem.entropy.requires_grad_()
+    opcheck(OPS.rank_loss.default, (logps, entropy, *arguments, backend))
+    opcheck(OPS.rank_loss.default, (logps, None, *arguments, backend))
+    given = flat(problem, advantages=torch.randn(12), oracle_ranks=None)
+    opcheck(OPS.rank_loss.default, (logps, entropy, *given, backend))
+
+    logits = problem.logits.requires_grad_()
+    opcheck(OPS.logits_stats.default, (logits, problem.token_ids, 0.7, backend))
+
+    hidden, weight, bias = (x.requires_grad_() for x in (problem.hidden, problem.weight, problem.bias))
+    rows, ids = hidden.detach().view(-1, 16).requires_grad_(), problem.token_ids.flatten()
+    opcheck(OPS.linear_stats.default, (rows, weight, bias, ids, 0.7, 5, backend))
+    needs = (True, True, True)
+    head = (weight, bias, problem.token_ids, None, 0.7, None)
+    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *head, *needs, *arguments, backend))
+    frozen = (weight.detach(), None, problem.token_ids, None, 0.7, 7)
+    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *frozen, True, False, False, *arguments, backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_compiles_without_graph_breaks(backend):
+    problem = random_problem()
+    tensors, ids, ranks = problem.tensors, problem.token_ids, problem.oracle_ranks
+    options = {"beta": 0.04, "entropy_coef": 0.01, "backend": backend}
+
+    def token(logps, entropy):
+        return grpo_rank_loss(logps, ranks, entropy=entropy, **options, **tensors)
+
+    def logits(logits):
+        return grpo_rank_loss_from_logits(logits, ids, ranks, **options, **tensors)
+
+    def linear(hidden, weight):
+        return fused_linear_grpo_rank_loss(hidden, weight, ids, ranks, **options, **tensors)
+
+    cases = (
+        (token, (problem.logps, problem.entropy)),
+        (logits, (problem.logits,)),
+        (linear, (problem.hidden, problem.weight)),
+    )
+    for function, inputs in cases:
+        torch._dynamo.reset()
+        results = []
+        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]
+            out = call(*leaves)
+            (2 * out.loss).backward()
+            results.append((out.loss, out.stats["kl"], out.advantages, *(x.grad for x in leaves)))
+        for eager, compiled in zip(*results):
+            torch.testing.assert_close(compiled, eager)
+
+
+def test_ranking_and_log_probabilities_compile():
+    problem = random_problem()
+    scores, ranks = torch.randn(3, 4), problem.oracle_ranks
+    compiled = torch.compile(
+        lambda s, r: rank_advantages(s, r, backend="cpu"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(scores, ranks).advantages, rank_advantages(scores, ranks).advantages)
+    compiled = torch.compile(
+        lambda h, w: token_logps(h, w, problem.token_ids), fullgraph=True, backend="aot_eager"
+    )
+    want = token_logps(problem.hidden, problem.weight, problem.token_ids)
+    torch.testing.assert_close(compiled(problem.hidden, problem.weight), want)
+
+
+def test_equal_inputs_give_equal_bits():
+    problem = random_problem(N=8, G=4, T=40, V=257)
+    runs = []
+    for _ in range(3):
+        leaves = [x.detach().clone().requires_grad_() for x in (problem.hidden, problem.weight)]
+        out = fused_linear_grpo_rank_loss(
+            *leaves, problem.token_ids, problem.oracle_ranks, beta=0.04, chunk_size=64, **problem.tensors
+        )
+        out.loss.backward()
+        runs.append((out.loss, *(x.grad for x in leaves)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+def test_operators_check_what_they_are_given():
+    logits, ids = torch.randn(4, 9), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="token_ids must be a contiguous"):
+        OPS.row_stats(logits, ids[:3], 1.0)
+    with pytest.raises(TypeError, match="token_ids must be int64"):
+        OPS.row_stats(logits, ids.int(), 1.0)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        OPS.row_stats(logits, ids, 0.0)
+    with pytest.raises(TypeError, match="logits must be float32"):
+        OPS.row_stats(logits.long(), ids, 1.0)
+    with pytest.raises(ValueError, match="oracle_ranks must have the shape of scores"):
+        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 4), None, 0, 1.0, False)
+    with pytest.raises(ValueError, match="between 1 and 64"):
+        OPS.rank_penalty(torch.randn(2, 65), torch.randn(2, 65), None, 0, 1.0, False)
+    with pytest.raises(ValueError, match="kind must be in"):
+        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 3), None, 5, 1.0, False)
+
+
+def test_the_extension_says_how_it_was_built():
+    info = extension.build_info()
+    assert info["compiler"] and info["cpp_standard"] >= 201703
+    assert info["torch"] == torch.__version__.split("+")[0]
+    assert OPS.row_instruction_set() in info["instruction_sets"].split()
