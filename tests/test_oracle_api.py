@@ -373,10 +373,10 @@ def test_the_deadline_ends_a_call_and_keeps_what_was_judged():
         return "timeout" if "g1" in body["messages"][1]["content"][-1]["text"] else None
 
     with Judge(fault=fault) as server:
-        judge = oracle(server, timeout=60.0, deadline=1.5)
+        judge = oracle(server, timeout=60.0, deadline=4.0)
         start = time.monotonic()
         good, late = judge.rank([request("g0"), request("g1")])
-        assert time.monotonic() - start < 10.0
+        assert time.monotonic() - start < 30.0
     assert good.valid
     assert not late.valid
     assert "deadline" in late.error
@@ -387,7 +387,7 @@ def test_the_deadline_keeps_the_pairs_that_were_compared():
         return "timeout" if '"nothing"' in body["messages"][1]["content"][-1]["text"] else None
 
     with Judge(fault=fault) as server:
-        (ranking,) = oracle(server, protocol="pairwise", timeout=60.0, deadline=2.0).rank([request()])
+        (ranking,) = oracle(server, protocol="pairwise", timeout=60.0, deadline=4.0).rank([request()])
     assert ranking.ranks == (0, 1, 2, 3, None)
     assert ranking.valid
 
