@@ -38,8 +38,8 @@ PARAMETERS = [
     for case in cases
     if device == "cpu" or torch.cuda.is_available()
 ]
-SECONDS = {"cpu": 120.0, "cuda": 12.0}
-PEER_ROUNDS = {"cpu": 3, "cuda": 10}
+SECONDS = {"cpu": 90.0, "cuda": 12.0}
+PEER_ROUNDS = {"cpu": 2, "cuda": 10}
 
 
 def token_loss(logps: Tensor, entropy: Tensor, old: Tensor, ref: Tensor, advantages: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ def can_read(x: Tensor) -> bool:
 
 def finite_ranks(name: str, value: Tensor, valid: Tensor | None, *, negative: bool) -> None:
     """Raise if a rank of a valid group is NaN, infinite, or (unless `negative`) below 0."""
-    if not can_read(value):
+    if not can_read(value) or not value.numel():
+        return
+    low, high = value.aminmax()  # one pass; NaN comes through
+    if low.isfinite() and high.isfinite() and (negative or low >= 0):
         return
     bad = ~value.isfinite() if negative else ~(value.isfinite() & (value >= 0))
     if valid is not None:
@@ -82,7 +85,7 @@ def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None) -
 
 def not_nan(name: str, value: Tensor, valid: Tensor | None) -> None:
     """Raise if a score of a valid group is NaN, which has no place in an order."""
-    if not can_read(value):
+    if not can_read(value) or not value.numel() or not value.amax().isnan():
         return
     bad = value.isnan() if valid is None else value.isnan() & valid[:, None]
     if bad.any():
