@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from rlaif_fast import token_logps
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.policy.tokenize import PromptEncoder
 from rlaif_fast.trainer.batches import EpochOrder, PromptBatch, by_media
 from rlaif_fast.trainer.checkpoint import load_state
 from rlaif_fast.trainer.run import Run, make_optimizer, trainable
@@ -86,18 +88,34 @@ def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> tuple[T
     return -logps.mean(), targets.numel()
 
 
+def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:
+    """Refuse answers that the policy could learn but never sample.
+
+    Raises:
+        UsageError: A row has no answer, or one of more tokens than `max_completion_length`.
+    """
+    for row in rows:
+        where = row.source or row.id
+        if row.answer is None:
+            raise UsageError(f"{where}: supervised fine-tuning needs an answer; or use --sft none")
+        tokens = len(encoder.encode_answer(row.answer))
+        if tokens > max_completion_length:
+            raise UsageError(
+                f"{where}: the answer has {tokens} tokens and max_completion_length is {max_completion_length}; "
+                f"raise it to at least {tokens}, or shorten the answer"
+            )
+
+
 def train_sft(run: Run, *, resume_from=None) -> None:
     """Run the supervised stage from its beginning, or from a checkpoint of this stage.
 
     Raises:
-        UsageError: A row has no answer.
+        UsageError: There is nothing to learn from (see `check_answers`).
     """
     config, policy, logger = run.config, run.policy, run.logger
-    missing = next((row for row in run.data.sft if row.answer is None), None)
-    if missing is not None:
-        raise UsageError(
-            f"{missing.source or missing.id}: supervised fine-tuning needs an answer; or use --sft none"
-        )
+    if not run.data.sft:
+        raise UsageError("data: there are no rows for supervised fine-tuning; add sft_data, or use --sft none")
+    check_answers(run.data.sft, run.make_batch.encoder, config.max_completion_length)
     order = EpochOrder(by_media(run.data.sft), config.sft_videos_per_step, config.seed)
     parameters = trainable(policy.model)
     optimizer, scheduler = make_optimizer(

@@ -1,0 +1,254 @@
+"""The main job end to end on a few clips: one run, the same again, one that was killed, and what must be refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlaif_fast import train as train_module
+from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
+from rlaif_fast.trainer import rl
+from rlaif_fast.trainer.run_dir import read_jsonl
+
+SMALL = {
+    "seed": 5,
+    "synthetic_sft_clips": 12,
+    "synthetic_rl_clips": 8,
+    "synthetic_validation_clips": 4,
+    "synthetic_test_clips": 5,
+    "sft_steps": 4,
+    "sft_videos_per_step": 4,
+    "max_steps": 4,
+    "videos_per_step": 3,
+    "num_generations": 4,
+    "eval_steps": 2,
+    "gallery_clips": 1,
+    "report": "false",
+    "tensorboard": "false",
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(tmp_path, cache, capsys):
+    """Runs the train command and returns (exit code, run folder, what it wrote to stderr)."""
+
+    def start(name: str = "run", **changes) -> tuple[int, Path, str]:
+        folder = tmp_path / name
+        values = SMALL | {"output_dir": folder, "cache_dir": cache} | changes
+        words = [f"--{key}={value}" for key, value in values.items() if value is not None]
+        code = train_module.main(words)
+        return code, folder, capsys.readouterr().err
+
+    return start
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Everything logged but how long it took."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = SMALL | {"output_dir": folder, "cache_dir": cache, "report": "true", "tensorboard": "true"}
+    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    return folder
+
+
+def test_run_leaves_what_it_promises(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    promised = {
+        "sft_accuracy",
+        "final_accuracy",
+        "by_category",
+        "seconds",
+        "peak_rss_bytes",
+        "seed",
+        "config",
+        "git_commit",
+    }
+    assert promised <= summary.keys()
+    assert all(row.keys() == {"sft", "final", "n"} for row in summary["by_category"].values())
+    assert len(summary["by_category"]) >= 8
+    assert sum(row["n"] for row in summary["by_category"].values()) == len(
+        list(read_jsonl(finished / "predictions-final.jsonl"))
+    )
+    assert summary["config"]["num_generations"] == 4
+    rollouts = list(read_jsonl(finished / "rollouts.jsonl"))
+    assert {row["step"] for row in rollouts} == {1, 2, 3, 4}
+    assert all(
+        len(row["responses"]) == len(row["oracle_ranks"]) == len(row["advantages"]) == 4 for row in rollouts
+    )
+    assert any(abs(a) > 0 for row in rollouts for a in row["advantages"])
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert list((finished / "tensorboard").iterdir())
+    phases = {row["phase"] for row in read_jsonl(finished / "samples.jsonl")}
+    assert phases == {"sft", "final"}
+
+
+def test_checkpoint_is_an_ordinary_model_folder(finished):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    best = finished / "checkpoints" / json.loads((finished / "checkpoints/index.json").read_text())["best"]
+    model = AutoModelForImageTextToText.from_pretrained(best)
+    assert model.config.model_type == "qwen3_vl"
+    assert AutoTokenizer.from_pretrained(best).chat_template
+    assert list(best.glob("*.safetensors"))
+
+
+def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    figures = evaluate_command(EvaluateConfig(run=str(finished), output=str(tmp_path / "out.jsonl")))
+    assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
+    assert len(list(read_jsonl(tmp_path / "out.jsonl"))) == sum(
+        r["n"] for r in figures["by_category"].values()
+    )
+    blind = evaluate_command(EvaluateConfig(run=str(finished), blank_frames=True))
+    assert 0.0 <= blind["accuracy"] <= 1.0
+    assert "category" in capsys.readouterr().out
+
+
+def test_same_seed_same_metrics(finished, run):
+    code, folder, _ = run()
+    assert code == 0
+    assert metrics(folder) == metrics(finished)
+
+
+@pytest.mark.parametrize("calls", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, calls):
+    original, seen = rl.sample_and_rank, []
+
+    def killed(*args):
+        seen.append(1)
+        if len(seen) > calls:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(rl, "sample_and_rank", killed)
+    code, folder, err = run()
+    assert code == 130 and "interrupted" in err
+    assert not (folder / "summary.json").exists()
+    monkeypatch.setattr(rl, "sample_and_rank", original)
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(finished)
+    ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
+    assert ours["by_category"] == theirs["by_category"]
+    assert train_module.main(["--resume", str(folder)]) == 2  # nothing left to do
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sft": "none", "advantage": "zscore", "dynamic_sampling": "true"},
+        {"num_iterations": 2, "steps_per_generation": 2, "loss_type": "dapo", "epsilon_high": 0.28},
+        {"shared_prefix": "false", "entropy_coef": 0.01, "max_steps": 2},
+        pytest.param(
+            {"model": "tiny-qwen2_5_vl", "max_steps": 2},
+            marks=pytest.mark.slow,
+        ),
+        {"lora_r": 4, "freeze_vision_tower": "true", "weight_by_confidence": "true", "max_steps": 2},
+        pytest.param(
+            {
+                "oracle_shuffle": "true",
+                "importance_sampling_level": "sequence",
+                "num_iterations": 2,
+                "max_steps": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_options_of_the_loop(run, changes):
+    code, folder, err = run(sft_steps=2, **changes)
+    assert code == 0, err
+    steps = [row for row in metrics(folder) if row["stage"] == "rl"]
+    assert len(steps) == changes.get("max_steps", 4)
+    assert all(row.get("loss") is None or abs(row["loss"]) < 100 for row in steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_generations": 1}, "num_generations: expected 2 to 64"),
+        ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
+        ({"num_generations": "many"}, "num_generations"),
+        ({"dtype": "float13"}, "dtype"),
+        ({"device": "cuda:9"}, "device"),
+        ({"data": "/nonexistent/train.jsonl"}, "there is no file or folder"),
+        ({"model": "/nonexistent/model", "data": "synthetic"}, "cannot load"),
+        ({"oracle": "referense"}, "did you mean 'reference'"),
+        ({"sft": "/nonexistent/checkpoint"}, "sft: expected"),
+        ({"max_completion_length": 3}, "max_completion_length is 3"),
+        (
+            {"freeze_vision_tower": "true", "freeze_projector": "true", "freeze_language_model": "true"},
+            "nothing is left",
+        ),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(run, changes, words):
+    code, folder, err = run(**changes)
+    assert code == 2
+    assert words in err
+    assert err.startswith("error: ") and len(err.strip().splitlines()) == 1
+    assert not (folder / "summary.json").exists()
+
+
+def test_refuses_a_folder_that_is_not_ours(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    code, folder, err = run()
+    assert code == 2 and "not made by a run" in err
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):
+    from rlaif_fast.data import SyntheticConfig, make_dataset
+
+    small = SyntheticConfig(
+        seed=1, sft_clips=12, rl_clips=0, validation_clips=0, test_clips=0, questions_per_clip=2
+    )
+    made = make_dataset(tmp_path / "made", small)
+    rows = [json.loads(line) for line in made.sft.read_text().splitlines()]
+    for row in rows:
+        row["video"] = str(made.root / row["video"])
+        del row["category"]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    rows[0]["video"] = str(broken)
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": data, "holdout_fraction": 0.2, "sft_steps": 2, "max_steps": 2}
+    code, folder, err = run(**changes, max_bad_fraction=0.5)
+    assert code == 0, err
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["by_category"]) == ["all"]
+
+    for row in rows:
+        row["video"] = str(broken)
+    for index, row in enumerate(rows):  # many files, all bad
+        copy = tmp_path / f"broken-{index}.mp4"
+        copy.write_bytes(b"not a video")
+        row["video"] = str(copy)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, folder, err = run("bad", **changes)
+    assert code == 1 and "bad" in err
+    assert not (folder / "summary.json").exists()
+
+
+def test_empty_dataset_is_refused(run, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    code, _, err = run(data=tmp_path / "empty.jsonl")
+    assert code == 2 and "empty.jsonl" in err
+
+
+def test_print_config_shows_the_packaged_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_module.main(["--print-config"])
+    assert stop.value.code == 0
+    assert "num_generations: 8" in capsys.readouterr().out
