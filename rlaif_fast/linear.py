@@ -318,11 +318,11 @@ class _Job:
         for span in self.spans(0, len(self.ids)):
             logits, hidden = self.logits(span)
             part = RowInputs(*(None if x is None else x[span] for x in rows))  # type: ignore[arg-type]
-            stats, grad_logps, grad_entropy = self.kernels.row_loss(
+            stats, grad_logps, _ = self.kernels.row_loss(
                 logits, self.ids[span], self.head.temperature, part, self.options
             )
             self.keep(span, stats)
-            self._add(gradients, logits, hidden, span, (grad_logps != 0) | (grad_entropy != 0))
+            self._add(gradients, logits, hidden, span, grad_logps != 0)
 
     def two_sweeps(self, gradients: Gradients) -> None:
         """Statistics of whole groups (or responses) first, then their gradient from the same logits."""
@@ -345,7 +345,7 @@ class _Job:
                 c = grad_logps[here]
                 h = None if grad_entropy is None else grad_entropy[here]
                 _write_grad(self.kernels, logits, self.ids[span], self.head, stats, c, h, self.shard)
-                self._add(gradients, logits, hidden, span, c != 0 if h is None else (c != 0) | (h != 0))
+                self._add(gradients, logits, hidden, span, c != 0)
 
     def close_loss(self) -> Any:
         """Close the whole loss over the statistics of every row."""

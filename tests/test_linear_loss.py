@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from rlaif_fast import cpu as cpu_kernels
-from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, linear, token_logps
 from rlaif_fast.options import KINDS
 from rlaif_fast.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
@@ -90,6 +90,16 @@ def test_given_advantages(per_token):
     problem = random_problem()
     shape = problem.logps.shape if per_token else problem.logps.shape[:1]
     assert_matches(problem, advantages=torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+
+
+def test_groups_are_packed_into_chunks_and_only_a_larger_one_stands_alone():
+    packed = list(linear._pack([3, 4, 0, 2, 9, 1, 0, 7], 8))
+    assert packed == [
+        (slice(0, 3), slice(0, 7)),
+        (slice(3, 4), slice(7, 9)),
+        (slice(4, 5), slice(9, 18)),
+        (slice(5, 8), slice(18, 26)),
+    ]
 
 
 def test_rows_without_gradient_never_reach_the_last_matmuls(monkeypatch):
