@@ -6,7 +6,7 @@ import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -143,7 +143,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     if options.lora_r > 0:
         model = add_lora(model, options)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not options.lora_r:

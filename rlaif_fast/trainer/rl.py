@@ -219,7 +219,7 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
     if config.beta > 0:
         with torch.no_grad():
             ref_logps = policy.reference_logps(
-                *forward, group_sizes=unique.group_sizes, temperature=config.temperature
+                *forward, group_sizes=unique.group_sizes, temperature=config.temperature, features=features
             )[unique.token_index]
     hidden = policy.response_hidden(*forward, group_sizes=unique.group_sizes, features=features)
     keep = torch.ones(len(unique.row_lengths), dtype=torch.bool)
