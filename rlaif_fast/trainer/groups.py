@@ -227,6 +227,7 @@ def example_record(example: Example) -> dict:
         "question": example.question,
         "options": list(example.options),
         "answer": example.answer,
+        "metadata": dict(example.metadata),
     }
 
 

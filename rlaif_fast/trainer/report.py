@@ -180,6 +180,13 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
     add("Groups without signal", "All tied or not ranked.", curve("rl", "no_signal"), percent=True)
     add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
     add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
+    add(
+        "Is the oracle being gamed?",
+        "Kendall tau of its ranks with length, with the reference, and with itself blind.",
+        curve("rl", "oracle/length_tau", "length"),
+        curve("rl", "oracle/reference_tau", "reference"),
+        curve("rl", "oracle/blind_tau", "blind"),
+    )
     add("RL loss", "Policy loss and its KL term.", curve("rl", "loss"))
     add("KL", "Distance of the policy from its start, per token.", curve("rl", "kl"))
     return panels
