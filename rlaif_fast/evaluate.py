@@ -80,10 +80,12 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     if options.model is not None:
         config.model = options.model
     config.device = options.device
+    known = None
     if options.data is not None:
         rows = read_examples(Path(options.data).expanduser(), media_root=config.media_root)
     else:
-        rows = setup.load_data(config).test
+        data = setup.load_data(config)
+        rows, known = data.test, data.rl
     loaded = load_model(config)
     policy = setup.make_policy(loaded, config)
     with (
@@ -97,7 +99,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             max_new_tokens=options.max_completion_length or config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )
-    chance = chance_by_category(rows)
+    chance = chance_by_category(rows, reference=known)
     if options.output is not None:
         write_jsonl(
             Path(options.output),
