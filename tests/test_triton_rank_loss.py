@@ -69,8 +69,12 @@ def check(inputs: dict[str, Any], options: LossOptions, dtype: torch.dtype = tor
     if logps.numel():
         expected.loss.backward()
         assert error(result.grad_logps, logps.grad) < GRADIENT[torch.float32]
-        if result.grad_entropy is not None:
+        if exact["entropy"] is None:
+            assert result.grad_entropy is None
+        elif options.entropy_coef:
             assert error(result.grad_entropy, exact["entropy"].grad) < GRADIENT[torch.float32]
+        else:
+            assert not result.grad_entropy.any()
     scale = expected.stats[:3].abs().sum().item()  # the loss is a sum whose parts may cancel
     assert abs(result.loss.item() - expected.loss.item()) <= LOSS[dtype] * max(scale, 1e-30)
     assert error(result.advantages, expected.advantages) < LOSS[dtype]
