@@ -12,6 +12,7 @@ os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
 )  # spinning threads on a shared core slow small operators several times
 
+import contextlib
 import dataclasses
 import platform
 import resource
@@ -77,12 +78,15 @@ def train(config) -> Path:
         run_dir.truncate_after(state["stage"], state["step"])
     elif config.resume is not None:
         run_dir.truncate_after("sft", 0)
-    with RunLogger(
-        run_dir,
-        tensorboard=config.tensorboard,
-        log_every=config.logging_steps,
-        seconds=state["seconds"] if state else None,
-    ) as logger:
+    with (
+        contextlib.ExitStack() as open_parts,
+        RunLogger(
+            run_dir,
+            tensorboard=config.tensorboard,
+            log_every=config.logging_steps,
+            seconds=state["seconds"] if state else None,
+        ) as logger,
+    ):
         with logger.timer("data"):
             data = load_with_progress(config, logger)
         with logger.timer("model"):
@@ -91,11 +95,14 @@ def train(config) -> Path:
             policy = setup.make_policy(loaded, options)
         for note in loaded.notes:
             logger.message(note)
+        make_batch = open_parts.enter_context(
+            setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
+        )
         run = Run(
             config=config,
             policy=policy,
             sampler=make_sampler(policy),
-            make_batch=setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl"),
+            make_batch=make_batch,
             oracle=setup.make_oracle(config),
             data=data,
             logger=logger,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, chance_by_category, make_dataset, read_examples
 from rlaif_fast.data.encode import encode_video
-from rlaif_fast.data.questions import CATEGORIES, TOKEN, drafts
+from rlaif_fast.data.questions import CATEGORIES, CONFUSIONS, TOKEN, drafts
 from rlaif_fast.data.render import render
 from rlaif_fast.data.synthetic import SPLITS
 from rlaif_fast.data.worlds import LEVELS, SHAPES, Event, Thing, World, sample_world, share
@@ -26,6 +26,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.video import decode, probe
 
 SMALL = SyntheticConfig(
+    label_noise=0.5,
     seed=3,
     sft_clips=24,
     rl_clips=6,
@@ -346,6 +347,23 @@ def test_splits_and_rows(dataset):
                 assert re.fullmatch(form, row["metadata"]["clean_answer"])
     noisy = [bool(row["metadata"].get("corrupted")) for row in rows_of(dataset.sft)]
     assert abs(np.mean(noisy) - 0.5) < 4 * 0.5 / len(noisy) ** 0.5
+
+
+def test_a_careless_annotator_takes_the_same_values_for_others(tmp_path):
+    config = SyntheticConfig(
+        sft_clips=60, rl_clips=4, validation_clips=0, test_clips=0, label_confusion=1.0, questions_per_clip=4
+    )
+    made = make_dataset(tmp_path / "confused", config)
+    rows = rows_of(made.sft)
+    wrong = [row for row in rows if row["metadata"].get("corrupted")]
+    assert 0.2 < len(wrong) / len(rows) < 0.45
+    for row in wrong:
+        clean = row["metadata"]["clean_answer"]
+        assert row["answer"] != clean and re.fullmatch(row["metadata"]["form"], row["answer"])
+        assert any(
+            re.sub(rf"\b{seen}\b", taken, clean) == row["answer"] for seen, taken in CONFUSIONS.items()
+        )
+    assert not any(row["metadata"].get("corrupted") for row in rows_of(made.rl))
 
 
 def test_easy_clips_offer_the_categories():

@@ -357,7 +357,8 @@ SHARDED_OPTIONS = (
 )
 
 
-def test_a_vocabulary_sharded_over_two_processes(tmp_path):
+def test_a_vocabulary_sharded_over_two_processes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))  # the processes import this module by name
     mp.spawn(_sharded, (f"file://{tmp_path / 'rendezvous'}", str(tmp_path)), nprocs=len(SHARDS))
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARDS))]
     for case, options in enumerate(SHARDED_OPTIONS):

@@ -114,7 +114,9 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     """
     config, policy, logger = run.config, run.policy, run.logger
     if not run.data.sft:
-        raise UsageError("data: there are no rows for supervised fine-tuning; add sft_data, or use --sft none")
+        raise UsageError(
+            "data: there are no rows for supervised fine-tuning; add sft_data, or use --sft none"
+        )
     check_answers(run.data.sft, run.make_batch.encoder, config.max_completion_length)
     order = EpochOrder(by_media(run.data.sft), config.sft_videos_per_step, config.seed)
     parameters = trainable(policy.model)
