@@ -44,6 +44,14 @@ def main() -> int:
         assert closed.loss.isfinite(), f"rank_loss N={N} G={G} T={T}"
         print(f"rank_loss N={N} G={G} T={T}: {closed.loss.item():.4f}")
 
+    lengths = torch.tensor([7, 0, 129, 2], device=device)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    packed, A = torch.rand(int(lengths.sum()), device=device), torch.rand(4, device=device)
+    closed = rank_loss.rank_loss(
+        packed, A, None, None, packed, None, None, None, None, None, LossOptions(), cu_seqlens=cu_seqlens
+    )
+    print(f"rank_loss packed: {closed.loss.item():.4f}")
+
     for V in (1, 257, 20_001):
         for dtype in (torch.float32, torch.bfloat16):
             M = 5

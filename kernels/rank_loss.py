@@ -122,7 +122,8 @@ def rank_loss_kernel(
         upper_weight_t, lower_weight_t, is_upper, is_lower = weight, weight, one, one
         if PER_TOKEN:  # A is known: fold it into the one-sided sums
             A = load_float(given, at, live)
-            upper_weight_t, lower_weight_t = weight * tl.maximum(A, 0.0), weight * tl.minimum(A, 0.0)
+            upper_weight_t = weight * tl.maximum(A, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            lower_weight_t = weight * tl.minimum(A, 0.0, propagate_nan=tl.PropagateNan.ALL)
             is_upper, is_lower = tl.where(A > 0, 1.0, 0.0), tl.where(A < 0, 1.0, 0.0)
 
         tokens += one

@@ -17,7 +17,7 @@ def spilling_kernel(x, out, BLOCK: tl.constexpr):
 
 
 if __name__ == "__main__":
-    for block in (128, 16384):
+    for block in (128, 8192):
         config = AotConfig(
             spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {"BLOCK": block}, 1, 1, f"{block}"
         )

@@ -69,7 +69,7 @@ def test_the_gate_sees_spills() -> None:
     report = run("tests/spilling_kernel.py")
     assert report.returncode == 0, report.stderr[-3000:]
     lines = [line.split() for line in report.stdout.splitlines()]
-    assert [(line[0], line[1]) for line in lines] == [("128", "False"), ("16384", "True")]
+    assert [(line[0], line[1]) for line in lines] == [("128", "False"), ("8192", "True")]
     assert int(lines[1][3]) > 0
 
 

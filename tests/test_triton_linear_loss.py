@@ -24,7 +24,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("V", [1, linear_loss.BLOCK_V - 1, linear_loss.BLOCK_V + 1])
+@pytest.mark.parametrize("V", [1, linear_loss.BLOCK_V - 1, 2 * linear_loss.BLOCK_V + 1])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_compaction_keeps_every_kept_row(pattern: list[int], V: int) -> None:
     keep = torch.tensor(pattern, dtype=torch.bool, device=DEVICE)

@@ -141,9 +141,16 @@ def test_each_input_may_be_absent(name: str) -> None:
 def test_given_advantages(per_token: bool, level: str) -> None:
     inputs = batch(3, 2, 9)
     shape = (6, 9) if per_token else (6,)
-    advantages = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    random = torch.Generator().manual_seed(1)
+    advantages = torch.randn(shape, generator=random).to(DEVICE) + 0.6  # more above 0 than below
     inputs |= {"advantages": advantages, "oracle_ranks": None, "valid": None}
-    check(inputs, LossOptions(**FULL, importance_sampling_level=level, delta=1.3))
+    options = LossOptions(
+        **FULL, importance_sampling_level=level, delta=1.3, epsilon_low=0.02, epsilon_high=0.02
+    )
+    check(inputs, options)
+    inputs["advantages"].view(-1)[3] = float("nan")
+    inputs["mask"] = None
+    assert rank_loss(*(inputs[name] for name in INPUTS), options).loss.isnan()
 
 
 def test_given_advantages_of_more_rows_than_a_group_holds() -> None:
