@@ -8,10 +8,9 @@ copy of the logits (the gradient itself apart, in place not even that); on a GPU
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
+from peers import COMPILED, LOGITS, missing, peer_loss, token_loss
 from torch import Tensor
 
 from rlaif_fast import backends, grpo_rank_loss_from_logits
@@ -29,8 +28,8 @@ ARMS = [
     "cpu kernel in place",
     "eager",
     "eager compiled",
-    "TRL selective_log_softmax_and_entropy",
     "Liger triton_grpo_loss, no entropy",
+    *(peer.label for peer in LOGITS),
 ]
 PARAMETERS = [
     (device, case)
@@ -45,11 +44,7 @@ def eager(logits: Tensor, ids: Tensor, old: Tensor, ref: Tensor, advantages: Ten
     """The loss as a trainer writes it."""
     log_p = logits.float().log_softmax(-1)
     logps = log_p.gather(-1, ids[..., None]).squeeze(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    ratio = (logps - old).exp()
-    policy = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    kl = (ref - logps).exp() - (ref - logps) - 1
-    return -(policy - 0.04 * kl + 0.01 * entropy).mean(-1).mean()
+    return token_loss(logps, -(log_p.exp() * log_p).sum(-1), old, ref, advantages)
 
 
 def build(shape: tuple[int, int, int, int, torch.dtype], device: str) -> Case:
@@ -98,12 +93,17 @@ def build(shape: tuple[int, int, int, int, torch.dtype], device: str) -> Case:
     for name in names:
         arms[f"{name} kernel"] = Arm(lambda name=name: step(name), bytes=size)
     arms["eager"] = Arm(lambda: peer(lambda: eager(logits, ids, old, ref, A[:, None])), rounds=5, bytes=size)
+    skipped = {"eager compiled": COMPILED}
     if device == "cuda" or FULL:
         compiled = torch.compile(eager)
         arms["eager compiled"] = Arm(
             lambda: peer(lambda: compiled(logits, ids, old, ref, A[:, None])), bytes=size
         )
-    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+    liger_module = "liger_kernel.transformers.grpo_loss"
+    reason = "needs a GPU" if device == "cpu" else missing("liger-kernel", liger_module)
+    if reason is not None:
+        skipped["Liger triton_grpo_loss, no entropy"] = reason
+    else:
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         def liger() -> Tensor:  # takes one more position than there are tokens
@@ -114,17 +114,19 @@ def build(shape: tuple[int, int, int, int, torch.dtype], device: str) -> Case:
             return loss.mean()
 
         arms["Liger triton_grpo_loss, no entropy"] = Arm(lambda: peer(liger), rounds=10, bytes=size)
-    if device == "cuda" and importlib.util.find_spec("trl.kernels.logprob_entropy"):
-        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+    for found in LOGITS:
+        reason = found.refuses(device, dtype)
+        if reason is not None:
+            skipped[found.label] = reason
+            continue
 
-        def trl() -> Tensor:
-            logps, entropy = selective_log_softmax_and_entropy(logits, ids)
-            return (logps * A[:, None] + 0.01 * entropy).mean()
+        def logits_peer(found=found) -> Tensor:
+            return peer_loss(found(logits, ids), old, ref, A[:, None])
 
-        arms["TRL selective_log_softmax_and_entropy"] = Arm(lambda: peer(trl), rounds=10, bytes=size)
+        arms[found.label] = Arm(lambda run=logits_peer: peer(run), rounds=10, bytes=size)
     for name in names:  # last: the logits hold their gradient afterwards
         arms[f"{name} kernel in place"] = Arm(lambda name=name: step(name, inplace=True), bytes=size)
-    return measure(arms, "traffic", device, SECONDS[device])
+    return measure(arms, "traffic", device, SECONDS[device], skipped)
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -74,7 +74,8 @@ environment() {
 import ctypes, importlib.metadata, platform, sys
 
 print("python", platform.python_version())
-packages = "torch triton transformers flash-attn nvidia-dali-cuda130 trl liger-kernel pytest-benchmark"
+packages = "torch triton transformers flash-attn nvidia-dali-cuda130 pytest-benchmark"
+packages += " trl liger-kernel cut-cross-entropy quack-kernels verl"
 for name in packages.split():
     try:
         print(name, importlib.metadata.version(name))

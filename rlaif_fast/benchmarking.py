@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,11 +78,21 @@ class Result:
 
 @dataclass
 class Case:
-    """The arms of one case, measured; `floor` is the arm that the others are set against."""
+    """The arms of one case, measured.
+
+    Attributes:
+        arms: What was to be measured, by name.
+        results: What was measured.
+        floor: The arm that the others are set against.
+        failed: What an arm raised instead; its test raises it again.
+        skipped: Why an arm is not here.
+    """
 
     arms: dict[str, Arm]
     results: dict[str, Result]
     floor: str
+    failed: dict[str, Exception] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def ratio(self, arm: str, over: str) -> float:
         """Return time over time, at the 20th percentile: what shares the machine only ever adds to either."""
@@ -130,21 +141,35 @@ def peak_memory(device: str) -> Iterator[list[int]]:
     peak.append(most - before)
 
 
-def measure(arms: dict[str, Arm], floor: str, device: str, seconds: float) -> Case:
-    """Time the arms round by round for about `seconds`, after one round that warms up and measures memory."""
-    results = {name: Result() for name in arms}
+def measure(
+    arms: dict[str, Arm], floor: str, device: str, seconds: float, skipped: dict[str, str] | None = None
+) -> Case:
+    """Time the arms round by round for about `seconds`, after one round that warms up and measures memory.
+
+    An arm that raises in that round is kept with its error and left out, so that the others are measured.
+    """
+    results: dict[str, Result] = {}
+    failed: dict[str, Exception] = {}
     clock = time.perf_counter if device == "cuda" else time.process_time
     started = time.perf_counter()
     for name, arm in arms.items():
-        if device == "cuda":
-            arm.run()  # compiles
-        with peak_memory(device) as peak:
-            arm.run()
-        results[name].peak_bytes = peak[0]
+        try:
+            if device == "cuda":
+                arm.run()  # compiles
+            with peak_memory(device) as peak:
+                arm.run()
+        except Exception as error:
+            if name == floor:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold its tensors
+            failed[name] = error
+        else:
+            results[name] = Result(peak_bytes=peak[0])
     if SMOKE:
         seconds = 0.0
     for done in range(max(arm.rounds for arm in arms.values())):
-        for name, arm in arms.items():
+        for name in results:
+            arm = arms[name]
             if done >= arm.rounds:
                 continue
             synchronise(device)
@@ -154,7 +179,7 @@ def measure(arms: dict[str, Arm], floor: str, device: str, seconds: float) -> Ca
             results[name].seconds.append(clock() - start)
         if done >= (0 if SMOKE else 2) and time.perf_counter() - started > seconds:
             break
-    return Case(arms, results, floor)
+    return Case(arms, results, floor, failed, skipped or {})
 
 
 class Arena:
@@ -176,10 +201,12 @@ class Arena:
 
 def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device: str) -> None:
     """Run the arm once for pytest-benchmark and write what was measured beside it."""
+    if arm in case.failed:
+        raise case.failed[arm]
     if arm not in case.arms:
         import pytest
 
-        pytest.skip(f"{arm} is not installed, or not for {device}")
+        pytest.skip(f"{arm}: {case.skipped.get(arm, f'not for {device}')}")
     benchmark.group = f"{kernel} {shape} {device}"
     benchmark.pedantic(case.arms[arm].run, rounds=1, iterations=1)
     result, floor = case.results[arm], case.results[case.floor]
