@@ -19,24 +19,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import ModuleType
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.backends import RowStats, TokenGradients
-from rlaif_fast.inputs import Padding, TokenInputs
-from rlaif_fast.linear import (
-    Head,
-    Needs,
-    linear_grad_from_rows,
-    linear_loss_from_rows,
-    linear_stats_from_rows,
-)
-from rlaif_fast.options import LossOptions
-from rlaif_fast.parallel import VocabularyShard
+from rlaif_fast.linear import linear_grad_from_rows, linear_loss_from_rows, linear_stats_from_rows
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.logits_loss import row_grad, row_loss, row_stats
 from rlaif_fast_kernels.rank_loss import rank_loss
@@ -144,54 +133,9 @@ def sums_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
-def linear_stats(
-    hidden: Tensor,  # (M, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    chunk_size: int | None,
-    shard: VocabularyShard | None = None,
-) -> RowStats:
-    """Return the statistics of every row (see `rlaif_fast.linear`)."""
-    return linear_stats_from_rows(_kernels(), hidden, head, token_ids, chunk_size, shard)
-
-
-def linear_grad(
-    hidden: Tensor,  # (M, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    stats: RowStats,
-    grad_logps: Tensor,  # (M,)
-    grad_entropy: Tensor,  # (M,)
-    chunk_size: int | None,
-    needs: Needs,
-    shard: VocabularyShard | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
-    return linear_grad_from_rows(
-        _kernels(), hidden, head, token_ids, stats, grad_logps, grad_entropy, chunk_size, needs, shard
-    )
-
-
-def linear_loss(
-    hidden: Tensor,  # (M, H), or (B * T, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    shape: tuple[int, int],  # (B, T)
-    padding: Padding | None,
-    inputs: TokenInputs,
-    options: LossOptions,
-    chunk_size: int | None,
-    needs: Needs,
-    shard: VocabularyShard | None = None,
-) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the closed loss and the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
-    return linear_loss_from_rows(
-        _kernels(), hidden, head, token_ids, shape, padding, inputs, options, chunk_size, needs, shard
-    )
-
-
-def _kernels() -> ModuleType:
-    return sys.modules[__name__]
+linear_stats = functools.partial(linear_stats_from_rows, sys.modules[__name__])
+linear_grad = functools.partial(linear_grad_from_rows, sys.modules[__name__])
+linear_loss = functools.partial(linear_loss_from_rows, sys.modules[__name__])
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from rlaif_fast import extension
 from rlaif_fast.backends import RowInputs, RowStats, TokenGradients
 from rlaif_fast.extension import unavailable
-from rlaif_fast.inputs import Padding, TokenInputs
 from rlaif_fast.linear import (
     Head,
-    Needs,
     add_product,
     chunk_rows,
     linear_grad_from_rows,
@@ -23,7 +21,6 @@ from rlaif_fast.linear import (
     linear_stats_from_rows,
 )
 from rlaif_fast.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
-from rlaif_fast.parallel import VocabularyShard
 from rlaif_fast.reference.rank_penalty import RankAdvantages
 
 __all__ = [
@@ -219,75 +216,19 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
             yield slice(index * rows + span.start, index * rows + span.stop), matrices
 
 
-def linear_stats(
-    hidden: Tensor,  # (M, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    chunk_size: int | None,
-    shard: VocabularyShard | None = None,
-) -> RowStats:
-    """Return the statistics of every row (see `rlaif_fast.linear`)."""
-    return linear_stats_from_rows(_kernels(), *_float32(hidden, head), token_ids.long(), chunk_size, shard)
+def _widened(from_rows: Callable) -> Callable:
+    """Give a function of `rlaif_fast.linear` these kernels, and hidden states and weights of at least 32 bits: without
+    matrix units for 16, float32 is faster, and exact."""
+
+    def run(hidden: Tensor, head: Head, token_ids: Tensor, *rest: Any) -> Any:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if head.bias is None else head.bias.to(wide)
+        widened = Head(head.weight.to(wide), bias, head.temperature)
+        return from_rows(sys.modules[__name__], hidden.to(wide), widened, token_ids.long(), *rest)
+
+    return run
 
 
-def linear_grad(
-    hidden: Tensor,  # (M, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    stats: RowStats,
-    grad_logps: Tensor,  # (M,)
-    grad_entropy: Tensor,  # (M,)
-    chunk_size: int | None,
-    needs: Needs,
-    shard: VocabularyShard | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
-    return linear_grad_from_rows(
-        _kernels(),
-        *_float32(hidden, head),
-        token_ids.long(),
-        stats,
-        grad_logps,
-        grad_entropy,
-        chunk_size,
-        needs,
-        shard,
-    )
-
-
-def linear_loss(
-    hidden: Tensor,  # (M, H), or (B * T, H)
-    head: Head,
-    token_ids: Tensor,  # (M,)
-    shape: tuple[int, int],  # (B, T)
-    padding: Padding | None,
-    inputs: TokenInputs,
-    options: LossOptions,
-    chunk_size: int | None,
-    needs: Needs,
-    shard: VocabularyShard | None = None,
-) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the closed loss and the gradients of hidden, weight and bias (see `rlaif_fast.linear`)."""
-    return linear_loss_from_rows(
-        _kernels(),
-        *_float32(hidden, head),
-        token_ids.long(),
-        shape,
-        padding,
-        inputs,
-        options,
-        chunk_size,
-        needs,
-        shard,
-    )
-
-
-def _float32(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Widen 16-bit hidden states and weights: without matrix units for them, float32 is faster, and exact."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if head.bias is None else head.bias.to(wide)
-    return hidden.to(wide), Head(head.weight.to(wide), bias, head.temperature)
-
-
-def _kernels() -> ModuleType:
-    return sys.modules[__name__]
+linear_stats = _widened(linear_stats_from_rows)
+linear_grad = _widened(linear_grad_from_rows)
+linear_loss = _widened(linear_loss_from_rows)

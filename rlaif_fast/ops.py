@@ -398,22 +398,11 @@ def _linear_stats_setup(ctx, inputs, output):
 
 
 def _linear_stats_backward(ctx, grad_logps, _, grad_entropy):
-    hidden, weight, bias, token_ids, lse, entropy = ctx.saved_tensors
+    *head_inputs, lse, entropy = ctx.saved_tensors
     temperature, chunk_size, backend = ctx.rest
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_grad(
-        hidden,
-        weight,
-        bias,
-        token_ids,
-        temperature,
-        chunk_size,
-        lse,
-        entropy,
-        grad_logps,
-        grad_entropy,
-        *needs,
-        backend,
+        *head_inputs, temperature, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend
     )
     return *(grad if need else None for grad, need in zip(gradients, needs)), None, None, None, None
 
@@ -447,6 +436,41 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _run_linear_loss(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    lengths: Tensor | None,  # (B,)
+    inputs: TokenInputs,
+    options: LossOptions,
+    chunk_size: int | None,
+    needs: Needs,
+    backend: str,
+    shard: VocabularyShard | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the loss, the advantages where they were computed here, the statistics, and the gradients of hidden,
+    weight and bias; an empty tensor for what is not there."""
+    padding = None if lengths is None else Padding(lengths)
+    with torch.autocast(hidden.device.type, enabled=False):
+        closed, *gradients = backends.get("linear_loss", backend).linear_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head,
+            token_ids.reshape(-1),
+            tuple(token_ids.shape if padding is None else padding.mask.shape),
+            padding,
+            inputs if padding is None else padding.pad_inputs(inputs),
+            options,
+            chunk_size,
+            needs,
+            shard,
+        )
+    grad_hidden, *grad_head = _in_dtype(gradients, (hidden, head.weight, head.bias))
+    if needs.hidden:
+        grad_hidden = grad_hidden.view(hidden.shape)
+    ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
+    return closed.loss, ranked, closed.stats, grad_hidden, *grad_head
+
+
 @torch.library.custom_op(
     "rlaif_fast::linear_grpo_rank_loss",
     mutates_args=(),
@@ -469,26 +493,10 @@ def _linear_loss(
     need_bias,
     *arguments,
 ):
+    needs = Needs(need_hidden, need_weight, need_bias)
     inputs, options, backend = _unflatten(arguments)
-    padding = None if lengths is None else Padding(lengths)
-    shape = tuple(token_ids.shape if padding is None else padding.mask.shape)
-    with torch.autocast(hidden.device.type, enabled=False):
-        closed, *gradients = backends.get("linear_loss", backend).linear_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
-            Head(weight, bias, temperature),
-            token_ids.reshape(-1),
-            shape,
-            padding,
-            inputs if padding is None else padding.pad_inputs(inputs),
-            options,
-            chunk_size,
-            Needs(need_hidden, need_weight, need_bias),
-        )
-    grad_hidden, grad_weight, grad_bias = _in_dtype(gradients, (hidden, weight, bias))
-    if need_hidden:
-        grad_hidden = grad_hidden.view(hidden.shape)
-    ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
-    return closed.loss, ranked, closed.stats, grad_hidden, grad_weight, grad_bias
+    head = Head(weight, bias, temperature)
+    return _run_linear_loss(hidden, head, token_ids, lengths, inputs, options, chunk_size, needs, backend)
 
 
 @_linear_loss.register_fake
@@ -548,7 +556,7 @@ def linear_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     if group is not None:
         loss, ranked, stats = _ShardedLinearLoss.apply(
-            hidden, weight, bias, token_ids, lengths, inputs, options, temperature, chunk_size, group, backend
+            hidden, weight, bias, temperature, group, token_ids, lengths, inputs, options, chunk_size, backend
         )
         return loss, ranked if inputs.advantages is None else inputs.advantages, stats
     grad = torch.is_grad_enabled()
@@ -581,39 +589,25 @@ class _ShardedLinearLoss(torch.autograd.Function):
         hidden,
         weight,
         bias,
+        temperature,
+        group,
         token_ids,
         lengths,
         inputs,
         options,
-        temperature,
         chunk_size,
-        group,
         backend,
     ):
-        padding = None if lengths is None else Padding(lengths)
-        needs = Needs(*ctx.needs_input_grad[:3])
-        with torch.autocast(hidden.device.type, enabled=False):
-            closed, *gradients = backends.get("linear_loss", backend).linear_loss(
-                hidden.reshape(-1, hidden.shape[-1]),
-                Head(weight, bias, temperature),
-                token_ids.reshape(-1),
-                tuple(token_ids.shape if padding is None else padding.mask.shape),
-                padding,
-                inputs if padding is None else padding.pad_inputs(inputs),
-                options,
-                chunk_size,
-                needs,
-                VocabularyShard(group, weight.shape[0], weight.device),
-            )
-        grad_hidden, grad_weight, grad_bias = _in_dtype(gradients, (hidden, weight, bias))
-        if needs.hidden:
-            grad_hidden = grad_hidden.view(hidden.shape)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.needs = needs
-        ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
-        ctx.mark_non_differentiable(ranked, closed.stats)
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        head = Head(weight, bias, temperature)
+        shard = VocabularyShard(group, weight.shape[0], weight.device)
+        loss, ranked, stats, *gradients = _run_linear_loss(
+            hidden, head, token_ids, lengths, inputs, options, chunk_size, ctx.needs, backend, shard
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(ranked, stats)
         ctx.set_materialize_grads(False)
-        return closed.loss, ranked, closed.stats
+        return loss, ranked, stats
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
