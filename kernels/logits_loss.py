@@ -10,19 +10,14 @@
     row_loss    logits -> all of it, in place      one launch: where A is known beforehand, g follows from
                                                    logp while the row is still in the L2 cache
 
-One program takes one row. Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and w = sum 2^(z
-- m)(z - m) of VEC neighbouring logits, so that no thread waits for another within the sweep. z is in units
-of log 2, and the entropy comes from z - m, which does not cancel. The next block is loaded before this one
-is used. Never materialised: softmax, log-softmax, a float32 copy. Any float dtype in, float32 inside,
-statistics float32.
+One program takes one row, read and written by the device functions of `row_sweep`. Never materialised:
+softmax, log-softmax, a float32 copy. Any float dtype in, float32 inside, statistics float32.
 A row of weight 0 is not read. An id outside [0, V) is not read through: its logp is NaN, lse and H are right.
 
 Letters: M rows, V vocabulary; logits are (M, V) or (B, T, V) with M = B * T, the last stride 1.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -32,14 +27,10 @@ from torch import Tensor
 from rlaif_fast.backends import RowInputs, RowStats
 from rlaif_fast.options import LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
+from rlaif_fast_kernels.row_sweep import LN2, LOG2E, row_of, sweep, write_grad
 from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, policy_slope
 
 __all__ = ["aot_configs", "row_grad", "row_loss", "row_stats", "supports", "unavailable"]
-
-FLOOR = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 are
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2.0))
-
 
 # Bytes of a row in flight. Two programs an SM where the row passes through once; one where it has to stay
 # in the L2 cache until it is written.
@@ -54,75 +45,6 @@ def launch_config(V: int, element_size: int, block: int) -> dict[str, int]:
     BLOCK_V = min(block // element_size, max(8 * VEC, triton.next_power_of_2(V)))
     num_warps = max(1, BLOCK_V * element_size // (32 * THREAD_BYTES))
     return {"VEC": VEC, "BLOCK_V": BLOCK_V, "num_warps": num_warps, "num_stages": 1}
-
-
-@triton.jit
-def _row(x, row, T, stride_b, stride_t):
-    return x + (row // T) * stride_b + (row % T) * stride_t
-
-
-@triton.jit
-def _lanes(VEC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Offsets (BLOCK_V / VEC, VEC): the second axis lies within a thread."""
-    return tl.arange(0, BLOCK_V // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
-
-
-@triton.jit
-def _sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Return lse in units of log 2, and logp and H in nats, of one row; scale is log2(e) / temperature."""
-    offs_v = _lanes(VEC, BLOCK_V)
-    m = tl.full((BLOCK_V // VEC,), FLOOR, tl.float32)
-    s = tl.zeros((BLOCK_V // VEC,), tl.float32)
-    w = tl.zeros((BLOCK_V // VEC,), tl.float32)
-    ahead = tl.load(x + offs_v, mask=offs_v < V, other=float("-inf"), eviction_policy="evict_last")
-    for v in tl.range(BLOCK_V, V + BLOCK_V, BLOCK_V):
-        z = ahead.to(tl.float32) * scale
-        at = v + offs_v
-        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
-        m_new = tl.maximum(m, tl.max(z, axis=1))
-        shift = m - m_new
-        decay = tl.exp2(shift)
-        d = z - m_new[:, None]
-        e = tl.exp2(d)
-        w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)  # 0 * -inf is NaN
-        s = decay * s + tl.sum(e, axis=1)
-        m = m_new
-    top = tl.max(m, axis=0)
-    shift = m - top
-    decay = tl.exp2(shift)
-    total = tl.sum(decay * s, axis=0)
-    mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
-    inside = (y >= 0) & (y < V)
-    z_y = tl.load(x + tl.where(inside, y, 0)).to(tl.float32) * scale
-    log_total = tl.log2(total)
-    logp = tl.where(inside, (z_y - top - log_total) * LN2, float("nan"))
-    return top + log_total, logp, (log_total - mean) * LN2
-
-
-@triton.jit
-def _write_grad(
-    x, out, V, y, scale, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Write one row of the gradient, from the end, where the sweep has just been."""
-    offs_v = _lanes(VEC, BLOCK_V)
-    g *= inv_temperature
-    h *= inv_temperature
-    blocks = (V + BLOCK_V - 1) // BLOCK_V
-    if (g == 0) & (h == 0):
-        for block in tl.range(0, blocks):
-            at = block * BLOCK_V + offs_v
-            tl.store(out + at, tl.zeros((BLOCK_V // VEC, VEC), tl.float32), mask=at < V)
-    else:
-        at = (blocks - 1) * BLOCK_V + offs_v
-        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
-        for _ in tl.range(0, blocks):
-            d = ahead.to(tl.float32) * scale - lse2
-            before = at - BLOCK_V
-            ahead = tl.load(x + before, mask=before >= 0, other=float("-inf"), eviction_policy="evict_first")
-            p = tl.exp2(d)
-            slope = g + h * (tl.maximum(d, FLOOR) * LN2 + H)
-            tl.store(out + at, tl.where(at == y, g, 0.0) - p * slope, mask=at < V)
-            at = before
 
 
 @triton.jit
@@ -142,8 +64,8 @@ def row_stats_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ids + row)
-    lse2, logp, H = _sweep(
-        _row(logits, row, T, stride_b, stride_t), V, y, inv_temperature * LOG2E, VEC, BLOCK_V
+    lse2, logp, H = sweep(
+        row_of(logits, row, T, stride_b, stride_t), V, y, inv_temperature * LOG2E, VEC, BLOCK_V
     )
     tl.store(logps + row, logp)
     tl.store(lse + row, lse2 * LN2)
@@ -172,8 +94,8 @@ def row_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ids + row)
     h = 0.0 if grad_entropy is None else tl.load(grad_entropy + row)
-    _write_grad(
-        _row(logits, row, T, stride_b, stride_t), _row(out, row, T, out_stride_b, out_stride_t), V, y,
+    write_grad(
+        row_of(logits, row, T, stride_b, stride_t), row_of(out, row, T, out_stride_b, out_stride_t), V, y,
         inv_temperature * LOG2E, inv_temperature, tl.load(lse + row) * LOG2E, tl.load(entropy + row),
         tl.load(grad_logps + row), h, VEC, BLOCK_V,
     )  # fmt: skip
@@ -208,13 +130,13 @@ def row_loss_kernel(
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x = _row(logits, row, T, stride_b, stride_t)
+    x = row_of(logits, row, T, stride_b, stride_t)
     y = tl.load(token_ids + row)
     weight = tl.load(weights + row).to(tl.float32)
     scale = inv_temperature * LOG2E
     lse2, logp, H, g = 0.0, 0.0, 0.0, 0.0
     if weight != 0:
-        lse2, logp, H = _sweep(x, V, y, scale, VEC, BLOCK_V)
+        lse2, logp, H = sweep(x, V, y, scale, VEC, BLOCK_V)
         log_ratio = logp - (logp if old_logps is None else tl.load(old_logps + row).to(tl.float32))
         A = tl.load(advantages + row).to(tl.float32)
         slope = policy_slope(log_ratio, importance_ratio(log_ratio), A, low, high, delta)
@@ -233,7 +155,7 @@ def row_loss_kernel(
     tl.store(grad_logps + row, g)
     tl.store(grad_entropy + row, h)
     tl.debug_barrier()  # no thread writes before every thread has read z_y
-    _write_grad(x, x, V, y, scale, inv_temperature, lse2, H, g, h, VEC, BLOCK_V)
+    write_grad(x, x, V, y, scale, inv_temperature, lse2, H, g, h, VEC, BLOCK_V)
 
 
 def _rows(

@@ -20,15 +20,10 @@ import triton
 import triton.language as tl
 
 from rlaif_fast_kernels.rank_penalty import rank_group
-from rlaif_fast_kernels.token_terms import importance_ratio, one_sided, policy_slope
+from rlaif_fast_kernels.token_terms import importance_ratio, load_float, one_sided, policy_slope
 
 ROW_SUMS = 11
 GROUP_SUMS = tl.constexpr(16)
-
-
-@triton.jit
-def load_float(x, at, live):
-    return tl.load(x + at, mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -11,8 +11,8 @@ One program reads one response once. Its clipped ratios are summed for either si
 so no second pass is needed when A becomes known: the last program of a group to finish ranks its G
 responses and closes their sums, and the last group to finish adds up the batch. Only the counters of
 finished programs are atomic; all sums run in a fixed order, so equal inputs give equal bits. The gradient
-is a second launch, elementwise. Never materialised: ratios, clipped ratios, KL, ranks, (G, G) comparisons.
-Any float dtype in, float32 inside and out.
+is a second launch, elementwise (`rank_loss_grad`). Never materialised: ratios, clipped ratios, KL, ranks,
+(G, G) comparisons. Any float dtype in, float32 inside and out.
 
 Letters: N groups, G responses a group (the last may be short where there are no ranks), B rows, T tokens, M
 packed tokens. Token arrays are (B, T), or (M,) with cu_seqlens (B + 1,). Suffixes: _i response of a group,
@@ -29,12 +29,11 @@ from torch import Tensor
 from rlaif_fast.backends import TokenGradients
 from rlaif_fast.options import MAX_GROUP_SIZE, STATS, LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
-from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group, load_float
-from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, one_sided, policy_slope
+from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group
+from rlaif_fast_kernels.rank_loss_grad import rank_loss_grad_kernel, write_gradient
+from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, load_float, one_sided, response_span
 
 __all__ = ["aot_configs", "rank_loss", "supports", "unavailable"]
-
-SPLITS = 8  # programs a response in the gradient kernel
 
 
 def launch_config(T: int, G: int) -> dict[str, int]:
@@ -45,17 +44,6 @@ def launch_config(T: int, G: int) -> dict[str, int]:
         "num_warps": 4 if G <= 32 else 8,
         "num_stages": 1,
     }
-
-
-@triton.jit
-def _span(row, T, cu_seqlens):
-    """First element and length of a response."""
-    if cu_seqlens is None:
-        start, length = row * T, T
-    else:
-        start = tl.load(cu_seqlens + row).to(tl.int64)
-        length = (tl.load(cu_seqlens + row + 1).to(tl.int64) - start).to(tl.int32)
-    return start, length
 
 
 @triton.jit
@@ -102,7 +90,7 @@ def rank_loss_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     group = row // G
-    start, length = _span(row, T, cu_seqlens)
+    start, length = response_span(row, T, cu_seqlens)
     if valid is not None:
         length = tl.where(tl.load(valid + group) != 0, length, 0)
 
@@ -180,62 +168,6 @@ def rank_loss_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def rank_loss_grad_kernel(
-    logps,  # (B, T)
-    old_logps,  # (B, T) or None
-    ref_logps,  # (B, T) or None
-    mask,  # (B, T) uint8 or None
-    sampling_ratio,  # (B, T) or None
-    valid,  # (N,) uint8 or None
-    cu_seqlens,  # (B + 1,) or None
-    A,  # (B,) or, PER_TOKEN, (B, T)
-    row_slopes,  # (B,), SEQUENCE only
-    row_weights,  # (B,)
-    grad_logps,  # (B, T) out
-    grad_entropy,  # (B, T) out, or None
-    G,
-    T,
-    low,
-    high,
-    delta,  # or None
-    beta,
-    entropy_coef,
-    KL: tl.constexpr,
-    SEQUENCE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    start, length = _span(row, T, cu_seqlens)
-    counted = length
-    if valid is not None:
-        counted = tl.where(tl.load(valid + row // G) != 0, length, 0)
-    weight = tl.load(row_weights + row)
-    for t in tl.range(tl.program_id(1) * BLOCK_T, length, BLOCK_T * tl.num_programs(1)):
-        offs_t = t + tl.arange(0, BLOCK_T)
-        at = start + offs_t
-        inside = offs_t < length
-        live = offs_t < counted
-        if mask is not None:
-            live = live & (tl.load(mask + at, mask=live, other=0) != 0)
-        logp = load_float(logps, at, live)
-        if SEQUENCE:
-            slope = tl.load(row_slopes + row)
-        else:
-            A_t = load_float(A, at, live) if PER_TOKEN else tl.load(A + row).to(tl.float32)
-            log_ratio = logp - (logp if old_logps is None else load_float(old_logps, at, live))
-            slope = policy_slope(log_ratio, importance_ratio(log_ratio), A_t, low, high, delta)
-            if sampling_ratio is not None:
-                slope *= load_float(sampling_ratio, at, live)
-        if ref_logps is not None:
-            _, kl_slope = kl_term(load_float(ref_logps, at, live) - logp, KL)
-            slope -= beta * kl_slope
-        tl.store(grad_logps + at, tl.where(live, -weight * slope, 0.0), mask=inside)
-        if grad_entropy is not None:
-            tl.store(grad_entropy + at, tl.where(live, -weight * entropy_coef, 0.0), mask=inside)
-
-
 def rank_loss(
     logps: Tensor,  # (B, T), or (M,) with cu_seqlens
     advantages: Tensor | None,  # (B,), or like logps
@@ -281,10 +213,8 @@ def rank_loss(
     stats = torch.zeros(len(STATS), dtype=torch.float32, device=device)
     grad_logps = torch.empty(logps.shape, dtype=torch.float32, device=device)
     grad_entropy = None if entropy is None else torch.empty_like(grad_logps)
-    low, high = 1.0 - options.epsilon_low, 1.0 + options.epsilon_high
     entropy_coef = options.entropy_coef if entropy is not None else 0.0
     beta = options.beta if ref_logps is not None else 0.0
-    sequence = options.importance_sampling_level == "sequence"
     if B:
         config = launch_config(T if not packed else triton.cdiv(T, B), G)
         with torch.cuda.device_of(logps):
@@ -304,50 +234,35 @@ def rank_loss(
                 torch.zeros(N + 1, dtype=torch.int32, device=device),
                 loss,
                 stats,
-                B,
-                N,
-                G,
-                T,
+                *(B, N, G, T),
                 options.penalty_weight,
-                low,
-                high,
-                options.delta,
-                beta,
-                entropy_coef,
-                float(options.max_completion_length or 1),
+                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high, options.delta),
+                *(beta, entropy_coef, float(options.max_completion_length or 1)),
                 KIND=options.kind,
                 SCALE=options.scale,
                 SCORE=options.score,
                 KL=options.kl,
                 LOSS_TYPE=options.loss_type,
-                SEQUENCE=sequence,
+                SEQUENCE=options.importance_sampling_level == "sequence",
                 PER_TOKEN=per_token,
                 **config,
             )
-            splits = min(SPLITS, triton.cdiv(T, config["BLOCK_T"]))
-            if splits:
-                rank_loss_grad_kernel[(B, splits)](
-                    *tokens,
-                    bits(valid),
-                    cu_seqlens,
-                    computed if given is None else given,
-                    row_slopes,
-                    row_weights,
-                    grad_logps,
-                    grad_entropy,
-                    G,
-                    T,
-                    low,
-                    high,
-                    options.delta,
-                    beta,
-                    entropy_coef,
-                    KL=options.kl,
-                    SEQUENCE=sequence,
-                    PER_TOKEN=per_token,
-                    BLOCK_T=config["BLOCK_T"],
-                    num_warps=config["num_warps"],
-                )
+        write_gradient(
+            tokens,
+            bits(valid),
+            cu_seqlens,
+            computed if given is None else given,
+            row_slopes,
+            row_weights,
+            grad_logps,
+            grad_entropy,
+            G,
+            beta,
+            entropy_coef,
+            per_token,
+            options,
+            config,
+        )
     return TokenGradients(
         loss, computed if advantages is None else advantages.detach(), stats, grad_logps, grad_entropy
     )

@@ -1,4 +1,5 @@
-"""The terms of one token of the loss, with their derivatives: device functions that the fused kernels share.
+"""How the tokens of a response are read, and the terms of one in the loss with their derivatives: device functions
+that the fused kernels share.
 
     rho      = exp(clamp(logp - old_logp))          clamp to +-LOG_RATIO_LIMIT, no gradient beyond
     J        = min(min(rho, delta) A, clip(rho, low, high) A)
@@ -19,6 +20,22 @@ from rlaif_fast.options import LOG_RATIO_LIMIT
 
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 ALL = tl.constexpr(tl.PropagateNan.ALL)  # a NaN log-probability must reach the loss, not vanish in a min()
+
+
+@triton.jit
+def load_float(x, at, live):
+    return tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def response_span(row, T, cu_seqlens):
+    """First element and length of a response."""
+    if cu_seqlens is None:
+        start, length = row * T, T
+    else:
+        start = tl.load(cu_seqlens + row).to(tl.int64)
+        length = (tl.load(cu_seqlens + row + 1).to(tl.int64) - start).to(tl.int32)
+    return start, length
 
 
 @triton.jit

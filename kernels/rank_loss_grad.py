@@ -1,0 +1,112 @@
+"""The gradient of the rank loss: its second launch, elementwise over the tokens.
+
+    d loss / d logp_t = -w_i (sampling_ratio_t rho_t dJ_t/drho_t - beta dKL_t/dlogp_t)
+    d loss / d H_t    = -w_i entropy_coef
+
+`rank_loss` says what the letters are and makes the launch before this one, which leaves the advantages and the
+weights w_i; at sequence level also the slope of each response, the same for all its tokens. Never materialised:
+ratios, KL. SPLITS programs share a response. Any float dtype in, float32 inside and out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlaif_fast.options import LossOptions
+from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, load_float, policy_slope, response_span
+
+SPLITS = 8  # programs a response
+
+
+@triton.jit
+def rank_loss_grad_kernel(
+    logps,  # (B, T)
+    old_logps,  # (B, T) or None
+    ref_logps,  # (B, T) or None
+    mask,  # (B, T) uint8 or None
+    sampling_ratio,  # (B, T) or None
+    valid,  # (N,) uint8 or None
+    cu_seqlens,  # (B + 1,) or None
+    A,  # (B,) or, PER_TOKEN, (B, T)
+    row_slopes,  # (B,), SEQUENCE only
+    row_weights,  # (B,)
+    grad_logps,  # (B, T) out
+    grad_entropy,  # (B, T) out, or None
+    G,
+    T,
+    low,
+    high,
+    delta,  # or None
+    beta,
+    entropy_coef,
+    KL: tl.constexpr,
+    SEQUENCE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start, length = response_span(row, T, cu_seqlens)
+    counted = length
+    if valid is not None:
+        counted = tl.where(tl.load(valid + row // G) != 0, length, 0)
+    weight = tl.load(row_weights + row)
+    for t in tl.range(tl.program_id(1) * BLOCK_T, length, BLOCK_T * tl.num_programs(1)):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        at = start + offs_t
+        inside = offs_t < length
+        live = offs_t < counted
+        if mask is not None:
+            live = live & (tl.load(mask + at, mask=live, other=0) != 0)
+        logp = load_float(logps, at, live)
+        if SEQUENCE:
+            slope = tl.load(row_slopes + row)
+        else:
+            A_t = load_float(A, at, live) if PER_TOKEN else tl.load(A + row).to(tl.float32)
+            log_ratio = logp - (logp if old_logps is None else load_float(old_logps, at, live))
+            slope = policy_slope(log_ratio, importance_ratio(log_ratio), A_t, low, high, delta)
+            if sampling_ratio is not None:
+                slope *= load_float(sampling_ratio, at, live)
+        if ref_logps is not None:
+            _, kl_slope = kl_term(load_float(ref_logps, at, live) - logp, KL)
+            slope -= beta * kl_slope
+        tl.store(grad_logps + at, tl.where(live, -weight * slope, 0.0), mask=inside)
+        if grad_entropy is not None:
+            tl.store(grad_entropy + at, tl.where(live, -weight * entropy_coef, 0.0), mask=inside)
+
+
+def write_gradient(
+    tokens: list[Tensor | None],  # logps, old_logps, ref_logps, mask, sampling_ratio: (B, T) or None
+    valid: Tensor | None,  # (N,) uint8
+    cu_seqlens: Tensor | None,  # (B + 1,)
+    A: Tensor,  # (B,), or (B, T) with per_token
+    row_slopes: Tensor,  # (B,)
+    row_weights: Tensor,  # (B,)
+    grad_logps: Tensor,  # (B, T) out
+    grad_entropy: Tensor | None,  # (B, T) out
+    G: int,
+    beta: float,
+    entropy_coef: float,
+    per_token: bool,
+    options: LossOptions,
+    config: dict[str, int],  # of the launch before
+) -> None:
+    """Write the gradient of every token, 0 where none counts."""
+    T, BLOCK_T = grad_logps.shape[-1], config["BLOCK_T"]
+    splits = min(SPLITS, triton.cdiv(T, BLOCK_T))
+    if splits:
+        with torch.cuda.device_of(grad_logps):
+            rank_loss_grad_kernel[(row_weights.numel(), splits)](
+                *tokens,
+                *(valid, cu_seqlens, A, row_slopes, row_weights, grad_logps, grad_entropy),
+                *(G, T),
+                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high, options.delta),
+                *(beta, entropy_coef),
+                KL=options.kl,
+                SEQUENCE=options.importance_sampling_level == "sequence",
+                PER_TOKEN=per_token,
+                BLOCK_T=BLOCK_T,
+                num_warps=config["num_warps"],
+            )

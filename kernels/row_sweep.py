@@ -1,0 +1,86 @@
+"""One row of logits: its statistics in one sweep over the vocabulary, and its gradient in another.
+
+Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and w = sum 2^(z - m)(z - m) of VEC
+neighbouring logits, so that no thread waits for another within the sweep. z is in units of log 2, and the
+entropy comes from z - m, which does not cancel. The next block is loaded before this one is used.
+
+Device functions, for `logits_loss`, which says what they compute. Letters: V vocabulary, y the token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+FLOOR = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 are
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def row_of(x, row, T, stride_b, stride_t):
+    return x + (row // T) * stride_b + (row % T) * stride_t
+
+
+@triton.jit
+def _lanes(VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Offsets (BLOCK_V / VEC, VEC): the second axis lies within a thread."""
+    return tl.arange(0, BLOCK_V // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Return lse in units of log 2, and logp and H in nats, of one row; scale is log2(e) / temperature."""
+    offs_v = _lanes(VEC, BLOCK_V)
+    m = tl.full((BLOCK_V // VEC,), FLOOR, tl.float32)
+    s = tl.zeros((BLOCK_V // VEC,), tl.float32)
+    w = tl.zeros((BLOCK_V // VEC,), tl.float32)
+    ahead = tl.load(x + offs_v, mask=offs_v < V, other=float("-inf"), eviction_policy="evict_last")
+    for v in tl.range(BLOCK_V, V + BLOCK_V, BLOCK_V):
+        z = ahead.to(tl.float32) * scale
+        at = v + offs_v
+        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        shift = m - m_new
+        decay = tl.exp2(shift)
+        d = z - m_new[:, None]
+        e = tl.exp2(d)
+        w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)  # 0 * -inf is NaN
+        s = decay * s + tl.sum(e, axis=1)
+        m = m_new
+    top = tl.max(m, axis=0)
+    shift = m - top
+    decay = tl.exp2(shift)
+    total = tl.sum(decay * s, axis=0)
+    mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
+    inside = (y >= 0) & (y < V)
+    z_y = tl.load(x + tl.where(inside, y, 0)).to(tl.float32) * scale
+    log_total = tl.log2(total)
+    logp = tl.where(inside, (z_y - top - log_total) * LN2, float("nan"))
+    return top + log_total, logp, (log_total - mean) * LN2
+
+
+@triton.jit
+def write_grad(x, out, V, y, scale, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Write one row of the gradient, from the end, where the sweep has just been."""
+    offs_v = _lanes(VEC, BLOCK_V)
+    g *= inv_temperature
+    h *= inv_temperature
+    blocks = (V + BLOCK_V - 1) // BLOCK_V
+    if (g == 0) & (h == 0):
+        for block in tl.range(0, blocks):
+            at = block * BLOCK_V + offs_v
+            tl.store(out + at, tl.zeros((BLOCK_V // VEC, VEC), tl.float32), mask=at < V)
+    else:
+        at = (blocks - 1) * BLOCK_V + offs_v
+        ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
+        for _ in tl.range(0, blocks):
+            d = ahead.to(tl.float32) * scale - lse2
+            before = at - BLOCK_V
+            ahead = tl.load(x + before, mask=before >= 0, other=float("-inf"), eviction_policy="evict_first")
+            p = tl.exp2(d)
+            slope = g + h * (tl.maximum(d, FLOOR) * LN2 + H)
+            tl.store(out + at, tl.where(at == y, g, 0.0) - p * slope, mask=at < V)
+            at = before
