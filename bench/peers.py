@@ -38,6 +38,7 @@ class Peer:
             (imported module, logits (B, T, V), token_ids (B, T)) -> Logps.
         dtypes: What it takes.
         capability: Least compute capability; None where it runs on a CPU too.
+        hopper: What it imports besides on compute capability 9.0.
         compiled: It goes through torch.compile.
         exact: Its gradient is that of its log-probabilities, up to rounding.
         matmuls: Products of M, H and V that a head makes.
@@ -49,6 +50,7 @@ class Peer:
     logps: Callable[..., Logps]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALF)
     capability: tuple[int, int] | None = (8, 0)
+    hopper: str = ""
     compiled: bool = False
     exact: bool = True
     matmuls: int = 4
@@ -63,7 +65,10 @@ class Peer:
             return COMPILED
         if device == "cuda" and torch.cuda.get_device_capability() < (self.capability or (0, 0)):
             return "needs compute capability {}.{}".format(*self.capability)
-        return missing(self.package, self.module)
+        modules = [self.module]
+        if device == "cuda" and self.hopper and torch.cuda.get_device_capability() == (9, 0):
+            modules.append(self.hopper)
+        return next(filter(None, (missing(self.package, module) for module in modules)), None)
 
     def __call__(self, *inputs: Tensor) -> Logps:
         return self.logps(importlib.import_module(self.module), *inputs)
@@ -175,6 +180,7 @@ HEADS = (
         "liger_kernel.ops.fused_linear_scaled_cross_entropy",
         _liger,
         capability=None,
+        hopper="liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90",
     ),
     Peer(
         "cut-cross-entropy, no entropy",
