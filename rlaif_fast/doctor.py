@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from importlib import metadata
 import torch
 
 from rlaif_fast import __version__, backends, extension
+from rlaif_fast.machine import cores as available_cores
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Finding:
 
 def machine() -> list[Finding]:
     """Return what the machine and PyTorch bring."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     capability = torch.backends.cpu.get_cpu_capability()
     cuda = torch.cuda.is_available()
     if cuda:

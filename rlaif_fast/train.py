@@ -25,6 +25,7 @@ from pathlib import Path
 
 from rlaif_fast.cli import packaged_config, parse_config, run_command
 from rlaif_fast.errors import UsageError
+from rlaif_fast.machine import cores, keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,48 +52,72 @@ def train(config) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
-    from rlaif_fast.policy.loading import load_model
-    from rlaif_fast.rollout import make_sampler
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore, load_state, load_weights, read_processor_files
-    from rlaif_fast.trainer.logging import RunLogger
-    from rlaif_fast.trainer.rl import train_rl
-    from rlaif_fast.trainer.run import Run
+    from rlaif_fast.trainer.checkpoint import CheckpointStore
     from rlaif_fast.trainer.run_dir import RunDir
-    from rlaif_fast.trainer.sft import train_sft
+    from rlaif_fast.trainer.world import launch, rank_under_torchrun
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
         config = saved_config(run_dir, config)
         if run_dir.finished:
             raise UsageError(f"resume: {run_dir.path} is finished; nothing is left to do")
-    else:
-        run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
-        run_dir.config.write_text(dump_config(config))
-    setup.set_threads(config.threads)
-    setup.seed_everything(config.seed)
+    # The other processes start behind rank 0's, when the folder is as they are to find it.
+    if not rank_under_torchrun():
+        if config.resume is None:
+            run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
+            run_dir.config.write_text(dump_config(config))
+        else:
+            state = CheckpointStore(run_dir.checkpoints, {}).last_state()
+            run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
+    launch(train_in, config, setup.process_count(config))
+    return Path(config.output_dir)
 
-    index = CheckpointStore(run_dir.checkpoints, {}).index
-    state = load_state(run_dir.checkpoints / index.last) if index.last else None
-    if state is not None:
-        run_dir.truncate_after(state["stage"], state["step"])
-    elif config.resume is not None:
-        run_dir.truncate_after("sft", 0)
-    with (
-        contextlib.ExitStack() as open_parts,
-        RunLogger(
+
+def train_in(world, config) -> None:
+    """One process's part of a run whose folder is prepared.
+
+    Args:
+        world: The processes of the run.
+        config: The resolved configuration; `output_dir` is the prepared folder.
+    """
+    import torch
+
+    from rlaif_fast.policy.loading import load_model
+    from rlaif_fast.rollout import make_sampler
+    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer.checkpoint import CheckpointStore, load_weights, read_processor_files
+    from rlaif_fast.trainer.logging import RunLogger, SilentLogger
+    from rlaif_fast.trainer.rl import train_rl
+    from rlaif_fast.trainer.run import Run
+    from rlaif_fast.trainer.run_dir import RunDir
+    from rlaif_fast.trainer.sft import train_sft
+
+    keep_freed_memory()
+    run_dir = RunDir(config.output_dir)
+    setup.set_threads(config.threads, world.size)
+    setup.seed_everything(config.seed)
+    found = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
+    index, state = found.index, found.last_state()
+    make_logger: contextlib.AbstractContextManager = SilentLogger()
+    if world.is_main:
+        make_logger = RunLogger(
             run_dir,
             tensorboard=config.tensorboard,
             log_every=config.logging_steps,
             seconds=state["seconds"] if state else None,
-        ) as logger,
-    ):
-        with logger.timer("data"):
-            data = load_with_progress(config, logger)
+        )
+    with contextlib.ExitStack() as open_parts, make_logger as logger:
+        with world.main_first():
+            with logger.timer("data"):
+                data = load_with_progress(config, logger)
+            with logger.timer("model"):
+                options = setup.resolved_model(config, data)
         with logger.timer("model"):
-            options = setup.resolved_model(config, data)
             loaded = load_model(options)
             policy = setup.make_policy(loaded, options)
+            world.broadcast([p.data for p in policy.model.parameters()])
+            torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
         for note in loaded.notes:
             logger.message(note)
         make_batch = open_parts.enter_context(
@@ -106,7 +131,10 @@ def train(config) -> Path:
             oracle=setup.make_oracle(config),
             data=data,
             logger=logger,
-            store=CheckpointStore(run_dir.checkpoints, read_processor_files(options.model)),
+            store=CheckpointStore(
+                run_dir.checkpoints, read_processor_files(options.model), read_only=not world.is_main
+            ),
+            world=world,
         )
         describe(run)
 
@@ -118,6 +146,7 @@ def train(config) -> Path:
             stage_state = {"stage": "sft", "step": config.sft_steps, "seconds": logger.seconds()}
             with logger.timer("checkpoint"):
                 run.store.save("sft", policy.model, policy.tokenizer, stage_state, last=True, sft=True)
+            world.barrier()
             state = None
         else:
             load_weights(policy.model, run.store.path("sft"))
@@ -127,12 +156,14 @@ def train(config) -> Path:
             load_weights(policy.model, run.store.path("last"))
         train_rl(run, resume_from=run.store.path("last") if in_rl else None)
 
+        world.barrier()
         load_weights(policy.model, run.store.path("best"))
         final = run.evaluate(data.test, phase="final", split="test", step=config.max_steps)
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
-        finish(run, run_dir, loaded.notes)
-    return run_dir.path
+        (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
+        if world.is_main:
+            finish(run, run_dir, loaded.notes, int(others))
 
 
 def run_sft_stage(run, config, state, train_sft) -> None:
@@ -156,15 +187,23 @@ def run_sft_stage(run, config, state, train_sft) -> None:
     train_sft(run, resume_from=run.store.path("last") if state is not None else None)
 
 
-def finish(run, run_dir, notes: Sequence[str]) -> None:
-    """Write the report, then the summary: its presence means that the run finished."""
+def finish(run, run_dir, notes: Sequence[str], others_rss_bytes: int) -> None:
+    """Write the report, then the summary: its presence means that the run finished.
+
+    Args:
+        run: The run.
+        run_dir: Its folder.
+        notes: What a reader has to know.
+        others_rss_bytes: The most memory that the other processes of the run have held.
+    """
     from rlaif_fast.trainer.report import write_report
 
     config, logger = run.config, run.logger
     summary = {
         **accuracy_summary(run_dir),
         "seconds": logger.elapsed(),
-        "peak_rss_bytes": peak_rss_bytes(),
+        "processes": run.world.size,
+        "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "git_commit": git_commit(),
@@ -179,7 +218,7 @@ def finish(run, run_dir, notes: Sequence[str]) -> None:
         logger.message(f"report: {path}")
     summary["seconds"] = logger.elapsed()
     summary["seconds_by_stage"] = logger.seconds()
-    summary["peak_rss_bytes"] = peak_rss_bytes()
+    summary["peak_rss_bytes"] = peak_rss_bytes() + others_rss_bytes
     run_dir.write_summary(summary)
     print_result(summary, logger)
 
@@ -211,6 +250,8 @@ def write_predictions(run_dir, phase: str, result, run) -> None:
     from rlaif_fast.data import chance_by_category
     from rlaif_fast.trainer.run_dir import write_jsonl
 
+    if not run.world.is_main:
+        return
     chance = chance_by_category(run.data.test, reference=run.data.rl)
     write_jsonl(
         run_dir.predictions(phase),
@@ -252,6 +293,8 @@ def write_samples(run_dir, phase: str, run) -> None:
             batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config
         )
         greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
+    if not run.world.is_main:
+        return
     with run_dir.samples.open("a", encoding="utf-8") as lines:
         for record, text in zip(rollout_records(ranked, 0), greedy):
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
@@ -270,7 +313,7 @@ def load_with_progress(config, logger):
     if config.data != "synthetic":
         return setup.load_data(config)
     with logger.stage("clips", total=total) as update:
-        return setup.load_data(config, progress=lambda done, _: update(done))
+        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done))
 
 
 def describe(run) -> None:
@@ -380,8 +423,7 @@ def machine() -> str:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.machine()}, {cores} cores, {gpu}"
+    return f"{platform.machine()}, {cores()} cores, {gpu}"
 
 
 def _has(argv: Sequence[str], name: str) -> bool:

@@ -25,6 +25,7 @@ SMALL = {
     "gallery_clips": 1,
     "report": "false",
     "tensorboard": "false",
+    "num_processes": 1,
     "threads": 1,
 }
 

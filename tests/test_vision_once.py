@@ -108,6 +108,7 @@ def test_frozen_features_are_remembered_within_the_budget() -> None:
 def test_a_changed_tower_forgets() -> None:
     policy = make_policy("qwen3_vl")
     prompts = standard_prompts("qwen3_vl")
+    policy.vision.tower.requires_grad_(False)
     calls = count_patches(policy)
     with torch.no_grad():
         before = policy.encode_media(prompts)
@@ -125,6 +126,18 @@ def test_a_training_tower_is_never_served_from_memory() -> None:
     with torch.no_grad():
         assert not policy.encode_media(prompts).levels[0].requires_grad
     assert policy.encode_media(prompts).levels[0].requires_grad
+
+
+def test_a_fused_optimizer_step_is_seen() -> None:
+    policy = make_policy("qwen3_vl")
+    prompts = standard_prompts("qwen3_vl")
+    with torch.no_grad():
+        before = policy.encode_media(prompts).levels[0].clone()
+    policy.encode_media(prompts).levels[0].sum().backward()
+    torch.optim.AdamW(policy.vision.tower.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        after = policy.encode_media(prompts).levels[0]
+    assert (after - before).abs().max() > 1e-2
 
 
 def test_text_only_prompts_have_no_features() -> None:

@@ -13,6 +13,7 @@ from rlaif_fast.data.reader import ReadReport, read_report
 from rlaif_fast.data.summary import chance_accuracy, summarise
 from rlaif_fast.data.synthetic import SPLITS, SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.machine import cores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +62,9 @@ def _make(options: argparse.Namespace, rest: list[str]) -> int:
         raise UsageError("make: name the folder to make, e.g. python -m rlaif_fast.data make data/synthetic")
     start = time.perf_counter()
     with _progress("making clips") as advance:
-        paths = make_dataset(options.out, config, overwrite=options.overwrite, progress=advance)
+        paths = make_dataset(
+            options.out, config, overwrite=options.overwrite, workers=cores(), progress=advance
+        )
     clips = sum(config.clips(split) for split in SPLITS)
     state = "is there already" if paths.reused else f"made in {time.perf_counter() - start:.1f} s"
     print(f"{paths.root}: {clips} clips, {', '.join(f'{split}.jsonl' for split in SPLITS)}; {state}")

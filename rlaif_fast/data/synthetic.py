@@ -6,14 +6,18 @@ configuration and the same versions of the libraries.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ SPLITS = {"sft": (0.0, 0.4), "rl": (0.4, 0.8), "validation": (0.8, 0.88), "test"
 
 _FORMAT = 4  # raise when the same configuration gives other files
 _MARKER = "dataset.json"
+_CLIPS_AT_ONCE = 16  # that a worker is given
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ def make_dataset(
     config: SyntheticConfig | None = None,
     *,
     overwrite: bool = False,
+    workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetPaths:
     """Make the dataset, or find it made.
@@ -156,6 +162,8 @@ def make_dataset(
         out_dir: Folder to make. A dataset of the same configuration in it is kept and reused.
         config: What to make.
         overwrite: Replace a dataset of another configuration.
+        workers: Processes that make clips; the files are the same for any number. With more than one, call this
+            from a script that guards its entry point, as `multiprocessing` asks.
         progress: Called with the number of clips made and their total.
 
     Raises:
@@ -169,7 +177,7 @@ def make_dataset(
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        _write_all(temporary, config, progress)
+        _write_all(temporary, config, workers, progress)
         if out.exists() and (out / _MARKER).exists():
             shutil.rmtree(out)  # ours, of another configuration, and to be replaced
         temporary.rename(out)
@@ -211,28 +219,44 @@ def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
     return False
 
 
-def _write_all(root: Path, config: SyntheticConfig, progress: Callable[[int, int], None] | None) -> None:
-    total, done = sum(config.clips(split) for split in SPLITS), 0
-    rows_of: dict[str, int] = {}
+def _write_all(
+    root: Path, config: SyntheticConfig, workers: int, progress: Callable[[int, int], None] | None
+) -> None:
+    clips = [(split, index) for split in SPLITS for index in range(config.clips(split))]
+    rows_of = dict.fromkeys(SPLITS, 0)
     seen: dict[str, str] = {}  # signature -> split
-    for split in SPLITS:
-        (root / "videos" / split).mkdir(parents=True)
-        with (root / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
-            rows_of[split] = 0
-            for index in range(config.clips(split)):
-                world = _world(config, split, index)
-                assert seen.setdefault(world.signature, split) == split, "splits share a world"
-                video = f"videos/{split}/{index:05d}.{config.container}"
-                frames = render(world, width=config.width, height=config.height, num_frames=config.num_frames)
-                encode_video(root / video, frames, fps=config.fps, codec=config.codec)
-                for row in _rows(config, split, index, world, video):
-                    lines.write(json.dumps(row) + "\n")
-                    rows_of[split] += 1
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+    make_clip = functools.partial(_make_clip, root, config)
+    with contextlib.ExitStack() as stack:
+        lines = {}
+        for split in SPLITS:
+            (root / "videos" / split).mkdir(parents=True)
+            lines[split] = stack.enter_context((root / f"{split}.jsonl").open("w", encoding="utf-8"))
+        made: Iterator[tuple[str, list[dict[str, Any]]]] = map(make_clip, clips)
+        if workers > 1 and len(clips) > 4 * _CLIPS_AT_ONCE:
+            pool = stack.enter_context(
+                ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            )
+            made = pool.map(make_clip, clips, chunksize=_CLIPS_AT_ONCE)
+        for done, ((split, _), (signature, rows)) in enumerate(zip(clips, made), 1):
+            assert seen.setdefault(signature, split) == split, "splits share a world"
+            lines[split].writelines(json.dumps(row) + "\n" for row in rows)
+            rows_of[split] += len(rows)
+            if progress is not None:
+                progress(done, len(clips))
     marker = {"digest": config.digest(), "config": dataclasses.asdict(config), "questions": rows_of}
     (root / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+
+def _make_clip(
+    root: Path, config: SyntheticConfig, clip: tuple[str, int]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Write one clip's video; returns the signature of its world and the rows about it."""
+    split, index = clip
+    world = _world(config, split, index)
+    video = f"videos/{split}/{index:05d}.{config.container}"
+    frames = render(world, width=config.width, height=config.height, num_frames=config.num_frames)
+    encode_video(root / video, frames, fps=config.fps, codec=config.codec)
+    return world.signature, list(_rows(config, split, index, world, video))
 
 
 def _world(config: SyntheticConfig, split: str, index: int) -> World:

@@ -1,8 +1,8 @@
 """Vision features: the tower runs once for each distinct video or image, and what it gives is shared.
 
-Frozen towers are also remembered from call to call, within a budget of bytes. A fingerprint of the tower's
-parameters (each tensor's identity and in-place version) guards what is remembered: an optimizer step or a
-loaded checkpoint empties it.
+What a frozen tower gave is also remembered from call to call, within a budget of bytes. A fingerprint of its
+parameters (each tensor's identity and in-place version) guards what is remembered: a loaded checkpoint empties
+it. Of a tower that trains nothing is remembered: fused optimizers change weights without a trace.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class VisionEncoder:
     Args:
         tower: A module that takes (patches, grid_thw=...) and gives `pooler_output` and maybe
             `deepstack_features`.
-        cache_bytes: Budget of features remembered while no gradient is asked of the tower; 0 remembers none.
+        cache_bytes: Budget of features remembered while no parameter of the tower trains; 0 remembers none.
     """
 
     def __init__(self, tower: nn.Module, cache_bytes: int) -> None:
@@ -85,8 +85,8 @@ class VisionEncoder:
         media = {m.key: m for prompt in prompts for m in prompt.media}
         if not media:
             return None
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())
-        if trains:
+        trains = any(p.requires_grad for p in self.tower.parameters())
+        if trains and torch.is_grad_enabled():
             pieces = self._encode(list(media.values()))
         else:
             self._forget_if_changed()
@@ -96,7 +96,8 @@ class VisionEncoder:
                 for chunk in _chunks(missing):
                     fresh |= zip((m.key for m in chunk), self._encode(chunk))
             pieces = [fresh[key] if key in fresh else self._cache[key] for key in media]
-            self._remember(media, fresh)
+            if not trains:
+                self._remember(media, fresh)
         lengths = [len(piece[0]) for piece in pieces]
         begins = np.cumsum([0, *lengths[:-1]]).tolist()
         levels = tuple(torch.cat(level) for level in zip(*pieces))

@@ -33,11 +33,13 @@ class CheckpointStore:
     Args:
         folder: RUN/checkpoints.
         processor_files: Preprocessor settings to copy into each checkpoint, by file name.
+        read_only: Never write; for the processes of a run besides the first.
     """
 
-    def __init__(self, folder: Path, processor_files: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, processor_files: Mapping[str, str], *, read_only: bool = False) -> None:
         self.folder = folder
         self.processor_files = processor_files
+        self.read_only = read_only
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -53,6 +55,8 @@ class CheckpointStore:
             RlaifFastError: The disk is full or not writable; the checkpoints written before are untouched.
         """
         target, partial = self.folder / name, self.folder / f".{name}.partial"
+        if self.read_only:
+            return target
         try:
             shutil.rmtree(partial, ignore_errors=True)
             save_model(partial, model, tokenizer, self.processor_files)
@@ -69,7 +73,8 @@ class CheckpointStore:
 
     def mark(self, **roles: str) -> None:
         """Let existing checkpoints play roles, by name."""
-        self._update_index(**roles)
+        if not self.read_only:
+            self._update_index(**roles)
 
     def path(self, role: str) -> Path:
         """The folder of the checkpoint that plays `role`.
@@ -83,6 +88,11 @@ class CheckpointStore:
                 f"{self.folder}: no {role!r} checkpoint; the run was stopped before its first one"
             )
         return self.folder / name
+
+    def last_state(self) -> dict[str, Any] | None:
+        """The trainer state to resume from; None before the first checkpoint."""
+        last = self.index.last
+        return None if last is None else load_state(self.folder / last)
 
     def _update_index(self, **names: str) -> None:
         index = CheckpointIndex(**(asdict(self.index) | names))

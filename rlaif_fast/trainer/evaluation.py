@@ -10,6 +10,7 @@ from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.rollout.base import Sampler, SamplingParams
 from rlaif_fast.trainer.batches import BatchMaker, by_media
 from rlaif_fast.trainer.groups import rank_requests
+from rlaif_fast.trainer.world import World
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def evaluate(
     max_new_tokens: int,
     videos_per_step: int = 64,
     advance=lambda count: None,
+    world: World | None = None,
 ) -> EvalResult:
     """Answer every row greedily and score it against its reference answer.
 
@@ -63,17 +65,22 @@ def evaluate(
         max_new_tokens: Most tokens in an answer.
         videos_per_step: Videos answered at once.
         advance: Called with the number of rows done after each step.
+        world: The processes that share the rows; all of them get the result.
     """
     judge = ReferenceOracle()
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    groups = by_media(examples)
-    predictions = []
+    world = world or World()
+    groups = world.share(by_media(examples))
+    row_of = {id(example): row for row, example in enumerate(examples)}
+    answers: dict[int, tuple[str, bool]] = {}
     for start in range(0, len(groups), videos_per_step):
         rows = [row for group in groups[start : start + videos_per_step] for row in group]
         batch = make_batch(rows)
         if len(batch):
             texts = sampler.sample(batch.prompts, 1, params).texts
             for example, text, request in zip(batch.examples, texts, rank_requests(batch, texts, 1)):
-                predictions.append(Prediction(example, text, judge.is_correct(request, text)))
+                answers[row_of[id(example)]] = text, judge.is_correct(request, text)
         advance(len(rows))
-    return EvalResult(tuple(predictions))
+    for part in world.gather(answers):
+        answers |= part
+    return EvalResult(tuple(Prediction(examples[row], *answers[row]) for row in sorted(answers)))

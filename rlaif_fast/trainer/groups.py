@@ -12,6 +12,7 @@ from rlaif_fast import rank_advantages
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout
 from rlaif_fast.trainer.batches import PromptBatch
@@ -31,6 +32,8 @@ class RankedRollout:
         ndcg: (N,) agreement of the policy's order with the oracle's; NaN on groups that were not ranked.
         kendall_tau: (N,) likewise.
         has_signal: (N,) bool, whether the group can teach anything (ranked, and not all tied).
+        features: What the vision tower gave for the prompts before the rollout, with its graph; None where it was
+            not kept.
     """
 
     batch: PromptBatch
@@ -41,6 +44,7 @@ class RankedRollout:
     ndcg: Tensor  # (N,)
     kendall_tau: Tensor  # (N,)
     has_signal: Tensor  # (N,) bool
+    features: MediaFeatures | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -61,6 +65,24 @@ class RankedRollout:
             ndcg=self.ndcg[index],
             kendall_tau=self.kendall_tau[index],
             has_signal=self.has_signal[index],
+            features=self.features,
+        )
+
+    def without_media(self) -> RankedRollout:
+        """A copy in main memory without frames and pixels, to send to another process."""
+        rollout = self.rollout
+        return replace(
+            self,
+            batch=PromptBatch(self.batch.examples, ((),) * len(self.batch), ()),
+            rollout=replace(
+                rollout,
+                prompts=(),
+                token_ids=rollout.token_ids.cpu(),
+                mask=rollout.mask.cpu(),
+                logps=rollout.logps.cpu(),
+                finished=rollout.finished.cpu(),
+            ),
+            features=None,
         )
 
 
@@ -79,7 +101,7 @@ def select_rows(rollout: Rollout, groups: Sequence[int], rows: Tensor) -> Rollou
 
 
 def concat(parts: Sequence[RankedRollout]) -> RankedRollout:
-    """Several ranked rollouts as one; responses are padded to the longest."""
+    """Several ranked rollouts as one, without features; responses are padded to the longest."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.rollout.token_ids.shape[1] for part in parts)

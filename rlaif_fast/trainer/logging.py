@@ -213,6 +213,38 @@ class RunLogger:
                 self._events.add_scalar(f"{prefix}/{key}", value, record["step"], walltime=walltime)
 
 
+class SilentLogger:
+    """Stands in for `RunLogger` in the processes of a run that neither write nor print."""
+
+    def __enter__(self) -> SilentLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+        yield lambda done: None
+
+    def log(self, stage: str, step: int, **scalars: Any) -> None:
+        pass
+
+    def rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def timer(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def seconds(self) -> dict[str, float]:
+        return {}
+
+    def message(self, text: str) -> None:
+        pass
+
+    def elapsed(self) -> float:
+        return 0.0
+
+
 class _Stage:
     """The progress of one stage: a task of the bar, or plain lines where there is no bar."""
 

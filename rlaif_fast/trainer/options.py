@@ -267,7 +267,9 @@ class RunOptions:
         resume: Folder of a run to continue from its last checkpoint, with the configuration it began with.
         cache_dir: Where synthetic data and tiny models are kept between runs.
         seed: Seed of weights, data, order and sampling.
-        threads: CPU threads; 0 leaves it to torch.
+        num_processes: Processes on this machine that share every step; 0 is one, or two where there is no GPU and
+            more than one core. Under torchrun its processes are used instead.
+        threads: CPU threads a process; 0 leaves it to torch, and divides the cores among several processes.
         logging_steps: Steps between two lines in metrics.jsonl.
         eval_videos_per_step: Videos evaluated at once.
         gallery_clips: Test clips shown in the report with the responses before and after.
@@ -281,6 +283,7 @@ class RunOptions:
     resume: str | None = None
     cache_dir: str = "~/.cache/rlaif_fast"
     seed: int = 0
+    num_processes: int = 1
     threads: int = 0
     logging_steps: int = 1
     eval_videos_per_step: int = 64
@@ -298,4 +301,5 @@ class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOption
         self.check_data()
         self.check_sft()
         self.check_rl()
+        _require(self.num_processes >= 0, "num_processes", "0 or more", self.num_processes)
         refuse_secrets(self.oracle_options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.policy.policy import MediaFeatures
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
@@ -40,7 +39,7 @@ class Progress:
 
 def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     """Run the RL stage from its beginning, or from a checkpoint of this stage; the best checkpoint is kept."""
-    config, policy, logger = run.config, run.policy, run.logger
+    config, policy, logger, world = run.config, run.policy, run.logger, run.world
     clips = by_media(run.data.rl)
     order = EpochOrder(clips, config.videos_per_step, config.seed + 1)
     parameters = trainable(policy.model)
@@ -84,16 +83,18 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     with logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps:
             ranked, stats = sample_and_rank(run, order, progress.step)
-            if ranked is not None:
-                for _ in range(config.num_iterations):
-                    for part in minibatches(ranked, config.steps_per_generation):
-                        with logger.timer("update"):
-                            loss_stats = update_loss(run, part)
-                            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                            optimizer.step()
-                            scheduler.step()
-                            optimizer.zero_grad(set_to_none=True)
-                stats |= loss_stats | {"grad_norm": grad_norm}
+            for _ in range(config.num_iterations):
+                for part in minibatches(ranked, config.steps_per_generation):
+                    with logger.timer("update"):
+                        loss_stats = update_loss(run, part)
+                        if loss_stats is None:
+                            continue
+                        world.average_gradients(parameters)
+                        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                        optimizer.step()
+                        scheduler.step()
+                        optimizer.zero_grad(set_to_none=True)
+                        stats |= loss_stats | {"grad_norm": grad_norm}
             progress.step += 1
             logger.log("rl", progress.step, **stats, learning_rate=scheduler.get_last_lr()[0])
 
@@ -117,19 +118,20 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        The groups to learn from (None where there are none), and statistics over everything that was sampled.
+        This process's groups to learn from (None where there are none), and statistics over everything that was
+        sampled, by all processes; the statistics are rank 0's alone.
     """
-    config, logger = run.config, run.logger
+    config, logger, world = run.config, run.logger, run.world
     rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
     sampled: list[RankedRollout] = []
     wanted = None
     for attempt in range(rounds):
         # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
         at = step if attempt == 0 else config.max_steps + step * (rounds - 1) + attempt - 1
-        rows = [row for clip in order.step(at) for row in clip[: config.questions_per_video]]
+        rows = [row for clip in world.share(order.step(at)) for row in clip[: config.questions_per_video]]
         with logger.timer("decode"):
             batch = run.make_batch(rows)
-            run.make_batch.prefetch([row for clip in order.step(step + 1) for row in clip])
+            run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
         if not len(batch):
             continue
         params = SamplingParams(
@@ -137,35 +139,51 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
             temperature=config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            seed=(config.seed * 1_000_003 + step) * 16 + attempt,
+            seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
         )
-        with logger.timer("rollout"), torch.no_grad():
-            rollout = run.sampler.sample(batch.prompts, config.num_generations, params)
+        with logger.timer("rollout"):
+            features = run.policy.encode_media(batch.prompts)
+            shared = {} if features is None else {"features": features.detach()}
+            with torch.no_grad():
+                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, **shared)
         with logger.timer("oracle"):
-            sampled.append(rank_rollout(batch, rollout, run.oracle, config))
+            ranked = rank_rollout(batch, rollout, run.oracle, config)
+        sampled.append(replace(ranked, features=features))
         wanted = wanted or len(batch)
         if sum(int(part.has_signal.sum()) for part in sampled) >= wanted:
             break
-    if not sampled:
-        return None, {}
-    everything = concat(sampled)
-    logger.rollouts(step + 1, rollout_records(everything, step + 1))
-    stats = rollout_stats(everything) | counters(run.oracle)
-    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0:
-        requests = rank_requests(everything.batch, everything.rollout.texts, config.num_generations)
-        with logger.timer("oracle"):
-            stats |= blind_control(
-                run.oracle,
-                requests,
-                everything.rankings,
-                sample=config.blind_control,
-                seed=config.seed + step,
-            )
+    everything = concat(sampled) if sampled else None
+    stats = log_rollouts(run, everything, step)
+    if everything is None:
+        return None, stats
     valid = everything.valid
     if config.dynamic_sampling:
         valid &= everything.has_signal
     groups = torch.nonzero(valid).flatten().tolist()[:wanted]
     return (everything.select(groups) if groups else None), stats
+
+
+def log_rollouts(run: Run, ranked: RankedRollout | None, step: int) -> dict:
+    """Record what all processes sampled in a step and return its statistics; in the other processes, nothing."""
+    config, logger, world = run.config, run.logger, run.world
+    shards = world.gather((ranked and ranked.without_media(), counters(run.oracle)))
+    if not world.is_main:
+        return {}
+    sampled = [shard for shard, _ in shards if shard is not None]
+    stats: dict = {}
+    if sampled:
+        everything = concat(sampled)
+        logger.rollouts(step + 1, rollout_records(everything, step + 1))
+        stats |= rollout_stats(everything)
+    for _, counted in shards:
+        stats |= {name: stats.get(name, 0.0) + count for name, count in counted.items()}
+    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and ranked is not None:
+        requests = rank_requests(ranked.batch, ranked.rollout.texts, config.num_generations)
+        with logger.timer("oracle"):
+            stats |= blind_control(
+                run.oracle, requests, ranked.rankings, sample=config.blind_control, seed=config.seed + step
+            )
+    return stats
 
 
 def rollout_stats(ranked: RankedRollout) -> dict:
@@ -199,21 +217,70 @@ def rollout_stats(ranked: RankedRollout) -> dict:
     }
 
 
-def minibatches(ranked: RankedRollout, parts: int) -> list[RankedRollout]:
-    """The rollout cut into `parts` by groups, as evenly as it goes; empty parts are left out."""
-    n = len(ranked.batch)
-    bounds = [n * i // parts for i in range(parts + 1)]
-    pieces = [range(low, high) for low, high in pairwise(bounds) if high > low]
-    return [ranked] if len(pieces) == 1 else [ranked.select(piece) for piece in pieces]
+def minibatches(ranked: RankedRollout | None, parts: int) -> list[RankedRollout | None]:
+    """The rollout cut into `parts` by groups, as evenly as it goes; None for an empty part."""
+    if parts == 1 or ranked is None:
+        return [ranked] * parts
+    bounds = [len(ranked.batch) * i // parts for i in range(parts + 1)]
+    return [ranked.select(range(low, high)) if high > low else None for low, high in pairwise(bounds)]
 
 
-def update_loss(run: Run, ranked: RankedRollout) -> dict:
-    """Accumulate the gradient of the loss of `ranked` and return the loss's statistics."""
+def update_loss(run: Run, ranked: RankedRollout | None) -> dict | None:
+    """Accumulate this process's part of the gradient and return the whole loss's statistics.
+
+    None where no process has a group.
+    """
+    config, world = run.config, run.world
+    tokens, responses = 0, 0
+    if ranked is not None:
+        counted = ranked.rollout.mask
+        if config.mask_truncated_completions:
+            counted = counted[ranked.rollout.finished]
+        tokens, responses = int(counted.sum()), len(counted)
+    groups, all_tokens, all_responses = world.sum(
+        0 if ranked is None else len(ranked.batch), tokens, responses
+    )
+    if groups == 0:
+        return None
+    # The gradients are averaged over the processes, so each divides by its part of the whole.
+    items = max(all_tokens if config.loss_type == "dapo" else all_responses, 1.0) / world.size
+    stats = {} if ranked is None else _accumulate(run, ranked, items)
+    if world.size == 1:
+        return stats
+    shards = [
+        (weight, {name: float(value) for name, value in shard.items()})
+        for weight, shard in world.gather((tokens, stats))
+        if shard
+    ]
+    return {
+        name: _over_processes(name, [(weight, shard[name]) for weight, shard in shards], world.size)
+        for name in shards[0][1]
+    }
+
+
+def _over_processes(name: str, shards: list[tuple[int, float]], size: int) -> float:
+    """One statistic of the whole step from those of the processes, each with its number of tokens."""
+    values = [value for _, value in shards]
+    if name == "tokens":
+        return sum(values)
+    if name == "ratio_max":
+        return max(values)
+    if name.startswith("loss"):
+        return sum(values) / size
+    return sum(weight * value for weight, value in shards) / max(sum(weight for weight, _ in shards), 1)
+
+
+def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
+    """Accumulate the gradient of the loss of `ranked`, divided by `items`, and return the loss's statistics."""
     config, policy, rollout = run.config, run.policy, ranked.rollout
     unique = unique_responses(rollout)
     device = policy.device
     forward = (unique.prompts, unique.token_ids, unique.lengths.to(device))
-    features: MediaFeatures | None = policy.encode_media(unique.prompts)
+    on_policy = config.num_iterations == 1 and config.steps_per_generation == 1
+    # Nothing was updated since the rollout: its pass through the vision tower serves the update too.
+    features = ranked.features if on_policy else None
+    if features is None:
+        features = policy.encode_media(unique.prompts)
 
     ref_logps: Tensor | None = None
     if config.beta > 0:
@@ -226,7 +293,6 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
     if config.mask_truncated_completions:
         keep = rollout.finished.cpu()
     token_mask = torch.repeat_interleave(keep, unique.row_lengths).to(device)
-    on_policy = config.num_iterations == 1 and config.steps_per_generation == 1
     output = fused_linear_grpo_rank_loss(
         hidden[unique.token_index],
         policy.head_weight,
@@ -246,6 +312,7 @@ def update_loss(run: Run, ranked: RankedRollout) -> dict:
         entropy_coef=config.entropy_coef,
         loss_type=config.loss_type,
         max_completion_length=config.max_completion_length,
+        num_items_in_batch=items,
         importance_sampling_level=config.importance_sampling_level,
         backend=config.backend,
     )

@@ -15,8 +15,9 @@ from rlaif_fast.rollout.base import Sampler
 from rlaif_fast.trainer.batches import BatchMaker
 from rlaif_fast.trainer.checkpoint import CheckpointStore
 from rlaif_fast.trainer.evaluation import EvalResult, evaluate
-from rlaif_fast.trainer.logging import RunLogger
+from rlaif_fast.trainer.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.world import World
 
 
 @dataclass
@@ -39,8 +40,9 @@ class Run:
     make_batch: BatchMaker
     oracle: Oracle
     data: Datasets
-    logger: RunLogger
+    logger: RunLogger | SilentLogger
     store: CheckpointStore
+    world: World
 
     def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
         """Answer `examples` greedily, log the accuracy, return the predictions."""
@@ -52,6 +54,7 @@ class Run:
                 self.sampler,
                 max_new_tokens=self.config.max_completion_length,
                 videos_per_step=self.config.eval_videos_per_step,
+                world=self.world,
             )
         self.policy.model.train()
         self.logger.log(
@@ -79,7 +82,9 @@ def make_optimizer(
     """AdamW with linear warm-up and a cosine, linear or constant schedule."""
     from transformers import get_scheduler
 
-    optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+    )
     name, extra = schedule, None
     if schedule == "cosine":
         name, extra = "cosine_with_min_lr", {"min_lr_rate": min_lr_ratio}

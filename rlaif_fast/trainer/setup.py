@@ -17,8 +17,9 @@ import torch
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.tokenize import PromptEncoder, question_text
@@ -31,10 +32,18 @@ TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_
 SPLITS = ("sft", "rl", "validation", "test")
 
 
-def set_threads(threads: int) -> None:
-    """Use `threads` CPU threads; 0 leaves it to torch."""
-    if threads > 0:
-        torch.set_num_threads(threads)
+def process_count(config: TrainConfig) -> int:
+    """How many processes the configuration asks for on this machine."""
+    if config.num_processes > 0:
+        return config.num_processes
+    # Small operators gain nothing from a second thread, so on a CPU a second process halves the step.
+    return 2 if cores() > 1 and resolve_device(config.device).type == "cpu" else 1
+
+
+def set_threads(threads: int, processes: int = 1) -> None:
+    """Use `threads` CPU threads; 0 leaves it to torch, or gives each of several processes its share."""
+    if threads > 0 or processes > 1:
+        torch.set_num_threads(threads or max(1, cores() // processes))
 
 
 def seed_everything(seed: int) -> None:
@@ -67,8 +76,15 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
     )
 
 
-def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None = None) -> Datasets:
+def load_data(
+    config: TrainConfig, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> Datasets:
     """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
+
+    Args:
+        config: Where the data is, or what to make.
+        workers: Processes that make synthetic clips.
+        progress: Called with the number of clips made and their total.
 
     Raises:
         UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
@@ -79,7 +95,10 @@ def load_data(config: TrainConfig, progress: Callable[[int, int], None] | None =
     if config.data == "synthetic":
         synthetic = synthetic_config(config, config.seed)
         paths = make_dataset(
-            cache_folder(config) / "data" / synthetic.digest()[:16], synthetic, progress=progress
+            cache_folder(config) / "data" / synthetic.digest()[:16],
+            synthetic,
+            workers=workers,
+            progress=progress,
         )
         files = {split: getattr(paths, split) for split in SPLITS}
     elif source.is_dir():

@@ -74,8 +74,8 @@ def answer_rows(batch: PromptBatch, answers: Sequence[list[int]], media_token_id
     return AnswerRows(tuple(prompts), token_ids, lengths, torch.tensor(sizes), is_answer)
 
 
-def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> tuple[Tensor, int]:
-    """Mean negative log-likelihood over all answer tokens of the batch, and their number."""
+def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> Tensor:
+    """Sum of the negative log-likelihood over all answer tokens of the batch."""
     device = policy.device
     hidden = policy.response_hidden(
         rows.prompts, rows.token_ids.to(device), rows.lengths.to(device), group_sizes=rows.group_sizes
@@ -85,7 +85,7 @@ def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> tuple[T
     targets = rows.token_ids[rows.is_answer].to(device)
     logps = token_logps(hidden[answer], policy.head_weight, targets, bias=policy.head_bias, backend=backend)
     assert isinstance(logps, Tensor)
-    return -logps.mean(), targets.numel()
+    return -logps.sum()
 
 
 def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:
@@ -112,7 +112,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     Raises:
         UsageError: There is nothing to learn from (see `check_answers`).
     """
-    config, policy, logger = run.config, run.policy, run.logger
+    config, policy, logger, world = run.config, run.policy, run.logger, run.world
     if not run.data.sft:
         raise UsageError(
             "data: there are no rows for supervised fine-tuning; add sft_data, or use --sft none"
@@ -140,25 +140,31 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     with logger.stage("sft", total=config.sft_steps, start=done):
         for step in range(done, config.sft_steps):
             with logger.timer("decode"):
-                batch = run.make_batch([row for clip in order.step(step) for row in clip])
-                run.make_batch.prefetch([row for clip in order.step(step + 1) for row in clip])
-            if not len(batch):
-                continue
+                batch = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
+                run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
             with logger.timer("sft"):
                 answers = [run.make_batch.encoder.encode_answer(row.answer or "") for row in batch.examples]
-                rows = answer_rows(batch, answers, policy.media_token_ids)
-                loss, tokens = sft_loss(policy, rows, config.backend)
-                loss.backward()
+                (tokens,) = world.sum(sum(map(len, answers)))
+                if tokens == 0:
+                    continue
+                local_loss = 0.0
+                if len(batch):
+                    rows = answer_rows(batch, answers, policy.media_token_ids)
+                    total = sft_loss(policy, rows, config.backend)
+                    (total * (world.size / tokens)).backward()
+                    local_loss = total.item()
+                world.average_gradients(parameters)
                 grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+                (loss,) = world.sum(local_loss / tokens)
             logger.log(
                 "sft",
                 step + 1,
                 loss=loss,
                 grad_norm=grad_norm,
-                tokens=tokens,
+                tokens=int(tokens),
                 learning_rate=scheduler.get_last_lr()[0],
             )
             if (step + 1) % (4 * config.eval_steps) == 0 and step + 1 < config.sft_steps:

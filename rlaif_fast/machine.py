@@ -1,0 +1,33 @@
+"""The machine: its cores, and the allocator of the C library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+# The numbers and the limit of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_MMAP_THRESHOLD = 32 * 2**20
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed memory for the next allocation instead of giving it back to the system.
+
+    A training step on a CPU allocates and frees the same activations over and over. By default each megabyte is
+    returned and faulted in anew: 4,500 page faults a step of the tiny policy, a quarter of its time.
+
+    Returns:
+        Whether the C library is glibc and took the setting; elsewhere nothing is changed.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(
+        libc.mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD) and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    )

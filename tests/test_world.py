@@ -1,0 +1,166 @@
+"""Several processes train one policy: the same gradients as one process, the same weights in each, the same again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import SMALL, metrics
+from world_parts import exchange, refuse
+
+from rlaif_fast import train as train_module
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.machine import cores, keep_freed_memory
+from rlaif_fast.trainer import setup
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.rl import minibatches
+from rlaif_fast.trainer.run_dir import read_jsonl
+from rlaif_fast.trainer.world import launch
+
+
+def test_what_two_processes_exchange(tmp_path):
+    answers = launch(exchange, str(tmp_path), 2)
+    other = json.loads((tmp_path / "1.json").read_text())
+    assert (answers["share"], other["share"]) == (["a", "c", "e"], ["b", "d"])
+    for got in (answers, other):
+        assert got["sum"] == [2.0, 1.0]
+        assert got["gather"] == [{"rank": 0}, {"rank": 1}]
+        assert got["grads"] == [[1.5] * 3, [4.0] * 4]
+        assert got["broadcast"] == 7.0
+    assert (tmp_path / "order").read_text() == "01"
+
+
+def test_one_process_needs_no_group(tmp_path):
+    answers = launch(exchange, str(tmp_path), 1)
+    assert answers["share"] == list("abcde")
+    assert answers["sum"] == [1.0, 0.0]
+    assert answers["grads"][0] == [1.0] * 3
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, UsageError), (1, RlaifFastError)])
+def test_a_process_that_fails_ends_the_run(rank, error, capfd):
+    with pytest.raises(error, match=f"process {rank}"):
+        launch(refuse, rank, 2)
+    if rank == 1:
+        assert "error: process 1: process 1 will not" in capfd.readouterr().err
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def train(folder: Path, cache: Path, **changes) -> Path:
+    values = SMALL | {"output_dir": folder, "cache_dir": cache} | changes
+    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, cache) -> Path:
+    """A run of two processes; three videos a step, so that one process has more than the other."""
+    return train(tmp_path_factory.mktemp("pair") / "run", cache, num_processes=2, loss_type="dapo")
+
+
+def test_supervised_steps_are_those_of_one_process(pair, cache, tmp_path):
+    alone = train(tmp_path / "alone", cache, max_steps=0)
+    one = [row for row in metrics(alone) if row["stage"] == "sft"]
+    two = [row for row in metrics(pair) if row["stage"] == "sft"]
+    assert len(one) == len(two) == SMALL["sft_steps"]
+    for a, b in zip(one, two):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    predictions = [list(read_jsonl(folder / "predictions-sft.jsonl")) for folder in (alone, pair)]
+    assert [row["example_id"] for row in predictions[0]] == [row["example_id"] for row in predictions[1]]
+
+
+def test_everything_sampled_is_recorded(pair):
+    steps = [row for row in metrics(pair) if row["stage"] == "rl"]
+    rollouts = list(read_jsonl(pair / "rollouts.jsonl"))
+    assert len(steps) == SMALL["max_steps"]
+    for row in steps:
+        assert row["groups"] == sum(record["step"] == row["step"] for record in rollouts)
+        assert row["tokens"] > 0
+    clips = {record["video"] for record in rollouts if record["step"] == 1}
+    assert len(clips) == SMALL["videos_per_step"]
+    assert json.loads((pair / "summary.json").read_text())["processes"] == 2
+
+
+def test_same_seed_same_metrics(pair, cache, tmp_path):
+    again = train(tmp_path / "again", cache, num_processes=2, loss_type="dapo")
+    assert metrics(again) == metrics(pair)
+
+
+def test_resumed_run_equals_an_uninterrupted_one(pair, cache, tmp_path):
+    folder = tmp_path / "killed"
+    values = SMALL | {"output_dir": folder, "cache_dir": cache, "num_processes": 2, "loss_type": "dapo"}
+    words = [f"--{key}={value}" for key, value in values.items()]
+    # Die, and with it the process beside, when the first RL checkpoint is written.
+    script = (
+        "import os, sys\n"
+        "from rlaif_fast import train\n"
+        "from rlaif_fast.trainer.checkpoint import CheckpointStore\n"
+        "save = CheckpointStore.save\n"
+        "def save_and_die(self, name, *args, **roles):\n"
+        "    save(self, name, *args, **roles)\n"
+        "    if name == 'rl-000002' and not self.read_only:\n"
+        "        os._exit(9)\n"
+        "if __name__ == '__main__':\n"
+        "    CheckpointStore.save = save_and_die\n"
+        "    train.main(sys.argv[1:])\n"
+    )
+    (tmp_path / "killed.py").write_text(script)
+    process = subprocess.run([sys.executable, tmp_path / "killed.py", *words], capture_output=True, text=True)
+    assert process.returncode == 9, process.stderr
+    assert not (folder / "summary.json").exists()
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(pair)
+
+
+def test_torchrun(pair, cache, tmp_path):
+    values = SMALL | {"output_dir": tmp_path / "run", "cache_dir": cache, "loss_type": "dapo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [f"--{key}={value}" for key, value in values.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.run(
+        [*command, "-m", "rlaif_fast.train", *words], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert metrics(tmp_path / "run") == metrics(pair)
+    weights = [
+        load_file(folder / "checkpoints" / "rl-000004" / "model.safetensors")
+        for folder in (tmp_path / "run", pair)
+        if (folder / "checkpoints" / "rl-000004").exists()
+    ]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
+
+
+def test_more_processes_than_videos(cache, tmp_path):
+    folder = train(tmp_path / "run", cache, num_processes=2, videos_per_step=1, sft_videos_per_step=1)
+    steps = [row for row in metrics(folder) if row["stage"] == "rl"]
+    assert len(steps) == SMALL["max_steps"]
+    assert all(row["groups"] >= 1 and row["grad_norm"] >= 0 for row in steps)
+
+
+def test_number_of_processes():
+    assert setup.process_count(TrainConfig(num_processes=3)) == 3
+    assert setup.process_count(TrainConfig(num_processes=0, device="cpu")) == min(cores(), 2)
+    with pytest.raises(UsageError, match="num_processes: expected 0 or more, got -1"):
+        TrainConfig(num_processes=-1)
+
+
+def test_minibatches_of_a_process_without_groups():
+    assert minibatches(None, 3) == [None, None, None]
+
+
+def test_allocator_setting_is_taken_on_glibc():
+    import platform
+
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
