@@ -13,7 +13,6 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
-from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout
 from rlaif_fast.trainer.batches import PromptBatch
 from rlaif_fast.trainer.options import RlOptions
@@ -251,63 +250,3 @@ def example_record(example: Example) -> dict:
         "answer": example.answer,
         "metadata": dict(example.metadata),
     }
-
-
-@dataclass(frozen=True)
-class UniqueResponses:
-    """The distinct responses of each group, for a forward pass that computes each of them once.
-
-    Attributes:
-        prompts: The N prompts.
-        token_ids: (U, T) the distinct responses, group by group.
-        lengths: (U,) tokens in each.
-        group_sizes: (N,) distinct responses a group.
-        token_index: (M,) for each token of the B responses, packed in order, its place among the packed tokens of
-            the distinct ones.
-        target_ids: (M,) the token ids themselves.
-        row_lengths: (B,) tokens in each of the B responses.
-    """
-
-    prompts: tuple[EncodedPrompt, ...]
-    token_ids: Tensor  # (U, T)
-    lengths: Tensor  # (U,)
-    group_sizes: Tensor  # (N,)
-    token_index: Tensor  # (M,)
-    target_ids: Tensor  # (M,)
-    row_lengths: Tensor  # (B,)
-
-
-def unique_responses(rollout: Rollout) -> UniqueResponses:
-    """Find the distinct responses of each group.
-
-    Equal responses to one prompt have equal hidden states, so computing them once and gathering changes neither the
-    loss nor any gradient; late in training most of a group are repeats.
-    """
-    g = rollout.num_generations
-    row_lengths = rollout.mask.sum(1).cpu()
-    rows = rollout.token_ids.cpu().tolist()
-    chosen: list[int] = []
-    row_of: list[int] = []
-    sizes: list[int] = []
-    for start in range(0, len(rows), g):
-        seen: dict[tuple[int, ...], int] = {}
-        for row in range(start, start + g):
-            tokens = tuple(rows[row][: int(row_lengths[row])])
-            if tokens not in seen:
-                seen[tokens] = len(chosen)
-                chosen.append(row)
-            row_of.append(seen[tokens])
-        sizes.append(len(seen))
-    lengths = row_lengths[chosen]
-    starts = torch.cumsum(lengths, 0) - lengths
-    token_index = torch.cat([torch.arange(int(starts[u]), int(starts[u] + lengths[u])) for u in row_of])
-    device = rollout.token_ids.device
-    return UniqueResponses(
-        prompts=rollout.prompts,
-        token_ids=rollout.token_ids[chosen],
-        lengths=lengths,
-        group_sizes=torch.tensor(sizes),
-        token_index=token_index.to(device),
-        target_ids=rollout.token_ids[rollout.mask],
-        row_lengths=row_lengths,
-    )

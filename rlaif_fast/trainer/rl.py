@@ -17,13 +17,13 @@ from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.trainer.forward_rows import for_policy, response_hidden, rollout_rows
 from rlaif_fast.trainer.groups import (
     RankedRollout,
     concat,
     rank_requests,
     rank_rollout,
     rollout_records,
-    unique_responses,
 )
 from rlaif_fast.trainer.run import Run, make_optimizer, trainable
 
@@ -273,33 +273,38 @@ def _over_processes(name: str, shards: list[tuple[int, float]], size: int) -> fl
 def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
     """Accumulate the gradient of the loss of `ranked`, divided by `items`, and return the loss's statistics."""
     config, policy, rollout = run.config, run.policy, ranked.rollout
-    unique = unique_responses(rollout)
+    rows = for_policy(rollout_rows(rollout), policy)
     device = policy.device
-    forward = (unique.prompts, unique.token_ids, unique.lengths.to(device))
+    row_lengths = rollout.mask.sum(1).to(device)
+    targets = rows.target_ids.to(device)
     on_policy = config.num_iterations == 1 and config.steps_per_generation == 1
     # Nothing was updated since the rollout: its pass through the vision tower serves the update too.
     features = ranked.features if on_policy else None
     if features is None:
-        features = policy.encode_media(unique.prompts)
+        features = policy.encode_media(rows.prompts)
 
     ref_logps: Tensor | None = None
     if config.beta > 0:
         with torch.no_grad():
             ref_logps = policy.reference_logps(
-                *forward, group_sizes=unique.group_sizes, temperature=config.temperature, features=features
-            )[unique.token_index]
-    hidden = policy.response_hidden(*forward, group_sizes=unique.group_sizes, features=features)
-    keep = torch.ones(len(unique.row_lengths), dtype=torch.bool)
+                rows.prompts,
+                rows.token_ids,
+                rows.lengths,
+                group_sizes=rows.group_sizes,
+                temperature=config.temperature,
+                features=features,
+            )[rows.token_index.to(device)]
+    keep = torch.ones(len(row_lengths), dtype=torch.bool)
     if config.mask_truncated_completions:
         keep = rollout.finished.cpu()
-    token_mask = torch.repeat_interleave(keep, unique.row_lengths).to(device)
+    token_mask = torch.repeat_interleave(keep.to(device), row_lengths)
     output = fused_linear_grpo_rank_loss(
-        hidden[unique.token_index],
+        response_hidden(policy, rows, features=features),
         policy.head_weight,
-        unique.target_ids,
+        targets,
         advantages=ranked.advantages.flatten().to(device),
         bias=policy.head_bias,
-        lengths=unique.row_lengths.to(device),
+        lengths=row_lengths,
         mask=None if bool(keep.all()) else token_mask,
         old_logps=None if on_policy else rollout.logps[rollout.mask],
         ref_logps=ref_logps,

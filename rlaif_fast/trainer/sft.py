@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,78 +11,22 @@ from rlaif_fast import token_logps
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.tokenize import PromptEncoder
-from rlaif_fast.trainer.batches import EpochOrder, PromptBatch, by_media
+from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.trainer.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.trainer.run import Run, make_optimizer, trainable
 
 
-@dataclass(frozen=True)
-class AnswerRows:
-    """Answers to learn, laid out so that questions about one clip share the clip's tokens.
-
-    Attributes:
-        prompts: The shared beginnings: all token ids that the prompts about one clip have in common.
-        token_ids: (B, T) the rest of each prompt followed by its answer, padded.
-        lengths: (B,) tokens in each row.
-        group_sizes: (N,) rows that follow each shared beginning.
-        is_answer: (B, T) bool, true on the answer's tokens.
-    """
-
-    prompts: tuple[EncodedPrompt, ...]
-    token_ids: Tensor  # (B, T)
-    lengths: Tensor  # (B,)
-    group_sizes: Tensor  # (N,)
-    is_answer: Tensor  # (B, T)
-
-
-def answer_rows(batch: PromptBatch, answers: Sequence[list[int]], media_token_ids: set[int]) -> AnswerRows:
-    """Split prompts about the same clip into what they share and what follows.
-
-    The clip comes first in the chat templates of the Qwen-VL families, so what they share holds its tokens; where
-    a template puts them later, nothing is shared and the rows stand alone.
-    """
-    members: dict[tuple[str, ...], list[int]] = {}
-    for index, prompt in enumerate(batch.prompts):
-        keys = tuple(item.key for item in prompt.media)
-        members.setdefault(keys or (f"row {index}",), []).append(index)
-    prompts, rows, starts, sizes = [], [], [], []
-    for group in members.values():
-        ids = [batch.prompts[i].input_ids.tolist() for i in group]
-        shared = min(len(row) for row in ids)
-        if len(group) > 1:
-            shared = next((k for k, column in enumerate(zip(*ids)) if len(set(column)) > 1), shared)
-        if shared == 0 or any(token in media_token_ids for row in ids for token in row[shared:]):
-            pieces = [([i], len(row)) for i, row in zip(group, ids)]
-        else:
-            pieces = [(group, shared)]
-        for piece, length in pieces:
-            first = batch.prompts[piece[0]]
-            prompts.append(EncodedPrompt(first.input_ids[:length], first.media))
-            sizes.append(len(piece))
-            for i in piece:
-                rest = batch.prompts[i].input_ids[length:].tolist()
-                starts.append(len(rest))
-                rows.append(rest + answers[i])
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    token_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    position = torch.arange(longest)
-    is_answer = (position >= torch.tensor(starts)[:, None]) & (position < lengths[:, None])
-    return AnswerRows(tuple(prompts), token_ids, lengths, torch.tensor(sizes), is_answer)
-
-
-def sft_loss(policy: Policy, rows: AnswerRows, backend: str = "auto") -> Tensor:
+def sft_loss(policy: Policy, rows: ForwardRows, backend: str = "auto") -> Tensor:
     """Sum of the negative log-likelihood over all answer tokens of the batch."""
-    device = policy.device
-    hidden = policy.response_hidden(
-        rows.prompts, rows.token_ids.to(device), rows.lengths.to(device), group_sizes=rows.group_sizes
+    logps = token_logps(
+        response_hidden(policy, rows),
+        policy.head_weight,
+        rows.target_ids.to(policy.device),
+        bias=policy.head_bias,
+        backend=backend,
     )
-    inside = torch.arange(rows.token_ids.shape[1]) < rows.lengths[:, None]
-    answer = rows.is_answer[inside].to(device)
-    targets = rows.token_ids[rows.is_answer].to(device)
-    logps = token_logps(hidden[answer], policy.head_weight, targets, bias=policy.head_bias, backend=backend)
     assert isinstance(logps, Tensor)
     return -logps.sum()
 
@@ -149,7 +92,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                     continue
                 local_loss = 0.0
                 if len(batch):
-                    rows = answer_rows(batch, answers, policy.media_token_ids)
+                    rows = for_policy(answer_rows(batch.prompts, answers), policy)
                     total = sft_loss(policy, rows, config.backend)
                     (total * (world.size / tokens)).backward()
                     local_loss = total.item()

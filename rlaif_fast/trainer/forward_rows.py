@@ -1,0 +1,161 @@
+"""What one forward pass has to compute for some responses, each token once.
+
+Equal responses to one prompt are one row, and prompts about the same media share the tokens they have in common:
+the clip comes first in the chat templates of the Qwen-VL families, so four questions about a video read it once.
+Hidden states, and so the loss and every gradient, are those of each response computed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.packing import Merge
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.rollout.base import Rollout
+
+
+@dataclass(frozen=True)
+class ForwardRows:
+    """Prompts and the rows behind them, and where the tokens of the M response tokens are among the rows'.
+
+    Attributes:
+        prompts: N prompts.
+        token_ids: (U, T) rows, those of a prompt adjacent, padded.
+        lengths: (U,) tokens in each.
+        group_sizes: (N,) rows of each prompt.
+        token_index: (M,) for each response token its place among the rows' tokens, packed in order.
+        target_ids: (M,) the response tokens, response after response.
+    """
+
+    prompts: tuple[EncodedPrompt, ...]
+    token_ids: Tensor  # (U, T)
+    lengths: Tensor  # (U,)
+    group_sizes: Tensor  # (N,)
+    token_index: Tensor  # (M,)
+    target_ids: Tensor  # (M,)
+
+
+def rollout_rows(rollout: Rollout) -> ForwardRows:
+    """The distinct responses of each group; late in training most of a group are repeats."""
+    g = rollout.num_generations
+    row_lengths = rollout.mask.sum(1).tolist()
+    ids = rollout.token_ids.tolist()
+    rows: list[list[int]] = []
+    row_of: list[int] = []
+    sizes: list[int] = []
+    for start in range(0, len(ids), g):
+        seen: dict[tuple[int, ...], int] = {}
+        for row in range(start, start + g):
+            tokens = tuple(ids[row][: row_lengths[row]])
+            if tokens not in seen:
+                seen[tokens] = len(rows)
+                rows.append(list(tokens))
+            row_of.append(seen[tokens])
+        sizes.append(len(seen))
+    distinct = _layout(rollout.prompts, rows, sizes, [0] * len(rows))
+    begins = torch.cumsum(distinct.lengths, 0) - distinct.lengths
+    index = [torch.arange(int(begins[u]), int(begins[u] + distinct.lengths[u])) for u in row_of]
+    return replace(distinct, token_index=torch.cat(index), target_ids=rollout.token_ids[rollout.mask].cpu())
+
+
+def answer_rows(prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]]) -> ForwardRows:
+    """One given answer to each prompt."""
+    return _layout(prompts, answers, [1] * len(answers), [0] * len(answers))
+
+
+def share_media(
+    rows: ForwardRows, media_token_ids: Collection[int], merge: Merge = "prefixes"
+) -> ForwardRows:
+    """Let prompts about the same media share the tokens they begin with, where that leaves fewer tokens to compute.
+
+    Args:
+        rows: Of prompts of any order.
+        media_token_ids: Tokens that stand for media; a prompt with one of them behind the shared part stands alone.
+        merge: What the attention backend computes once among the rows of a prompt.
+    """
+    row_ends = torch.cumsum(rows.group_sizes, 0).tolist()
+    rows_of = [range(end - size, end) for end, size in zip(row_ends, rows.group_sizes.tolist())]
+    members: dict[tuple[str, ...], list[int]] = {}
+    for index, prompt in enumerate(rows.prompts):
+        keys = tuple(item.key for item in prompt.media)
+        members.setdefault(keys or (f"prompt {index}",), []).append(index)
+
+    lengths = rows.lengths.tolist()
+    responses = [ids[:length] for ids, length in zip(rows.token_ids.tolist(), lengths)]
+    prompts: list[EncodedPrompt] = []
+    new_rows: list[list[int]] = []
+    sizes: list[int] = []
+    skipped: list[int] = []  # tokens of each new row that belong to its prompt
+    order: list[int] = []  # the old row of each new one
+    for group in members.values():
+        ids = [rows.prompts[i].input_ids.tolist() for i in group]
+        shared = _common_length(ids)
+        copies = [1 if merge == "prefixes" else len(rows_of[i]) for i in group]
+        together = shared + sum((len(row) - shared) * n for row, n in zip(ids, copies))
+        media_behind = any(token in media_token_ids for row in ids for token in row[shared:])
+        if shared == 0 or media_behind or together >= sum(map(len, ids)):
+            pieces = [([i], len(row)) for i, row in zip(group, ids)]
+        else:
+            pieces = [(group, shared)]
+        for piece, length in pieces:
+            first = rows.prompts[piece[0]]
+            prompts.append(EncodedPrompt(first.input_ids[:length], first.media))
+            sizes.append(sum(len(rows_of[i]) for i in piece))
+            for i in piece:
+                rest = rows.prompts[i].input_ids[length:].tolist()
+                for row in rows_of[i]:
+                    new_rows.append(rest + responses[row])
+                    skipped.append(len(rest))
+                    order.append(row)
+    laid_out = _layout(prompts, new_rows, sizes, skipped)
+    # Where the tokens of the old rows, packed in the old order, are now.
+    pieces_of = laid_out.token_index.split([lengths[row] for row in order])
+    moved = dict(zip(order, pieces_of))
+    place = torch.cat([moved[row] for row in range(len(lengths))])
+    return replace(laid_out, token_index=place[rows.token_index], target_ids=rows.target_ids)
+
+
+def for_policy(rows: ForwardRows, policy: Policy) -> ForwardRows:
+    """The rows as this policy computes them with the fewest tokens; its plain path shares nothing."""
+    if not policy.shared_prefix:
+        return rows
+    return share_media(rows, policy.media_token_ids, policy.backend.merge)
+
+
+def response_hidden(policy: Policy, rows: ForwardRows, **features) -> Tensor:
+    """(M, H) hidden states that predict each response token, differentiable; `features` as for the policy."""
+    hidden = policy.response_hidden(
+        rows.prompts, rows.token_ids, rows.lengths, group_sizes=rows.group_sizes, **features
+    )
+    return hidden.index_select(0, rows.token_index.to(hidden.device))
+
+
+def _layout(
+    prompts: Sequence[EncodedPrompt], rows: Sequence[list[int]], sizes: Sequence[int], skipped: Sequence[int]
+) -> ForwardRows:
+    """Rows as tensors; the tokens of each row behind the first `skipped` are its response's."""
+    longest = max(map(len, rows))
+    index, targets, begin = [], [], 0
+    for row, skip in zip(rows, skipped):
+        index.append(torch.arange(begin + skip, begin + len(row)))
+        targets += row[skip:]
+        begin += len(row)
+    return ForwardRows(
+        prompts=tuple(prompts),
+        token_ids=torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+        lengths=torch.tensor([len(row) for row in rows]),
+        group_sizes=torch.tensor(sizes),
+        token_index=torch.cat(index),
+        target_ids=torch.tensor(targets),
+    )
+
+
+def _common_length(rows: Sequence[list[int]]) -> int:
+    """Tokens that all rows begin with."""
+    shortest = min(map(len, rows))
+    return next((k for k, column in enumerate(zip(*rows)) if len(set(column)) > 1), shortest)
