@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import FAMILIES, IDS, make_model, make_policy, make_prompt, standard_prompts
+from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
+from rlaif_fast.rollout.graphs import LENGTH_STEP, GraphSampler
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
@@ -56,6 +59,7 @@ def test_same_draws_give_the_tokens_of_generate(policy: Policy, family: str, par
     prompts = standard_prompts(family)
     ours = SharedPrefixSampler(policy).sample(prompts, 4, params)
     assert_same(ours, PlainSampler(policy).sample(prompts, 4, params))
+    assert_same(GraphSampler(policy).sample(prompts, 4, params), ours)
     assert ours.mask.any(1).all()
     if params.temperature:
         assert len(set(ours.texts)) > 4 or params.max_new_tokens == 1
@@ -150,6 +154,57 @@ def test_shared_features_are_used(policy: Policy, family: str) -> None:
     ours = SharedPrefixSampler(policy).sample(prompts, 2, params, features=features)
     assert policy.vision.calls == before
     assert_same(ours, SharedPrefixSampler(policy).sample(prompts, 2, params))
+
+
+# --- fixed steps --------------------------------------------------------------------------------------------
+
+
+def test_fixed_steps_are_kept_between_rollouts(policy: Policy, family: str) -> None:
+    """Buffers hold the last rollout's keys; a rollout of other prompts and the same sizes must not see them."""
+    sampler, params = GraphSampler(policy), SamplingParams(max_new_tokens=6, seed=3)
+    prompts = standard_prompts(family)
+    sampler.sample(prompts, 3, params)
+    step = sampler._step
+    assert_same(
+        sampler.sample(prompts[::-1], 3, params), SharedPrefixSampler(policy).sample(prompts[::-1], 3, params)
+    )
+    assert sampler._step is step
+    assert step.shape[2] % LENGTH_STEP == 0
+    assert_same(
+        sampler.sample(prompts[:2], 3, params), SharedPrefixSampler(policy).sample(prompts[:2], 3, params)
+    )
+    assert sampler._step is not step
+
+
+def test_fixed_steps_see_new_weights(family: str) -> None:
+    policy, params = make_policy(family), SamplingParams(max_new_tokens=5, seed=2)
+    prompts = standard_prompts(family)
+    sampler = GraphSampler(policy)
+    before = sampler.sample(prompts, 2, params)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(1.3)
+    after = sampler.sample(prompts, 2, params)
+    assert_same(after, SharedPrefixSampler(policy).sample(prompts, 2, params))
+    assert not torch.equal(after.token_ids, before.token_ids)
+
+
+def test_cuda_graphs_are_refused_without_a_gpu() -> None:
+    with pytest.raises(UsageError, match="cuda_graphs: needs a model on a GPU"):
+        make_sampler(make_policy("qwen3_vl"), cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_gives_the_same_tokens(family: str) -> None:
+    policy = make_policy(family, model=make_model(family).to("cuda"))
+    prompts, sampler = standard_prompts(family), GraphSampler(policy)
+    for seed in (1, 2):  # captured, then replayed from its first step
+        params = SamplingParams(max_new_tokens=9, seed=seed)
+        assert_same(
+            sampler.sample(prompts, 4, params), SharedPrefixSampler(policy).sample(prompts, 4, params)
+        )
+    assert sampler._step._graph is not None
 
 
 # --- the drawing --------------------------------------------------------------------------------------------

@@ -25,16 +25,22 @@ from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout
 
 
 class GroupCache:
-    """Keys and values of N groups, (N, K, L, D) a layer, L = longest prompt + room for the nodes."""
+    """Keys and values of N groups, (N, K, L, D) a layer.
 
-    def __init__(self, policy: Policy, prompt_lengths: np.ndarray, room: int) -> None:
+    Args:
+        policy: Whose layers they are of.
+        prompt_lengths: (N,) columns that the prompts take.
+        length: L, columns in all.
+    """
+
+    def __init__(self, policy: Policy, prompt_lengths: np.ndarray, length: int) -> None:
         attention = policy.decoder.layers[0].self_attn
         config = policy.decoder.config
         weight = policy.head_weight
         shape = (
             len(prompt_lengths),
             config.num_key_value_heads,
-            int(prompt_lengths.max()) + room,
+            length,
             attention.head_dim,
         )
         layers = range(config.num_hidden_layers)
@@ -148,9 +154,12 @@ class SharedPrefixSampler:
                 features = policy.encode_media(prompts)
             room = num_generations * (params.max_new_tokens - 1)
             prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
-            cache = GroupCache(policy, prompt_lengths, room)
+            cache = self._make_cache(prompt_lengths, num_generations, int(prompt_lengths.max()) + room)
             hidden = self._prefill(prompts, prompt_lengths, cache, features)
             return self._decode(prompts, prompt_lengths, num_generations, params, cache, hidden)
+
+    def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
+        return GroupCache(self.policy, prompt_lengths, length)
 
     def _prefill(
         self,
