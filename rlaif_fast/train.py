@@ -126,7 +126,7 @@ def train_in(world, config) -> None:
         run = Run(
             config=config,
             policy=policy,
-            sampler=make_sampler(policy, cuda_graphs=config.cuda_graphs),
+            sampler=make_sampler(policy, config.sampler),
             make_batch=make_batch,
             oracle=setup.make_oracle(config),
             data=data,

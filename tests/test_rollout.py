@@ -189,9 +189,23 @@ def test_fixed_steps_see_new_weights(family: str) -> None:
     assert not torch.equal(after.token_ids, before.token_ids)
 
 
-def test_cuda_graphs_are_refused_without_a_gpu() -> None:
-    with pytest.raises(UsageError, match="cuda_graphs: needs a model on a GPU"):
-        make_sampler(make_policy("qwen3_vl"), cuda_graphs=True)
+def test_samplers_by_name(tmp_path, monkeypatch) -> None:
+    policy, plain = make_policy("qwen3_vl"), make_policy("qwen3_vl", shared_prefix=False)
+    assert type(make_sampler(policy)) is SharedPrefixSampler
+    assert type(make_sampler(policy, "plain")) is type(make_sampler(plain)) is PlainSampler
+    with pytest.raises(UsageError, match="cuda_graphs needs a model on a GPU, this one is on cpu"):
+        make_sampler(policy, "cuda_graphs")
+    with pytest.raises(UsageError, match="shared_prefix needs shared_prefix: true"):
+        make_sampler(plain, "shared_prefix")
+    with pytest.raises(UsageError, match="unknown sampler 'vlm'"):
+        make_sampler(policy, "vlm")
+    meta = tmp_path / "echo-1.0.dist-info"
+    meta.mkdir()
+    (tmp_path / "echo_sampler.py").write_text("def make(policy):\n    return 'echo', policy\n")
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: echo\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[rlaif_fast.samplers]\necho = echo_sampler:make\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert make_sampler(policy, "echo") == ("echo", policy)
 
 
 @pytest.mark.gpu

@@ -150,12 +150,35 @@ def test_cut_film_is_left_to_ffmpeg(tmp_path):
 
 
 def test_unknown_and_missing_decoders():
-    with pytest.raises(UsageError, match="decoder must be"):
+    with pytest.raises(UsageError, match="unknown decoder 'decord'"):
         choose("decord", None, [], torch.device("cpu"))
     for name in DECODERS:
         if DECODERS[name].unavailable():
             with pytest.raises(UsageError, match=f"decoder '{name}' cannot run here"):
                 choose(name, None, [], torch.device("cpu"))
+
+
+def test_decoder_of_another_package(tmp_path, monkeypatch):
+    """A package that is installed beside ours adds its decoder by name."""
+    (tmp_path / "grey_decoder.py").write_text(
+        "import torch\n"
+        "class Grey:\n"
+        "    name = 'grey'\n"
+        "    def __init__(self, device):\n"
+        "        pass\n"
+        "    @staticmethod\n"
+        "    def unavailable():\n"
+        "        return None\n"
+        "    def decode(self, path, indices):\n"
+        "        return torch.full((len(indices), 32, 32, 3), 128, dtype=torch.uint8)\n"
+    )
+    meta = tmp_path / "grey_decoder-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: grey-decoder\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[rlaif_fast.decoders]\ngrey = grey_decoder:Grey\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_video(tmp_path / "a.mp4", counter_frames(8))
+    assert decode(str(path), [3, 1], decoder="grey").unique().tolist() == [128]
 
 
 def test_one_decoder_a_process():

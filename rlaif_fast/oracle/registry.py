@@ -7,15 +7,13 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.oracle.wrappers import CircuitBreaker
-
-ENTRY_POINT_GROUP = "rlaif_fast.oracles"
+from rlaif_fast.plugins import find, plugins
 
 _SECRET = re.compile(
     r"(?i)(api[-_]?key|secret|password|authorization|(access|auth|bearer|hf)[-_]?token)(?!_env$)"
@@ -38,7 +36,7 @@ _BUILTIN = {
 
 def oracle_names() -> list[str]:
     """Every name that `build_oracle` knows, sorted."""
-    return sorted({*_BUILTIN, *_plugins()})
+    return sorted({*_BUILTIN, *plugins("oracles")})
 
 
 def refuse_secrets(options: Mapping[str, Any]) -> None:
@@ -121,19 +119,11 @@ def _nested(name: str, option: str, value: Any) -> Oracle:
 
 
 def _factory(name: str) -> Callable[..., Oracle]:
-    if name in _BUILTIN:
-        module, _, attribute = _BUILTIN[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    plugins = _plugins()
-    if name in plugins:
-        return plugins[name].load()
-    close = difflib.get_close_matches(name, oracle_names(), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
-    raise UsageError(f"unknown oracle {name!r}{hint} Known: {', '.join(oracle_names())}")
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    found = find("oracles", name, _BUILTIN)
+    if not isinstance(found, str):
+        return found
+    module, _, attribute = found.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _check_options(name: str, factory: Callable[..., Oracle], options: Mapping[str, Any]) -> None:

@@ -142,7 +142,8 @@ class RlOptions:
         temperature: Sampling temperature; the loss uses the same.
         top_p: Nucleus mass kept when sampling.
         top_k: Tokens kept when sampling; 0 keeps all.
-        cuda_graphs: Capture the rollout's decode steps in a CUDA graph (`rollout/graphs.py`); for many short steps.
+        sampler: What draws responses: "auto", "shared_prefix", "cuda_graphs" (decode steps captured on a GPU), "plain",
+            or one from the entry-point group `rlaif_fast.samplers`.
         num_iterations: Passes over each rollout; more than 1 makes the clipping matter.
         steps_per_generation: Optimizer steps a pass (the rollout is cut into as many parts, by group).
         learning_rate: Peak learning rate.
@@ -183,7 +184,7 @@ class RlOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    cuda_graphs: bool = False
+    sampler: str = "auto"
     num_iterations: int = 1
     steps_per_generation: int = 1
     learning_rate: float = 3e-4

@@ -14,7 +14,7 @@ from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
 from rlaif_fast.trainer.forward_rows import for_policy, response_hidden, rollout_rows
@@ -143,7 +143,9 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         )
         with logger.timer("rollout"):
             features = run.policy.encode_media(batch.prompts)
-            shared = {} if features is None else {"features": features.detach()}
+            shared = {}
+            if features is not None and isinstance(run.sampler, SharedPrefixSampler):
+                shared = {"features": features.detach()}
             with torch.no_grad():
                 rollout = run.sampler.sample(batch.prompts, config.num_generations, params, **shared)
         with logger.timer("oracle"):

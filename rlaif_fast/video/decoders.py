@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.plugins import find
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoDecoder
 from rlaif_fast.video.dali import DaliDecoder
@@ -77,7 +78,8 @@ class PyAVDecoder:
             raise VideoError(path, str(error)) from None
 
 
-# Name -> class: a class made with a device, with `unavailable()`, `refuses(scan, device)` and `decode`.
+# Name -> class: a class made with a device, with `unavailable()` and `decode`; those that "auto" may choose have
+# `refuses(scan, device)` too. Other packages add theirs by the entry-point group `rlaif_fast.decoders`.
 DECODERS: dict[str, Any] = {"pyav": PyAVDecoder, "dali": DaliDecoder, "torchcodec": TorchCodecDecoder}
 
 
@@ -126,9 +128,7 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         UsageError: When a decoder asked for by name is unknown or cannot run here.
     """
     if name != "auto":
-        if name not in DECODERS:
-            raise UsageError(f"decoder must be 'auto' or one of {', '.join(sorted(DECODERS))}, got {name!r}")
-        reason = DECODERS[name].unavailable()
+        reason = _unavailable(name)
         if reason:
             raise UsageError(f"decoder {name!r} cannot run here: {reason}")
         return name
@@ -139,8 +139,13 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
 
 
 @cache
+def _decoder_class(name: str) -> Any:
+    return find("decoders", name, DECODERS, also=["auto"])
+
+
+@cache
 def _unavailable(name: str) -> str | None:
-    return DECODERS[name].unavailable()
+    return _decoder_class(name).unavailable()
 
 
 @cache
@@ -153,7 +158,7 @@ def _logged(name: str, codec: str, device_type: str) -> str:
 @cache
 def decoder(name: str, device: str = "cpu") -> VideoDecoder:
     """Return the process's one decoder of that name for that device."""
-    return DECODERS[name](device)
+    return _decoder_class(name)(device)
 
 
 def decode(
