@@ -5,15 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlaif_fast.policy.forward_rows import answer_rows, for_policy, response_hidden, share_media
 from rlaif_fast.policy.testing import make_media, make_policy, make_prompt, words
 from rlaif_fast.rollout.base import Rollout
-from rlaif_fast.trainer.forward_rows import (
-    answer_rows,
-    for_policy,
-    response_hidden,
-    rollout_rows,
-    share_media,
-)
+from rlaif_fast.trainer.groups import rollout_rows
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 

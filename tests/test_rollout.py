@@ -10,7 +10,15 @@ import torch
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.testing import FAMILIES, IDS, make_model, make_policy, make_prompt, standard_prompts
+from rlaif_fast.policy.testing import (
+    FAMILIES,
+    IDS,
+    make_media,
+    make_model,
+    make_policy,
+    make_prompt,
+    standard_prompts,
+)
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
@@ -154,6 +162,30 @@ def test_shared_features_are_used(policy: Policy, family: str) -> None:
     ours = SharedPrefixSampler(policy).sample(prompts, 2, params, features=features)
     assert policy.vision.calls == before
     assert_same(ours, SharedPrefixSampler(policy).sample(prompts, 2, params))
+
+
+@pytest.mark.parametrize("max_packed_tokens", [16384, 20])
+def test_questions_about_one_clip_are_prefilled_together(family: str, max_packed_tokens: int) -> None:
+    """Three about one clip, one of them a beginning of another, two about a second, one about none."""
+    policy = make_policy(family, max_packed_tokens=max_packed_tokens)
+    cat, dog = make_media("cat", (2, 4, 8)), make_media("dog", (1, 4, 4))
+    prompts = [
+        make_prompt(family, media, after=after)
+        for media, after in [((cat,), 5), ((dog,), 2), ((cat,), 3), ((), 4), ((cat,), 9), ((dog,), 7)]
+    ]
+    seen: list[int] = []
+    hook = policy.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    ours = SharedPrefixSampler(policy).sample(prompts, 3, SamplingParams(max_new_tokens=6, seed=4))
+    hook.remove()
+    assert_same(ours, PlainSampler(policy).sample(prompts, 3, SamplingParams(max_new_tokens=6, seed=4)))
+    # A question that begins as another does is a beginning of it: each clip costs its longest prompt.
+    longest = [max(len(prompts[i].input_ids) for i in about) for about in ((0, 2, 4), (1, 5), (3,))]
+    if max_packed_tokens == 20:
+        assert seen[0] == longest[0] > 20  # a group is never cut
+    else:
+        assert seen[0] == sum(longest)
 
 
 # --- fixed steps --------------------------------------------------------------------------------------------

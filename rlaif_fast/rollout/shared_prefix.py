@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlaif_fast.policy.attention import SdpaContext, sdpa
 from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.forward_rows import answer_rows, share_media
 from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -64,18 +65,38 @@ class GroupCache:
 
 
 class _Prefill:
-    """Causal attention of each prompt of a row to itself, storing keys and values on the way."""
+    """The attention of a packed row to itself, storing the prompts' keys and values on the way.
 
-    def __init__(self, cache: GroupCache, row: PackedRow, first_group: int, device: torch.device) -> None:
-        groups = np.repeat(np.arange(len(row.prompt_lengths)), row.prompt_lengths) + first_group
+    Args:
+        cache: Where to.
+        row: What prompts about one clip have in common is the row's prompt, the rest of each a response.
+        prompts: For each of the row's responses the prompt that it ends, by its place in the cache.
+        rests: Tokens of it that are not in common.
+    """
+
+    def __init__(
+        self, cache: GroupCache, row: PackedRow, prompts: np.ndarray, rests: np.ndarray, device: torch.device
+    ) -> None:
+        group = np.repeat(np.arange(len(row.group_sizes)), row.group_sizes)  # of each response
+        common = row.prompt_lengths[group]
+        begins = np.cumsum(row.prompt_lengths) - row.prompt_lengths
+        # Each response is its prompt's rest and one token more; the tokens before the last are fed.
+        ends = np.cumsum(rests + 1)
+        shared = row.prompt_index[np.repeat(begins[group], common) + ranges(common)]
+        rest = row.predictor_index[np.repeat(ends - rests, rests) + ranges(rests)]
+        columns = np.concatenate((ranges(common), np.repeat(common, rests) + ranges(rests)))
         self._cache = cache
-        self._groups = torch.from_numpy(groups).to(device)
-        self._columns = torch.from_numpy(ranges(row.prompt_lengths)).to(device)
-        self._causal = SdpaContext(row, device)
+        self._source = torch.from_numpy(np.concatenate((shared, rest))).to(device)
+        self._groups = torch.from_numpy(
+            np.concatenate((np.repeat(prompts, common), np.repeat(prompts, rests)))
+        ).to(device)
+        self._columns = torch.from_numpy(columns).to(device)
+        self._packed = SdpaContext(row, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self._cache.write(layer, self._groups, self._columns, key, value)
-        return self._causal.attend(layer, query, key, value, scale)
+        kept = (x.index_select(2, self._source) for x in (key, value))
+        self._cache.write(layer, self._groups, self._columns, *kept)
+        return self._packed.attend(layer, query, key, value, scale)
 
 
 class _Step:
@@ -155,7 +176,7 @@ class SharedPrefixSampler:
             room = num_generations * (params.max_new_tokens - 1)
             prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
             cache = self._make_cache(prompt_lengths, num_generations, int(prompt_lengths.max()) + room)
-            hidden = self._prefill(prompts, prompt_lengths, cache, features)
+            hidden = self._prefill(prompts, cache, features)
             return self._decode(prompts, prompt_lengths, num_generations, params, cache, hidden)
 
     def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
@@ -164,21 +185,30 @@ class SharedPrefixSampler:
     def _prefill(
         self,
         prompts: Sequence[EncodedPrompt],
-        prompt_lengths: np.ndarray,
         cache: GroupCache,
         features: MediaFeatures | None,
     ) -> Tensor:
         """Hidden states (N, H) of the last prompt tokens."""
         policy = self.policy
-        last = []
-        for groups in split_groups(prompt_lengths, np.zeros_like(prompt_lengths), policy.max_packed_tokens):
-            count = groups.stop - groups.start
-            empty = np.zeros((count, 1), dtype=np.int64)
-            ones = np.ones(count, dtype=np.int64)
-            row = pack(empty, ones, prompt_lengths[groups], ones)
-            context = _Prefill(cache, row, groups.start, policy.device)
-            last.append(policy.packed_forward(row, prompts[groups], empty, features, context))
-        return torch.cat(last)
+        # One token behind each prompt, so that the hidden state which predicts it, the last one, is asked for.
+        rows = share_media(answer_rows(prompts, [[0]] * len(prompts)), policy.media_token_ids)
+        token_ids, lengths = rows.token_ids.numpy(), rows.lengths.numpy()
+        sizes, last = rows.group_sizes.numpy(), rows.token_index.numpy()
+        ends = np.cumsum(lengths)
+        of_row = np.empty(len(prompts), dtype=np.int64)  # the prompt that a row ends
+        of_row[np.searchsorted(ends, last, side="right")] = np.arange(len(prompts))
+        common = np.asarray([len(prompt.input_ids) for prompt in rows.prompts], dtype=np.int64)
+        row_ends = np.concatenate(([0], np.cumsum(sizes)))
+        fed = np.add.reduceat(lengths - 1, row_ends[:-1])
+        hidden = []
+        for groups in split_groups(common, fed, policy.max_packed_tokens):
+            mine = slice(row_ends[groups.start], row_ends[groups.stop])
+            row = pack(token_ids[mine], lengths[mine], common[groups], sizes[groups])
+            context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, policy.device)
+            hidden.append(
+                policy.packed_forward(row, rows.prompts[groups], token_ids[mine], features, context)
+            )
+        return torch.cat(hidden)[rows.token_index.to(policy.device)]
 
     def _decode(
         self,

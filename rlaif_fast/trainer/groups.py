@@ -13,6 +13,7 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
 from rlaif_fast.rollout.base import Rollout
 from rlaif_fast.trainer.batches import PromptBatch
 from rlaif_fast.trainer.options import RlOptions
@@ -250,3 +251,29 @@ def example_record(example: Example) -> dict:
         "answer": example.answer,
         "metadata": dict(example.metadata),
     }
+
+
+def rollout_rows(rollout: Rollout) -> ForwardRows:
+    """The distinct responses of each group; late in training most of a group are repeats."""
+    g = rollout.num_generations
+    row_lengths = rollout.mask.sum(1).tolist()
+    ids = rollout.token_ids.tolist()
+    rows: list[list[int]] = []
+    row_of: list[int] = []
+    sizes: list[int] = []
+    for start in range(0, len(ids), g):
+        seen: dict[tuple[int, ...], int] = {}
+        for row in range(start, start + g):
+            tokens = tuple(ids[row][: row_lengths[row]])
+            if tokens not in seen:
+                seen[tokens] = len(rows)
+                rows.append(list(tokens))
+            row_of.append(seen[tokens])
+        sizes.append(len(seen))
+    distinct = lay_out(rollout.prompts, rows, sizes)
+    tokens_of = distinct.token_index.split(distinct.lengths.tolist())
+    return replace(
+        distinct,
+        token_index=torch.cat([tokens_of[row] for row in row_of]),
+        target_ids=rollout.token_ids[rollout.mask].cpu(),
+    )

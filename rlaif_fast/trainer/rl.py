@@ -14,16 +14,17 @@ from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.policy.forward_rows import for_policy, response_hidden
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
-from rlaif_fast.trainer.forward_rows import for_policy, response_hidden, rollout_rows
 from rlaif_fast.trainer.groups import (
     RankedRollout,
     concat,
     rank_requests,
     rank_rollout,
     rollout_records,
+    rollout_rows,
 )
 from rlaif_fast.trainer.run import Run, make_optimizer, trainable
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from rlaif_fast import token_logps
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tokenize import PromptEncoder
 from rlaif_fast.trainer.batches import EpochOrder, by_media
 from rlaif_fast.trainer.checkpoint import load_state
-from rlaif_fast.trainer.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.trainer.run import Run, make_optimizer, trainable
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from rlaif_fast.policy.packing import Merge
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import Rollout
 
 
 @dataclass(frozen=True)
@@ -40,32 +39,9 @@ class ForwardRows:
     target_ids: Tensor  # (M,)
 
 
-def rollout_rows(rollout: Rollout) -> ForwardRows:
-    """The distinct responses of each group; late in training most of a group are repeats."""
-    g = rollout.num_generations
-    row_lengths = rollout.mask.sum(1).tolist()
-    ids = rollout.token_ids.tolist()
-    rows: list[list[int]] = []
-    row_of: list[int] = []
-    sizes: list[int] = []
-    for start in range(0, len(ids), g):
-        seen: dict[tuple[int, ...], int] = {}
-        for row in range(start, start + g):
-            tokens = tuple(ids[row][: row_lengths[row]])
-            if tokens not in seen:
-                seen[tokens] = len(rows)
-                rows.append(list(tokens))
-            row_of.append(seen[tokens])
-        sizes.append(len(seen))
-    distinct = _layout(rollout.prompts, rows, sizes, [0] * len(rows))
-    begins = torch.cumsum(distinct.lengths, 0) - distinct.lengths
-    index = [torch.arange(int(begins[u]), int(begins[u] + distinct.lengths[u])) for u in row_of]
-    return replace(distinct, token_index=torch.cat(index), target_ids=rollout.token_ids[rollout.mask].cpu())
-
-
 def answer_rows(prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]]) -> ForwardRows:
     """One given answer to each prompt."""
-    return _layout(prompts, answers, [1] * len(answers), [0] * len(answers))
+    return lay_out(prompts, answers, [1] * len(answers))
 
 
 def share_media(
@@ -112,7 +88,7 @@ def share_media(
                     new_rows.append(rest + responses[row])
                     skipped.append(len(rest))
                     order.append(row)
-    laid_out = _layout(prompts, new_rows, sizes, skipped)
+    laid_out = lay_out(prompts, new_rows, sizes, skipped)
     # Where the tokens of the old rows, packed in the old order, are now.
     pieces_of = laid_out.token_index.split([lengths[row] for row in order])
     moved = dict(zip(order, pieces_of))
@@ -135,13 +111,23 @@ def response_hidden(policy: Policy, rows: ForwardRows, **features) -> Tensor:
     return hidden.index_select(0, rows.token_index.to(hidden.device))
 
 
-def _layout(
-    prompts: Sequence[EncodedPrompt], rows: Sequence[list[int]], sizes: Sequence[int], skipped: Sequence[int]
+def lay_out(
+    prompts: Sequence[EncodedPrompt],
+    rows: Sequence[list[int]],
+    sizes: Sequence[int],
+    skipped: Sequence[int] | None = None,
 ) -> ForwardRows:
-    """Rows as tensors; the tokens of each row behind the first `skipped` are its response's."""
+    """Rows as tensors.
+
+    Args:
+        prompts: N prompts.
+        rows: U rows, those of a prompt adjacent.
+        sizes: Rows of each prompt.
+        skipped: Tokens at the beginning of each row that are not its response's; None for none.
+    """
     longest = max(map(len, rows))
     index, targets, begin = [], [], 0
-    for row, skip in zip(rows, skipped):
+    for row, skip in zip(rows, skipped or [0] * len(rows)):
         index.append(torch.arange(begin + skip, begin + len(row)))
         targets += row[skip:]
         begin += len(row)
