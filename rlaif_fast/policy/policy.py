@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.losses import token_logps
-from rlaif_fast.policy import attention
+from rlaif_fast.policy import attention, vision_attention
 from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, pack, split_groups
@@ -93,6 +93,7 @@ class Policy:
             self.layouts = PromptLayouts(model, family)
             self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
             attention.install(self.decoder)
+            vision_attention.install(self.vision.tower)
 
     # --- the head -------------------------------------------------------------------------------------------
 
