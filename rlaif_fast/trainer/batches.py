@@ -99,6 +99,7 @@ class BatchMaker:
         self.encoder = encoder
         self.store = store
         self.blank_frames = blank_frames
+        self._ahead: dict[tuple[str, bool], Future[Clip]] = {}
 
     def __enter__(self) -> BatchMaker:
         return self
@@ -108,15 +109,15 @@ class BatchMaker:
 
     def prefetch(self, examples: Sequence[Example]) -> None:
         """Start decoding the media of rows that will be asked for next."""
-        for example in examples:
-            self._submit(example)
+        self._ahead = self._submit(examples)
 
     def __call__(self, examples: Sequence[Example]) -> PromptBatch:
         """Load and encode `examples`; the rows with bad media are missing from the result."""
         kept, clips, prompts = [], [], []
-        for example, futures in [(example, self._submit(example)) for example in examples]:
+        loads, self._ahead = self._submit(examples), {}
+        for example in examples:
             try:
-                media = tuple(future.result() for future in futures)
+                media = tuple(loads[file].result() for file in files(example))
                 if self.blank_frames:
                     media = tuple(blanked(clip) for clip in media)
                 prompt = self.encoder.encode(example, media)
@@ -128,9 +129,15 @@ class BatchMaker:
             prompts.append(prompt)
         return PromptBatch(tuple(kept), tuple(clips), tuple(prompts))
 
-    def _submit(self, example: Example) -> list[Future[Clip]]:
-        videos = [self.store.submit(path) for path in example.videos]
-        return videos + [self.store.submit(path, image=True) for path in example.images]
+    def _submit(self, examples: Sequence[Example]) -> dict[tuple[str, bool], Future[Clip]]:
+        """One load for each file, however many rows ask about it; those begun ahead are taken up."""
+        wanted = dict.fromkeys(file for example in examples for file in files(example))
+        return {file: self._ahead.get(file) or self.store.submit(file[0], image=file[1]) for file in wanted}
+
+
+def files(example: Example) -> list[tuple[str, bool]]:
+    """Each medium of a row, videos first, and whether it is a picture."""
+    return [(path, False) for path in example.videos] + [(path, True) for path in example.images]
 
 
 def blanked(clip: Clip) -> Clip:

@@ -1,0 +1,63 @@
+"""From rows to encoded prompts: each file is loaded once for all rows that ask about it."""
+
+import pytest
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.policy.loading import load_model
+from rlaif_fast.policy.tiny import make_tiny
+from rlaif_fast.trainer.batches import EpochOrder, by_media
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.setup import make_batch_maker
+from rlaif_fast.video.testing import counter_frames, write_video
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory):
+    folder = make_tiny(tmp_path_factory.mktemp("model") / "tiny", ["what", "moves"])
+    config = TrainConfig(model=str(folder), device="cpu", min_pixels=1024, max_pixels=1024)
+    with make_batch_maker(load_model(config), config) as made:
+        yield made
+
+
+def rows_about(paths) -> list[Example]:
+    return [
+        Example(id=f"{i}-{k}", question=f"what moves {k}", videos=(str(path),), answer="what")
+        for i, path in enumerate(paths)
+        for k in range(4)
+    ]
+
+
+def test_a_file_is_loaded_once_for_its_rows_and_for_what_was_begun_ahead(maker, tmp_path):
+    paths = [write_video(tmp_path / f"{i}.mp4", counter_frames(8 + i)) for i in range(3)]
+    rows, before = rows_about(paths), maker.store.stats.clips
+    maker.prefetch(rows)
+    batch = maker(rows)
+    assert [row.id for row in batch.examples] == [row.id for row in rows]
+    assert maker.store.stats.clips - before == len(paths)
+    assert len({prompt.media[0].key for prompt in batch.prompts}) == len(paths)
+    again = maker(rows[:4])  # not begun ahead: from the cache
+    assert again.clips[0][0].key == batch.clips[0][0].key
+    assert maker.store.stats.clips - before == len(paths) + 1
+
+
+def test_rows_of_a_bad_file_are_left_out(maker, tmp_path):
+    good, bad = write_video(tmp_path / "good.mp4", counter_frames(8)), tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    maker.store.max_bad_fraction = 1.0
+    rows = rows_about([bad, good])
+    maker.prefetch(rows)
+    assert [row.id for row in maker(rows).examples] == [row.id for row in rows[4:]]
+    assert maker.store.stats.bad_files.keys() == {str(bad)}
+
+
+def test_rows_about_the_same_media_stay_together():
+    rows = rows_about(["a.mp4", "b.mp4"])
+    mixed = [rows[0], rows[4], rows[1], Example(id="text", question="why")]
+    assert [[row.id for row in group] for group in by_media(mixed)] == [["0-0", "0-1"], ["1-0"], ["text"]]
+
+
+def test_order_fills_the_last_step_of_an_epoch_from_the_next():
+    order = EpochOrder(range(5), per_step=2, seed=3)
+    visited = [item for step in range(5) for item in order.step(step)]
+    assert sorted(visited[:5]) == sorted(visited[5:]) == list(range(5))
+    assert order.step(1) == EpochOrder(range(5), per_step=2, seed=3).step(1)
