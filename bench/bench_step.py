@@ -158,16 +158,16 @@ def advantages(case: Case) -> Tensor:
 
 
 class Stopwatch:
-    """Seconds by stage."""
+    """Processor seconds by stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, stage: str):
-        begin = time.perf_counter()
+        begin = time.process_time()
         yield
-        self.seconds[stage] += time.perf_counter() - begin
+        self.seconds[stage] += time.process_time() - begin
 
 
 class Ours:
@@ -257,15 +257,18 @@ class Plain:
 
 
 def interleave(arms: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Run the arms, each of which has run before, in turn until the time is up."""
+    """Processor seconds of the arms, each of which has run before, in turn until the time is up.
+
+    With one thread that is the wall time of an idle machine, and it stays so on a busy one.
+    """
     times: dict[str, list[float]] = {name: [] for name in arms}
     begin = time.perf_counter()
     for done in range(1, MAX_ROUNDS + 1):
         for name, run in arms.items():
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
         if done >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
             break
     return times
