@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from rlaif_fast.benchmarking import FULL, SMOKE, bar
 from rlaif_fast.losses import fused_linear_grpo_rank_loss, grpo_rank_loss
-from rlaif_fast.machine import keep_freed_memory
+from rlaif_fast.machine import keep_freed_memory, peak_rss_bytes
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt, Media
@@ -379,9 +378,9 @@ def main() -> None:
     paths = [Path(video) for video in videos]
     case = Case(int(prompt), int(response), int(generations), len(paths))
     runner = Plain(paths, case) if arm == "plain" else Ours(paths, case, shared_prefix=arm == "ours")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss_bytes()
     runner.step(Stopwatch())
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(peak_rss_bytes() - before)
 
 
 if __name__ == "__main__":

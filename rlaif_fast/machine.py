@@ -1,10 +1,14 @@
-"""The machine: its cores, and the allocator of the C library."""
+"""The machine: its cores, a process's memory, and the allocator of the C library."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import re
+import resource
+import sys
+from pathlib import Path
 
 # The numbers and the limit of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -14,6 +18,21 @@ _MOST_MMAP_THRESHOLD = 32 * 2**20
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process has held, in bytes.
+
+    Linux hands `ru_maxrss` of a process on to the one that is started in its place, so the figure of a child may be
+    its parent's; the high-water mark of /proc is the process's own.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> bool:

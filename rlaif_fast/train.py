@@ -15,7 +15,6 @@ os.environ.setdefault(
 import contextlib
 import dataclasses
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from rlaif_fast.cli import packaged_config, parse_config, run_command
 from rlaif_fast.errors import UsageError
-from rlaif_fast.machine import cores, keep_freed_memory
+from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -381,12 +380,6 @@ def dump_config(config) -> str:
     import yaml
 
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def git_commit() -> str | None:

@@ -14,7 +14,7 @@ from world_parts import exchange, refuse
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.machine import cores, keep_freed_memory
+from rlaif_fast.machine import cores
 from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches
@@ -158,9 +158,3 @@ def test_number_of_processes():
 
 def test_minibatches_of_a_process_without_groups():
     assert minibatches(None, 3) == [None, None, None]
-
-
-def test_allocator_setting_is_taken_on_glibc():
-    import platform
-
-    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
