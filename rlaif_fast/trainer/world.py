@@ -31,14 +31,23 @@ _FAILED = "process {} of the run failed; its message is above"
 class World:
     """The processes that train together, seen from one of them.
 
+    The first exchange waits until every process is there, so what comes before it need not wait.
+
     Attributes:
         rank: This process, 0 to size - 1. Rank 0 writes the run's folder.
         size: How many there are.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, connect: Callable[[], Any] | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._connect = connect
+
+    def connect(self) -> None:
+        """Wait until every process is there."""
+        if self._connect is not None:
+            connect, self._connect = self._connect, None
+            connect()
 
     @property
     def is_main(self) -> bool:
@@ -53,6 +62,7 @@ class World:
         """The sums over the processes."""
         if self.size == 1:
             return list(numbers)
+        self.connect()
         total = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(total)
         return total.tolist()
@@ -61,6 +71,7 @@ class World:
         """Everyone's `item`, by rank; it is pickled."""
         if self.size == 1:
             return [item]
+        self.connect()
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
@@ -69,6 +80,7 @@ class World:
         """Replace each gradient by its mean over the processes; a process that has none counts as zero."""
         if self.size == 1:
             return
+        self.connect()
         by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
         for parameter in parameters:
             by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
@@ -82,9 +94,11 @@ class World:
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process rank 0's values, in place."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+        if self.size == 1:
+            return
+        self.connect()
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -121,11 +135,12 @@ def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -
     """
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with _group(rank, size, int(os.environ.get("LOCAL_RANK", rank)), store=None):
-            return work(World(rank, size), argument)
+        return _take_part(work, argument, rank, size, int(os.environ.get("LOCAL_RANK", rank)))
     if num_processes == 1:
         return work(World(), argument)
-    store = dist.TCPStore("127.0.0.1", 0, num_processes, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(
+        "127.0.0.1", 0, num_processes, is_master=True, wait_for_workers=False, timeout=TIMEOUT
+    )
     context = torch.multiprocessing.get_context("spawn")
     others = [
         context.Process(target=_other, args=(work, argument, rank, num_processes, store.port), daemon=True)
@@ -134,10 +149,7 @@ def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -
     try:
         for process in others:
             process.start()
-        for rank, process in enumerate(others, 1):
-            _wait_for(rank, process, store)
-        with _group(0, num_processes, 0, store):
-            result = work(World(0, num_processes), argument)
+        result = _take_part(work, argument, 0, num_processes, 0, store, others)
         for process in others:
             process.join()
         return result
@@ -153,8 +165,34 @@ def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -
             process.join()
 
 
-def _wait_for(rank: int, process: Any, store: dist.Store) -> None:
-    """Wait until another process has joined the store."""
+def _take_part(
+    work: Callable[[World, Any], T],
+    argument: Any,
+    rank: int,
+    size: int,
+    local_rank: int,
+    store: dist.Store | None = None,
+    others: Sequence[Any] = (),
+) -> T:
+    """Call `work` in one of several processes."""
+    backend = _choose_backend(local_rank)
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> None:
+            if store is not None:
+                store.set(f"joined {rank}", "")
+            for other, process in enumerate(others, 1):
+                _wait_for(other, process, store)
+            stack.enter_context(_group(backend, rank, size, store))
+
+        world = World(rank, size, connect)
+        result = work(world, argument)
+        world.connect()
+        return result
+
+
+def _wait_for(rank: int, process: Any, store: Any) -> None:
+    """Wait until another process is about to join the group; one that ends before never will."""
     while not store.check([f"joined {rank}"]):
         process.join(timeout=0.05)
         if process.exitcode is not None:
@@ -164,28 +202,30 @@ def _wait_for(rank: int, process: Any, store: dist.Store) -> None:
 def _other(work: Callable[[World, Any], Any], argument: Any, rank: int, size: int, port: int) -> None:
     """The life of a process that `launch` started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
-    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, wait_for_workers=False)
-    store.set(f"joined {rank}", "")
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
     try:
-        with _group(rank, size, rank, store):
-            work(World(rank, size), argument)
+        _take_part(work, argument, rank, size, rank, store)
     except RlaifFastError as error:
         print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
+def _choose_backend(local_rank: int) -> str:
+    """Gloo for the CPU, and NCCL where each process has a GPU, which is this process's from now on."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"num_processes: process {local_rank} has no GPU, torch sees {torch.cuda.device_count()}; "
+            "start at most one process a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return "cpu:gloo,cuda:nccl"
+
+
 @contextlib.contextmanager
-def _group(rank: int, size: int, local_rank: int, store: dist.Store | None) -> Iterator[None]:
-    """The default process group while the block runs: gloo for the CPU, and NCCL where each process has a GPU."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(
-                f"num_processes: process {local_rank} has no GPU, torch sees {torch.cuda.device_count()}; "
-                "start at most one process a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        backend = "cpu:gloo,cuda:nccl"
+def _group(backend: str, rank: int, size: int, store: dist.Store | None) -> Iterator[None]:
+    """The default process group while the block runs."""
     if store is not None:
         # The rendezvous is on this machine, and so is the traffic: the host's name need not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
