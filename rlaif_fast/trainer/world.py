@@ -186,6 +186,8 @@ def _take_part(
             stack.enter_context(_group(backend, rank, size, store))
 
         world = World(rank, size, connect)
+        if store is None:  # torchrun started them together: none begins before rank 0 is ready
+            world.connect()
         result = work(world, argument)
         world.connect()
         return result
