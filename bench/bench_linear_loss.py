@@ -122,6 +122,8 @@ def build(shape: tuple[int, int, int, int, int, torch.dtype], device: str) -> Ca
         arms["Liger chunked loss, no entropy"] = Arm(lambda: peer(liger), few, flops=flops)
     for found in HEADS:
         reason = found.refuses(device, dtype)
+        if reason is None and device == "cpu" and found.hopper and not FULL:
+            reason = "on a CPU a plain fallback of many seconds; RLAIF_FAST_BENCH=full runs it"
         if reason is not None:
             skipped[found.label] = reason
             continue
