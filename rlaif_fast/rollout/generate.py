@@ -94,6 +94,39 @@ def _nucleus(logps: Tensor, top_k: int, top_p: float) -> Tensor:
     return logps
 
 
+class Drawn:
+    """What B responses have drawn so far, in main memory.
+
+    Attributes:
+        token_ids: (B, max_new_tokens) int64.
+        logps: (B, max_new_tokens) float32.
+        lengths: (B,) tokens drawn.
+        finished: (B,) bool, whether the last of them ends the response.
+    """
+
+    def __init__(self, policy: Policy, responses: int, max_new_tokens: int) -> None:
+        self.token_ids = np.zeros((responses, max_new_tokens), dtype=np.int64)
+        self.logps = np.zeros((responses, max_new_tokens), dtype=np.float32)
+        self.lengths = np.zeros(responses, dtype=np.int64)
+        self.finished = np.zeros(responses, dtype=bool)
+        self._eos_token_ids = policy.eos_token_ids
+
+    def record(self, rows: np.ndarray, step: int, tokens: np.ndarray, logps: np.ndarray) -> np.ndarray:
+        """Take down what `rows` drew at a step; returns which of them ended."""
+        self.token_ids[rows, step] = tokens
+        self.logps[rows, step] = logps
+        self.lengths[rows] = step + 1
+        ended = np.isin(tokens, self._eos_token_ids)
+        self.finished[rows[ended]] = True
+        return ended
+
+    def rollout(self, policy: Policy, prompts: Sequence[EncodedPrompt], num_generations: int) -> Rollout:
+        """Wrap up; see `make_rollout`."""
+        return make_rollout(
+            policy, prompts, num_generations, self.token_ids, self.logps, self.lengths, self.finished
+        )
+
+
 def make_rollout(
     policy: Policy,
     prompts: Sequence[EncodedPrompt],

@@ -20,7 +20,7 @@ from rlaif_fast.policy.attention import sdpa
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
-from rlaif_fast.rollout.generate import TokenSampler, make_rollout, uniforms
+from rlaif_fast.rollout.generate import Drawn, TokenSampler, uniforms
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
@@ -149,19 +149,12 @@ class GraphSampler(SharedPrefixSampler):
         next_position = torch.tensor(first, device=device)[group]
         draw = TokenSampler(policy, params)
         uniform = uniforms(responses, params).to(device)
-        token_ids = np.zeros((responses, params.max_new_tokens), dtype=np.int64)
-        logps = np.zeros((responses, params.max_new_tokens), dtype=np.float32)
-        lengths = np.zeros(responses, dtype=np.int64)
-        finished = np.zeros(responses, dtype=bool)
+        drawn = Drawn(policy, responses, params.max_new_tokens)
         for step in range(params.max_new_tokens):
             tokens, logp = draw(policy.logits(hidden), group if step == 0 else None, uniform[:, step], step)
-            live = ~finished
-            new = tokens.numpy(force=True)
-            token_ids[live, step] = new[live]
-            logps[live, step] = logp.numpy(force=True)[live]
-            lengths[live] = step + 1
-            finished |= live & np.isin(new, policy.eos_token_ids)
-            if finished.all() or step + 1 == params.max_new_tokens:
+            live = np.flatnonzero(~drawn.finished)
+            drawn.record(live, step, tokens.numpy(force=True)[live], logp.numpy(force=True)[live])
+            if drawn.finished.all() or step + 1 == params.max_new_tokens:
                 break
             hidden = feed(tokens, next_position + step, step)
-        return make_rollout(policy, prompts, num_generations, token_ids, logps, lengths, finished)
+        return drawn.rollout(policy, prompts, num_generations)

@@ -22,7 +22,7 @@ from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
-from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
+from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
 
 
 class GroupCache:
@@ -225,10 +225,7 @@ class SharedPrefixSampler:
         vocabulary = policy.head_weight.shape[0]
         draw = TokenSampler(policy, params)
         uniform = uniforms(responses, params).to(device)
-        token_ids = np.zeros((responses, params.max_new_tokens), dtype=np.int64)
-        logps = np.zeros((responses, params.max_new_tokens), dtype=np.float32)
-        lengths = np.zeros(responses, dtype=np.int64)
-        finished = np.zeros(responses, dtype=bool)
+        drawn = Drawn(policy, responses, params.max_new_tokens)
 
         live = np.arange(responses)  # responses that still draw
         node = live // num_generations  # (live,) the node each of them draws from
@@ -237,14 +234,10 @@ class SharedPrefixSampler:
         for step in range(params.max_new_tokens):
             own_node = len(node) == len(node_group) and bool((node == np.arange(len(node))).all())
             rows = None if own_node else torch.from_numpy(node).to(device)
-            drawn = torch.from_numpy(live).to(device)
-            tokens, logp = draw(policy.logits(hidden), rows, uniform[drawn, step], step)
+            draws = uniform[torch.from_numpy(live).to(device), step]
+            tokens, logp = draw(policy.logits(hidden), rows, draws, step)
             new = tokens.numpy(force=True)
-            token_ids[live, step] = new
-            logps[live, step] = logp.numpy(force=True)
-            lengths[live] = step + 1
-            ended = np.isin(new, policy.eos_token_ids)
-            finished[live[ended]] = True
+            ended = drawn.record(live, step, new, logp.numpy(force=True))
             live, node, new = live[~ended], node[~ended], new[~ended]
             if not len(live) or step + 1 == params.max_new_tokens:
                 break
@@ -266,4 +259,4 @@ class SharedPrefixSampler:
                 torch.from_numpy(np.ascontiguousarray(positions)).to(device),
                 _Step(cache, node_group, columns, allowed, hidden),
             )
-        return make_rollout(policy, prompts, num_generations, token_ids, logps, lengths, finished)
+        return drawn.rollout(policy, prompts, num_generations)
