@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.attention import ATTENTION_BACKENDS, ReferenceContext, choose_backend
-from rlaif_fast.policy.flash import FlashContext, Sequences
+from rlaif_fast.policy.flash import FlashContext, Sequences, TorchFlash, refuses_torch_flash
 from rlaif_fast.policy.packing import pack
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import (
@@ -418,14 +419,31 @@ def test_equals_the_plain_path_on_a_gpu(family: str, backend: str) -> None:
     assert_same(ours, make_policy(family, model=model, shared_prefix=False), standard_case(family))
 
 
+def test_torch_flash_matches_the_operators_of_this_torch() -> None:
+    """Shapes and dtypes by PyTorch's own shape functions, which run without a GPU."""
+    reason = refuses_torch_flash(torch.device("cpu"), torch.bfloat16)
+    assert reason == "it needs a CUDA device"
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        pytest.skip("needs PyTorch 2.10")
+    q, kv = (torch.empty(9, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    sequences = Sequences(torch.empty(3, dtype=torch.int32, device="meta"), 5)
+    out, lse = TorchFlash().forward(q, kv, kv, sequences, sequences, 0.25, True)
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 9), torch.float32)
+    gradients = TorchFlash().backward(out, q, kv, kv, out, lse, sequences, sequences, 0.25, True)
+    assert [g.shape for g in gradients] == [q.shape, kv.shape, kv.shape]
+
+
 @pytest.mark.gpu
 @needs_gpu
-def test_flash_on_a_gpu() -> None:
+@pytest.mark.parametrize("backend", ["flash", "torch_flash"])
+def test_flash_on_a_gpu(backend: str) -> None:
     """bfloat16 against the reference in bfloat16: both round alike at about 2^-8."""
-    pytest.importorskip("flash_attn")
+    reason = ATTENTION_BACKENDS[backend].refuses(torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        pytest.skip(reason)
     model = make_model("qwen3_vl", dtype=torch.bfloat16).cuda()
     case = standard_case("qwen3_vl")
-    ours, dense = (make_policy("qwen3_vl", model=model, attention_backend=b) for b in ("flash", "reference"))
+    ours, dense = (make_policy("qwen3_vl", model=model, attention_backend=b) for b in (backend, "reference"))
     _, logps, _, gradients = passes(ours, case)
     _, expected, _, reference = passes(dense, case)
     assert distance(logps, expected) < 2e-2

@@ -12,6 +12,8 @@ Backends, all equal to the dense-mask reference:
   [prompt | responses] with a mask. Any device.
 - `flex`: FlexAttention with a block mask over the whole row.
 - `flash`: flash-attn's varlen kernels; the response part is two calls merged by their log-sum-exp.
+- `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; on request only until it has been
+  measured.
 - `reference`: one dense mask over the whole row, softmax written out.
 """
 
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlaif_fast.policy.flash import FlashContext, refuses_flash
+from rlaif_fast.policy.flash import FlashContext, TorchFlash, refuses_flash, refuses_torch_flash
 from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
 
 PREFIX = "rlaif_shared_prefix_"
@@ -245,6 +247,10 @@ def _flex_context(row: PackedRow, device: torch.device) -> AttentionContext:
     return FlexContext(row, device)
 
 
+def _torch_flash_context(row: PackedRow, device: torch.device) -> AttentionContext:
+    return FlashContext(row, device, TorchFlash())
+
+
 def _always(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
@@ -272,6 +278,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
         AttentionBackend("flash", 20, refuses_flash, "duplicates", FlashContext),
+        AttentionBackend("torch_flash", -1, refuses_torch_flash, "duplicates", _torch_flash_context),
         AttentionBackend("sdpa", 10, _always, "prefixes", SdpaContext),
         AttentionBackend("flex", -1, refuses_flex, "prefixes", _flex_context),
         AttentionBackend("reference", -1, _always, "prefixes", ReferenceContext),

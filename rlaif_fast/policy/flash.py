@@ -1,4 +1,4 @@
-"""Shared-prefix attention with flash-attn's varlen kernels.
+"""Shared-prefix attention with FlashAttention-2's varlen kernels, flash-attn's own or those inside PyTorch.
 
 Three calls a layer: the prompts to themselves (causal), all response tokens of a group to its prompt (not
 causal), and each response to itself (causal). The last two see disjoint keys of the same queries, so their
@@ -130,6 +130,59 @@ class FlashAttention2:
         return dq, dk, dv
 
 
+class TorchFlash:
+    """The FlashAttention-2 kernels inside PyTorch, called as `torch.nn.attention.varlen` does."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            queries.ends,
+            keys.ends,
+            queries.longest,
+            keys.longest,
+            dropout_p=0.0,
+            is_causal=causal,
+            return_debug_mask=False,
+            scale=scale,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Sequences,
+        keys: Sequences,
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten._flash_attention_backward(
+            dout.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            lse,
+            queries.ends,
+            keys.ends,
+            queries.longest,
+            keys.longest,
+            dropout_p=0.0,
+            is_causal=causal,
+            rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),  # of the dropout; not read
+            unused=q.new_empty(0),
+            scale=scale,
+        )
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where the tokens of a row stand, and how they fall into sequences."""
@@ -223,10 +276,20 @@ class FlashContext:
 
 def refuses_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn cannot run here; None where it can."""
+    missing = "flash-attn is not installed" if importlib.util.find_spec("flash_attn") is None else None
+    return _refuses(device, dtype) or missing
+
+
+def refuses_torch_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why PyTorch's FlashAttention cannot run here; None where it can."""
+    # The releases before this module have other log-sum-exps or other arguments.
+    found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return _refuses(device, dtype) or (None if found else "it needs PyTorch 2.10")
+
+
+def _refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return "it needs a CUDA device"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(device) < (8, 0):
