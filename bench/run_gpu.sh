@@ -182,7 +182,7 @@ call bench_linear_loss 90 benchmark bench_linear_loss
 call bench_logits_loss 60 benchmark bench_logits_loss
 call bench_rank_loss 45 benchmark bench_rank_loss
 call bench_rank_penalty 45 benchmark bench_rank_penalty
-call bench_step 90 benchmark bench_step
+call bench_step 240 benchmark bench_step -k cuda
 call bench_video 45 benchmark bench_video
 call gpu_tests 120 gpu_tests
 call tune_rows 40 tune
