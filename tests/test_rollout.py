@@ -110,6 +110,20 @@ def test_a_response_does_not_depend_on_its_batch(policy: Policy, family: str) ->
     assert torch.equal(together.token_ids[:4, :width][alone.mask], alone.token_ids[alone.mask])
 
 
+def test_settings_of_the_checkpoint_do_not_reach_the_draws() -> None:
+    """Qwen2.5-VL ships a repetition penalty for chat; training log-probs know nothing of it."""
+    policy = make_policy("qwen2_5_vl")
+    prompts = standard_prompts("qwen2_5_vl")
+    params = SamplingParams(max_new_tokens=8, seed=4)
+    expected = PlainSampler(policy).sample(prompts, 2, params)
+    settings = policy.model.generation_config
+    settings.repetition_penalty, settings.min_p, settings.suppress_tokens = 1.5, 0.3, [IDS["word1"]]
+    rollout = PlainSampler(policy).sample(prompts, 2, params)
+    assert torch.equal(rollout.token_ids, expected.token_ids)
+    assert torch.equal(rollout.logps, expected.logps)
+    assert policy.model.generation_config is settings
+
+
 def test_finished_groups_leave_the_cache(monkeypatch) -> None:
     """When half of the groups have ended the cache is compacted, and the others do not notice."""
     policy = make_policy("qwen3_vl")

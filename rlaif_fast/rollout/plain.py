@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,23 +31,26 @@ class PlainSampler:
         self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams
     ) -> Rollout:
         """Return one rollout; see `Sampler`."""
-        from transformers import LogitsProcessorList
+        from transformers import GenerationConfig, LogitsProcessorList
 
         check_params(params, num_generations)
         policy = self.policy
         draw = _Draw(policy, params, uniforms(len(prompts) * num_generations, params))
         inputs = model_inputs(policy.model, prompts, padding_side="left")
-        with policy.evaluating():
+        # The checkpoint's own settings (a repetition penalty, say) would change what is drawn.
+        settings = GenerationConfig(
+            num_return_sequences=num_generations,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=list(policy.eos_token_ids),
+            pad_token_id=policy.pad_token_id,
+        )
+        with policy.evaluating(), _generation_config(unwrap(policy.model), settings):
             sequences = unwrap(policy.model).generate(
                 **inputs,
-                num_return_sequences=num_generations,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=params.max_new_tokens,
-                eos_token_id=list(policy.eos_token_ids),
-                pad_token_id=policy.pad_token_id,
                 logits_processor=LogitsProcessorList([draw]),
             )
         tokens = sequences[:, inputs["input_ids"].shape[1] :].numpy(force=True)
@@ -54,6 +59,16 @@ class PlainSampler:
         finished = np.asarray(ended.any(axis=1))
         lengths = np.where(finished, ended.argmax(1) + 1, tokens.shape[1])
         return make_rollout(policy, prompts, num_generations, tokens, logps, lengths, finished)
+
+
+@contextlib.contextmanager
+def _generation_config(model: Any, settings: Any) -> Iterator[None]:
+    """`generate` fills what a call leaves open from the model's own settings; here from `settings`."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Draw:
