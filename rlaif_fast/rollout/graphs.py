@@ -76,7 +76,8 @@ class FixedStep:
         self._columns.copy_(self._begins + step * self.shape[1] + self._slot)
         self._bias[self._group, :, self._slot, self._columns] = 0.0
         if self._graph is not None:
-            self._graph.replay()
+            with torch.cuda.device(self._ids.device):
+                self._graph.replay()
         elif self._ids.is_cuda:
             self._capture()
         else:
@@ -101,17 +102,20 @@ class FixedStep:
 
     def _capture(self) -> None:
         # Feeding the same tokens again writes the same keys to the same columns, so warming up changes nothing.
-        stream = torch.cuda.Stream(device=self._ids.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._hidden = self._run()
-        self._graph = graph
-        graph.replay()
+        device = self._ids.device
+        with torch.cuda.device(device):  # streams and captures are of the current device
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_STEPS):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Threads that prefetch frames may call CUDA meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._hidden = self._run()
+            self._graph = graph
+            graph.replay()
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(p.data_ptr() for p in self._policy.model.parameters())
