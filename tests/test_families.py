@@ -79,6 +79,14 @@ def test_an_unknown_family_is_refused_and_trains_the_plain_way() -> None:
     assert model.model.visual.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_attention_dropout_is_refused() -> None:
+    """It would act on the plain path alone."""
+    model = make_model("qwen3_vl")
+    model.config.text_config.attention_dropout = 0.1
+    with pytest.raises(UsageError, match="attention_dropout.*shared_prefix: false"):
+        Policy(model, TOKENIZER)
+
+
 def test_sliding_window_layers_are_refused() -> None:
     model = make_model("qwen2_5_vl")
     model.config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]

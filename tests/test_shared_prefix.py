@@ -215,11 +215,102 @@ def test_reference_copy_stays_where_the_policy_was(frozen_tower: bool) -> None:
     policy.response_logps(prompts, ids, lengths, group_sizes=sizes).sum().backward()
     optimizer.step()
     features = policy.encode_media(prompts)
+    calls = []
+    policy.vision.tower.register_forward_pre_hook(lambda *_: calls.append(1))
     reference = policy.reference_logps(prompts, ids, lengths, group_sizes=sizes, features=features)
+    assert len(calls) == (0 if frozen_tower else 1)
     assert distance(reference, before) < 1e-6
     assert distance(policy.response_logps(prompts, ids, lengths, group_sizes=sizes).detach(), before) > 1e-3
-    shared = policy._reference.vision.tower is policy.vision.tower
-    assert shared == frozen_tower
+
+
+def test_reference_of_a_trained_adapter_is_where_rl_starts() -> None:
+    """An adapter that supervised fine-tuning has moved is part of the reference; so are other weights that train."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["visual.merger"])
+    policy = make_policy("qwen3_vl", model=peft.get_peft_model(make_model("qwen3_vl"), config))
+    case = standard_case("qwen3_vl")
+    prompts, ids, lengths, sizes = case
+
+    def logps(features=None) -> Tensor:
+        return policy.response_logps(prompts, ids, lengths, group_sizes=sizes, features=features).detach()
+
+    def reference() -> Tensor:
+        features = policy.encode_media(prompts)
+        return policy.reference_logps(prompts, ids, lengths, group_sizes=sizes, features=features)
+
+    def train() -> None:
+        policy.response_logps(prompts, ids, lengths, group_sizes=sizes).sum().backward()
+        for parameter in policy.model.parameters():
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad, alpha=0.02)
+                parameter.grad = None
+
+    untrained = logps()
+    train()
+    started = logps()
+    assert distance(started, untrained) > 1e-2
+    policy.freeze_reference()
+    assert distance(reference(), started) < 1e-6
+    train()
+    assert distance(logps(), started) > 1e-2
+    assert distance(reference(), started) < 1e-6
+    assert distance(logps(), started) > 1e-2  # the policy has its own weights back
+
+
+def test_reference_of_a_new_adapter_costs_nothing() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    policy = make_policy("qwen3_vl", model=peft.get_peft_model(make_model("qwen3_vl"), config))
+    policy.freeze_reference()
+    assert policy._reference is None
+
+
+def test_a_changed_attention_implementation_still_sees_the_layout() -> None:
+    model = make_model("qwen3_vl")
+    policy = make_policy("qwen3_vl", model=model)
+    prompts, ids, lengths, sizes = standard_case("qwen3_vl")
+    before = policy.response_logps(prompts, ids, lengths, group_sizes=sizes)
+    model.set_attn_implementation("eager")
+    assert distance(policy.response_logps(prompts, ids, lengths, group_sizes=sizes), before) < 1e-5
+
+
+def test_an_attention_implementation_reads_its_own_name() -> None:
+    """transformers' flash attention loads the kernel that the config names."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = []
+
+    def named(module, *args, **kwargs):
+        names.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    model = make_model("qwen3_vl").eval()
+    prompt = make_prompt("qwen3_vl", before=6)
+    ALL_ATTENTION_FUNCTIONS.register("named", named)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("named", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.model.language_model.config._attn_implementation = "named"
+    make_policy("qwen3_vl", model=model)
+    with torch.no_grad():
+        model(input_ids=prompt.input_ids[None])
+    assert set(names) == {"named"}
+    assert model.model.language_model.config._attn_implementation.endswith("_named")
+
+
+def test_evaluating_restores_each_module() -> None:
+    policy = make_policy("qwen3_vl")
+    policy.vision.tower.eval()
+    with policy.evaluating():
+        assert not any(module.training for module in policy.model.modules())
+    assert policy.model.training and not policy.vision.tower.training
+
+
+def test_the_end_of_taught_answers_may_be_drawn() -> None:
+    model = make_model("qwen3_vl")
+    model.generation_config.eos_token_id = IDS["<|endoftext|>"]
+    policy = make_policy("qwen3_vl", model=model)
+    assert policy.eos_token_ids == (IDS["<|endoftext|>"], IDS["<|im_end|>"])
+    assert policy.token_ids_allowed[list(policy.eos_token_ids)].all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -140,5 +140,16 @@ def test_a_fused_optimizer_step_is_seen() -> None:
     assert (after - before).abs().max() > 1e-2
 
 
+def test_what_a_tower_gave_before_it_trained_is_forgotten() -> None:
+    policy = make_policy("qwen3_vl")
+    tower, prompts = policy.vision.tower.requires_grad_(False), standard_prompts("qwen3_vl")
+    before = policy.encode_media(prompts).levels[0].clone()
+    tower.requires_grad_(True)
+    policy.encode_media(prompts).levels[0].sum().backward()
+    torch.optim.AdamW(tower.parameters(), lr=0.1, fused=True).step()
+    tower.requires_grad_(False)
+    assert (policy.encode_media(prompts).levels[0] - before).abs().max() > 1e-2
+
+
 def test_text_only_prompts_have_no_features() -> None:
     assert make_policy("qwen3_vl").encode_media([make_prompt("qwen3_vl")]) is None

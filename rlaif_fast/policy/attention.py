@@ -30,7 +30,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlaif_fast.policy.flash import FlashContext, TorchFlash, refuses_flash, refuses_torch_flash
+from rlaif_fast.policy.flash import (
+    FlashContext,
+    TorchFlash,
+    refuses_flash,
+    refuses_kernels,
+    refuses_torch_flash,
+)
 from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
 
 PREFIX = "rlaif_shared_prefix_"
@@ -77,7 +83,12 @@ def _attention(module, query, key, value, attention_mask, *, base: str, shared_p
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         function = ALL_ATTENTION_FUNCTIONS[base]
-    return function(module, query, key, value, attention_mask, **kwargs)
+    # Implementations read their own name in the config: transformers' flash attention loads the kernel it names.
+    ours, module.config._attn_implementation = module.config._attn_implementation, base
+    try:
+        return function(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config._attn_implementation = ours
 
 
 # --- padding inside attention -------------------------------------------------------------------------------
@@ -207,8 +218,8 @@ def sdpa(
 ) -> Tensor:
     """Grouped-query `scaled_dot_product_attention` that stays on a fused kernel: (n, H, Q, D)."""
     repeat = query.shape[1] // key.shape[1]
-    if repeat > 1 and mask is not None and query.is_cuda:
-        # With a mask and `enable_gqa` CUDA falls back to the kernel that writes out the scores.
+    if repeat > 1 and query.is_cuda and (mask is not None or refuses_kernels(query.device, query.dtype)):
+        # Of CUDA's fused kernels only FlashAttention knows `enable_gqa`; the next one would write out the scores.
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
         repeat = 1
     return functional.scaled_dot_product_attention(

@@ -71,6 +71,11 @@ def family_of(model: nn.Module) -> Family:
             f"shared_prefix: {family.name} with sliding-window attention layers is not supported; "
             "set shared_prefix: false to train it the plain way"
         )
+    if getattr(config.text_config, "attention_dropout", 0.0):
+        raise UsageError(
+            f"shared_prefix: {family.name} with attention_dropout is not supported; set it to 0 in the model's "
+            "config.json, or set shared_prefix: false to train it the plain way"
+        )
     return family
 
 

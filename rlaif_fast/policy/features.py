@@ -80,12 +80,19 @@ class VisionEncoder:
         self._used = 0
         self._fingerprint: tuple = ()
 
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter of the tower is trained."""
+        return any(p.requires_grad for p in self.tower.parameters())
+
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
         """Features of every distinct medium of `prompts`; None where there is none."""
         media = {m.key: m for prompt in prompts for m in prompt.media}
         if not media:
             return None
-        trains = any(p.requires_grad for p in self.tower.parameters())
+        trains = self.trains
+        if trains:
+            self._forget()
         if trains and torch.is_grad_enabled():
             pieces = self._encode(list(media.values()))
         else:
@@ -117,9 +124,12 @@ class VisionEncoder:
     def _forget_if_changed(self) -> None:
         fingerprint = tuple((p.data_ptr(), p._version) for p in self.tower.parameters())
         if fingerprint != self._fingerprint:
-            self._cache.clear()
-            self._used = 0
+            self._forget()
             self._fingerprint = fingerprint
+
+    def _forget(self) -> None:
+        self._cache.clear()
+        self._used = 0
 
     def _remember(self, media: Iterable[str], fresh: dict[str, tuple[Tensor, ...]]) -> None:
         for key in media:

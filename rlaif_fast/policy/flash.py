@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol
 
 import numpy as np
@@ -276,18 +277,29 @@ class FlashContext:
 
 def refuses_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why flash-attn cannot run here; None where it can."""
-    missing = "flash-attn is not installed" if importlib.util.find_spec("flash_attn") is None else None
-    return _refuses(device, dtype) or missing
+    return refuses_kernels(device, dtype) or missing_flash_attn()
+
+
+def missing_flash_attn() -> str | None:
+    """Why the package flash-attn cannot be used; None where it can."""
+    try:  # flash-attn-4 has a module of the same name and none of these kernels
+        found = version("flash-attn")
+    except PackageNotFoundError:
+        return "flash-attn is not installed"
+    if tuple(int(part) for part in found.split(".")[:2]) < (2, 7):
+        return f"flash-attn {found} is older than 2.7"
+    return None
 
 
 def refuses_torch_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why PyTorch's FlashAttention cannot run here; None where it can."""
     # The releases before this module have other log-sum-exps or other arguments.
     found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    return _refuses(device, dtype) or (None if found else "it needs PyTorch 2.10")
+    return refuses_kernels(device, dtype) or (None if found else "it needs PyTorch 2.10")
 
 
-def _refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def refuses_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no FlashAttention-2 kernel can run on a device and dtype; None where they can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.policy.flash import refuses_flash
 from rlaif_fast.video import PatchSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,12 +105,9 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> tu
         return name, f"attention: {name} (asked for)"
     if device.type != "cuda":
         return "sdpa", "attention: sdpa (no GPU)"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "attention: sdpa (flash-attn is not installed)"
-    if dtype == torch.float32:
-        return "sdpa", "attention: sdpa (flash-attn takes no float32)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "sdpa", "attention: sdpa (flash-attn needs compute capability 8.0)"
+    reason = refuses_flash(device, dtype)
+    if reason is not None:
+        return "sdpa", f"attention: sdpa (no flash-attn: {reason})"
     return "flash_attention_2", "attention: flash_attention_2"
 
 

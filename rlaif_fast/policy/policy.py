@@ -8,8 +8,7 @@ group (`packing`, `attention`); without it the plain padded path runs (`plain`).
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +73,7 @@ class Policy:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_token_ids[0]
         )
         self.media_token_ids = set(_marker_token_ids(model))
-        self._reference: Policy | None = None
+        self._reference: list[tuple[nn.Parameter, Tensor]] | None = None
         head = self._head()
         forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
         forbidden[len(tokenizer) :] = True  # rows of the embedding that no token uses
@@ -223,6 +222,7 @@ class Policy:
         media: tuple[Tensor, ...] | None = None,  # each (F, H)
     ) -> Tensor:
         """Run the text decoder over one packed row and return its last hidden states (S, H)."""
+        attention.install(self.decoder)  # again where the model was given another implementation since
         embeds = self.embedding(ids)
         options = {}
         if media is not None:
@@ -288,27 +288,15 @@ class Policy:
         return hasattr(self.model, "disable_adapter")
 
     def freeze_reference(self) -> None:
-        """Keep the present weights as the reference: a frozen copy, or nothing where an adapter can be
-        switched off.
+        """Make the present weights the reference.
+
+        Kept is a copy of the weights that train, which takes their place while the reference is asked; nothing is
+        kept where switching off a LoRA adapter that is still new gives the same.
         """
-        if self.has_adapter:
-            return
-        # A frozen tower is not copied: reference and policy then share its features too.
-        tower = self.vision.tower if self.shared_prefix else None
-        frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
-        model = copy.deepcopy(self.model, {id(tower): tower} if frozen else {}).requires_grad_(False).eval()
-        reference = Policy(
-            model,
-            self.tokenizer,
-            shared_prefix=self.shared_prefix,
-            attention_backend=self.backend.name if self.shared_prefix else "auto",
-            max_packed_tokens=self.max_packed_tokens,
-            feature_cache_bytes=self.feature_cache_bytes,
-        )
-        if frozen:
-            reference.vision = self.vision
-        reference.token_ids_allowed, reference.forbidden_bias = self.token_ids_allowed, self.forbidden_bias
-        self._reference = reference
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self._reference = None
+        if not (self.has_adapter and _is_new_lora(trained)):
+            self._reference = [(p, p.detach().clone()) for p in trained.values()]
 
     @torch.no_grad()
     def reference_logps(
@@ -321,8 +309,8 @@ class Policy:
         group_sizes: Sequence[int] | Tensor | None = None,
         features: MediaFeatures | None = None,
     ) -> Tensor:
-        """Log-probabilities (M,) under the reference: the model with its adapter off, else the copy of
-        `freeze_reference`.
+        """Log-probabilities (M,) under the reference: the weights of `freeze_reference`, or the model with its
+        adapter off where none were kept.
 
         Args:
             features: Features of the policy's tower; used only where the reference has the same tower.
@@ -330,25 +318,15 @@ class Policy:
         Raises:
             RuntimeError: There is no adapter and `freeze_reference` was not called.
         """
-        scored = self
-        if self.has_adapter:
-            if self.shared_prefix and _has_adapter_layers(self.vision.tower):
-                features = None  # what the tower gives depends on the adapter
-        elif self._reference is None:
+        if self._reference is None and not self.has_adapter:
             raise RuntimeError(
                 "reference_logps: no reference; call freeze_reference() where the policy starts"
             )
-        else:
-            scored = self._reference
-            if self.shared_prefix and scored.vision is not self.vision:
-                features = None
-        with (
-            self.evaluating(),
-            self.model.disable_adapter() if self.has_adapter else contextlib.nullcontext(),
-        ):
-            if features is None and self.has_adapter and self.shared_prefix:
+        own_tower = self.shared_prefix and self.vision.trains
+        with self.evaluating(), self._reference_weights():
+            if own_tower:
                 features = VisionEncoder(self.vision.tower, cache_bytes=0)(prompts)
-            logps = scored.response_logps(
+            logps = self.response_logps(
                 prompts,
                 token_ids,
                 lengths,
@@ -360,20 +338,50 @@ class Policy:
         return logps
 
     @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """The model with the weights of the reference."""
+        if self._reference is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        _exchange(self._reference)
+        try:
+            yield
+        finally:
+            _exchange(self._reference)
+
+    @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode (no dropout), as it was before afterwards."""
-        training = self.model.training
+        """The model in evaluation mode (no dropout), each of its modules as it was before afterwards."""
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:
             yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
+
+
+def _exchange(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Let each parameter and its counterpart trade places; nothing is copied."""
+    for parameter, other in pairs:
+        mine = parameter.data
+        parameter.data = other.data
+        other.data = mine
+
+
+def _is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether all that trains is LoRA of which nothing has been learned: every B is zero."""
+    return all(".lora_" in name for name in trained) and not any(
+        bool(p.any()) for name, p in trained.items() if ".lora_B." in name or ".lora_embedding_B." in name
+    )
 
 
 def _eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
     configured = unwrap(model).generation_config.eos_token_id
-    ids = [tokenizer.eos_token_id] if configured is None else configured
-    return tuple(dict.fromkeys([ids] if isinstance(ids, int) else ids))
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
 
 
 def _marker_token_ids(model: nn.Module) -> list[int]:
@@ -381,10 +389,6 @@ def _marker_token_ids(model: nn.Module) -> list[int]:
     config = unwrap(model).config
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-
-
-def _has_adapter_layers(module: nn.Module) -> bool:
-    return any(hasattr(part, "lora_A") or hasattr(part, "base_layer") for part in module.modules())
 
 
 def _group_sizes(

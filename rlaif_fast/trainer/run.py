@@ -46,8 +46,7 @@ class Run:
 
     def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
         """Answer `examples` greedily, log the accuracy, return the predictions."""
-        self.policy.model.eval()
-        with self.logger.timer("evaluation"), torch.no_grad():
+        with self.logger.timer("evaluation"), torch.no_grad(), self.policy.evaluating():
             result = evaluate(
                 examples,
                 self.make_batch,
@@ -56,7 +55,6 @@ class Run:
                 videos_per_step=self.config.eval_videos_per_step,
                 world=self.world,
             )
-        self.policy.model.train()
         self.logger.log(
             "eval", step, phase=phase, split=split, accuracy=result.accuracy, by_category=result.by_category()
         )
