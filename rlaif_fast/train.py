@@ -149,7 +149,8 @@ def train_in(world, config) -> None:
             state = None
         else:
             load_weights(policy.model, run.store.path("sft"))
-        policy.freeze_reference()
+        if config.beta > 0:
+            policy.freeze_reference()
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
             load_weights(policy.model, run.store.path("last"))

@@ -83,7 +83,7 @@ def test_attention_dropout_is_refused() -> None:
     """It would act on the plain path alone."""
     model = make_model("qwen3_vl")
     model.config.text_config.attention_dropout = 0.1
-    with pytest.raises(UsageError, match="attention_dropout.*shared_prefix: false"):
+    with pytest.raises(UsageError, match=r"attention_dropout.*shared_prefix: false"):
         Policy(model, TOKENIZER)
 
 

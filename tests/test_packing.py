@@ -94,7 +94,7 @@ def test_buckets_hold_every_token_once_with_the_same_mask(case, merge) -> None:
         if bucket.slots is None:
             assert count == n * width
         seen += rows.tolist()
-        mask = bucket_mask(row, bucket)
+        mask = bucket_mask(row, bucket).numpy()
         assert mask.any(2).all()  # no query is left without a key, padding included
         at = dict(zip(slots.tolist(), rows.tolist()))
         for (group, node, key), value in np.ndenumerate(mask):

@@ -143,6 +143,14 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, cal
     assert train_module.main(["--resume", str(folder)]) == 2  # nothing left to do
 
 
+def test_passes_of_bounded_size_train_alike(finished, run):
+    code, folder, err = run(max_packed_tokens=150, sft_steps=2, max_steps=1)
+    assert code == 0, err
+    steps = [[row for row in metrics(f) if row["stage"] == "sft"][:2] for f in (folder, finished)]
+    for ours, theirs in zip(*steps):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -154,6 +162,7 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, cal
             marks=pytest.mark.slow,
         ),
         {"lora_r": 4, "freeze_vision_tower": "true", "weight_by_confidence": "true", "max_steps": 2},
+        {"dtype": "bfloat16", "questions_per_video": 2, "max_steps": 2},
         pytest.param(
             {
                 "oracle_shuffle": "true",
@@ -171,6 +180,8 @@ def test_options_of_the_loop(run, changes):
     steps = [row for row in metrics(folder) if row["stage"] == "rl"]
     assert len(steps) == changes.get("max_steps", 4)
     assert all(row.get("loss") is None or abs(row["loss"]) < 100 for row in steps)
+    if "lora_r" in changes:
+        assert abs(steps[0]["kl"]) < 1e-6  # the reference is where this stage starts, not the untrained model
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ class SdpaContext:
                 tokens=int(row.group_lengths[bucket.groups].sum()),
                 slots=put(bucket.slots),
                 rows=put(bucket.rows),
-                allowed=put(bucket_mask(row, bucket)[:, None]) if bucket.response else None,
+                allowed=bucket_mask(row, bucket, device)[:, None] if bucket.response else None,
             )
             for bucket in buckets
         ]

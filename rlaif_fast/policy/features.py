@@ -46,6 +46,22 @@ class MediaFeatures:
         """The same features without their graph, for a rollout or a reference pass."""
         return MediaFeatures(tuple(level.detach() for level in self.levels), self.spans)
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the tower's graph hangs on them."""
+        return self.levels[0].requires_grad
+
+    @classmethod
+    def concat(cls, parts: Sequence[MediaFeatures]) -> MediaFeatures:
+        """Several as one; a medium that is in more than one is taken from the last."""
+        begins = np.cumsum([0, *(len(part.levels[0]) for part in parts[:-1])]).tolist()
+        spans = {
+            key: (begin + at, rows)
+            for begin, part in zip(begins, parts)
+            for key, (at, rows) in part.spans.items()
+        }
+        return cls(tuple(torch.cat(level) for level in zip(*(part.levels for part in parts))), spans)
+
     def leaves(self) -> MediaFeatures:
         """The same features as leaves that collect gradient, so that several backward passes can share one
         tower pass.

@@ -17,6 +17,9 @@ from rlaif_fast.policy.packing import Merge
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 
+# Tokens behind what some prompts share. Each may attend to any of them, so a mask of their square is made.
+MAX_BEHIND = 4096
+
 
 @dataclass(frozen=True)
 class ForwardRows:
@@ -45,7 +48,10 @@ def answer_rows(prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]]) 
 
 
 def share_media(
-    rows: ForwardRows, media_token_ids: Collection[int], merge: Merge = "prefixes"
+    rows: ForwardRows,
+    media_token_ids: Collection[int],
+    merge: Merge = "prefixes",
+    max_tokens: int = 16384,
 ) -> ForwardRows:
     """Let prompts about the same media share the tokens they begin with, where that leaves fewer tokens to compute.
 
@@ -53,6 +59,7 @@ def share_media(
         rows: Of prompts of any order.
         media_token_ids: Tokens that stand for media; a prompt with one of them behind the shared part stands alone.
         merge: What the attention backend computes once among the rows of a prompt.
+        max_tokens: Most tokens of prompts that share; behind the shared part they are at most `MAX_BEHIND` too.
     """
     row_ends = torch.cumsum(rows.group_sizes, 0).tolist()
     rows_of = [range(end - size, end) for end, size in zip(row_ends, rows.group_sizes.tolist())]
@@ -72,12 +79,18 @@ def share_media(
         ids = [rows.prompts[i].input_ids.tolist() for i in group]
         shared = _common_length(ids)
         copies = [1 if merge == "prefixes" else len(rows_of[i]) for i in group]
-        together = shared + sum((len(row) - shared) * n for row, n in zip(ids, copies))
         media_behind = any(token in media_token_ids for row in ids for token in row[shared:])
-        if shared == 0 or media_behind or together >= sum(map(len, ids)):
-            pieces = [([i], len(row)) for i, row in zip(group, ids)]
-        else:
-            pieces = [(group, shared)]
+        pieces: list[tuple[list[int], int]] = []
+        behind = [
+            (len(row) - shared) * n + sum(lengths[row] for row in rows_of[i])
+            for i, row, n in zip(group, ids, copies)
+        ]
+        for span in _spans(behind, min(max_tokens - shared, MAX_BEHIND)):
+            together = shared + sum((len(ids[k]) - shared) * copies[k] for k in span)
+            if shared == 0 or media_behind or together >= sum(len(ids[k]) for k in span):
+                pieces += [([group[k]], len(ids[k])) for k in span]
+            else:
+                pieces.append(([group[k] for k in span], shared))
         for piece, length in pieces:
             first = rows.prompts[piece[0]]
             prompts.append(EncodedPrompt(first.input_ids[:length], first.media))
@@ -100,7 +113,7 @@ def for_policy(rows: ForwardRows, policy: Policy) -> ForwardRows:
     """The rows as this policy computes them with the fewest tokens; its plain path shares nothing."""
     if not policy.shared_prefix:
         return rows
-    return share_media(rows, policy.media_token_ids, policy.backend.merge)
+    return share_media(rows, policy.media_token_ids, policy.backend.merge, policy.max_packed_tokens)
 
 
 def response_hidden(policy: Policy, rows: ForwardRows, **features) -> Tensor:
@@ -139,6 +152,20 @@ def lay_out(
         token_index=torch.cat(index),
         target_ids=torch.tensor(targets),
     )
+
+
+def _spans(sizes: Sequence[int], most: int) -> list[range]:
+    """Cut consecutive items into spans of at most `most` together; a larger one is a span of its own."""
+    spans: list[range] = []
+    used = 0
+    for index, size in enumerate(sizes):
+        if spans and used + size <= most:
+            spans[-1] = range(spans[-1].start, index + 1)
+        else:
+            spans.append(range(index, index + 1))
+            used = 0
+        used += size
+    return spans
 
 
 def _common_length(rows: Sequence[list[int]]) -> int:

@@ -36,7 +36,10 @@ class ModelOptions:
         lora_dropout: Dropout in front of the adapters.
         lora_target_modules: Names of the linear layers of the language model that get an adapter.
         shared_prefix: Compute each prompt once a group. false is the plain path of other trainers (any family).
-        max_packed_tokens: Most tokens in one packed row.
+        attention_backend: How the shared prefix is attended to: "auto", "flash", "torch_flash", "sdpa", "flex",
+            "reference".
+        max_packed_tokens: Most tokens in one packed row, and in one forward and backward pass.
+        feature_cache_bytes: Bytes of a frozen vision tower's features kept from step to step.
         min_pixels: Fewest pixels of a resized frame or image.
         max_pixels: Most pixels of a resized frame or image.
         total_pixels: Most pixels of all frames of a prompt together; null for no bound.
@@ -58,7 +61,9 @@ class ModelOptions:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     shared_prefix: bool = True
+    attention_backend: str = "auto"
     max_packed_tokens: int = 16384
+    feature_cache_bytes: int = 2**30
     min_pixels: int = 1024
     max_pixels: int = 1024
     total_pixels: int | None = None

@@ -6,7 +6,8 @@ responses of a group that begin alike have equal hidden states as far as they ag
 holds these tokens: the responses of a group form a tree, and a token attends to its prompt and to the tokens
 on its path. Identical responses cost nothing.
 
-All of this is index arithmetic on the host, with no loop over tokens or responses.
+All of this is index arithmetic on the host, with no loop over tokens or responses; the mask of a bucket is made on
+the device.
 
 Letters: N groups in a row, G the largest group, B responses, T width of the token matrix, S tokens of the
 row, M predicted tokens, P prompt tokens and R response tokens of a group. A node is one response token of
@@ -21,6 +22,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 Merge = Literal["prefixes", "duplicates", "none"]
 
@@ -276,16 +279,25 @@ def _bucket(row: PackedRow, groups: np.ndarray) -> Bucket:
     return Bucket(groups, prompt, response, begin, rows, slots)
 
 
-def bucket_mask(row: PackedRow, bucket: Bucket) -> np.ndarray:
+def bucket_mask(row: PackedRow, bucket: Bucket, device: torch.device | str = "cpu") -> Tensor:
     """(n, R, P + R) bool: what each node slot may attend to. A padding slot attends to everything; it is
     dropped later.
+
+    Only vectors and the paths are made on the host: the mask of a few thousand nodes has millions of entries.
     """
-    n, prompt, response = len(bucket.groups), bucket.prompt, bucket.response
-    counts = row.node_counts[bucket.groups]
-    real = np.arange(response) < counts[:, None]  # (n, R)
-    node = np.where(real, starts(row.node_counts)[bucket.groups, None] + np.arange(response), 0)
-    mask = np.empty((n, response, prompt + response), dtype=bool)
-    mask[:, :, :prompt] = (np.arange(prompt) < row.prompt_lengths[bucket.groups, None])[:, None, :]
-    mask[:, :, prompt:] = row.is_ancestor(node[:, :, None], node[:, None, :]) & real[:, None, :]
-    mask[~real] = True
-    return mask
+    slots = np.arange(bucket.response)
+    real = slots < row.node_counts[bucket.groups, None]  # (n, R)
+    node = np.where(real, starts(row.node_counts)[bucket.groups, None] + slots, 0)
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int32)).to(device)
+
+    path, nodes = put(row.path), put(node)
+    depth, response = put(row.node_depth[node]), put(row.node_response[node])
+    is_real = torch.from_numpy(real).to(device)
+    lengths = put(row.prompt_lengths[bucket.groups])
+    of_prompt = torch.arange(bucket.prompt, device=device) < lengths[:, None]  # (n, P)
+    of_nodes = path[response[:, :, None], depth[:, None, :]] == nodes[:, None, :]  # (n, R, R): on the path
+    of_nodes &= (depth[:, None, :] <= depth[:, :, None]) & is_real[:, None, :]
+    mask = torch.cat((of_prompt[:, None].expand(-1, bucket.response, -1), of_nodes), dim=2)
+    return mask.masked_fill_(~is_real[:, :, None], True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,11 +78,54 @@ class EpochOrder:
 
     def step(self, index: int) -> list:
         """The items of step `index` (0-based)."""
+        return [item for _, item in self.visits(index)]
+
+    def visits(self, index: int) -> list[tuple[int, Any]]:
+        """The items of step `index`, each with the number of its earlier visits."""
         chosen = []
         for position in range(index * self.per_step, (index + 1) * self.per_step):
             epoch, offset = divmod(position, len(self.items))
-            chosen.append(self.items[self._permutation(epoch)[offset]])
+            chosen.append((epoch, self.items[self._permutation(epoch)[offset]]))
         return chosen
+
+
+def take_turns(rows: Sequence[Example], most: int, visit: int) -> list[Example]:
+    """At most `most` of the rows, on each visit the next ones in a circle."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[(visit * most + k) % len(rows)] for k in range(most)]
+
+
+def cut_by_tokens(
+    prompts: Sequence[EncodedPrompt], response_tokens: Sequence[int], max_tokens: int
+) -> list[range]:
+    """Cut consecutive prompts into parts of at most `max_tokens`; a longer one is a part of its own.
+
+    Args:
+        prompts: N prompts; what one begins with in common with the one before it about the same media is not counted.
+        response_tokens: (N,) tokens of the responses to each.
+        max_tokens: Most tokens of prompts and responses together.
+    """
+    parts: list[range] = []
+    used = 0
+    for index, (prompt, responses) in enumerate(zip(prompts, response_tokens)):
+        tokens = len(prompt.input_ids) + responses
+        more = tokens - _shared(prompts[index - 1], prompt) if index else tokens
+        if parts and used + more <= max_tokens:
+            parts[-1] = range(parts[-1].start, index + 1)
+            used += more
+        else:
+            parts.append(range(index, index + 1))
+            used = tokens
+    return parts
+
+
+def _shared(first: EncodedPrompt, second: EncodedPrompt) -> int:
+    """Tokens that two prompts about the same media begin with."""
+    if not first.media or [m.key for m in first.media] != [m.key for m in second.media]:
+        return 0
+    length = min(len(first.input_ids), len(second.input_ids))
+    return int((first.input_ids[:length] == second.input_ids[:length]).cumprod(0).sum())
 
 
 class BatchMaker:

@@ -101,7 +101,7 @@ def select_rows(rollout: Rollout, groups: Sequence[int], rows: Tensor) -> Rollou
 
 
 def concat(parts: Sequence[RankedRollout]) -> RankedRollout:
-    """Several ranked rollouts as one, without features; responses are padded to the longest."""
+    """Several ranked rollouts as one; responses are padded to the longest."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.rollout.token_ids.shape[1] for part in parts)
@@ -132,6 +132,9 @@ def concat(parts: Sequence[RankedRollout]) -> RankedRollout:
         ndcg=torch.cat([part.ndcg for part in parts]),
         kendall_tau=torch.cat([part.kendall_tau for part in parts]),
         has_signal=torch.cat([part.has_signal for part in parts]),
+        features=MediaFeatures.concat([part.features for part in parts if part.features is not None])
+        if any(part.features is not None for part in parts)
+        else None,
     )
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlaif_fast import fused_linear_grpo_rank_loss
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
-from rlaif_fast.trainer.batches import EpochOrder, by_media
+from rlaif_fast.trainer.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.trainer.checkpoint import load_state
 from rlaif_fast.trainer.groups import (
     RankedRollout,
@@ -21,8 +21,10 @@ from rlaif_fast.trainer.groups import (
     rank_rollout,
     rollout_rows,
 )
+from rlaif_fast.trainer.optimizer import Updater, combine_stats
+from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
-from rlaif_fast.trainer.run import Run, make_optimizer, trainable
+from rlaif_fast.trainer.run import Run
 
 
 @dataclass
@@ -33,19 +35,24 @@ class Progress:
     best_accuracy: float = -1.0
     evals_without_gain: int = 0
 
+    def is_over(self, patience: int) -> bool:
+        """Whether as many evaluations in a row brought no better accuracy; 0 never ends the stage."""
+        return 0 < patience <= self.evals_without_gain
+
 
 def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     """Run the RL stage from its beginning, or from a checkpoint of this stage; the best checkpoint is kept."""
     config, policy, logger, world = run.config, run.policy, run.logger, run.world
     clips = by_media(run.data.rl)
     order = EpochOrder(clips, config.videos_per_step, config.seed + 1)
-    parameters = trainable(policy.model)
     updates_per_rollout = config.num_iterations * config.steps_per_generation
-    optimizer, scheduler = make_optimizer(
-        parameters,
+    updater = Updater(
+        policy.model,
+        world,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
+        max_grad_norm=config.max_grad_norm,
         schedule=config.lr_scheduler_type,
         warmup_steps=config.warmup_steps * updates_per_rollout,
         total_steps=config.max_steps * updates_per_rollout,
@@ -54,8 +61,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     progress = Progress()
     if resume_from is not None:
         state = load_state(resume_from)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        updater.load_state_dict(state)
         progress = Progress(**state["progress"])
 
     def save(name: str, **roles: bool) -> None:
@@ -63,10 +69,8 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             "stage": "rl",
             "step": progress.step,
             "progress": vars(progress).copy(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
             "seconds": logger.seconds(),
-        }
+        } | updater.state_dict()
         with logger.timer("checkpoint"):
             run.store.save(name, policy.model, policy.tokenizer, state, **roles)
 
@@ -77,23 +81,17 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         ).accuracy
         run.store.mark(best=run.store.path("sft").name)
 
-    with logger.stage("rl", total=config.max_steps, start=progress.step):
-        while progress.step < config.max_steps:
+    with updater, logger.stage("rl", total=config.max_steps, start=progress.step):
+        while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
             ranked, stats = sample_and_rank(run, order, progress.step)
             for _ in range(config.num_iterations):
                 for part in minibatches(ranked, config.steps_per_generation):
                     with logger.timer("update"):
                         loss_stats = update_loss(run, part)
-                        if loss_stats is None:
-                            continue
-                        world.average_gradients(parameters)
-                        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                        optimizer.step()
-                        scheduler.step()
-                        optimizer.zero_grad(set_to_none=True)
-                        stats |= loss_stats | {"grad_norm": grad_norm}
+                        if loss_stats is not None:
+                            stats |= loss_stats | {"grad_norm": updater.step()}
             progress.step += 1
-            logger.log("rl", progress.step, **stats, learning_rate=scheduler.get_last_lr()[0])
+            logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
 
             if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
                 accuracy = run.evaluate(
@@ -103,11 +101,10 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 progress.evals_without_gain = 0 if improved else progress.evals_without_gain + 1
                 progress.best_accuracy = max(accuracy, progress.best_accuracy)
                 save(f"rl-{progress.step:06d}", last=True, best=improved)
-                if 0 < config.early_stopping_patience <= progress.evals_without_gain:
-                    logger.message(
-                        f"no better validation accuracy in {progress.evals_without_gain} evaluations: stopping early"
-                    )
-                    break
+    if progress.is_over(config.early_stopping_patience):
+        logger.message(
+            f"no better validation accuracy in {progress.evals_without_gain} evaluations: stopped early"
+        )
     return progress
 
 
@@ -125,7 +122,11 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
     for attempt in range(rounds):
         # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
         at = step if attempt == 0 else config.max_steps + step * (rounds - 1) + attempt - 1
-        rows = [row for clip in world.share(order.step(at)) for row in clip[: config.questions_per_video]]
+        rows = [
+            row
+            for visit, clip in world.share(order.visits(at))
+            for row in take_turns(clip, config.questions_per_video, visit)
+        ]
         with logger.timer("decode"):
             batch = run.make_batch(rows)
             run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
@@ -139,7 +140,8 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
             seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
         )
         with logger.timer("rollout"):
-            features = run.policy.encode_media(batch.prompts)
+            with torch.set_grad_enabled(on_policy(config)):  # else the update runs the tower again
+                features = run.policy.encode_media(batch.prompts)
             shared = {}
             if features is not None and isinstance(run.sampler, SharedPrefixSampler):
                 shared = {"features": features.detach()}
@@ -192,42 +194,42 @@ def update_loss(run: Run, ranked: RankedRollout | None) -> dict | None:
     stats = {} if ranked is None else _accumulate(run, ranked, items)
     if world.size == 1:
         return stats
-    shards = [
-        (weight, {name: float(value) for name, value in shard.items()})
-        for weight, shard in world.gather((tokens, stats))
-        if shard
-    ]
-    return {
-        name: _over_processes(name, [(weight, shard[name]) for weight, shard in shards], world.size)
-        for name in shards[0][1]
+    mine = {
+        name: float(value) / (world.size if name.startswith("loss") else 1) for name, value in stats.items()
     }
-
-
-def _over_processes(name: str, shards: list[tuple[int, float]], size: int) -> float:
-    """One statistic of the whole step from those of the processes, each with its number of tokens."""
-    values = [value for _, value in shards]
-    if name == "tokens":
-        return sum(values)
-    if name == "ratio_max":
-        return max(values)
-    if name.startswith("loss"):
-        return sum(values) / size
-    return sum(weight * value for weight, value in shards) / max(sum(weight for weight, _ in shards), 1)
+    return combine_stats([(weight, shard) for weight, shard in world.gather((tokens, mine)) if shard])
 
 
 def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
-    """Accumulate the gradient of the loss of `ranked`, divided by `items`, and return the loss's statistics."""
+    """Accumulate the gradient of the loss of `ranked`, divided by `items`, and return the loss's statistics.
+
+    At most `max_packed_tokens` go through the model at once, forward and backward; the vision tower runs once all
+    the same, forward and backward.
+    """
+    config, policy = run.config, run.policy
+    features = ranked.features
+    if features is None or (policy.vision.trains and not on_policy(config)):
+        features = policy.encode_media(ranked.batch.prompts)
+    leaves = features.leaves() if features is not None and features.requires_grad else None
+    groups = ranked.rollout.mask.sum(1).view(-1, config.num_generations).sum(1).tolist()
+    parts = []
+    for span in cut_by_tokens(ranked.batch.prompts, groups, config.max_packed_tokens):
+        part = ranked if len(span) == len(ranked.batch) else ranked.select(span)
+        parts.append((sum(groups[i] for i in span), _backward(run, part, leaves or features, items)))
+    if leaves is not None:
+        assert features is not None
+        features.backward_from(leaves)
+    if len(parts) == 1:
+        return parts[0][1]
+    return combine_stats([(weight, {n: float(v) for n, v in stats.items()}) for weight, stats in parts])
+
+
+def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, items: float) -> dict:
+    """One forward and backward pass; the statistics stay on the device."""
     config, policy, rollout = run.config, run.policy, ranked.rollout
     rows = for_policy(rollout_rows(rollout), policy)
     device = policy.device
     row_lengths = rollout.mask.sum(1).to(device)
-    targets = rows.target_ids.to(device)
-    on_policy = config.num_iterations == 1 and config.steps_per_generation == 1
-    # Nothing was updated since the rollout: its pass through the vision tower serves the update too.
-    features = ranked.features if on_policy else None
-    if features is None:
-        features = policy.encode_media(rows.prompts)
-
     ref_logps: Tensor | None = None
     if config.beta > 0:
         with torch.no_grad():
@@ -246,12 +248,12 @@ def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
     output = fused_linear_grpo_rank_loss(
         response_hidden(policy, rows, features=features),
         policy.head_weight,
-        targets,
+        rows.target_ids.to(device),
         advantages=ranked.advantages.flatten().to(device),
         bias=policy.head_bias,
         lengths=row_lengths,
         mask=None if bool(keep.all()) else token_mask,
-        old_logps=None if on_policy else rollout.logps[rollout.mask],
+        old_logps=None if on_policy(config) else rollout.logps[rollout.mask],
         ref_logps=ref_logps,
         temperature=config.temperature,
         epsilon=config.epsilon,
@@ -266,12 +268,13 @@ def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
         importance_sampling_level=config.importance_sampling_level,
         backend=config.backend,
     )
-    if not torch.isfinite(output.loss):
-        raise RlaifFastError(
-            "the loss is not finite; lower learning_rate, or set dtype float32, and resume from the last checkpoint"
-        )
     output.loss.backward()
     names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
     return {"loss": output.loss.detach()} | {
         name: output.stats[name] for name in names if name in output.stats
     }
+
+
+def on_policy(config: RlOptions) -> bool:
+    """Whether each rollout is learned from once and whole, so that nothing is updated before it is used up."""
+    return config.num_iterations == 1 and config.steps_per_generation == 1

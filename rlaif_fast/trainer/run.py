@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.oracle.base import Oracle
@@ -59,40 +57,3 @@ class Run:
             "eval", step, phase=phase, split=split, accuracy=result.accuracy, by_category=result.by_category()
         )
         return result
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    schedule: str,
-    warmup_steps: int,
-    total_steps: int,
-    min_lr_ratio: float,
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with linear warm-up and a cosine, linear or constant schedule."""
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.AdamW(
-        list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-    )
-    name, extra = schedule, None
-    if schedule == "cosine":
-        name, extra = "cosine_with_min_lr", {"min_lr_rate": min_lr_ratio}
-    elif schedule == "constant":
-        name = "constant_with_warmup"
-    scheduler = get_scheduler(
-        name,
-        optimizer,
-        num_warmup_steps=warmup_steps,
-        num_training_steps=max(total_steps, 1),
-        scheduler_specific_kwargs=extra,
-    )
-    return optimizer, scheduler

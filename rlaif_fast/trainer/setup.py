@@ -187,7 +187,9 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
         loaded.model,
         loaded.tokenizer,
         shared_prefix=options.shared_prefix,
+        attention_backend=options.attention_backend,
         max_packed_tokens=options.max_packed_tokens,
+        feature_cache_bytes=options.feature_cache_bytes,
     )
 
 

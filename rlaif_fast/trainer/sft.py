@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from rlaif_fast import token_logps
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.tokenize import PromptEncoder
-from rlaif_fast.trainer.batches import EpochOrder, by_media
+from rlaif_fast.trainer.batches import EpochOrder, by_media, cut_by_tokens
 from rlaif_fast.trainer.checkpoint import load_state
-from rlaif_fast.trainer.run import Run, make_optimizer, trainable
+from rlaif_fast.trainer.optimizer import Updater
+from rlaif_fast.trainer.run import Run
 
 
-def sft_loss(policy: Policy, rows: ForwardRows, backend: str = "auto") -> Tensor:
+def sft_loss(
+    policy: Policy, rows: ForwardRows, backend: str = "auto", features: MediaFeatures | None = None
+) -> Tensor:
     """Sum of the negative log-likelihood over all answer tokens of the batch."""
     logps = token_logps(
-        response_hidden(policy, rows),
+        response_hidden(policy, rows, features=features),
         policy.head_weight,
         rows.target_ids.to(policy.device),
         bias=policy.head_bias,
@@ -29,6 +33,25 @@ def sft_loss(policy: Policy, rows: ForwardRows, backend: str = "auto") -> Tensor
     )
     assert isinstance(logps, Tensor)
     return -logps.sum()
+
+
+def accumulate(
+    run: Run, prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]], scale: float
+) -> float:
+    """Accumulate `scale` times the gradient of the loss of all answers, `max_packed_tokens` at a time; the loss."""
+    policy, total = run.policy, 0.0
+    features = policy.encode_media(prompts) if prompts else None
+    leaves = features.leaves() if features is not None and features.requires_grad else None
+    for span in cut_by_tokens(prompts, [len(answer) for answer in answers], run.config.max_packed_tokens):
+        part = slice(span.start, span.stop)
+        rows = for_policy(answer_rows(prompts[part], answers[part]), policy)
+        loss = sft_loss(policy, rows, run.config.backend, features=leaves or features)
+        (loss * scale).backward()
+        total += loss.item()
+    if leaves is not None:
+        assert features is not None
+        features.backward_from(leaves)
+    return total
 
 
 def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:
@@ -62,12 +85,13 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         )
     check_answers(run.data.sft, run.make_batch.encoder, config.max_completion_length)
     order = EpochOrder(by_media(run.data.sft), config.sft_videos_per_step, config.seed)
-    parameters = trainable(policy.model)
-    optimizer, scheduler = make_optimizer(
-        parameters,
+    updater = Updater(
+        policy.model,
+        world,
         learning_rate=config.sft_learning_rate,
         weight_decay=config.sft_weight_decay,
         betas=(0.9, 0.98),
+        max_grad_norm=config.max_grad_norm,
         schedule="cosine",
         warmup_steps=config.sft_warmup_steps,
         total_steps=config.sft_steps,
@@ -76,11 +100,10 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     done = 0
     if resume_from is not None:
         state = load_state(resume_from)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        updater.load_state_dict(state)
         done = state["step"]
 
-    with logger.stage("sft", total=config.sft_steps, start=done):
+    with updater, logger.stage("sft", total=config.sft_steps, start=done):
         for step in range(done, config.sft_steps):
             with logger.timer("decode"):
                 batch = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
@@ -90,17 +113,8 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 (tokens,) = world.sum(sum(map(len, answers)))
                 if tokens == 0:
                     continue
-                local_loss = 0.0
-                if len(batch):
-                    rows = for_policy(answer_rows(batch.prompts, answers), policy)
-                    total = sft_loss(policy, rows, config.backend)
-                    (total * (world.size / tokens)).backward()
-                    local_loss = total.item()
-                world.average_gradients(parameters)
-                grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
+                local_loss = accumulate(run, batch.prompts, answers, world.size / tokens)
+                grad_norm = updater.step()
                 (loss,) = world.sum(local_loss / tokens)
             logger.log(
                 "sft",
@@ -108,16 +122,14 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 loss=loss,
                 grad_norm=grad_norm,
                 tokens=int(tokens),
-                learning_rate=scheduler.get_last_lr()[0],
+                learning_rate=updater.learning_rate,
             )
             if (step + 1) % (4 * config.eval_steps) == 0 and step + 1 < config.sft_steps:
                 run.evaluate(run.data.validation, phase="sft", split="validation", step=step + 1)
                 state = {
                     "stage": "sft",
                     "step": step + 1,
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
                     "seconds": logger.seconds(),
-                }
+                } | updater.state_dict()
                 with logger.timer("checkpoint"):
                     run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)

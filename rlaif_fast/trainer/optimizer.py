@@ -1,0 +1,164 @@
+"""What follows a backward pass, in both stages: averaging over the processes, clipping, AdamW and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.trainer.world import World
+
+
+class Updater:
+    """AdamW with linear warm-up and a cosine, linear or constant schedule.
+
+    A bfloat16 weight has 8 significant bits, so an update of a usual learning rate is lost in its rounding. Such
+    weights get a float32 copy each, which collects their gradients and is what the optimizer updates; the weight is
+    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight.
+
+    Args:
+        model: Its parameters that require a gradient are trained.
+        world: The processes whose gradients are averaged.
+        learning_rate: Its peak.
+        weight_decay: Of AdamW, on every parameter.
+        betas: Of AdamW.
+        max_grad_norm: Gradients of a larger norm are scaled down to it.
+        schedule: "cosine", "linear" or "constant".
+        warmup_steps: Updates until the peak.
+        total_steps: Updates in all.
+        min_lr_ratio: Where the cosine ends, as a share of the peak.
+
+    Raises:
+        UsageError: A weight is float16, whose gradients underflow without loss scaling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        schedule: str,
+        warmup_steps: int,
+        total_steps: int,
+        min_lr_ratio: float,
+    ) -> None:
+        from transformers import get_scheduler
+
+        self._world = world
+        self._max_grad_norm = max_grad_norm
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if any(p.dtype == torch.float16 for p in parameters):
+            raise UsageError("dtype: float16 weights cannot be trained; use bfloat16 or float32")
+        self._copies = [(p, _float32_copy(p)) for p in parameters if p.dtype == torch.bfloat16]
+        self._hooks = [p.register_post_accumulate_grad_hook(_collect(copy)) for p, copy in self._copies]
+        copy_of = dict(self._copies)
+        self._updated = [copy_of.get(p, p) for p in parameters]
+        self._optimizer = torch.optim.AdamW(
+            self._updated, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        name, extra = schedule, None
+        if schedule == "cosine":
+            name, extra = "cosine_with_min_lr", {"min_lr_rate": min_lr_ratio}
+        elif schedule == "constant":
+            name = "constant_with_warmup"
+        self._scheduler = get_scheduler(
+            name,
+            self._optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=max(total_steps, 1),
+            scheduler_specific_kwargs=extra,
+        )
+
+    def __enter__(self) -> Updater:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next update."""
+        return self._scheduler.get_last_lr()[0]
+
+    def step(self) -> Tensor:
+        """Update the weights by the gradients of all processes and clear them; returns their norm before clipping.
+
+        Raises:
+            RlaifFastError: The gradient is not finite; the weights are as they were.
+        """
+        self._world.average_gradients(self._updated)
+        norm = torch.nn.utils.clip_grad_norm_(self._updated, self._max_grad_norm)
+        if not torch.isfinite(norm):
+            raise RlaifFastError(
+                "the gradient is not finite; lower the learning rate, or set dtype float32, and start from the last "
+                "checkpoint"
+            )
+        self._optimizer.step()
+        self._scheduler.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._round()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on, the float32 copies of the weights included."""
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "float32_weights": [copy.detach() for _, copy in self._copies],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        with torch.no_grad():
+            for (_, copy), saved in zip(self._copies, state.get("float32_weights", []), strict=True):
+                copy.copy_(saved)
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, copy in self._copies:
+            parameter.copy_(copy)
+
+
+def _float32_copy(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float())
+
+
+def _collect(copy: nn.Parameter):
+    """A hook that adds a parameter's gradient to its copy's, in float32, and frees it."""
+
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = parameter.grad.float()
+        copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
+        parameter.grad = None
+
+    return hook
+
+
+def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The loss's statistics of a whole update from those of its parts, each with its number of tokens.
+
+    Losses and token counts are parts of a sum; the others are means over the tokens, and `ratio_max` a maximum.
+    """
+    tokens = max(sum(weight for weight, _ in shards), 1)
+    combined = {}
+    for name in shards[0][1] if shards else ():
+        values = [(weight, stats[name]) for weight, stats in shards]
+        if name == "tokens" or name.startswith("loss"):
+            combined[name] = sum(value for _, value in values)
+        elif name == "ratio_max":
+            combined[name] = max(value for _, value in values)
+        else:
+            combined[name] = sum(weight * value for weight, value in values) / tokens
+    return combined

@@ -1,0 +1,234 @@
+"""From a loss to new weights: passes of bounded size, float32 copies of 16-bit weights, what is refused."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import Ranking
+from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.testing import FAMILIES, make_media, make_policy, make_prompt, words
+from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
+from rlaif_fast.trainer.batches import PromptBatch, cut_by_tokens, take_turns
+from rlaif_fast.trainer.groups import RankedRollout
+from rlaif_fast.trainer.optimizer import Updater, combine_stats
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.rl import update_loss
+from rlaif_fast.trainer.sft import accumulate
+from rlaif_fast.trainer.world import World
+
+G = 3
+
+
+def prompts_about_clips(family: str) -> list:
+    """Three questions about one clip, two about another, one about nothing."""
+    cat, dog = make_media("cat", (2, 4, 4)), make_media("dog", (1, 4, 8))
+    media = [(cat,), (cat,), (cat,), (dog,), (dog,), ()]
+    return [make_prompt(family, m, before=2, after=3 + k, seed=0) for k, m in enumerate(media)]
+
+
+def ranked_rollout(policy, prompts) -> RankedRollout:
+    sampler = SharedPrefixSampler(policy) if policy.shared_prefix else PlainSampler(policy)
+    rollout = sampler.sample(prompts, G, SamplingParams(max_new_tokens=6, seed=1))
+    n = len(prompts)
+    examples = tuple(Example(id=str(i), question="?", answer="!") for i in range(n))
+    generator = torch.Generator().manual_seed(2)
+    return RankedRollout(
+        batch=PromptBatch(examples, ((),) * n, tuple(prompts)),
+        rollout=rollout,
+        rankings=(Ranking(tuple(range(G))),) * n,
+        scores=torch.zeros(n, G),
+        advantages=torch.randn(n, G, generator=generator),
+        ndcg=torch.ones(n),
+        kendall_tau=torch.ones(n),
+        has_signal=torch.ones(n, dtype=torch.bool),
+    )
+
+
+def updated(policy, ranked, **options):
+    """Statistics and gradients of one update."""
+    policy.model.zero_grad()
+    run = SimpleNamespace(config=TrainConfig(beta=0.1, **options), policy=policy, world=World())
+    stats = {name: float(value) for name, value in update_loss(run, ranked).items()}
+    return stats, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, expected) -> None:
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_iterations", [1, 2])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_passes_of_bounded_size_give_the_same_update(family, num_iterations, loss_type):
+    policy = make_policy(family, max_packed_tokens=40)
+    policy.freeze_reference()
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    ranked = ranked_rollout(policy, prompts_about_clips(family))
+    options = {"num_iterations": num_iterations, "loss_type": loss_type, "num_generations": G}
+    expected = updated(policy, ranked, **options)
+    passes, tower = [], []
+    policy.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    policy.vision.tower.register_forward_pre_hook(lambda *_: tower.append(torch.is_grad_enabled()))
+    ours = updated(policy, ranked, max_packed_tokens=40, **options)
+    assert len(passes) >= 8 and max(passes) <= 40
+    assert sum(tower) == 1  # with gradient, however many passes
+    assert ours[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert_same_gradients(ours[1], expected[1])
+
+
+def test_the_plain_path_is_bounded_too():
+    policy = make_policy("qwen3_vl", shared_prefix=False)
+    policy.freeze_reference()
+    ranked = ranked_rollout(policy, prompts_about_clips("qwen3_vl"))
+    expected = updated(policy, ranked, num_generations=G)
+    ours = updated(policy, ranked, num_generations=G, max_packed_tokens=40)
+    assert ours[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert_same_gradients(ours[1], expected[1])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_supervised_passes_of_bounded_size_give_the_same_gradient(frozen):
+    policy = make_policy("qwen3_vl")
+    policy.vision.tower.requires_grad_(not frozen)
+    prompts = prompts_about_clips("qwen3_vl")
+    answers = [words(k, k) for k in range(1, 7)]
+    results = []
+    for limit in (10_000, 40):
+        policy.model.zero_grad()
+        run = SimpleNamespace(config=TrainConfig(max_packed_tokens=limit), policy=policy)
+        loss = accumulate(run, prompts, answers, 0.1)
+        gradients = {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
+        results.append((loss, gradients))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert_same_gradients(results[1][1], results[0][1])
+
+
+def test_features_of_several_rollouts_are_one():
+    policy = make_policy("qwen3_vl")
+    prompts = prompts_about_clips("qwen3_vl")
+    parts = [policy.encode_media(prompts[:3]), policy.encode_media(prompts[3:])]
+    together = MediaFeatures.concat(parts)
+    for ours, expected in zip(together.gather(prompts), policy.encode_media(prompts).gather(prompts)):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_cuts_count_what_is_shared_once():
+    prompts = prompts_about_clips("qwen3_vl")
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    assert cut_by_tokens(prompts, [5] * 6, 10_000) == [range(6)]
+    assert cut_by_tokens(prompts, [5] * 6, 1) == [range(i, i + 1) for i in range(6)]
+    two = lengths[1] + 2 * 5 + 3  # the second question's words differ behind the clip
+    assert cut_by_tokens(prompts[:2], [5, 5], two - 4)[0] == range(1)
+    assert cut_by_tokens(prompts[:2], [5, 5], lengths[0] + lengths[1]) == [range(2)]
+
+
+def test_questions_take_turns():
+    rows = list("abcde")
+    assert take_turns(rows, 8, 3) == rows
+    seen = [take_turns(rows, 2, visit) for visit in range(5)]
+    assert seen[0] == ["a", "b"] and seen[2] == ["e", "a"]
+    assert sorted(row for part in seen for row in part) == sorted(rows * 2)
+
+
+def test_stats_of_parts():
+    parts = [
+        (1, {"loss": 0.5, "tokens": 1.0, "ratio_max": 3.0, "kl": 1.0}),
+        (3, {"loss": 0.25, "tokens": 3.0, "ratio_max": 2.0, "kl": 2.0}),
+    ]
+    assert combine_stats(parts) == {"loss": 0.75, "tokens": 4.0, "ratio_max": 3.0, "kl": 1.75}
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------
+
+
+def make_updater(model, **changes) -> Updater:
+    options = {
+        "learning_rate": 1e-5,
+        "weight_decay": 0.0,
+        "betas": (0.9, 0.999),
+        "max_grad_norm": 1e9,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "total_steps": 100,
+        "min_lr_ratio": 0.1,
+    }
+    return Updater(model, World(), **options | changes)
+
+
+def drift(dtype: torch.dtype, steps: int) -> torch.Tensor:
+    """How far the weights of a layer go under a steady gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False).to(dtype)
+    before = model.weight.detach().float().clone()
+    with make_updater(model) as updater:
+        for _ in range(steps):
+            model.weight.sum().backward()
+            updater.step()
+    return model.weight.detach().float() - before
+
+
+def test_small_updates_of_bfloat16_weights_add_up():
+    """Without float32 copies four in five weights would never move."""
+    moved, exact = drift(torch.bfloat16, 100), drift(torch.float32, 100)
+    assert exact.mean() == pytest.approx(-1e-3, rel=1e-3)
+    assert moved.mean() == pytest.approx(exact.mean().item(), rel=0.02)
+    assert (moved == 0).float().mean() < 0.1
+
+
+def test_gradients_of_several_passes_are_summed_in_float32():
+    model = nn.Linear(8, 1, bias=False).to(torch.bfloat16)
+    with make_updater(model) as updater:
+        (model.weight.sum() * 256).backward()
+        model.weight.sum().backward()  # 256 + 1 is 256 in bfloat16
+        assert model.weight.grad is None
+        assert updater.step().item() == pytest.approx(257 * 8**0.5)
+    model.weight.sum().backward()
+    assert model.weight.grad is not None  # the hooks are gone
+
+
+def test_a_checkpoint_holds_the_float32_weights():
+    torch.manual_seed(0)
+    models = [nn.Linear(8, 8).to(torch.bfloat16) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+
+    def train(updater, model, steps):
+        for _ in range(steps):
+            model(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+            updater.step()
+
+    whole = make_updater(models[0])
+    train(whole, models[0], 3)
+    state = copy.deepcopy(whole.state_dict())
+    rounded = {name: value.clone() for name, value in models[0].state_dict().items()}
+    train(whole, models[0], 20)
+    models[1].load_state_dict(rounded)
+    resumed = make_updater(models[1])
+    resumed.load_state_dict(state)
+    train(resumed, models[1], 20)
+    for ours, expected in zip(resumed.state_dict()["float32_weights"], whole.state_dict()["float32_weights"]):
+        assert torch.equal(ours, expected)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    with make_updater(model) as updater, pytest.raises(RlaifFastError, match="not finite"):
+        (model.weight.sum() * float("nan")).backward()
+        updater.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_float16_weights_are_refused():
+    with pytest.raises(UsageError, match="float16"):
+        make_updater(nn.Linear(4, 4).to(torch.float16))
