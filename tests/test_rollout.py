@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import (
     FAMILIES,
@@ -108,6 +108,38 @@ def test_a_response_does_not_depend_on_its_batch(policy: Policy, family: str) ->
     together, alone = sampler.sample(prompts, 4, params), sampler.sample(prompts[:1], 4, params)
     width = alone.token_ids.shape[1]
     assert torch.equal(together.token_ids[:4, :width][alone.mask], alone.token_ids[alone.mask])
+
+
+@pytest.mark.parametrize("sampler", [SharedPrefixSampler, GraphSampler])
+def test_a_rollout_cut_to_fit_memory_is_the_same(sampler) -> None:
+    policy = make_policy("qwen3_vl")
+    prompts = standard_prompts("qwen3_vl")
+    params = SamplingParams(max_new_tokens=6, seed=4)
+    expected = sampler(policy).sample(prompts, 3, params)
+    columns = []
+    policy.max_cached_tokens = 130
+    cut = sampler(policy)
+    make_cache = cut._make_cache
+    cut._make_cache = lambda lengths, g, length: (
+        columns.append(len(lengths)) or make_cache(lengths, g, length)
+    )
+    assert_same(cut.sample(prompts, 3, params), expected)
+    assert len(columns) > 1 and max(columns) < len(prompts)
+
+
+def test_nothing_to_respond_to_is_refused() -> None:
+    for sampler in (SharedPrefixSampler, PlainSampler):
+        policy = make_policy("qwen3_vl", shared_prefix=sampler is SharedPrefixSampler)
+        with pytest.raises(ValueError, match="prompts"):
+            sampler(policy).sample([], 2, SamplingParams())
+
+
+def test_logits_that_are_not_finite_are_named() -> None:
+    policy = make_policy("qwen3_vl")
+    with torch.no_grad():
+        policy.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(RlaifFastError, match="not finite"):
+        SharedPrefixSampler(policy).sample(standard_prompts("qwen3_vl"), 2, SamplingParams(seed=0))
 
 
 def test_settings_of_the_checkpoint_do_not_reach_the_draws() -> None:

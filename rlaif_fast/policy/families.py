@@ -27,21 +27,19 @@ class Family:
     Attributes:
         name: Its usual name.
         model_type: `config.model_type` of its Hugging Face class.
-        deepstack: Whether the vision tower also feeds the first decoder layers.
         timed_positions: Whether the temporal position of a video token depends on `seconds_per_grid`.
     """
 
     name: str
     model_type: str
-    deepstack: bool
     timed_positions: bool
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("Qwen2.5-VL", "qwen2_5_vl", deepstack=False, timed_positions=True),
-        Family("Qwen3-VL", "qwen3_vl", deepstack=True, timed_positions=False),
+        Family("Qwen2.5-VL", "qwen2_5_vl", timed_positions=True),
+        Family("Qwen3-VL", "qwen3_vl", timed_positions=False),
     )
 }
 

@@ -10,7 +10,7 @@ Backward: a flash kernel recomputes p = exp(s - lse) and needs rowsum(dout * out
     `lse` and `out`, each call's p is the share of the whole softmax on its own keys, so running both backward
     kernels with the merged values gives the exact dk and dv of each part, and dq is their sum.
 
-Prefix keys and values are read in place, once a group; nothing is expanded or padded.
+Prefix keys and values stand once a group; nothing is expanded or padded.
 """
 
 from __future__ import annotations

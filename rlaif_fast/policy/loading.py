@@ -39,6 +39,7 @@ class ModelOptions:
         attention_backend: How the shared prefix is attended to: "auto", "flash", "torch_flash", "sdpa", "flex",
             "reference".
         max_packed_tokens: Most tokens in one packed row, and in one forward and backward pass.
+        max_cached_tokens: Most tokens whose keys and values a rollout holds at once; more prompts take turns.
         feature_cache_bytes: Bytes of a frozen vision tower's features kept from step to step.
         min_pixels: Fewest pixels of a resized frame or image.
         max_pixels: Most pixels of a resized frame or image.
@@ -63,6 +64,7 @@ class ModelOptions:
     shared_prefix: bool = True
     attention_backend: str = "auto"
     max_packed_tokens: int = 16384
+    max_cached_tokens: int = 2**17
     feature_cache_bytes: int = 2**30
     min_pixels: int = 1024
     max_pixels: int = 1024

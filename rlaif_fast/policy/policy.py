@@ -42,6 +42,8 @@ class Policy:
             stay allowed.
         max_packed_tokens: Most tokens of a packed row; a single longer group still gets a row.
         feature_cache_bytes: Budget for the features of a frozen vision tower kept from step to step.
+        max_cached_tokens: Most tokens of prompts and responses whose keys and values a rollout holds at once; more
+            prompts are rolled out in turns.
 
     Attributes:
         eos_token_ids: The tokens that end a response.
@@ -62,11 +64,13 @@ class Policy:
         forbidden_token_ids: Sequence[int] = (),
         max_packed_tokens: int = 16384,
         feature_cache_bytes: int = 1 << 30,
+        max_cached_tokens: int = 1 << 17,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.shared_prefix = shared_prefix
         self.max_packed_tokens = max_packed_tokens
+        self.max_cached_tokens = max_cached_tokens
         self.feature_cache_bytes = feature_cache_bytes
         self.eos_token_ids = _eos_token_ids(model, tokenizer)
         self.pad_token_id = (

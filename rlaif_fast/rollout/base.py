@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -39,7 +41,8 @@ class Rollout:
     Attributes:
         prompts: The N prompts.
         num_generations: G.
-        token_ids: (B, T) int64; the end-of-sequence token, where drawn, is the last of a row; padded after it.
+        token_ids: (B, T) int64; the end-of-sequence token, where drawn, is the last of a row; what stands behind it
+            is padding.
         mask: (B, T) bool, true on sampled tokens.
         logps: (B, T) float32 log-probability of each sampled token under the policy at the sampling
             temperature, before top-k and top-p; 0 under the mask.
@@ -54,6 +57,27 @@ class Rollout:
     logps: Tensor  # (B, T) float32
     texts: tuple[str, ...]
     finished: Tensor  # (B,) bool
+
+
+def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of different prompts as one; responses are padded to the longest."""
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.token_ids.shape[1] for part in parts)
+
+    def padded(name: str) -> Tensor:
+        rows = [getattr(part, name) for part in parts]
+        return torch.cat([functional.pad(row, (0, longest - row.shape[1])) for row in rows])
+
+    return Rollout(
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        num_generations=parts[0].num_generations,
+        token_ids=padded("token_ids"),
+        mask=padded("mask"),
+        logps=padded("logps"),
+        texts=tuple(text for part in parts for text in part.texts),
+        finished=torch.cat([part.finished for part in parts]),
+    )
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """How a token is drawn, the same for every sampler.
 
-Each draw is the inverse of the cumulative distribution at a uniform number that belongs to (response, step).
-The numbers are made before the first step, so neither the batch a response sits in, nor when its neighbours
-end, changes what it draws: samplers that compute the same logits give the same tokens.
+Each draw is the inverse of the cumulative distribution at a uniform number that belongs to (row, step) of the rollout.
+The numbers are made before the first step, so neither how many rows follow, nor when the others end, nor how the
+rollout is cut to fit memory changes what a row draws: samplers that compute the same logits give the same tokens.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.policy import FORBIDDEN, Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
 
 
-def check_params(params: SamplingParams, num_generations: int) -> None:
-    """Raise ValueError where a setting is out of range."""
+def check_params(params: SamplingParams, num_generations: int, prompts: Sequence[EncodedPrompt]) -> None:
+    """Raise ValueError where a setting is out of range or there is nothing to respond to."""
+    if not len(prompts):
+        raise ValueError("prompts: expected at least 1, got none")
     if num_generations < 1:
         raise ValueError(f"num_generations: expected at least 1, got {num_generations}")
     if params.max_new_tokens < 1:
@@ -78,6 +81,7 @@ class TokenSampler:
             # reach the total.
             target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
             tokens = torch.searchsorted(mass, target, right=True)[:, 0]
+            tokens = tokens.clamp(max=mass.shape[-1] - 1)  # among NaN there is none; `make_rollout` says so
         logps = logps.gather(-1, tokens[:, None])[:, 0] if rows is None else logps[rows, tokens]
         return tokens, logps
 
@@ -136,7 +140,16 @@ def make_rollout(
     lengths: np.ndarray,  # (B,)
     finished: np.ndarray,  # (B,)
 ) -> Rollout:
-    """Cut to the longest response, pad, decode (equal responses once) and wrap up."""
+    """Cut to the longest response, pad, decode (equal responses once) and wrap up.
+
+    Raises:
+        RlaifFastError: A log-probability is NaN.
+    """
+    if np.isnan(logps).any():
+        raise RlaifFastError(
+            "the policy's logits are not finite: its weights are damaged; start from an earlier checkpoint with a "
+            "lower learning rate, or with dtype float32"
+        )
     width = int(lengths.max(initial=1))
     mask = np.arange(width) < lengths[:, None]
     ids = np.where(mask, token_ids[:, :width], policy.pad_token_id)

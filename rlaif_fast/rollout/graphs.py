@@ -20,7 +20,7 @@ from rlaif_fast.policy.attention import sdpa
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
-from rlaif_fast.rollout.generate import Drawn, TokenSampler, uniforms
+from rlaif_fast.rollout.generate import Drawn, TokenSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
@@ -144,6 +144,7 @@ class GraphSampler(SharedPrefixSampler):
         params: SamplingParams,
         cache: GroupCache,
         hidden: Tensor,
+        uniform: Tensor,
     ) -> Rollout:
         policy, device, feed = self.policy, self.policy.device, self._step
         assert feed is not None
@@ -152,7 +153,6 @@ class GraphSampler(SharedPrefixSampler):
         first = [policy.layouts(prompt).next_position for prompt in prompts]
         next_position = torch.tensor(first, device=device)[group]
         draw = TokenSampler(policy, params)
-        uniform = uniforms(responses, params).to(device)
         drawn = Drawn(policy, responses, params.max_new_tokens)
         for step in range(params.max_new_tokens):
             tokens, logp = draw(policy.logits(hidden), group if step == 0 else None, uniform[:, step], step)

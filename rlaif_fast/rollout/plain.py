@@ -33,7 +33,7 @@ class PlainSampler:
         """Return one rollout; see `Sampler`."""
         from transformers import GenerationConfig, LogitsProcessorList
 
-        check_params(params, num_generations)
+        check_params(params, num_generations, prompts)
         policy = self.policy
         draw = _Draw(policy, params, uniforms(len(prompts) * num_generations, params))
         inputs = model_inputs(policy.model, prompts, padding_side="left")

@@ -21,7 +21,7 @@ from rlaif_fast.policy.forward_rows import answer_rows, share_media
 from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.base import Rollout, SamplingParams, concat_rollouts
 from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
 
 
@@ -168,16 +168,26 @@ class SharedPrefixSampler:
             features: From `Policy.encode_media` of these prompts, to share one tower pass with the update;
                 None to encode here.
         """
-        check_params(params, num_generations)
+        check_params(params, num_generations, prompts)
         policy = self.policy
+        room = num_generations * (params.max_new_tokens - 1)
+        lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
+        uniform = uniforms(len(prompts) * num_generations, params).to(policy.device)
+        at_once = max(1, policy.max_cached_tokens // (int(lengths.max()) + room))
+        parts = []
         with policy.evaluating():
             if features is None:
                 features = policy.encode_media(prompts)
-            room = num_generations * (params.max_new_tokens - 1)
-            prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
-            cache = self._make_cache(prompt_lengths, num_generations, int(prompt_lengths.max()) + room)
-            hidden = self._prefill(prompts, cache, features)
-            return self._decode(prompts, prompt_lengths, num_generations, params, cache, hidden)
+            # Parts of one size, as far as it goes: a captured step is of one size.
+            for groups in np.array_split(np.arange(len(prompts)), -(-len(prompts) // at_once)):
+                span = slice(groups[0], groups[-1] + 1)
+                rows = uniform[span.start * num_generations : span.stop * num_generations]
+                cache = self._make_cache(lengths[span], num_generations, int(lengths[span].max()) + room)
+                hidden = self._prefill(prompts[span], cache, features)
+                parts.append(
+                    self._decode(prompts[span], lengths[span], num_generations, params, cache, hidden, rows)
+                )
+        return concat_rollouts(parts)
 
     def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
         return GroupCache(self.policy, prompt_lengths, length)
@@ -222,13 +232,13 @@ class SharedPrefixSampler:
         params: SamplingParams,
         cache: GroupCache,
         hidden: Tensor,
+        uniform: Tensor,
     ) -> Rollout:
         policy, device = self.policy, self.policy.device
         groups, responses = len(prompts), len(prompts) * num_generations
         next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
         vocabulary = policy.head_weight.shape[0]
         draw = TokenSampler(policy, params)
-        uniform = uniforms(responses, params).to(device)
         drawn = Drawn(policy, responses, params.max_new_tokens)
 
         live = np.arange(responses)  # responses that still draw

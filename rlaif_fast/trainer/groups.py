@@ -14,7 +14,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
-from rlaif_fast.rollout.base import Rollout
+from rlaif_fast.rollout.base import Rollout, concat_rollouts
 from rlaif_fast.trainer.batches import PromptBatch
 from rlaif_fast.trainer.options import RlOptions
 
@@ -104,28 +104,13 @@ def concat(parts: Sequence[RankedRollout]) -> RankedRollout:
     """Several ranked rollouts as one; responses are padded to the longest."""
     if len(parts) == 1:
         return parts[0]
-    longest = max(part.rollout.token_ids.shape[1] for part in parts)
-
-    def padded(name: str) -> Tensor:
-        rows = [getattr(part.rollout, name) for part in parts]
-        return torch.cat([torch.nn.functional.pad(row, (0, longest - row.shape[1])) for row in rows])
-
-    rollout = Rollout(
-        prompts=tuple(prompt for part in parts for prompt in part.rollout.prompts),
-        num_generations=parts[0].rollout.num_generations,
-        token_ids=padded("token_ids"),
-        mask=padded("mask"),
-        logps=padded("logps"),
-        texts=tuple(text for part in parts for text in part.rollout.texts),
-        finished=torch.cat([part.rollout.finished for part in parts]),
-    )
     return RankedRollout(
         batch=PromptBatch(
             tuple(row for part in parts for row in part.batch.examples),
             tuple(row for part in parts for row in part.batch.clips),
             tuple(row for part in parts for row in part.batch.prompts),
         ),
-        rollout=rollout,
+        rollout=concat_rollouts([part.rollout for part in parts]),
         rankings=tuple(ranking for part in parts for ranking in part.rankings),
         scores=torch.cat([part.scores for part in parts]),
         advantages=torch.cat([part.advantages for part in parts]),

@@ -189,6 +189,7 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
         shared_prefix=options.shared_prefix,
         attention_backend=options.attention_backend,
         max_packed_tokens=options.max_packed_tokens,
+        max_cached_tokens=options.max_cached_tokens,
         feature_cache_bytes=options.feature_cache_bytes,
     )
 
