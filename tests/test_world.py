@@ -2,20 +2,23 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import SMALL, metrics
-from world_parts import exchange, refuse
+from world_parts import be_killed, be_killed_unnoticed, exchange, refuse, run_out_of_memory
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import world as world_module
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches
 from rlaif_fast.trainer.run_dir import read_jsonl
@@ -49,6 +52,70 @@ def test_a_process_that_fails_ends_the_run(rank, error, capfd):
     if rank == 1:
         assert "error: process 1: process 1 will not" in capfd.readouterr().err
     assert not torch.distributed.is_initialized()
+
+
+def test_an_error_of_rank_0_is_not_hidden_by_those_it_causes(capfd):
+    with pytest.raises(RuntimeError, match="out of memory, says process 0"):
+        launch(run_out_of_memory, 0, 3)
+    assert "process" not in capfd.readouterr().err
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_process_that_failed_first_is_named(capfd):
+    with pytest.raises(RlaifFastError, match=r"process 2 .* exit code 1; its message is above"):
+        launch(run_out_of_memory, 2, 3)
+    written = capfd.readouterr().err
+    assert "out of memory, says process 2" in written
+    assert written.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("work", [be_killed, be_killed_unnoticed])
+def test_a_killed_process_is_reported_with_its_signal(work, monkeypatch, capfd):
+    monkeypatch.setattr(world_module, "PATIENCE", 1.0)
+    started = time.monotonic()
+    with pytest.raises(RlaifFastError, match=r"process 1 .* SIGKILL"):
+        launch(work, 1, 3)
+    assert time.monotonic() - started < 45
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def start(work: str, argument: object, patience: float) -> subprocess.Popen:
+    """Launch a part of world_parts.py in two processes below a new one, which does not share our signals."""
+    script = (
+        "import world_parts\n"
+        "from rlaif_fast.trainer import world\n"
+        "if __name__ == '__main__':\n"
+        f"    world.PATIENCE = {patience}\n"
+        f"    world.launch(world_parts.{work}, {argument!r}, 2)\n"
+    )
+    folder = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_rank_0_does_not_stay_stuck_behind_a_dead_process():
+    process = start("be_killed_while_stuck", 1, patience=1.0)
+    _, written = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert written.strip() == "error: process 1 of the run was ended by SIGKILL; " + (
+        "the machine may have run out of memory"
+    )
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_the_others_end_with_rank_0(ending):
+    process = start("sleep", 120, patience=10.0)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asleep\n"
+    process.send_signal(ending)
+    process.communicate(timeout=30)  # every process holds the other end of the pipe
+    assert process.returncode == -ending
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 """What the processes of test_world.py do; they import it from here."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -38,3 +41,41 @@ def refuse(world: World, rank: int) -> None:
     if world.rank == rank:
         raise UsageError(f"process {rank} will not")
     world.barrier()
+
+
+def run_out_of_memory(world: World, rank: int) -> None:
+    """Process `rank` fails by an error that is also what a broken connection raises."""
+    world.barrier()
+    if world.rank == rank:
+        raise RuntimeError("out of memory, says process " + str(rank))
+    world.barrier()
+
+
+def be_killed(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others wait for it."""
+    world.barrier()
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.barrier()
+
+
+def be_killed_unnoticed(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others are busy."""
+    world.barrier()
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def be_killed_while_stuck(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others are where Python cannot interrupt them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    be_killed_unnoticed(world, rank)
+
+
+def sleep(world: World, seconds: float) -> None:
+    """Say that all processes are there, and sleep."""
+    world.barrier()
+    if world.is_main:
+        print("asleep", flush=True)
+    time.sleep(seconds)
