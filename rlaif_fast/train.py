@@ -51,6 +51,7 @@ def train(config) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
+    from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.checkpoint import CheckpointStore
     from rlaif_fast.trainer.run_dir import RunDir
@@ -69,7 +70,7 @@ def train(config) -> Path:
         else:
             state = CheckpointStore(run_dir.checkpoints, {}).last_state()
             run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    launch(train_in, config, setup.process_count(config))
+    launch(train_in, config, setup.process_count(config), resolve_device(config.device))
     return Path(config.output_dir)
 
 

@@ -79,6 +79,18 @@ def test_a_killed_process_is_reported_with_its_signal(work, monkeypatch, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_the_device_of_several_processes(monkeypatch, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"device: cuda:0 is one GPU, and each of 2 processes .* --device cuda"
+    ):
+        launch(exchange, str(tmp_path), 2, torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch(exchange, str(tmp_path), 2, torch.device("cpu"))["sum"] == [2.0, 1.0]
+    with pytest.raises(UsageError, match="process 1 has no GPU, torch sees 1"):
+        world_module._choose_backend(1, torch.device("cuda"))
+
+
 def start(work: str, argument: object, patience: float) -> subprocess.Popen:
     """Launch a part of world_parts.py in two processes below a new one, which does not share our signals."""
     script = (

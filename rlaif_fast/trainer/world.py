@@ -151,7 +151,9 @@ def rank_under_torchrun() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -> T:
+def launch(
+    work: Callable[[World, Any], T], argument: Any, num_processes: int, device: torch.device | None = None
+) -> T:
     """Call `work(world, argument)` in every process of the run; return what it returned in this one.
 
     Under torchrun (RANK is set) this process is one of torchrun's. Otherwise this process is rank 0, and the others
@@ -161,17 +163,21 @@ def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -
         work: An importable function; it runs in each process.
         argument: Its second argument; it is pickled.
         num_processes: Processes to start on this machine, this one counted; not used under torchrun.
+        device: Where the work is done, each of several processes on a GPU of its own; None is the GPU where there
+            is one.
 
     Raises:
+        UsageError: There are several processes, and too few GPUs or `device` names one of them.
         RlaifFastError: Another process failed; it has printed why, unless it was killed.
     """
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank))) as world:
+        with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank)), device) as world:
             world.connect()  # torchrun started them together: none begins before rank 0 is ready
             return work(world, argument)
     if num_processes == 1:
         return work(World(), argument)
+    _check_device(device, num_processes)
     store = dist.TCPStore(
         "127.0.0.1", 0, num_processes, is_master=True, wait_for_workers=False, timeout=TIMEOUT
     )
@@ -179,12 +185,12 @@ def launch(work: Callable[[World, Any], T], argument: Any, num_processes: int) -
     others = _Others(
         [
             context.Process(
-                target=_other, args=(work, argument, rank, num_processes, store.port), daemon=True
+                target=_other, args=(work, argument, rank, num_processes, device, store.port), daemon=True
             )
             for rank in range(1, num_processes)
         ]
     )
-    with others, _membership(0, num_processes, 0, store, others) as world, others.blamed():
+    with others, _membership(0, num_processes, 0, device, store, others) as world, others.blamed():
         result = work(world, argument)
         world.connect()
         return result
@@ -328,10 +334,16 @@ def _describe_end(rank: int, exit_code: int) -> str:
 
 @contextlib.contextmanager
 def _membership(
-    rank: int, size: int, local_rank: int, store: dist.Store | None = None, others: _Others | None = None
+    rank: int,
+    size: int,
+    local_rank: int,
+    device: torch.device | None,
+    store: dist.Store | None = None,
+    others: _Others | None = None,
 ) -> Iterator[World]:
     """The world as one of several processes sees it; it joins their group at the first exchange."""
-    backend = _choose_backend(local_rank)
+    _check_device(device, size)
+    backend = _choose_backend(local_rank, device)
 
     def connect() -> None:
         if store is not None:
@@ -350,7 +362,14 @@ def _membership(
         dist.destroy_process_group()
 
 
-def _other(work: Callable[[World, Any], Any], argument: Any, rank: int, size: int, port: int) -> None:
+def _other(
+    work: Callable[[World, Any], Any],
+    argument: Any,
+    rank: int,
+    size: int,
+    device: torch.device | None,
+    port: int,
+) -> None:
     """The life of a process that `launch` started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -358,7 +377,7 @@ def _other(work: Callable[[World, Any], Any], argument: Any, rank: int, size: in
         store = dist.TCPStore(
             "127.0.0.1", port, size, is_master=False, wait_for_workers=False, timeout=TIMEOUT
         )
-        with _membership(rank, size, rank, store) as world:
+        with _membership(rank, size, rank, device, store) as world:
             try:
                 work(world, argument)
                 world.connect()
@@ -390,9 +409,16 @@ def _fail(rank: int, error: BaseException) -> NoReturn:
     os._exit(error.exit_code if isinstance(error, RlaifFastError) else RlaifFastError.exit_code)
 
 
-def _choose_backend(local_rank: int) -> str:
+def _check_device(device: torch.device | None, processes: int) -> None:
+    if processes > 1 and device is not None and device.type == "cuda" and device.index is not None:
+        raise UsageError(
+            f"device: {device} is one GPU, and each of {processes} processes needs its own; use --device cuda"
+        )
+
+
+def _choose_backend(local_rank: int, device: torch.device | None) -> str:
     """Gloo for the CPU, and NCCL where each process has a GPU, which is this process's from now on."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return "gloo"
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
