@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import SMALL, metrics
-from world_parts import be_killed, be_killed_unnoticed, exchange, refuse, run_out_of_memory
+from world_parts import (
+    average_in_buckets,
+    be_killed,
+    be_killed_unnoticed,
+    exchange,
+    look_for_folder,
+    refuse,
+    run_out_of_memory,
+)
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
@@ -43,6 +51,29 @@ def test_one_process_needs_no_group(tmp_path):
     assert answers["sum"] == [1.0, 0.0]
     assert answers["grads"][0] == [1.0] * 3
     assert not torch.distributed.is_initialized()
+
+
+def test_buckets_do_not_change_the_averages():
+    whole = launch(average_in_buckets, 2**20, 2)
+    for bucket_bytes in (1, 64):
+        assert launch(average_in_buckets, bucket_bytes, 2) == whole
+
+
+def test_buckets_hold_what_fits():
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 2, 5, 1)]
+    weights.insert(1, torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+    found = [[p.numel() for p in bucket] for bucket in world_module._buckets(weights, 16)]
+    assert found == [[2, 2], [5], [1], [3]]
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    one, other = launch(look_for_folder, [str(folder) for folder in folders], 2).split("/output_dir")
+    assert "process 1 does not see the folder" in one and "file system that all of them share" in other
+    assert launch(look_for_folder, [str(folders[0])] * 2, 2) == "/"
+    assert not any(entry for folder in folders for entry in folder.iterdir())
 
 
 @pytest.mark.parametrize(("rank", "error"), [(0, UsageError), (1, RlaifFastError)])

@@ -43,6 +43,31 @@ def refuse(world: World, rank: int) -> None:
     world.barrier()
 
 
+def average_in_buckets(world: World, bucket_bytes: int) -> list[list[float]]:
+    """Gradients of several shapes and dtypes, some absent or not contiguous, averaged in buckets."""
+    generator = torch.Generator().manual_seed(world.rank)
+    shapes = [(5,), (3, 4), (40,), (2,), (1,), (7, 3)]
+    dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    weights = [torch.nn.Parameter(torch.zeros(shape, dtype=kind)) for shape, kind in zip(shapes, dtypes)]
+    for index, weight in enumerate(weights):
+        weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        if index == 4 and world.rank == 0:
+            weight.grad = None
+    weights[5].grad = torch.randn(3, 7, generator=generator).T
+    world.average_gradients(weights, bucket_bytes)
+    return [weight.grad.flatten().tolist() for weight in weights]
+
+
+def look_for_folder(world: World, folders: list[str]) -> str:
+    """What each process says when every one of them is a machine with its own folder."""
+    world.local_size = 1
+    try:
+        world.check_shared(Path(folders[world.rank]))
+    except UsageError as error:
+        return "/".join(world.gather(str(error)))
+    return "/".join(world.gather(""))
+
+
 def run_out_of_memory(world: World, rank: int) -> None:
     """Process `rank` fails by an error that is also what a broken connection raises."""
     world.barrier()

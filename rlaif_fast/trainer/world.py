@@ -13,9 +13,11 @@ import signal
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 # The other processes wait this long for one that makes data, ranks with a slow oracle or writes a checkpoint.
 TIMEOUT = timedelta(hours=2)
+
+BUCKET_BYTES = 256 * 2**20  # of gradients that are averaged at once, in a buffer of this size
 
 # Rank 0 waits this many seconds for the end of the process that broke a connection, and has as long to notice a
 # process that failed before it is interrupted.
@@ -48,11 +52,19 @@ class World:
     Attributes:
         rank: This process, 0 to size - 1. Rank 0 writes the run's folder.
         size: How many there are.
+        local_size: How many of them are on this machine.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, connect: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        connect: Callable[[], Any] | None = None,
+        local_size: int | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
+        self.local_size = size if local_size is None else local_size
         self._connect = connect
 
     def connect(self) -> None:
@@ -89,21 +101,31 @@ class World:
             dist.all_gather_object(items, item)
         return items
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over the processes; a process that has none counts as zero."""
+    def average_gradients(self, parameters: Sequence[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+        """Replace each gradient by its mean over the processes; a process that has none counts as zero.
+
+        Args:
+            parameters: Those whose gradients are averaged, the same in every process.
+            bucket_bytes: Gradients are copied into buffers of at most this size, one after the other.
+        """
         if self.size == 1:
             return
-        by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-        for parameter in parameters:
-            by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        for kind in by_kind.values():
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in kind]
+        for bucket in _buckets(parameters, bucket_bytes):
+            for parameter in bucket:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            grads = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            if len(grads) == 1 and grads[0].is_contiguous():  # perhaps larger than a bucket: no copy at all
+                with self._exchange():
+                    dist.all_reduce(grads[0])
+                grads[0] /= self.size
+                continue
             flat = torch.cat([grad.reshape(-1) for grad in grads])
             with self._exchange():
                 dist.all_reduce(flat)
             flat /= self.size
-            for parameter, mean in zip(kind, flat.split([p.numel() for p in kind])):
-                parameter.grad = mean.view_as(parameter)
+            for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(mean.view_as(grad))
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give every process rank 0's values, in place."""
@@ -126,12 +148,50 @@ class World:
         if self.is_main:
             self.barrier()
 
+    def check_shared(self, folder: Path) -> None:
+        """Refuse a folder that is not the same one on all machines of the run.
+
+        Raises:
+            UsageError: A process does not see what rank 0 writes there.
+        """
+        if self.local_size == self.size:
+            return
+        proof = folder / self.gather(f".seen-{uuid.uuid4().hex}")[0]
+        try:
+            if self.is_main:
+                proof.touch()
+            self.barrier()
+            blind = [rank for rank, seen in enumerate(self.gather(proof.exists())) if not seen]
+        finally:
+            if self.is_main:
+                proof.unlink(missing_ok=True)
+        if blind:
+            raise UsageError(
+                f"output_dir: process {blind[0]} does not see the folder {folder.resolve()} of process 0; "
+                "with several machines it must be on a file system that all of them share"
+            )
+
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
         """Join the others if that has not happened, and run a block that exchanges something with them."""
         self.connect()
         with _telling_lost_connections():
             yield
+
+
+def _buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[list[nn.Parameter]]:
+    """The parameters by device and dtype, in lists of at most `bucket_bytes`; a larger parameter is alone."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_kind.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for kind in by_kind.values():
+        bucket: list[nn.Parameter] = []
+        for parameter in kind:
+            if bucket and sum(p.nbytes for p in bucket) + parameter.nbytes > bucket_bytes:
+                yield bucket
+                bucket = []
+            bucket.append(parameter)
+        yield bucket
 
 
 @contextlib.contextmanager
@@ -354,12 +414,17 @@ def _membership(
         _join_group(backend, rank, size, store)
 
     try:
-        yield World(rank, size, connect)
+        yield World(rank, size, connect, _local_size(size) if store is None else size)
     except BaseException:
         _abandon_group()
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _local_size(size: int) -> int:
+    """How many of torchrun's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
 def _other(
