@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from rlaif_fast.trainer import world as world_module
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches
 from rlaif_fast.trainer.run_dir import read_jsonl
-from rlaif_fast.trainer.world import launch
+from rlaif_fast.trainer.world import World, launch
 
 
 def test_what_two_processes_exchange(tmp_path):
@@ -120,6 +121,42 @@ def test_the_device_of_several_processes(monkeypatch, tmp_path):
     assert launch(exchange, str(tmp_path), 2, torch.device("cpu"))["sum"] == [2.0, 1.0]
     with pytest.raises(UsageError, match="process 1 has no GPU, torch sees 1"):
         world_module._choose_backend(1, torch.device("cuda"))
+
+
+class Enough(Exception):
+    """Ends a process's part once the test has seen what it wanted."""
+
+
+def test_a_process_checks_the_folder_and_shares_the_cores_of_its_machine(monkeypatch, tmp_path):
+    calls: list[object] = []
+
+    def set_threads(threads: int, processes: int) -> None:
+        calls.append((threads, processes))
+        raise Enough
+
+    monkeypatch.setattr(World, "check_shared", lambda _, folder: calls.append(folder))
+    monkeypatch.setattr(setup, "set_threads", set_threads)
+    with pytest.raises(Enough):
+        train_module.train_in(World(0, 16, local_size=8), TrainConfig(output_dir=str(tmp_path)))
+    assert calls == [tmp_path, (0, 8)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert world_module._local_size(16) == 8
+
+
+def test_only_rank_0_samples_for_the_gallery():
+    train_module.write_samples(None, "sft", SimpleNamespace(world=World(1, 2)))
+
+
+def test_steps_that_do_not_divide_evenly_are_told():
+    config = TrainConfig(sft_videos_per_step=8, videos_per_step=3)
+    assert train_module.uneven_steps(config, 1) == []
+    (note,) = train_module.uneven_steps(config, 2)
+    assert note.startswith("videos_per_step: 3 is not a multiple of the 2 processes")
+    few = train_module.uneven_steps(config, 16)
+    assert few[0].startswith("sft_videos_per_step: 8 is fewer than the 16 processes, so 8 of them")
+    assert len(few) == 2
+    config.sft = "none"
+    assert len(train_module.uneven_steps(config, 16)) == 1
 
 
 def start(work: str, argument: object, patience: float) -> subprocess.Popen:
