@@ -72,7 +72,9 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
     for folder in folders:
         folder.mkdir()
     one, other = launch(look_for_folder, [str(folder) for folder in folders], 2).split("/output_dir")
-    assert "process 1 does not see the folder" in one and "file system that all of them share" in other
+    for message in (one, other):
+        assert f"process 1 does not see the folder {folders[0]} of process 0" in message
+        assert "file system that all of them share" in message
     assert launch(look_for_folder, [str(folders[0])] * 2, 2) == "/"
     assert not any(entry for folder in folders for entry in folder.iterdir())
 

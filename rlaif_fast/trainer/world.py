@@ -156,7 +156,8 @@ class World:
         """
         if self.local_size == self.size:
             return
-        proof = folder / self.gather(f".seen-{uuid.uuid4().hex}")[0]
+        name, place = self.gather((f".seen-{uuid.uuid4().hex}", str(folder.resolve())))[0]
+        proof = folder / name
         try:
             if self.is_main:
                 proof.touch()
@@ -167,7 +168,7 @@ class World:
                 proof.unlink(missing_ok=True)
         if blind:
             raise UsageError(
-                f"output_dir: process {blind[0]} does not see the folder {folder.resolve()} of process 0; "
+                f"output_dir: process {blind[0]} does not see the folder {place} of process 0; "
                 "with several machines it must be on a file system that all of them share"
             )
 
