@@ -51,6 +51,7 @@ def train(config) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
+    from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.checkpoint import CheckpointStore
     from rlaif_fast.trainer.run_dir import RunDir
@@ -69,7 +70,7 @@ def train(config) -> Path:
         else:
             state = CheckpointStore(run_dir.checkpoints, {}).last_state()
             run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    launch(train_in, config, setup.process_count(config))
+    launch(train_in, config, setup.process_count(config), resolve_device(config.device))
     return Path(config.output_dir)
 
 
@@ -94,7 +95,8 @@ def train_in(world, config) -> None:
 
     keep_freed_memory()
     run_dir = RunDir(config.output_dir)
-    setup.set_threads(config.threads, world.size)
+    world.check_shared(run_dir.path)
+    setup.set_threads(config.threads, world.local_size)
     setup.seed_everything(config.seed)
     found = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
     index, state = found.index, found.last_state()
@@ -117,7 +119,7 @@ def train_in(world, config) -> None:
             policy = setup.make_policy(loaded, options)
             world.broadcast([p.data for p in policy.model.parameters()])
             torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-        for note in loaded.notes:
+        for note in (*loaded.notes, *uneven_steps(config, world.size)):
             logger.message(note)
         make_batch = open_parts.enter_context(
             setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
@@ -279,6 +281,8 @@ def write_samples(run_dir, phase: str, run) -> None:
     from rlaif_fast.trainer.groups import rank_rollout, rollout_records
     from rlaif_fast.trainer.run_dir import json_line
 
+    if not run.world.is_main:
+        return
     config = run.config
     clips = by_media(run.data.test)[: config.gallery_clips]
     rows = [clip[i % len(clip)] for i, clip in enumerate(clips)]
@@ -293,8 +297,6 @@ def write_samples(run_dir, phase: str, run) -> None:
             batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config
         )
         greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
-    if not run.world.is_main:
-        return
     with run_dir.samples.open("a", encoding="utf-8") as lines:
         for record, text in zip(rollout_records(ranked, 0), greedy):
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
@@ -328,6 +330,25 @@ def describe(run) -> None:
     run.logger.message(
         f"rows: {len(data.sft)} sft, {len(data.rl)} rl, {len(data.validation)} validation, {len(data.test)} test"
     )
+
+
+def uneven_steps(config, processes: int) -> list[str]:
+    """What to know where the videos of a step cannot be divided evenly among the processes."""
+    keys = ["videos_per_step"] if config.sft != "auto" else ["sft_videos_per_step", "videos_per_step"]
+    notes = []
+    for key in keys:
+        videos = getattr(config, key)
+        if videos < processes:
+            notes.append(
+                f"{key}: {videos} is fewer than the {processes} processes, so {processes - videos} of them have "
+                f"nothing to do in a step; use a multiple of {processes}"
+            )
+        elif videos % processes:
+            notes.append(
+                f"{key}: {videos} is not a multiple of the {processes} processes, so some of them wait for the "
+                "others in every step"
+            )
+    return notes
 
 
 def data_notes(run) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.trainer import checkpoint as checkpoint_module
 from rlaif_fast.trainer import run_dir as module
+from rlaif_fast.trainer.checkpoint import CheckpointStore
 from rlaif_fast.trainer.run_dir import RunDir, plain, read_jsonl, write_jsonl
 
 
@@ -204,3 +210,94 @@ def test_truncate_after_an_sft_checkpoint(recorded):
 def test_truncate_refuses_an_unknown_stage(recorded):
     with pytest.raises(ValueError, match="stage"):
         recorded.truncate_after("eval", 3)
+
+
+class Weights(torch.nn.Module):
+    """A model of one weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(size))
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file({"weight": self.weight.data}, folder / "model.safetensors")
+
+
+class Words:
+    """A tokenizer of as many words."""
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+
+    def save_pretrained(self, folder: Path) -> None:
+        words = {f"word{index}": index for index in range(self.count)}
+        Tokenizer(WordLevel(words, unk_token="word0")).save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def file_limit():
+    """Sets the most bytes that a file may have, which is met where a full disk is."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda count: resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "state", "reason"),
+    [
+        (100_000, 1, 1, "File too large"),
+        (1, 100_000, 1, "File too large"),
+        (1, 1, 100_000, "trainer_state.pt was not written to its end"),
+    ],
+    ids=["model", "tokenizer", "state"],
+)
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, file_limit, weights, words, state, reason):
+    store = CheckpointStore(tmp_path, {})
+    store.save("rl-000001", Weights(10), Words(), {"step": 1}, last=True)
+    file_limit(50_000)
+    with pytest.raises(
+        RlaifFastError, match=rf"cannot write checkpoint .*rl-000002: .*{reason}.*; free some"
+    ):
+        store.save("rl-000002", Weights(weights), Words(words), {"moments": torch.zeros(state)}, last=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index.json", "rl-000001"]
+    assert store.last_state() == {"step": 1}
+
+
+def test_an_error_that_is_not_the_disks_stays_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Weights, "save_pretrained", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        CheckpointStore(tmp_path, {}).save("rl-000001", Weights(1), Words(), {}, last=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_index_that_cannot_be_written_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, {})
+    store.save("rl-000001", Weights(10), Words(), {"step": 1}, last=True)
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", refuse)
+    with pytest.raises(RlaifFastError, match="No space left on device; free some space"):
+        store.save("rl-000002", Weights(10), Words(), {"step": 2}, last=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index.json", "rl-000001"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_is_removed(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, {})
+    store.save("rl-000001", Weights(10), Words(), {}, last=True)
+    flushed = set()
+
+    def note(handle: int) -> None:
+        assert (tmp_path / "rl-000001").is_dir()
+        flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store.save("rl-000002", Weights(10), Words(), {}, last=True)
+    written = [tmp_path, tmp_path / "index.json", tmp_path / "rl-000002", *(tmp_path / "rl-000002").iterdir()]
+    assert flushed >= {path.stat().st_ino for path in written}
+    assert not (tmp_path / "rl-000001").exists()

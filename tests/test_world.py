@@ -2,24 +2,36 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import SMALL, metrics
-from world_parts import exchange, refuse
+from world_parts import (
+    average_in_buckets,
+    be_killed,
+    be_killed_unnoticed,
+    exchange,
+    look_for_folder,
+    refuse,
+    run_out_of_memory,
+)
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import world as world_module
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches
 from rlaif_fast.trainer.run_dir import read_jsonl
-from rlaif_fast.trainer.world import launch
+from rlaif_fast.trainer.world import World, launch
 
 
 def test_what_two_processes_exchange(tmp_path):
@@ -42,6 +54,31 @@ def test_one_process_needs_no_group(tmp_path):
     assert not torch.distributed.is_initialized()
 
 
+def test_buckets_do_not_change_the_averages():
+    whole = launch(average_in_buckets, 2**20, 2)
+    for bucket_bytes in (1, 64):
+        assert launch(average_in_buckets, bucket_bytes, 2) == whole
+
+
+def test_buckets_hold_what_fits():
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 2, 5, 1)]
+    weights.insert(1, torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
+    found = [[p.numel() for p in bucket] for bucket in world_module._buckets(weights, 16)]
+    assert found == [[2, 2], [5], [1], [3]]
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+    one, other = launch(look_for_folder, [str(folder) for folder in folders], 2).split("/output_dir")
+    for message in (one, other):
+        assert f"process 1 does not see the folder {folders[0]} of process 0" in message
+        assert "file system that all of them share" in message
+    assert launch(look_for_folder, [str(folders[0])] * 2, 2) == "/"
+    assert not any(entry for folder in folders for entry in folder.iterdir())
+
+
 @pytest.mark.parametrize(("rank", "error"), [(0, UsageError), (1, RlaifFastError)])
 def test_a_process_that_fails_ends_the_run(rank, error, capfd):
     with pytest.raises(error, match=f"process {rank}"):
@@ -49,6 +86,118 @@ def test_a_process_that_fails_ends_the_run(rank, error, capfd):
     if rank == 1:
         assert "error: process 1: process 1 will not" in capfd.readouterr().err
     assert not torch.distributed.is_initialized()
+
+
+def test_an_error_of_rank_0_is_not_hidden_by_those_it_causes(capfd):
+    with pytest.raises(RuntimeError, match="out of memory, says process 0"):
+        launch(run_out_of_memory, 0, 3)
+    assert "process" not in capfd.readouterr().err
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_process_that_failed_first_is_named(capfd):
+    with pytest.raises(RlaifFastError, match=r"process 2 .* exit code 1; its message is above"):
+        launch(run_out_of_memory, 2, 3)
+    written = capfd.readouterr().err
+    assert "out of memory, says process 2" in written
+    assert written.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("work", [be_killed, be_killed_unnoticed])
+def test_a_killed_process_is_reported_with_its_signal(work, monkeypatch, capfd):
+    monkeypatch.setattr(world_module, "PATIENCE", 1.0)
+    started = time.monotonic()
+    with pytest.raises(RlaifFastError, match=r"process 1 .* SIGKILL"):
+        launch(work, 1, 3)
+    assert time.monotonic() - started < 45
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_device_of_several_processes(monkeypatch, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"device: cuda:0 is one GPU, and each of 2 processes .* --device cuda"
+    ):
+        launch(exchange, str(tmp_path), 2, torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert launch(exchange, str(tmp_path), 2, torch.device("cpu"))["sum"] == [2.0, 1.0]
+    with pytest.raises(UsageError, match="process 1 has no GPU, torch sees 1"):
+        world_module._choose_backend(1, torch.device("cuda"))
+
+
+class Enough(Exception):
+    """Ends a process's part once the test has seen what it wanted."""
+
+
+def test_a_process_checks_the_folder_and_shares_the_cores_of_its_machine(monkeypatch, tmp_path):
+    calls: list[object] = []
+
+    def set_threads(threads: int, processes: int) -> None:
+        calls.append((threads, processes))
+        raise Enough
+
+    monkeypatch.setattr(World, "check_shared", lambda _, folder: calls.append(folder))
+    monkeypatch.setattr(setup, "set_threads", set_threads)
+    with pytest.raises(Enough):
+        train_module.train_in(World(0, 16, local_size=8), TrainConfig(output_dir=str(tmp_path)))
+    assert calls == [tmp_path, (0, 8)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert world_module._local_size(16) == 8
+
+
+def test_only_rank_0_samples_for_the_gallery():
+    train_module.write_samples(None, "sft", SimpleNamespace(world=World(1, 2)))
+
+
+def test_steps_that_do_not_divide_evenly_are_told():
+    config = TrainConfig(sft_videos_per_step=8, videos_per_step=3)
+    assert train_module.uneven_steps(config, 1) == []
+    (note,) = train_module.uneven_steps(config, 2)
+    assert note.startswith("videos_per_step: 3 is not a multiple of the 2 processes")
+    few = train_module.uneven_steps(config, 16)
+    assert few[0].startswith("sft_videos_per_step: 8 is fewer than the 16 processes, so 8 of them")
+    assert len(few) == 2
+    config.sft = "none"
+    assert len(train_module.uneven_steps(config, 16)) == 1
+
+
+def start(work: str, argument: object, patience: float) -> subprocess.Popen:
+    """Launch a part of world_parts.py in two processes below a new one, which does not share our signals."""
+    script = (
+        "import world_parts\n"
+        "from rlaif_fast.trainer import world\n"
+        "if __name__ == '__main__':\n"
+        f"    world.PATIENCE = {patience}\n"
+        f"    world.launch(world_parts.{work}, {argument!r}, 2)\n"
+    )
+    folder = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_rank_0_does_not_stay_stuck_behind_a_dead_process():
+    process = start("be_killed_while_stuck", 1, patience=1.0)
+    _, written = process.communicate(timeout=50)
+    assert process.returncode == 1
+    assert written.strip() == "error: process 1 of the run was ended by SIGKILL; " + (
+        "the machine may have run out of memory"
+    )
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
+def test_the_others_end_with_rank_0(ending):
+    process = start("sleep", 120, patience=10.0)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asleep\n"
+    process.send_signal(ending)
+    process.communicate(timeout=30)  # every process holds the other end of the pipe
+    assert process.returncode == -ending
 
 
 @pytest.fixture(scope="module")

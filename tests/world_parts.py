@@ -1,6 +1,9 @@
 """What the processes of test_world.py do; they import it from here."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -38,3 +41,66 @@ def refuse(world: World, rank: int) -> None:
     if world.rank == rank:
         raise UsageError(f"process {rank} will not")
     world.barrier()
+
+
+def average_in_buckets(world: World, bucket_bytes: int) -> list[list[float]]:
+    """Gradients of several shapes and dtypes, some absent or not contiguous, averaged in buckets."""
+    generator = torch.Generator().manual_seed(world.rank)
+    shapes = [(5,), (3, 4), (40,), (2,), (1,), (7, 3)]
+    dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    weights = [torch.nn.Parameter(torch.zeros(shape, dtype=kind)) for shape, kind in zip(shapes, dtypes)]
+    for index, weight in enumerate(weights):
+        weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        if index == 4 and world.rank == 0:
+            weight.grad = None
+    weights[5].grad = torch.randn(3, 7, generator=generator).T
+    world.average_gradients(weights, bucket_bytes)
+    return [weight.grad.flatten().tolist() for weight in weights]
+
+
+def look_for_folder(world: World, folders: list[str]) -> str:
+    """What each process says when every one of them is a machine with its own folder."""
+    world.local_size = 1
+    try:
+        world.check_shared(Path(folders[world.rank]))
+    except UsageError as error:
+        return "/".join(world.gather(str(error)))
+    return "/".join(world.gather(""))
+
+
+def run_out_of_memory(world: World, rank: int) -> None:
+    """Process `rank` fails by an error that is also what a broken connection raises."""
+    world.barrier()
+    if world.rank == rank:
+        raise RuntimeError("out of memory, says process " + str(rank))
+    world.barrier()
+
+
+def be_killed(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others wait for it."""
+    world.barrier()
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.barrier()
+
+
+def be_killed_unnoticed(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others are busy."""
+    world.barrier()
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def be_killed_while_stuck(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others are where Python cannot interrupt them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    be_killed_unnoticed(world, rank)
+
+
+def sleep(world: World, seconds: float) -> None:
+    """Say that all processes are there, and sleep."""
+    world.barrier()
+    if world.is_main:
+        print("asleep", flush=True)
+    time.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.trainer.run_dir import write_atomically
 
 STATE = "trainer_state.pt"
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
@@ -57,18 +59,22 @@ class CheckpointStore:
         target, partial = self.folder / name, self.folder / f".{name}.partial"
         if self.read_only:
             return target
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
             save_model(partial, model, tokenizer, self.processor_files)
             torch.save(dict(state), partial / STATE)
+            _flush(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             self._update_index(**{role: name for role, plays in roles.items() if plays})
-        except OSError as error:
+        except Exception as error:
+            reason = _disk_reason(error)
+            if reason is None:
+                raise
+            self._remove_unlisted()
+            raise RlaifFastError(f"cannot write checkpoint {target}: {reason}; free some space") from error
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise RlaifFastError(
-                f"cannot write checkpoint {target}: {error.strerror or error}; free some space"
-            ) from error
         return target
 
     def mark(self, **roles: str) -> None:
@@ -96,13 +102,41 @@ class CheckpointStore:
 
     def _update_index(self, **names: str) -> None:
         index = CheckpointIndex(**(asdict(self.index) | names))
-        temporary = self.folder / ".index.json"
-        temporary.write_text(json.dumps(asdict(index)))
-        temporary.replace(self.folder / "index.json")
-        kept = set(asdict(index).values())
+        write_atomically(self.folder / "index.json", json.dumps(asdict(index)))
+        self._remove_unlisted()
+
+    def _remove_unlisted(self) -> None:
+        """Remove the checkpoints that play no role, and what is left of those that were not written to the end."""
+        kept = set(asdict(self.index).values())
         for child in self.folder.iterdir():
             if child.is_dir() and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Why the disk refused, or None for an error of another kind.
+
+    Only Python says it by OSError. safetensors and tokenizers quote the system in errors of their own, and
+    torch.save reports where in the file it found itself.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "(os error " in str(error):
+        return str(error)
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return f"{STATE} was not written to its end"
+    return None
+
+
+def _flush(folder: Path) -> None:
+    """Have the system put the files of a folder, and their names, on the disk."""
+    paths = [*folder.rglob("*"), folder]
+    for path in paths if os.name == "posix" else ():  # elsewhere a folder cannot be opened
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str, str]) -> None:
