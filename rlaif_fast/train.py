@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rlaif_fast.cli import packaged_config, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, packaged_config, parse_config, run_command
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 
@@ -30,17 +30,19 @@ from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(argv), debug=_flag(argv, "debug"))
+    return run_command(lambda: _run(argv), debug=flag_is_true(argv, "debug"))
 
 
 def _run(argv: list[str]) -> int:
-    from rlaif_fast.trainer.options import TrainConfig
+    from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 
-    config = parse_config(TrainConfig, argv, prog="rlaif_fast.train", description=__doc__)
-    if config.resume is None and config.model.startswith("tiny") and not _has(argv, "config"):
+    texts = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
+    given = given_values(
+        TrainConfig, [word for word in argv if not word.startswith("--print-config")], **texts
+    )
+    if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
         argv = ["--config", str(packaged_config("tiny.yaml")), *argv]
-        config = parse_config(TrainConfig, argv, prog="rlaif_fast.train", description=__doc__)
-    train(config)
+    train(parse_config(TrainConfig, argv, **texts))
     return 0
 
 
@@ -417,15 +419,6 @@ def machine() -> str:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{platform.machine()}, {cores()} cores, {gpu}"
-
-
-def _has(argv: Sequence[str], name: str) -> bool:
-    return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
-
-
-def _flag(argv: Sequence[str], name: str) -> bool:
-    words = " ".join(argv).replace("=", " ").split()
-    return f"--{name}" in words and words[words.index(f"--{name}") + 1 :][:1] == ["true"]
 
 
 if __name__ == "__main__":

@@ -252,4 +252,5 @@ def test_print_config_shows_the_packaged_default(capsys):
     with pytest.raises(SystemExit) as stop:
         train_module.main(["--print-config"])
     assert stop.value.code == 0
-    assert "num_generations: 8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "max_steps: 330" in printed and "max_completion_length: 12" in printed

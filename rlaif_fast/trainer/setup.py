@@ -24,11 +24,10 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.tokenize import PromptEncoder, question_text
 from rlaif_fast.trainer.batches import BatchMaker, by_media
-from rlaif_fast.trainer.options import DataOptions, TrainConfig
+from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
 
-TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 SPLITS = ("sft", "rl", "validation", "test")
 
 
