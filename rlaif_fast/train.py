@@ -18,7 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -108,10 +108,11 @@ def train_in(world, config) -> None:
             log_every=config.logging_steps,
             seconds=state["seconds"] if state else None,
         )
+    data_notes: list[str] = []
     with contextlib.ExitStack() as open_parts, make_logger as logger:
         with world.main_first():
             with logger.timer("data"):
-                data = load_with_progress(config, logger)
+                data = load_with_progress(config, logger, data_notes.append)
             with logger.timer("model"):
                 options = setup.resolved_model(config, data)
         with logger.timer("model"):
@@ -119,7 +120,8 @@ def train_in(world, config) -> None:
             policy = setup.make_policy(loaded, options)
             world.broadcast([p.data for p in policy.model.parameters()])
             torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-        for note in loaded.notes:
+        notes = (*loaded.notes, *data_notes)
+        for note in notes:
             logger.message(note)
         make_batch = open_parts.enter_context(
             setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
@@ -164,7 +166,7 @@ def train_in(world, config) -> None:
         write_samples(run_dir, "final", run)
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
         if world.is_main:
-            finish(run, run_dir, loaded.notes, int(others))
+            finish(run, run_dir, notes, int(others))
 
 
 def run_sft_stage(run, config, state, train_sft) -> None:
@@ -211,7 +213,7 @@ def finish(run, run_dir, notes: Sequence[str], others_rss_bytes: int) -> None:
         "seconds_by_stage": logger.seconds(),
         "versions": versions(),
         "machine": machine(),
-        "notes": [*notes, *data_notes(run)],
+        "notes": [*notes, *notes_on_data(run)],
     }
     if config.report:
         with logger.timer("report"):
@@ -301,8 +303,8 @@ def write_samples(run_dir, phase: str, run) -> None:
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
 
 
-def load_with_progress(config, logger):
-    """Load the data, with a bar while synthetic clips are made."""
+def load_with_progress(config, logger, note: Callable[[str], None]):
+    """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
     from rlaif_fast.trainer import setup
 
     total = (
@@ -312,9 +314,9 @@ def load_with_progress(config, logger):
         + config.synthetic_test_clips
     )
     if config.data != "synthetic":
-        return setup.load_data(config)
+        return setup.load_data(config, note=note)
     with logger.stage("clips", total=total) as update:
-        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done))
+        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
 
 
 def describe(run) -> None:
@@ -331,7 +333,7 @@ def describe(run) -> None:
     )
 
 
-def data_notes(run) -> list[str]:
+def notes_on_data(run) -> list[str]:
     """What a reader of the report has to know about the data."""
     corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
     notes = []

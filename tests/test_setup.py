@@ -1,13 +1,16 @@
-"""What a run settles before it begins: its values and where they come from."""
+"""What a run settles before it begins: its values and its data."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import yaml
 
 from rlaif_fast.cli import given_values, packaged_config
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
 
 
@@ -46,6 +49,71 @@ def test_defaults_are_for_a_real_model_and_tiny_yaml_has_the_toys():
         )
     assert toy["min_pixels"] == toy["max_pixels"] == 1024
     assert (toy["max_frames"], toy["total_pixels"], toy["eval_videos_per_step"]) == (768, None, 64)
+
+
+def write_rows(path, videos, answer="red"):
+    """A file with one question about each of the videos, which nobody decodes."""
+    lines = []
+    for video in videos:
+        (path.parent / video).write_bytes(b"video")
+        lines.append(json.dumps({"video": video, "question": "Which colour?", "answer": answer}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def names(rows):
+    return [row.videos[0].rpartition("/")[2] for row in rows]
+
+
+def test_rows_about_evaluated_media_are_not_learned_from(tmp_path):
+    write_rows(tmp_path / "sft.jsonl", ["a.mp4", "b.mp4", "c.mp4"])
+    write_rows(tmp_path / "rl.jsonl", ["a.mp4", "c.mp4", "d.mp4"])
+    write_rows(tmp_path / "validation.jsonl", ["b.mp4"])
+    write_rows(tmp_path / "test.jsonl", ["c.mp4"])
+    notes = []
+    data = setup.load_data(TrainConfig(data=str(tmp_path)), note=notes.append)
+    assert names(data.sft) == ["a.mp4"] and names(data.rl) == ["a.mp4", "d.mp4"]
+    assert notes == [
+        "Left out: 2 sft rows about media of validation or test.",
+        "Left out: 1 rl rows about media of validation or test.",
+    ]
+
+
+def test_one_shared_picture_is_enough_to_leave_a_row_out():
+    def row(name, images):
+        return Example(id=name, question="Which?", videos=(), images=images, answer="red")
+
+    rows = {
+        "sft": [row("1", ("a.png", "b.png")), row("2", ("c.png",))],
+        "rl": [row("3", ())],
+        "validation": [row("4", ("b.png", "d.png"))],
+        "test": [row("5", ())],
+    }
+    setup.drop_evaluated_media(rows)
+    assert [row.id for row in rows["sft"]] == ["2"]
+    assert [row.id for row in rows["rl"]] == ["3"]
+
+
+def test_supervised_rows_of_another_file_do_not_leak_into_what_is_held_out(tmp_path):
+    videos = [f"{i}.mp4" for i in range(20)]
+    data = write_rows(tmp_path / "data.jsonl", videos)
+    own = write_rows(tmp_path / "own.jsonl", videos)
+    notes = []
+    config = TrainConfig(data=str(data), sft_data=str(own))
+    loaded = setup.load_data(config, note=notes.append)
+    held = {*names(loaded.validation), *names(loaded.test)}
+    assert len(held) == 4
+    assert set(names(loaded.sft)) == set(names(loaded.rl)) == set(videos) - held
+    assert notes == ["Left out: 4 sft rows about media of validation or test."]
+    notes.clear()
+    setup.load_data(TrainConfig(data=str(data)), note=notes.append)
+    assert notes == []
+
+
+def test_everything_leaking_is_refused(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", ["a.mp4", "b.mp4"])
+    with pytest.raises(UsageError, match="every row of the rl split is about media of validation or test"):
+        setup.load_data(TrainConfig(data=str(data), validation_data=str(data), test_data=str(data)))
 
 
 def test_given_values_are_those_of_the_command_alone(tmp_path):

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.tokenize import PromptEncoder, question_text
-from rlaif_fast.trainer.batches import BatchMaker, by_media
+from rlaif_fast.trainer.batches import BatchMaker, by_media, files
 from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
@@ -76,7 +76,11 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
 
 
 def load_data(
-    config: TrainConfig, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    config: TrainConfig,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Datasets:
     """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
 
@@ -84,58 +88,100 @@ def load_data(
         config: Where the data is, or what to make.
         workers: Processes that make synthetic clips.
         progress: Called with the number of clips made and their total.
+        note: Called with what a reader of the figures has to know.
 
     Raises:
         UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
     """
-    files: dict[str, Path | None] = dict.fromkeys(SPLITS)
-    rows: dict[str, list[Example]] = {}
-    source = Path(config.data).expanduser()
-    if config.data == "synthetic":
-        synthetic = synthetic_config(config, config.seed)
-        paths = make_dataset(
-            cache_folder(config) / "data" / synthetic.digest()[:16],
-            synthetic,
-            workers=workers,
-            progress=progress,
-        )
-        files = {split: getattr(paths, split) for split in SPLITS}
-    elif source.is_dir():
-        files = {split: path if (path := source / f"{split}.jsonl").exists() else None for split in SPLITS}
-        if files["rl"] is None and files["sft"] is None:
-            raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
-    elif source.exists():
-        train, validation, test = hold_out(_read(source, config), config.holdout_fraction, config.seed)
-        rows = {"sft": train, "rl": train, "validation": validation, "test": test}
-    else:
-        raise UsageError(
-            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
-        )
-    for split, override in (
-        ("sft", config.sft_data),
-        ("validation", config.validation_data),
-        ("test", config.test_data),
-    ):
-        if override is not None:
-            files[split] = Path(override).expanduser()
-            rows.pop(split, None)
-    for split, file in files.items():
-        if split not in rows:
-            rows[split] = [] if file is None else _read(file, config, require_answer=split != "rl")
+    rows = read_splits(config, workers=workers, progress=progress)
     rows["rl"] = rows["rl"] or rows["sft"]
     if not rows["validation"] or not rows["test"]:
-        _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
-        held = {row.id for row in (*validation, *test)}
-        rows["rl"] = [row for row in rows["rl"] if row.id not in held]
-        rows["sft"] = [row for row in rows["sft"] if row.id not in held]
-        rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+        hold_out_missing(rows, config)
     for split in ("validation", "test"):
         rows[split] = [row for row in rows[split] if row.answer is not None]
         if not rows[split]:
             raise UsageError(
                 f"data: no row of the {split} split has an answer, so nothing can be scored; add answers"
             )
+    drop_evaluated_media(rows, note)
     return Datasets(**rows)
+
+
+def read_splits(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, list[Example]]:
+    """The rows of each split as they are on disk; a split without a file has none."""
+    rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    source, own = Path(config.data).expanduser(), own_files(config)
+    if config.data != "synthetic" and source.is_file():
+        everything = _read(source, config)
+        rows |= {"sft": everything, "rl": everything}
+        found = own
+    else:
+        found = split_files(config, workers=workers, progress=progress) | own
+    for split, file in found.items():
+        rows[split] = _read(file, config, require_answer=split != "rl")
+    return rows
+
+
+def own_files(config: DataOptions) -> dict[str, Path]:
+    """The files that take the place of those in `data`, by split."""
+    given = {"sft": config.sft_data, "validation": config.validation_data, "test": config.test_data}
+    return {split: Path(path).expanduser() for split, path in given.items() if path is not None}
+
+
+def split_files(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Path]:
+    """The files of the synthetic dataset or of the folder `data`, by split."""
+    if config.data == "synthetic":
+        synthetic = synthetic_config(config, config.seed)
+        folder = cache_folder(config) / "data" / synthetic.digest()[:16]
+        paths = make_dataset(folder, synthetic, workers=workers, progress=progress)
+        return {split: getattr(paths, split) for split in SPLITS}
+    source = Path(config.data).expanduser()
+    if not source.is_dir():
+        raise UsageError(
+            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
+        )
+    found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
+    if "rl" not in found and "sft" not in found:
+        raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
+    return found
+
+
+def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
+    """Take the validation and test rows that no file has from the RL rows, in place."""
+    _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
+    held = {id(row) for row in (*validation, *test)}  # one file serves both stages with the same objects
+    for split in ("sft", "rl"):
+        rows[split] = [row for row in rows[split] if id(row) not in held]
+    rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+
+
+def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+    """Drop the rows to learn from that are about a video or picture of validation or test, in place.
+
+    Raises:
+        UsageError: Nothing is left for reinforcement learning.
+    """
+    evaluated = media_of((*rows["validation"], *rows["test"]))
+    for split in ("sft", "rl"):
+        kept = [row for row in rows[split] if media_of([row]).isdisjoint(evaluated)]
+        dropped = len(rows[split]) - len(kept)
+        if dropped and not kept and split == "rl":
+            raise UsageError(
+                "data: every row of the rl split is about media of validation or test; "
+                "give validation_data and test_data of other media"
+            )
+        if dropped and note is not None:
+            note(f"Left out: {dropped} {split} rows about media of validation or test.")
+        rows[split] = kept
+
+
+def media_of(rows: Iterable[Example]) -> set[str]:
+    """The files that the rows are about."""
+    return {path for row in rows for path, _ in files(row)}
 
 
 def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
