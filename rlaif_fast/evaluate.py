@@ -66,16 +66,16 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.data import chance_by_category, read_examples
     from rlaif_fast.policy.loading import load_model
     from rlaif_fast.rollout import make_sampler
-    from rlaif_fast.train import saved_config
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.checkpoint import CheckpointStore
     from rlaif_fast.trainer.evaluation import evaluate
+    from rlaif_fast.trainer.resume import saved_config
     from rlaif_fast.trainer.run_dir import RunDir, write_jsonl
 
     config = TrainConfig()
     if options.run is not None:
         run_dir = RunDir.open(options.run)
-        config = saved_config(run_dir, options)
+        config = saved_config(run_dir)
         config.model = str(CheckpointStore(run_dir.checkpoints, {}).path("best"))
     if options.model is not None:
         config.model = options.model

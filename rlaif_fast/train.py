@@ -18,9 +18,10 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rlaif_fast.cli import flag_is_true, given_values, packaged_config, parse_config, run_command
 from rlaif_fast.errors import UsageError
@@ -42,37 +43,56 @@ def _run(argv: list[str]) -> int:
     )
     if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
         argv = ["--config", str(packaged_config("tiny.yaml")), *argv]
-    train(parse_config(TrainConfig, argv, **texts))
+    train(parse_config(TrainConfig, argv, **texts), given)
     return 0
 
 
-def train(config) -> Path:
+def train(config, given: Mapping[str, Any] | None = None) -> Path:
     """Train as configured and return the run's folder.
+
+    Args:
+        config: What to do; with `resume`, the configuration of that run is taken in its place.
+        given: The keys that a resuming command sets (see `resumed_config`).
 
     Raises:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import resumed_config
     from rlaif_fast.trainer.run_dir import RunDir
     from rlaif_fast.trainer.world import launch, rank_under_torchrun
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
-        config = saved_config(run_dir, config)
+        config = resumed_config(run_dir, given or {})
         if run_dir.finished:
             raise UsageError(f"resume: {run_dir.path} is finished; nothing is left to do")
-    # The other processes start behind rank 0's, when the folder is as they are to find it.
-    if not rank_under_torchrun():
-        if config.resume is None:
-            run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
-            run_dir.config.write_text(dump_config(config))
-        else:
-            state = CheckpointStore(run_dir.checkpoints, {}).last_state()
-            run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    launch(train_in, config, setup.process_count(config))
+    else:
+        config = setup.resolved(config)
+    with contextlib.ExitStack() as held:
+        # The other processes start behind rank 0's, when the folder is as they are to find it.
+        if not rank_under_torchrun():
+            setup.preflight(config)
+            if config.resume is None:
+                run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
+            held.enter_context(run_dir.lock())
+            prepare(run_dir, config)
+        launch(train_in, config, config.num_processes)
     return Path(config.output_dir)
+
+
+def prepare(run_dir, config) -> None:
+    """Bring a run's folder to the state that its processes start from."""
+    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import change_learning_rate
+    from rlaif_fast.trainer.run_dir import write_atomically
+
+    if config.resume is not None:
+        state = CheckpointStore(run_dir.checkpoints, {}).last_state()
+        run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
+        change_learning_rate(run_dir, config)
+    write_atomically(run_dir.config, dump_config(dataclasses.replace(config, resume=None)))
 
 
 def train_in(world, config) -> None:
@@ -157,11 +177,11 @@ def train_in(world, config) -> None:
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
             load_weights(policy.model, run.store.path("last"))
-        train_rl(run, resume_from=run.store.path("last") if in_rl else None)
+        reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
         world.barrier()
         load_weights(policy.model, run.store.path("best"))
-        final = run.evaluate(data.test, phase="final", split="test", step=config.max_steps)
+        final = run.evaluate(data.test, phase="final", split="test", step=reached)
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
@@ -363,20 +383,6 @@ def print_result(summary: dict, logger) -> None:
         f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}"
     )
     logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
-
-
-def saved_config(run_dir, given):
-    """The configuration a run began with; only where it lives and `debug` are taken from the resuming command."""
-    import yaml
-
-    from rlaif_fast.trainer.options import TrainConfig
-
-    values = yaml.safe_load(run_dir.config.read_text())
-    values |= {"resume": str(run_dir.path), "output_dir": str(run_dir.path), "debug": given.debug}
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise UsageError(f"resume: {run_dir.config} is from another version ({error})") from error
 
 
 def dump_config(config) -> str:

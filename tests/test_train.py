@@ -8,7 +8,7 @@ import pytest
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.trainer import rl
-from rlaif_fast.trainer.run_dir import read_jsonl
+from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
 
 SMALL = {
     "seed": 5,
@@ -206,6 +206,32 @@ def test_refuses_a_folder_that_is_not_ours(run, tmp_path):
     code, folder, err = run()
     assert code == 2 and "not made by a run" in err
     assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "/nonexistent/typo.jsonl"},
+        {"sft_data": "/nonexistent/typo.jsonl"},
+        {"model": "/nonexistent/model"},
+        {"sft": "/nonexistent/checkpoint"},
+        {"oracle": "referense"},
+        {"oracle": "callable", "oracle_options": '{"function": "no.such:function"}'},
+    ],
+)
+def test_a_run_is_replaced_only_by_one_that_can_begin(run, tmp_path, changes):
+    earlier = RunDir.create(tmp_path / "run")
+    earlier.write_summary({"final_accuracy": 0.5})
+    code, _, err = run(overwrite_output_dir="true", **changes)
+    assert code == 2, err
+    assert earlier.read_summary() == {"final_accuracy": 0.5}
+
+
+def test_resume_refuses_what_cannot_change(finished, run, capsys):
+    words = ["--resume", str(finished), "--beta", "0.5", "--learning_rate", "1e-9"]
+    assert train_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert "resume: beta cannot change" in err and "what can change is" in err
 
 
 def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):

@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
@@ -29,14 +31,85 @@ from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
 
 SPLITS = ("sft", "rl", "validation", "test")
+PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
+MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
 
 def process_count(config: TrainConfig) -> int:
-    """How many processes the configuration asks for on this machine."""
+    """How many processes the configuration asks for on this machine; under torchrun those that it started."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return int(os.environ["WORLD_SIZE"])
     if config.num_processes > 0:
         return config.num_processes
     # Small operators gain nothing from a second thread, so on a CPU a second process halves the step.
     return 2 if cores() > 1 and resolve_device(config.device).type == "cpu" else 1
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
+    paths = {name: Path(value).expanduser() for name in PATHS if (value := getattr(config, name)) is not None}
+    if config.model in TINY_FAMILIES:
+        del paths["model"]
+    if config.data == "synthetic":
+        del paths["data"]
+    whole: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    return dataclasses.replace(config, num_processes=process_count(config), **whole)
+
+
+def preflight(config: TrainConfig) -> None:
+    """Check what can be checked in seconds, before anything of an earlier run is replaced.
+
+    Raises:
+        UsageError: The model, the data or the oracle cannot be what the configuration says.
+    """
+    resolve_device(config.device)
+    check_model(config.model)
+    if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
+        raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
+    if config.resume is None and config.overwrite_output_dir:
+        check_overwrite(config)
+    check_oracle(config)
+    if config.data == "synthetic":
+        for split, file in own_files(config).items():
+            _read(file, config, require_answer=split == "sft")
+    else:
+        load_data(config)
+
+
+def check_model(model: str) -> None:
+    """Refuse a model whose configuration cannot be read; its weights are not."""
+    from transformers import AutoConfig
+
+    if is_tiny(model):
+        return
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"model: cannot load {model!r}: {reason}") from error
+
+
+def check_overwrite(config: TrainConfig) -> None:
+    """Refuse to delete what the run starts from."""
+    doomed = Path(config.output_dir).resolve() / "checkpoints"
+    for name in ("model", "sft"):
+        if doomed in Path(getattr(config, name)).expanduser().resolve().parents:
+            raise UsageError(
+                f"{name}: {getattr(config, name)} is a checkpoint of the run that overwrite_output_dir replaces; "
+                "choose another output_dir"
+            )
+
+
+def check_oracle(config: TrainConfig) -> None:
+    """Refuse an oracle that cannot be built, or has no scores where the advantage needs them."""
+    oracle: object = find_oracle(config.oracle, config.oracle_options)
+    if config.oracle not in MODEL_ORACLES:
+        oracle = make_oracle(config)
+    if config.advantage == "zscore" and getattr(oracle, "score", None) is None:
+        raise UsageError(
+            f"advantage: zscore needs scalar rewards, and the oracle {config.oracle!r} only orders responses; "
+            "use --advantage directed, or an oracle with scores such as reference or reward_model"
+        )
 
 
 def set_threads(threads: int, processes: int = 1) -> None:
@@ -283,8 +356,19 @@ def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
     """The model options with "tiny" replaced by the folder it was made in."""
     names = {field.name for field in dataclasses.fields(ModelOptions)}
     options = ModelOptions(**{name: getattr(config, name) for name in names})
-    if config.model in TINY_FAMILIES:
+    if is_tiny(config.model):
         options.model = str(tiny_folder(config, data))
-    elif config.model.startswith("tiny"):
-        raise UsageError(f"model: unknown tiny model {config.model!r}; there are {', '.join(TINY_FAMILIES)}")
     return options
+
+
+def is_tiny(model: str) -> bool:
+    """Whether the name stands for a model made on the spot.
+
+    Raises:
+        UsageError: It looks like one and is none, nor a folder.
+    """
+    if model in TINY_FAMILIES:
+        return True
+    if model.startswith("tiny") and not Path(model).is_dir():
+        raise UsageError(f"model: unknown tiny model {model!r}; there are {', '.join(TINY_FAMILIES)}")
+    return False
