@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.trainer import rl
@@ -113,6 +114,34 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     blind = evaluate_command(EvaluateConfig(run=str(finished), blank_frames=True))
     assert 0.0 <= blind["accuracy"] <= 1.0
     assert "category" in capsys.readouterr().out
+
+
+def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
+    code, folder, err = run(lora_r=4, sft_steps=2, max_steps=2)
+    assert code == 0, err
+    summary = json.loads((folder / "summary.json").read_text())
+    options = EvaluateConfig(run=str(folder))
+    figures = evaluate_command(options)
+    assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
+    model = evaluate_module.load_checkpoint(evaluate_module.configuration(options)).model
+    learned = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert learned and all(weight.any() for weight in learned)
+
+    index = json.loads((folder / "checkpoints/index.json").read_text())
+    best = folder / "checkpoints" / index["best"]
+    data = next(cache.glob("data/*/test.jsonl"))
+    pixels = {"min_pixels": 1024, "max_pixels": 1024, "max_completion_length": 12}
+    alone = evaluate_command(EvaluateConfig(model=str(best), data=str(data), **pixels))
+    assert alone["accuracy"] == pytest.approx(summary["final_accuracy"])
+
+    (tmp_path / "adapters").mkdir()
+    adapters = tmp_path / "adapters" / "adapter_config.json"
+    settings = json.loads((best / adapters.name).read_text())
+    adapters.write_text(json.dumps(settings | {"base_model_name_or_path": "/nonexistent/base"}))
+    words = ["--model", str(adapters.parent), "--data", str(data), "--debug", "true"]
+    assert evaluate_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert "holds LoRA adapters of the model '/nonexistent/base'" in err and "Traceback" in err
 
 
 def test_same_seed_same_metrics(finished, run):
