@@ -170,6 +170,15 @@ def test_a_run_is_resumed_from_another_folder(begun, tmp_path, monkeypatch):
     assert (config.model, config.num_processes, config.resume) == ("tiny", 2, str(begun.path))
 
 
+def test_words_that_name_no_path_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "synthetic", "auto", "mine"):
+        (tmp_path / name).mkdir()
+    config = setup.resolved(TrainConfig(media_root="mine"))
+    assert (config.model, config.data, config.sft) == ("tiny", "synthetic", "auto")
+    assert config.media_root == str(tmp_path / "mine")
+
+
 def test_resume_changes_what_it_may_and_refuses_the_rest(begun):
     config = resumed_config(
         begun, {"learning_rate": 1e-9, "data": "data.jsonl", "oracle_options": {"tie": 0.1}}

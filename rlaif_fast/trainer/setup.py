@@ -47,11 +47,9 @@ def process_count(config: TrainConfig) -> int:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
-    paths = {name: Path(value).expanduser() for name in PATHS if (value := getattr(config, name)) is not None}
-    if config.model in TINY_FAMILIES:
-        del paths["model"]
-    if config.data == "synthetic":
-        del paths["data"]
+    words = {*TINY_FAMILIES, "synthetic", "auto", "none"}
+    values = {name: getattr(config, name) for name in PATHS}
+    paths = {name: Path(value).expanduser() for name, value in values.items() if value and value not in words}
     whole: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
     return dataclasses.replace(config, num_processes=process_count(config), **whole)
 
