@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -28,12 +28,43 @@ def parse_config(
         UsageError: A key is unknown (the nearest name is suggested), a value does not fit its type, or the file
             cannot be read.
     """
+    values = _parser(config_class, prog, description).parse_args(_words(argv))
+    return config_class(**{name: _plain(getattr(values, name)) for name in _names(config_class)})
+
+
+def given_values(
+    config_class: type, argv: Sequence[str] | None, *, prog: str, description: str
+) -> dict[str, Any]:
+    """The keys that the command line or its `--config FILE` sets, with their values.
+
+    Raises:
+        UsageError: As `parse_config` does.
+    """
+    values = _parser(config_class, prog, description).parse_args(_words(argv), defaults=False)
+    return {name: _plain(values[name]) for name in _names(config_class) if name in values}
+
+
+def flag_is_true(argv: Sequence[str], name: str) -> bool:
+    """Whether the words say `--name true`, before they are parsed."""
+    words = " ".join(argv).replace("=", " ").split()
+    return f"--{name}" in words and words[words.index(f"--{name}") + 1 :][:1] == ["true"]
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if argv is None else argv)
+
+
+def _names(config_class: type) -> list[str]:
+    assert is_dataclass(config_class)
+    return [field.name for field in fields(config_class)]
+
+
+def _parser(config_class: type, prog: str, description: str) -> Any:
     try:
         import jsonargparse
     except ImportError:
         raise UsageError('commands need the extra "train": pip install "rlaif-fast[train]"') from None
-    assert is_dataclass(config_class)
-    names = [field.name for field in fields(config_class)]
+    names = _names(config_class)
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -43,12 +74,13 @@ def parse_config(
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     for base in (config_class, *config_class.__bases__):
         own = set(vars(base).get("__annotations__", {}))
+        if base is config_class:  # what it inherits and sets anew keeps the place and the words of the base
+            own -= {name for parent in base.__bases__ if is_dataclass(parent) for name in _names(parent)}
         if is_dataclass(base) and own:
             inherited = {field.name for field in fields(base)} - own
             parser.add_class_arguments(base, skip=inherited, as_group=True)
-    values = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
-    plain = {name: getattr(values, name) for name in names}
-    return config_class(**{name: _plain(value) for name, value in plain.items()})
+    parser.set_defaults({f.name: f.default for f in fields(config_class) if f.default is not MISSING})
+    return parser
 
 
 def packaged_config(name: str) -> Path:

@@ -6,31 +6,55 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in rlaif_fast.train
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.cli import flag_is_true, parse_config, run_command
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.loading import LoadedModel, load_model
 from rlaif_fast.trainer.options import TrainConfig
+
+FROM_RUN = (
+    "media_root",
+    "fps",
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "max_completion_length",
+)
 
 
 @dataclass
 class EvaluateConfig:
     """What to evaluate.
 
+    From `media_root` on, null takes the run's value, or without a run what training takes unless told otherwise.
+
     Attributes:
         run: A run's folder: its best checkpoint is evaluated, with its configuration.
-        model: A checkpoint folder or hub name, in place of the run's.
+        model: A checkpoint folder, a folder of LoRA adapters or a hub name, in place of the run's.
         data: A JSONL file, in place of the run's test split.
         blank_frames: Replace every frame by grey: what a policy answers that cannot see.
         output: JSONL file for the predictions; null writes none.
         device: "auto", "cpu", "cuda".
         videos_per_step: Videos answered at once.
-        max_completion_length: Most tokens in an answer; null takes the run's.
         debug: Show tracebacks.
+        media_root: Folder that relative media paths start from.
+        fps: Frames sampled a second.
+        nframes: Frames sampled a video, in place of `fps`.
+        min_frames: Fewest frames sampled.
+        max_frames: Most frames sampled.
+        min_pixels: Fewest pixels of a resized frame or image.
+        max_pixels: Most pixels of a resized frame or image.
+        total_pixels: Most pixels of all frames of a prompt together.
+        max_completion_length: Most tokens in an answer.
     """
 
     run: str | None = None
@@ -40,8 +64,16 @@ class EvaluateConfig:
     output: str | None = None
     device: str = "auto"
     videos_per_step: int = 64
-    max_completion_length: int | None = None
     debug: bool = False
+    media_root: str | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.run is None and (self.model is None or self.data is None):
@@ -51,7 +83,7 @@ class EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(argv))
+    return run_command(lambda: _run(argv), debug=flag_is_true(argv, "debug"))
 
 
 def _run(argv: list[str]) -> int:
@@ -64,30 +96,21 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     import torch
 
     from rlaif_fast.data import chance_by_category, read_examples
-    from rlaif_fast.policy.loading import load_model
     from rlaif_fast.rollout import make_sampler
-    from rlaif_fast.train import saved_config
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore
     from rlaif_fast.trainer.evaluation import evaluate
-    from rlaif_fast.trainer.run_dir import RunDir, write_jsonl
+    from rlaif_fast.trainer.run_dir import write_jsonl
 
-    config = TrainConfig()
-    if options.run is not None:
-        run_dir = RunDir.open(options.run)
-        config = saved_config(run_dir, options)
-        config.model = str(CheckpointStore(run_dir.checkpoints, {}).path("best"))
-    if options.model is not None:
-        config.model = options.model
-    config.device = options.device
+    config = configuration(options)
     known = None
     if options.data is not None:
         rows = read_examples(Path(options.data).expanduser(), media_root=config.media_root)
     else:
         data = setup.load_data(config)
         rows, known = data.test, data.rl
-    loaded = load_model(config)
+    loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)
+    policy.model.eval()
     with (
         torch.no_grad(),
         setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch,
@@ -96,7 +119,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             rows,
             make_batch,
             make_sampler(policy),
-            max_new_tokens=options.max_completion_length or config.max_completion_length,
+            max_new_tokens=config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )
     chance = chance_by_category(rows, reference=known)
@@ -117,6 +140,54 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     figures = {"accuracy": result.accuracy, "by_category": result.by_category(), "chance": chance}
     print_table(figures)
     return figures
+
+
+def configuration(options: EvaluateConfig) -> TrainConfig:
+    """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate."""
+    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import saved_config
+    from rlaif_fast.trainer.run_dir import RunDir
+
+    config = TrainConfig()
+    given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}
+    if options.run is not None:
+        run_dir = RunDir.open(options.run)
+        config = saved_config(run_dir)
+        best = CheckpointStore(run_dir.checkpoints, {}, read_only=True).path("best")
+        given = {"model": str(best)} | given
+    return dataclasses.replace(config, device=options.device, **given)
+
+
+def load_checkpoint(config: TrainConfig) -> LoadedModel:
+    """Load the model of the configuration; LoRA adapters are put on the model they were trained on.
+
+    Raises:
+        UsageError: It cannot be loaded, or the adapters' base model cannot.
+    """
+    config = dataclasses.replace(
+        config,
+        lora_r=0,
+        gradient_checkpointing=False,
+        freeze_vision_tower=False,
+        freeze_projector=False,
+        freeze_language_model=False,
+    )
+    adapters = Path(config.model).expanduser() / "adapter_config.json"
+    if not adapters.is_file():
+        return load_model(config)
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise UsageError('model: LoRA adapters need peft: pip install "rlaif-fast[train]"') from None
+    base = json.loads(adapters.read_text())["base_model_name_or_path"]
+    try:
+        loaded = load_model(dataclasses.replace(config, model=base))
+    except UsageError as error:
+        raise UsageError(
+            f"model: {config.model} holds LoRA adapters of the model {base!r}: {error}"
+        ) from error
+    adapted = PeftModel.from_pretrained(loaded.model, str(adapters.parent))
+    return dataclasses.replace(loaded, model=adapted)
 
 
 def print_table(figures: dict) -> None:

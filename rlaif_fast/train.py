@@ -18,11 +18,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from rlaif_fast.cli import packaged_config, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, packaged_config, parse_config, run_command
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 
@@ -30,22 +31,28 @@ from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(argv), debug=_flag(argv, "debug"))
+    return run_command(lambda: _run(argv), debug=flag_is_true(argv, "debug"))
 
 
 def _run(argv: list[str]) -> int:
-    from rlaif_fast.trainer.options import TrainConfig
+    from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 
-    config = parse_config(TrainConfig, argv, prog="rlaif_fast.train", description=__doc__)
-    if config.resume is None and config.model.startswith("tiny") and not _has(argv, "config"):
+    texts = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
+    given = given_values(
+        TrainConfig, [word for word in argv if not word.startswith("--print-config")], **texts
+    )
+    if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
         argv = ["--config", str(packaged_config("tiny.yaml")), *argv]
-        config = parse_config(TrainConfig, argv, prog="rlaif_fast.train", description=__doc__)
-    train(config)
+    train(parse_config(TrainConfig, argv, **texts), given)
     return 0
 
 
-def train(config) -> Path:
+def train(config, given: Mapping[str, Any] | None = None) -> Path:
     """Train as configured and return the run's folder.
+
+    Args:
+        config: What to do; with `resume`, the configuration of that run is taken in its place.
+        given: The keys that a resuming command sets (see `resumed_config`).
 
     Raises:
         UsageError: The configuration, the data or the output folder is wrong.
@@ -53,25 +60,40 @@ def train(config) -> Path:
     """
     from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import resumed_config
     from rlaif_fast.trainer.run_dir import RunDir
     from rlaif_fast.trainer.world import launch, rank_under_torchrun
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
-        config = saved_config(run_dir, config)
+        config = resumed_config(run_dir, given or {})
         if run_dir.finished:
             raise UsageError(f"resume: {run_dir.path} is finished; nothing is left to do")
-    # The other processes start behind rank 0's, when the folder is as they are to find it.
-    if not rank_under_torchrun():
-        if config.resume is None:
-            run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
-            run_dir.config.write_text(dump_config(config))
-        else:
-            state = CheckpointStore(run_dir.checkpoints, {}).last_state()
-            run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    launch(train_in, config, setup.process_count(config), resolve_device(config.device))
+    else:
+        config = setup.resolved(config)
+    with contextlib.ExitStack() as held:
+        # The other processes start behind rank 0's, when the folder is as they are to find it.
+        if not rank_under_torchrun():
+            setup.preflight(config)
+            if config.resume is None:
+                run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
+            held.enter_context(run_dir.lock())
+            prepare(run_dir, config)
+        launch(train_in, config, config.num_processes, resolve_device(config.device))
     return Path(config.output_dir)
+
+
+def prepare(run_dir, config) -> None:
+    """Bring a run's folder to the state that its processes start from."""
+    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import change_learning_rate
+    from rlaif_fast.trainer.run_dir import write_atomically
+
+    if config.resume is not None:
+        state = CheckpointStore(run_dir.checkpoints, {}).last_state()
+        run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
+        change_learning_rate(run_dir, config)
+    write_atomically(run_dir.config, dump_config(dataclasses.replace(config, resume=None)))
 
 
 def train_in(world, config) -> None:
@@ -108,10 +130,11 @@ def train_in(world, config) -> None:
             log_every=config.logging_steps,
             seconds=state["seconds"] if state else None,
         )
+    data_notes: list[str] = []
     with contextlib.ExitStack() as open_parts, make_logger as logger:
         with world.main_first():
             with logger.timer("data"):
-                data = load_with_progress(config, logger)
+                data = load_with_progress(config, logger, data_notes.append)
             with logger.timer("model"):
                 options = setup.resolved_model(config, data)
         with logger.timer("model"):
@@ -119,7 +142,8 @@ def train_in(world, config) -> None:
             policy = setup.make_policy(loaded, options)
             world.broadcast([p.data for p in policy.model.parameters()])
             torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-        for note in (*loaded.notes, *uneven_steps(config, world.size)):
+        notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size))
+        for note in notes:
             logger.message(note)
         make_batch = open_parts.enter_context(
             setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
@@ -156,16 +180,16 @@ def train_in(world, config) -> None:
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
             load_weights(policy.model, run.store.path("last"))
-        train_rl(run, resume_from=run.store.path("last") if in_rl else None)
+        reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
         world.barrier()
         load_weights(policy.model, run.store.path("best"))
-        final = run.evaluate(data.test, phase="final", split="test", step=config.max_steps)
+        final = run.evaluate(data.test, phase="final", split="test", step=reached)
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
         if world.is_main:
-            finish(run, run_dir, loaded.notes, int(others))
+            finish(run, run_dir, notes, int(others))
 
 
 def run_sft_stage(run, config, state, train_sft) -> None:
@@ -212,7 +236,7 @@ def finish(run, run_dir, notes: Sequence[str], others_rss_bytes: int) -> None:
         "seconds_by_stage": logger.seconds(),
         "versions": versions(),
         "machine": machine(),
-        "notes": [*notes, *data_notes(run)],
+        "notes": [*notes, *notes_on_data(run)],
     }
     if config.report:
         with logger.timer("report"):
@@ -302,8 +326,8 @@ def write_samples(run_dir, phase: str, run) -> None:
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
 
 
-def load_with_progress(config, logger):
-    """Load the data, with a bar while synthetic clips are made."""
+def load_with_progress(config, logger, note: Callable[[str], None]):
+    """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
     from rlaif_fast.trainer import setup
 
     total = (
@@ -313,9 +337,9 @@ def load_with_progress(config, logger):
         + config.synthetic_test_clips
     )
     if config.data != "synthetic":
-        return setup.load_data(config)
+        return setup.load_data(config, note=note)
     with logger.stage("clips", total=total) as update:
-        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done))
+        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
 
 
 def describe(run) -> None:
@@ -351,7 +375,7 @@ def uneven_steps(config, processes: int) -> list[str]:
     return notes
 
 
-def data_notes(run) -> list[str]:
+def notes_on_data(run) -> list[str]:
     """What a reader of the report has to know about the data."""
     corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
     notes = []
@@ -381,20 +405,6 @@ def print_result(summary: dict, logger) -> None:
         f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}"
     )
     logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
-
-
-def saved_config(run_dir, given):
-    """The configuration a run began with; only where it lives and `debug` are taken from the resuming command."""
-    import yaml
-
-    from rlaif_fast.trainer.options import TrainConfig
-
-    values = yaml.safe_load(run_dir.config.read_text())
-    values |= {"resume": str(run_dir.path), "output_dir": str(run_dir.path), "debug": given.debug}
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise UsageError(f"resume: {run_dir.config} is from another version ({error})") from error
 
 
 def dump_config(config) -> str:
@@ -439,15 +449,6 @@ def machine() -> str:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{platform.machine()}, {cores()} cores, {gpu}"
-
-
-def _has(argv: Sequence[str], name: str) -> bool:
-    return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in argv)
-
-
-def _flag(argv: Sequence[str], name: str) -> bool:
-    words = " ".join(argv).replace("=", " ").split()
-    return f"--{name}" in words and words[words.index(f"--{name}") + 1 :][:1] == ["true"]
 
 
 if __name__ == "__main__":

@@ -53,8 +53,30 @@ def test_create_refuses_a_finished_run_unless_told(tmp_path):
 
     again = RunDir.create(run.path, overwrite=True)
     assert not again.finished and again.created > 0
-    assert {entry.name for entry in again.path.iterdir()} == {module.MARKER, "checkpoints", "notes.txt"}
+    assert {entry.name for entry in again.path.iterdir()} == {
+        module.MARKER,
+        module.LOCK,
+        "checkpoints",
+        "notes.txt",
+    }
     assert (run.path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    with run.lock():
+        with pytest.raises(UsageError, match="in use by a run that still goes on"):
+            RunDir.create(run.path, overwrite=True)
+        with pytest.raises(UsageError, match="in use"), RunDir.open(run.path).lock():
+            pass
+        assert run.checkpoints.is_dir()
+    with RunDir.open(run.path).lock():
+        pass
+
+
+def test_create_takes_a_folder_that_was_locked_and_never_begun(tmp_path):
+    (tmp_path / module.LOCK).touch()
+    assert RunDir.create(tmp_path).created > 0
 
 
 def test_create_refuses_to_lose_checkpoints(tmp_path):

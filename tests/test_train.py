@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.trainer import rl
-from rlaif_fast.trainer.run_dir import read_jsonl
+from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
 
 SMALL = {
     "seed": 5,
@@ -115,6 +116,34 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     assert "category" in capsys.readouterr().out
 
 
+def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
+    code, folder, err = run(lora_r=4, sft_steps=2, max_steps=2)
+    assert code == 0, err
+    summary = json.loads((folder / "summary.json").read_text())
+    options = EvaluateConfig(run=str(folder))
+    figures = evaluate_command(options)
+    assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
+    model = evaluate_module.load_checkpoint(evaluate_module.configuration(options)).model
+    learned = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert learned and all(weight.any() for weight in learned)
+
+    index = json.loads((folder / "checkpoints/index.json").read_text())
+    best = folder / "checkpoints" / index["best"]
+    data = next(cache.glob("data/*/test.jsonl"))
+    pixels = {"min_pixels": 1024, "max_pixels": 1024, "max_completion_length": 12}
+    alone = evaluate_command(EvaluateConfig(model=str(best), data=str(data), **pixels))
+    assert alone["accuracy"] == pytest.approx(summary["final_accuracy"])
+
+    (tmp_path / "adapters").mkdir()
+    adapters = tmp_path / "adapters" / "adapter_config.json"
+    settings = json.loads((best / adapters.name).read_text())
+    adapters.write_text(json.dumps(settings | {"base_model_name_or_path": "/nonexistent/base"}))
+    words = ["--model", str(adapters.parent), "--data", str(data), "--debug", "true"]
+    assert evaluate_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert "holds LoRA adapters of the model '/nonexistent/base'" in err and "Traceback" in err
+
+
 def test_same_seed_same_metrics(finished, run):
     code, folder, _ = run()
     assert code == 0
@@ -219,6 +248,32 @@ def test_refuses_a_folder_that_is_not_ours(run, tmp_path):
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "/nonexistent/typo.jsonl"},
+        {"sft_data": "/nonexistent/typo.jsonl"},
+        {"model": "/nonexistent/model"},
+        {"sft": "/nonexistent/checkpoint"},
+        {"oracle": "referense"},
+        {"oracle": "callable", "oracle_options": '{"function": "no.such:function"}'},
+    ],
+)
+def test_a_run_is_replaced_only_by_one_that_can_begin(run, tmp_path, changes):
+    earlier = RunDir.create(tmp_path / "run")
+    earlier.write_summary({"final_accuracy": 0.5})
+    code, _, err = run(overwrite_output_dir="true", **changes)
+    assert code == 2, err
+    assert earlier.read_summary() == {"final_accuracy": 0.5}
+
+
+def test_resume_refuses_what_cannot_change(finished, run, capsys):
+    words = ["--resume", str(finished), "--beta", "0.5", "--learning_rate", "1e-9"]
+    assert train_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert "resume: beta cannot change" in err and "what can change is" in err
+
+
 def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):
     from rlaif_fast.data import SyntheticConfig, make_dataset
 
@@ -263,4 +318,5 @@ def test_print_config_shows_the_packaged_default(capsys):
     with pytest.raises(SystemExit) as stop:
         train_module.main(["--print-config"])
     assert stop.value.code == 0
-    assert "num_generations: 8" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "max_steps: 330" in printed and "max_completion_length: 12" in printed

@@ -34,6 +34,9 @@ _BUILTIN = {
 }
 
 
+_SHARED_OPTIONS = ("cache", "window")  # of `build_oracle` itself
+
+
 def oracle_names() -> list[str]:
     """Every name that `build_oracle` knows, sorted."""
     return sorted({*_BUILTIN, *plugins("oracles")})
@@ -83,9 +86,7 @@ def build_oracle(
     Raises:
         UsageError: If the name or an option is unknown.
     """
-    refuse_secrets(options)
-    factory = _factory(name)
-    _check_options(name, factory, options)
+    factory = find_oracle(name, options)
     if "inner" in options:
         options["inner"] = _nested(name, "inner", options["inner"])
     if "members" in options:
@@ -103,6 +104,19 @@ def build_oracle(
     if max_invalid_fraction is not None:
         oracle = CircuitBreaker(oracle, max_invalid_fraction=max_invalid_fraction, window=window)
     return oracle
+
+
+def find_oracle(name: str, options: Mapping[str, Any]) -> Callable[..., Oracle]:
+    """What builds the oracle, once its options are known to be its own; nothing is built.
+
+    Raises:
+        UsageError: If the name or an option is unknown.
+    """
+    refuse_secrets(options)
+    factory = _factory(name)
+    own = {key: value for key, value in options.items() if key not in _SHARED_OPTIONS}
+    _check_options(name, factory, own)
+    return factory
 
 
 def _nested(name: str, option: str, value: Any) -> Oracle:

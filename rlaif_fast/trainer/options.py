@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rlaif_fast.backends import NAMES as BACKENDS
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.registry import refuse_secrets
 from rlaif_fast.policy.loading import ModelOptions
 
 MAX_GROUP_SIZE = 64
+TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
 
 def _require(ok: bool, name: str, expected: str, got: Any) -> None:
     if not ok:
         raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    ok = value is None or (math.isfinite(value) and value > 0)
+    _require(ok, name, "a positive number", value)
+
+
+def _require_least(name: str, value: float | None, minimum: int) -> None:
+    ok = value is None or (math.isfinite(value) and value >= minimum)
+    _require(ok, name, f"{minimum} or more", value)
 
 
 @dataclass
@@ -61,7 +74,7 @@ class DataOptions:
     fps: float = 2.0
     nframes: int | None = None
     min_frames: int = 4
-    max_frames: int = 768
+    max_frames: int = 64
     decoder: str = "auto"
     frame_cache_bytes: int = 2**30
     synthetic_sft_clips: int = 768
@@ -87,7 +100,18 @@ class DataOptions:
             "a share in (0, 0.5)",
             self.holdout_fraction,
         )
-        _require(self.fps > 0, "fps", "a positive number", self.fps)
+        _require_positive("fps", self.fps)
+        _require_least("nframes", self.nframes, 1)
+        _require(
+            1 <= self.min_frames <= self.max_frames,
+            "min_frames",
+            f"1 to max_frames ({self.max_frames})",
+            self.min_frames,
+        )
+        _require_least("frame_cache_bytes", self.frame_cache_bytes, 0)
+        _require(
+            0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
+        )
         _require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
         _require(
             1 <= self.synthetic_difficulty <= 3,
@@ -111,17 +135,19 @@ class SftOptions:
     """
 
     sft: str = "auto"
-    sft_steps: int = 600
-    sft_learning_rate: float = 1e-3
+    sft_steps: int = 200
+    sft_learning_rate: float = 1e-5
     sft_videos_per_step: int = 8
-    sft_warmup_steps: int = 30
+    sft_warmup_steps: int = 10
     sft_weight_decay: float = 0.01
 
     def check_sft(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require(self.sft_steps >= 0, "sft_steps", "0 or more", self.sft_steps)
-        _require(self.sft_learning_rate > 0, "sft_learning_rate", "a positive number", self.sft_learning_rate)
-        _require(self.sft_videos_per_step >= 1, "sft_videos_per_step", "1 or more", self.sft_videos_per_step)
+        _require_least("sft_steps", self.sft_steps, 0)
+        _require_positive("sft_learning_rate", self.sft_learning_rate)
+        _require_least("sft_warmup_steps", self.sft_warmup_steps, 0)
+        _require_least("sft_weight_decay", self.sft_weight_decay, 0)
+        _require_least("sft_videos_per_step", self.sft_videos_per_step, 1)
 
 
 @dataclass
@@ -176,26 +202,26 @@ class RlOptions:
     penalty_weight: float = 1.0
     scale: Literal["none", "group"] = "group"
     score: Literal["mean", "sum"] = "mean"
-    max_steps: int = 150
+    max_steps: int = 500
     videos_per_step: int = 8
     questions_per_video: int = 16
     num_generations: int = 8
-    max_completion_length: int = 12
+    max_completion_length: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     sampler: str = "auto"
     num_iterations: int = 1
     steps_per_generation: int = 1
-    learning_rate: float = 3e-4
-    warmup_steps: int = 5
+    learning_rate: float = 1e-6
+    warmup_steps: int = 10
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: float = 0.1
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
-    adam_beta2: float = 0.98
+    adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    beta: float = 0.04
+    beta: float = 0.01
     kl: Literal["k1", "k2", "k3"] = "k3"
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -207,7 +233,7 @@ class RlOptions:
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
     weight_by_confidence: bool = False
-    eval_steps: int = 25
+    eval_steps: int = 50
     early_stopping_patience: int = 0
     backend: str = "auto"
 
@@ -219,22 +245,38 @@ class RlOptions:
             f"2 to {MAX_GROUP_SIZE} (a ranking needs at least two responses)",
             self.num_generations,
         )
-        _require(self.max_steps >= 0, "max_steps", "0 or more", self.max_steps)
-        _require(self.videos_per_step >= 1, "videos_per_step", "1 or more", self.videos_per_step)
-        _require(self.questions_per_video >= 1, "questions_per_video", "1 or more", self.questions_per_video)
+        _require_least("max_steps", self.max_steps, 0)
+        _require_least("videos_per_step", self.videos_per_step, 1)
+        _require_least("questions_per_video", self.questions_per_video, 1)
         _require(
             self.max_completion_length >= 1, "max_completion_length", "1 or more", self.max_completion_length
         )
-        _require(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        _require_positive("temperature", self.temperature)
         _require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
-        _require(self.top_k >= 0, "top_k", "0 or more", self.top_k)
-        _require(self.num_iterations >= 1, "num_iterations", "1 or more", self.num_iterations)
+        _require_least("top_k", self.top_k, 0)
+        _require_least("num_iterations", self.num_iterations, 1)
         _require(
             self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
         )
-        _require(self.learning_rate > 0, "learning_rate", "a positive number", self.learning_rate)
-        _require(self.beta >= 0, "beta", "0 or more", self.beta)
-        _require(self.eval_steps >= 1, "eval_steps", "1 or more", self.eval_steps)
+        _require_positive("learning_rate", self.learning_rate)
+        _require_least("warmup_steps", self.warmup_steps, 0)
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "a share in [0, 1]", self.min_lr_ratio)
+        _require_least("weight_decay", self.weight_decay, 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
+        _require_positive("max_grad_norm", self.max_grad_norm)
+        _require_least("eval_steps", self.eval_steps, 1)
+        _require_least("early_stopping_patience", self.early_stopping_patience, 0)
+        _require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
+        self.check_loss()
+
+    def check_loss(self) -> None:
+        """Raise `UsageError` for values that the loss would refuse."""
+        for name in ("penalty_weight", "beta", "epsilon", "epsilon_high"):
+            _require_least(name, getattr(self, name), 0)
+        _require_positive("delta", self.delta)
+        _require(math.isfinite(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
+        _require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
 
 
 @dataclass
@@ -259,6 +301,18 @@ class OracleOptions:
     max_invalid_fraction: float = 0.5
     blind_control: int = 8
 
+    def check_oracle(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require_least("oracle_noise", self.oracle_noise, 0)
+        _require(
+            0 <= self.max_invalid_fraction <= 1,
+            "max_invalid_fraction",
+            "a share in [0, 1]",
+            self.max_invalid_fraction,
+        )
+        _require_least("blind_control", self.blind_control, 0)
+        refuse_secrets(self.oracle_options)
+
 
 @dataclass
 class RunOptions:
@@ -267,7 +321,8 @@ class RunOptions:
     Attributes:
         output_dir: The run's folder; it is made, and must be new, empty or an unfinished run of ours with `resume`.
         overwrite_output_dir: Replace an earlier run in `output_dir`.
-        resume: Folder of a run to continue from its last checkpoint, with the configuration it began with.
+        resume: Folder of a run to continue from its last checkpoint, with the configuration it began with; of the
+            other keys a few can change (learning rates, dtype, options of the oracle), the rest is refused.
         cache_dir: Where synthetic data and tiny models are kept between runs.
         seed: Seed of weights, data, order and sampling.
         num_processes: Processes on this machine that share every step; 0 is one, or two where there is no GPU and
@@ -289,20 +344,46 @@ class RunOptions:
     num_processes: int = 1
     threads: int = 0
     logging_steps: int = 1
-    eval_videos_per_step: int = 64
+    eval_videos_per_step: int = 16
     gallery_clips: int = 12
     tensorboard: bool = True
     report: bool = True
     debug: bool = False
 
+    def check_run(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require_least("num_processes", self.num_processes, 0)
+        _require_least("threads", self.threads, 0)
+        _require_least("logging_steps", self.logging_steps, 1)
+        _require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
+        _require_least("gallery_clips", self.gallery_clips, 0)
+
 
 @dataclass
 class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOptions, RunOptions):
-    """Everything `python -m rlaif_fast.train` can be told."""
+    """Everything `python -m rlaif_fast.train` can be told; the defaults are for a model of billions of parameters."""
+
+    min_pixels: int = 128 * 32 * 32
+    max_pixels: int = 256 * 32 * 32
+    total_pixels: int | None = 16384 * 32 * 32
 
     def __post_init__(self) -> None:
+        self.check_model()
         self.check_data()
         self.check_sft()
         self.check_rl()
-        _require(self.num_processes >= 0, "num_processes", "0 or more", self.num_processes)
-        refuse_secrets(self.oracle_options)
+        self.check_oracle()
+        self.check_run()
+
+    def check_model(self) -> None:
+        """Raise `UsageError` for values that cannot work."""
+        _require_least("lora_r", self.lora_r, 0)
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        _require_least("max_packed_tokens", self.max_packed_tokens, 1)
+        _require(
+            1 <= self.min_pixels <= self.max_pixels,
+            "min_pixels",
+            f"1 to max_pixels ({self.max_pixels})",
+            self.min_pixels,
+        )
+        _require_least("total_pixels", self.total_pixels, 1)

@@ -7,7 +7,9 @@ the line being written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -19,7 +21,11 @@ from typing import Any
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 
+if os.name == "posix":
+    import fcntl
+
 MARKER = ".rlaif-fast-run"
+LOCK = ".lock"
 MIN_FREE_BYTES = 256 * 2**20
 STAGE_ORDER = {"start": 0, "sft": 1, "rl": 2, "final": 3}
 
@@ -80,8 +86,8 @@ class RunDir:
             min_free_bytes: Refuse a disk with less free space.
 
         Raises:
-            UsageError: `path` is a file, a folder that is not ours, a run that would be lost, not writable,
-                or on a disk that is too full.
+            UsageError: `path` is a file, a folder that is not ours, a run that would be lost or that still goes on,
+                not writable, or on a disk that is too full.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
@@ -90,19 +96,19 @@ class RunDir:
             )
         try:
             entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-            if entries and MARKER not in entries:
+            if set(entries) - {LOCK} and MARKER not in entries:
                 raise UsageError(
                     f"output_dir {run.path} is not empty and was not made by a run; choose another folder"
                 )
             if run.finished and not overwrite:
                 raise UsageError(
                     f"output_dir {run.path} holds a finished run; choose another folder, "
-                    "or set overwrite to replace it"
+                    "or set overwrite_output_dir to replace it"
                 )
             if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()) and not overwrite:
                 raise UsageError(
                     f"output_dir {run.path} holds an unfinished run; continue it with --resume {run.path}, "
-                    "or set overwrite to start over"
+                    "or set overwrite_output_dir to start over"
                 )
             run.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(run.path).free
@@ -111,11 +117,12 @@ class RunDir:
                     f"output_dir {run.path} has {_size(free)} of disk space left and the run needs at least "
                     f"{_size(min_free_bytes)}; free some or choose another disk"
                 )
-            write_atomically(
-                run.path / MARKER, json.dumps({"format": 1, "created": round(time.time())}) + "\n"
-            )
-            run._clear()
-            run.checkpoints.mkdir()
+            with run.lock():
+                write_atomically(
+                    run.path / MARKER, json.dumps({"format": 1, "created": round(time.time())}) + "\n"
+                )
+                run._clear()
+                run.checkpoints.mkdir()
         except OSError as error:
             raise UsageError(
                 f"output_dir {run.path} cannot be written ({error.strerror}); choose another folder"
@@ -135,6 +142,29 @@ class RunDir:
         if not (run.path / MARKER).is_file():
             raise UsageError(f"{run.path} was not made by a run; give the --output_dir of an earlier run")
         return run
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out of the folder while the block runs; a process that dies lets go of it.
+
+        A file system without locks keeps nobody out.
+
+        Raises:
+            UsageError: Another run has it.
+        """
+        with (self.path / LOCK).open("a") as file:
+            try:
+                if os.name == "posix":
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"output_dir {self.path} is in use by a run that still goes on; wait for it to end, "
+                    "or choose another folder"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+            yield
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` so that it is there completely or not at all. Call it last."""

@@ -8,8 +8,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,25 +20,94 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.tokenize import PromptEncoder, question_text
-from rlaif_fast.trainer.batches import BatchMaker, by_media
-from rlaif_fast.trainer.options import DataOptions, TrainConfig
+from rlaif_fast.trainer.batches import BatchMaker, by_media, files
+from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
 
-TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 SPLITS = ("sft", "rl", "validation", "test")
+PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
+MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
 
 def process_count(config: TrainConfig) -> int:
-    """How many processes the configuration asks for on this machine."""
+    """How many processes the configuration asks for on this machine; under torchrun those that it started."""
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return int(os.environ["WORLD_SIZE"])
     if config.num_processes > 0:
         return config.num_processes
     # Small operators gain nothing from a second thread, so on a CPU a second process halves the step.
     return 2 if cores() > 1 and resolve_device(config.device).type == "cpu" else 1
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
+    words = {*TINY_FAMILIES, "synthetic", "auto", "none"}
+    values = {name: getattr(config, name) for name in PATHS}
+    paths = {name: Path(value).expanduser() for name, value in values.items() if value and value not in words}
+    whole: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    return dataclasses.replace(config, num_processes=process_count(config), **whole)
+
+
+def preflight(config: TrainConfig) -> None:
+    """Check what can be checked in seconds, before anything of an earlier run is replaced.
+
+    Raises:
+        UsageError: The model, the data or the oracle cannot be what the configuration says.
+    """
+    resolve_device(config.device)
+    check_model(config.model)
+    if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
+        raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
+    if config.resume is None and config.overwrite_output_dir:
+        check_overwrite(config)
+    check_oracle(config)
+    if config.data == "synthetic":
+        for split, file in own_files(config).items():
+            _read(file, config, require_answer=split == "sft")
+    else:
+        load_data(config)
+
+
+def check_model(model: str) -> None:
+    """Refuse a model whose configuration cannot be read; its weights are not."""
+    from transformers import AutoConfig
+
+    if is_tiny(model):
+        return
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"model: cannot load {model!r}: {reason}") from error
+
+
+def check_overwrite(config: TrainConfig) -> None:
+    """Refuse to delete what the run starts from."""
+    doomed = Path(config.output_dir).resolve() / "checkpoints"
+    for name in ("model", "sft"):
+        if doomed in Path(getattr(config, name)).expanduser().resolve().parents:
+            raise UsageError(
+                f"{name}: {getattr(config, name)} is a checkpoint of the run that overwrite_output_dir replaces; "
+                "choose another output_dir"
+            )
+
+
+def check_oracle(config: TrainConfig) -> None:
+    """Refuse an oracle that cannot be built, or has no scores where the advantage needs them."""
+    oracle: object = find_oracle(config.oracle, config.oracle_options)
+    if config.oracle not in MODEL_ORACLES:
+        oracle = make_oracle(config)
+    if config.advantage == "zscore" and getattr(oracle, "score", None) is None:
+        raise UsageError(
+            f"advantage: zscore needs scalar rewards, and the oracle {config.oracle!r} only orders responses; "
+            "use --advantage directed, or an oracle with scores such as reference or reward_model"
+        )
 
 
 def set_threads(threads: int, processes: int = 1) -> None:
@@ -77,7 +147,11 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
 
 
 def load_data(
-    config: TrainConfig, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    config: TrainConfig,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Datasets:
     """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
 
@@ -85,58 +159,100 @@ def load_data(
         config: Where the data is, or what to make.
         workers: Processes that make synthetic clips.
         progress: Called with the number of clips made and their total.
+        note: Called with what a reader of the figures has to know.
 
     Raises:
         UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
     """
-    files: dict[str, Path | None] = dict.fromkeys(SPLITS)
-    rows: dict[str, list[Example]] = {}
-    source = Path(config.data).expanduser()
-    if config.data == "synthetic":
-        synthetic = synthetic_config(config, config.seed)
-        paths = make_dataset(
-            cache_folder(config) / "data" / synthetic.digest()[:16],
-            synthetic,
-            workers=workers,
-            progress=progress,
-        )
-        files = {split: getattr(paths, split) for split in SPLITS}
-    elif source.is_dir():
-        files = {split: path if (path := source / f"{split}.jsonl").exists() else None for split in SPLITS}
-        if files["rl"] is None and files["sft"] is None:
-            raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
-    elif source.exists():
-        train, validation, test = hold_out(_read(source, config), config.holdout_fraction, config.seed)
-        rows = {"sft": train, "rl": train, "validation": validation, "test": test}
-    else:
-        raise UsageError(
-            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
-        )
-    for split, override in (
-        ("sft", config.sft_data),
-        ("validation", config.validation_data),
-        ("test", config.test_data),
-    ):
-        if override is not None:
-            files[split] = Path(override).expanduser()
-            rows.pop(split, None)
-    for split, file in files.items():
-        if split not in rows:
-            rows[split] = [] if file is None else _read(file, config, require_answer=split != "rl")
+    rows = read_splits(config, workers=workers, progress=progress)
     rows["rl"] = rows["rl"] or rows["sft"]
     if not rows["validation"] or not rows["test"]:
-        _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
-        held = {row.id for row in (*validation, *test)}
-        rows["rl"] = [row for row in rows["rl"] if row.id not in held]
-        rows["sft"] = [row for row in rows["sft"] if row.id not in held]
-        rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+        hold_out_missing(rows, config)
     for split in ("validation", "test"):
         rows[split] = [row for row in rows[split] if row.answer is not None]
         if not rows[split]:
             raise UsageError(
                 f"data: no row of the {split} split has an answer, so nothing can be scored; add answers"
             )
+    drop_evaluated_media(rows, note)
     return Datasets(**rows)
+
+
+def read_splits(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, list[Example]]:
+    """The rows of each split as they are on disk; a split without a file has none."""
+    rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    source, own = Path(config.data).expanduser(), own_files(config)
+    if config.data != "synthetic" and source.is_file():
+        everything = _read(source, config)
+        rows |= {"sft": everything, "rl": everything}
+        found = own
+    else:
+        found = split_files(config, workers=workers, progress=progress) | own
+    for split, file in found.items():
+        rows[split] = _read(file, config, require_answer=split != "rl")
+    return rows
+
+
+def own_files(config: DataOptions) -> dict[str, Path]:
+    """The files that take the place of those in `data`, by split."""
+    given = {"sft": config.sft_data, "validation": config.validation_data, "test": config.test_data}
+    return {split: Path(path).expanduser() for split, path in given.items() if path is not None}
+
+
+def split_files(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Path]:
+    """The files of the synthetic dataset or of the folder `data`, by split."""
+    if config.data == "synthetic":
+        synthetic = synthetic_config(config, config.seed)
+        folder = cache_folder(config) / "data" / synthetic.digest()[:16]
+        paths = make_dataset(folder, synthetic, workers=workers, progress=progress)
+        return {split: getattr(paths, split) for split in SPLITS}
+    source = Path(config.data).expanduser()
+    if not source.is_dir():
+        raise UsageError(
+            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
+        )
+    found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
+    if "rl" not in found and "sft" not in found:
+        raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
+    return found
+
+
+def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
+    """Take the validation and test rows that no file has from the RL rows, in place."""
+    _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
+    held = {id(row) for row in (*validation, *test)}  # one file serves both stages with the same objects
+    for split in ("sft", "rl"):
+        rows[split] = [row for row in rows[split] if id(row) not in held]
+    rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+
+
+def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+    """Drop the rows to learn from that are about a video or picture of validation or test, in place.
+
+    Raises:
+        UsageError: Nothing is left for reinforcement learning.
+    """
+    evaluated = media_of((*rows["validation"], *rows["test"]))
+    for split in ("sft", "rl"):
+        kept = [row for row in rows[split] if media_of([row]).isdisjoint(evaluated)]
+        dropped = len(rows[split]) - len(kept)
+        if dropped and not kept and split == "rl":
+            raise UsageError(
+                "data: every row of the rl split is about media of validation or test; "
+                "give validation_data and test_data of other media"
+            )
+        if dropped and note is not None:
+            note(f"Left out: {dropped} {split} rows about media of validation or test.")
+        rows[split] = kept
+
+
+def media_of(rows: Iterable[Example]) -> set[str]:
+    """The files that the rows are about."""
+    return {path for row in rows for path, _ in files(row)}
 
 
 def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
@@ -241,8 +357,19 @@ def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
     """The model options with "tiny" replaced by the folder it was made in."""
     names = {field.name for field in dataclasses.fields(ModelOptions)}
     options = ModelOptions(**{name: getattr(config, name) for name in names})
-    if config.model in TINY_FAMILIES:
+    if is_tiny(config.model):
         options.model = str(tiny_folder(config, data))
-    elif config.model.startswith("tiny"):
-        raise UsageError(f"model: unknown tiny model {config.model!r}; there are {', '.join(TINY_FAMILIES)}")
     return options
+
+
+def is_tiny(model: str) -> bool:
+    """Whether the name stands for a model made on the spot.
+
+    Raises:
+        UsageError: It looks like one and is none, nor a folder.
+    """
+    if model in TINY_FAMILIES:
+        return True
+    if model.startswith("tiny") and not Path(model).is_dir():
+        raise UsageError(f"model: unknown tiny model {model!r}; there are {', '.join(TINY_FAMILIES)}")
+    return False

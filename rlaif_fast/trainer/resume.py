@@ -1,0 +1,106 @@
+"""Going on with a run: the configuration it began with, and the little of it that can still change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.checkpoint import STATE, CheckpointStore
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.run_dir import RunDir
+from rlaif_fast.trainer.setup import resolved
+
+CHANGEABLE = (
+    "oracle_options",
+    "max_invalid_fraction",
+    "max_bad_fraction",
+    "learning_rate",
+    "sft_learning_rate",
+    "dtype",
+    "num_processes",
+    "threads",
+    "logging_steps",
+    "tensorboard",
+    "report",
+    "debug",
+)
+
+
+def saved_config(run_dir: RunDir) -> TrainConfig:
+    """The configuration that a run began with, in the folder where it lies now.
+
+    Raises:
+        UsageError: There is none, or another version wrote it.
+    """
+    if not run_dir.config.is_file():
+        raise UsageError(f"{run_dir.path} has no {run_dir.config.name}: the run never began; start it again")
+    values = yaml.safe_load(run_dir.config.read_text())
+    try:
+        return TrainConfig(**(values | {"output_dir": str(run_dir.path)}))
+    except TypeError as error:
+        raise UsageError(f"{run_dir.config} is from another version ({error})") from error
+
+
+def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a run began with, with what the resuming command changes.
+
+    Args:
+        run_dir: The run.
+        given: The keys that the command sets; those of `oracle_options` are set one by one.
+
+    Raises:
+        UsageError: A key differs that must stay, or the number of processes does.
+    """
+    saved = saved_config(run_dir)
+    changes = {name: value for name, value in given.items() if name not in ("resume", "output_dir")}
+    if "oracle_options" in changes:
+        changes["oracle_options"] = saved.oracle_options | changes["oracle_options"]
+    config = resolved(dataclasses.replace(saved, **changes))
+    fixed = [
+        name for name in changes if name not in CHANGEABLE and getattr(config, name) != getattr(saved, name)
+    ]
+    if Path(given.get("output_dir", run_dir.path)).resolve() != run_dir.path.resolve():
+        fixed.append("output_dir")
+    if fixed:
+        raise UsageError(
+            f"resume: {', '.join(fixed)} cannot change in the middle of a run, leave it out or start a new run; "
+            f"what can change is {', '.join(CHANGEABLE)}"
+        )
+    if "num_processes" not in changes and saved.num_processes not in (0, config.num_processes):
+        raise UsageError(
+            f"num_processes: expected the {saved.num_processes} that the run began with, got "
+            f"{config.num_processes}; add --num_processes {config.num_processes} to go on with other draws"
+        )
+    return dataclasses.replace(config, resume=str(run_dir.path))
+
+
+def change_learning_rate(run_dir: RunDir, config: TrainConfig) -> None:
+    """Let the stage that is resumed go on with the learning rate of `config`; its schedule stays.
+
+    The optimizer and the scheduler of a checkpoint hold the rate they began with. Nothing changes where that is the
+    one of `config`.
+    """
+    store = CheckpointStore(run_dir.checkpoints, {})
+    state = store.last_state()
+    if state is None or "optimizer" not in state:
+        return
+    rate = config.learning_rate if state["stage"] == "rl" else config.sft_learning_rate
+    scheduler = state["scheduler"]
+    scale = [rate / base for base in scheduler["base_lrs"]]
+    if all(factor == 1 for factor in scale):
+        return
+    for group, factor in zip(state["optimizer"]["param_groups"], scale):
+        group["lr"] *= factor
+        group["initial_lr"] = rate
+    scheduler["_last_lr"] = [last * factor for last, factor in zip(scheduler["_last_lr"], scale)]
+    scheduler["base_lrs"] = [rate for _ in scale]
+    target = store.path("last") / STATE
+    partial = target.with_name(f".{STATE}.partial")
+    torch.save(state, partial)
+    partial.replace(target)

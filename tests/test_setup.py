@@ -1,0 +1,249 @@
+"""What a run settles before it begins: its values, its data, its oracle, and what a resumed one may change."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from rlaif_fast.cli import given_values, packaged_config
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer import setup
+from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.resume import change_learning_rate, resumed_config
+from rlaif_fast.trainer.run import make_optimizer
+from rlaif_fast.trainer.run_dir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epsilon": -1.0}, "epsilon: expected 0 or more, got -1.0"),
+        ({"delta": -1.0}, "delta: expected a positive number"),
+        ({"backend": "tritn"}, "backend: expected auto, triton, cuda, cpu, reference, got 'tritn'"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number"),
+        ({"eval_videos_per_step": 0}, "eval_videos_per_step: expected 1 or more"),
+        (
+            {"min_pixels": 4096, "max_pixels": 1024},
+            r"min_pixels: expected 1 to max_pixels \(1024\), got 4096",
+        ),
+        ({"min_frames": 9, "max_frames": 8}, r"min_frames: expected 1 to max_frames \(8\), got 9"),
+        ({"lora_r": -1}, "lora_r: expected 0 or more"),
+        ({"entropy_coef": math.nan}, "entropy_coef: expected a finite number"),
+        ({"learning_rate": math.inf}, "learning_rate: expected a positive number"),
+    ],
+)
+def test_bad_values_are_met_at_the_start(values, words):
+    with pytest.raises(UsageError, match=words):
+        TrainConfig(**values)
+
+
+def test_defaults_are_for_a_real_model_and_tiny_yaml_has_the_toys():
+    real = dataclasses.asdict(TrainConfig())
+    toy = real | yaml.safe_load(packaged_config("tiny.yaml").read_text())
+    assert (real["max_completion_length"], toy["max_completion_length"]) == (256, 12)
+    assert (real["learning_rate"], toy["learning_rate"]) == (1e-6, 4e-4)
+    assert (real["sft_learning_rate"], toy["sft_learning_rate"]) == (1e-5, 1e-3)
+    for name in ("min_pixels", "max_pixels", "total_pixels", "max_frames"):
+        assert real[name] == yaml.safe_load(packaged_config("qwen3_vl_4b.yaml").read_text()).get(
+            name, real[name]
+        )
+    assert toy["min_pixels"] == toy["max_pixels"] == 1024
+    assert (toy["max_frames"], toy["total_pixels"], toy["eval_videos_per_step"]) == (768, None, 64)
+
+
+def write_rows(path, videos, answer="red"):
+    """A file with one question about each of the videos, which nobody decodes."""
+    lines = []
+    for video in videos:
+        (path.parent / video).write_bytes(b"video")
+        lines.append(json.dumps({"video": video, "question": "Which colour?", "answer": answer}))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def names(rows):
+    return [row.videos[0].rpartition("/")[2] for row in rows]
+
+
+def test_rows_about_evaluated_media_are_not_learned_from(tmp_path):
+    write_rows(tmp_path / "sft.jsonl", ["a.mp4", "b.mp4", "c.mp4"])
+    write_rows(tmp_path / "rl.jsonl", ["a.mp4", "c.mp4", "d.mp4"])
+    write_rows(tmp_path / "validation.jsonl", ["b.mp4"])
+    write_rows(tmp_path / "test.jsonl", ["c.mp4"])
+    notes = []
+    data = setup.load_data(TrainConfig(data=str(tmp_path)), note=notes.append)
+    assert names(data.sft) == ["a.mp4"] and names(data.rl) == ["a.mp4", "d.mp4"]
+    assert notes == [
+        "Left out: 2 sft rows about media of validation or test.",
+        "Left out: 1 rl rows about media of validation or test.",
+    ]
+
+
+def test_one_shared_picture_is_enough_to_leave_a_row_out():
+    def row(name, images):
+        return Example(id=name, question="Which?", videos=(), images=images, answer="red")
+
+    rows = {
+        "sft": [row("1", ("a.png", "b.png")), row("2", ("c.png",))],
+        "rl": [row("3", ())],
+        "validation": [row("4", ("b.png", "d.png"))],
+        "test": [row("5", ())],
+    }
+    setup.drop_evaluated_media(rows)
+    assert [row.id for row in rows["sft"]] == ["2"]
+    assert [row.id for row in rows["rl"]] == ["3"]
+
+
+def test_supervised_rows_of_another_file_do_not_leak_into_what_is_held_out(tmp_path):
+    videos = [f"{i}.mp4" for i in range(20)]
+    data = write_rows(tmp_path / "data.jsonl", videos)
+    own = write_rows(tmp_path / "own.jsonl", videos)
+    notes = []
+    config = TrainConfig(data=str(data), sft_data=str(own))
+    loaded = setup.load_data(config, note=notes.append)
+    held = {*names(loaded.validation), *names(loaded.test)}
+    assert len(held) == 4
+    assert set(names(loaded.sft)) == set(names(loaded.rl)) == set(videos) - held
+    assert notes == ["Left out: 4 sft rows about media of validation or test."]
+    notes.clear()
+    setup.load_data(TrainConfig(data=str(data)), note=notes.append)
+    assert notes == []
+
+
+def test_everything_leaking_is_refused(tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", ["a.mp4", "b.mp4"])
+    with pytest.raises(UsageError, match="every row of the rl split is about media of validation or test"):
+        setup.load_data(TrainConfig(data=str(data), validation_data=str(data), test_data=str(data)))
+
+
+def test_preflight_needs_scores_for_zscore(tmp_path):
+    (tmp_path / "verdicts.jsonl").touch()
+    scores = TrainConfig(advantage="zscore", oracle="reference")
+    setup.preflight(scores)
+    only_orders = {"oracle": "replay", "oracle_options": {"path": str(tmp_path / "verdicts.jsonl")}}
+    with pytest.raises(UsageError, match="zscore needs scalar rewards"):
+        setup.check_oracle(TrainConfig(advantage="zscore", **only_orders))
+    with pytest.raises(UsageError, match="needs option 'model'"):
+        setup.preflight(TrainConfig(oracle="local"))
+
+
+def test_preflight_keeps_the_checkpoint_that_the_run_starts_from(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    (run.checkpoints / "sft").mkdir()
+    config = TrainConfig(
+        sft=str(run.checkpoints / "sft"), output_dir=str(run.path), overwrite_output_dir=True
+    )
+    with pytest.raises(UsageError, match=r"sft: .* is a checkpoint of the run that overwrite_output_dir"):
+        setup.preflight(config)
+
+
+def test_a_folder_whose_name_begins_with_tiny_is_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny_run").mkdir()
+    assert setup.is_tiny("tiny") and not setup.is_tiny("tiny_run")
+    with pytest.raises(UsageError, match="unknown tiny model 'tiny_walk'"):
+        setup.is_tiny("tiny_walk")
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """The folder of a run that was started where its data lies."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "data.jsonl", ["a.mp4"])
+    run = RunDir.create(tmp_path / "run")
+    config = setup.resolved(TrainConfig(data="data.jsonl", device="cpu", num_processes=2))
+    run.config.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    return run
+
+
+def test_a_run_is_resumed_from_another_folder(begun, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = resumed_config(begun, {"resume": "../run", "output_dir": "../run", "num_processes": 2})
+    assert config.data == str(tmp_path / "data.jsonl")
+    assert (config.model, config.num_processes, config.resume) == ("tiny", 2, str(begun.path))
+
+
+def test_words_that_name_no_path_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "synthetic", "auto", "mine"):
+        (tmp_path / name).mkdir()
+    config = setup.resolved(TrainConfig(media_root="mine"))
+    assert (config.model, config.data, config.sft) == ("tiny", "synthetic", "auto")
+    assert config.media_root == str(tmp_path / "mine")
+
+
+def test_resume_changes_what_it_may_and_refuses_the_rest(begun):
+    config = resumed_config(
+        begun, {"learning_rate": 1e-9, "data": "data.jsonl", "oracle_options": {"tie": 0.1}}
+    )
+    assert (config.learning_rate, config.oracle_options) == (1e-9, {"tie": 0.1})
+    with pytest.raises(UsageError, match=r"resume: beta, seed cannot change.* learning_rate"):
+        resumed_config(begun, {"beta": 0.5, "seed": 3, "learning_rate": 1e-9})
+    with pytest.raises(UsageError, match="resume: output_dir cannot change"):
+        resumed_config(begun, {"output_dir": "another"})
+    with pytest.raises(UsageError, match="keys do not belong"):
+        resumed_config(begun, {"oracle_options": {"api_key": "x"}})
+
+
+def test_resume_with_other_processes_has_to_be_asked_for(begun, monkeypatch):
+    assert resumed_config(begun, {"num_processes": 3}).num_processes == 3
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="expected the 2 that the run began with, got 4"):
+        resumed_config(begun, {})
+    assert resumed_config(begun, {"num_processes": 4}).num_processes == 4
+
+
+def test_given_values_are_those_of_the_command_alone(tmp_path):
+    (tmp_path / "mine.yaml").write_text("beta: 0.5\n")
+    words = ["--config", str(tmp_path / "mine.yaml"), "--report=true", "--oracle_options", '{"tie": 0.1}']
+    assert given_values(TrainConfig, words, prog="p", description="d") == {
+        "beta": 0.5,
+        "report": True,
+        "oracle_options": {"tie": 0.1},
+    }
+
+
+def test_a_resumed_optimizer_goes_on_with_the_new_rate(begun):
+    def optimizer(rate):
+        weight = torch.nn.Parameter(torch.ones(2))
+        made = make_optimizer(
+            [weight],
+            learning_rate=rate,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            schedule="cosine",
+            warmup_steps=2,
+            total_steps=10,
+            min_lr_ratio=0.1,
+        )
+        return weight, *made
+
+    def advance(weight, adam, scheduler, steps):
+        for _ in range(steps):
+            weight.grad = torch.ones(2)
+            adam.step()
+            scheduler.step()
+        return adam.param_groups[0]["lr"]
+
+    parts = optimizer(1e-3)
+    advance(*parts, 4)
+    state = {"stage": "rl", "optimizer": parts[1].state_dict(), "scheduler": parts[2].state_dict()}
+    folder = begun.checkpoints / "rl-000004"
+    folder.mkdir()
+    torch.save(state, folder / "trainer_state.pt")
+    (begun.checkpoints / "index.json").write_text(json.dumps({"last": folder.name}))
+    for _ in range(2):  # a command that was stopped in between can be given again
+        change_learning_rate(begun, TrainConfig(learning_rate=1e-4))
+    resumed, expected = optimizer(1e-4), optimizer(1e-4)
+    changed = load_state(folder)
+    resumed[1].load_state_dict(changed["optimizer"])
+    resumed[2].load_state_dict(changed["scheduler"])
+    assert advance(*resumed, 3) == pytest.approx(advance(*expected, 7))
