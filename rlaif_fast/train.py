@@ -86,13 +86,11 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
     from rlaif_fast.trainer.checkpoint import CheckpointStore
-    from rlaif_fast.trainer.resume import change_learning_rate
     from rlaif_fast.trainer.run_dir import write_atomically
 
     if config.resume is not None:
         state = CheckpointStore(run_dir.checkpoints, {}).last_state()
         run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-        change_learning_rate(run_dir, config)
     write_atomically(run_dir.config, dump_config(dataclasses.replace(config, resume=None)))
 
 

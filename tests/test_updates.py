@@ -220,6 +220,38 @@ def test_a_checkpoint_holds_the_float32_weights():
         assert torch.equal(ours, expected)
 
 
+def test_a_run_goes_on_in_float32_where_bfloat16_left_it():
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    updater = make_updater(model)
+    model.weight.sum().backward()
+    updater.step()
+    state = updater.state_dict()
+    wide = nn.Linear(8, 8)
+    wide.load_state_dict(model.state_dict())
+    make_updater(wide).load_state_dict(state)
+    assert torch.equal(wide.weight, state["float32_weights"][0])
+
+
+def test_a_checkpoint_goes_on_with_another_learning_rate():
+    def advance(updater, model, steps):
+        for _ in range(steps):
+            model.weight.sum().backward()
+            updater.step()
+        return updater.learning_rate
+
+    schedule = {"schedule": "cosine", "warmup_steps": 2, "total_steps": 10}
+    models = [nn.Linear(4, 4) for _ in range(3)]
+    fast, slow, resumed = (
+        make_updater(model, learning_rate=rate, **schedule) for model, rate in zip(models, (1e-3, 1e-4, 1e-4))
+    )
+    advance(fast, models[0], 4)
+    advance(slow, models[1], 4)
+    resumed.load_state_dict(fast.state_dict())
+    assert resumed.learning_rate == pytest.approx(slow.learning_rate)
+    assert advance(resumed, models[2], 3) == pytest.approx(advance(slow, models[1], 3))
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing():
     model = nn.Linear(4, 4)
     before = model.weight.detach().clone()

@@ -116,12 +116,23 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, at the place in the schedule where it was, with this updater's learning rate."""
+        rates = [group["initial_lr"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
-        with torch.no_grad():
-            for (_, copy), saved in zip(self._copies, state.get("float32_weights", []), strict=True):
-                copy.copy_(saved)
+        changes = [rate / base for rate, base in zip(rates, self._scheduler.base_lrs)]
+        for group, rate, change in zip(self._optimizer.param_groups, rates, changes):
+            group["initial_lr"] = rate
+            group["lr"] *= change
+        self._scheduler.base_lrs = rates
+        self._scheduler._last_lr = [group["lr"] for group in self._optimizer.param_groups]
+        # Copies of bfloat16 weights, or those weights themselves where the run goes on in float32.
+        weights = [copy for _, copy in self._copies] or self._updated
+        saved = state["float32_weights"]
+        if len(saved) == len(weights):
+            with torch.no_grad():
+                for weight, value in zip(weights, saved):
+                    weight.copy_(value)
         self._round()
 
     @torch.no_grad()

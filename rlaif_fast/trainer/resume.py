@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.checkpoint import STATE, CheckpointStore
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.run_dir import RunDir
 from rlaif_fast.trainer.setup import resolved
@@ -78,29 +76,3 @@ def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
             f"{config.num_processes}; add --num_processes {config.num_processes} to go on with other draws"
         )
     return dataclasses.replace(config, resume=str(run_dir.path))
-
-
-def change_learning_rate(run_dir: RunDir, config: TrainConfig) -> None:
-    """Let the stage that is resumed go on with the learning rate of `config`; its schedule stays.
-
-    The optimizer and the scheduler of a checkpoint hold the rate they began with. Nothing changes where that is the
-    one of `config`.
-    """
-    store = CheckpointStore(run_dir.checkpoints, {})
-    state = store.last_state()
-    if state is None or "optimizer" not in state:
-        return
-    rate = config.learning_rate if state["stage"] == "rl" else config.sft_learning_rate
-    scheduler = state["scheduler"]
-    scale = [rate / base for base in scheduler["base_lrs"]]
-    if all(factor == 1 for factor in scale):
-        return
-    for group, factor in zip(state["optimizer"]["param_groups"], scale):
-        group["lr"] *= factor
-        group["initial_lr"] = rate
-    scheduler["_last_lr"] = [last * factor for last, factor in zip(scheduler["_last_lr"], scale)]
-    scheduler["base_lrs"] = [rate for _ in scale]
-    target = store.path("last") / STATE
-    partial = target.with_name(f".{STATE}.partial")
-    torch.save(state, partial)
-    partial.replace(target)
