@@ -199,7 +199,9 @@ def read_prompt(path: Path, case: Case, scale: Scale, seed: int) -> EncodedPromp
 
 def sampling(case: Case) -> SamplingParams:
     """How responses are drawn: every one has exactly R tokens."""
-    return SamplingParams(max_new_tokens=case.response, min_new_tokens=case.response, seed=1)
+    # With seed 1 one of the 2,048 draws of the largest size falls 2e-10 beside the edge between two tokens.
+    seed = 2 if case == Case(4096, 128, 16) else 1
+    return SamplingParams(max_new_tokens=case.response, min_new_tokens=case.response, seed=seed)
 
 
 def advantages(case: Case, device: str) -> Tensor:
