@@ -26,12 +26,14 @@ from world_parts import (
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
+from rlaif_fast.trainer import launch as launch_module
 from rlaif_fast.trainer import setup
-from rlaif_fast.trainer import world as world_module
+from rlaif_fast.trainer.launch import launch
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.outcome import uneven_steps, write_samples
 from rlaif_fast.trainer.rl import minibatches
 from rlaif_fast.trainer.run_dir import read_jsonl
-from rlaif_fast.trainer.world import World, launch
+from rlaif_fast.trainer.world import World, buckets
 
 
 def test_what_two_processes_exchange(tmp_path):
@@ -63,7 +65,7 @@ def test_buckets_do_not_change_the_averages():
 def test_buckets_hold_what_fits():
     weights = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 2, 5, 1)]
     weights.insert(1, torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)))
-    found = [[p.numel() for p in bucket] for bucket in world_module._buckets(weights, 16)]
+    found = [[p.numel() for p in bucket] for bucket in buckets(weights, 16)]
     assert found == [[2, 2], [5], [1], [3]]
 
 
@@ -104,12 +106,19 @@ def test_the_process_that_failed_first_is_named(capfd):
 
 
 @pytest.mark.parametrize("work", [be_killed, be_killed_unnoticed])
-def test_a_killed_process_is_reported_with_its_signal(work, monkeypatch, capfd):
-    monkeypatch.setattr(world_module, "PATIENCE", 1.0)
-    started = time.monotonic()
-    with pytest.raises(RlaifFastError, match=r"process 1 .* SIGKILL"):
-        launch(work, 1, 3)
-    assert time.monotonic() - started < 45
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_killed_process_is_reported_with_its_signal(work, interrupts, monkeypatch, capfd):
+    """Also where interrupts are ignored, as they are behind nohup and in the background of a script."""
+    monkeypatch.setattr(launch_module, "PATIENCE", 3.0)
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        started = time.monotonic()
+        with pytest.raises(RlaifFastError, match=r"process 1 .* SIGKILL"):
+            launch(work, 1, 3)
+        assert time.monotonic() - started < 45
+        assert signal.getsignal(signal.SIGINT) == interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -122,7 +131,7 @@ def test_the_device_of_several_processes(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launch(exchange, str(tmp_path), 2, torch.device("cpu"))["sum"] == [2.0, 1.0]
     with pytest.raises(UsageError, match="process 1 has no GPU, torch sees 1"):
-        world_module._choose_backend(1, torch.device("cuda"))
+        launch_module._choose_backend(1, torch.device("cuda"))
 
 
 class Enough(Exception):
@@ -142,33 +151,33 @@ def test_a_process_checks_the_folder_and_shares_the_cores_of_its_machine(monkeyp
         train_module.train_in(World(0, 16, local_size=8), TrainConfig(output_dir=str(tmp_path)))
     assert calls == [tmp_path, (0, 8)]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert world_module._local_size(16) == 8
+    assert launch_module._local_size(16) == 8
 
 
 def test_only_rank_0_samples_for_the_gallery():
-    train_module.write_samples(None, "sft", SimpleNamespace(world=World(1, 2)))
+    write_samples(None, "sft", SimpleNamespace(world=World(1, 2)))
 
 
 def test_steps_that_do_not_divide_evenly_are_told():
     config = TrainConfig(sft_videos_per_step=8, videos_per_step=3)
-    assert train_module.uneven_steps(config, 1) == []
-    (note,) = train_module.uneven_steps(config, 2)
+    assert uneven_steps(config, 1) == []
+    (note,) = uneven_steps(config, 2)
     assert note.startswith("videos_per_step: 3 is not a multiple of the 2 processes")
-    few = train_module.uneven_steps(config, 16)
+    few = uneven_steps(config, 16)
     assert few[0].startswith("sft_videos_per_step: 8 is fewer than the 16 processes, so 8 of them")
     assert len(few) == 2
     config.sft = "none"
-    assert len(train_module.uneven_steps(config, 16)) == 1
+    assert len(uneven_steps(config, 16)) == 1
 
 
 def start(work: str, argument: object, patience: float) -> subprocess.Popen:
     """Launch a part of world_parts.py in two processes below a new one, which does not share our signals."""
     script = (
         "import world_parts\n"
-        "from rlaif_fast.trainer import world\n"
+        "from rlaif_fast.trainer import launch\n"
         "if __name__ == '__main__':\n"
-        f"    world.PATIENCE = {patience}\n"
-        f"    world.launch(world_parts.{work}, {argument!r}, 2)\n"
+        f"    launch.PATIENCE = {patience}\n"
+        f"    launch.launch(world_parts.{work}, {argument!r}, 2)\n"
     )
     folder = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}

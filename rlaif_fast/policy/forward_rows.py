@@ -51,7 +51,7 @@ def share_media(
     rows: ForwardRows,
     media_token_ids: Collection[int],
     merge: Merge = "prefixes",
-    max_tokens: int = 16384,
+    max_tokens: int | None = None,
 ) -> ForwardRows:
     """Let prompts about the same media share the tokens they begin with, where that leaves fewer tokens to compute.
 
@@ -59,7 +59,8 @@ def share_media(
         rows: Of prompts of any order.
         media_token_ids: Tokens that stand for media; a prompt with one of them behind the shared part stands alone.
         merge: What the attention backend computes once among the rows of a prompt.
-        max_tokens: Most tokens of prompts that share; behind the shared part they are at most `MAX_BEHIND` too.
+        max_tokens: Most tokens of prompts that share; None for any number. Behind the shared part they are at most
+            `MAX_BEHIND` in any case.
     """
     row_ends = torch.cumsum(rows.group_sizes, 0).tolist()
     rows_of = [range(end - size, end) for end, size in zip(row_ends, rows.group_sizes.tolist())]
@@ -85,7 +86,8 @@ def share_media(
             (len(row) - shared) * n + sum(lengths[row] for row in rows_of[i])
             for i, row, n in zip(group, ids, copies)
         ]
-        for span in _spans(behind, min(max_tokens - shared, MAX_BEHIND)):
+        room = MAX_BEHIND if max_tokens is None else min(max_tokens - shared, MAX_BEHIND)
+        for span in _spans(behind, room):
             together = shared + sum((len(ids[k]) - shared) * copies[k] for k in span)
             if shared == 0 or media_behind or together >= sum(len(ids[k]) for k in span):
                 pieces += [([group[k]], len(ids[k])) for k in span]

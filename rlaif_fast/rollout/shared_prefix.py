@@ -201,11 +201,7 @@ class SharedPrefixSampler:
         """Hidden states (N, H) of the last prompt tokens."""
         policy = self.policy
         # One token behind each prompt, so that the hidden state which predicts it, the last one, is asked for.
-        rows = share_media(
-            answer_rows(prompts, [[0]] * len(prompts)),
-            policy.media_token_ids,
-            max_tokens=policy.max_packed_tokens,
-        )
+        rows = share_media(answer_rows(prompts, [[0]] * len(prompts)), policy.media_token_ids)
         token_ids, lengths = rows.token_ids.numpy(), rows.lengths.numpy()
         sizes, last = rows.group_sizes.numpy(), rows.token_index.numpy()
         ends = np.cumsum(lengths)

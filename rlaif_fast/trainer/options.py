@@ -192,7 +192,8 @@ class RlOptions:
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
         dynamic_sampling_rounds: Most extra rollouts a step for that.
         weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
-        eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each.
+        eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each. Supervised
+            fine-tuning evaluates and writes at every fourth of them, and at its end.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
         backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
     """

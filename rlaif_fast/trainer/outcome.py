@@ -1,0 +1,229 @@
+"""What a run says and leaves: notes, predictions, samples for the gallery, the report, the summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from rlaif_fast.data import chance_by_category
+from rlaif_fast.machine import cores, peak_rss_bytes
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.trainer.batches import by_media
+from rlaif_fast.trainer.evaluation import EvalResult
+from rlaif_fast.trainer.groups import rank_rollout, rollout_records
+from rlaif_fast.trainer.logging import RunLogger, SilentLogger
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.report import write_report
+from rlaif_fast.trainer.run import Run
+from rlaif_fast.trainer.run_dir import RunDir, json_line, read_jsonl, write_jsonl
+
+
+def describe(run: Run) -> None:
+    """Say in a few lines what is about to run."""
+    parameters = sum(p.numel() for p in run.policy.model.parameters())
+    trained = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
+    data, config = run.data, run.config
+    run.logger.message(
+        f"policy: {config.model}, {parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; "
+        f"oracle: {run.oracle.name}"
+    )
+    run.logger.message(
+        f"rows: {len(data.sft)} sft, {len(data.rl)} rl, {len(data.validation)} validation, {len(data.test)} test"
+    )
+
+
+def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
+    """What to know where the videos of a step cannot be divided evenly among the processes."""
+    keys = ["videos_per_step"] if config.sft != "auto" else ["sft_videos_per_step", "videos_per_step"]
+    notes = []
+    for key in keys:
+        videos = getattr(config, key)
+        if videos < processes:
+            notes.append(
+                f"{key}: {videos} is fewer than the {processes} processes, so {processes - videos} of them have "
+                f"nothing to do in a step; use a multiple of {processes}"
+            )
+        elif videos % processes:
+            notes.append(
+                f"{key}: {videos} is not a multiple of the {processes} processes, so some of them wait for the "
+                "others in every step"
+            )
+    return notes
+
+
+def notes_on_data(run: Run) -> list[str]:
+    """What a reader of the report has to know about the data."""
+    corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
+    notes = []
+    if run.config.data == "synthetic":
+        notes.append(
+            "The clips are generated: shapes that move over textured backgrounds; the policy is tiny."
+        )
+    if corrupted:
+        notes.append(
+            f"{corrupted} of {len(run.data.sft)} supervised answers have one fact wrong on purpose, as a weak "
+            "annotator's would; the oracle ranks against the right answers, so most of what RL gains here is "
+            "the undoing of that noise, not new perception."
+        )
+    if run.config.oracle_shuffle:
+        notes.append("Control: the oracle's rankings were shuffled.")
+    return notes
+
+
+def write_predictions(run_dir: RunDir, phase: str, result: EvalResult, run: Run) -> None:
+    """predictions-PHASE.jsonl: every test row with its greedy answer and the accuracy of blind guessing."""
+
+    if not run.world.is_main:
+        return
+    chance = chance_by_category(run.data.test, reference=run.data.rl)
+    write_jsonl(
+        run_dir.predictions(phase),
+        (
+            {
+                "example_id": prediction.example.id,
+                "category": prediction.example.category,
+                "video": next(iter((*prediction.example.videos, *prediction.example.images)), None),
+                "prediction": prediction.text,
+                "answer": prediction.example.answer,
+                "correct": bool(prediction.correct),
+                "chance": chance[prediction.example.category],
+            }
+            for prediction in result.predictions
+        ),
+    )
+
+
+def write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
+    """samples.jsonl: what the policy samples for a few test clips, with the oracle's ranks, for the gallery."""
+
+    if not run.world.is_main:
+        return
+    config = run.config
+    clips = by_media(run.data.test)[: config.gallery_clips]
+    rows = [clip[i % len(clip)] for i, clip in enumerate(clips)]
+    if not rows:
+        return
+    with run.logger.timer("gallery"), torch.no_grad():
+        batch = run.make_batch(rows)
+        params = SamplingParams(
+            max_new_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
+        )
+        ranked = rank_rollout(
+            batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config
+        )
+        greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
+    with run_dir.samples.open("a", encoding="utf-8") as lines:
+        for record, text in zip(rollout_records(ranked, 0), greedy):
+            lines.write(json_line({"phase": phase, **record, "greedy": text}))
+
+
+def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: int) -> None:
+    """Write the report, then the summary: its presence means that the run finished.
+
+    Args:
+        run: The run.
+        run_dir: Its folder.
+        notes: What a reader has to know.
+        others_rss_bytes: The most memory that the other processes of the run have held.
+    """
+
+    config, logger = run.config, run.logger
+    summary = {
+        **accuracy_summary(run_dir),
+        "seconds": logger.elapsed(),
+        "processes": run.world.size,
+        "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "git_commit": git_commit(),
+        "seconds_by_stage": logger.seconds(),
+        "versions": versions(),
+        "machine": machine(),
+        "notes": [*notes, *notes_on_data(run)],
+    }
+    if config.report:
+        with logger.timer("report"):
+            path = write_report(run_dir, summary=summary)
+        logger.message(f"report: {path}")
+    summary["seconds"] = logger.elapsed()
+    summary["seconds_by_stage"] = logger.seconds()
+    summary["peak_rss_bytes"] = peak_rss_bytes() + others_rss_bytes
+    run_dir.write_summary(summary)
+    print_result(summary, logger)
+
+
+def accuracy_summary(run_dir: RunDir) -> dict:
+    """Accuracy on the test split before and after RL, in all and by category, from the predictions on disk."""
+
+    tallies: dict[str, dict[str, list[bool]]] = {}
+    overall = {}
+    for phase in ("sft", "final"):
+        rows = list(read_jsonl(run_dir.predictions(phase)))
+        overall[phase] = sum(row["correct"] for row in rows) / max(len(rows), 1)
+        for row in rows:
+            tallies.setdefault(row["category"], {"sft": [], "final": []})[phase].append(row["correct"])
+    by_category = {
+        name: {
+            "sft": sum(tally["sft"]) / max(len(tally["sft"]), 1),
+            "final": sum(tally["final"]) / max(len(tally["final"]), 1),
+            "n": len(tally["final"]),
+        }
+        for name, tally in sorted(tallies.items())
+    }
+    return {"sft_accuracy": overall["sft"], "final_accuracy": overall["final"], "by_category": by_category}
+
+
+def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
+    """The figures of the run, by category."""
+    width = max(map(len, [*summary["by_category"], "all"]))
+    logger.message(f"{'held-out accuracy':<{width}}  {'SFT':>6}  {'RL':>6}  {'n':>5}")
+    for name, row in summary["by_category"].items():
+        logger.message(f"{name:<{width}}  {row['sft']:6.3f}  {row['final']:6.3f}  {row['n']:5d}")
+    total = sum(row["n"] for row in summary["by_category"].values())
+    logger.message(
+        f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}"
+    )
+    logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with "+" where it has changes; None outside a checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    root = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            [git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            [git, "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("rlaif-fast", "torch", "transformers", "triton", "av", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """CPU count and GPU, in words."""
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{platform.machine()}, {cores()} cores, {gpu}"
