@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarking import FULL, Arm, Case, bar, measure, record
 from peers import COMPILED, HEADS, missing, peer_loss, token_loss
 from torch import Tensor
 
-from rlaif_fast import backends, fused_linear_grpo_rank_loss
-from rlaif_fast.benchmarking import FULL, Arm, Case, bar, measure, record
+from rlaif_fast import fused_linear_grpo_rank_loss
+from rlaif_fast.loss import backends
 
 CASES = {
     "cpu": [(32, 8, 8, 896, 32_000, torch.float32)],

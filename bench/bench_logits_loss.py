@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarking import FULL, Arm, Case, bar, measure, record
 from peers import COMPILED, LOGITS, missing, peer_loss, token_loss
 from torch import Tensor
 
-from rlaif_fast import backends, grpo_rank_loss_from_logits
-from rlaif_fast.benchmarking import FULL, Arm, Case, bar, measure, record
+from rlaif_fast import grpo_rank_loss_from_logits
+from rlaif_fast.loss import backends
 
 CASES = {
     "cpu": [(32, 8, 8, 32_000, torch.float32)],

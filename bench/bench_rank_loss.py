@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarking import FULL, Arm, Case, bar, measure, record
 
-from rlaif_fast import backends, grpo_rank_loss
-from rlaif_fast.benchmarking import FULL, Arm, Case, bar, measure, record
+from rlaif_fast import grpo_rank_loss
+from rlaif_fast.loss import backends
 
 SHAPES = [(64, 8, 512)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarking import Arm, Case, bar, measure, record
 from torch import Tensor
 
-from rlaif_fast import backends, rank_advantages
-from rlaif_fast.benchmarking import Arm, Case, bar, measure, record
+from rlaif_fast import rank_advantages
+from rlaif_fast.loss import backends
 
 SHAPES = [(65_536, 8), (4096, 64)]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -26,9 +26,9 @@ from pathlib import Path
 import pytest
 import step_arms
 import torch
+from benchmarking import FULL, SMOKE, bar
 from step_arms import ARMS, SCALES, Case, Measured, Stopwatch, make_arm, make_model, read_prompt, write_clips
 
-from rlaif_fast.benchmarking import FULL, SMOKE, bar
 from rlaif_fast.machine import keep_freed_memory
 from rlaif_fast.policy.attention import ATTENTION_BACKENDS
 from rlaif_fast.policy.policy import Policy

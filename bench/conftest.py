@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from rlaif_fast.benchmarking import Arena
+from benchmarking import Arena
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from benchmarking import FULL
 from torch import Tensor
-
-from rlaif_fast.benchmarking import FULL
 
 HALF = (torch.bfloat16, torch.float16)
 COMPILED = "compiled arms run on a CPU with RLAIF_FAST_BENCH=full only"

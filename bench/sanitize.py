@@ -16,9 +16,9 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
 
-from rlaif_fast import backends
-from rlaif_fast.backends import RowInputs
-from rlaif_fast.options import LossOptions, RankOptions
+from rlaif_fast.loss import backends
+from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
 
 

@@ -24,15 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.losses import fused_linear_grpo_rank_loss, grpo_rank_loss
+from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, grpo_rank_loss
 from rlaif_fast.machine import peak_rss_bytes
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.prompt import EncodedPrompt, Media
+from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.testing import IDS, TOKENIZER, words
 from rlaif_fast.policy.tiny import TinySize, tiny_config
 from rlaif_fast.rollout import Rollout, SamplingParams, make_sampler
 from rlaif_fast.video import PatchSpec, load_clip, preprocess
+from rlaif_fast.video.media import Media
 from rlaif_fast.video.sampling import FrameSampling
 from rlaif_fast.video.testing import counter_frames, write_video
 

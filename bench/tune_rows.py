@@ -14,8 +14,8 @@ import statistics
 
 import torch
 
-from rlaif_fast.backends import RowInputs
-from rlaif_fast.options import LossOptions
+from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels import logits_loss
 
 

@@ -19,7 +19,7 @@ namespace rlaif {
 
 constexpr int kMaxGroup = 64;
 
-// The same order as `KINDS` in rlaif_fast/options.py.
+// The same order as `KINDS` in rlaif_fast/loss/options.py.
 enum class Kind : int64_t { Directed = 0, Oracle = 1, Paper = 2, PaperSwapped = 3, ZScore = 4 };
 
 constexpr double kScaleEps = 1e-6;   // added to the root mean square of a group

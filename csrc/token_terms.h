@@ -9,7 +9,7 @@
 
 namespace rlaif {
 
-// The same as `LOG_RATIO_LIMIT` in rlaif_fast/options.py.
+// The same as `LOG_RATIO_LIMIT` in rlaif_fast/loss/options.py.
 constexpr double kLogRatioLimit = 20.0;
 
 enum class Kl : int64_t { K1 = 1, K2 = 2, K3 = 3 };

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlaif_fast.options import MAX_GROUP_SIZE
+from rlaif_fast.loss.options import MAX_GROUP_SIZE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton itself reads it, at import
 MIN_CAPABILITY = (8, 0)

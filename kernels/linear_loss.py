@@ -4,7 +4,7 @@
     logits <- d loss / d logits                               `row_loss`, in place
     d hidden = d logits @ weight,   d weight += d logits.T @ hidden      two matmuls, the sum in float32
 
-`rlaif_fast.linear` drives the chunks; this file says what is particular to a GPU: how large a chunk is, how
+`rlaif_fast.loss.linear` drives the chunks; this file says what is particular to a GPU: how large a chunk is, how
 the weight's gradient is summed, and how rows without gradient leave a chunk. `compact_rows_kernel` moves
 only as many rows as were dropped from the front: kept rows of the tail fill the holes, so that sources and
 holes never overlap and nothing is buffered. It needs the number of kept rows on the host: one
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.linear import linear_grad_from_rows, linear_loss_from_rows, linear_stats_from_rows
+from rlaif_fast.loss.linear import linear_grad_from_rows, linear_loss_from_rows, linear_stats_from_rows
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.logits_loss import row_grad, row_loss, row_stats
 from rlaif_fast_kernels.rank_loss import rank_loss

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.backends import RowInputs, RowStats
-from rlaif_fast.options import LossOptions
+from rlaif_fast.loss.backends import RowInputs, RowStats
+from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.row_sweep import LN2, LOG2E, row_of, sweep, write_grad
 from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, policy_slope

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.backends import TokenGradients
-from rlaif_fast.options import MAX_GROUP_SIZE, STATS, LossOptions
+from rlaif_fast.loss.backends import TokenGradients
+from rlaif_fast.loss.options import MAX_GROUP_SIZE, STATS, LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group
 from rlaif_fast_kernels.rank_loss_grad import rank_loss_grad_kernel, write_gradient

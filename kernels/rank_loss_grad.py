@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.options import LossOptions
+from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, load_float, policy_slope, response_span
 
 SPLITS = 8  # programs a response

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.options import RankOptions
-from rlaif_fast.reference.rank_penalty import RankAdvantages
+from rlaif_fast.loss.options import RankOptions
+from rlaif_fast.loss.reference.rank_penalty import RankAdvantages
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 
 __all__ = ["aot_configs", "rank_group", "rank_penalty", "supports", "unavailable"]

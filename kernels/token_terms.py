@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlaif_fast.options import LOG_RATIO_LIMIT
+from rlaif_fast.loss.options import LOG_RATIO_LIMIT
 
 LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 ALL = tl.constexpr(tl.PropagateNan.ALL)  # a NaN log-probability must reach the loss, not vanish in a min()

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GRPORankLoss": "rlaif_fast.losses",
-    "LossOutput": "rlaif_fast.losses",
-    "RankAdvantages": "rlaif_fast.ranking",
-    "fused_linear_grpo_rank_loss": "rlaif_fast.losses",
-    "grpo_rank_loss": "rlaif_fast.losses",
-    "grpo_rank_loss_from_logits": "rlaif_fast.losses",
-    "rank_advantages": "rlaif_fast.ranking",
-    "selective_log_softmax": "rlaif_fast.losses",
-    "token_logps": "rlaif_fast.losses",
+    "GRPORankLoss": "rlaif_fast.loss.api",
+    "LossOutput": "rlaif_fast.loss.api",
+    "RankAdvantages": "rlaif_fast.loss.advantages",
+    "fused_linear_grpo_rank_loss": "rlaif_fast.loss.api",
+    "grpo_rank_loss": "rlaif_fast.loss.api",
+    "grpo_rank_loss_from_logits": "rlaif_fast.loss.api",
+    "rank_advantages": "rlaif_fast.loss.advantages",
+    "selective_log_softmax": "rlaif_fast.loss.api",
+    "token_logps": "rlaif_fast.loss.api",
 }
 
 if TYPE_CHECKING:
-    from rlaif_fast.losses import (
+    from rlaif_fast.loss.advantages import RankAdvantages, rank_advantages
+    from rlaif_fast.loss.api import (
         GRPORankLoss,
         LossOutput,
         fused_linear_grpo_rank_loss,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
         selective_log_softmax,
         token_logps,
     )
-    from rlaif_fast.ranking import RankAdvantages, rank_advantages
 
 __all__ = [
     "GRPORankLoss",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.run_dir import RunDir
+from rlaif_fast.runs.folder import RunDir
 
 # Settings that say where a run goes and what it shows, not what it does.
 NOT_COMPARED = frozenset(

@@ -11,7 +11,8 @@ from importlib import metadata
 
 import torch
 
-from rlaif_fast import __version__, backends, extension
+from rlaif_fast import __version__
+from rlaif_fast.loss import backends, extension
 from rlaif_fast.machine import cores as available_cores
 
 

@@ -97,9 +97,9 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
     from rlaif_fast.data import chance_by_category, read_examples
     from rlaif_fast.rollout import make_sampler
+    from rlaif_fast.runs.folder import write_jsonl
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.evaluation import evaluate
-    from rlaif_fast.trainer.run_dir import write_jsonl
 
     config = configuration(options)
     known = None
@@ -144,9 +144,9 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
 def configuration(options: EvaluateConfig) -> TrainConfig:
     """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate."""
-    from rlaif_fast.trainer.checkpoint import CheckpointStore
+    from rlaif_fast.runs.checkpoint import CheckpointStore
+    from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.trainer.resume import saved_config
-    from rlaif_fast.trainer.run_dir import RunDir
 
     config = TrainConfig()
     given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}

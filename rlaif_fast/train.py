@@ -54,11 +54,11 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
+    from rlaif_fast.distributed.launch import launch, rank_under_torchrun
     from rlaif_fast.policy.loading import resolve_device
+    from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.launch import launch, rank_under_torchrun
     from rlaif_fast.trainer.resume import resumed_config
-    from rlaif_fast.trainer.run_dir import RunDir
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
@@ -81,8 +81,8 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
 
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
-    from rlaif_fast.trainer.checkpoint import CheckpointStore
-    from rlaif_fast.trainer.run_dir import write_atomically
+    from rlaif_fast.runs.checkpoint import CheckpointStore
+    from rlaif_fast.runs.folder import write_atomically
 
     if config.resume is not None:
         state = CheckpointStore(run_dir.checkpoints, {}).last_state()
@@ -97,12 +97,12 @@ def train_in(world, config) -> None:
         world: The processes of the run.
         config: The resolved configuration; `output_dir` is the prepared folder.
     """
+    from rlaif_fast.report.outcome import describe, finish, write_predictions, write_samples
+    from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
+    from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.runs.logging import RunLogger, SilentLogger
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore, load_weights
-    from rlaif_fast.trainer.logging import RunLogger, SilentLogger
-    from rlaif_fast.trainer.outcome import describe, finish, write_predictions, write_samples
     from rlaif_fast.trainer.rl import train_rl
-    from rlaif_fast.trainer.run_dir import RunDir
     from rlaif_fast.trainer.sft import train_sft
 
     keep_freed_memory()
@@ -167,10 +167,10 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
     import torch
 
     from rlaif_fast.policy.loading import load_model
+    from rlaif_fast.report.outcome import uneven_steps
     from rlaif_fast.rollout import make_sampler
+    from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.checkpoint import CheckpointStore, read_processor_files
-    from rlaif_fast.trainer.outcome import uneven_steps
     from rlaif_fast.trainer.run import Run
 
     data_notes: list[str] = []
@@ -207,7 +207,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
 
 def run_sft_stage(run, config, state, train_sft) -> None:
     """Bring the policy to where RL starts: by training, from a checkpoint, or as it is."""
-    from rlaif_fast.trainer.checkpoint import load_weights
+    from rlaif_fast.runs.checkpoint import load_weights
 
     if config.sft == "none":
         return

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from rlaif_fast.backends import RowInputs, RowStats
-from rlaif_fast.options import LossOptions, RankOptions
+from rlaif_fast.loss.backends import RowInputs, RowStats
+from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
 
 TARGET = GPUTarget("cuda", 90, 32)

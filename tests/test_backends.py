@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from rlaif_fast import backends, doctor, grpo_rank_loss
+from rlaif_fast import doctor, grpo_rank_loss
+from rlaif_fast.loss import backends
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +62,8 @@ import sys, warnings
 sys.modules["rlaif_fast._C"] = None  # what an import of a missing module finds
 warnings.simplefilter("always")
 import torch
-from rlaif_fast import backends, fused_linear_grpo_rank_loss, grpo_rank_loss, rank_advantages
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, rank_advantages
+from rlaif_fast.loss import backends
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     x = torch.randn(4, 3, requires_grad=True)
@@ -87,7 +89,7 @@ def test_every_instruction_set_gives_the_same_numbers(capability):
     """ATEN_CPU_CAPABILITY chooses the row kernels as it chooses ATen's own."""
     code = """
 import torch
-from rlaif_fast.testing import random_problem, relative, relative_l2
+from rlaif_fast.loss.testing import random_problem, relative, relative_l2
 from rlaif_fast import grpo_rank_loss_from_logits
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     p = random_problem(V=2050, dtype=dtype)

@@ -5,7 +5,7 @@ import pytest
 from rlaif_fast.data.schema import Example
 from rlaif_fast.policy.loading import load_model
 from rlaif_fast.policy.tiny import make_tiny
-from rlaif_fast.trainer.batches import EpochOrder, by_media
+from rlaif_fast.prompts.batches import EpochOrder, by_media
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import make_batch_maker
 from rlaif_fast.video.testing import counter_frames, write_video

@@ -4,7 +4,7 @@ import pytest
 
 from rlaif_fast.compare import category_table, group_results, main, markdown_table, read_result, results_table
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.run_dir import RunDir
+from rlaif_fast.runs.folder import RunDir
 
 
 def finished(path, seed, before, after, *, advantage="directed", categories=None, **changes):

@@ -18,7 +18,7 @@ from rlaif_fast.data import (
 )
 from rlaif_fast.data.__main__ import main
 from rlaif_fast.data.converters import FORMATS, RowError, convert
-from rlaif_fast.data.encode import encode_video
+from rlaif_fast.data.synthetic.encode import encode_video
 from rlaif_fast.errors import UsageError
 
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, chance_by_category, make_dataset, read_examples
-from rlaif_fast.data.encode import encode_video
-from rlaif_fast.data.questions import CATEGORIES, CONFUSIONS, TOKEN, drafts
-from rlaif_fast.data.render import render
-from rlaif_fast.data.synthetic import SPLITS
-from rlaif_fast.data.worlds import LEVELS, SHAPES, Event, Thing, World, sample_world, share
+from rlaif_fast.data.synthetic.dataset import SPLITS
+from rlaif_fast.data.synthetic.encode import encode_video
+from rlaif_fast.data.synthetic.questions import CATEGORIES, CONFUSIONS, TOKEN, drafts
+from rlaif_fast.data.synthetic.render import render
+from rlaif_fast.data.synthetic.worlds import LEVELS, SHAPES, Event, Thing, World, sample_world, share
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video import decode, probe
 
@@ -87,7 +87,7 @@ def test_a_world_is_well_formed(world):
 @settings(max_examples=25, deadline=None)
 def test_objects_stay_apart_and_inside(world, side, frames):
     """Every visible object shows its colour in most of its own disc, in every frame, alone."""
-    from rlaif_fast.data.render import pose_at
+    from rlaif_fast.data.synthetic.render import pose_at
 
     for f in range(frames):
         poses = [pose_at(world, k, f / frames, f / (frames - 1)) for k in range(len(world.things))]

@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from rlaif_fast import cpu as cpu_kernels
-from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, linear, token_logps
-from rlaif_fast.options import KINDS
-from rlaif_fast.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
+from rlaif_fast.loss import cpu as cpu_kernels
+from rlaif_fast.loss import linear
+from rlaif_fast.loss.options import KINDS
+from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.logging import RunLogger
-from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
+from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.logging import RunLogger
 
 
 @pytest.fixture
@@ -214,8 +214,8 @@ def test_markup_in_a_message_is_shown_as_it_is(run):
 
 SCRIPT = """
 import sys, time
-from rlaif_fast.trainer.logging import RunLogger
-from rlaif_fast.trainer.run_dir import RunDir
+from rlaif_fast.runs.logging import RunLogger
+from rlaif_fast.runs.folder import RunDir
 with RunLogger(RunDir.open(sys.argv[1]), tensorboard=False) as logger, logger.stage("rl", 3):
     for step in (1, 2, 3):
         logger.log("rl", step, loss=0.125, kendall_tau=0.5)

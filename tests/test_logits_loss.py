@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rlaif_fast import grpo_rank_loss_from_logits, selective_log_softmax
-from rlaif_fast.backends import RowInputs
-from rlaif_fast.cpu import row_loss, row_stats
-from rlaif_fast.options import LossOptions
-from rlaif_fast.testing import TOLERANCES, random_problem, relative, relative_l2
+from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.cpu import row_loss, row_stats
+from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.testing import TOLERANCES, random_problem, relative, relative_l2
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 2, 7, 8, 9, 15, 16, 17, 33, 257, 2047, 2048, 2049, 32_000, 151_936, 152_064]

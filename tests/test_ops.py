@@ -13,13 +13,13 @@ from rlaif_fast import (
     fused_linear_grpo_rank_loss,
     grpo_rank_loss,
     grpo_rank_loss_from_logits,
-    ops,
     rank_advantages,
     token_logps,
 )
-from rlaif_fast.inputs import TokenInputs
-from rlaif_fast.options import LossOptions
-from rlaif_fast.testing import random_problem
+from rlaif_fast.loss import ops
+from rlaif_fast.loss.inputs import TokenInputs
+from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.testing import random_problem
 
 OPS = torch.ops.rlaif_fast
 

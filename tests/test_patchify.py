@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif_fast.reference.patchify import patchify_reference
 from rlaif_fast.video import PatchSpec, patchify
+from rlaif_fast.video.patchify import patchify_reference
 from rlaif_fast.video.preprocess import PATCHIFIERS
 from rlaif_fast_kernels.launch import INTERPRETED
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import peers
 import pytest
 import torch
+from benchmarking import Arm, measure, record
 from torch import Tensor
 
-from rlaif_fast.benchmarking import Arm, measure, record
-from rlaif_fast.reference import linear_logps
-from rlaif_fast.reference.logits_loss import selective_log_softmax
-from rlaif_fast.testing import relative, relative_l2
+from rlaif_fast.loss.reference import linear_logps
+from rlaif_fast.loss.reference.logits_loss import selective_log_softmax
+from rlaif_fast.loss.testing import relative, relative_l2
 
 B, T, H, V = 4, 16, 128, 512  # what the tiles and alignments of every peer divide
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlaif_fast import grpo_rank_loss
-from rlaif_fast.options import KINDS, LOSS_TYPES
-from rlaif_fast.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
+from rlaif_fast.loss.options import KINDS, LOSS_TYPES
+from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
 
 def evaluate(problem: Problem, backend: str, **options):

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif_fast import RankAdvantages, backends, rank_advantages
-from rlaif_fast.options import KINDS
-from rlaif_fast.testing import TOLERANCES, relative
+from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast.loss import backends
+from rlaif_fast.loss.options import KINDS
+from rlaif_fast.loss.testing import TOLERANCES, relative
 
 CUDA = torch.cuda.is_available()  # Triton's interpreter has its own tests, test_triton_rank_penalty.py
 BACKENDS = [

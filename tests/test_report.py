@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rlaif_fast.trainer import figures, report
-from rlaif_fast.trainer.report import (
+from rlaif_fast.report import figures
+from rlaif_fast.report import html as report
+from rlaif_fast.report.html import (
     compare_predictions,
     gallery,
     learning_panels,
@@ -19,7 +20,7 @@ from rlaif_fast.trainer.report import (
     places,
     write_report,
 )
-from rlaif_fast.trainer.run_dir import RunDir, write_jsonl
+from rlaif_fast.runs.folder import RunDir, write_jsonl
 
 ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 7*7 }}'
 

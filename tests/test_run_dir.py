@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer import checkpoint as checkpoint_module
-from rlaif_fast.trainer import run_dir as module
-from rlaif_fast.trainer.checkpoint import CheckpointStore
-from rlaif_fast.trainer.run_dir import RunDir, plain, read_jsonl, write_jsonl
+from rlaif_fast.runs import checkpoint as checkpoint_module
+from rlaif_fast.runs import folder as module
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.folder import RunDir, plain, read_jsonl, write_jsonl
 
 
 def test_create_makes_parents_and_an_unfinished_run(tmp_path):
@@ -148,7 +148,7 @@ def test_a_summary_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
 def test_a_kill_while_the_summary_is_written_leaves_none(tmp_path):
     script = """
 import os, sys
-from rlaif_fast.trainer.run_dir import RunDir
+from rlaif_fast.runs.folder import RunDir
 run = RunDir.create(sys.argv[1])
 os.fsync = lambda _: os._exit(9)
 run.write_summary({"final_accuracy": 1.0})

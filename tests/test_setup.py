@@ -10,10 +10,10 @@ import yaml
 from rlaif_fast.cli import given_values, packaged_config
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.resume import resumed_config
-from rlaif_fast.trainer.run_dir import RunDir
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_fast.trainer.stats import paired_bootstrap, wilson_interval
+from rlaif_fast.report.stats import paired_bootstrap, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
+from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.trainer import rl
-from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
 
 SMALL = {
     "seed": 5,

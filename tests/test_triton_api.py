@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from triton_cases import DEVICE, error, uninitialised_memory_is_nan
 
 import rlaif_fast
-from rlaif_fast import backends
+from rlaif_fast.loss import backends
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
 

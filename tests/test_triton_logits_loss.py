@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan
 
-from rlaif_fast import reference
-from rlaif_fast.backends import RowInputs
-from rlaif_fast.options import LossOptions
+from rlaif_fast.loss import reference
+from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.logits_loss import (
     STREAM_BLOCK,
     launch_config,

@@ -14,9 +14,9 @@ pytest.importorskip("triton")
 
 from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan, wide
 
-from rlaif_fast import reference
-from rlaif_fast.backends import TokenGradients
-from rlaif_fast.options import LossOptions
+from rlaif_fast.loss import reference
+from rlaif_fast.loss.backends import TokenGradients
+from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.rank_loss import launch_config, rank_loss, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)

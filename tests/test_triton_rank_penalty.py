@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from triton_cases import DEVICE, LOSS, uninitialised_memory_is_nan
 
-from rlaif_fast import reference
-from rlaif_fast.options import KINDS, RankOptions
+from rlaif_fast.loss import reference
+from rlaif_fast.loss.options import KINDS, RankOptions
 from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.testing import FAMILIES, make_media, make_policy, make_prompt, words
+from rlaif_fast.prompts.batches import PromptBatch, cut_by_tokens, take_turns
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
-from rlaif_fast.trainer.batches import PromptBatch, cut_by_tokens, take_turns
 from rlaif_fast.trainer.groups import RankedRollout
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
-from rlaif_fast.trainer.world import World
 
 G = 3
 

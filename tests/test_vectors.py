@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlaif_fast import grpo_rank_loss, rank_advantages
-from rlaif_fast.reference import policy_scores
+from rlaif_fast.loss.reference import policy_scores
 
 CASES = json.loads((Path(__file__).parent / "data" / "grpo_rank.json").read_text())
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from rlaif_fast.loss.testing import relative_l2
 from rlaif_fast.policy import vision_attention
 from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_prompt
-from rlaif_fast.testing import relative_l2
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,16 @@ from world_parts import (
 )
 
 from rlaif_fast import train as train_module
+from rlaif_fast.distributed import launch as launch_module
+from rlaif_fast.distributed.launch import launch
+from rlaif_fast.distributed.world import World, buckets
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
-from rlaif_fast.trainer import launch as launch_module
+from rlaif_fast.report.outcome import uneven_steps, write_samples
+from rlaif_fast.runs.folder import read_jsonl
 from rlaif_fast.trainer import setup
-from rlaif_fast.trainer.launch import launch
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.outcome import uneven_steps, write_samples
 from rlaif_fast.trainer.rl import minibatches
-from rlaif_fast.trainer.run_dir import read_jsonl
-from rlaif_fast.trainer.world import World, buckets
 
 
 def test_what_two_processes_exchange(tmp_path):
@@ -174,7 +174,7 @@ def start(work: str, argument: object, patience: float) -> subprocess.Popen:
     """Launch a part of world_parts.py in two processes below a new one, which does not share our signals."""
     script = (
         "import world_parts\n"
-        "from rlaif_fast.trainer import launch\n"
+        "from rlaif_fast.distributed import launch\n"
         "if __name__ == '__main__':\n"
         f"    launch.PATIENCE = {patience}\n"
         f"    launch.launch(world_parts.{work}, {argument!r}, 2)\n"
@@ -264,7 +264,7 @@ def test_resumed_run_equals_an_uninterrupted_one(pair, cache, tmp_path):
     script = (
         "import os, sys\n"
         "from rlaif_fast import train\n"
-        "from rlaif_fast.trainer.checkpoint import CheckpointStore\n"
+        "from rlaif_fast.runs.checkpoint import CheckpointStore\n"
         "save = CheckpointStore.save\n"
         "def save_and_die(self, name, *args, **roles):\n"
         "    save(self, name, *args, **roles)\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.world import World
 
 
 def exchange(world: World, folder: str) -> dict:

@@ -19,9 +19,9 @@ namespace rlaif {
 namespace {
 
 constexpr int64_t kGrainTokens = 8192;  // tokens a thread takes at least
-constexpr int64_t kStats = 15;          // the length of `STATS` in rlaif_fast/options.py
+constexpr int64_t kStats = 15;          // the length of `STATS` in rlaif_fast/loss/options.py
 
-// The same order as `LOSS_TYPES` in rlaif_fast/options.py.
+// The same order as `LOSS_TYPES` in rlaif_fast/loss/options.py.
 enum class LossType : int64_t { Grpo = 0, Dapo = 1, DrGrpo = 2 };
 
 // Sums over the tokens of one response. They are added up in the order of the rows, so the result does not depend on

@@ -3,7 +3,7 @@
 from rlaif_fast.data.reader import ReadReport, read_examples, read_report
 from rlaif_fast.data.schema import Example
 from rlaif_fast.data.summary import CategorySummary, chance_accuracy, chance_by_category, summarise
-from rlaif_fast.data.synthetic import VOCABULARY, DatasetPaths, SyntheticConfig, make_dataset
+from rlaif_fast.data.synthetic.dataset import VOCABULARY, DatasetPaths, SyntheticConfig, make_dataset
 
 __all__ = [
     "VOCABULARY",

@@ -28,7 +28,7 @@ from rlaif_fast.oracle.untrusted import clean_text, distinct, seeded_generator
 if TYPE_CHECKING:
     from rlaif_fast.policy.policy import Policy
     from rlaif_fast.policy.prompt import EncodedPrompt
-    from rlaif_fast.policy.tokenize import PromptEncoder
+    from rlaif_fast.prompts.encoder import PromptEncoder
 
 LOCAL_PROTOCOLS = ("listwise", "pointwise", "likelihood")
 
@@ -286,7 +286,7 @@ def _load(
     try:
         from rlaif_fast.policy.loading import ModelOptions, load_model
         from rlaif_fast.policy.policy import Policy
-        from rlaif_fast.policy.tokenize import PromptEncoder
+        from rlaif_fast.prompts.encoder import PromptEncoder
         from rlaif_fast.video import PixelBudget
     except ImportError as error:
         raise RlaifFastError(

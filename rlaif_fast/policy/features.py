@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rlaif_fast.policy.packing import ranges
-from rlaif_fast.policy.prompt import EncodedPrompt, Media
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.video.media import Media
 
 MAX_PATCHES_A_CALL = 65_536  # of a tower call without gradient; bounds its memory
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.losses import token_logps
+from rlaif_fast.loss.api import token_logps
 from rlaif_fast.policy import attention, vision_attention
 from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder

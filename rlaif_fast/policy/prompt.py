@@ -1,4 +1,4 @@
-"""A prompt as the policy reads it: token ids and media patches."""
+"""A prompt as the policy reads it: token ids and media."""
 
 from __future__ import annotations
 
@@ -6,27 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Media:
-    """One video or image in the model's patch layout.
-
-    Attributes:
-        patches: (n, C * temporal_patch * patch * patch), the rows of `pixel_values_videos`.
-        grid_thw: (t, h, w) in patches, before merging; n = t * h * w.
-        is_video: Whether the prompt holds it behind video tokens (else image tokens).
-        seconds_per_grid: Seconds between two temporal patches.
-        key: Content address; equal keys have equal patches, so one encoding serves all.
-        timestamps: Seconds of each temporal patch (the mean of its first and last frame), for prompts that
-            state them; empty for an image.
-    """
-
-    patches: Tensor  # (n, D)
-    grid_thw: tuple[int, int, int]
-    is_video: bool
-    seconds_per_grid: float
-    key: str
-    timestamps: tuple[float, ...] = ()
+from rlaif_fast.video.media import Media
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.prompt import EncodedPrompt, Media
+from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.tiny import TinySize, build_tokenizer, tiny_config
+from rlaif_fast.video.media import Media
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 WORDS = [f"word{i}" for i in range(40)]

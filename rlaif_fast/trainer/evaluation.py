@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.prompts.batches import BatchMaker, by_media
 from rlaif_fast.rollout.base import Sampler, SamplingParams
-from rlaif_fast.trainer.batches import BatchMaker, by_media
 from rlaif_fast.trainer.groups import rank_requests
-from rlaif_fast.trainer.world import World
 
 
 @dataclass(frozen=True)

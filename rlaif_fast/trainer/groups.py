@@ -14,8 +14,8 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
+from rlaif_fast.prompts.batches import PromptBatch
 from rlaif_fast.rollout.base import Rollout, concat_rollouts
-from rlaif_fast.trainer.batches import PromptBatch
 from rlaif_fast.trainer.options import RlOptions
 
 

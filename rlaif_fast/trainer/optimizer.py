@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.world import World
 
 
 class Updater:

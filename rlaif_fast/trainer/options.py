@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlaif_fast.backends import NAMES as BACKENDS
 from rlaif_fast.errors import UsageError
+from rlaif_fast.loss.backends import NAMES as BACKENDS
 from rlaif_fast.oracle.registry import refuse_secrets
 from rlaif_fast.policy.loading import ModelOptions
 

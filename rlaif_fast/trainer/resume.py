@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.run_dir import RunDir
 from rlaif_fast.trainer.setup import resolved
 
 CHANGEABLE = (

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden
+from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
-from rlaif_fast.trainer.batches import EpochOrder, by_media, cut_by_tokens, take_turns
-from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.trainer.groups import (
     RankedRollout,
     concat,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.rollout.base import Sampler
-from rlaif_fast.trainer.batches import BatchMaker
-from rlaif_fast.trainer.checkpoint import CheckpointStore
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.evaluation import EvalResult, evaluate
-from rlaif_fast.trainer.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.world import World
 
 
 @dataclass

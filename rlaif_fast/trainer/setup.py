@@ -24,8 +24,8 @@ from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
-from rlaif_fast.policy.tokenize import PromptEncoder, question_text
-from rlaif_fast.trainer.batches import BatchMaker, by_media, files
+from rlaif_fast.prompts.batches import BatchMaker, by_media, files
+from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget

@@ -13,9 +13,9 @@ from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.policy.tokenize import PromptEncoder
-from rlaif_fast.trainer.batches import EpochOrder, by_media, cut_by_tokens
-from rlaif_fast.trainer.checkpoint import load_state
+from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens
+from rlaif_fast.prompts.encoder import PromptEncoder
+from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.run import Run
 

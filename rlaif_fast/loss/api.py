@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import TypedDict, Unpack
 
-from rlaif_fast import backends, checks, ops, reference
-from rlaif_fast.inputs import Padding, TokenInputs
-from rlaif_fast.options import STATS, LossOptions, check_number
-from rlaif_fast.parallel import VocabularyShard
-from rlaif_fast.ranking import check_ranks
+from rlaif_fast.loss import backends, checks, ops, reference
+from rlaif_fast.loss.advantages import check_ranks
+from rlaif_fast.loss.inputs import Padding, TokenInputs
+from rlaif_fast.loss.options import STATS, LossOptions, check_number
+from rlaif_fast.loss.vocabulary_shard import VocabularyShard
 
 __all__ = [
     "GRPORankLoss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlaif_fast.reference.rank_penalty import rank_penalty
+from rlaif_fast.loss.reference.rank_penalty import rank_penalty
 
 __all__ = ["rank_penalty", "supports", "unavailable"]
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif_fast.options import LOG_RATIO_LIMIT, LossOptions
-from rlaif_fast.reference.rank_penalty import rank_penalty
+from rlaif_fast.loss.options import LOG_RATIO_LIMIT, LossOptions
+from rlaif_fast.loss.reference.rank_penalty import rank_penalty
 
 
 class TokenLoss(NamedTuple):

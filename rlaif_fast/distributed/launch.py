@@ -21,8 +21,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from rlaif_fast.distributed.world import ConnectionLost, World
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.world import ConnectionLost, World
 
 T = TypeVar("T")
 

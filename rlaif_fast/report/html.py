@@ -1,6 +1,6 @@
 """The report of a run: one HTML file that needs nothing else, made from what the run directory holds.
 
-`python -m rlaif_fast.trainer.report RUN_DIR` makes it again. Responses, questions and names come from models
+`python -m rlaif_fast.report.html RUN_DIR` makes it again. Responses, questions and names come from models
 and datasets: the template escapes them, and the page forbids scripts and loading anything.
 """
 
@@ -24,10 +24,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from rlaif_fast.errors import RlaifFastError
-from rlaif_fast.trainer import figures
-from rlaif_fast.trainer.figures import HALF, NARROW, WIDE, Curve, Draw, Panel, Score, duration
-from rlaif_fast.trainer.run_dir import RunDir, read_jsonl
-from rlaif_fast.trainer.stats import paired_bootstrap, wilson_interval
+from rlaif_fast.report import figures
+from rlaif_fast.report.figures import HALF, NARROW, WIDE, Curve, Draw, Panel, Score, duration
+from rlaif_fast.report.stats import paired_bootstrap, wilson_interval
+from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image, probe
 
 STRIP_FRAMES = 6
@@ -498,14 +498,14 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["points"] = figures.points
-    text = importlib.resources.files("rlaif_fast.trainer").joinpath("report.html").read_text(encoding="utf-8")
+    text = importlib.resources.files("rlaif_fast.report").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report of a run again; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m rlaif_fast.trainer.report", description=write_report.__doc__
+        prog="python -m rlaif_fast.report.html", description=write_report.__doc__
     )
     parser.add_argument("run_dir", help="the --output_dir of a run")
     arguments = parser.parse_args(argv)

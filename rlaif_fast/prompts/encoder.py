@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
-from rlaif_fast.policy.prompt import EncodedPrompt, Media
+from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
 from rlaif_fast.video.base import Clip
+from rlaif_fast.video.media import Media
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"

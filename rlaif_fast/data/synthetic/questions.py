@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rlaif_fast.data.worlds import (
+from rlaif_fast.data.synthetic.worlds import (
     COLORS,
     DIRECTIONS,
     LEVELS,

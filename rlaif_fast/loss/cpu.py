@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast import extension
-from rlaif_fast.backends import RowInputs, RowStats, TokenGradients
-from rlaif_fast.extension import unavailable
-from rlaif_fast.linear import (
+from rlaif_fast.loss import extension
+from rlaif_fast.loss.backends import RowInputs, RowStats, TokenGradients
+from rlaif_fast.loss.extension import unavailable
+from rlaif_fast.loss.linear import (
     Head,
     add_product,
     chunk_rows,
@@ -20,8 +20,8 @@ from rlaif_fast.linear import (
     linear_loss_from_rows,
     linear_stats_from_rows,
 )
-from rlaif_fast.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
-from rlaif_fast.reference.rank_penalty import RankAdvantages
+from rlaif_fast.loss.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
+from rlaif_fast.loss.reference.rank_penalty import RankAdvantages
 
 __all__ = [
     "add_product",
@@ -65,7 +65,7 @@ def rank_penalty(
     valid: Tensor | None,  # (N,) bool
     options: RankOptions,
 ) -> RankAdvantages:
-    """Rank N groups (see `rlaif_fast.reference.rank_penalty.rank_penalty`)."""
+    """Rank N groups (see `rlaif_fast.loss.reference.rank_penalty.rank_penalty`)."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     advantages, penalties, ndcg, tau, has_signal, top1 = torch.ops.rlaif_fast.rank_penalty(
         scores.to(wide).contiguous(),
@@ -94,7 +94,7 @@ def rank_loss(
     num_items: Tensor | None,  # scalar
     options: LossOptions,
 ) -> TokenGradients:
-    """Close the loss over tokens (see `rlaif_fast.reference.rank_loss.rank_loss`)."""
+    """Close the loss over tokens (see `rlaif_fast.loss.reference.rank_loss.rank_loss`)."""
     wide = torch.promote_types(logps.dtype, torch.float32)
     loss, used, stats, grad_logps, grad_entropy = torch.ops.rlaif_fast.token_loss(
         logps.to(wide),
@@ -217,8 +217,8 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
 
 
 def _widened(from_rows: Callable) -> Callable:
-    """Give a function of `rlaif_fast.linear` these kernels, and hidden states and weights of at least 32 bits: without
-    matrix units for 16, float32 is faster, and exact."""
+    """Give a function of `rlaif_fast.loss.linear` these kernels, and hidden states and weights of at least 32 bits:
+    without matrix units for 16, float32 is faster, and exact."""
 
     def run(hidden: Tensor, head: Head, token_ids: Tensor, *rest: Any) -> Any:
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.run_dir import write_atomically
+from rlaif_fast.runs.folder import write_atomically
 
 STATE = "trainer_state.pt"
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rlaif_fast.trainer.stats import Interval
+from rlaif_fast.report.stats import Interval
 
 INK, MUTED, GRID = "#1d2433", "#667085", "#e3e6ec"
 BEFORE, AFTER, THIRD = "#8b94a7", "#0b7a75", "#b5651d"

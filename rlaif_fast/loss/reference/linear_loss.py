@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlaif_fast.reference.logits_loss import selective_log_softmax
+from rlaif_fast.loss.reference.logits_loss import selective_log_softmax
 
 
 def linear_logps(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlaif_fast import backends, checks, ops
-from rlaif_fast.options import MAX_GROUP_SIZE, RankOptions
-from rlaif_fast.reference.rank_penalty import RankAdvantages, rank_penalty
+from rlaif_fast.loss import backends, checks, ops
+from rlaif_fast.loss.options import MAX_GROUP_SIZE, RankOptions
+from rlaif_fast.loss.reference.rank_penalty import RankAdvantages, rank_penalty
 
 __all__ = ["RankAdvantages", "rank_advantages"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rlaif_fast import extension
-from rlaif_fast.cpu import rank_penalty
-from rlaif_fast.options import MAX_GROUP_SIZE
+from rlaif_fast.loss import extension
+from rlaif_fast.loss.cpu import rank_penalty
+from rlaif_fast.loss.options import MAX_GROUP_SIZE
 
 __all__ = ["rank_penalty", "supports", "unavailable"]
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif_fast.options import RankOptions
+from rlaif_fast.loss.options import RankOptions
 
 
 class RankAdvantages(NamedTuple):

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.data.encode import CODECS, CONTAINERS, encode_video
-from rlaif_fast.data.questions import LETTERS, VOCABULARY, drafts
-from rlaif_fast.data.render import render
-from rlaif_fast.data.worlds import LEVELS, World, sample_world
+from rlaif_fast.data.synthetic.encode import CODECS, CONTAINERS, encode_video
+from rlaif_fast.data.synthetic.questions import LETTERS, VOCABULARY, drafts
+from rlaif_fast.data.synthetic.render import render
+from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world
 from rlaif_fast.errors import RlaifFastError, UsageError
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]

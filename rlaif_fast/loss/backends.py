@@ -15,7 +15,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
     rank_loss(logps, advantages, oracle_ranks, valid, old_logps, ref_logps, mask, sampling_ratio, entropy,
     num_items,
               options: LossOptions) -> TokenGradients
-        The arguments of `rlaif_fast.reference.rank_loss.rank_loss`; the mask is bool or None, float inputs
+        The arguments of `rlaif_fast.loss.reference.rank_loss.rank_loss`; the mask is bool or None, float inputs
         may be any float dtype, ranks are of the dtype of the scores.
 
     row_stats(logits, token_ids (M,), temperature) -> RowStats
@@ -35,7 +35,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
     linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy
     (M,),
                 chunk_size, needs: Needs) -> (grad_hidden | None, grad_weight | None, grad_bias | None)
-        `rlaif_fast.linear` makes all three from a module that also has the row functions, `rank_loss` and
+        `rlaif_fast.loss.linear` makes all three from a module that also has the row functions, `rank_loss` and
         chunk_rows(weight (V, H), chunk_size) -> rows of logits in memory at once
         compact_rows(rows (M, V), keep (M,) bool) -> order (kept,)
             Brings the kept rows to the front and says which of them stands where.
@@ -67,7 +67,7 @@ class TokenGradients(NamedTuple):
     Attributes:
         loss: Scalar.
         advantages: (B,), or (B, T) where they were given so.
-        stats: (len(STATS),), in the order of `rlaif_fast.options.STATS`.
+        stats: (len(STATS),), in the order of `rlaif_fast.loss.options.STATS`.
         grad_logps: (B, T) of the loss; exactly 0 on masked tokens.
         grad_entropy: (B, T) of the loss, or None without `entropy`.
     """
@@ -136,13 +136,13 @@ TABLE = (
     Backend("triton", "rank_loss", "rlaif_fast_kernels.rank_loss", 30),
     Backend("triton", "logits_loss", "rlaif_fast_kernels.logits_loss", 30),
     Backend("triton", "linear_loss", "rlaif_fast_kernels.linear_loss", 30),
-    Backend("cuda", "rank_penalty", "rlaif_fast.cuda", 20),
+    Backend("cuda", "rank_penalty", "rlaif_fast.loss.cuda", 20),
     Backend("triton", "rank_penalty", "rlaif_fast_kernels.rank_penalty", 15),
-    Backend("cpu", "rank_penalty", "rlaif_fast.cpu", 10),
-    Backend("cpu", "rank_loss", "rlaif_fast.cpu", 10),
-    Backend("cpu", "logits_loss", "rlaif_fast.cpu", 10),
-    Backend("cpu", "linear_loss", "rlaif_fast.cpu", 10),
-    *(Backend("reference", op, "rlaif_fast.reference.backend", 0) for op in OPS),
+    Backend("cpu", "rank_penalty", "rlaif_fast.loss.cpu", 10),
+    Backend("cpu", "rank_loss", "rlaif_fast.loss.cpu", 10),
+    Backend("cpu", "logits_loss", "rlaif_fast.loss.cpu", 10),
+    Backend("cpu", "linear_loss", "rlaif_fast.loss.cpu", 10),
+    *(Backend("reference", op, "rlaif_fast.loss.reference.backend", 0) for op in OPS),
 )
 
 

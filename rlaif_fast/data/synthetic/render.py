@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlaif_fast.data.worlds import LEVELS, Event, Thing, World
+from rlaif_fast.data.synthetic.worlds import LEVELS, Event, Thing, World
 
 Frames = NDArray[np.uint8]  # (F, H, W, 3)
 Plane = NDArray[np.float32]  # (H, W)

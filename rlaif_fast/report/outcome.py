@@ -14,15 +14,15 @@ import torch
 
 from rlaif_fast.data import chance_by_category
 from rlaif_fast.machine import cores, peak_rss_bytes
+from rlaif_fast.prompts.batches import by_media
+from rlaif_fast.report.html import write_report
 from rlaif_fast.rollout.base import SamplingParams
-from rlaif_fast.trainer.batches import by_media
+from rlaif_fast.runs.folder import RunDir, json_line, read_jsonl, write_jsonl
+from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.evaluation import EvalResult
 from rlaif_fast.trainer.groups import rank_rollout, rollout_records
-from rlaif_fast.trainer.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.report import write_report
 from rlaif_fast.trainer.run import Run
-from rlaif_fast.trainer.run_dir import RunDir, json_line, read_jsonl, write_jsonl
 
 
 def describe(run: Run) -> None:

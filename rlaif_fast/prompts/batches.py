@@ -11,7 +11,7 @@ import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.policy.tokenize import PromptEncoder
+from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.video import ClipStore, VideoError
 from rlaif_fast.video.base import Clip
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rlaif_fast import backends
-from rlaif_fast.backends import RowStats, TokenGradients
-from rlaif_fast.inputs import Padding, TokenInputs
-from rlaif_fast.linear import Head, Needs
-from rlaif_fast.options import STATS, LossOptions, RankOptions
-from rlaif_fast.parallel import VocabularyShard
-from rlaif_fast.reference.rank_penalty import RankAdvantages
+from rlaif_fast.loss import backends
+from rlaif_fast.loss.backends import RowStats, TokenGradients
+from rlaif_fast.loss.inputs import Padding, TokenInputs
+from rlaif_fast.loss.linear import Head, Needs
+from rlaif_fast.loss.options import STATS, LossOptions, RankOptions
+from rlaif_fast.loss.reference.rank_penalty import RankAdvantages
+from rlaif_fast.loss.vocabulary_shard import VocabularyShard
 
 _INPUTS = (
     "Tensor? advantages, Tensor? oracle_ranks, Tensor? valid, Tensor? old_logps, Tensor? ref_logps, "

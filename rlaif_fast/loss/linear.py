@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif_fast.backends import RowInputs, RowStats
-from rlaif_fast.inputs import Padding, TokenInputs
-from rlaif_fast.options import LossOptions
-from rlaif_fast.parallel import VocabularyShard
-from rlaif_fast.reference.rank_loss import token_weights
+from rlaif_fast.loss.backends import RowInputs, RowStats
+from rlaif_fast.loss.inputs import Padding, TokenInputs
+from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.reference.rank_loss import token_weights
+from rlaif_fast.loss.vocabulary_shard import VocabularyShard
 
 # Bytes of logits in memory at once: large enough that the matmuls run at full speed and the weight's gradient
 # is read and written few times, small beside that gradient itself.

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.trainer.run_dir import RunDir, json_line, plain, read_jsonl
+from rlaif_fast.runs.folder import RunDir, json_line, plain, read_jsonl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
