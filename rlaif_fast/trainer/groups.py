@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
@@ -162,7 +161,6 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
     requests = rank_requests(batch, rollout.texts, g)
     rankings = oracle.rank(requests)
     scores = policy_scores(rollout, options.score)
-    targets = _scalar_rewards(oracle, requests) if options.advantage == "zscore" else None
 
     n = len(rankings)
     advantages = torch.zeros(n, g)
@@ -175,10 +173,10 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
             by_judged.setdefault(judged, []).append(index)
     for judged, members in by_judged.items():
         rows, columns = torch.tensor(members), torch.tensor(judged)
-        if targets is None:
-            order = torch.tensor([[rankings[i].ranks[j] for j in judged] for i in members])
-        else:
-            order = targets[rows[:, None], columns]
+        verdicts = [
+            rankings[i].scores if options.advantage == "zscore" else rankings[i].ranks for i in members
+        ]
+        order = torch.tensor([[verdict[j] for j in judged] for verdict in verdicts])
         result = rank_advantages(
             scores[rows[:, None], columns],
             order,
@@ -194,16 +192,6 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
         ndcg[rows], tau[rows] = result.ndcg.float(), result.kendall_tau.float()
         has_signal[rows] = result.has_signal
     return RankedRollout(batch, rollout, tuple(rankings), scores, advantages, ndcg, tau, has_signal)
-
-
-def _scalar_rewards(oracle: Oracle, requests: Sequence[RankRequest]) -> Tensor:
-    score = getattr(oracle, "score", None)
-    if score is None:
-        raise UsageError(
-            f"advantage: zscore needs scalar rewards, and the oracle {oracle.name!r} only orders responses; "
-            "use --advantage directed, or an oracle with scores such as reference or reward_model"
-        )
-    return torch.tensor([score(request) for request in requests], dtype=torch.float32)
 
 
 def rollout_records(ranked: RankedRollout, step: int) -> list[dict]:
