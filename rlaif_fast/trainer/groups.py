@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
@@ -173,9 +174,7 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
             by_judged.setdefault(judged, []).append(index)
     for judged, members in by_judged.items():
         rows, columns = torch.tensor(members), torch.tensor(judged)
-        verdicts = [
-            rankings[i].scores if options.advantage == "zscore" else rankings[i].ranks for i in members
-        ]
+        verdicts = [_verdict(rankings[i], options) for i in members]
         order = torch.tensor([[verdict[j] for j in judged] for verdict in verdicts])
         result = rank_advantages(
             scores[rows[:, None], columns],
@@ -192,6 +191,19 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
         ndcg[rows], tau[rows] = result.ndcg.float(), result.kendall_tau.float()
         has_signal[rows] = result.has_signal
     return RankedRollout(batch, rollout, tuple(rankings), scores, advantages, ndcg, tau, has_signal)
+
+
+def _verdict(ranking: Ranking, options: RlOptions) -> Sequence[float | None]:
+    """What advantages are made of: scores for `zscore`, else ranks.
+
+    Raises:
+        RlaifFastError: The oracle promised scores and gave none.
+    """
+    if options.advantage != "zscore":
+        return ranking.ranks
+    if ranking.scores is None:
+        raise RlaifFastError("the oracle says gives_scores and returned a ranking without scores")
+    return ranking.scores
 
 
 def rollout_records(ranked: RankedRollout, step: int) -> list[dict]:
