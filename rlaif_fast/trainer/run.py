@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlaif_fast.algorithms import Algorithm
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Oracle
@@ -37,6 +38,7 @@ class Run:
     sampler: Sampler
     make_batch: BatchMaker
     oracle: Oracle
+    algorithm: Algorithm
     data: Datasets
     logger: RunLogger | SilentLogger
     store: CheckpointStore

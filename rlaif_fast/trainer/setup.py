@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
@@ -343,13 +344,14 @@ def make_oracle(config: TrainConfig) -> Oracle:
     """The oracle of the configuration, with the wrappers of the experiments around it.
 
     Raises:
-        UsageError: It cannot be built, or has no scores where the advantage needs them.
+        UsageError: It cannot be built, or has no scores where the algorithm needs them.
     """
     oracle = build_oracle(config.oracle, max_invalid_fraction=None, **config.oracle_options)
-    if config.advantage == "zscore" and not gives_scores(oracle):
+    if find_algorithm(config).feedback == "scores" and not gives_scores(oracle):
         raise UsageError(
-            f"advantage: zscore needs scalar rewards, and the oracle {config.oracle!r} only orders responses; "
-            "use --advantage directed, or an oracle with scores such as reference or reward_model"
+            f"algorithm: {config.algorithm} with advantage {config.advantage} needs scores, and the oracle "
+            f"{config.oracle!r} only orders responses; use --algorithm grpo_rank --advantage directed, or an oracle "
+            "with scores such as reference or reward_model"
         )
     if config.oracle_noise > 0:
         oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
