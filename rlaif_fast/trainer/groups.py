@@ -96,6 +96,7 @@ def select_rows(rollout: Rollout, groups: Sequence[int], rows: Tensor) -> Rollou
         logps=rollout.logps[at],
         texts=tuple(rollout.texts[i] for i in rows.tolist()),
         finished=rollout.finished[at],
+        sampling_ratio=None if rollout.sampling_ratio is None else rollout.sampling_ratio[at],
     )
 
 

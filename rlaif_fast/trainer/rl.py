@@ -12,7 +12,7 @@ from torch import Tensor
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
-from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.trainer.groups import (
     RankedRollout,
@@ -141,11 +141,10 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         with logger.timer("rollout"):
             with torch.set_grad_enabled(on_policy(config)):  # else the update runs the tower again
                 features = run.policy.encode_media(batch.prompts)
-            shared = {}
-            if features is not None and isinstance(run.sampler, SharedPrefixSampler):
-                shared = {"features": features.detach()}
+            shared = None if features is None else features.detach()
             with torch.no_grad():
-                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, **shared)
+                run.sampler.sync_weights(run.policy)
+                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, shared)
         with logger.timer("oracle"):
             ranked = rank_rollout(batch, rollout, run.oracle, run.algorithm)
         sampled.append(replace(ranked, features=features))
@@ -254,6 +253,7 @@ def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, i
         mask=None if bool(keep.all()) else token_mask,
         old_logps=None if on_policy(config) else rollout.logps[rollout.mask],
         ref_logps=ref_logps,
+        sampling_ratio=None if rollout.sampling_ratio is None else rollout.sampling_ratio[rollout.mask],
         num_items_in_batch=items,
     )
     output.loss.backward()

@@ -47,6 +47,7 @@ class Run:
     def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
         """Answer `examples` greedily, log the accuracy, return the predictions."""
         with self.logger.timer("evaluation"), torch.no_grad(), self.policy.evaluating():
+            self.sampler.sync_weights(self.policy)
             result = evaluate(
                 examples,
                 self.make_batch,
