@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlaif_fast.data.schema import option_letters
 from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.untrusted import draw_labels, quote
@@ -274,7 +275,7 @@ def question_block(request: RankRequest) -> str:
     """The question, its options and its reference answer, one a line."""
     lines = [f"Question: {quote(request.question)}"]
     if request.options:
-        choices = {chr(ord("A") + i): option for i, option in enumerate(request.options)}
+        choices = dict(zip(option_letters(len(request.options)), request.options))
         lines.append(f"Options: {quote(choices)}")
     if request.reference is not None:
         lines.append(f"Reference answer: {quote(request.reference)}")

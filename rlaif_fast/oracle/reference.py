@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import (
     answer_kind,
     form_facts,
     normalise,
-    parse_choice,
     score_choice,
     score_form,
     score_number,
