@@ -23,7 +23,7 @@ from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
-from rlaif_fast.oracle.untrusted import clean_text, distinct, seeded_generator
+from rlaif_fast.oracle.untrusted import seeded_generator
 
 if TYPE_CHECKING:
     from rlaif_fast.policy.policy import Policy
@@ -116,8 +116,7 @@ class LocalOracle(Judge):
         return outcomes
 
     def _score(self, request: RankRequest) -> tuple[float, ...]:
-        cap = self.options.max_response_chars
-        texts, places = distinct([clean_text(response, cap) for response in request.responses])
+        texts, places = self.shown(request)
         showing = Showing(request, tuple(texts), tuple(range(len(texts))), salt="")
         with torch.inference_mode():
             if self.options.protocol == "pointwise":
