@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
@@ -162,7 +162,6 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
     requests = rank_requests(batch, rollout.texts, g)
     rankings = oracle.rank(requests)
     scores = policy_scores(rollout, options.score)
-    targets = _scalar_rewards(oracle, requests) if options.advantage == "zscore" else None
 
     n = len(rankings)
     advantages = torch.zeros(n, g)
@@ -175,10 +174,8 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
             by_judged.setdefault(judged, []).append(index)
     for judged, members in by_judged.items():
         rows, columns = torch.tensor(members), torch.tensor(judged)
-        if targets is None:
-            order = torch.tensor([[rankings[i].ranks[j] for j in judged] for i in members])
-        else:
-            order = targets[rows[:, None], columns]
+        verdicts = [_verdict(rankings[i], options) for i in members]
+        order = torch.tensor([[verdict[j] for j in judged] for verdict in verdicts])
         result = rank_advantages(
             scores[rows[:, None], columns],
             order,
@@ -196,14 +193,17 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
     return RankedRollout(batch, rollout, tuple(rankings), scores, advantages, ndcg, tau, has_signal)
 
 
-def _scalar_rewards(oracle: Oracle, requests: Sequence[RankRequest]) -> Tensor:
-    score = getattr(oracle, "score", None)
-    if score is None:
-        raise UsageError(
-            f"advantage: zscore needs scalar rewards, and the oracle {oracle.name!r} only orders responses; "
-            "use --advantage directed, or an oracle with scores such as reference or reward_model"
-        )
-    return torch.tensor([score(request) for request in requests], dtype=torch.float32)
+def _verdict(ranking: Ranking, options: RlOptions) -> Sequence[float | None]:
+    """What advantages are made of: scores for `zscore`, else ranks.
+
+    Raises:
+        RlaifFastError: The oracle promised scores and gave none.
+    """
+    if options.advantage != "zscore":
+        return ranking.ranks
+    if ranking.scores is None:
+        raise RlaifFastError("the oracle says gives_scores and returned a ranking without scores")
+    return ranking.scores
 
 
 def rollout_records(ranked: RankedRollout, step: int) -> list[dict]:
