@@ -21,6 +21,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
@@ -350,6 +351,10 @@ def make_oracle(config: TrainConfig) -> Oracle:
         raise UsageError(
             f"advantage: zscore needs scalar rewards, and the oracle {config.oracle!r} only orders responses; "
             "use --advantage directed, or an oracle with scores such as reference or reward_model"
+        )
+    if config.feedback != "exact":
+        oracle = CorruptedOracle(
+            oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
         )
     if config.oracle_noise > 0:
         oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
