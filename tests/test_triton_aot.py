@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 KERNELS = sorted(
     name
     for path in (ROOT / "kernels").glob("*.py")
@@ -24,7 +25,7 @@ KERNELS = sorted(
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": PATHS}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -74,7 +75,7 @@ def test_the_gate_sees_spills() -> None:
 
 
 def test_the_interpreter_is_refused() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PATHS}
     report = subprocess.run(
         [sys.executable, "-m", "rlaif_fast_kernels.aot_report"],
         env=environment, capture_output=True, text=True, check=False, cwd=ROOT,
