@@ -204,23 +204,6 @@ def _common_prefix(tokens: np.ndarray, fed: np.ndarray) -> np.ndarray:
     return agree
 
 
-def split_groups(
-    prompt_lengths: np.ndarray,  # (N,)
-    response_tokens: np.ndarray,  # (N,) response tokens of each group
-    max_packed_tokens: int,
-) -> list[slice]:
-    """Cut consecutive groups into rows of at most `max_packed_tokens`; a longer group is a row of its own."""
-    rows, begin, used = [], 0, 0
-    for group, (prompt, response) in enumerate(zip(prompt_lengths.tolist(), response_tokens.tolist())):
-        if used and used + prompt + response > max_packed_tokens:
-            rows.append(slice(begin, group))
-            begin, used = group, 0
-        used += prompt + response
-    if begin < len(prompt_lengths):
-        rows.append(slice(begin, len(prompt_lengths)))
-    return rows
-
-
 @dataclass(frozen=True)
 class Bucket:
     """Groups of similar size, padded to a common one inside attention only.

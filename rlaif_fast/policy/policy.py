@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from rlaif_fast.errors import UsageError
 from rlaif_fast.loss.api import token_logps
 from rlaif_fast.policy import attention, vision_attention
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
-from rlaif_fast.policy.packing import PackedRow, pack, split_groups
+from rlaif_fast.policy.packing import PackedRow, pack
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -179,7 +180,7 @@ class Policy:
         fed = np.add.reduceat(np.append(np.maximum(host_lengths - 1, 0), 0), response_ends[:-1])
         fed[sizes == 0] = 0
         hidden = []
-        for groups in split_groups(prompt_lengths, fed, self.max_packed_tokens):
+        for groups in cut((prompt_lengths + fed).tolist(), self.max_packed_tokens):
             rows = slice(response_ends[groups.start], response_ends[groups.stop])
             row = pack(
                 host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups], self.backend.merge

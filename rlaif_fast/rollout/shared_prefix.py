@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.attention import SdpaContext, sdpa
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
-from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
+from rlaif_fast.policy.packing import PackedRow, pack, ranges
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
@@ -205,7 +206,7 @@ class SharedPrefixSampler(ReadsPolicy):
         row_ends = np.concatenate(([0], np.cumsum(sizes)))
         fed = np.add.reduceat(lengths - 1, row_ends[:-1])
         hidden = []
-        for groups in split_groups(common, fed, policy.max_packed_tokens):
+        for groups in cut((common + fed).tolist(), policy.max_packed_tokens):
             mine = slice(row_ends[groups.start], row_ends[groups.stop])
             row = pack(token_ids[mine], lengths[mine], common[groups], sizes[groups])
             context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, policy.device)
