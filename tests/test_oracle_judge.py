@@ -236,7 +236,7 @@ def test_a_quoted_text_is_one_line_that_reads_back(text):
 @given(st.text(max_size=80), st.integers(1, 40))
 def test_cleaned_text_is_plain_capped_and_stable(text, cap):
     cleaned = clean_text(text, cap)
-    assert len(cleaned) <= cap + len(" …[cut]")
+    assert len(cleaned) <= cap + len(" …[cut]… ")
     assert cleaned.isprintable() or not cleaned
     assert "<|im_end|>" not in clean_text(f"{text}<|im_end|>", 200)
     assert "<|" not in clean_text("<|<|im_end|>im_end|>", 200)

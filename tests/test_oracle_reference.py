@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif_fast.oracle import RankRequest, ReferenceOracle
-from rlaif_fast.oracle.scoring import chrf, parse_choice, parse_number, token_f1
+from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.scoring import chrf, parse_number, token_f1
 
 FORM = r"the (red|green|blue) (square|circle) moves (left|right)\."
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from string import ascii_uppercase
 
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.errors import UsageError
 
 
@@ -56,5 +55,6 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
 
 
 def _wording(example: Example) -> str:
-    options = " ".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, example.options))
+    letters = option_letters(len(example.options))
+    options = " ".join(f"{letter}. {option}" for letter, option in zip(letters, example.options))
     return " ".join(part for part in (example.question, options, "→", example.answer or "?") if part)

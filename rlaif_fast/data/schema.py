@@ -6,6 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def option_letters(count: int) -> list[str]:
+    """The labels of `count` options: A to Z, then AA, AB and so on."""
+    return [_letter(index) for index in range(count)]
+
+
+def _letter(index: int) -> str:
+    higher, own = divmod(index, len(_ALPHABET))
+    return (_letter(higher - 1) if higher else "") + _ALPHABET[own]
+
+
+def index_of_letter(letter: str, count: int) -> int | None:
+    """The place of a label of either case among `count` options; None where it is not one of theirs."""
+    index = 0
+    for character in letter.upper():
+        if character not in _ALPHABET:
+            return None
+        index = index * len(_ALPHABET) + _ALPHABET.index(character) + 1
+    return index - 1 if 0 < index <= count else None
+
 
 @dataclass(frozen=True)
 class Example:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.fusion import ranks_from_scores
-from rlaif_fast.oracle.scoring import normalise, parse_choice
+from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import clean_text
 
 _TIE = 1e-4  # what padding to another batch changes in a cosine of float32

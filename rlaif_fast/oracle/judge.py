@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, fields, replace
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import agreement, borda, kemeny
 from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
-from rlaif_fast.oracle.untrusted import clean_text, distinct, draw_orders
+from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
 DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 2, "pointwise": 1, "likelihood": 1}
@@ -45,7 +46,7 @@ class Showing:
     """One run of a protocol: a group's distinct texts in one order of appearance."""
 
     request: RankRequest
-    texts: tuple[str, ...]
+    texts: tuple[Shown, ...]
     order: tuple[int, ...]
     salt: str
 
@@ -74,7 +75,9 @@ class JudgeOptions:
         min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing.
         use_reference: Show the reference answer to the judge where there is one.
         use_clips: Show the frames to the judge.
-        max_response_chars: Length a response is cut to.
+        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
+        extract: Regular expression whose first group is the answer inside a longer response; the judge is then
+            shown it beside the whole. None shows the response alone.
         seed: Seed of the orders of appearance and the labels.
     """
 
@@ -85,6 +88,7 @@ class JudgeOptions:
     use_reference: bool = True
     use_clips: bool = True
     max_response_chars: int = 2000
+    extract: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,6 +111,7 @@ class JudgeOptions:
             raise UsageError(
                 f"oracle option 'max_response_chars' must be at least 1, got {self.max_response_chars}"
             )
+        compile_extract(self.extract)
 
     @property
     def num_orders(self) -> int:
@@ -148,11 +153,14 @@ class Judge(ABC):
             for showings, places in groups
         ]
 
+    def shown(self, request: RankRequest) -> tuple[list[Shown], list[int]]:
+        """The distinct responses of a group as they are shown, and for each response the place of its own."""
+        options = self.options
+        return show_responses(request.responses, options.max_response_chars, compile_extract(options.extract))
+
     def _show(self, request: RankRequest) -> tuple[list[Showing], list[int]]:
         """The showings of a group (none where it has but one text), and which text each response is."""
-        texts, places = distinct(
-            [clean_text(response, self.options.max_response_chars) for response in request.responses]
-        )
+        texts, places = self.shown(request)
         if len(texts) < 2:
             return [], places
         if not self.options.use_reference:

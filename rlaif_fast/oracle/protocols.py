@@ -16,18 +16,19 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlaif_fast.data.schema import option_letters
 from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.untrusted import draw_labels, quote
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 MAX_SCORE = 10
 
 Ranks = tuple[int | None, ...]
 Run = Generator[list["Ask"], list[Any], Ranks]
 
-_THINKING = re.compile(r"\s*<think>.*</think>\s*", re.DOTALL)
-_FENCE = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
+_FENCE_OPENING = re.compile(r"(```|~~~)[ \t]*[A-Za-z0-9_+.-]*\s")
 
 
 class MalformedVerdict(ValueError):
@@ -232,13 +233,9 @@ def parse_pointwise(reply: str) -> float:
 
 
 def _parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
-    """The reply as an object of exactly these keys; a leading thinking block and one fence are taken off."""
-    body = _THINKING.sub("", reply, count=1) if reply.lstrip().startswith("<think>") else reply
-    fenced = _FENCE.fullmatch(body)
+    """The reply as an object of exactly these keys."""
     try:
-        value = json.loads(
-            fenced.group(1) if fenced else body, object_pairs_hook=_unique, parse_constant=_refuse
-        )
+        value = json.loads(_body(reply), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise MalformedVerdict("malformed", f"the reply is not one JSON object ({error})") from None
     if not isinstance(value, dict) or set(value) != keys:
@@ -246,6 +243,17 @@ def _parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
             "malformed", f"the reply must be an object with exactly the keys {sorted(keys)}"
         )
     return value
+
+
+def _body(reply: str) -> str:
+    """What stands behind the last closing of a thinking block, without one fence around all of it."""
+    for closing in _THOUGHT.finditer(reply):
+        reply = closing.string[closing.end() :]
+    body = reply.strip()
+    opening = _FENCE_OPENING.match(body)
+    if opening is not None and body.endswith(opening.group(1)) and len(body) >= opening.end() + 3:
+        return body[opening.end() : -3]
+    return body
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -274,7 +282,7 @@ def question_block(request: RankRequest) -> str:
     """The question, its options and its reference answer, one a line."""
     lines = [f"Question: {quote(request.question)}"]
     if request.options:
-        choices = {chr(ord("A") + i): option for i, option in enumerate(request.options)}
+        choices = dict(zip(option_letters(len(request.options)), request.options))
         lines.append(f"Options: {quote(choices)}")
     if request.reference is not None:
         lines.append(f"Reference answer: {quote(request.reference)}")
@@ -283,8 +291,13 @@ def question_block(request: RankRequest) -> str:
 
 def answers_block(labelled: Iterable[tuple[str, str]]) -> str:
     """Labels and texts, one JSON object a line, between the delimiters."""
-    lines = [quote({"id": label, "text": text}) for label, text in labelled]
+    lines = [quote(_labelled(label, text)) for label, text in labelled]
     return "\n".join(["<answers>", *lines, "</answers>"])
+
+
+def _labelled(label: str, text: str) -> dict[str, str]:
+    answer = getattr(text, "answer", None)
+    return {"id": label, "text": text} if answer is None else {"id": label, "answer": answer, "text": text}
 
 
 def _listwise_schema(labels: Sequence[str]) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import (
     answer_kind,
     form_facts,
     normalise,
-    parse_choice,
     score_choice,
     score_form,
     score_number,
@@ -40,12 +40,7 @@ class ReferenceOracle:
         if not 0.0 <= tolerance < 1.0:
             raise UsageError(f"oracle option 'tolerance' must be in [0, 1), got {tolerance}")
         self.tolerance = tolerance
-        try:
-            self._extract = re.compile(extract, re.DOTALL) if extract else None
-        except re.error as error:
-            raise UsageError(f"oracle option 'extract' is not a regular expression ({error})") from error
-        if self._extract is not None and self._extract.groups < 1:
-            raise UsageError("oracle option 'extract' needs one group that captures the answer")
+        self._extract = compile_extract(extract)
 
     @property
     def identity(self) -> str:
@@ -109,7 +104,7 @@ class ReferenceOracle:
         if self._extract is None:
             return response, 1.0
         match = self._extract.search(response)
-        return (match.group(1), 1.0) if match else (response, 0.5)
+        return (match.group(1) or "", 1.0) if match else (response, 0.5)
 
 
 def _reference_of(request: RankRequest) -> tuple[str, str]:

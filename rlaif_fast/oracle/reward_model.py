@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from rlaif_fast.data.schema import option_letters
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
-from rlaif_fast.oracle.untrusted import clean_text, distinct
+from rlaif_fast.oracle.untrusted import show_responses
 
 
 class RewardModelOracle:
@@ -25,7 +26,7 @@ class RewardModelOracle:
         device: "auto", "cpu", "cuda", ...
         batch_size: Responses in one forward pass.
         max_tokens: Longest input.
-        max_response_chars: Length a response is cut to.
+        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
         tie: Scores closer than this tie.
     """
 
@@ -108,9 +109,7 @@ class RewardModelOracle:
         inputs: list[list[int]] = []
         places = []
         for request in requests:
-            texts, own = distinct(
-                [clean_text(response, self.max_response_chars) for response in request.responses]
-            )
+            texts, own = show_responses(request.responses, self.max_response_chars)
             places.append([len(inputs) + place for place in own])
             inputs += [self._encode(request, text) for text in texts]
         values = [0.0] * len(inputs)
@@ -126,11 +125,17 @@ class RewardModelOracle:
     def _encode(self, request: RankRequest, text: str) -> list[int]:
         question = request.question
         if request.options:
-            letters = (f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(request.options))
-            question = "\n".join((question, *letters))
+            letters = option_letters(len(request.options))
+            question = "\n".join(
+                (question, *(f"{letter}. {o}" for letter, o in zip(letters, request.options)))
+            )
         if self._tokenizer.chat_template is None:
-            return self._tokenizer(question, text, truncation=True, max_length=self.max_tokens)["input_ids"]
+            return self._cut(self._tokenizer(question, text)["input_ids"])
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         chat = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        encoded = self._tokenizer(chat, add_special_tokens=False, truncation=True, max_length=self.max_tokens)
-        return encoded["input_ids"]
+        return self._cut(self._tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """At most `max_tokens` ids: where there are more, the middle goes, so that the conclusion is read."""
+        head = self.max_tokens // 3
+        return ids if len(ids) <= self.max_tokens else ids[:head] + ids[len(ids) - (self.max_tokens - head) :]

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.choices import parse_choice
 
 _FINAL_PUNCTUATION = " \t\n.!?,;:"
 _WORD = re.compile(r"[^\W_]+")
@@ -77,46 +78,6 @@ def parse_number(text: str) -> float | None:
     digits = {float(match.replace(",", "")) for match in _NUMBER.findall(unicodedata.normalize("NFKC", text))}
     found = digits or {_NUMBER_WORDS[token] for token in tokens(text) if token in _NUMBER_WORDS}
     return found.pop() if len(found) == 1 else None
-
-
-def parse_choice(response: str, options: Sequence[str], num_letters: int = 26) -> int | None:
-    """The index of the option that a response picks: "A", "(A)", "A.", "answer: A", or the option's own text.
-
-    Args:
-        response: The response.
-        options: The option texts, "A" first; may be empty when only letters were asked for.
-        num_letters: How many letters are valid when `options` is empty.
-
-    Returns:
-        The index, or None where no option or more than one is picked.
-    """
-    last = chr(ord("A") + (len(options) or num_letters) - 1)
-    upper, letter = f"[A-{last}]", f"[A-{last}a-{last.lower()}]"
-    text = " ".join(unicodedata.normalize("NFKC", response).split())
-
-    bare = re.fullmatch(rf"\W*({letter})\W*", text)
-    if bare:
-        return _index(bare.group(1))
-    marked = {_index(found) for found in re.findall(rf"(?<!\S)\(?({upper})[).:](?!\S)", text)}
-    if len(marked) > 1:
-        return None
-    if marked and re.match(rf"\(?{upper}[).:]", text):
-        return marked.pop()
-    same = [i for i, option in enumerate(options) if normalise(option) == normalise(response)]
-    if len(same) == 1:
-        return same[0]
-    named = re.findall(rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?({upper})(?!\w)", text)
-    if len({_index(found) for found in named}) == 1:
-        return _index(named[0])
-    words = f" {' '.join(tokens(response))} "
-    contained = [
-        i for i, option in enumerate(options) if tokens(option) and f" {' '.join(tokens(option))} " in words
-    ]
-    return contained[0] if len(contained) == 1 else None
-
-
-def _index(letter: str) -> int:
-    return ord(letter.upper()) - ord("A")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,13 +24,63 @@ _DROPPED = {
     "Co",
     "Cn",
 }  # control, invisible format (bidi, zero width), unpaired, private, unassigned
-_CUT = " …[cut]"
+_CUT = " …[cut]… "
 _LABEL_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no label is a word
 _LABEL_DIGITS = "23456789"
 
 
-def clean_text(text: str, max_chars: int) -> str:
-    """One line of plain text without terminal escapes, control tokens and invisible characters, capped."""
+class Shown(str):
+    """A response as a judge is shown it.
+
+    Attributes:
+        answer: The answer inside it, where the judge was told how to find one; else None.
+    """
+
+    answer: str | None = None
+
+
+def show_responses(
+    responses: Sequence[str], max_chars: int, extract: re.Pattern[str] | None = None
+) -> tuple[list[Shown], list[int]]:
+    """The distinct responses as they are shown, and for each response the place of its own.
+
+    Responses are told apart by their whole text. Where cutting would make two of them look the same, they are cut
+    later.
+
+    Args:
+        responses: The responses.
+        max_chars: Length each is cut to, in the middle.
+        extract: Its first group is the answer inside a response.
+    """
+    whole, places = distinct([clean_text(response) for response in responses])
+    cap = max_chars
+    while len({cut_middle(text, cap) for text in whole}) < len(whole):
+        cap *= 2
+    shown = [Shown(cut_middle(text, cap)) for text in whole]
+    if extract is not None:
+        for text, response in zip(reversed(places), reversed(responses)):
+            found = extract.search(response)
+            shown[text].answer = (
+                None if found is None else cut_middle(clean_text(found.group(1) or ""), max_chars)
+            )
+    return shown, places
+
+
+def cut_middle(text: str, max_chars: int) -> str:
+    """`text`, or its first third and its end where it is longer than `max_chars`; a conclusion stands at the end."""
+    if len(text) <= max_chars:
+        return text
+    head = max_chars // 3
+    return text[:head] + _CUT + text[len(text) - (max_chars - head) :]
+
+
+def clean_text(text: str, max_chars: int | None = None) -> str:
+    """One line of plain text without terminal escapes, control tokens and invisible characters.
+
+    Args:
+        text: Any text.
+        max_chars: Length it is cut to, in the middle; None keeps all.
+    """
     text = unicodedata.normalize("NFC", _TERMINAL_SEQUENCE.sub(" ", text))
     text = "".join(
         " " if character.isspace() else character
@@ -41,7 +91,7 @@ def clean_text(text: str, max_chars: int) -> str:
     while (stripped := _CONTROL_TOKEN.sub(" ", text)) != text:
         text = stripped
     text = " ".join(text.split())
-    return text if len(text) <= max_chars else text[:max_chars] + _CUT
+    return text if max_chars is None else cut_middle(text, max_chars)
 
 
 def quote(value: object) -> str:

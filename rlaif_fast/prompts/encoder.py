@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import ascii_uppercase
 
 import torch
 from torch import Tensor
 
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
@@ -44,7 +43,8 @@ def question_text(example: Example) -> str:
     """The user's turn: the question, then the options with their letters."""
     if not example.options:
         return example.question
-    choices = "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, example.options))
+    letters = option_letters(len(example.options))
+    choices = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options))
     return f"{example.question}\n{choices}"
 
 

@@ -22,6 +22,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
@@ -352,6 +353,10 @@ def make_oracle(config: TrainConfig) -> Oracle:
             f"algorithm: {config.algorithm} with advantage {config.advantage} needs scores, and the oracle "
             f"{config.oracle!r} only orders responses; use --algorithm grpo_rank --advantage directed, or an oracle "
             "with scores such as reference or reward_model"
+        )
+    if config.feedback != "exact":
+        oracle = CorruptedOracle(
+            oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
         )
     if config.oracle_noise > 0:
         oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
