@@ -204,6 +204,34 @@ def _common_prefix(tokens: np.ndarray, fed: np.ndarray) -> np.ndarray:
     return agree
 
 
+def count_rows(
+    prompts: int, token_ids: Tensor, lengths: Tensor, sizes: Sequence[int] | Tensor | None
+) -> np.ndarray:
+    """(N,) responses of each prompt, as given or equally many.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+    """
+    if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
+        raise ValueError(
+            "token_ids, lengths: expected (B, T) and (B,), "
+            f"got {tuple(token_ids.shape)} and {tuple(lengths.shape)}"
+        )
+    responses = len(token_ids)
+    if sizes is None:
+        if prompts == 0 or responses % prompts:
+            raise ValueError(
+                f"token_ids: {responses} rows do not divide among {prompts} prompts; pass group_sizes"
+            )
+        return np.full(prompts, responses // prompts, dtype=np.int64)
+    array = np.asarray(sizes, dtype=np.int64)
+    if array.shape != (prompts,) or array.sum() != responses or (array < 0).any():
+        raise ValueError(
+            f"group_sizes: expected {prompts} counts that sum to {responses}, got {array.tolist()}"
+        )
+    return array
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Groups of similar size, padded to a common one inside attention only.
