@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,19 @@ from rlaif_fast.video.media import Media
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(EncodedPrompt):
+    """An encoded prompt with what it was made from.
+
+    Attributes:
+        example: What is asked.
+        clips: The decoded media of the example.
+    """
+
+    example: Example
+    clips: tuple[Clip, ...] = ()
 
 
 def question_text(example: Example) -> str:
@@ -67,7 +81,7 @@ class PromptEncoder:
         self._ids: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
         self._special = [token for token in tokenizer.all_special_tokens if token]
 
-    def encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
+    def encode(self, example: Example, clips: Sequence[Clip]) -> Prompt:
         """Encode one prompt.
 
         Args:
@@ -85,7 +99,7 @@ class PromptEncoder:
         self._ids.move_to_end(key)
         if len(self._ids) > CACHED_PROMPTS:
             self._ids.popitem(last=False)
-        return EncodedPrompt(input_ids=ids, media=media)
+        return Prompt(input_ids=ids, media=media, example=example, clips=tuple(clips))
 
     def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
         content: list[dict[str, str]] = [{"type": "image" if clip.is_image else "video"} for clip in clips]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import sdpa
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
@@ -87,15 +86,9 @@ class FixedStep:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.cache.write(layer, self._group, self._columns, key, value)
-        groups, num_generations, length = self.shape
-        q = query[0].transpose(0, 1)  # (B, H, D)
-        heads, size = q.shape[1:]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q = q.reshape(groups, num_generations, heads, size).transpose(1, 2)
-        q = q.reshape(groups, keys.shape[1], -1, size)  # query heads of a key head are further queries of it
-        output = sdpa(q, keys, values, scale=scale, mask=self._bias.view(groups, 1, -1, length))
-        output = output.reshape(groups, heads, num_generations, size).transpose(1, 2)
-        return output.reshape(1, -1, heads, size)
+        groups, _, length = self.shape
+        bias = self._bias.view(groups, 1, -1, length)
+        return self.cache.attend(layer, query[0].transpose(0, 1), bias, scale)[None]
 
     def _run(self) -> Tensor:
         return self._policy.decode(self._ids, self._positions, self)

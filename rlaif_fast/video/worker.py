@@ -9,37 +9,41 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
-import pickle
-import socket
-import struct
 import sys
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-HEADER = struct.Struct("<Q")
-
 
 def main(socket_fd: int, memory_fd: int) -> None:
     """Serve until the other end closes."""
     ffmpeg = _load_ffmpeg()
-    with socket.socket(fileno=socket_fd) as channel:
-        _send(channel, ("ready",))
+    with Connection(socket_fd) as channel:
+        channel.send(("ready",))
         while (request := _receive(channel)) is not None:
             try:
                 _serve(ffmpeg, channel, memory_fd, *request)
             except ffmpeg.BadVideo as error:
-                _send(channel, ("bad", str(error)))
+                channel.send(("bad", str(error)))
             except MemoryError:
-                _send(channel, ("bad", "not enough memory to decode it"))
+                channel.send(("bad", "not enough memory to decode it"))
 
 
-def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
+def _receive(channel: Connection) -> Any:
+    """The next request; None once the other end is closed."""
+    try:
+        return channel.recv()
+    except EOFError:
+        return None
+
+
+def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
     if kind == "scan":
-        _send(channel, ("scan", asdict(ffmpeg.scan(path)), ffmpeg.digest(path)))
+        channel.send(("scan", asdict(ffmpeg.scan(path)), ffmpeg.digest(path)))
         return
     facts, indices, capacity = rest
     info = ffmpeg.Scan(**facts)
@@ -59,11 +63,11 @@ def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path:
                 _hand_over(channel, held)
         finally:
             del room  # a live view would keep the mapping open
-    _send(channel, ("done",))
+    channel.send(("done",))
 
 
-def _hand_over(channel: socket.socket, held: list[int]) -> None:
-    _send(channel, ("frames", held))
+def _hand_over(channel: Connection, held: list[int]) -> None:
+    channel.send(("frames", held))
     if _receive(channel) is None:
         sys.exit(0)
 
@@ -75,29 +79,6 @@ def _load_ffmpeg() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-def _send(channel: socket.socket, message: tuple[Any, ...]) -> None:
-    data = pickle.dumps(message)
-    channel.sendall(HEADER.pack(len(data)) + data)
-
-
-def _receive(channel: socket.socket) -> Any:
-    head = _exactly(channel, HEADER.size)
-    if head is None:
-        return None
-    body = _exactly(channel, HEADER.unpack(head)[0])
-    return None if body is None else pickle.loads(body)
-
-
-def _exactly(channel: socket.socket, count: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < count:
-        part = channel.recv(min(count - len(parts), 1 << 20))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
 
 
 if __name__ == "__main__":
