@@ -33,12 +33,12 @@ FALLBACK_SMS = 132  # of an H100; where no device can be asked
 
 
 def launch_config(Q: int, D: int) -> dict[str, int]:
-    """Rows and columns of a tile: at least 16 of each for the matrix units."""
+    """Rows and columns of a tile: at least 16 of each for the matrix units, two stages of keys and values in about 48 KB."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     BLOCK_Q = min(64, max(16, triton.next_power_of_2(Q)))
     return {
         "BLOCK_Q": BLOCK_Q,
-        "BLOCK_L": 64 if BLOCK_D <= 128 else 32,
+        "BLOCK_L": min(64, max(16, 64 * 64 * 64 // (BLOCK_Q * max(64, BLOCK_D)))),
         "BLOCK_D": BLOCK_D,
         "num_warps": 4,
         "num_stages": 2,
@@ -101,7 +101,10 @@ def prefix_part_kernel(
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     first = s * part_columns
     last = tl.minimum(first + part_columns, used)
-    key_row, value_row = keys + n * key_stride_n + k * key_stride_k, values + n * value_stride_n + k * value_stride_k
+    key_row, value_row = (
+        keys + n * key_stride_n + k * key_stride_k,
+        values + n * value_stride_n + k * value_stride_k,
+    )
     for start in range(first, last, BLOCK_L):
         offs_l = start + tl.arange(0, BLOCK_L)
         live_l = offs_l < last
@@ -158,7 +161,9 @@ def prefix_merge_kernel(
     at = (nk * S + offs_s) * Q + q
     m_s = tl.load(maxima + at, mask=live_s, other=float("-inf"))
     l_s = tl.load(sums + at, mask=live_s, other=0.0)
-    weight = tl.exp(m_s - tl.max(m_s, 0))  # the first column of a prompt is seen by all, so the maximum is finite
+    weight = tl.exp(
+        m_s - tl.max(m_s, 0)
+    )  # the first column of a prompt is seen by all, so the maximum is finite
     total = tl.sum(weight * l_s, 0)
     acc = tl.load(
         parts + at[:, None] * D + offs_d[None, :], mask=live_s[:, None] & live_d[None, :], other=0.0
@@ -236,6 +241,8 @@ def supports(device_type: str, dtype: torch.dtype, head_size: int) -> str | None
     """Return why the kernel cannot attend there, or None."""
     if head_size > MAX_HEAD_SIZE:
         return f"the head size must be at most {MAX_HEAD_SIZE}; got {head_size}"
+    if dtype == torch.float32 and not INTERPRETED:
+        return "float32 has no matrix units at full precision, and its products spill; use sdpa"
     return refuse("query", device_type, dtype)
 
 
@@ -247,7 +254,7 @@ def aot_configs() -> list[AotConfig]:
         config = launch_config(Q, D)
         warps, stages = config["num_warps"], config["num_stages"]
         label = f"K={K}, R={R}, G={G}, D={D}"
-        for kind in ("bf16", "fp32"):
+        for kind in ("bf16", "fp16"):
             types = dict.fromkeys(("query", "keys", "values"), f"*{kind}:16")
             types |= dict.fromkeys(("prompts", "own"), "*i32:16")
             types |= dict.fromkeys(("parts", "maxima", "sums"), "*fp32:16")
@@ -259,7 +266,9 @@ def aot_configs() -> list[AotConfig]:
             }
             blocks = {name: config[name] for name in ("BLOCK_Q", "BLOCK_L", "BLOCK_D")}
             constexprs = {"K": K, "R": R, "G": G, "D": D, "S": S, "WIDE": False, **blocks}
-            configs.append(AotConfig(prefix_part_kernel, types, constexprs, warps, stages, f"{label}, {kind}"))
+            configs.append(
+                AotConfig(prefix_part_kernel, types, constexprs, warps, stages, f"{label}, {kind}")
+            )
             merge_types = dict.fromkeys(("parts", "maxima", "sums"), "*fp32:16") | {"out": f"*{kind}:16"}
             constexprs = {"Q": Q, "D": D, "S": S, "BLOCK_S": 64, "BLOCK_D": config["BLOCK_D"]}
             configs.append(AotConfig(prefix_merge_kernel, merge_types, constexprs, 4, 1, f"{label}, {kind}"))

@@ -92,6 +92,6 @@ def test_the_reference_is_each_response_s_own_softmax():
 
 def test_what_the_kernel_cannot_take_is_refused():
     query, keys, values, prompts, own = problem((3,), 1, 1, 1, 1, 8, 16)
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16; got torch.float64"):
+    with pytest.raises(ValueError, match=r"float32, bfloat16 or float16; got torch\.float64"):
         prefix_decode(query.double(), keys.double(), values.double(), prompts, own, 1.0)
     assert "at most 256; got 512" in kernels.supports(query.device.type, torch.float32, 512)
