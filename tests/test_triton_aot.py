@@ -49,7 +49,9 @@ def check(report: subprocess.CompletedProcess[str], *archs: str) -> None:
     for row in table:
         assert (row["stack B"], row["LDL"], row["STL"]) == ("0", "0", "0"), row
         assert 0 < int(row["registers"]) <= 255
-        assert int(row["shared B"]) <= 48 * 1024  # more would need an opt-in at launch
+        # Two stages of keys and values: Triton opts in at launch, and four programs share an SM of sm_80 and later.
+        most = 52 * 1024 if row["kernel"] == "prefix_part_kernel" else 48 * 1024
+        assert int(row["shared B"]) <= most
     # What the row kernels are built for: 16-byte accesses.
     for row in table:
         if row["kernel"] == "row_loss_kernel":
