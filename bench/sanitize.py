@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 from rlaif_fast.loss import backends
-from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.inputs import RankInputs, RowInputs, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
 
@@ -26,10 +26,10 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for G in (1, 7, 33, 64):
         scores, ranks = torch.rand(3, G, device=device), torch.rand(3, G, device=device)
-        rank_penalty.rank_penalty(scores, ranks, None, RankOptions())
+        rank_penalty.rank_penalty(RankInputs(scores, ranks, None), RankOptions())
         cuda = next(row for row in backends.rows("rank_penalty") if row.name == "cuda")
         if device == "cuda" and cuda.unavailable() is None:
-            cuda.load().rank_penalty(scores, ranks, None, RankOptions())
+            cuda.load().rank_penalty(RankInputs(scores, ranks, None), RankOptions())
             print(f"rank_penalty G={G}: Triton and CUDA C++")
         else:
             print(f"rank_penalty G={G}: Triton only ({cuda.unavailable()})")
@@ -38,18 +38,18 @@ def main() -> int:
     for N, G, T in ((2, 5, 65), (1, 64, 3), (3, 1, 1)):
         rows = [torch.rand(N * G, T, device=device) for _ in range(5)]
         mask, ranks = rows[0] > 0.2, torch.rand(N, G, device=device)
-        closed = rank_loss.rank_loss(
-            rows[0], None, ranks, None, rows[1], rows[2], mask, rows[3], rows[4], None, options
+        inputs = TokenInputs(
+            oracle_ranks=ranks, old_logps=rows[1], ref_logps=rows[2], mask=mask, sampling_ratio=rows[3]
         )
+        closed = rank_loss.rank_loss(rows[0], rows[4], inputs, options)
         assert closed.loss.isfinite(), f"rank_loss N={N} G={G} T={T}"
         print(f"rank_loss N={N} G={G} T={T}: {closed.loss.item():.4f}")
 
     lengths = torch.tensor([7, 0, 129, 2], device=device)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     packed, A = torch.rand(int(lengths.sum()), device=device), torch.rand(4, device=device)
-    closed = rank_loss.rank_loss(
-        packed, A, None, None, packed, None, None, None, None, None, LossOptions(), cu_seqlens=cu_seqlens
-    )
+    inputs = TokenInputs(advantages=A, old_logps=packed)
+    closed = rank_loss.rank_loss(packed, None, inputs, LossOptions(), cu_seqlens=cu_seqlens)
     print(f"rank_loss packed: {closed.loss.item():.4f}")
 
     for V in (1, 257, 20_001):

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.inputs import RowInputs
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels import logits_loss
 

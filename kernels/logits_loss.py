@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.loss.backends import RowInputs, RowStats
+from rlaif_fast.loss.inputs import RowInputs, RowStats
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.row_sweep import LN2, LOG2E, row_of, sweep, write_grad

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.loss.backends import TokenGradients
+from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
 from rlaif_fast.loss.options import MAX_GROUP_SIZE, STATS, LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group
@@ -170,21 +170,16 @@ def rank_loss_kernel(
 
 def rank_loss(
     logps: Tensor,  # (B, T), or (M,) with cu_seqlens
-    advantages: Tensor | None,  # (B,), or like logps
-    oracle_ranks: Tensor | None,  # (N, G)
-    valid: Tensor | None,  # (N,) bool
-    old_logps: Tensor | None,  # like logps
-    ref_logps: Tensor | None,  # like logps
-    mask: Tensor | None,  # like logps, bool
-    sampling_ratio: Tensor | None,  # like logps, or (B, 1)
     entropy: Tensor | None,  # like logps
-    num_items: Tensor | None,  # scalar
+    inputs: TokenInputs,
     options: LossOptions,
     *,
     cu_seqlens: Tensor
     | None = None,  # (B + 1,) int32 or int64: responses one behind the other, without padding
 ) -> TokenGradients:
     """Return the loss of `reference.rank_loss` and its gradient, in two launches."""
+    advantages, oracle_ranks, valid = inputs.advantages, inputs.oracle_ranks, inputs.valid
+    sampling_ratio, num_items = inputs.sampling_ratio, inputs.num_items
     packed = cu_seqlens is not None
     B = cu_seqlens.numel() - 1 if cu_seqlens is not None else logps.shape[0]
     T = logps.shape[-1]
@@ -204,7 +199,13 @@ def rank_loss(
     def bits(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.contiguous().view(torch.uint8)
 
-    tokens = [flat(logps), flat(old_logps), flat(ref_logps), bits(mask), flat(sampling_ratio)]
+    tokens = [
+        flat(logps),
+        flat(inputs.old_logps),
+        flat(inputs.ref_logps),
+        bits(inputs.mask),
+        flat(sampling_ratio),
+    ]
     given = None if advantages is None else advantages.detach().contiguous()
     ranks = None if oracle_ranks is None else oracle_ranks.contiguous()
     computed = torch.empty(B, dtype=torch.float32, device=device)
@@ -214,7 +215,7 @@ def rank_loss(
     grad_logps = torch.empty(logps.shape, dtype=torch.float32, device=device)
     grad_entropy = None if entropy is None else torch.empty_like(grad_logps)
     entropy_coef = options.entropy_coef if entropy is not None else 0.0
-    beta = options.beta if ref_logps is not None else 0.0
+    beta = options.beta if inputs.ref_logps is not None else 0.0
     if B:
         config = launch_config(T if not packed else triton.cdiv(T, B), G)
         with torch.cuda.device_of(logps):

@@ -18,10 +18,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from rlaif_fast.loss.inputs import RankAdvantages, RankInputs
 from rlaif_fast.loss.options import RankOptions
-from rlaif_fast.loss.reference.rank_penalty import RankAdvantages
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 
 __all__ = ["aot_configs", "rank_group", "rank_penalty", "supports", "unavailable"]
@@ -161,13 +160,9 @@ def rank_penalty_kernel(
     tl.store(measures + 3 * N + group, signal)
 
 
-def rank_penalty(
-    scores: Tensor,  # (N, G)
-    oracle_ranks: Tensor,  # (N, G)
-    valid: Tensor | None,  # (N,) bool
-    options: RankOptions,
-) -> RankAdvantages:
+def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Return what `reference.rank_penalty` does, in one launch."""
+    scores, oracle_ranks, valid = inputs.scores, inputs.oracle_ranks, inputs.valid
     N, G = scores.shape
     scores, oracle_ranks = scores.detach().contiguous(), oracle_ranks.contiguous()
     advantages, penalties = torch.empty_like(scores), torch.empty_like(scores)

@@ -11,34 +11,40 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "GRPORankLoss": "rlaif_fast.loss.api",
-    "LossOutput": "rlaif_fast.loss.api",
-    "RankAdvantages": "rlaif_fast.loss.advantages",
+    "GRPORankLoss": "rlaif_fast.loss.module",
+    "LossOutput": "rlaif_fast.loss.output",
+    "PreferenceOutput": "rlaif_fast.loss.preference",
+    "RankAdvantages": "rlaif_fast.loss.inputs",
+    "fused_linear_dpo_loss": "rlaif_fast.loss.preference",
     "fused_linear_grpo_rank_loss": "rlaif_fast.loss.api",
     "grpo_rank_loss": "rlaif_fast.loss.api",
     "grpo_rank_loss_from_logits": "rlaif_fast.loss.api",
-    "rank_advantages": "rlaif_fast.loss.advantages",
+    "rank_advantages": "rlaif_fast.loss.api",
     "selective_log_softmax": "rlaif_fast.loss.api",
     "token_logps": "rlaif_fast.loss.api",
 }
 
 if TYPE_CHECKING:
-    from rlaif_fast.loss.advantages import RankAdvantages, rank_advantages
     from rlaif_fast.loss.api import (
-        GRPORankLoss,
-        LossOutput,
         fused_linear_grpo_rank_loss,
         grpo_rank_loss,
         grpo_rank_loss_from_logits,
+        rank_advantages,
         selective_log_softmax,
         token_logps,
     )
+    from rlaif_fast.loss.inputs import RankAdvantages
+    from rlaif_fast.loss.module import GRPORankLoss
+    from rlaif_fast.loss.output import LossOutput
+    from rlaif_fast.loss.preference import PreferenceOutput, fused_linear_dpo_loss
 
 __all__ = [
     "GRPORankLoss",
     "LossOutput",
+    "PreferenceOutput",
     "RankAdvantages",
     "__version__",
+    "fused_linear_dpo_loss",
     "fused_linear_grpo_rank_loss",
     "grpo_rank_loss",
     "grpo_rank_loss_from_logits",
@@ -49,9 +55,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "backends":
+        value = importlib.import_module("rlaif_fast.loss.backends")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

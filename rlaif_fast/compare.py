@@ -1,234 +1,82 @@
-"""`python -m rlaif_fast.compare RUN...`: what several finished runs reached, as Markdown tables.
+"""`python -m rlaif_fast.compare`: what was learned by which method, side by side.
 
-Runs that differ in nothing but their seed stand in one row, named by the settings in which the rows differ.
+`compare --config FILE` runs a comparison: one supervised start a seed, every arm under every kind of feedback from it,
+and a report with intervals. What is finished is not run again. `compare RUN...` shows runs that are there.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.folder import RunDir
-
-# Settings that say where a run goes and what it shows, not what it does.
-NOT_COMPARED = frozenset(
-    {
-        "cache_dir",
-        "debug",
-        "eval_videos_per_step",
-        "frame_cache_bytes",
-        "gallery_clips",
-        "logging_steps",
-        "output_dir",
-        "overwrite_output_dir",
-        "report",
-        "resume",
-        "seed",
-        "tensorboard",
-        "threads",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Result:
-    """The summary of one finished run, as far as it is compared.
-
-    Attributes:
-        name: Folder of the run.
-        seed: Its seed.
-        settings: Its configuration, without what is not compared, as text.
-        before: Test accuracy where RL began, in [0, 1].
-        after: Test accuracy at the end.
-        by_category: Test accuracy before and after, by category.
-        questions: Test questions.
-        seconds: Wall-clock time.
-        peak_rss_bytes: Peak memory.
-        provenance: Machine, versions and commit, in words.
-    """
-
-    name: str
-    seed: int
-    settings: Mapping[str, str]
-    before: float
-    after: float
-    by_category: Mapping[str, tuple[float, float]]
-    questions: int
-    seconds: float
-    peak_rss_bytes: float
-    provenance: str
-
-    @property
-    def gain(self) -> float:
-        """What RL added to the accuracy."""
-        return self.after - self.before
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed only, by seed."""
-
-    label: str
-    runs: tuple[Result, ...]
-
-    def mean(self, value: Callable[[Result], float]) -> float:
-        """The mean of something over the runs."""
-        return statistics.fmean(value(run) for run in self.runs)
-
-    def category_changes(self) -> dict[str, float]:
-        """Mean change of each category over the runs that have it."""
-        changes: dict[str, list[float]] = {}
-        for run in self.runs:
-            for name, (before, after) in run.by_category.items():
-                changes.setdefault(name, []).append(after - before)
-        return {name: statistics.fmean(values) for name, values in sorted(changes.items())}
-
-
-def read_result(path: str | Path) -> Result:
-    """Read the summary of a run.
-
-    Raises:
-        UsageError: It is not a finished run, or its summary lacks something.
-    """
-    run = RunDir.open(path)
-    summary = run.read_summary()
-    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    known = (
-        str(summary.get("machine") or ""),
-        versions,
-        f"commit {str(summary.get('git_commit') or 'unknown')[:10]}",
-    )
-    try:
-        return Result(
-            name=run.path.resolve().name,
-            seed=summary["seed"],
-            settings={key: str(value) for key, value in summary["config"].items() if key not in NOT_COMPARED},
-            before=summary["sft_accuracy"],
-            after=summary["final_accuracy"],
-            by_category={name: (row["sft"], row["final"]) for name, row in summary["by_category"].items()},
-            questions=sum(row["n"] for row in summary["by_category"].values()),
-            seconds=summary["seconds"],
-            peak_rss_bytes=summary["peak_rss_bytes"],
-            provenance="; ".join(part for part in known if part),
-        )
-    except KeyError as error:
-        raise UsageError(f"{run.summary} has no {error}; make the run again with this version") from error
-
-
-def group_results(results: Sequence[Result]) -> list[Group]:
-    """Put runs of equal settings together, in the order in which the settings first appear.
-
-    Raises:
-        UsageError: Two runs are the same but for where they were written.
-    """
-    groups: dict[tuple[tuple[str, str], ...], list[Result]] = {}
-    for result in results:
-        same = groups.setdefault(tuple(sorted(result.settings.items())), [])
-        twin = next((other for other in same if other.seed == result.seed), None)
-        if twin is not None:
-            raise UsageError(
-                f"{twin.name} and {result.name} have the same settings and seed {result.seed}; leave one out"
-            )
-        same.append(result)
-    settings = [dict(key) for key in groups]
-    names = sorted({name for each in settings for name in each})
-    differing = [name for name in names if len({each.get(name) for each in settings}) > 1]
-    return [
-        Group(
-            label=", ".join(f"{name}={each.get(name, 'unset')}" for name in differing) or runs[0].name,
-            runs=tuple(sorted(runs, key=lambda run: run.seed)),
-        )
-        for each, runs in zip(settings, groups.values())
-    ]
-
-
-def results_table(groups: Sequence[Group]) -> str:
-    """A row a group: accuracies, gains in points, every seed's gain, and the category that gained least."""
-    rows = []
-    for group in groups:
-        name, change = min(group.category_changes().items(), key=lambda item: item[1])
-        rows.append(
-            [
-                group.label,
-                " ".join(str(run.seed) for run in group.runs),
-                f"{group.mean(lambda run: run.before):.1%}",
-                f"{group.mean(lambda run: run.after):.1%}",
-                f"{100 * group.mean(lambda run: run.gain):+.1f}",
-                " ".join(f"{100 * run.gain:+.1f}" for run in group.runs),
-                f"{name} {100 * change:+.1f}",
-                f"{group.mean(lambda run: run.seconds):.0f} s",
-                f"{max(run.peak_rss_bytes for run in group.runs) / 1e9:.2f} GB",
-            ]
-        )
-    head = [
-        "run",
-        "seeds",
-        "before RL",
-        "after RL",
-        "gain",
-        "gain by seed",
-        "least gain",
-        "mean time",
-        "most memory",
-    ]
-    return markdown_table(head, rows)
-
-
-def category_table(groups: Sequence[Group]) -> str:
-    """A row a category: mean accuracy before and after RL in each group."""
-    categories = sorted({name for group in groups for run in group.runs for name in run.by_category})
-    rows = []
-    for category in categories:
-        cells = [category]
-        for group in groups:
-            pairs = [run.by_category[category] for run in group.runs if category in run.by_category]
-            if pairs:
-                before, after = (statistics.fmean(side) for side in zip(*pairs))
-                cells.append(f"{before:.1%} → {after:.1%}")
-            else:
-                cells.append("–")
-        rows.append(cells)
-    return markdown_table(["category", *(group.label for group in groups)], rows)
-
-
-def provenance(groups: Sequence[Group]) -> str:
-    """Where the figures come from: test size, machine, versions and commit, one line for each that occurs."""
-    runs = [run for group in groups for run in group.runs]
-    sizes = " or ".join(str(size) for size in sorted({run.questions for run in runs}))
-    lines = [f"{sizes} held-out questions a run; gains are in points; the means are over the seeds."]
-    return "\n".join([*lines, *(f"- {text}" for text in sorted({run.provenance for run in runs}))])
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([line(head), rule, *(line(row) for row in rows)])
+from rlaif_fast.cli import run_command
+from rlaif_fast.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m rlaif_fast.compare", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--categories", action="store_true", help="add a table by category")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlaif_fast.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="show these finished runs")
+    parser.add_argument("--categories", action="store_true", help="with RUN: add a table by category")
+    parser.add_argument("--config", metavar="FILE", help="run the comparison that this YAML file describes")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="with --config: in place of the file's output_dir"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="with --config: runs at a time; 0 is one a GPU or core"
+    )
+    parser.add_argument("--tables", nargs="+", metavar="NAME", help="with --config: run these tables alone")
+    parser.add_argument(
+        "--report_only", action="store_true", help="with --config: run nothing, write the report"
+    )
     arguments = parser.parse_args(argv)
-    try:
-        groups = group_results([read_result(run) for run in arguments.runs])
-    except RlaifFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if (arguments.config is None) == (not arguments.runs):
+        parser.error("give --config FILE, or the folders of finished runs")
+    return run_command(lambda: _show(arguments) if arguments.config is None else _compare(arguments))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from rlaif_fast.comparison.runs import (
+        category_table,
+        group_results,
+        provenance,
+        read_result,
+        results_table,
+    )
+
+    groups = group_results([read_result(run) for run in arguments.runs])
     print(results_table(groups))
     if arguments.categories:
         print(f"\n{category_table(groups)}")
     print(f"\n{provenance(groups)}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from rlaif_fast.comparison import read_plan, write_report
+    from rlaif_fast.comparison.runner import check_all_finished
+    from rlaif_fast.comparison.terminal import run_with_bar
+
+    plan = read_plan(arguments.config, arguments.output_dir)
+    if arguments.tables:
+        unknown = sorted(set(arguments.tables) - {table.name for table in plan.tables})
+        if unknown:
+            raise UsageError(f"tables: there is no {', '.join(unknown)} in {arguments.config}")
+        chosen = tuple(table for table in plan.tables if table.name in arguments.tables)
+        plan = dataclasses.replace(plan, tables=chosen)
+    progress = None
+    if not arguments.report_only:
+        progress = run_with_bar(plan, workers=arguments.workers)
+    print(f"report: {write_report(plan)}")
+    if progress is not None:
+        check_all_finished(progress)
     return 0
 
 

@@ -1,5 +1,10 @@
 """Errors that a user can act on: commands print them as one line and exit with `exit_code`."""
 
+from __future__ import annotations
+
+import math
+from typing import Any
+
 
 class RlaifFastError(Exception):
     """A failure with a message that says what happened and what to do. Commands exit with 1."""
@@ -11,3 +16,21 @@ class UsageError(RlaifFastError):
     """The command, the configuration or the input data is wrong. Commands exit with 2."""
 
     exit_code = 2
+
+
+def require(ok: bool, name: str, expected: str, got: Any) -> None:
+    """Raise `UsageError` that names an option, what it expects and what it got, unless `ok`."""
+    if not ok:
+        raise UsageError(f"{name}: expected {expected}, got {got!r}")
+
+
+def require_positive(name: str, value: float | None) -> None:
+    """Raise `UsageError` unless an option is None or a finite number above 0."""
+    ok = value is None or (math.isfinite(value) and value > 0)
+    require(ok, name, "a positive number", value)
+
+
+def require_least(name: str, value: float | None, minimum: int) -> None:
+    """Raise `UsageError` unless an option is None or a finite number of at least `minimum`."""
+    ok = value is None or (math.isfinite(value) and value >= minimum)
+    require(ok, name, f"{minimum} or more", value)

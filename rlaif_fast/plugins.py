@@ -1,4 +1,5 @@
-"""What other packages add to our tables: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers`."""
+"""What other packages add to our tables: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers`,
+`.algorithms`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
     """The entry called `name` of our own table or of another package.
 
     Args:
-        kind: "oracles", "decoders" or "samplers".
+        kind: "oracles", "decoders", "samplers" or "algorithms".
         name: What to look up; our own entries come first.
         own: Our table.
         also: Names that are understood elsewhere, for the message.

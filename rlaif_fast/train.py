@@ -137,7 +137,7 @@ def train_in(world, config) -> None:
             state = None
         else:
             load_weights(policy.model, run.store.path("sft"))
-        if config.beta > 0:
+        if "reference" in run.algorithm.extra_models:
             policy.freeze_reference()
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
@@ -166,8 +166,9 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
     """
     import torch
 
+    from rlaif_fast.algorithms import make_algorithm
     from rlaif_fast.policy.loading import load_model
-    from rlaif_fast.report.outcome import uneven_steps
+    from rlaif_fast.report.outcome import older_names, uneven_steps
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
     from rlaif_fast.trainer import setup
@@ -184,7 +185,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-    notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size))
+    notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size), *older_names(config))
     for note in notes:
         logger.message(note)
     make_batch = open_parts.enter_context(
@@ -197,6 +198,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         sampler=make_sampler(policy, config.sampler),
         make_batch=make_batch,
         oracle=setup.make_oracle(config),
+        algorithm=make_algorithm(config),
         data=data,
         logger=logger,
         store=CheckpointStore(run_dir.checkpoints, files, read_only=not world.is_main),

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from rlaif_fast.loss.backends import RowInputs, RowStats
+from rlaif_fast.loss.inputs import RankInputs, RowInputs, RowStats, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
 
@@ -71,12 +71,14 @@ def rank_losses() -> None:
         x, mask, ranks = torch.rand(B, T), torch.ones(B, T, dtype=torch.bool), torch.rand(N, G)
         valid = torch.ones(N, dtype=torch.bool)
         full = LossOptions(beta=0.1, entropy_coef=0.1)
-        rank_loss.rank_loss(x, None, ranks, valid, x, x, mask, x, x, torch.tensor(2.0), full)
-        rank_loss.rank_loss(x, None, ranks, None, None, None, None, None, None, None, LossOptions())
+        given = TokenInputs(None, ranks, valid, x, x, mask, x, torch.tensor(2.0))
+        rank_loss.rank_loss(x, x, given, full)
+        rank_loss.rank_loss(x, None, TokenInputs(oracle_ranks=ranks), LossOptions())
     x = x.bfloat16()
     for level, given in itertools.product(("token", "sequence"), (torch.rand(B), torch.rand(B, T))):
         options = LossOptions(importance_sampling_level=level, delta=2.0, loss_type="dapo")
-        rank_loss.rank_loss(x, given, None, None, x, x, mask, None, x, None, options)
+        inputs = TokenInputs(given, old_logps=x, ref_logps=x, mask=mask)
+        rank_loss.rank_loss(x, x, inputs, options)
     kinds = (
         ("oracle", "none", "k1"),
         ("paper", "group", "k2"),
@@ -87,14 +89,14 @@ def rank_losses() -> None:
         options = LossOptions(
             kind=kind, scale=scale, kl=kl, score="sum", loss_type="dr_grpo", max_completion_length=9, beta=0.1
         )
-        rank_loss.rank_loss(x, None, ranks, valid, x, x, None, None, None, None, options)
+        inputs = TokenInputs(oracle_ranks=ranks, valid=valid, old_logps=x, ref_logps=x)
+        rank_loss.rank_loss(x, None, inputs, options)
     cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32)
     flat = x.float().reshape(-1)
     for level in ("token", "sequence"):
         options = LossOptions(importance_sampling_level=level)
-        rank_loss.rank_loss(
-            flat, None, ranks, valid, flat, None, None, None, None, None, options, cu_seqlens=cu_seqlens
-        )
+        inputs = TokenInputs(oracle_ranks=ranks, valid=valid, old_logps=flat)
+        rank_loss.rank_loss(flat, None, inputs, options, cu_seqlens=cu_seqlens)
 
 
 def rows() -> None:
@@ -121,8 +123,9 @@ def main() -> None:
     for G in (1, 8, 64):
         for kind in ("directed", "zscore", "paper"):
             scores = torch.rand(2, G)
-            rank_penalty.rank_penalty(scores, scores, None, RankOptions(kind=kind, scale="group"))
-            rank_penalty.rank_penalty(scores, scores, torch.ones(2, dtype=torch.bool), RankOptions(kind=kind))
+            rank_penalty.rank_penalty(RankInputs(scores, scores, None), RankOptions(kind=kind, scale="group"))
+            valid = torch.ones(2, dtype=torch.bool)
+            rank_penalty.rank_penalty(RankInputs(scores, scores, valid), RankOptions(kind=kind))
     rank_losses()
     rows()
     linear_loss.compact_rows(torch.rand(4, 9), torch.tensor([False, True, False, True]))

@@ -45,7 +45,7 @@ def test_the_issue_s_replies_earn_what_they_pick():
         id="1", question="?", responses=(*replies, "A. is wrong; the answer is B", "Answer: A red ball"),
         options=("blue", "a red ball"), reference="B",
     )  # fmt: skip
-    assert oracle.score(group) == (1.0,) * 7
+    assert oracle.rank([group])[0].scores == (1.0,) * 7
 
 
 @pytest.mark.parametrize("count", [2, 26, 27, 60, 702])

@@ -2,7 +2,14 @@
 
 import pytest
 
-from rlaif_fast.compare import category_table, group_results, main, markdown_table, read_result, results_table
+from rlaif_fast.compare import main
+from rlaif_fast.comparison.runs import (
+    category_table,
+    group_results,
+    markdown_table,
+    read_result,
+    results_table,
+)
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
 

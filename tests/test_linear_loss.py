@@ -12,7 +12,6 @@ from torch import nn
 
 from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
 from rlaif_fast.loss import cpu as cpu_kernels
-from rlaif_fast.loss import linear
 from rlaif_fast.loss.options import KINDS
 from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
@@ -93,14 +92,20 @@ def test_given_advantages(per_token):
     assert_matches(problem, advantages=torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
 
 
-def test_groups_are_packed_into_chunks_and_only_a_larger_one_stands_alone():
-    packed = list(linear._pack([3, 4, 0, 2, 9, 1, 0, 7], 8))
-    assert packed == [
-        (slice(0, 3), slice(0, 7)),
-        (slice(3, 4), slice(7, 9)),
-        (slice(4, 5), slice(9, 18)),
-        (slice(5, 8), slice(18, 26)),
-    ]
+def test_groups_are_packed_into_chunks_and_only_a_larger_one_stands_alone(monkeypatch):
+    """Each chunk's rows reach the row kernel once; the logits of a group above a chunk are made twice."""
+    problem = random_problem(N=8, G=1, T=9)
+    problem.tensors["mask"] = torch.arange(9) < torch.tensor([3, 4, 0, 2, 9, 1, 0, 7])[:, None]
+    del problem.tensors["old_logps"]
+    sizes, row_grad = [], cpu_kernels.row_grad
+
+    def counting(logits, *rest):
+        sizes.append(len(logits))
+        row_grad(logits, *rest)
+
+    monkeypatch.setattr(cpu_kernels, "row_grad", counting)
+    evaluate(problem, "cpu", chunk_size=8, entropy_coef=0.01)
+    assert sizes == [7, 2, 8, 1, 8]
 
 
 def test_rows_without_gradient_never_reach_the_last_matmuls(monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rlaif_fast import grpo_rank_loss_from_logits, selective_log_softmax
-from rlaif_fast.loss.backends import RowInputs
 from rlaif_fast.loss.cpu import row_loss, row_stats
+from rlaif_fast.loss.inputs import RowInputs
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast.loss.testing import TOLERANCES, random_problem, relative, relative_l2
 

@@ -16,8 +16,8 @@ from rlaif_fast import (
     rank_advantages,
     token_logps,
 )
-from rlaif_fast.loss import ops
 from rlaif_fast.loss.inputs import TokenInputs
+from rlaif_fast.loss.ops.schema import flatten
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast.loss.testing import random_problem
 
@@ -26,17 +26,8 @@ OPS = torch.ops.rlaif_fast
 
 def flat(problem, **changes):
     """Return the inputs and options of a problem as the operators take them."""
-    inputs = TokenInputs(
-        None,
-        problem.oracle_ranks.to(problem.logps.dtype),
-        None,
-        problem.tensors["old_logps"],
-        problem.tensors["ref_logps"],
-        problem.tensors["mask"],
-        None,
-        None,
-    )._replace(**changes)
-    return ops._flatten(inputs, LossOptions(beta=0.04, entropy_coef=0.01))
+    given = {"oracle_ranks": problem.oracle_ranks.to(problem.logps.dtype), **problem.tensors, **changes}
+    return flatten(TokenInputs(**given), LossOptions(beta=0.04, entropy_coef=0.01))
 
 
 def test_rank_penalty():

@@ -11,6 +11,7 @@ import torch
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle import Ranking, RankRequest, ReferenceOracle, build_oracle
+from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.cache import CachedOracle, VerdictCache
 from rlaif_fast.oracle.judge import Verdict
 from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json
@@ -175,14 +176,21 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
 def test_build_with_a_cache_keeps_scores(tmp_path):
     oracle = build_oracle("reference", cache=tmp_path / "c")
     group = request("1", reference="a")
-    assert oracle.rank([group])[0].ranks == (0, 1)
-    assert oracle.score(group)[0] == 1.0
+    assert gives_scores(oracle)
+    fresh, kept = (oracle.rank([group])[0] for _ in range(2))
+    assert fresh.ranks == kept.ranks == (0, 1)
+    assert fresh.scores == kept.scores
+    assert kept.scores[0] == 1.0
     assert oracle.stats()["oracle/cache_misses"] == 1.0
 
 
 def test_rankings_survive_json():
-    ranking = Ranking((0, None, 1), 0.5, (Verdict((2, 0), (0, None, 1), ("x",), "e"), {"a": 1}), 3, 0.1, None)
+    verdicts = (Verdict((2, 0), (0, None, 1), ("x",), "e"), {"a": 1})
+    ranking = Ranking((0, None, 1), 0.5, verdicts, 3, 0.1, None, scores=(0.75, None, -0.1))
     assert ranking_from_json(ranking_to_json(ranking)) == ranking
     for bad in ({}, {"ranks": "01"}, {"ranks": [0.5]}, {"ranks": [True]}):
         with pytest.raises(ValueError, match="ranks"):
             ranking_from_json(bad)
+    for scores in ([0.5], [0.5, "1"], [True, 0.5], 0.5):
+        with pytest.raises(ValueError, match="scores"):
+            ranking_from_json({"ranks": [0, 1], "scores": scores})

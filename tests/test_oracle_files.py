@@ -30,7 +30,7 @@ def test_a_function_is_an_oracle():
     ranks = CallableOracle(function=by_length, returns="ranks").rank([request()])[0].ranks
     assert ranks == (0, 2, None, 1, 1)
     named = CallableOracle(function="os.path:commonprefix")
-    assert named.identity.startswith("callable/1 ")
+    assert named.identity.startswith("callable/2 ")
     assert "by_length" in CallableOracle(function=by_length).identity
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest, build_oracle
+from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.local import LocalOracle
 from rlaif_fast.oracle.monitors import blind_control, oracle_stats
 from rlaif_fast.policy.plain import model_inputs
@@ -66,7 +67,7 @@ def test_likelihood_is_the_mean_token_log_probability(checkpoint):
             reply = oracle.encoder.encode_answer(text)
             steps = [next_logps(oracle, prompt, reply[:t])[token].item() for t, token in enumerate(reply)]
             expected.append(torch.tensor(steps).mean().exp().item())
-        assert oracle.score(request) == pytest.approx(expected, rel=1e-4)
+        assert ranking.scores == pytest.approx(expected, rel=1e-4)
         order = sorted(expected, reverse=True)
         assert ranking.ranks == tuple(order.index(value) for value in expected)
         assert ranking.tokens > 0
@@ -85,8 +86,8 @@ def test_pointwise_is_the_probability_of_yes(checkpoint):
         prompt = oracle.encoder.encode(Example(id="x", question=question, system=_POINTWISE), request.clips)
         logps = next_logps(oracle, prompt)
         expected.append(torch.sigmoid(logps[yes] - logps[no]).item())
-    assert oracle.score(request) == pytest.approx(expected, rel=1e-4)
     [ranking] = oracle.rank([request])
+    assert ranking.scores == pytest.approx(expected, rel=1e-4)
     order = sorted(expected, reverse=True)
     assert ranking.ranks == tuple(order.index(value) for value in expected)
 
@@ -128,8 +129,7 @@ def test_groups_do_not_depend_on_their_batch_and_frames_are_seen(checkpoint, pro
     assert stats["oracle/invalid"] == 0.0
     assert set(blind_control(oracle, group, whole, sample=2)) <= {"oracle/blind_tau", "oracle/blind_top1"}
     if protocol != "listwise":
-        seen, other = (oracle.score(request) for request in (group[0], group[2]))
-        assert seen != other  # the same question and answers about another clip
+        assert whole[0].scores != whole[2].scores  # the same question and answers about another clip
 
 
 def test_a_judge_that_was_taught_the_answer_ranks_it_first(checkpoint):
@@ -146,8 +146,9 @@ def test_a_judge_that_was_taught_the_answer_ranks_it_first(checkpoint):
         optimizer.step()
         optimizer.zero_grad()
     oracle.policy.model.requires_grad_(False)
-    assert oracle.rank([request])[0].ranks[1] == 0
-    assert oracle.score(request)[1] > 0.5
+    [ranking] = oracle.rank([request])
+    assert ranking.ranks[1] == 0
+    assert ranking.scores[1] > 0.5
 
 
 def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
@@ -161,4 +162,7 @@ def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
         judge(checkpoint, protocol="pairwise")
     with pytest.raises(UsageError, match="cannot load"):
         build_oracle("local", model=str(tmp_path / "none"))
-    assert not hasattr(judge(checkpoint), "score")
+    listwise = judge(checkpoint)
+    assert not gives_scores(listwise)
+    assert listwise.rank(requests(1))[0].scores is None
+    assert gives_scores(judge(checkpoint, protocol="pointwise"))

@@ -6,12 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest, ReferenceOracle
 from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.scoring import chrf, parse_number, token_f1
 
 FORM = r"the (red|green|blue) (square|circle) moves (left|right)\."
+
+
+def scores_of(oracle, group):
+    [ranking] = oracle.rank([group])
+    assert ranking.error is None
+    return ranking.scores
 
 
 def request(reference, responses=("a", "b"), **kwargs):
@@ -56,7 +61,7 @@ def test_malformed_never_reaches_well_formed(words):
     text = " ".join(words)
     worst = "the blue circle moves right."
     oracle = ReferenceOracle()
-    malformed, well_formed, exact = oracle.score(form_request(text, worst, "the red square moves left."))
+    malformed, well_formed, exact = scores_of(oracle, form_request(text, worst, "the red square moves left."))
     assert 0.0 <= malformed <= 1.0
     if malformed < 0.3:
         assert malformed < well_formed < exact
@@ -106,7 +111,7 @@ def test_parse_number(text, value):
 def test_choice_is_scored_by_letter():
     oracle = ReferenceOracle()
     group = request("B", ("(B)", "red", "blue!", "green", "whatever", ""), options=("red", "blue", "green"))
-    scores = oracle.score(group)
+    scores = scores_of(oracle, group)
     assert scores[0] == scores[2] == 1.0
     assert scores[1] == scores[3] > scores[4] == scores[5] == 0.0
     assert oracle.is_correct(group, "answer: B")
@@ -115,11 +120,11 @@ def test_choice_is_scored_by_letter():
 
 def test_a_letter_reference_without_options():
     oracle = ReferenceOracle()
-    assert oracle.score(request("B", ("B.", "C", "the cat"))) == (1.0, 0.2, 0.0)
+    assert scores_of(oracle, request("B", ("B.", "C", "the cat"))) == (1.0, 0.2, 0.0)
 
 
 def test_number_credit_falls_with_distance():
-    scores = ReferenceOracle().score(request("4", ("4", "there are four", "5", "9", "many", "4 or 5")))
+    scores = scores_of(ReferenceOracle(), request("4", ("4", "there are four", "5", "9", "many", "4 or 5")))
     assert scores[0] == 1.0
     assert scores[1] == 0.9
     assert scores[1] > scores[2] > scores[3] > scores[4] == 0.0
@@ -130,8 +135,9 @@ def test_number_credit_falls_with_distance():
 
 def test_free_text_uses_words_and_characters():
     reference = "A man opens the door"
-    scores = ReferenceOracle().score(
-        request(reference, ("a man opens the door.", "a man opened a door", "a dog runs", "!!"))
+    scores = scores_of(
+        ReferenceOracle(),
+        request(reference, ("a man opens the door.", "a man opened a door", "a dog runs", "!!")),
     )
     assert scores[0] == 1.0
     assert 0.9 > scores[1] > scores[2] > scores[3] == 0.0
@@ -153,7 +159,7 @@ def test_extract_finds_the_answer_inside_reasoning():
     group = request(
         "B", ("<think>A?</think><answer>B</answer>", "B", "<answer>A</answer>"), options=("x", "y")
     )
-    assert oracle.score(group) == (1.0, 0.5, 0.2)
+    assert scores_of(oracle, group) == (1.0, 0.5, 0.2)
 
 
 def test_what_cannot_be_judged_is_an_error_not_a_default():
@@ -163,10 +169,9 @@ def test_what_cannot_be_judged_is_an_error_not_a_default():
         assert not ranking.valid
         assert ranking.ranks == (None, None)
         assert ranking.error
-    with pytest.raises(UsageError, match="no reference answer"):
-        oracle.score(missing)
-    with pytest.raises(UsageError, match="regular expression"):
-        oracle.score(request("green", metadata={"form": "(red"}))
+    assert "no reference answer" in oracle.rank([missing])[0].error
+    [broken] = oracle.rank([request("green", metadata={"form": "(red"})])
+    assert "regular expression" in broken.error
 
 
 @given(
@@ -175,6 +180,6 @@ def test_what_cannot_be_judged_is_an_error_not_a_default():
 )
 def test_scores_stay_in_range_and_the_reference_itself_wins(reference, response):
     oracle = ReferenceOracle()
-    scores = oracle.score(request(reference, (response, reference)))
+    scores = scores_of(oracle, request(reference, (response, reference)))
     assert 0.0 <= scores[0] <= scores[1] == 1.0
     assert oracle.is_correct(request(reference), reference)

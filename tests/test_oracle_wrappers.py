@@ -17,7 +17,8 @@ from rlaif_fast.oracle import (
     build_oracle,
     oracle_names,
 )
-from rlaif_fast.oracle.fusion import kendall_tau
+from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.fusion import kendall_tau, ranks_from_scores
 
 
 def groups(count, size=5):
@@ -68,6 +69,25 @@ def test_shuffled_ranks_keep_their_counts_and_teach_nothing():
     assert [r.ranks for r in ranked] == [r.ranks for r in oracle.rank(requests)]
 
 
+@pytest.mark.parametrize("wrap", [NoisyOracle, lambda inner: NoisyOracle(inner, flip=0.5), ShuffledOracle])
+def test_wrapped_scores_tell_the_order_that_the_ranks_tell(wrap):
+    requests = groups(20)
+    oracle = CircuitBreaker(wrap(ReferenceOracle()))
+    assert gives_scores(oracle)
+    for clean, ranking in zip(ReferenceOracle().rank(requests), oracle.rank(requests)):
+        assert ranking.ranks == ranks_from_scores(ranking.scores)
+        if wrap is ShuffledOracle:
+            assert Counter(ranking.scores) == Counter(clean.scores)
+
+
+def test_noise_on_an_oracle_that_only_orders_gives_no_scores():
+    oracle = NoisyOracle(_Failing(lambda request: False), score_sd=1.0)
+    assert not gives_scores(oracle)
+    [ranking] = oracle.rank([RankRequest("r", "?", ("a", "b"))])
+    assert ranking.valid
+    assert ranking.scores is None
+
+
 class _Failing:
     name = "failing"
 
@@ -103,7 +123,7 @@ def test_build_by_name():
     oracle = build_oracle("noisy", inner={"name": "reference", "tolerance": 0.1}, flip=0.2, seed=4)
     assert isinstance(oracle, Oracle)
     assert oracle.name == "noisy"
-    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/1 tolerance=0.1 extract=None)"
+    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/2 tolerance=0.1 extract=None)"
     assert isinstance(build_oracle("reference", max_invalid_fraction=None), ReferenceOracle)
     assert {"reference", "noisy", "shuffled"} <= set(oracle_names())
 

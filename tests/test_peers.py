@@ -14,6 +14,7 @@ import torch
 from benchmarking import Arm, measure, record
 from torch import Tensor
 
+from rlaif_fast.loss.inputs import Head
 from rlaif_fast.loss.reference import linear_logps
 from rlaif_fast.loss.reference.logits_loss import selective_log_softmax
 from rlaif_fast.loss.testing import relative, relative_l2
@@ -64,7 +65,7 @@ def test_a_head_agrees_with_the_reference(peer: peers.Peer, device: str) -> None
     weight = (H**-0.5 * torch.randn(V, H, device=device, dtype=dtype)).requires_grad_()
     ids = torch.randint(0, V, (B * T,), device=device)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected = linear_logps(*wide, None, ids)
+    expected = linear_logps(wide[0], Head(wide[1], None, 1.0), ids)
     compare(peer, expected, [hidden, weight], wide, hidden, weight, ids)
 
 

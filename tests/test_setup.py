@@ -19,8 +19,8 @@ from rlaif_fast.trainer.resume import resumed_config
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"epsilon": -1.0}, "epsilon: expected 0 or more, got -1.0"),
-        ({"delta": -1.0}, "delta: expected a positive number"),
+        ({"epsilon": -1.0}, "epsilon must be finite and at least 0.0; got -1.0"),
+        ({"delta": -1.0}, "delta must be finite and above 0.0"),
         ({"backend": "tritn"}, "backend: expected auto, triton, cuda, cpu, reference, got 'tritn'"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number"),
         ({"eval_videos_per_step": 0}, "eval_videos_per_step: expected 1 or more"),
@@ -30,7 +30,7 @@ from rlaif_fast.trainer.resume import resumed_config
         ),
         ({"min_frames": 9, "max_frames": 8}, r"min_frames: expected 1 to max_frames \(8\), got 9"),
         ({"lora_r": -1}, "lora_r: expected 0 or more"),
-        ({"entropy_coef": math.nan}, "entropy_coef: expected a finite number"),
+        ({"entropy_coef": math.nan}, "entropy_coef must be finite"),
         ({"learning_rate": math.inf}, "learning_rate: expected a positive number"),
     ],
 )
@@ -123,7 +123,7 @@ def test_preflight_needs_scores_for_zscore(tmp_path):
     scores = TrainConfig(advantage="zscore", oracle="reference")
     setup.preflight(scores)
     only_orders = {"oracle": "replay", "oracle_options": {"path": str(tmp_path / "verdicts.jsonl")}}
-    with pytest.raises(UsageError, match="zscore needs scalar rewards"):
+    with pytest.raises(UsageError, match="grpo_rank with advantage zscore needs scores"):
         setup.check_oracle(TrainConfig(advantage="zscore", **only_orders))
     with pytest.raises(UsageError, match="needs option 'model'"):
         setup.preflight(TrainConfig(oracle="local"))

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan
 
 from rlaif_fast.loss import reference
-from rlaif_fast.loss.backends import RowInputs
+from rlaif_fast.loss.inputs import RowInputs, TokenInputs
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.logits_loss import (
     STREAM_BLOCK,
@@ -194,9 +194,8 @@ def check_loss(
         one = [None if x is None else x[m].double().view(1, 1) for x in given]
         A, weight, old, ref, ratio = one
         assert A is not None and weight is not None
-        closed = reference.rank_loss(
-            logps[m].view(1, 1), A, None, None, old, ref, None, ratio, entropy[m].view(1, 1), None, options
-        )
+        inputs = TokenInputs(advantages=A, old_logps=old, ref_logps=ref, sampling_ratio=ratio)
+        closed = reference.rank_loss(logps[m].view(1, 1), entropy[m].view(1, 1), inputs, options)
         total = total + closed.loss * weight.squeeze()
     grads = torch.autograd.grad(total, (exact, logps, entropy), allow_unused=True)
 

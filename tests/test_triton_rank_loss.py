@@ -15,16 +15,11 @@ pytest.importorskip("triton")
 from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan, wide
 
 from rlaif_fast.loss import reference
-from rlaif_fast.loss.backends import TokenGradients
+from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.rank_loss import launch_config, rank_loss, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
-
-INPUTS = (
-    "logps", "advantages", "oracle_ranks", "valid", "old_logps", "ref_logps", "mask", "sampling_ratio",
-    "entropy", "num_items",
-)  # fmt: skip
 
 
 def batch(
@@ -58,14 +53,20 @@ def batch(
     }
 
 
+def run(loss: Any, inputs: dict[str, Any], options: LossOptions, **extra: Any) -> Any:
+    """Call the kernel or the reference on a batch."""
+    rest = {name: x for name, x in inputs.items() if name not in ("logps", "entropy")}
+    return loss(inputs["logps"], inputs["entropy"], TokenInputs(**rest), options, **extra)
+
+
 def check(inputs: dict[str, Any], options: LossOptions, dtype: torch.dtype = torch.float32) -> TokenGradients:
     """Run kernel and reference on the same inputs and compare everything."""
-    result = rank_loss(*(inputs[name] for name in INPUTS), options)
-    exact = {name: wide(inputs[name]) for name in INPUTS}
+    result = run(rank_loss, inputs, options)
+    exact = {name: wide(x) for name, x in inputs.items()}
     logps = exact["logps"].requires_grad_()
     if exact["entropy"] is not None:
         exact["entropy"].requires_grad_()
-    expected = reference.rank_loss(*(exact[name] for name in INPUTS), options)
+    expected = run(reference.rank_loss, exact, options)
     if logps.numel():
         expected.loss.backward()
         assert error(result.grad_logps, logps.grad) < GRADIENT[torch.float32]
@@ -150,7 +151,7 @@ def test_given_advantages(per_token: bool, level: str) -> None:
     check(inputs, options)
     inputs["advantages"].view(-1)[3] = float("nan")
     inputs["mask"] = None
-    assert rank_loss(*(inputs[name] for name in INPUTS), options).loss.isnan()
+    assert run(rank_loss, inputs, options).loss.isnan()
 
 
 def test_given_advantages_of_more_rows_than_a_group_holds() -> None:
@@ -184,7 +185,7 @@ def test_masked_values_may_be_anything() -> None:
     garbage = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e38], device=DEVICE).repeat(2)
     for name in ("logps", "old_logps", "ref_logps", "sampling_ratio", "entropy"):
         inputs[name] = torch.where(inputs["mask"], inputs[name], garbage)
-    result = rank_loss(*(inputs[name] for name in INPUTS), options)
+    result = run(rank_loss, inputs, options)
     for got, want in zip(result, expected):
         assert torch.equal(got, want)
 
@@ -231,7 +232,7 @@ def test_nan_in_a_token_that_counts_reaches_the_loss(name: str) -> None:
     inputs = batch(1, 2, 3)
     inputs |= {"mask": None, "valid": None}
     inputs[name][1, 2] = float("nan")
-    assert rank_loss(*(inputs[name] for name in INPUTS), LossOptions(beta=0.04)).loss.isnan()
+    assert run(rank_loss, inputs, LossOptions(beta=0.04)).loss.isnan()
 
 
 def test_strided_inputs() -> None:
@@ -243,7 +244,7 @@ def test_strided_inputs() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 3, 0)])
 def test_empty(shape: tuple[int, int, int]) -> None:
-    result = rank_loss(*(batch(*shape)[name] for name in INPUTS), LossOptions(**FULL))
+    result = run(rank_loss, batch(*shape), LossOptions(**FULL))
     assert result.loss == 0
     assert result.grad_logps.shape == (shape[0] * shape[1], shape[2])
 
@@ -255,11 +256,11 @@ def test_packed_equals_padded(level: str) -> None:
     held = torch.arange(9, device=DEVICE) < lengths[:, None]
     inputs["mask"] &= held
     options = LossOptions(**FULL, importance_sampling_level=level)
-    padded = rank_loss(*(inputs[name] for name in INPUTS), options)
+    padded = run(rank_loss, inputs, options)
     for name in ("logps", "old_logps", "ref_logps", "mask", "sampling_ratio", "entropy"):
         inputs[name] = inputs[name][held]
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    packed = rank_loss(*(inputs[name] for name in INPUTS), options, cu_seqlens=cu_seqlens)
+    packed = run(rank_loss, inputs, options, cu_seqlens=cu_seqlens)
     torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(packed.stats, padded.stats, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(packed.grad_logps, padded.grad_logps[held], rtol=1e-6, atol=0)
@@ -268,7 +269,7 @@ def test_packed_equals_padded(level: str) -> None:
 
 def test_equal_inputs_give_equal_bits() -> None:
     inputs = batch(4, 3, 5)
-    first, second = (rank_loss(*(inputs[name] for name in INPUTS), LossOptions(**FULL)) for _ in range(2))
+    first, second = (run(rank_loss, inputs, LossOptions(**FULL)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -284,10 +285,9 @@ def test_worked_cases(case: dict[str, Any]) -> None:
     def tensor(name: str) -> Tensor:
         return torch.tensor(case[name], device=DEVICE, dtype=torch.float32)
 
-    result = rank_loss(
-        tensor("logps"), None, tensor("oracle_ranks"), None, tensor("old_logps"), tensor("ref_logps"),
-        tensor("mask").bool(), None, None, None, options,
-    )  # fmt: skip
+    names = ("oracle_ranks", "old_logps", "ref_logps")
+    inputs = TokenInputs(mask=tensor("mask").bool(), **{name: tensor(name) for name in names})
+    result = rank_loss(tensor("logps"), None, inputs, options)
     assert result.loss.item() == pytest.approx(case["expect"]["loss"], rel=1e-5, abs=1e-6)
     assert result.advantages.tolist() == pytest.approx(case["expect"]["advantages"], rel=1e-5, abs=1e-6)
     assert result.stats[3].item() == pytest.approx(case["expect"]["kl"], rel=1e-5)

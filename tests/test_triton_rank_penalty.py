@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from triton_cases import DEVICE, LOSS, uninitialised_memory_is_nan
 
 from rlaif_fast.loss import reference
+from rlaif_fast.loss.inputs import RankInputs
 from rlaif_fast.loss.options import KINDS, RankOptions
 from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
 
@@ -18,8 +19,8 @@ poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
 
 
 def check(scores: Tensor, ranks: Tensor, valid: Tensor | None, options: RankOptions) -> None:
-    result = rank_penalty(scores, ranks, valid, options)
-    expected = reference.rank_penalty(scores.double(), ranks.double(), valid, options)
+    result = rank_penalty(RankInputs(scores, ranks, valid), options)
+    expected = reference.rank_penalty(RankInputs(scores.double(), ranks.double(), valid), options)
     for got, want in zip(result, expected):
         torch.testing.assert_close(got.to(want.dtype), want, rtol=LOSS[torch.float32], atol=1e-6)
 
@@ -49,23 +50,27 @@ def test_kinds_with_ties(kind: str, scale: str) -> None:
 @pytest.mark.parametrize("kind", ["directed", "oracle", "zscore"])
 def test_all_tied_is_exactly_zero(kind: str, G: int) -> None:
     scores, ranks = groups(1, G)
-    result = rank_penalty(scores, torch.full_like(ranks, 3.0), None, RankOptions(kind=kind, scale="group"))
+    result = rank_penalty(
+        RankInputs(scores, torch.full_like(ranks, 3.0), None), RankOptions(kind=kind, scale="group")
+    )
     assert not result.advantages.any()
     assert not result.has_signal.any()
 
 
 def test_only_the_order_counts() -> None:
     scores, ranks = groups(3, 6)
-    result = rank_penalty(scores, ranks, None, RankOptions())
-    again = rank_penalty(scores * 5 - 3, ranks * 10 + 7, None, RankOptions())
+    result = rank_penalty(RankInputs(scores, ranks, None), RankOptions())
+    again = rank_penalty(RankInputs(scores * 5 - 3, ranks * 10 + 7, None), RankOptions())
     assert torch.equal(result.advantages, again.advantages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_scores(dtype: torch.dtype) -> None:
     scores, ranks = groups(3, 6)
-    result = rank_penalty(scores.to(dtype), ranks.to(dtype), None, RankOptions())
-    expected = reference.rank_penalty(scores.to(dtype).double(), ranks.double(), None, RankOptions())
+    result = rank_penalty(RankInputs(scores.to(dtype), ranks.to(dtype), None), RankOptions())
+    expected = reference.rank_penalty(
+        RankInputs(scores.to(dtype).double(), ranks.double(), None), RankOptions()
+    )
     assert result.advantages.dtype == dtype
     torch.testing.assert_close(result.advantages.double(), expected.advantages, rtol=1e-2, atol=1e-3)
 
@@ -73,7 +78,7 @@ def test_narrow_scores(dtype: torch.dtype) -> None:
 def test_strided_and_empty() -> None:
     scores, ranks = groups(4, 6)
     check(scores[::2, 1::2], ranks[::2, 1::2], None, RankOptions())
-    assert rank_penalty(scores[:0], ranks[:0], None, RankOptions()).advantages.shape == (0, 6)
+    assert rank_penalty(RankInputs(scores[:0], ranks[:0], None), RankOptions()).advantages.shape == (0, 6)
 
 
 def test_refusals_name_the_reason() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
@@ -52,7 +53,8 @@ def ranked_rollout(policy, prompts) -> RankedRollout:
 def updated(policy, ranked, **options):
     """Statistics and gradients of one update."""
     policy.model.zero_grad()
-    run = SimpleNamespace(config=TrainConfig(beta=0.1, **options), policy=policy, world=World())
+    config = TrainConfig(beta=0.1, **options)
+    run = SimpleNamespace(config=config, policy=policy, world=World(), algorithm=make_algorithm(config))
     stats = {name: float(value) for name, value in update_loss(run, ranked).items()}
     return stats, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 

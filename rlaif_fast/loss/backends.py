@@ -10,17 +10,13 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         Why this call cannot run, or None; device and dtype are those of the op's first tensor (scores, logps,
         logits or hidden), group_size is G where the op ranks and None elsewhere.
 
-    rank_penalty(scores, oracle_ranks, valid, options: RankOptions) -> RankAdvantages
+    rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages
 
-    rank_loss(logps, advantages, oracle_ranks, valid, old_logps, ref_logps, mask, sampling_ratio, entropy,
-    num_items,
-              options: LossOptions) -> TokenGradients
-        The arguments of `rlaif_fast.loss.reference.rank_loss.rank_loss`; the mask is bool or None, float inputs
-        may be any float dtype, ranks are of the dtype of the scores.
+    rank_loss(logps (B, T), entropy (B, T) | None, inputs: TokenInputs, options: LossOptions) -> TokenGradients
+        Float inputs may be of any float dtype.
 
     row_stats(logits, token_ids (M,), temperature) -> RowStats
-    row_grad(logits, token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) | None,
-    out)
+    row_grad(logits, token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) | None, out)
         Write d/dlogits = grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits; `out` may be `logits`.
     row_loss(logits, token_ids (M,), temperature, rows: RowInputs, options: LossOptions)
              -> (RowStats, grad_logps (M,), grad_entropy (M,))
@@ -28,12 +24,11 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         Logits are (M, V), or (..., V) with M rows, the last stride 1. An id outside [0, V) yields a NaN logp,
         never a read; `row_grad` then has no one-hot term.
 
-    linear_loss(hidden (M, H), head: Head, token_ids (M,), shape (B, T), padding: Padding | None,
-                inputs: TokenInputs, options: LossOptions, chunk_size: int | None, needs: Needs)
+    linear_loss(hidden (M, H), head: Head, token_ids (M,), padding: Padding | None, close: Close,
+                chunk_size: int | None, needs: Needs, shard: VocabularyShard | None)
                 -> (TokenGradients, grad_hidden | None, grad_weight | None, grad_bias | None)
     linear_stats(hidden (M, H), head: Head, token_ids (M,), chunk_size) -> RowStats
-    linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy
-    (M,),
+    linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy (M,),
                 chunk_size, needs: Needs) -> (grad_hidden | None, grad_weight | None, grad_bias | None)
         `rlaif_fast.loss.linear` makes all three from a module that also has the row functions, `rank_loss` and
         chunk_rows(weight (V, H), chunk_size) -> rows of logits in memory at once
@@ -42,6 +37,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         add_product(total (V, H), grad_logits (m, V), hidden (m, H), first)
             Adds grad_logits.T @ hidden to total, or with `first` writes it there.
 
+The holders are those of `rlaif_fast.loss.inputs` and `rlaif_fast.loss.options`, handed on whole.
 All results are detached, of float32 or wider, and on the device of the inputs.
 """
 
@@ -52,50 +48,13 @@ import importlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 OPS = ("rank_penalty", "rank_loss", "logits_loss", "linear_loss")
 NAMES = ("triton", "cuda", "cpu", "reference")
-
-
-class TokenGradients(NamedTuple):
-    """A token-level loss with its gradient.
-
-    Attributes:
-        loss: Scalar.
-        advantages: (B,), or (B, T) where they were given so.
-        stats: (len(STATS),), in the order of `rlaif_fast.loss.options.STATS`.
-        grad_logps: (B, T) of the loss; exactly 0 on masked tokens.
-        grad_entropy: (B, T) of the loss, or None without `entropy`.
-    """
-
-    loss: Tensor
-    advantages: Tensor
-    stats: Tensor
-    grad_logps: Tensor
-    grad_entropy: Tensor | None
-
-
-class RowStats(NamedTuple):
-    """Statistics of M rows of logits, of z = logits / temperature; each (M,)."""
-
-    logps: Tensor  # z_y - lse
-    lse: Tensor  # logsumexp z
-    entropy: Tensor  # lse - sum softmax(z) z
-
-
-class RowInputs(NamedTuple):
-    """What the loss needs to know of M rows when their advantages are known beforehand; each (M,), float32 or
-    wider."""
-
-    advantages: Tensor
-    weights: Tensor  # what the row counts in the aggregate; 0 masks it
-    old_logps: Tensor | None  # None is on-policy
-    ref_logps: Tensor | None
-    sampling_ratio: Tensor | None
 
 
 @dataclass(frozen=True)

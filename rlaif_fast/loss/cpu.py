@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import extension
-from rlaif_fast.loss.backends import RowInputs, RowStats, TokenGradients
 from rlaif_fast.loss.extension import unavailable
-from rlaif_fast.loss.linear import (
+from rlaif_fast.loss.inputs import (
     Head,
-    add_product,
+    RankAdvantages,
+    RankInputs,
+    RowInputs,
+    RowStats,
+    TokenGradients,
+    TokenInputs,
+)
+from rlaif_fast.loss.linear import (
     chunk_rows,
     linear_grad_from_rows,
     linear_loss_from_rows,
     linear_stats_from_rows,
 )
+from rlaif_fast.loss.linear_gradients import add_product
 from rlaif_fast.loss.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
-from rlaif_fast.loss.reference.rank_penalty import RankAdvantages
 
 __all__ = [
     "add_product",
@@ -59,18 +65,14 @@ def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def rank_penalty(
-    scores: Tensor,  # (N, G)
-    oracle_ranks: Tensor,  # (N, G)
-    valid: Tensor | None,  # (N,) bool
-    options: RankOptions,
-) -> RankAdvantages:
+def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Rank N groups (see `rlaif_fast.loss.reference.rank_penalty.rank_penalty`)."""
+    scores = inputs.scores
     wide = torch.promote_types(scores.dtype, torch.float32)
     advantages, penalties, ndcg, tau, has_signal, top1 = torch.ops.rlaif_fast.rank_penalty(
         scores.to(wide).contiguous(),
-        oracle_ranks.to(wide).contiguous(),
-        valid,
+        inputs.oracle_ranks.to(wide).contiguous(),
+        inputs.valid,
         KINDS.index(options.kind),
         options.penalty_weight,
         options.scale == "group",
@@ -83,30 +85,23 @@ def rank_penalty(
 
 def rank_loss(
     logps: Tensor,  # (B, T)
-    advantages: Tensor | None,  # (B,) or (B, T)
-    oracle_ranks: Tensor | None,  # (N, G)
-    valid: Tensor | None,  # (N,) bool
-    old_logps: Tensor | None,  # (B, T)
-    ref_logps: Tensor | None,  # (B, T)
-    mask: Tensor | None,  # (B, T) bool
-    sampling_ratio: Tensor | None,  # (B, T) or (B, 1)
     entropy: Tensor | None,  # (B, T)
-    num_items: Tensor | None,  # scalar
+    inputs: TokenInputs,
     options: LossOptions,
 ) -> TokenGradients:
     """Close the loss over tokens (see `rlaif_fast.loss.reference.rank_loss.rank_loss`)."""
     wide = torch.promote_types(logps.dtype, torch.float32)
     loss, used, stats, grad_logps, grad_entropy = torch.ops.rlaif_fast.token_loss(
         logps.to(wide),
-        _wide(advantages, wide),
-        _wide(oracle_ranks, wide),
-        valid,
-        _wide(old_logps, wide),
-        _wide(ref_logps, wide),
-        mask,
-        _wide(sampling_ratio, wide),
+        _wide(inputs.advantages, wide),
+        _wide(inputs.oracle_ranks, wide),
+        inputs.valid,
+        _wide(inputs.old_logps, wide),
+        _wide(inputs.ref_logps, wide),
+        inputs.mask,
+        _wide(inputs.sampling_ratio, wide),
         _wide(entropy, wide),
-        _wide(num_items, wide),
+        _wide(inputs.num_items, wide),
         KINDS.index(options.kind),
         options.penalty_weight,
         options.scale == "group",
@@ -123,7 +118,7 @@ def rank_loss(
     )
     return TokenGradients(
         loss,
-        used if advantages is None else advantages,
+        used if inputs.advantages is None else inputs.advantages,
         stats,
         grad_logps,
         None if entropy is None else grad_entropy,

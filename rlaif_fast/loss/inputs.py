@@ -1,29 +1,61 @@
-"""The per-token inputs of the loss, padded or packed.
+"""The tensors that pass between the public functions and the backends: one holder each, handed on whole.
 
 Letters: N groups, G responses a group, B = N * G rows, T tokens, M packed tokens (the responses one after
-    another).
+another), V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 
-class TokenInputs(NamedTuple):
+@dataclass(frozen=True)
+class RankInputs:
+    """The checked tensors of the rank penalty."""
+
+    scores: Tensor  # (N, G), higher is more likely
+    oracle_ranks: Tensor  # (N, G), lower is better; scalar rewards, higher is better, for kind="zscore"
+    valid: Tensor | None  # (N,) bool
+
+
+class RankAdvantages(NamedTuple):
+    """What the ranks of N groups of G responses say; no field carries a gradient.
+
+    Attributes:
+        advantages: (N, G).
+        penalties: (N, G) rank penalty; bounded to [0, 1) unless kind is one of the paper's.
+        ndcg: (N,) nDCG of the policy's order against the oracle's, in (0, 1].
+        kendall_tau: (N,) Kendall tau-b of the two orders, in [-1, 1]; 0 where one of them is all ties.
+        has_signal: (N,) bool; false where the group is invalid or the oracle ties all of it.
+        top1_agreement: (N,) share of the oracle's best responses that the policy puts first too.
+    """
+
+    advantages: Tensor
+    penalties: Tensor
+    ndcg: Tensor
+    kendall_tau: Tensor
+    has_signal: Tensor
+    top1_agreement: Tensor
+
+
+@dataclass(frozen=True)
+class TokenInputs:
     """The checked tensors of a loss; where packed, every (B, T) is (M,). Exactly one of the first two is
     given."""
 
-    advantages: Tensor | None  # (B,) or (B, T)
-    oracle_ranks: Tensor | None  # (N, G)
-    valid: Tensor | None  # (N,) bool
-    old_logps: Tensor | None  # (B, T)
-    ref_logps: Tensor | None  # (B, T)
-    mask: Tensor | None  # (B, T) bool
-    sampling_ratio: Tensor | None  # (B, T) or (B, 1)
-    num_items: Tensor | None  # scalar
+    advantages: Tensor | None = None  # (B,) or (B, T)
+    oracle_ranks: Tensor | None = None  # (N, G)
+    valid: Tensor | None = None  # (N,) bool
+    old_logps: Tensor | None = None  # (B, T)
+    ref_logps: Tensor | None = None  # (B, T)
+    mask: Tensor | None = None  # (B, T) bool
+    sampling_ratio: Tensor | None = None  # (B, T) or (B, 1)
+    num_items: Tensor | None = None  # scalar
 
     @property
     def group_size(self) -> int | None:
@@ -32,22 +64,75 @@ class TokenInputs(NamedTuple):
 
     def responses(self, rows: slice) -> TokenInputs:
         """Return the inputs of some responses: whole groups where the loss ranks."""
+        G = self.group_size or 1
+        groups = slice(rows.start // G, rows.stop // G)
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, x in parts.items():
+            if x is not None and name != "num_items":
+                parts[name] = x[groups if name in ("oracle_ranks", "valid") else rows]
+        return TokenInputs(**parts)
 
-        def part(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[rows]
 
-        ranks, valid, G = self.oracle_ranks, self.valid, self.group_size
-        groups = rows if G is None else slice(rows.start // G, rows.stop // G)
-        return TokenInputs(
-            advantages=part(self.advantages),
-            oracle_ranks=None if ranks is None else ranks[groups],
-            valid=None if valid is None else valid[groups],
-            old_logps=part(self.old_logps),
-            ref_logps=part(self.ref_logps),
-            mask=part(self.mask),
-            sampling_ratio=part(self.sampling_ratio),
-            num_items=self.num_items,
-        )
+class TokenGradients(NamedTuple):
+    """A token-level loss with its gradient.
+
+    Attributes:
+        loss: Scalar.
+        advantages: (B,), or (B, T) where they were given so.
+        stats: (len(STATS),), in the order of `rlaif_fast.loss.options.STATS`.
+        grad_logps: (B, T) of the loss; exactly 0 on masked tokens.
+        grad_entropy: (B, T) of the loss, or None without `entropy`.
+    """
+
+    loss: Tensor
+    advantages: Tensor
+    stats: Tensor
+    grad_logps: Tensor
+    grad_entropy: Tensor | None
+
+
+class RowStats(NamedTuple):
+    """Statistics of M rows of logits, of z = logits / temperature; each (M,)."""
+
+    logps: Tensor  # z_y - lse
+    lse: Tensor  # logsumexp z
+    entropy: Tensor  # lse - sum softmax(z) z
+
+
+class RowInputs(NamedTuple):
+    """What the loss needs to know of M rows when their advantages are known beforehand; each (M,), float32 or
+    wider."""
+
+    advantages: Tensor
+    weights: Tensor  # what the row counts in the aggregate; 0 masks it
+    old_logps: Tensor | None  # None is on-policy
+    ref_logps: Tensor | None
+    sampling_ratio: Tensor | None
+
+    def rows(self, span: slice) -> RowInputs:
+        """Return some of the rows."""
+        return RowInputs(*(None if x is None else x[span] for x in self))  # type: ignore[arg-type]
+
+
+class Head(NamedTuple):
+    """The last layer: logits = hidden @ weight.T + bias, divided by the temperature."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperature: float
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether one is."""
+        return self.hidden or self.weight or self.bias
 
 
 class Padding:
@@ -73,10 +158,40 @@ class Padding:
 
         rows = self.mask.shape[0]
         advantages, ratio = inputs.advantages, inputs.sampling_ratio
-        return inputs._replace(
+        return replace(
+            inputs,
             mask=self.mask if inputs.mask is None else self.pad(inputs.mask),
             old_logps=pad(inputs.old_logps),
             ref_logps=pad(inputs.ref_logps),
             sampling_ratio=ratio if ratio is not None and ratio.dim() == 2 else pad(ratio),
             advantages=advantages if advantages is None or len(advantages) == rows else pad(advantages),
         )
+
+
+class LossArguments(TypedDict, total=False):
+    """The keyword arguments of `grpo_rank_loss` that all three forms of the loss take."""
+
+    advantages: Tensor | None
+    group_size: int | None
+    old_logps: Tensor | None
+    ref_logps: Tensor | None
+    mask: Tensor | None
+    sampling_ratio: Tensor | None
+    kind: str
+    penalty_weight: float
+    scale: str
+    score: str
+    valid: Tensor | None
+    epsilon: float
+    epsilon_high: float | None
+    delta: float | None
+    beta: float
+    kl: str
+    entropy_coef: float
+    loss_type: str
+    max_completion_length: int | None
+    num_items_in_batch: int | float | Tensor | None
+    importance_sampling_level: str
+
+
+BATCH_TENSORS = ("advantages", "old_logps", "ref_logps", "mask", "sampling_ratio", "valid")

@@ -1,4 +1,4 @@
-"""The hyper-parameters of the loss, checked once and handed to every backend."""
+"""The hyper-parameters of the loss, checked once and handed whole to every backend."""
 
 from __future__ import annotations
 
@@ -73,6 +73,11 @@ class RankOptions:
         check_choice("scale", self.scale, SCALES)
         check_number("penalty_weight", self.penalty_weight, minimum=0.0)
 
+    @property
+    def orders_policy(self) -> bool:
+        """Whether the advantages depend on the policy's own order."""
+        return self.kind not in ("oracle", "zscore")
+
 
 @dataclass(frozen=True)
 class LossOptions(RankOptions):
@@ -118,3 +123,8 @@ class LossOptions(RankOptions):
             raise ValueError("max_completion_length must be given with loss_type='dr_grpo'; got None")
         if self.max_completion_length is not None:
             check_number("max_completion_length", self.max_completion_length, minimum=0.0, strict=True)
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether a response has one ratio."""
+        return self.importance_sampling_level == "sequence"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlaif_fast.loss.backends import RowStats
+from rlaif_fast.loss.inputs import RowStats
 
 
 class VocabularyShard:

@@ -40,6 +40,8 @@ class Ranking:
 
     Attributes:
         ranks: G entries; 0 is best, equal numbers are ties, None is a response that could not be judged.
+        scores: G entries, higher is better, from an oracle that gives scores (see `gives_scores`); else None. What
+            stands where the rank is None is not read.
         confidence: How far the verdict is to be trusted, in [0, 1].
         verdicts: The raw verdicts it was made from (judge texts, scores), for the log.
         tokens: Judge tokens spent.
@@ -48,6 +50,7 @@ class Ranking:
     """
 
     ranks: tuple[int | None, ...]
+    scores: tuple[float | None, ...] | None = field(default=None, kw_only=True)
     confidence: float = 1.0
     verdicts: tuple[Any, ...] = ()
     tokens: int = 0
@@ -62,10 +65,19 @@ class Ranking:
 
 @runtime_checkable
 class Oracle(Protocol):
-    """Orders the responses of each request; never raises for one it cannot judge (see `Ranking.error`)."""
+    """Orders the responses of each request; never raises for one it cannot judge (see `Ranking.error`).
+
+    An oracle may also have `gives_scores` (bool, False where missing: whether its valid rankings carry `scores`),
+    `identity` (what a cached verdict depends on beside the request) and `stats()` (counts for the log).
+    """
 
     name: str
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
         ...
+
+
+def gives_scores(oracle: Oracle) -> bool:
+    """Whether every valid ranking of the oracle carries `scores` beside its ranks."""
+    return bool(getattr(oracle, "gives_scores", False))

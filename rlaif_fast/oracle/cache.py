@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
 from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json, request_to_json
 from rlaif_fast.oracle.wrappers import identity_of
 
@@ -191,9 +191,9 @@ class CachedOracle:
         return {"oracle/cache_hits": float(self.hits), "oracle/cache_misses": float(self.misses), **inner}
 
     @property
-    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
-        """The inner oracle's scores, where it has any."""
-        return self.inner.score  # type: ignore[attr-defined, no-any-return]
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores; they are kept with its ranks."""
+        return gives_scores(self.inner)
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; what the cache holds costs no tokens and no time."""

@@ -38,8 +38,9 @@ class CallableOracle:
         if not callable(self.function):
             raise UsageError(f"oracle option 'function' must be a function, got {self.function!r}")
         self.returns = returns
+        self.gives_scores = returns == "scores"
         module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
-        self.identity = f"callable/1 {module}:{name or type(self.function).__qualname__} returns={returns}"
+        self.identity = f"callable/2 {module}:{name or type(self.function).__qualname__} returns={returns}"
         self._told = False
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
@@ -58,7 +59,8 @@ class CallableOracle:
             return Ranking(none, 0.0, error=f"the oracle function failed: {type(error).__name__}: {error}")
         sign = 1.0 if self.returns == "scores" else -1.0
         ranks = ranks_from_scores([None if value is None else sign * value for value in values])
-        return Ranking(ranks, 1.0, tuple(values), seconds=time.perf_counter() - start)
+        scores = tuple(values) if self.gives_scores else None
+        return Ranking(ranks, scores=scores, verdicts=tuple(values), seconds=time.perf_counter() - start)
 
 
 def _checked(values: Any, count: int) -> list[float | None]:

@@ -36,6 +36,7 @@ class EmbeddingOracle:
     """
 
     name = "embedding"
+    gives_scores = True
 
     def __init__(
         self, *, model: str, device: str = "auto", batch_size: int = 64, max_response_chars: int = 2000
@@ -68,7 +69,7 @@ class EmbeddingOracle:
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"embedding/1 model={self.model_name} max_chars={self.max_response_chars}"
+        return f"embedding/2 model={self.model_name} max_chars={self.max_response_chars}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -79,22 +80,13 @@ class EmbeddingOracle:
         for request, scores in zip(requests, scored):
             if scores is None:
                 none: tuple[None, ...] = (None,) * len(request.responses)
-                rankings.append(Ranking(none, 0.0, error=_no_reference(request)))
+                reason = f"request {request.id!r} has no reference answer; the embedding oracle needs one"
+                rankings.append(Ranking(none, confidence=0.0, error=reason))
             else:
                 verdicts = tuple(round(score, 6) for score in scores)
-                rankings.append(Ranking(ranks_from_scores(scores, _TIE), 1.0, verdicts, seconds=seconds))
+                ranks = ranks_from_scores(scores, _TIE)
+                rankings.append(Ranking(ranks, scores=scores, verdicts=verdicts, seconds=seconds))
         return rankings
-
-    def score(self, request: RankRequest) -> tuple[float, ...]:
-        """The score of each response, in [0, 1].
-
-        Raises:
-            UsageError: If the request has no reference answer.
-        """
-        [scores] = self._score_all([request])
-        if scores is None:
-            raise UsageError(_no_reference(request))
-        return scores
 
     def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float, ...] | None]:
         plain = [self._texts(request) for request in requests]
@@ -174,7 +166,3 @@ def _pooling(folder: str) -> tuple[bool, int]:
     use_first = pooling.is_file() and json.loads(pooling.read_text()).get("pooling_mode_cls_token", False)
     max_tokens = json.loads(sentence.read_text()).get("max_seq_length") if sentence.is_file() else None
     return bool(use_first), max_tokens or 512
-
-
-def _no_reference(request: RankRequest) -> str:
-    return f"request {request.id!r} has no reference answer; the embedding oracle needs one"

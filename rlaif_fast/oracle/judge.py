@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, gives_scores
 from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import agreement, borda, kemeny
 from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
@@ -53,9 +53,10 @@ class Showing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a showing: ranks over the distinct texts, or the reason why there are none."""
+    """What came of a showing: ranks (and scores, of a judge that gives them) over the distinct texts, or why not."""
 
     ranks: Ranks
+    scores: tuple[float, ...] | None = field(default=None, kw_only=True)
     raw: tuple[str, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
@@ -175,8 +176,9 @@ class Judge(ABC):
     def _fuse(
         self, places: list[int], showings: list[Showing], outcomes: list[Outcome], share: float
     ) -> Ranking:
+        even = (0.0,) * len(places) if gives_scores(self) else None  # nobody is ahead
         if not showings:
-            return Ranking(ranks=(0,) * len(places))
+            return Ranking(ranks=(0,) * len(places), scores=even)
         first_of = [places.index(text) for text in range(len(showings[0].texts))]
         ordered = self.options.protocol in _ORDERED
         verdicts = tuple(
@@ -195,16 +197,20 @@ class Judge(ABC):
             reason = next((outcome.error for outcome in reversed(outcomes) if outcome.error), None)
             error = reason or "the judge could not judge two responses"
             return Ranking((None,) * len(places), 0.0, verdicts, tokens, seconds, error)
-        fused = list(FUSIONS[self.options.fusion](usable))
+        orders = [outcome.ranks for outcome in usable]
+        fused = list(FUSIONS[self.options.fusion](orders))
         for i in range(len(fused)):
-            if 2 * sum(ranks[i] is not None for ranks in usable) < len(usable):
+            if 2 * sum(ranks[i] is not None for ranks in orders) < len(orders):
                 fused[i] = None
-        confidence = agreement(usable)
+        scores = _mean_scores(usable, places)
+        confidence = agreement(orders)
         if confidence < self.options.min_confidence:
             fused = [None if rank is None else 0 for rank in fused]
-        return Ranking(tuple(fused[text] for text in places), confidence, verdicts, tokens, seconds)
+            scores = even
+        ranks = tuple(fused[text] for text in places)
+        return Ranking(ranks, confidence, verdicts, tokens, seconds, scores=scores)
 
-    def _usable(self, outcomes: Sequence[Outcome]) -> list[Ranks]:
+    def _usable(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """The orders that can be fused: those that judged something, and only beside their own reverse.
 
         An order whose reverse is lost would leave its slots' pull in the ranking and pass for certain.
@@ -212,7 +218,16 @@ class Judge(ABC):
         good = [o.error is None and sum(rank is not None for rank in o.ranks) >= 2 for o in outcomes]
         if self.options.protocol in _ORDERED and len(outcomes) > 1:
             good = [good[i] and good[i ^ 1] for i in range(len(good))]
-        return [outcome.ranks for outcome, usable in zip(outcomes, good) if usable]
+        return [outcome for outcome, usable in zip(outcomes, good) if usable]
+
+
+def _mean_scores(outcomes: Sequence[Outcome], places: Sequence[int]) -> tuple[float, ...] | None:
+    """The score of each response, averaged over the showings; None from a judge without scores."""
+    given = [outcome.scores for outcome in outcomes if outcome.scores is not None]
+    if not given:
+        return None
+    means = [sum(values) / len(given) for values in zip(*given)]
+    return tuple(means[text] for text in places)
 
 
 def _spread(ranks: Ranks, first_of: list[int], size: int) -> Ranks:

@@ -19,7 +19,6 @@ import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
@@ -97,14 +96,12 @@ class LocalOracle(Judge):
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"{super().identity} model={self.model} pixels={self.pixels}"
+        return f"{super().identity} model={self.model} pixels={self.pixels} scores={self.gives_scores}"
 
     @property
-    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
-        """Probabilities in [0, 1] of each response; not with `listwise`, which only orders."""
-        if self.options.protocol == "listwise":
-            raise AttributeError("a listwise judge has no scores")
-        return self._score
+    def gives_scores(self) -> bool:
+        """Whether it gives probabilities in [0, 1]; `listwise` only orders."""
+        return self.options.protocol != "listwise"
 
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
         """Judge every showing, `batch_size` at a time."""
@@ -114,16 +111,6 @@ class LocalOracle(Judge):
             with torch.inference_mode():
                 outcomes += run[self.options.protocol](showings[start : start + self.batch_size])
         return outcomes
-
-    def _score(self, request: RankRequest) -> tuple[float, ...]:
-        texts, places = self.shown(request)
-        showing = Showing(request, tuple(texts), tuple(range(len(texts))), salt="")
-        with torch.inference_mode():
-            if self.options.protocol == "pointwise":
-                [(scores, _)] = self._yes_probabilities([showing])
-            else:
-                [(scores, _)] = self._likelihoods([showing])
-        return tuple(scores[place] for place in places)
 
     def _listwise(self, showings: Sequence[Showing]) -> list[Outcome]:
         start = time.perf_counter()
@@ -175,6 +162,7 @@ class LocalOracle(Judge):
                 tuple(f"{value:.6f}" for value in scores),
                 tokens,
                 seconds,
+                scores=tuple(scores),
             )
             for scores, tokens in scored
         ]

@@ -19,6 +19,7 @@ def ranking_to_json(ranking: Ranking) -> dict[str, Any]:
     """A ranking as JSON-ready values; verdicts other than `Verdict` must be JSON-ready themselves."""
     return {
         "ranks": list(ranking.ranks),
+        "scores": None if ranking.scores is None else list(ranking.scores),
         "confidence": ranking.confidence,
         "verdicts": [asdict(v) if isinstance(v, Verdict) else v for v in ranking.verdicts],
         "tokens": ranking.tokens,
@@ -38,8 +39,16 @@ def ranking_from_json(value: Mapping[str, Any]) -> Ranking:
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool)) for rank in ranks
     ):
         raise ValueError("'ranks' must be a list of integers and nulls")
+    scores = value.get("scores")
+    if scores is not None and (
+        not isinstance(scores, list)
+        or len(scores) != len(ranks)
+        or not all(score is None or type(score) in (int, float) for score in scores)
+    ):
+        raise ValueError(f"'scores' must be null or a list of {len(ranks)} numbers and nulls")
     return Ranking(
         ranks=tuple(ranks),
+        scores=None if scores is None else tuple(scores),
         confidence=float(value.get("confidence", 1.0)),
         verdicts=tuple(_verdict_from_json(verdict) for verdict in value.get("verdicts", ())),
         tokens=int(value.get("tokens", 0)),

@@ -34,6 +34,7 @@ class ReferenceOracle:
     """
 
     name = "reference"
+    gives_scores = True
 
     def __init__(self, *, tolerance: float = 0.0, extract: str | None = None) -> None:
         if not 0.0 <= tolerance < 1.0:
@@ -45,22 +46,11 @@ class ReferenceOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         extract = self._extract.pattern if self._extract else None
-        return f"reference/1 tolerance={self.tolerance} extract={extract}"
+        return f"reference/2 tolerance={self.tolerance} extract={extract}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
         return [self._rank_one(request) for request in requests]
-
-    def score(self, request: RankRequest) -> tuple[float, ...]:
-        """The score of each response, in [0, 1]; equal scores are ties.
-
-        Raises:
-            UsageError: If the request has no reference answer, or one that its own `form` does not match.
-        """
-        reference, kind = _reference_of(request)
-        # Groups hold many repeats once the policy is confident; each distinct text is scored once.
-        scores = {text: self._score_one(text, reference, kind, request) for text in set(request.responses)}
-        return tuple(scores[text] for text in request.responses)
 
     def is_correct(self, request: RankRequest, response: str) -> bool:
         """Whether a response counts as right: exact, the right option or number, or every key fact right."""
@@ -78,14 +68,22 @@ class ReferenceOracle:
     def _rank_one(self, request: RankRequest) -> Ranking:
         start = time.perf_counter()
         try:
-            scores = self.score(request)
+            scores = self._score(request)
         except UsageError as error:
             return Ranking(ranks=(None,) * len(request.responses), confidence=0.0, error=str(error))
         return Ranking(
             ranks=ranks_from_scores(scores),
+            scores=scores,
             verdicts=tuple(round(score, 6) for score in scores),
             seconds=time.perf_counter() - start,
         )
+
+    def _score(self, request: RankRequest) -> tuple[float, ...]:
+        """The score of each response, in [0, 1]."""
+        reference, kind = _reference_of(request)
+        # Groups hold many repeats once the policy is confident; each distinct text is scored once.
+        scores = {text: self._score_one(text, reference, kind, request) for text in set(request.responses)}
+        return tuple(scores[text] for text in request.responses)
 
     def _score_one(self, response: str, reference: str, kind: str, request: RankRequest) -> float:
         text, factor = self._answer_of(response)

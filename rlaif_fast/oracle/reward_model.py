@@ -31,6 +31,7 @@ class RewardModelOracle:
     """
 
     name = "reward_model"
+    gives_scores = True
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class RewardModelOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return (
-            f"reward_model/1 model={self.model_name} max_tokens={self.max_tokens} "
+            f"reward_model/2 model={self.model_name} max_tokens={self.max_tokens} "
             f"max_chars={self.max_response_chars} tie={self.tie}"
         )
 
@@ -99,13 +100,9 @@ class RewardModelOracle:
                 )
             else:
                 ranks = ranks_from_scores(scores, self.tie)
-                rankings.append(Ranking(ranks, 1.0, tuple(round(s, 6) for s in scores), seconds=seconds))
+                verdicts = tuple(round(score, 6) for score in scores)
+                rankings.append(Ranking(ranks, scores=scores, verdicts=verdicts, seconds=seconds))
         return rankings
-
-    def score(self, request: RankRequest) -> tuple[float, ...]:
-        """The reward of each response; unbounded."""
-        [scores] = self._score_all([request])
-        return scores
 
     @torch.inference_mode()
     def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float, ...]]:

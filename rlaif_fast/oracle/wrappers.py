@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
 from rlaif_fast.oracle.fusion import ranks_from_scores
 
 T = TypeVar("T")
@@ -52,10 +52,9 @@ class NoisyOracle:
         return f"noisy/1 flip={self.flip} sd={self.score_sd} seed={self.seed} ({identity_of(self.inner)})"
 
     @property
-    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
-        """The inner oracle's scores, disturbed, where it has any."""
-        inner = self.inner.score  # type: ignore[attr-defined]
-        return lambda request: tuple(self._disturb(request, request.responses, inner(request)))
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores; they come back disturbed."""
+        return gives_scores(self.inner)
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -65,15 +64,16 @@ class NoisyOracle:
         if not ranking.valid:
             return ranking
         judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
-        if hasattr(self.inner, "score"):
-            scores = self.inner.score(request)
+        if ranking.scores is not None:
+            clean = [ranking.scores[i] or 0.0 for i in judged]
         else:
-            worst = max(rank for rank in ranking.ranks if rank is not None) or 1
-            scores = [-(rank or 0) / worst for rank in ranking.ranks]
+            ranks = [rank for rank in ranking.ranks if rank is not None]
+            clean = [-rank / (max(ranks) or 1) for rank in ranks]
         texts = [request.responses[i] for i in judged]
-        disturbed = dict(zip(judged, self._disturb(request, texts, [scores[i] for i in judged])))
-        ranks = ranks_from_scores([disturbed.get(i) for i in range(len(ranking.ranks))])
-        return dataclasses.replace(ranking, ranks=ranks)
+        disturbed = dict(zip(judged, self._disturb(request, texts, clean)))
+        noisy = tuple(disturbed.get(i) for i in range(len(ranking.ranks)))
+        scores = None if ranking.scores is None else noisy
+        return dataclasses.replace(ranking, ranks=ranks_from_scores(noisy), scores=scores)
 
     def _disturb(self, request: RankRequest, texts: Sequence[str], scores: Sequence[float]) -> list[float]:
         generator = request_generator(self.seed, request)
@@ -94,7 +94,7 @@ class NoisyOracle:
 
 
 class ShuffledOracle:
-    """Another oracle's ranks dealt out at random within each group: the control that must teach nothing.
+    """Another oracle's ranks and scores dealt out at random within each group: the control that must teach nothing.
 
     Args:
         inner: The oracle whose ranks are shuffled; its ties, abstentions and failures stay as many as they
@@ -114,22 +114,22 @@ class ShuffledOracle:
         return f"shuffled/1 seed={self.seed} ({identity_of(self.inner)})"
 
     @property
-    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
-        """The inner oracle's scores, shuffled as the ranks are, where it has any."""
-        inner = self.inner.score  # type: ignore[attr-defined]
-        return lambda request: tuple(self._shuffle(request, inner(request)))
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores; they come back shuffled as the ranks are."""
+        return gives_scores(self.inner)
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        return [
-            dataclasses.replace(ranking, ranks=tuple(self._shuffle(request, ranking.ranks)))
-            for request, ranking in zip(requests, self.inner.rank(requests))
-        ]
+        return [self._shuffle_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
 
-    def _shuffle(self, request: RankRequest, values: Sequence[T]) -> list[T]:
+    def _shuffle_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
+        scores = None if ranking.scores is None else self._shuffle(request, ranking.scores)
+        return dataclasses.replace(ranking, ranks=self._shuffle(request, ranking.ranks), scores=scores)
+
+    def _shuffle(self, request: RankRequest, values: Sequence[T]) -> tuple[T, ...]:
         shuffled = list(values)
         request_generator(self.seed, request).shuffle(shuffled)
-        return shuffled
+        return tuple(shuffled)
 
 
 class CircuitBreaker:
@@ -157,9 +157,9 @@ class CircuitBreaker:
         return identity_of(self.inner)
 
     @property
-    def score(self) -> Callable[[RankRequest], tuple[float, ...]]:
-        """The inner oracle's scores, where it has any."""
-        return self.inner.score  # type: ignore[attr-defined, no-any-return]
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores."""
+        return gives_scores(self.inner)
 
     def stats(self) -> dict[str, float]:
         """The inner oracle's own figures."""

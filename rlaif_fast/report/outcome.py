@@ -58,6 +58,13 @@ def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
     return notes
 
 
+def older_names(config: TrainConfig) -> list[str]:
+    """What to know where the configuration says a thing by its older name."""
+    if config.algorithm == "grpo_rank" and config.advantage == "zscore":
+        return ["advantage: zscore is the same as algorithm: grpo"]
+    return []
+
+
 def notes_on_data(run: Run) -> list[str]:
     """What a reader of the report has to know about the data."""
     corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
@@ -116,7 +123,10 @@ def write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
             max_new_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
         )
         ranked = rank_rollout(
-            batch, run.sampler.sample(batch.prompts, config.num_generations, params), run.oracle, config
+            batch,
+            run.sampler.sample(batch.prompts, config.num_generations, params),
+            run.oracle,
+            run.algorithm,
         )
         greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
     with run_dir.samples.open("a", encoding="utf-8") as lines:

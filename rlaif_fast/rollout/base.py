@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 
@@ -48,6 +50,8 @@ class Rollout:
             temperature, before top-k and top-p; 0 under the mask.
         texts: B decoded responses, special tokens removed.
         finished: (B,) bool, whether the row drew its end-of-sequence token within the budget.
+        sampling_ratio: (B, T) float32 probability of each token under the policy over that under the sampler, from a
+            sampler whose probabilities are not quite the policy's; the loss is weighed by it. None where they are.
     """
 
     prompts: tuple[EncodedPrompt, ...]
@@ -57,6 +61,7 @@ class Rollout:
     logps: Tensor  # (B, T) float32
     texts: tuple[str, ...]
     finished: Tensor  # (B,) bool
+    sampling_ratio: Tensor | None = None  # (B, T) float32
 
 
 def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -77,6 +82,7 @@ def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
         logps=padded("logps"),
         texts=tuple(text for part in parts for text in part.texts),
         finished=torch.cat([part.finished for part in parts]),
+        sampling_ratio=None if parts[0].sampling_ratio is None else padded("sampling_ratio"),
     )
 
 
@@ -85,7 +91,34 @@ class Sampler(Protocol):
     """Draws `num_generations` responses for each prompt."""
 
     def sample(
-        self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_generations: int,
+        params: SamplingParams,
+        features: MediaFeatures | None = None,
     ) -> Rollout:
-        """Return one rollout; the policy's weights are read, never changed."""
+        """Return one rollout; the policy's weights are read, never changed.
+
+        Args:
+            prompts: N prompts.
+            num_generations: G.
+            params: How to draw.
+            features: What the policy's vision tower gave for these prompts, for a sampler that can use it in place of
+                a pass of its own; the responses are the same with and without.
+        """
         ...
+
+    def sync_weights(self, policy: Policy) -> None:
+        """Take over the policy's weights; called before responses are drawn from a policy that has changed."""
+        ...
+
+
+class ReadsPolicy:
+    """A sampler that computes with the policy itself, and so always with its present weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def sync_weights(self, policy: Policy) -> None:
+        """Nothing to do: the weights are shared."""
+        assert policy is self.policy

@@ -11,26 +11,26 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.families import unwrap
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
 
 
-class PlainSampler:
-    """Draws responses through the model's own `generate`; the fallback of `shared_prefix: false`, and the
-    baseline.
-    """
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+class PlainSampler(ReadsPolicy):
+    """Draws responses through the model's own `generate`; the fallback of `shared_prefix: false`, and the baseline."""
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams
+        self,
+        prompts: Sequence[EncodedPrompt],
+        num_generations: int,
+        params: SamplingParams,
+        features: MediaFeatures | None = None,
     ) -> Rollout:
-        """Return one rollout; see `Sampler`."""
+        """Return one rollout; see `Sampler`. `generate` runs the vision tower itself, whatever `features` hold."""
         from transformers import GenerationConfig, LogitsProcessorList
 
         check_params(params, num_generations, prompts)

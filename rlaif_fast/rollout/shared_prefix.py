@@ -21,7 +21,7 @@ from rlaif_fast.policy.forward_rows import answer_rows, share_media
 from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import Rollout, SamplingParams, concat_rollouts
+from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
 from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
 
 
@@ -145,13 +145,13 @@ class _Step:
         return (output if self._place is None else output.index_select(0, self._place))[None]
 
 
-class SharedPrefixSampler:
+class SharedPrefixSampler(ReadsPolicy):
     """Draws responses with one prefill a group and one computation a distinct prefix."""
 
     def __init__(self, policy: Policy) -> None:
         if not policy.shared_prefix:
             raise ValueError("policy: expected one with shared_prefix=True; use PlainSampler for this one")
-        self.policy = policy
+        super().__init__(policy)
 
     @torch.no_grad()
     def sample(
@@ -159,15 +159,9 @@ class SharedPrefixSampler:
         prompts: Sequence[EncodedPrompt],
         num_generations: int,
         params: SamplingParams,
-        *,
         features: MediaFeatures | None = None,
     ) -> Rollout:
-        """Return one rollout; see `Sampler`.
-
-        Args:
-            features: From `Policy.encode_media` of these prompts, to share one tower pass with the update;
-                None to encode here.
-        """
+        """Return one rollout; see `Sampler`. With `features` the tower pass is shared with the update."""
         check_params(params, num_generations, prompts)
         policy = self.policy
         room = num_generations * (params.max_new_tokens - 1)

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlaif_fast import rank_advantages
+from rlaif_fast.algorithms import Algorithm
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, lay_out
 from rlaif_fast.prompts.batches import PromptBatch
 from rlaif_fast.rollout.base import Rollout, concat_rollouts
-from rlaif_fast.trainer.options import RlOptions
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ def select_rows(rollout: Rollout, groups: Sequence[int], rows: Tensor) -> Rollou
         logps=rollout.logps[at],
         texts=tuple(rollout.texts[i] for i in rows.tolist()),
         finished=rollout.finished[at],
+        sampling_ratio=None if rollout.sampling_ratio is None else rollout.sampling_ratio[at],
     )
 
 
@@ -152,7 +152,7 @@ def policy_scores(rollout: Rollout, score: str) -> Tensor:
     return total.view(-1, rollout.num_generations).cpu()
 
 
-def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: RlOptions) -> RankedRollout:
+def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, algorithm: Algorithm) -> RankedRollout:
     """Ask the oracle for the order of every group and turn it into advantages.
 
     A group the oracle could not rank has advantages 0; in a group it ranked in part, the judged responses are a
@@ -161,8 +161,7 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
     g = rollout.num_generations
     requests = rank_requests(batch, rollout.texts, g)
     rankings = oracle.rank(requests)
-    scores = policy_scores(rollout, options.score)
-    targets = _scalar_rewards(oracle, requests) if options.advantage == "zscore" else None
+    scores = policy_scores(rollout, algorithm.options.score)
 
     n = len(rankings)
     advantages = torch.zeros(n, g)
@@ -175,19 +174,11 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
             by_judged.setdefault(judged, []).append(index)
     for judged, members in by_judged.items():
         rows, columns = torch.tensor(members), torch.tensor(judged)
-        if targets is None:
-            order = torch.tensor([[rankings[i].ranks[j] for j in judged] for i in members])
-        else:
-            order = targets[rows[:, None], columns]
-        result = rank_advantages(
-            scores[rows[:, None], columns],
-            order,
-            kind=options.advantage,
-            penalty_weight=options.penalty_weight,
-            scale=options.scale,
-        )
+        verdicts = [feedback_of(rankings[i], algorithm) for i in members]
+        feedback = torch.tensor([[verdict[j] for j in judged] for verdict in verdicts])
+        result = algorithm.advantages(scores[rows[:, None], columns], feedback)
         group_advantages = result.advantages.float()
-        if options.weight_by_confidence:
+        if algorithm.options.weight_by_confidence:
             confidence = torch.tensor([rankings[i].confidence for i in members])
             group_advantages = group_advantages * confidence[:, None]
         advantages[rows[:, None], columns] = group_advantages
@@ -196,14 +187,17 @@ def rank_rollout(batch: PromptBatch, rollout: Rollout, oracle: Oracle, options: 
     return RankedRollout(batch, rollout, tuple(rankings), scores, advantages, ndcg, tau, has_signal)
 
 
-def _scalar_rewards(oracle: Oracle, requests: Sequence[RankRequest]) -> Tensor:
-    score = getattr(oracle, "score", None)
-    if score is None:
-        raise UsageError(
-            f"advantage: zscore needs scalar rewards, and the oracle {oracle.name!r} only orders responses; "
-            "use --advantage directed, or an oracle with scores such as reference or reward_model"
-        )
-    return torch.tensor([score(request) for request in requests], dtype=torch.float32)
+def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None]:
+    """What the algorithm makes advantages of: the ranking's scores or its ranks.
+
+    Raises:
+        RlaifFastError: The oracle promised scores and gave none.
+    """
+    if algorithm.feedback == "ranks":
+        return ranking.ranks
+    if ranking.scores is None:
+        raise RlaifFastError("the oracle says gives_scores and returned a ranking without scores")
+    return ranking.scores
 
 
 def rollout_records(ranked: RankedRollout, step: int) -> list[dict]:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlaif_fast.errors import UsageError
-from rlaif_fast.loss.backends import NAMES as BACKENDS
+from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.errors import require, require_least, require_positive
+from rlaif_fast.loss.options import MAX_GROUP_SIZE
+from rlaif_fast.oracle.feedback import CORRUPTIONS
 from rlaif_fast.oracle.registry import refuse_secrets
 from rlaif_fast.policy.loading import ModelOptions
 
-MAX_GROUP_SIZE = 64
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
-
-
-def _require(ok: bool, name: str, expected: str, got: Any) -> None:
-    if not ok:
-        raise UsageError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _require_positive(name: str, value: float | None) -> None:
-    ok = value is None or (math.isfinite(value) and value > 0)
-    _require(ok, name, "a positive number", value)
-
-
-def _require_least(name: str, value: float | None, minimum: int) -> None:
-    ok = value is None or (math.isfinite(value) and value >= minimum)
-    _require(ok, name, f"{minimum} or more", value)
 
 
 @dataclass
@@ -90,30 +75,30 @@ class DataOptions:
 
     def check_data(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
-        _require(
+        require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
+        require(
             0.0 <= self.label_confusion <= 1.0, "label_confusion", "a share in [0, 1]", self.label_confusion
         )
-        _require(
+        require(
             0.0 < self.holdout_fraction < 0.5,
             "holdout_fraction",
             "a share in (0, 0.5)",
             self.holdout_fraction,
         )
-        _require_positive("fps", self.fps)
-        _require_least("nframes", self.nframes, 1)
-        _require(
+        require_positive("fps", self.fps)
+        require_least("nframes", self.nframes, 1)
+        require(
             1 <= self.min_frames <= self.max_frames,
             "min_frames",
             f"1 to max_frames ({self.max_frames})",
             self.min_frames,
         )
-        _require_least("frame_cache_bytes", self.frame_cache_bytes, 0)
-        _require(
+        require_least("frame_cache_bytes", self.frame_cache_bytes, 0)
+        require(
             0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
         )
-        _require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        _require(
+        require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
+        require(
             1 <= self.synthetic_difficulty <= 3,
             "synthetic_difficulty",
             "1, 2 or 3",
@@ -143,11 +128,11 @@ class SftOptions:
 
     def check_sft(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require_least("sft_steps", self.sft_steps, 0)
-        _require_positive("sft_learning_rate", self.sft_learning_rate)
-        _require_least("sft_warmup_steps", self.sft_warmup_steps, 0)
-        _require_least("sft_weight_decay", self.sft_weight_decay, 0)
-        _require_least("sft_videos_per_step", self.sft_videos_per_step, 1)
+        require_least("sft_steps", self.sft_steps, 0)
+        require_positive("sft_learning_rate", self.sft_learning_rate)
+        require_least("sft_warmup_steps", self.sft_warmup_steps, 0)
+        require_least("sft_weight_decay", self.sft_weight_decay, 0)
+        require_least("sft_videos_per_step", self.sft_videos_per_step, 1)
 
 
 @dataclass
@@ -155,17 +140,10 @@ class RlOptions:
     """The reinforcement-learning stage.
 
     Attributes:
-        algorithm: "grpo_rank", the loss of this project.
-        advantage: How ranks become advantages: "directed", "oracle", "paper", "paper_swapped", "zscore".
-        penalty_weight: Weight w of the rank penalty in a directed advantage.
-        scale: "none", or "group": divide by the group's root mean square.
-        score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
         max_steps: Rollouts, each followed by its updates.
         videos_per_step: Videos a rollout; every question about them is asked, up to `questions_per_video`.
         questions_per_video: Most questions asked about one video in a step.
         num_generations: Responses a prompt, G, 2 to 64.
-        max_completion_length: Most tokens in a response, the end-of-sequence token counted.
-        temperature: Sampling temperature; the loss uses the same.
         top_p: Nucleus mass kept when sampling.
         top_k: Tokens kept when sampling; 0 keeps all.
         sampler: What draws responses: "auto", "shared_prefix", "cuda_graphs" (decode steps captured on a GPU), "plain",
@@ -180,35 +158,18 @@ class RlOptions:
         adam_beta1: AdamW beta 1.
         adam_beta2: AdamW beta 2.
         max_grad_norm: Gradient clipping.
-        beta: Weight of the KL to the reference policy (the start of this stage).
-        kl: KL estimator: "k1", "k2", "k3".
-        epsilon: Lower (and, by default, upper) clip range.
-        epsilon_high: Upper clip range.
-        delta: Upper bound on the ratio (two-sided clipping); null for none.
-        entropy_coef: Weight of the entropy bonus.
-        loss_type: "grpo", "dapo", "dr_grpo".
-        importance_sampling_level: "token" or "sequence".
         mask_truncated_completions: Leave responses without an end of sequence out of the loss.
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
         dynamic_sampling_rounds: Most extra rollouts a step for that.
-        weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
         eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each. Supervised
             fine-tuning evaluates and writes at every fourth of them, and at its end.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
-        backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
     """
 
-    algorithm: Literal["grpo_rank"] = "grpo_rank"
-    advantage: Literal["directed", "oracle", "paper", "paper_swapped", "zscore"] = "directed"
-    penalty_weight: float = 1.0
-    scale: Literal["none", "group"] = "group"
-    score: Literal["mean", "sum"] = "mean"
     max_steps: int = 500
     videos_per_step: int = 8
     questions_per_video: int = 16
     num_generations: int = 8
-    max_completion_length: int = 256
-    temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     sampler: str = "auto"
@@ -222,62 +183,39 @@ class RlOptions:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    beta: float = 0.01
-    kl: Literal["k1", "k2", "k3"] = "k3"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    entropy_coef: float = 0.0
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    importance_sampling_level: Literal["token", "sequence"] = "token"
     mask_truncated_completions: bool = False
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
-    weight_by_confidence: bool = False
     eval_steps: int = 50
     early_stopping_patience: int = 0
-    backend: str = "auto"
 
     def check_rl(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require(
+        require(
             2 <= self.num_generations <= MAX_GROUP_SIZE,
             "num_generations",
             f"2 to {MAX_GROUP_SIZE} (a ranking needs at least two responses)",
             self.num_generations,
         )
-        _require_least("max_steps", self.max_steps, 0)
-        _require_least("videos_per_step", self.videos_per_step, 1)
-        _require_least("questions_per_video", self.questions_per_video, 1)
-        _require(
-            self.max_completion_length >= 1, "max_completion_length", "1 or more", self.max_completion_length
-        )
-        _require_positive("temperature", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
-        _require_least("top_k", self.top_k, 0)
-        _require_least("num_iterations", self.num_iterations, 1)
-        _require(
+        require_least("max_steps", self.max_steps, 0)
+        require_least("videos_per_step", self.videos_per_step, 1)
+        require_least("questions_per_video", self.questions_per_video, 1)
+        require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
+        require_least("top_k", self.top_k, 0)
+        require_least("num_iterations", self.num_iterations, 1)
+        require(
             self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
         )
-        _require_positive("learning_rate", self.learning_rate)
-        _require_least("warmup_steps", self.warmup_steps, 0)
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "a share in [0, 1]", self.min_lr_ratio)
-        _require_least("weight_decay", self.weight_decay, 0)
+        require_positive("learning_rate", self.learning_rate)
+        require_least("warmup_steps", self.warmup_steps, 0)
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "a share in [0, 1]", self.min_lr_ratio)
+        require_least("weight_decay", self.weight_decay, 0)
         for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
-        _require_positive("max_grad_norm", self.max_grad_norm)
-        _require_least("eval_steps", self.eval_steps, 1)
-        _require_least("early_stopping_patience", self.early_stopping_patience, 0)
-        _require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
-        self.check_loss()
-
-    def check_loss(self) -> None:
-        """Raise `UsageError` for values that the loss would refuse."""
-        for name in ("penalty_weight", "beta", "epsilon", "epsilon_high"):
-            _require_least(name, getattr(self, name), 0)
-        _require_positive("delta", self.delta)
-        _require(math.isfinite(self.entropy_coef), "entropy_coef", "a finite number", self.entropy_coef)
-        _require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
+            require(0 <= getattr(self, name) < 1, name, "a share in [0, 1)", getattr(self, name))
+        require_positive("max_grad_norm", self.max_grad_norm)
+        require_least("eval_steps", self.eval_steps, 1)
+        require_least("early_stopping_patience", self.early_stopping_patience, 0)
+        require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
 
 @dataclass
@@ -288,6 +226,9 @@ class OracleOptions:
         oracle: Name of a registered oracle: "reference", "embedding", "local", "api", "reward_model", "callable",
             "replay", or one from the entry-point group `rlaif_fast.oracles`.
         oracle_options: Keyword arguments of that oracle, as YAML or JSON.
+        feedback: "exact", or how the oracle's scores are corrupted before they are ranked (an experiment): "gaussian",
+            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "outliers".
+        feedback_strength: How much; null is the usual strength of the kind (see `rlaif_fast.oracle.feedback`).
         oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
         max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
@@ -297,6 +238,8 @@ class OracleOptions:
 
     oracle: str = "reference"
     oracle_options: dict[str, Any] = field(default_factory=dict)
+    feedback: str = "exact"
+    feedback_strength: float | None = None
     oracle_noise: float = 0.0
     oracle_shuffle: bool = False
     max_invalid_fraction: float = 0.5
@@ -304,14 +247,18 @@ class OracleOptions:
 
     def check_oracle(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require_least("oracle_noise", self.oracle_noise, 0)
-        _require(
+        kinds = ("exact", *CORRUPTIONS)
+        require(self.feedback in kinds, "feedback", ", ".join(kinds), self.feedback)
+        unused = self.feedback == "exact" and self.feedback_strength is not None
+        require(not unused, "feedback_strength", "null where feedback is exact", self.feedback_strength)
+        require_least("oracle_noise", self.oracle_noise, 0)
+        require(
             0 <= self.max_invalid_fraction <= 1,
             "max_invalid_fraction",
             "a share in [0, 1]",
             self.max_invalid_fraction,
         )
-        _require_least("blind_control", self.blind_control, 0)
+        require_least("blind_control", self.blind_control, 0)
         refuse_secrets(self.oracle_options)
 
 
@@ -353,15 +300,17 @@ class RunOptions:
 
     def check_run(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require_least("num_processes", self.num_processes, 0)
-        _require_least("threads", self.threads, 0)
-        _require_least("logging_steps", self.logging_steps, 1)
-        _require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
-        _require_least("gallery_clips", self.gallery_clips, 0)
+        require_least("num_processes", self.num_processes, 0)
+        require_least("threads", self.threads, 0)
+        require_least("logging_steps", self.logging_steps, 1)
+        require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
+        require_least("gallery_clips", self.gallery_clips, 0)
 
 
 @dataclass
-class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOptions, RunOptions):
+class TrainConfig(
+    ModelOptions, DataOptions, SftOptions, RlOptions, AlgorithmOptions, OracleOptions, RunOptions
+):
     """Everything `python -m rlaif_fast.train` can be told; the defaults are for a model of billions of parameters."""
 
     min_pixels: int = 128 * 32 * 32
@@ -373,18 +322,19 @@ class TrainConfig(ModelOptions, DataOptions, SftOptions, RlOptions, OracleOption
         self.check_data()
         self.check_sft()
         self.check_rl()
+        self.check_algorithm()
         self.check_oracle()
         self.check_run()
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        _require_least("lora_r", self.lora_r, 0)
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
-        _require_least("max_packed_tokens", self.max_packed_tokens, 1)
-        _require(
+        require_least("lora_r", self.lora_r, 0)
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
+        require_least("max_packed_tokens", self.max_packed_tokens, 1)
+        require(
             1 <= self.min_pixels <= self.max_pixels,
             "min_pixels",
             f"1 to max_pixels ({self.max_pixels})",
             self.min_pixels,
         )
-        _require_least("total_pixels", self.total_pixels, 1)
+        require_least("total_pixels", self.total_pixels, 1)

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast import fused_linear_grpo_rank_loss
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
-from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.trainer.groups import (
     RankedRollout,
@@ -142,13 +141,12 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         with logger.timer("rollout"):
             with torch.set_grad_enabled(on_policy(config)):  # else the update runs the tower again
                 features = run.policy.encode_media(batch.prompts)
-            shared = {}
-            if features is not None and isinstance(run.sampler, SharedPrefixSampler):
-                shared = {"features": features.detach()}
+            shared = None if features is None else features.detach()
             with torch.no_grad():
-                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, **shared)
+                run.sampler.sync_weights(run.policy)
+                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, shared)
         with logger.timer("oracle"):
-            ranked = rank_rollout(batch, rollout, run.oracle, config)
+            ranked = rank_rollout(batch, rollout, run.oracle, run.algorithm)
         sampled.append(replace(ranked, features=features))
         wanted = wanted or len(batch)
         if sum(int(part.has_signal.sum()) for part in sampled) >= wanted:
@@ -231,7 +229,7 @@ def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, i
     device = policy.device
     row_lengths = rollout.mask.sum(1).to(device)
     ref_logps: Tensor | None = None
-    if config.beta > 0:
+    if "reference" in run.algorithm.extra_models:
         with torch.no_grad():
             ref_logps = policy.reference_logps(
                 rows.prompts,
@@ -245,7 +243,7 @@ def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, i
     if config.mask_truncated_completions:
         keep = rollout.finished.cpu()
     token_mask = torch.repeat_interleave(keep.to(device), row_lengths)
-    output = fused_linear_grpo_rank_loss(
+    output = run.algorithm.loss(
         response_hidden(policy, rows, features=features),
         policy.head_weight,
         rows.target_ids.to(device),
@@ -255,18 +253,8 @@ def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, i
         mask=None if bool(keep.all()) else token_mask,
         old_logps=None if on_policy(config) else rollout.logps[rollout.mask],
         ref_logps=ref_logps,
-        temperature=config.temperature,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
-        kl=config.kl,
-        entropy_coef=config.entropy_coef,
-        loss_type=config.loss_type,
-        max_completion_length=config.max_completion_length,
+        sampling_ratio=None if rollout.sampling_ratio is None else rollout.sampling_ratio[rollout.mask],
         num_items_in_batch=items,
-        importance_sampling_level=config.importance_sampling_level,
-        backend=config.backend,
     )
     output.loss.backward()
     names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlaif_fast.algorithms import Algorithm
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Oracle
@@ -37,6 +38,7 @@ class Run:
     sampler: Sampler
     make_batch: BatchMaker
     oracle: Oracle
+    algorithm: Algorithm
     data: Datasets
     logger: RunLogger | SilentLogger
     store: CheckpointStore
@@ -45,6 +47,7 @@ class Run:
     def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
         """Answer `examples` greedily, log the accuracy, return the predictions."""
         with self.logger.timer("evaluation"), torch.no_grad(), self.policy.evaluating():
+            self.sampler.sync_weights(self.policy)
             result = evaluate(
                 examples,
                 self.make_batch,

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
@@ -99,15 +102,10 @@ def check_overwrite(config: TrainConfig) -> None:
 
 
 def check_oracle(config: TrainConfig) -> None:
-    """Refuse an oracle that cannot be built, or has no scores where the advantage needs them."""
-    oracle: object = find_oracle(config.oracle, config.oracle_options)
+    """Refuse an oracle that cannot be built; one that is a model is only looked up, its options checked."""
+    find_oracle(config.oracle, config.oracle_options)
     if config.oracle not in MODEL_ORACLES:
-        oracle = make_oracle(config)
-    if config.advantage == "zscore" and getattr(oracle, "score", None) is None:
-        raise UsageError(
-            f"advantage: zscore needs scalar rewards, and the oracle {config.oracle!r} only orders responses; "
-            "use --advantage directed, or an oracle with scores such as reference or reward_model"
-        )
+        make_oracle(config)
 
 
 def set_threads(threads: int, processes: int = 1) -> None:
@@ -344,8 +342,22 @@ def make_batch_maker(
 
 
 def make_oracle(config: TrainConfig) -> Oracle:
-    """The oracle of the configuration, with the wrappers of the experiments around it."""
+    """The oracle of the configuration, with the wrappers of the experiments around it.
+
+    Raises:
+        UsageError: It cannot be built, or has no scores where the algorithm needs them.
+    """
     oracle = build_oracle(config.oracle, max_invalid_fraction=None, **config.oracle_options)
+    if find_algorithm(config).feedback == "scores" and not gives_scores(oracle):
+        raise UsageError(
+            f"algorithm: {config.algorithm} with advantage {config.advantage} needs scores, and the oracle "
+            f"{config.oracle!r} only orders responses; use --algorithm grpo_rank --advantage directed, or an oracle "
+            "with scores such as reference or reward_model"
+        )
+    if config.feedback != "exact":
+        oracle = CorruptedOracle(
+            oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
+        )
     if config.oracle_noise > 0:
         oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
     if config.oracle_shuffle:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss.inputs import RankInputs, TokenInputs
 from rlaif_fast.loss.options import LOG_RATIO_LIMIT, LossOptions
 from rlaif_fast.loss.reference.rank_penalty import rank_penalty
 
@@ -50,19 +51,13 @@ def policy_scores(
 
 def rank_loss(
     logps: Tensor,  # (B, T) differentiable
-    advantages: Tensor | None,  # (B,) or (B, T); else oracle_ranks
-    oracle_ranks: Tensor | None,  # (N, G)
-    valid: Tensor | None,  # (N,) bool
-    old_logps: Tensor | None,  # (B, T); None is on-policy
-    ref_logps: Tensor | None,  # (B, T)
-    mask: Tensor | None,  # (B, T) bool
-    sampling_ratio: Tensor | None,  # (B, T) or (B, 1)
     entropy: Tensor | None,  # (B, T) differentiable
-    num_items: Tensor
-    | None,  # scalar, replaces the token count of "dapo" and the response count of the others
+    inputs: TokenInputs,
     options: LossOptions,
 ) -> TokenLoss:
     """Return the loss (see the module's docstring), the advantages it used and its statistics."""
+    advantages, oracle_ranks, valid, mask = inputs.advantages, inputs.oracle_ranks, inputs.valid, inputs.mask
+    old_logps, ref_logps, sampling_ratio = inputs.old_logps, inputs.ref_logps, inputs.sampling_ratio
     B, T = logps.shape
     zero = logps.new_zeros(())
     mask = logps.new_ones((B, T), dtype=torch.bool) if mask is None else mask
@@ -83,7 +78,7 @@ def rank_loss(
     ranking = None
     if oracle_ranks is not None:
         scores = policy_scores(old, mask, oracle_ranks.shape[1], options.score)
-        ranking = rank_penalty(scores, oracle_ranks, groups, options)
+        ranking = rank_penalty(RankInputs(scores, oracle_ranks, groups), options)
         advantages = ranking.advantages.reshape(B)
     assert advantages is not None
     A = advantages.detach().to(logps.dtype)
@@ -102,7 +97,7 @@ def rank_loss(
 
     kl = None if ref is None else _kl(ref - logps, options.kl)
 
-    weight = token_weights(mask, length, row_valid, num_items, options, logps.dtype)
+    weight = token_weights(mask, length, row_valid, inputs.num_items, options, logps.dtype)
     policy_loss = -(policy * weight).sum()
     kl_loss = zero if kl is None else options.beta * (kl * weight).sum()
     entropy_loss = zero if entropy is None else -options.entropy_coef * (entropy * weight).sum()

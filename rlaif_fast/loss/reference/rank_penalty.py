@@ -11,32 +11,12 @@ random tie-breaking. Source: arXiv 2510.02561 (GRPO_rank).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss.advantages import advantages_of
+from rlaif_fast.loss.inputs import RankAdvantages, RankInputs
 from rlaif_fast.loss.options import RankOptions
-
-
-class RankAdvantages(NamedTuple):
-    """What the ranks of N groups of G responses say; no field carries a gradient.
-
-    Attributes:
-        advantages: (N, G).
-        penalties: (N, G) rank penalty; bounded to [0, 1) unless kind is one of the paper's.
-        ndcg: (N,) nDCG of the policy's order against the oracle's, in (0, 1].
-        kendall_tau: (N,) Kendall tau-b of the two orders, in [-1, 1]; 0 where one of them is all ties.
-        has_signal: (N,) bool; false where the group is invalid or the oracle ties all of it.
-        top1_agreement: (N,) share of the oracle's best responses that the policy puts first too.
-    """
-
-    advantages: Tensor  # (N, G)
-    penalties: Tensor  # (N, G)
-    ndcg: Tensor  # (N,)
-    kendall_tau: Tensor  # (N,)
-    has_signal: Tensor  # (N,) bool
-    top1_agreement: Tensor  # (N,)
 
 
 def positions(
@@ -59,13 +39,9 @@ def tie_mean(
 
 
 @torch.no_grad()
-def rank_penalty(
-    scores: Tensor,  # (N, G), higher is more likely
-    oracle_ranks: Tensor,  # (N, G), lower is better; scalar rewards, higher is better, for kind="zscore"
-    valid: Tensor | None,  # (N,) bool
-    options: RankOptions,
-) -> RankAdvantages:
+def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Compare the policy's order of each group with the oracle's (see the module's docstring)."""
+    scores, oracle_ranks, valid = inputs.scores, inputs.oracle_ranks, inputs.valid
     G, dtype = scores.shape[1], scores.dtype
     wide = torch.promote_types(dtype, torch.float32)
     scores, oracle = scores.to(wide), oracle_ranks.to(wide)
@@ -85,22 +61,7 @@ def rank_penalty(
         penalty = 1 - torch.minimum(u, v) / torch.maximum(u, v)
 
     tied = (oracle_at[1] == G).all(-1)
-    if options.kind == "zscore":
-        centred = oracle - oracle.mean(-1, keepdim=True)
-        std = oracle.std(-1, keepdim=True) if G > 1 else torch.zeros_like(centred)
-        advantage = centred / (std + 1e-4)
-    elif options.kind in ("paper", "paper_swapped"):
-        advantage = penalty.mean(-1, keepdim=True) - penalty
-    else:
-        advantage = u - u.mean(-1, keepdim=True)
-        if options.kind == "directed":
-            advantage = advantage * (1 + options.penalty_weight * penalty)
-            advantage = advantage - advantage.mean(-1, keepdim=True)
-    if options.kind not in ("paper", "paper_swapped"):  # exact zeros, whatever the mean above rounded to
-        advantage = advantage.masked_fill(tied[:, None], 0.0)
-    if options.scale == "group":
-        advantage = advantage / (advantage.square().mean(-1, keepdim=True).sqrt() + 1e-6)
-
+    advantage = advantages_of(u, penalty, oracle, tied, options)
     ndcg = _ndcg(relevance, discount, oracle_at, policy_at)
     tau = _kendall_tau_b(oracle if options.kind != "zscore" else -oracle, -scores)
     best, first = oracle_at[0] == 0, policy_at[0] == 0

@@ -1,0 +1,88 @@
+"""The hyper-parameters of the algorithms and their loss, under the names TRL uses where TRL has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from rlaif_fast.algorithms.registry import find_algorithm
+from rlaif_fast.errors import UsageError, require, require_positive
+from rlaif_fast.loss.backends import NAMES as BACKENDS
+from rlaif_fast.loss.options import LossOptions
+
+
+@dataclass
+class AlgorithmOptions:
+    """What is learned from a group, and how.
+
+    Attributes:
+        algorithm: "grpo_rank" (the oracle's order), "grpo" (scores, normalised in the group), "rloo" (scores, against
+            the other responses' mean), "gopo" (ranks, evenly spaced), or one from the entry-point group
+            `rlaif_fast.algorithms`.
+        advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
+            `algorithm: grpo`.
+        penalty_weight: Weight w of the rank penalty in a directed advantage.
+        scale: "none", or "group": divide by the group's root mean square (grpo_rank and grpo).
+        score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
+        weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
+        beta: Weight of the KL to the reference policy (the start of this stage).
+        kl: KL estimator: "k1", "k2", "k3".
+        epsilon: Lower (and, by default, upper) clip range.
+        epsilon_high: Upper clip range.
+        delta: Upper bound on the ratio (two-sided clipping); null for none.
+        entropy_coef: Weight of the entropy bonus.
+        loss_type: "grpo", "dapo", "dr_grpo".
+        importance_sampling_level: "token" or "sequence".
+        temperature: Sampling temperature; the loss uses the same.
+        max_completion_length: Most tokens in a response, the end-of-sequence token counted; "dr_grpo" divides by it.
+        backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
+    """
+
+    algorithm: str = "grpo_rank"
+    advantage: Literal["directed", "oracle", "paper", "paper_swapped", "zscore"] = "directed"
+    penalty_weight: float = 1.0
+    scale: Literal["none", "group"] = "group"
+    score: Literal["mean", "sum"] = "mean"
+    weight_by_confidence: bool = False
+    beta: float = 0.01
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    entropy_coef: float = 0.0
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    temperature: float = 1.0
+    max_completion_length: int = 256
+    backend: str = "auto"
+
+    def check_algorithm(self) -> None:
+        """Raise `UsageError` for values that cannot work, and for those that the algorithm would ignore."""
+        try:
+            LossOptions(
+                kind=self.advantage,
+                penalty_weight=self.penalty_weight,
+                scale=self.scale,
+                score=self.score,
+                epsilon_low=self.epsilon,
+                epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+                delta=self.delta,
+                beta=self.beta,
+                kl=self.kl,
+                entropy_coef=self.entropy_coef,
+                loss_type=self.loss_type,
+                max_completion_length=self.max_completion_length,
+                importance_sampling_level=self.importance_sampling_level,
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error)) from error
+        require_positive("temperature", self.temperature)
+        require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
+        ignored = find_algorithm(self).ignores(self)
+        for option in fields(AlgorithmOptions):
+            value = getattr(self, option.name)
+            if option.name in ignored and value != option.default:
+                raise UsageError(
+                    f"{option.name}: {self.algorithm} with advantage {self.advantage} does not read it, "
+                    f"got {value!r}; leave it out"
+                )

@@ -1,0 +1,42 @@
+"""Names of algorithms: ours and those of other packages (entry-point group `rlaif_fast.algorithms`)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rlaif_fast.plugins import find
+
+if TYPE_CHECKING:
+    from rlaif_fast.algorithms.base import Algorithm
+    from rlaif_fast.algorithms.options import AlgorithmOptions
+
+ALGORITHMS = {
+    "grpo_rank": "rlaif_fast.algorithms.grpo_rank:GrpoRank",
+    "grpo": "rlaif_fast.algorithms.grpo:Grpo",
+    "rloo": "rlaif_fast.algorithms.rloo:Rloo",
+    "gopo": "rlaif_fast.algorithms.gopo:Gopo",
+}
+
+
+def find_algorithm(options: AlgorithmOptions) -> type[Algorithm]:
+    """The class that the options name; `advantage: zscore` is `algorithm: grpo` under its older name.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    zscore = options.algorithm == "grpo_rank" and options.advantage == "zscore"
+    found = find("algorithms", "grpo" if zscore else options.algorithm, ALGORITHMS)
+    if not isinstance(found, str):
+        return found
+    module, _, attribute = found.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def make_algorithm(options: AlgorithmOptions) -> Algorithm:
+    """The algorithm that the options name.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    return find_algorithm(options)(options)

@@ -1,0 +1,195 @@
+"""What a comparison runs: one start a seed, and every arm under every kind of feedback from it.
+
+The file (`configs/compare.yaml` is an example):
+
+    output_dir: runs/compare
+    common: {...}        keys of `rlaif_fast.train` that all runs share
+    start: {...}         keys of the supervised start alone
+    arms:                name -> keys of that arm
+      grpo: {algorithm: grpo}
+      grpo_rank: {algorithm: grpo_rank, advantage: directed}
+    feedback:            name -> keys of that kind of feedback
+      exact: {}
+      heavy_tails: {feedback: heavy_tails}
+    tables:              name -> what it compares, and the arm that the others are measured against
+      main: {seeds: [1, 2, 3], arms: [grpo, grpo_rank], feedback: [exact, heavy_tails], baseline: grpo}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import UsageError
+
+RESERVED = (
+    "seed",
+    "output_dir",
+    "sft",
+    "max_steps",
+    "resume",
+    "overwrite_output_dir",
+)  # by section, see `_keys`
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the report.
+
+    Attributes:
+        name: Its key in the file.
+        seeds: Seeds of data, weights and draws.
+        arms: Names of arms.
+        feedback: Names of kinds of feedback.
+        baseline: The arm that the others are measured against.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    feedback: tuple[str, ...]
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run of the comparison.
+
+    Attributes:
+        folder: Its run folder.
+        values: Its configuration, keys of `rlaif_fast.train`.
+        after: Folder of the run that has to finish first; None for a start.
+    """
+
+    folder: Path
+    values: Mapping[str, Any]
+    after: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison as its file describes it (see the module)."""
+
+    output_dir: Path
+    common: Mapping[str, Any]
+    start: Mapping[str, Any]
+    arms: Mapping[str, Mapping[str, Any]]
+    feedback: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"exact": {}})
+    tables: tuple[Table, ...] = ()
+
+    def start_folder(self, seed: int) -> Path:
+        """Where the supervised start of a seed lies."""
+        return self.output_dir / f"seed-{seed}" / "start"
+
+    def arm_folder(self, seed: int, feedback: str, arm: str) -> Path:
+        """Where the run of an arm lies."""
+        return self.output_dir / f"seed-{seed}" / feedback / arm
+
+    def jobs(self) -> list[Job]:
+        """Every run that the tables need, each once, starts before what follows them."""
+        found: dict[Path, Job] = {}
+        for table in self.tables:
+            for seed in table.seeds:
+                start = self.start_folder(seed)
+                found.setdefault(start, Job(start, self._values(seed, start, {**self.start, "max_steps": 0})))
+                sft = str(start / "checkpoints" / "sft")
+                for feedback in table.feedback:
+                    for arm in table.arms:
+                        folder = self.arm_folder(seed, feedback, arm)
+                        keys = {**self.feedback[feedback], **self.arms[arm], "sft": sft}
+                        found.setdefault(folder, Job(folder, self._values(seed, folder, keys), after=start))
+        return list(found.values())
+
+    def _values(self, seed: int, folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.common, **keys, "seed": seed, "output_dir": str(folder)}
+
+
+def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
+    """Read a comparison from its YAML file.
+
+    Args:
+        file: The file.
+        output_dir: In place of the one that the file names.
+
+    Raises:
+        UsageError: The file cannot be read, or a key, an arm or a kind of feedback is unknown.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"config: cannot read {file}: {error}") from error
+    known = [entry.name for entry in dataclasses.fields(Plan)]
+    if not isinstance(values, dict) or not {"arms", "tables"} <= values.keys():
+        raise UsageError(
+            f"config: {file} needs the sections arms and tables; there can be {', '.join(known)}"
+        )
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise UsageError(
+            f"config: {file} has unknown sections {', '.join(unknown)}; there can be {', '.join(known)}"
+        )
+    folder = output_dir or values.get("output_dir")
+    if not folder:
+        raise UsageError(f"config: {file} names no output_dir; add one, or --output_dir")
+    arms = {name: _keys(keys, f"arms.{name}", RESERVED[:3]) for name, keys in values["arms"].items()}
+    feedback = values.get("feedback") or {"exact": {}}
+    plan = Plan(
+        output_dir=Path(folder),
+        common=_keys(values.get("common"), "common", RESERVED[:3]),
+        start=_keys(values.get("start"), "start", RESERVED),
+        arms=arms,
+        feedback={name: _keys(keys, f"feedback.{name}", RESERVED) for name, keys in feedback.items()},
+        tables=tuple(_tables(values["tables"])),
+    )
+    for table in plan.tables:
+        _check_names(table, plan)
+    return plan
+
+
+def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of one section, checked against those of the trainer."""
+    from rlaif_fast.trainer.options import TrainConfig
+
+    keys = keys or {}
+    if not isinstance(keys, dict):
+        raise UsageError(f"config: {section} must hold keys of rlaif_fast.train, got {keys!r}")
+    known = {entry.name for entry in dataclasses.fields(TrainConfig)}
+    for name in keys:
+        if name in reserved:
+            raise UsageError(f"config: {section}.{name} is set by the comparison itself; leave it out")
+        if name not in known:
+            raise UsageError(f"config: {section}.{name} is no key of rlaif_fast.train; see its --help")
+    return keys
+
+
+def _tables(tables: Any) -> Iterator[Table]:
+    if not isinstance(tables, dict):
+        raise UsageError(f"config: tables must name each table, got {tables!r}")
+    for name, keys in tables.items():
+        wanted = [entry.name for entry in dataclasses.fields(Table) if entry.name != "name"]
+        if not isinstance(keys, dict) or sorted(keys) != sorted(wanted):
+            raise UsageError(f"config: tables.{name} needs exactly {', '.join(wanted)}, got {keys!r}")
+        yield Table(
+            name, tuple(keys["seeds"]), tuple(keys["arms"]), tuple(keys["feedback"]), str(keys["baseline"])
+        )
+
+
+def _check_names(table: Table, plan: Plan) -> None:
+    for kind, names, there in (
+        ("arm", (*table.arms, table.baseline), plan.arms),
+        ("feedback", table.feedback, plan.feedback),
+    ):
+        for name in names:
+            if name not in there:
+                raise UsageError(
+                    f"config: tables.{table.name} names the {kind} {name!r}; there are {', '.join(there)}"
+                )
+    if table.baseline not in table.arms:
+        raise UsageError(f"config: tables.{table.name}.baseline {table.baseline!r} is not among its arms")
+    if not table.seeds:
+        raise UsageError(f"config: tables.{table.name} has no seeds")

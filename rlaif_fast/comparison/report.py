@@ -1,0 +1,156 @@
+"""The report of a comparison: Markdown tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rlaif_fast.comparison.plan import Plan, Table
+from rlaif_fast.comparison.results import Cell, read_table, write_results
+from rlaif_fast.report.stats import Interval
+from rlaif_fast.runs.folder import write_atomically
+
+Cells = Mapping[tuple[str, str], Cell]
+
+
+def write_report(plan: Plan) -> Path:
+    """Write `comparison.md`, `comparison.json` and a figure a table; what has not finished is said. Returns the
+    first."""
+    tables = {table.name: read_table(plan, table) for table in plan.tables}
+    parts = ["# Comparison\n"]
+    for table in plan.tables:
+        cells = tables[table.name]
+        parts.append(f"## {table.name}\n\n{describe(table, cells)}\n")
+        if cells:
+            parts += [accuracy_table(table, cells), category_table(table, cells), cost_table(table, cells)]
+            draw_curves(table, cells, plan.output_dir / f"{table.name}.png")
+            parts.append(f"![Validation accuracy against sampled tokens and time]({table.name}.png)\n")
+    write_results(plan.output_dir / "comparison.json", tables)
+    file = plan.output_dir / "comparison.md"
+    write_atomically(file, "\n".join(parts))
+    return file
+
+
+def describe(table: Table, cells: Cells) -> str:
+    """How many runs and questions stand behind a table, and how to read it."""
+    wanted = len(table.seeds) * len(table.arms) * len(table.feedback)
+    found = sum(len(cell.outcomes) for cell in cells.values())
+    questions = sorted({len(o.correct) for cell in cells.values() for o in cell.outcomes.values()})
+    sizes = " or ".join(map(str, questions)) or "no"
+    return (
+        f"{found} of {wanted} runs have finished, on {sizes} test questions each. Accuracy is the mean over the seeds. "
+        f"The second figure is the lead over {table.baseline} in points with its 95% interval (paired bootstrap over "
+        "seeds and videos); an interval above 0 is bold."
+    )
+
+
+def accuracy_table(table: Table, cells: Cells) -> str:
+    """A row an arm, a column a kind of feedback."""
+    rows = []
+    for arm in table.arms:
+        row = [arm]
+        for feedback in table.feedback:
+            cell = cells.get((feedback, arm))
+            row.append("–" if cell is None else _cell(cell))
+        rows.append(row)
+    start = _mean(o.start_accuracy for cell in cells.values() for o in cell.outcomes.values())
+    rows.append(["start", *[f"{start:.1%}"] * len(table.feedback)])
+    return markdown_table(["arm", *table.feedback], rows)
+
+
+def category_table(table: Table, cells: Cells) -> str:
+    """Change of each category from the start, in points, by arm, under the first kind of feedback."""
+    feedback = table.feedback[0]
+    arms = [arm for arm in table.arms if (feedback, arm) in cells]
+    categories = sorted(
+        {c for arm in arms for o in cells[feedback, arm].outcomes.values() for c in o.category.values()}
+    )
+    rows = [
+        [category, *(f"{100 * _category_change(cells[feedback, arm], category):+.1f}" for arm in arms)]
+        for category in categories
+    ]
+    return markdown_table([f"category ({feedback})", *arms], rows)
+
+
+def _category_change(cell: Cell, category: str) -> float:
+    changes = []
+    for outcome in cell.outcomes.values():
+        names = [name for name, value in outcome.category.items() if value == category]
+        if names:
+            changes.append(_mean(outcome.correct[name] - outcome.start[name] for name in names))
+    return _mean(changes)
+
+
+def cost_table(table: Table, cells: Cells) -> str:
+    """What each arm used, as the mean over seeds and kinds of feedback."""
+    rows = []
+    for arm in table.arms:
+        outcomes = [o for (_, name), cell in cells.items() if name == arm for o in cell.outcomes.values()]
+        if outcomes:
+            rows.append(
+                [
+                    arm,
+                    f"{_mean(o.sampled_tokens for o in outcomes):,.0f}",
+                    f"{_mean(o.oracle_groups for o in outcomes):,.0f}",
+                    f"{_mean(o.seconds for o in outcomes):.0f} s",
+                    f"{max(o.peak_rss_bytes for o in outcomes) / 2**30:.2f} GiB",
+                ]
+            )
+    return markdown_table(["arm", "sampled tokens", "groups ranked", "time", "most memory"], rows)
+
+
+def _cell(cell: Cell) -> str:
+    text = f"{cell.accuracy:.1%}"
+    if cell.ahead is not None:
+        lead = _points(cell.ahead)
+        text += f" ({f'**{lead}**' if cell.ahead.low > 0 else lead})"
+    return text
+
+
+def _points(interval: Interval) -> str:
+    return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(np.mean(found)) if found else float("nan")
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def draw_curves(table: Table, cells: Cells, file: Path) -> None:
+    """Draw validation accuracy against sampled tokens and against time, a row a kind of feedback."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = [f for f in table.feedback if any(key[0] == f for key in cells)]
+    figure, axes = pyplot.subplots(len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, sharey="row")
+    colors = {arm: pyplot.get_cmap("tab10")(i % 10) for i, arm in enumerate(table.arms)}
+    for row, feedback in zip(axes, kinds):
+        for arm in table.arms:
+            cell = cells.get((feedback, arm))
+            if cell is None:
+                continue
+            curves = [outcome.curve for outcome in cell.outcomes.values()]
+            steps = min(map(len, curves))
+            points = np.array([curve[:steps] for curve in curves]).mean(0)  # (steps, 4)
+            begun = points[0, 2]
+            for axis, x in ((row[0], points[:, 1] / 1e3), (row[1], points[:, 2] - begun)):
+                axis.plot(x, 100 * points[:, 3], color=colors[arm], label=arm)
+        row[0].set_ylabel(f"{feedback}\nvalidation accuracy (%)")
+        row[0].set_xlabel("sampled tokens (thousands)")
+        row[1].set_xlabel("seconds of the RL stage")
+        for axis in row:
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,209 @@
+"""What the runs of a comparison reached: accuracies by arm, and differences from the baseline with intervals.
+
+An interval is of a bootstrap on two levels: seeds are drawn first, then whole videos within each (questions about one
+video are not independent). Both arms of a difference share the seeds, the starts and the questions, so it is paired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlaif_fast.comparison.plan import Plan, Table
+from rlaif_fast.report.stats import Interval
+from rlaif_fast.runs.folder import RunDir, read_jsonl
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run.
+
+    Attributes:
+        correct: Whether each test question was answered right, by question.
+        video: The video of each question.
+        category: The category of each question.
+        start: As `correct`, where RL began.
+        curve: (step, sampled tokens, seconds, validation accuracy) of each evaluation of the RL stage.
+        sampled_tokens: Tokens drawn by the policy.
+        oracle_groups: Groups that the oracle was asked to rank.
+        seconds: Wall-clock time.
+        peak_rss_bytes: Peak memory.
+    """
+
+    correct: Mapping[str, bool]
+    video: Mapping[str, str]
+    category: Mapping[str, str]
+    start: Mapping[str, bool]
+    curve: tuple[tuple[int, float, float, float], ...]
+    sampled_tokens: float
+    oracle_groups: float
+    seconds: float
+    peak_rss_bytes: float
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy at the end."""
+        return float(np.mean(list(self.correct.values())))
+
+    @property
+    def start_accuracy(self) -> float:
+        """Test accuracy where RL began."""
+        return float(np.mean(list(self.start.values())))
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """Read a finished run; None where it has not finished."""
+    run = RunDir(folder)
+    if not run.finished:
+        return None
+    summary = run.read_summary()
+    final, start = list(read_jsonl(run.predictions("final"))), list(read_jsonl(run.predictions("sft")))
+    curve, tokens, groups = [], 0.0, 0.0
+    generations = summary["config"]["num_generations"]
+    for record in read_jsonl(run.metrics):
+        if record["stage"] == "rl":
+            tokens += record["completion_length"] * record["groups"] * generations
+            groups += record.get("oracle/groups", record["groups"])
+        elif record["stage"] == "eval" and record["phase"] == "rl":
+            curve.append((record["step"], tokens, record["time"], record["accuracy"]))
+    return Outcome(
+        correct={row["example_id"]: row["correct"] for row in final},
+        video={row["example_id"]: str(row["video"]) for row in final},
+        category={row["example_id"]: row["category"] for row in final},
+        start={row["example_id"]: row["correct"] for row in start},
+        curve=tuple(curve),
+        sampled_tokens=tokens,
+        oracle_groups=groups,
+        seconds=summary["seconds"],
+        peak_rss_bytes=summary["peak_rss_bytes"],
+    )
+
+
+def two_level_bootstrap(
+    differences: Sequence[np.ndarray], *, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Return the mean over seeds and its bootstrap interval.
+
+    Args:
+        differences: For each seed (clusters, 2): the sum of the differences in a cluster, and its number of questions.
+        resamples: Bootstrap draws.
+        confidence: Coverage, in (0, 1).
+        seed: Of the draws.
+    """
+    if not differences:
+        raise ValueError("differences: expected at least one seed, got none")
+    generator = np.random.default_rng(seed)
+    mean = float(np.mean([part[:, 0].sum() / part[:, 1].sum() for part in differences]))
+    chosen = generator.integers(len(differences), size=(resamples, len(differences)))
+    totals = np.zeros(resamples)
+    for k, part in enumerate(differences):
+        places = np.nonzero(chosen == k)[0]  # one entry for each time that this seed was drawn
+        for some in np.array_split(places, max(1, len(places) * len(part) // 2**20)):
+            drawn = part[generator.integers(len(part), size=(len(some), len(part)))].sum(1)
+            np.add.at(totals, some, drawn[:, 0] / drawn[:, 1])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(totals / len(differences), [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
+
+
+def difference(arm: Sequence[Outcome], baseline: Sequence[Outcome]) -> Interval:
+    """Return by how much an arm is ahead of the baseline, in accuracy; the two hold the same seeds in one order."""
+    return two_level_bootstrap(
+        [_by_video(one.correct, other.correct, one.video) for one, other in zip(arm, baseline)]
+    )
+
+
+def gain(arm: Sequence[Outcome]) -> Interval:
+    """Return what an arm added to its start, in accuracy."""
+    return two_level_bootstrap([_by_video(one.correct, one.start, one.video) for one in arm])
+
+
+def _by_video(
+    after: Mapping[str, bool], before: Mapping[str, bool], video: Mapping[str, str]
+) -> np.ndarray:  # (videos, 2)
+    """Sum of the changes and number of the questions of each video."""
+    if after.keys() != before.keys():
+        raise ValueError(
+            "the two runs answered different questions: compare runs of one seed and one test set"
+        )
+    sums: dict[str, list[float]] = {}
+    for name, value in after.items():
+        entry = sums.setdefault(video[name], [0.0, 0.0])
+        entry[0] += float(value) - float(before[name])
+        entry[1] += 1.0
+    return np.array(list(sums.values()))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one kind of feedback.
+
+    Attributes:
+        outcomes: By seed; seeds whose run has not finished are missing.
+        gain: What it added to its start.
+        ahead: By how much it is ahead of the baseline, over the seeds that both finished; None for the baseline, or
+            where no seed has both.
+    """
+
+    outcomes: Mapping[int, Outcome]
+    gain: Interval
+    ahead: Interval | None
+
+    @property
+    def accuracy(self) -> float:
+        """Mean test accuracy over the seeds."""
+        return float(np.mean([outcome.accuracy for outcome in self.outcomes.values()]))
+
+
+def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
+    """Read what a table compares, by feedback and arm; what has not finished on any seed is missing."""
+    outcomes = {
+        (feedback, arm): {
+            seed: outcome
+            for seed in table.seeds
+            if (outcome := read_outcome(plan.arm_folder(seed, feedback, arm))) is not None
+        }
+        for feedback in table.feedback
+        for arm in table.arms
+    }
+    cells = {}
+    for (feedback, arm), found in outcomes.items():
+        if not found:
+            continue
+        base = outcomes[feedback, table.baseline]
+        both = [seed for seed in found if seed in base]
+        ahead = None
+        if arm != table.baseline and both:
+            ahead = difference([found[seed] for seed in both], [base[seed] for seed in both])
+        cells[feedback, arm] = Cell(found, gain(list(found.values())), ahead)
+    return cells
+
+
+def write_results(file: Path, tables: Mapping[str, Mapping[tuple[str, str], Cell]]) -> None:
+    """Write every figure of the tables as JSON."""
+    from rlaif_fast.runs.folder import write_atomically
+
+    def cell(value: Cell) -> dict[str, Any]:
+        return {
+            "seeds": sorted(value.outcomes),
+            "accuracy": {str(seed): outcome.accuracy for seed, outcome in value.outcomes.items()},
+            "start_accuracy": {str(seed): outcome.start_accuracy for seed, outcome in value.outcomes.items()},
+            "gain": vars(value.gain),
+            "ahead_of_baseline": None if value.ahead is None else vars(value.ahead),
+            "sampled_tokens": {str(seed): outcome.sampled_tokens for seed, outcome in value.outcomes.items()},
+            "oracle_groups": {str(seed): outcome.oracle_groups for seed, outcome in value.outcomes.items()},
+            "seconds": {str(seed): outcome.seconds for seed, outcome in value.outcomes.items()},
+        }
+
+    values = {
+        name: {f"{feedback}/{arm}": cell(entry) for (feedback, arm), entry in cells.items()}
+        for name, cells in tables.items()
+    }
+    write_atomically(file, json.dumps(values, indent=1) + "\n")

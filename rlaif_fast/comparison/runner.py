@@ -1,0 +1,166 @@
+"""Runs the jobs of a comparison as processes of their own, several at a time; what is finished is not run again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from rlaif_fast.comparison.plan import Job
+from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.runs.folder import RunDir, write_atomically
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 20.0  # that a stopped run has to save
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen
+    slot: int
+
+
+@dataclass
+class Progress:
+    """How far a comparison is.
+
+    Attributes:
+        total: Runs in all.
+        done: Runs that finished, now or earlier.
+        failed: Folders of runs that failed, with the last line each of them printed.
+        running: Folders of the runs at work.
+    """
+
+    total: int
+    done: int = 0
+    failed: dict[Path, str] = field(default_factory=dict)
+    running: tuple[Path, ...] = ()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    environment: Callable[[int], dict[str, str]] = lambda slot: {},
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """Run what is not finished yet; a run that was cut short goes on from its last checkpoint.
+
+    Args:
+        jobs: The runs, starts before what follows them.
+        workers: Most runs at a time.
+        environment: Variables for the run in a slot (0 to workers - 1), such as the GPU that it may use.
+        show: Called whenever something changed.
+
+    Returns:
+        The progress at the end. A failed run does not stop the others; what builds on it is not run.
+    """
+    waiting = [job for job in jobs if not RunDir(job.folder).finished]
+    progress = Progress(total=len(jobs), done=len(jobs) - len(waiting))
+    running: list[_Running] = []
+    with _stopping(running):
+        while waiting or running:
+            running[:] = [entry for entry in running if not _ended(entry, progress)]
+            _start_ready(waiting, running, progress, workers, environment)
+            progress.running = tuple(entry.job.folder for entry in running)
+            show(progress)
+            if running:
+                time.sleep(POLL_SECONDS)
+    return progress
+
+
+def _start_ready(
+    waiting: list[Job],
+    running: list[_Running],
+    progress: Progress,
+    workers: int,
+    environment: Callable[[int], dict[str, str]],
+) -> None:
+    for job in list(waiting):
+        if job.after in progress.failed:
+            waiting.remove(job)
+            progress.failed[job.folder] = f"its start {job.after} failed"
+        elif len(running) < workers and (job.after is None or RunDir(job.after).finished):
+            waiting.remove(job)
+            slot = next(n for n in range(workers) if n not in {entry.slot for entry in running})
+            running.append(_Running(job, _launch(job, environment(slot)), slot))
+
+
+def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:
+    """Start one run, or go on with it; what it prints goes to `log.txt` beside its folder."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    config = job.folder.with_name(f"{job.folder.name}.yaml")
+    log = job.folder.with_name(f"{job.folder.name}.log")
+    write_atomically(config, yaml.safe_dump(dict(job.values), sort_keys=True))
+    words = ["--config", str(config)]
+    if (job.folder / "checkpoints" / "index.json").exists():
+        words = ["--resume", str(job.folder)]
+    elif job.folder.exists():
+        words += ["--overwrite_output_dir", "true"]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rlaif_fast.train", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | variables,
+            start_new_session=True,
+        )
+
+
+def _ended(entry: _Running, progress: Progress) -> bool:
+    """Whether a run has ended; notes how."""
+    code = entry.process.poll()
+    if code is None:
+        return False
+    if code == 0 and RunDir(entry.job.folder).finished:
+        progress.done += 1
+    else:
+        progress.failed[entry.job.folder] = f"exit code {code}: {_last_line(entry.job.folder)}"
+    return True
+
+
+def _last_line(folder: Path) -> str:
+    log = folder.with_name(f"{folder.name}.log")
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "it printed nothing"
+
+
+@contextlib.contextmanager
+def _stopping(running: list[_Running]) -> Iterator[None]:
+    """Stop the runs at work when the comparison is stopped: they can be gone on with."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        for entry in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(entry.process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for entry in running:
+            try:
+                entry.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(entry.process.pid, signal.SIGKILL)
+                entry.process.wait()
+
+
+def check_all_finished(progress: Progress) -> None:
+    """Raise `RlaifFastError` where a run failed, naming each with its reason."""
+    if progress.failed:
+        lines = "; ".join(f"{folder}: {reason}" for folder, reason in progress.failed.items())
+        raise RlaifFastError(f"{len(progress.failed)} of {progress.total} runs failed: {lines}")

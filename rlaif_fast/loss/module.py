@@ -1,0 +1,101 @@
+"""The loss as a module, its options fixed at construction."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from rlaif_fast.loss.api import (
+    LossOutput,
+    fused_linear_grpo_rank_loss,
+    grpo_rank_loss,
+    grpo_rank_loss_from_logits,
+)
+from rlaif_fast.loss.inputs import BATCH_TENSORS, LossArguments
+from rlaif_fast.loss.options import check_number
+
+__all__ = ["GRPORankLoss"]
+
+
+class GRPORankLoss(nn.Module):
+    """The loss with its options fixed at construction.
+
+    Args:
+        temperature: Above 0; divides the logits, where the loss sees them.
+        backend: "auto", "triton", "cpu" or "reference".
+        **options: Every option of `grpo_rank_loss` that is not a tensor of the batch (`kind`, `beta`,
+            `loss_type`, ...).
+
+    Call it with the log-probabilities, the logits, or the hidden states and the weight, and the tensors of
+    the batch:
+
+        loss_fn = GRPORankLoss(beta=0.04, loss_type="dapo")
+        loss_fn(logps, oracle_ranks=ranks, mask=mask)
+        loss_fn(logits=logits, token_ids=ids, oracle_ranks=ranks, mask=mask)
+        loss_fn(hidden=hidden, weight=head.weight, token_ids=ids, oracle_ranks=ranks, mask=mask)
+    """
+
+    def __init__(
+        self, *, temperature: float = 1.0, backend: str = "auto", **options: Unpack[LossArguments]
+    ) -> None:
+        super().__init__()
+        tensors = [name for name in options if name in BATCH_TENSORS]
+        if tensors:
+            raise TypeError(
+                f"{', '.join(tensors)} belong(s) to the call, not to the construction of GRPORankLoss"
+            )
+        unknown = [name for name in options if name not in LossArguments.__annotations__]
+        if unknown:
+            raise TypeError(f"GRPORankLoss has no option {', '.join(map(repr, unknown))}")
+        check_number("temperature", temperature, minimum=0.0, strict=True)
+        self.temperature = temperature
+        self.backend = backend
+        self.options = options
+
+    def forward(
+        self,
+        logps: Tensor | None = None,  # (B, T)
+        oracle_ranks: Tensor | None = None,  # (N, G) or (B,)
+        *,
+        logits: Tensor | None = None,  # (B, T, V)
+        hidden: Tensor | None = None,  # (B, T, H) or (M, H)
+        weight: Tensor | None = None,  # (V, H)
+        bias: Tensor | None = None,  # (V,)
+        token_ids: Tensor | None = None,  # (B, T) or (M,)
+        lengths: Tensor | None = None,  # (B,)
+        entropy: Tensor | None = None,  # (B, T), with logps
+        **arguments: Unpack[LossArguments],
+    ) -> LossOutput:
+        """Return the loss of exactly one of `logps`, `logits` and `hidden` (see the three functions)."""
+        given = [
+            name for name, x in (("logps", logps), ("logits", logits), ("hidden", hidden)) if x is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of logps, logits and hidden must be given; got {given or 'none'}")
+        merged: LossArguments = {**self.options, **arguments}
+        if logps is not None:
+            return grpo_rank_loss(logps, oracle_ranks, entropy=entropy, backend=self.backend, **merged)
+        if token_ids is None:
+            raise ValueError(f"token_ids must be given with {given[0]}; got None")
+        if logits is not None:
+            return grpo_rank_loss_from_logits(
+                logits, token_ids, oracle_ranks, temperature=self.temperature, backend=self.backend, **merged
+            )
+        assert hidden is not None
+        if weight is None:
+            raise ValueError("weight must be given with hidden; got None")
+        return fused_linear_grpo_rank_loss(
+            hidden,
+            weight,
+            token_ids,
+            oracle_ranks,
+            bias=bias,
+            temperature=self.temperature,
+            lengths=lengths,
+            backend=self.backend,
+            **merged,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the options that were set."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

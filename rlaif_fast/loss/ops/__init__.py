@@ -1,0 +1,26 @@
+"""The operators that run the kernels under autograd and torch.compile.
+
+    rank_penalty   rlaif_fast::rank_advantages
+    rank_loss      rlaif_fast::rank_loss
+    logits_loss    rlaif_fast::logits_stats, logits_grad
+    linear_loss    rlaif_fast::linear_stats, linear_grad, linear_grpo_rank_loss
+
+The compiled extension adds rank_penalty, token_loss, row_stats, row_grad and row_loss_, which these call on
+the CPU. Each operator takes the name of a backend that `backends.select` chose. Gradients flow through
+ordinary autograd, once; `torch.func` transforms are not supported.
+"""
+
+from rlaif_fast.loss.ops.linear_logps import linear_logps
+from rlaif_fast.loss.ops.linear_loss import linear_loss, with_close
+from rlaif_fast.loss.ops.logits_loss import selective_log_softmax
+from rlaif_fast.loss.ops.rank_loss import rank_loss
+from rlaif_fast.loss.ops.rank_penalty import rank_advantages
+
+__all__ = [
+    "linear_logps",
+    "linear_loss",
+    "rank_advantages",
+    "rank_loss",
+    "selective_log_softmax",
+    "with_close",
+]

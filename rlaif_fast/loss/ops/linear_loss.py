@@ -1,0 +1,196 @@
+"""Losses on hidden states whose gradients are made in the forward pass.
+
+    rlaif_fast::linear_grpo_rank_loss   hidden states -> loss, statistics and all gradients
+
+`with_close` runs any other `linear.Close`, or a sharded vocabulary: what cannot pass through an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rlaif_fast.loss import backends, reference
+from rlaif_fast.loss.inputs import Head, Needs, Padding, TokenGradients, TokenInputs
+from rlaif_fast.loss.linear import Close
+from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype
+from rlaif_fast.loss.ops.schema import declare, flatten, unflatten
+from rlaif_fast.loss.options import STATS, LossOptions
+from rlaif_fast.loss.rank_close import RankClose
+from rlaif_fast.loss.vocabulary_shard import VocabularyShard
+
+# Makes a close from the backend's module, a tensor of the dtype of the statistics, and (B, T).
+MakeClose = Callable[[Any, Tensor, tuple[int, int]], Close]
+
+
+def _run(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    padding: Padding | None,
+    make_close: MakeClose,
+    chunk_size: int | None,
+    needs: Needs,
+    backend: str,
+    shard: VocabularyShard | None = None,
+) -> tuple[TokenGradients, tuple[Tensor, ...]]:
+    """Return the closed loss and the gradients of hidden, weight and bias; an empty tensor for what is not
+    there."""
+    kernels = backends.get("linear_loss", backend)
+    like = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    B, T = token_ids.shape if padding is None else padding.mask.shape
+    with torch.autocast(hidden.device.type, enabled=False):
+        closed, *gradients = kernels.linear_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            head,
+            token_ids.reshape(-1),
+            padding,
+            make_close(kernels, like, (B, T)),
+            chunk_size,
+            needs,
+            shard,
+        )
+    grad_hidden, *grad_head = in_dtype(gradients, (hidden, head.weight, head.bias))
+    return closed, (grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *grad_head)
+
+
+def _rank_close(inputs: TokenInputs, options: LossOptions, padding: Padding | None) -> MakeClose:
+    padded = inputs if padding is None else padding.pad_inputs(inputs)
+    return lambda kernels, like, shape: RankClose(kernels, like, shape, padded, options)
+
+
+@torch.library.custom_op(
+    "rlaif_fast::linear_grpo_rank_loss",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? lengths, "
+    "float temperature, int? chunk_size, bool need_hidden, bool need_weight, bool need_bias, "
+    f"{declare(TokenInputs, LossOptions)}, str backend) "
+    "-> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_hidden, Tensor grad_weight, "
+    "Tensor grad_bias)",
+)
+def _linear_loss(hidden, weight, bias, token_ids, lengths, temperature, chunk_size, *arguments):
+    needs = Needs(*arguments[:3])
+    inputs, options, backend = unflatten(arguments[3:], TokenInputs, LossOptions)
+    padding = None if lengths is None else Padding(lengths)
+    head = Head(weight, bias, temperature)
+    make_close = _rank_close(inputs, options, padding)
+    closed, gradients = _run(hidden, head, token_ids, padding, make_close, chunk_size, needs, backend)
+    ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
+    return closed.loss, ranked, closed.stats, *gradients
+
+
+@_linear_loss.register_fake
+def _(hidden, weight, bias, token_ids, lengths, temperature, chunk_size, *arguments):
+    need_hidden, need_weight, need_bias = arguments[:3]
+    inputs, _, _ = unflatten(arguments[3:], TokenInputs, LossOptions)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    responses = (token_ids if lengths is None else lengths).shape[0]
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(responses if inputs.advantages is None else 0, dtype=wide),
+        hidden.new_empty(len(STATS), dtype=wide),
+        *fake_gradients((hidden, need_hidden), (weight, need_weight), (bias, need_bias)),
+    )
+
+
+def _setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:])
+    ctx.needs = inputs[7:10]
+    ctx.count = len(inputs)
+
+
+def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return tuple(None for _ in range(ctx.count))
+    scaled = [_scale(grad, grad_loss) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs)]
+    return *scaled, *(None for _ in range(ctx.count - len(scaled)))
+
+
+def _scale(grad: Tensor, by: Tensor) -> Tensor:
+    """Apply the upstream gradient; where it can be looked at for nothing and is 1, nothing is copied."""
+    eager = type(by) is Tensor and not torch.compiler.is_compiling()
+    if eager and by.device.type == "cpu" and by.item() == 1.0:
+        return grad
+    return grad * by.to(grad.dtype)
+
+
+torch.library.register_autograd("rlaif_fast::linear_grpo_rank_loss", _backward, setup_context=_setup)
+
+
+def linear_loss(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    lengths: Tensor | None,  # (B,)
+    inputs: TokenInputs,
+    options: LossOptions,
+    chunk_size: int | None,
+    group: ProcessGroup | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, advantages and statistics; differentiable in hidden, weight and bias."""
+    backend = backends.select("linear_loss", backend, hidden, inputs.group_size)
+    if backend == "reference":
+        logps, entropy, padding = reference.padded_logps(hidden, head, token_ids, lengths)
+        padded = inputs if padding is None else padding.pad_inputs(inputs)
+        return reference.rank_loss(logps, entropy, padded, options)
+    if group is not None:
+        padding = None if lengths is None else Padding(lengths)
+        make_close = _rank_close(inputs, options, padding)
+        loss, ranked, stats = with_close(
+            hidden, head, token_ids, padding, make_close, chunk_size, backend, group
+        )
+        return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+    hidden, weight, bias = autocast(hidden, head.weight, head.bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    rest = (token_ids, lengths, head.temperature, chunk_size, *needs, *flatten(inputs, options), backend)
+    loss, ranked, stats, *_ = _linear_loss(hidden, weight, bias, *rest)
+    return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+
+
+def with_close(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    padding: Padding | None,  # of the packed layout
+    make_close: MakeClose,
+    chunk_size: int | None,
+    backend: str,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
+    hidden, weight and bias. Not under torch.compile."""
+    hidden, weight, bias = autocast(hidden, head.weight, head.bias)
+
+    def run(needs: Needs) -> tuple[TokenGradients, tuple[Tensor, ...]]:
+        shard = None if group is None else VocabularyShard(group, weight.shape[0], weight.device)
+        plain = Head(weight.detach(), None if bias is None else bias.detach(), head.temperature)
+        return _run(hidden.detach(), plain, token_ids, padding, make_close, chunk_size, needs, backend, shard)
+
+    return _InForward.apply(hidden, weight, bias, run)
+
+
+class _InForward(torch.autograd.Function):
+    """A loss whose gradients are made with it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, run):
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        closed, gradients = run(ctx.needs)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(closed.advantages, closed.stats)
+        ctx.set_materialize_grads(False)
+        return closed.loss, closed.advantages, closed.stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None, None
+        scaled = [_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
+        return *scaled, None

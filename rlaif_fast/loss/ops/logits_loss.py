@@ -1,0 +1,132 @@
+"""Log-probability and entropy of chosen tokens from logits, and their gradient, one sweep each.
+
+rlaif_fast::logits_stats   logits -> log-probability, logsumexp and entropy
+rlaif_fast::logits_grad    its backward
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.loss import backends, reference
+from rlaif_fast.loss.inputs import RowStats
+
+
+@torch.library.custom_op(
+    "rlaif_fast::logits_stats",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor token_ids, float temperature, str backend) "
+    "-> (Tensor logps, Tensor lse, Tensor entropy)",
+)
+def _logits_stats(logits, token_ids, temperature, backend):
+    stats = backends.get("logits_loss", backend).row_stats(logits, token_ids.reshape(-1), temperature)
+    return tuple(x.view(token_ids.shape) for x in stats)
+
+
+@_logits_stats.register_fake
+def _(logits, token_ids, temperature, backend):
+    return tuple(
+        token_ids.new_empty(token_ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+        for _ in range(3)
+    )
+
+
+@torch.library.custom_op(
+    "rlaif_fast::logits_grad",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor token_ids, float temperature, Tensor lse, Tensor entropy, "
+    "Tensor grad_logps, Tensor grad_entropy, str backend) -> Tensor",
+)
+def _logits_grad(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _write_logits_grad(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend, out)
+    return out
+
+
+@_logits_grad.register_fake
+def _(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _write_logits_grad(
+    logits: Tensor,  # (..., V)
+    token_ids: Tensor,  # (...)
+    temperature: float,
+    lse: Tensor,  # (...)
+    entropy: Tensor,  # (...)
+    grad_logps: Tensor,  # (...)
+    grad_entropy: Tensor,  # (...)
+    backend: str,
+    out: Tensor,  # (..., V)
+) -> None:
+    stats = RowStats(lse.reshape(-1), lse.reshape(-1), entropy.reshape(-1))
+    backends.get("logits_loss", backend).row_grad(
+        logits,
+        token_ids.reshape(-1),
+        temperature,
+        stats,
+        grad_logps.reshape(-1),
+        grad_entropy.reshape(-1),
+        out,
+    )
+
+
+def _logits_setup(ctx, inputs, output):
+    logits, token_ids, temperature, backend = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(logits, token_ids, lse, entropy)
+    ctx.temperature, ctx.backend = temperature, backend
+
+
+def _logits_backward(ctx, grad_logps, _, grad_entropy):
+    logits, token_ids, lse, entropy = ctx.saved_tensors
+    grad = _logits_grad(
+        logits, token_ids, ctx.temperature, lse, entropy, grad_logps, grad_entropy, ctx.backend
+    )
+    return grad, None, None, None
+
+
+torch.library.register_autograd("rlaif_fast::logits_stats", _logits_backward, setup_context=_logits_setup)
+
+
+class _InplaceLogitsStats(torch.autograd.Function):
+    """logits_stats whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, token_ids, temperature, backend):
+        logps, lse, entropy = _logits_stats(logits, token_ids, temperature, backend)
+        ctx.save_for_backward(token_ids, lse, entropy)
+        ctx.logits = logits.detach()
+        ctx.temperature, ctx.backend = temperature, backend
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        token_ids, lse, entropy = ctx.saved_tensors
+        logits, ctx.logits = ctx.logits, None
+        if logits is None:
+            raise RuntimeError("inplace_backward=True runs backward once: the logits have been overwritten")
+        _write_logits_grad(
+            logits, token_ids, ctx.temperature, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
+        )
+        return logits, None, None, None
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V)
+    token_ids: Tensor,  # (...)
+    temperature: float,
+    backend: str,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return logps and entropy (...), differentiable in the logits."""
+    backend = backends.select("logits_loss", backend, logits)
+    if backend == "reference":
+        return reference.selective_log_softmax(logits, token_ids.long(), temperature)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()  # the kernels read a row as one run of memory
+    if inplace_backward and not torch.compiler.is_compiling():
+        return _InplaceLogitsStats.apply(logits, token_ids, temperature, backend)
+    logps, _, entropy = _logits_stats(logits, token_ids, temperature, backend)
+    return logps, entropy

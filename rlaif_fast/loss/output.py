@@ -1,0 +1,48 @@
+"""What a loss returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rlaif_fast.loss.inputs import TokenInputs
+from rlaif_fast.loss.options import STATS, LossOptions
+
+
+class LossOutput(NamedTuple):
+    """A loss and what it was made of.
+
+    Attributes:
+        loss: Scalar, differentiable.
+        advantages: (B,), or as they were given; detached.
+        stats: Scalars by name, detached and on the device: `loss/policy`, `clip_low`, `clip_high`,
+            `ratio_mean`, `ratio_max` and `tokens` always; `loss/kl` and `kl` with `ref_logps`; `entropy`
+            where it is known and `loss/entropy` with `entropy_coef`; `penalty`, `ndcg`, `kendall_tau`,
+            `top1_agreement` and `no_signal` with `oracle_ranks`.
+    """
+
+    loss: Tensor
+    advantages: Tensor
+    stats: dict[str, Tensor]
+
+
+def named(
+    closed: tuple[Tensor, Tensor, Tensor],  # loss, advantages, stats (len(STATS),)
+    inputs: TokenInputs,
+    options: LossOptions,
+    entropy_known: bool,
+) -> LossOutput:
+    """Name the statistics whose inputs were given."""
+    loss, advantages, stats = closed
+    absent = set()
+    if inputs.ref_logps is None:
+        absent |= {"loss/kl", "kl"}
+    if not entropy_known:
+        absent.add("entropy")
+    if options.entropy_coef == 0.0:
+        absent.add("loss/entropy")
+    if inputs.oracle_ranks is None:
+        absent |= {"penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal"}
+    named = {name: value for name, value in zip(STATS, stats.detach().unbind()) if name not in absent}
+    return LossOutput(loss, advantages, named)

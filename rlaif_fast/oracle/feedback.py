@@ -1,0 +1,172 @@
+"""Feedback that is not perfect: another oracle's scores, corrupted in the ways that judges and reward models are.
+
+Scores and ranks come from the same corrupted values, so that two algorithms differ in nothing but how they use them.
+Every draw depends on the seed, the request's id and its responses alone, not on batches; equal responses stay equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.wrappers import identity_of, request_generator
+
+Corruption = Callable[[list[float], float, random.Random], list[float]]
+TAIL_FREEDOM = 1.5  # degrees of freedom of the heavy tails: the variance is infinite
+OUTLIER_SIZE = 10.0
+
+
+def gaussian(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Add noise of standard deviation `strength`."""
+    return [score + rng.gauss(0.0, strength) for score in scores]
+
+
+def heavy_tails(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Add `strength` times Student's t with 1.5 degrees of freedom: mostly small, at times enormous."""
+
+    def draw() -> float:
+        chi_squared = rng.gammavariate(TAIL_FREEDOM / 2, 2.0)
+        return rng.gauss(0.0, 1.0) / math.sqrt(max(chi_squared, 1e-12) / TAIL_FREEDOM)
+
+    return [score + strength * draw() for score in scores]
+
+
+def warp(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Pass the scores through an increasing function drawn for this prompt: the order stays, the scale does not.
+
+    The function is exp(k x), shifted and scaled; k is drawn from a normal distribution of deviation `strength`.
+    """
+    k, shift, scale = rng.gauss(0.0, strength), rng.gauss(0.0, 1.0), math.exp(rng.gauss(0.0, 1.0))
+    if abs(k) < 1e-3:
+        return [shift + scale * score for score in scores]
+    return [shift + scale * math.copysign(1.0, k) * math.exp(k * score) for score in scores]
+
+
+def grades(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Round scores of [0, 1] to `strength` grades, 1 the worst: a judge's 1 to 5, with its ties."""
+    steps = strength - 1.0
+    return [1.0 + round(min(max(score, 0.0), 1.0) * steps) for score in scores]
+
+
+def flips(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Turn each pairwise comparison round with probability `strength`; the score is the share of comparisons won."""
+    wins = [0.0] * len(scores)
+    for i in range(len(scores)):
+        for j in range(i):
+            flipped = rng.random() < strength
+            if scores[i] == scores[j]:
+                wins[i] += 0.5
+                wins[j] += 0.5
+            else:
+                wins[i if (scores[i] > scores[j]) != flipped else j] += 1.0
+    return [win / max(1, len(scores) - 1) for win in wins]
+
+
+def slot_bias(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Favour what is read first: a listwise judge that adds up to `strength` to the first slot and takes it from the
+    last; the slots are dealt out at random."""
+    return [score + bias for score, bias in zip(scores, _biases(len(scores), strength, rng))]
+
+
+def slot_bias_debiased(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """The same judge asked twice, with the slots in reverse the second time, and averaged."""
+    biases = _biases(len(scores), strength, rng)
+    reversed_biases = [-bias for bias in biases]
+    return [score + (one + two) / 2 for score, one, two in zip(scores, biases, reversed_biases)]
+
+
+def outliers(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """Replace a share `strength` of the scores by values of +-10, far outside of [0, 1]."""
+    return [
+        rng.choice((-OUTLIER_SIZE, OUTLIER_SIZE)) if rng.random() < strength else score for score in scores
+    ]
+
+
+def _biases(count: int, strength: float, rng: random.Random) -> list[float]:
+    slots = rng.sample(range(count), count)
+    return [strength * (1.0 - 2.0 * slot / max(1, count - 1)) for slot in slots]
+
+
+# Name -> (what it does, its usual strength).
+CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
+    "gaussian": (gaussian, 0.3),
+    "heavy_tails": (heavy_tails, 0.15),
+    "warp": (warp, 3.0),
+    "grades": (grades, 5.0),
+    "flips": (flips, 0.3),
+    "slot_bias": (slot_bias, 0.3),
+    "slot_bias_debiased": (slot_bias_debiased, 0.3),
+    "outliers": (outliers, 0.05),
+}
+
+
+class CorruptedOracle:
+    """A scored oracle whose scores are corrupted; the ranks follow the corrupted scores.
+
+    Args:
+        inner: An oracle that gives scores.
+        kind: One of `CORRUPTIONS`.
+        strength: How much; None is the usual strength of the kind.
+        seed: Seed of the draws.
+
+    Raises:
+        UsageError: The kind is unknown, the strength is not possible, or the oracle gives no scores.
+    """
+
+    name = "corrupted"
+    gives_scores = True
+
+    def __init__(self, inner: Oracle, *, kind: str, strength: float | None = None, seed: int = 0) -> None:
+        if kind not in CORRUPTIONS:
+            raise UsageError(f"feedback: expected exact, {', '.join(CORRUPTIONS)}, got {kind!r}")
+        if not gives_scores(inner):
+            raise UsageError(
+                f"feedback: {kind} corrupts scores, and the oracle {inner.name!r} gives none; use exact, or an oracle "
+                "with scores such as reference or reward_model"
+            )
+        self._corrupt, usual = CORRUPTIONS[kind]
+        strength = usual if strength is None else strength
+        least, most = {"flips": (0.0, 0.5), "outliers": (0.0, 1.0), "grades": (2.0, 100.0)}.get(
+            kind, (0.0, math.inf)
+        )
+        if not (math.isfinite(strength) and least <= strength <= most):
+            raise UsageError(f"feedback_strength: expected {least:g} to {most:g} for {kind}, got {strength}")
+        self.inner = inner
+        self.kind = kind
+        self.strength = strength
+        self.seed = seed
+
+    @property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request."""
+        return f"corrupted/1 kind={self.kind} strength={self.strength} seed={self.seed} ({identity_of(self.inner)})"
+
+    def stats(self) -> dict[str, float]:
+        """The inner oracle's own figures."""
+        return getattr(self.inner, "stats", dict)()
+
+    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests."""
+        return [self._rank_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
+
+    def _rank_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
+        if not ranking.valid or ranking.scores is None:
+            return ranking
+        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
+        clean: dict[str, float] = {}
+        for i in judged:
+            score = ranking.scores[i]
+            assert score is not None
+            clean[request.responses[i]] = score
+        rng = request_generator(self.seed, request)
+        corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))
+        scores = tuple(
+            corrupted[text] if rank is not None else None
+            for text, rank in zip(request.responses, ranking.ranks)
+        )
+        return dataclasses.replace(ranking, ranks=ranks_from_scores(scores), scores=scores)

@@ -1,0 +1,122 @@
+"""Algorithms: their advantages against the formulas, what they refuse, and how another package adds one."""
+
+import pytest
+import torch
+
+from rlaif_fast import rank_advantages
+from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, make_algorithm
+from rlaif_fast.algorithms.registry import find_algorithm
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.options import TrainConfig
+
+REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
+RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
+POLICY = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
+
+
+def feedback(algorithm):
+    return RANKS if algorithm.feedback == "ranks" else REWARDS
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_centres_and_learns_nothing_from_ties(name):
+    algorithm = make_algorithm(AlgorithmOptions(algorithm=name))
+    result = algorithm.advantages(POLICY, feedback(algorithm))
+    assert result.has_signal.tolist() == [True, False]
+    assert result.advantages[1].tolist() == [0.0] * 4
+    torch.testing.assert_close(result.advantages.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
+    best, worst = result.advantages[0].argmax(), result.advantages[0].argmin()
+    assert (best, worst) == (0, 1)
+    # The figures of agreement are of the two orders alone.
+    expected = rank_advantages(POLICY, RANKS)
+    assert torch.equal(result.ndcg, expected.ndcg)
+    assert torch.equal(result.kendall_tau, expected.kendall_tau)
+
+
+def test_grpo_is_the_z_score_and_its_older_name():
+    plain = make_algorithm(AlgorithmOptions(algorithm="grpo", scale="none"))
+    first = REWARDS[:1]
+    expected = (first - first.mean()) / (first.std() + 1e-4)
+    torch.testing.assert_close(plain.advantages(POLICY[:1], first).advantages, expected)
+    older = make_algorithm(AlgorithmOptions(advantage="zscore", scale="none"))
+    assert type(older) is type(plain)
+    assert torch.equal(
+        older.advantages(POLICY, REWARDS).advantages, plain.advantages(POLICY, REWARDS).advantages
+    )
+
+
+def test_rloo_compares_with_the_mean_of_the_others():
+    advantages = make_algorithm(AlgorithmOptions(algorithm="rloo")).advantages(POLICY, REWARDS).advantages
+    for i in range(4):
+        others = [REWARDS[0, j].item() for j in range(4) if j != i]
+        assert advantages[0, i].item() == pytest.approx(REWARDS[0, i].item() - sum(others) / 3, abs=1e-6)
+
+
+def test_gopo_spaces_ranks_evenly_and_ties_share():
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="gopo"))
+    spaced = algorithm.advantages(POLICY[:1], torch.tensor([[3, 0, 7, 4]])).advantages
+    torch.testing.assert_close(spaced, torch.tensor([[2 / 3, 2.0, -2.0, -2 / 3]]))
+    shared = algorithm.advantages(POLICY[:1], RANKS[:1]).advantages
+    torch.testing.assert_close(shared, torch.tensor([[2.0, -2.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": "grpo", "penalty_weight": 2.0}, "penalty_weight: grpo"),
+        ({"algorithm": "grpo", "advantage": "oracle"}, "advantage: grpo"),
+        ({"algorithm": "rloo", "scale": "none"}, "scale: rloo"),
+        ({"algorithm": "gopo", "advantage": "paper"}, "advantage: gopo"),
+        ({"advantage": "oracle", "penalty_weight": 0.5}, "penalty_weight: grpo_rank with advantage oracle"),
+        ({"advantage": "zscore", "penalty_weight": 0.5}, "penalty_weight: grpo_rank with advantage zscore"),
+        ({"algorithm": "grpo_rnk"}, "unknown algorithm 'grpo_rnk'; did you mean 'grpo_rank'"),
+    ],
+)
+def test_what_an_algorithm_would_ignore_is_refused_by_name(options, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**options)
+
+
+def test_the_loss_takes_the_options(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4), torch.randn(7, 4)
+    inputs = {
+        "advantages": torch.tensor([1.0, -1.0]),
+        "lengths": torch.tensor([2, 3]),
+        "num_items_in_batch": 2.0,
+        "ref_logps": torch.full((5,), -1.5),
+    }
+    losses = [
+        make_algorithm(AlgorithmOptions(beta=beta, loss_type=kind)).loss(
+            hidden, weight, torch.arange(5), **inputs
+        )
+        for beta, kind in ((0.0, "grpo"), (0.5, "grpo"), (0.0, "dr_grpo"))
+    ]
+    assert len({round(output.loss.item(), 6) for output in losses}) == 3
+    assert make_algorithm(AlgorithmOptions(beta=0.0)).extra_models == ()
+    assert make_algorithm(AlgorithmOptions(beta=0.1)).extra_models == ("reference",)
+
+
+def test_another_package_adds_one_through_the_entry_point_group(tmp_path, monkeypatch):
+    (tmp_path / "sign_algorithm.py").write_text(
+        "from rlaif_fast import rank_advantages\n"
+        "from rlaif_fast.algorithms import GroupAlgorithm\n"
+        "class Sign(GroupAlgorithm):\n"
+        "    feedback = 'scores'\n"
+        "    @classmethod\n"
+        "    def ignores(cls, options):\n"
+        "        return ('scale',)\n"
+        "    def advantages(self, policy_scores, feedback):\n"
+        "        found = rank_advantages(policy_scores, feedback, kind='zscore')\n"
+        "        return found._replace(advantages=found.advantages.sign())\n"
+    )
+    meta = tmp_path / "sign_algorithm-1.0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: sign-algorithm\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text("[rlaif_fast.algorithms]\nsign = sign_algorithm:Sign\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = TrainConfig(algorithm="sign")
+    assert find_algorithm(config).feedback == "scores"
+    assert make_algorithm(config).advantages(POLICY, REWARDS).advantages[0].tolist() == [1, -1, 0, 0]
+    with pytest.raises(UsageError, match="scale: sign"):
+        TrainConfig(algorithm="sign", scale="none")

@@ -1,0 +1,141 @@
+"""A comparison from its file to its report: real runs of a few steps, and intervals that are known."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from rlaif_fast.compare import main
+from rlaif_fast.comparison.plan import read_plan
+from rlaif_fast.comparison.results import two_level_bootstrap
+from rlaif_fast.errors import UsageError
+
+COMMON = {
+    "synthetic_sft_clips": 6,
+    "synthetic_rl_clips": 6,
+    "synthetic_validation_clips": 4,
+    "synthetic_test_clips": 6,
+    "num_generations": 4,
+    "videos_per_step": 2,
+    "sft_videos_per_step": 2,
+    "max_completion_length": 12,
+    "num_processes": 1,
+    "tensorboard": False,
+    "report": False,
+}
+
+
+def write_config(folder, **changes):
+    values = {
+        "output_dir": str(folder / "compare"),
+        "common": COMMON
+        | {"model": "tiny", "max_steps": 2, "eval_steps": 1, "cache_dir": str(folder / "cache")},
+        "start": {"sft_steps": 3},
+        "arms": {"grpo": {"advantage": "zscore"}, "oracle": {"advantage": "oracle"}},
+        "feedback": {"exact": {}, "noise": {"oracle_noise": 0.3}},
+        "tables": {
+            "main": {
+                "seeds": [1, 2],
+                "arms": ["grpo", "oracle"],
+                "feedback": ["exact", "noise"],
+                "baseline": "grpo",
+            }
+        },
+    } | changes
+    file = folder / "compare.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
+    plan = read_plan(write_config(tmp_path))
+    jobs = plan.jobs()
+    assert len(jobs) == len({job.folder for job in jobs}) == 2 * (1 + 2 * 2)
+    seen = set()
+    for job in jobs:
+        assert job.after is None or job.after in seen
+        seen.add(job.folder)
+    noisy = next(job for job in jobs if job.folder.match("seed-2/noise/oracle"))
+    assert noisy.values["oracle_noise"] == 0.3 and noisy.values["advantage"] == "oracle"
+    assert noisy.values["seed"] == 2 and noisy.values["sft"].endswith("seed-2/start/checkpoints/sft")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {"grpo": {"learning_rat": 1}}}, "arms.grpo.learning_rat is no key"),
+        ({"arms": {"grpo": {"seed": 1}}}, "arms.grpo.seed is set by the comparison"),
+        ({"feedback": {"exact": {"max_steps": 3}}}, "feedback.exact.max_steps is set by the comparison"),
+        ({"start": {"max_steps": 3}}, "start.max_steps is set by the comparison"),
+        ({"tabels": {}}, "unknown sections tabels"),
+        ({"tables": {"main": {"seeds": [1]}}}, "tables.main needs exactly"),
+        (
+            {"tables": {"main": {"seeds": [1], "arms": ["ppo"], "feedback": ["exact"], "baseline": "ppo"}}},
+            "names the arm 'ppo'",
+        ),
+        (
+            {
+                "tables": {
+                    "main": {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "oracle"}
+                }
+            },
+            "is not among its arms",
+        ),
+        (
+            {"tables": {"main": {"seeds": [], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}},
+            "no seeds",
+        ),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        read_plan(write_config(tmp_path, **changes))
+
+
+def test_the_bootstrap_knows_both_levels():
+    def seed(change, clusters=400):
+        return np.column_stack([np.full(clusters, change), np.ones(clusters)])
+
+    same = two_level_bootstrap([seed(0.1)] * 5)
+    assert [same.mean, same.low, same.high] == pytest.approx([0.1, 0.1, 0.1])
+    apart = two_level_bootstrap([seed(change) for change in (-0.2, -0.1, 0.1, 0.2, 0.5)])
+    assert apart.mean == pytest.approx(0.1)
+    # Means of five draws with replacement: their deviation is that of the seeds over the root of five.
+    deviation = np.std([-0.2, -0.1, 0.1, 0.2, 0.5]) / 5**0.5
+    assert apart.high - apart.low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
+    rng = np.random.default_rng(0)
+    one = two_level_bootstrap([np.column_stack([rng.normal(0.1, 1.0, 400), np.ones(400)])])
+    assert one.high - one.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
+    tables = {"main": {"seeds": [1], "arms": ["grpo", "oracle"], "feedback": ["exact"], "baseline": "grpo"}}
+    file = write_config(tmp_path, tables=tables, feedback={"exact": {}})
+    assert main(["--config", str(file), "--workers", "1"]) == 0
+    folder = tmp_path / "compare"
+    text = (folder / "comparison.md").read_text()
+    assert "2 of 2 runs have finished" in text and "| oracle |" in text
+    assert (folder / "main.png").stat().st_size > 10_000
+    cells = json.loads((folder / "comparison.json").read_text())["main"]
+    assert cells["exact/grpo"]["ahead_of_baseline"] is None
+    assert cells["exact/oracle"]["start_accuracy"] == cells["exact/grpo"]["start_accuracy"]
+    assert cells["exact/oracle"]["sampled_tokens"]["1"] > 0
+    summary = folder / "seed-1/exact/oracle/summary.json"
+    written = summary.stat().st_mtime_ns
+    assert main(["--config", str(file), "--workers", "1"]) == 0
+    assert summary.stat().st_mtime_ns == written
+
+
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
+    tables = {"main": {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}
+    file = write_config(tmp_path, tables=tables, feedback={"exact": {}}, start={"sft_steps": -1})
+    done = subprocess.run(
+        [sys.executable, "-m", "rlaif_fast.compare", "--config", str(file), "--workers", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "2 of 2 runs failed" in done.stderr and "sft_steps: expected 0 or more, got -1" in done.stderr
