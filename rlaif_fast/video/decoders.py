@@ -76,6 +76,8 @@ class PyAVDecoder:
             return assemble(frames, indices, scan.shape, size).to(self.device)
         except ffmpeg.BadVideo as error:
             raise VideoError(path, str(error)) from None
+        except Exception as error:  # whatever FFmpeg raises is the file's fault
+            raise VideoError(path, f"cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 # Name -> class: a class made with a device, with `unavailable()` and `decode`; those that "auto" may choose have

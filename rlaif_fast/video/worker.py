@@ -35,6 +35,10 @@ def main(socket_fd: int, memory_fd: int) -> None:
                 _send(channel, ("bad", str(error)))
             except MemoryError:
                 _send(channel, ("bad", "not enough memory to decode it"))
+            except (ConnectionError, EOFError):
+                return  # the other end is gone
+            except Exception as error:  # whatever a decoder raises is the file's fault
+                _send(channel, ("bad", f"cannot be decoded: {type(error).__name__}: {error}"))
 
 
 def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
