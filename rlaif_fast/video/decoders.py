@@ -69,10 +69,9 @@ class PyAVDecoder:
         threads = self.threads
         if threads is None:
             threads = 0 if scan.width * scan.height >= THREADED_PIXELS else 1
-        frames = ffmpeg.read_frames(
-            path, scan, indices, threads=threads, deadline=ffmpeg.Deadline(self.timeout)
-        )
+        deadline = ffmpeg.Deadline(self.timeout)
         try:
+            frames = ffmpeg.read_frames(path, scan, indices, threads=threads, deadline=deadline)
             return assemble(frames, indices, scan.shape, size).to(self.device)
         except ffmpeg.BadVideo as error:
             raise VideoError(path, str(error)) from None
