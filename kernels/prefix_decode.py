@@ -33,7 +33,7 @@ FALLBACK_SMS = 132  # of an H100; where no device can be asked
 
 
 def launch_config(Q: int, D: int) -> dict[str, int]:
-    """Rows and columns of a tile: at least 16 of each for the matrix units, two stages of keys and values in about 48 KB."""
+    """Rows and columns of a tile: at least 16 for the matrix units, two stages of keys and values in about 48 KB."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     BLOCK_Q = min(64, max(16, triton.next_power_of_2(Q)))
     return {
