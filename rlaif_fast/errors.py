@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 
 
@@ -11,11 +12,34 @@ class RlaifFastError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class UsageError(RlaifFastError):
     """The command, the configuration or the input data is wrong. Commands exit with 2."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and unpaired surrogates escaped, so that no file name can write to a terminal.
+
+    Line breaks stay: messages have more lines than one.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in _UNPRINTED
+        else _escape(character)
+        for character in text
+    )
+
+
+_UNPRINTED = {"Cc", "Cf", "Cs"}  # control, invisible format (bidi), surrogates
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def require(ok: bool, name: str, expected: str, got: Any) -> None:

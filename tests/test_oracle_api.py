@@ -21,8 +21,9 @@ pytest.importorskip("tenacity")
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import OracleFailedError, RankRequest, build_oracle
-from rlaif_fast.oracle.api import ApiOracle, retry_after
+from rlaif_fast.oracle.api import ApiOracle
 from rlaif_fast.oracle.fusion import kendall_tau
+from rlaif_fast.oracle.wire import retry_after
 from rlaif_fast.video.base import Clip
 
 KEY = "sk-test-0123456789abcdef"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import random
 import sqlite3
 
 import pytest
@@ -127,12 +128,17 @@ def _damage_row(path):
         connection.execute("UPDATE verdicts SET ranking = '{\"ranks\": 3}'")
 
 
+def _no_table(path):
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE verdicts RENAME COLUMN ranking TO other")
+
+
 def _other_layout(path):
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version=77")
 
 
-@pytest.mark.parametrize("damage", [_damage_header, _damage_pages, _damage_row, _other_layout])
+@pytest.mark.parametrize("damage", [_damage_header, _damage_pages, _no_table, _other_layout])
 def test_a_damaged_cache_is_set_aside_and_said(tmp_path, caplog, damage):
     path = tmp_path / "c.sqlite"
     oracle = CachedOracle(Counting(), path=path)
@@ -160,8 +166,82 @@ def test_damage_while_open_is_survived(tmp_path, caplog):
     _damage_row(path)
     with caplog.at_level(logging.WARNING):
         assert oracle.rank([request("0", "question 0")])[0].valid
-    assert "set aside" in caplog.text
-    assert len(oracle.cache) == 1
+    assert "1 damaged rows are dropped" in caplog.text
+    assert len(oracle.cache) == 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ranking = '{\"ranks\": 3}'",
+        "ranking = replace(ranking, '[0, 1]', '[1, 0]')",
+        "ranking = x'ff'",
+        "ranking = ''",
+        "checksum = ''",
+        "checksum = upper(checksum)",
+        "ranking = (SELECT ranking FROM verdicts ORDER BY key DESC LIMIT 1) || ' '",
+    ],
+)
+def test_a_changed_row_is_dropped_and_asked_about_anew(tmp_path, caplog, change):
+    path = tmp_path / "c.sqlite"
+    oracle = CachedOracle(Counting(), path=path)
+    [true] = oracle.rank([request("0")])
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"UPDATE verdicts SET {change}")
+    with caplog.at_level(logging.WARNING):
+        assert oracle.rank([request("0")]) == [true]
+    assert "dropped" in caplog.text
+    assert oracle.inner.asked == ["0", "0"]
+    assert oracle.rank([request("0")]) == [true]
+    assert oracle.inner.asked == ["0", "0"]
+
+
+@pytest.mark.parametrize("open_meanwhile", [False, True])
+def test_no_single_flip_gives_a_wrong_verdict_or_an_error(tmp_path, open_meanwhile):
+    class Telling(Counting):
+        """Ranks by the request's id, so that a verdict on another group shows."""
+
+        def rank(self, requests):
+            self.asked += [request.id for request in requests]
+            return [Ranking((int(r.id) % 2, 1 - int(r.id) % 2), tokens=int(r.id)) for r in requests]
+
+    groups = [request(str(n), f"question {n}") for n in range(40)]
+    whole = tmp_path / "whole.sqlite"
+    made = CachedOracle(Telling(), path=whole)
+    right = made.rank(groups)
+    made.cache.close()
+    content = whole.read_bytes()
+    generator = random.Random(0)
+    survived = 0
+    for number in range(120):
+        path = tmp_path / f"{number}.sqlite"
+        path.write_bytes(content)
+        opened = CachedOracle(Telling(), path=path) if open_meanwhile else None
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        oracle = opened or CachedOracle(Telling(), path=path)
+        assert oracle.rank(groups) == right
+        assert oracle.rank(groups) == right
+        oracle.cache.close()
+        survived += len(oracle.inner.asked) < len(groups)
+    assert survived > 60  # most flips cost nothing but their row
+
+
+def test_a_cache_of_the_first_layout_is_kept(tmp_path):
+    path = tmp_path / "c.sqlite"
+    made = CachedOracle(Counting(), path=path)
+    right = made.rank([request(str(n), f"question {n}") for n in range(5)])
+    made.cache.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE old (key TEXT PRIMARY KEY, ranking TEXT NOT NULL) WITHOUT ROWID")
+        connection.execute("INSERT INTO old SELECT key, ranking FROM verdicts")
+        connection.execute("DROP TABLE verdicts")
+        connection.execute("ALTER TABLE old RENAME TO verdicts")
+        connection.execute("PRAGMA user_version=1")
+    again = CachedOracle(Counting(), path=path)
+    assert again.rank([request(str(n), f"question {n}") for n in range(5)]) == right
+    assert again.inner.asked == []
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):

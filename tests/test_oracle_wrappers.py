@@ -111,12 +111,28 @@ def test_the_breaker_stops_the_run_with_the_reason():
     assert caught.value.exit_code == 1
 
 
-def test_the_breaker_waits_for_half_a_window():
-    breaker = CircuitBreaker(_Failing(lambda r: True), window=20)
-    requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(10)]
-    assert breaker.rank(requests[:9])[0].error == "timed out"
+@pytest.mark.parametrize("window", [1, 8, 20, 64, 1000])
+def test_the_breaker_stops_at_the_first_groups_where_all_fail(window):
+    breaker = CircuitBreaker(_Failing(lambda r: True), window=window)
+    requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(8)]
+    few = min(8, (window + 1) // 2) - 1
+    if few:
+        assert breaker.rank(requests[:few])[0].error == "timed out"
+    with pytest.raises(OracleFailedError, match="timed out"):
+        breaker.rank(requests[few:])
+
+
+def test_the_breaker_waits_for_half_a_window_where_one_of_the_first_could_be_ranked():
+    breaker = CircuitBreaker(_Failing(lambda r: r.id != "0"), window=40)
+    requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(20)]
+    assert breaker.rank(requests[:19])[1].error == "timed out"
     with pytest.raises(OracleFailedError):
-        breaker.rank(requests[9:])
+        breaker.rank(requests[19:])
+
+
+def test_a_breaker_that_allows_every_failure_never_stops():
+    breaker = CircuitBreaker(_Failing(lambda r: True), max_invalid_fraction=1.0, window=8)
+    assert len(breaker.rank([RankRequest(str(i), "?", ("a", "b")) for i in range(50)])) == 50
 
 
 def test_build_by_name():

@@ -346,7 +346,7 @@ BAD = [
     (_text_file, "not a video"),
     (_zeros, "not a readable video"),
     (_audio_only, r"no video stream \(audio\)"),
-    (_subtitles_only, r"no video stream \(subtitle\)"),
+    (_subtitles_only, "not a video of a kind that is read"),
     (_missing, "does not exist"),
     (_folder, "is a folder"),
     (_pipe, "not a regular file"),
@@ -354,7 +354,7 @@ BAD = [
     (_all_frames_corrupt, "no frame can be decoded|frame 0 depends on damaged data"),
     (_some_frames_corrupt, r"frame \d+ (depends on damaged data|is damaged)"),
     (_one_frame, "holds 1 frame, but 2"),
-    (_still_picture, "holds 1 frame, but 2"),
+    (_still_picture, "not a video of a kind that is read"),
 ]
 
 

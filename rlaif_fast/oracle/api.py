@@ -8,12 +8,8 @@ failure turns into a rank.
 from __future__ import annotations
 
 import asyncio
-import base64
 import concurrent.futures
 import contextlib
-import datetime
-import email.utils
-import io
 import json
 import os
 import re
@@ -25,26 +21,18 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.images import encode_frames
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
+from rlaif_fast.oracle.untrusted import cut_middle
+from rlaif_fast.oracle.wire import Fault, post, read_completion, status_fault
 from rlaif_fast.video.base import Clip
 
 T = TypeVar("T")
 
-_RETRIED_STATUS = {408, 409, 425, 429}
+MAX_RAW_CHARS = 20_000  # of a reply that are kept for the log
 _KEY_LIKE = re.compile(r"\b(?:sk|pk|key|hf|Bearer)[-_ ][\w*.\-]{6,}", re.IGNORECASE)
 _RESPONSE_FORMATS = ("json_schema", "json_object", "none")
-
-
-class _Fault(Exception):
-    """An attempt that brought no usable verdict; `kind` is what it counts as."""
-
-    def __init__(self, kind: str, detail: str, *, retry: bool = True, wait: float = 0.0, partial: Any = None):
-        super().__init__(detail)
-        self.kind = kind
-        self.retry = retry
-        self.wait = wait
-        self.partial = partial
 
 
 class ApiOracle(Judge):
@@ -60,7 +48,7 @@ class ApiOracle(Judge):
         temperature: Sampling temperature of the judge.
         max_tokens: Most tokens of a reply.
         concurrency: Most requests in flight.
-        timeout: Seconds one request may take.
+        timeout: Seconds one request may take, its reply's body included.
         deadline: Seconds one call of `rank` may take; what is unanswered then is invalid.
         max_attempts: Tries of one request.
         backoff: Seconds before the second try; doubled for each further one, jittered, at most `max_backoff`.
@@ -176,7 +164,7 @@ class _Tally:
     raw: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-    fault: _Fault | None = None
+    fault: Fault | None = None
 
 
 class _Session:
@@ -219,7 +207,7 @@ class _Session:
             return await asyncio.wait_for(self._tries(showing, ask, tally), timeout=left)
         except asyncio.TimeoutError:
             last = f"; last: {tally.fault}" if tally.fault else ""
-            self._note(_Fault("deadline", f"the deadline of {self.oracle.deadline:g} s passed{last}"), tally)
+            self._note(Fault("deadline", f"the deadline of {self.oracle.deadline:g} s passed{last}"), tally)
             return None
 
     async def _tries(self, showing: Showing, ask: Ask, tally: _Tally) -> Any:
@@ -232,7 +220,7 @@ class _Session:
         retrying = tenacity.AsyncRetrying(
             stop=tenacity.stop_after_attempt(self.oracle.max_attempts),
             wait=wait,
-            retry=tenacity.retry_if_exception(lambda error: isinstance(error, _Fault) and error.retry),
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Fault) and error.retry),
             reraise=True,
         )
         content = [*self._images(showing.request.clips), {"type": "text", "text": ask.text}]
@@ -252,10 +240,10 @@ class _Session:
                     self.counts["retries"] += attempt.retry_state.attempt_number > 1
                     try:
                         return await self._attempt(ask, body, tally)
-                    except _Fault as fault:
+                    except Fault as fault:
                         partial = fault.partial or partial
                         raise
-        except _Fault:
+        except Fault:
             self.counts["gave_up"] += 1
             return partial
         raise AssertionError("a retry loop ends by a result or an exception")
@@ -271,55 +259,31 @@ class _Session:
                 finally:
                     tally.seconds += time.perf_counter() - start
                     self.free.append(client)
-            tally.raw.append(self._redact(reply))
+            tally.raw.append(cut_middle(self._redact(reply), MAX_RAW_CHARS))
             try:
                 return ask.parse(reply)
             except MalformedVerdict as error:
-                raise _Fault(error.kind, str(error), partial=error.partial) from None
-        except _Fault as fault:
+                raise Fault(error.kind, str(error), partial=error.partial) from None
+        except Fault as fault:
             self._note(fault, tally)
             raise
 
-    def _note(self, fault: _Fault, tally: _Tally) -> None:
+    def _note(self, fault: Fault, tally: _Tally) -> None:
         self.counts[f"fault_{fault.kind}"] += 1
+        fault.args = (self._redact(str(fault)),)
         tally.fault = fault
 
     async def _post(self, client: Any, body: dict[str, Any], tally: _Tally) -> str:
         """One request; the text of the reply's message."""
-        httpx = _import_httpx()
-        try:
-            response = await client.post(f"{self.oracle.base_url}/chat/completions", json=body)
-        except httpx.TimeoutException:
-            raise _Fault("timeout", f"no reply within {self.oracle.timeout:g} s") from None
-        except httpx.RequestError as error:
-            raise _Fault("connection", self._redact(f"{type(error).__name__}: {error}")) from None
-        if response.status_code != 200:
-            raise self._status_fault(response)
-        try:
-            payload = response.json()
-            usage = payload.get("usage") or {}
-            for kind in ("prompt_tokens", "completion_tokens"):
-                self.counts[kind] += int(usage.get(kind) or 0)
-                tally.tokens += int(usage.get(kind) or 0)
-            choice = payload["choices"][0]
-            message = choice["message"]
-            if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-                raise _Fault("refusal", "the judge refused")
-            content = message["content"]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise _Fault("malformed_body", "the reply is not a chat completion") from None
-        if not isinstance(content, str):
-            raise _Fault("malformed_body", "the reply holds no text")
-        return content
-
-    def _status_fault(self, response: Any) -> _Fault:
-        status = response.status_code
-        detail = self._redact(f"HTTP {status}: {' '.join(response.text.split())[:200]}")
-        if status == 429:
-            return _Fault("rate_limit", detail, wait=retry_after(response.headers.get("retry-after")))
-        if status >= 500:
-            return _Fault("server_error", detail, wait=retry_after(response.headers.get("retry-after")))
-        return _Fault("rejected", detail, retry=status in _RETRIED_STATUS)
+        response = await post(client, f"{self.oracle.base_url}/chat/completions", body, self.oracle.timeout)
+        if response.status != 200:
+            raise status_fault(response)
+        completion = read_completion(response)
+        for kind in ("prompt_tokens", "completion_tokens"):
+            tokens = getattr(completion, kind)
+            self.counts[kind] += tokens or 0
+            tally.tokens += tokens or 0
+        return completion.content
 
     def _format(self, ask: Ask) -> dict[str, Any]:
         if self.oracle.response_format == "none":
@@ -341,48 +305,11 @@ class _Session:
         return parts
 
     def _redact(self, text: str) -> str:
-        """`text` without the key, and without anything that looks like one (servers echo keys in part)."""
+        """`text` without the key, without anything that looks like one (servers echo keys in part), and writable."""
+        text = text.encode("utf-8", "replace").decode()  # a lone surrogate cannot be written to any log
         if self.key:
             text = text.replace(self.key, "[key]")
         return _KEY_LIKE.sub("[key]", text)
-
-
-def encode_frames(clip: Clip, max_frames: int, size: int) -> list[dict[str, Any]]:
-    """At most `max_frames` evenly spaced frames of a clip as message parts: a time, then a JPEG."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise _missing("pillow", "sending frames") from error
-    total = clip.frames.shape[0]
-    count = min(total, max_frames)
-    parts: list[dict[str, Any]] = []
-    for index in [(2 * i + 1) * total // (2 * count) for i in range(count)]:
-        image = Image.fromarray(clip.frames[index].cpu().numpy())
-        image.thumbnail((size, size))
-        buffer = io.BytesIO()
-        image.save(buffer, format="JPEG", quality=85)
-        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        if not clip.is_image:
-            parts.append({"type": "text", "text": f"{clip.timestamps[index]:.1f} s"})
-        parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
-
-
-def retry_after(value: str | None) -> float:
-    """Seconds a Retry-After header asks for, as a number or a date; 0 where it is absent or unreadable."""
-    if value is None:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=datetime.timezone.utc)
-    return max(0.0, (when - datetime.datetime.now(datetime.timezone.utc)).total_seconds())
 
 
 def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:

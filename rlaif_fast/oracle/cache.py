@@ -23,8 +23,23 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SCHEMA_VERSION = 1
-_SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, ranking TEXT NOT NULL) WITHOUT ROWID"
+_SCHEMA_VERSION = 2
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS verdicts (
+    key TEXT PRIMARY KEY, ranking TEXT NOT NULL, checksum TEXT NOT NULL
+) WITHOUT ROWID
+"""
+# What SQLite says of the machine rather than of the file: the file is left alone.
+_NOT_DAMAGE = (
+    "locked",
+    "busy",
+    "full",
+    "readonly",
+    "unable to open",
+    "disk i/o",
+    "interrupted",
+    "out of memory",
+)
 _BUSY_SECONDS = 30.0
 _LOOKUP = 500  # keys a statement, under SQLite's bound on variables
 
@@ -32,8 +47,9 @@ _LOOKUP = 500  # keys a statement, under SQLite's bound on variables
 class VerdictCache:
     """A SQLite file of rankings; any number of processes may read and write it at once.
 
-    A file that is no database, is damaged or has another layout is renamed to NAME.corrupt-TIME with a
-    warning, and a new one is begun.
+    Every row carries a checksum: a row that does not match it is dropped with a warning, and asked about anew. A file
+    that is no database, is damaged or has an unknown layout is renamed to NAME.corrupt-TIME with a warning, and a new
+    one is begun.
 
     Args:
         path: The file; its folder is made if need be.
@@ -42,6 +58,7 @@ class VerdictCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
+        self._opened: tuple[int, int] | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,26 +72,40 @@ class VerdictCache:
 
         def read(connection: sqlite3.Connection) -> dict[str, Ranking]:
             found: dict[str, Ranking] = {}
+            damaged: list[str] = []
             for start in range(0, len(keys), _LOOKUP):
                 part = keys[start : start + _LOOKUP]
                 marks = ",".join("?" * len(part))
-                rows = connection.execute(f"SELECT key, ranking FROM verdicts WHERE key IN ({marks})", part)
-                for key, text in rows:
-                    try:
-                        found[key] = ranking_from_json(json.loads(text))
-                    except (ValueError, TypeError, AttributeError) as error:
-                        raise sqlite3.DatabaseError(f"a row is no ranking ({error})") from None
+                query = f"SELECT key, ranking, checksum FROM verdicts WHERE key IN ({marks})"
+                for key, text, checksum in connection.execute(query, part):
+                    ranking = _checked(key, text, checksum)
+                    if ranking is None:
+                        damaged.append(key.decode("utf-8", "replace"))
+                    else:
+                        found[key.decode()] = ranking
+            self._drop(connection, damaged)
             return found
 
         return self._run(read)
 
+    def _drop(self, connection: sqlite3.Connection, keys: Sequence[str]) -> None:
+        """Delete rows that are damaged, so that they can be written anew."""
+        if not keys:
+            return
+        logger.warning(
+            "verdict cache %s: %d damaged rows are dropped and asked about anew", self.path, len(keys)
+        )
+        with connection:
+            connection.executemany("DELETE FROM verdicts WHERE key = ?", [(key,) for key in keys])
+
     def put_many(self, rankings: Sequence[tuple[str, Ranking]]) -> None:
         """Keep rankings by key; the first one kept for a key stays."""
-        rows = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
+        texts = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
+        rows = [(key, text, _checksum(key.encode(), text.encode())) for key, text in texts]
 
         def write(connection: sqlite3.Connection) -> None:
             with connection:
-                connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?)", rows)
+                connection.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?)", rows)
 
         self._run(write)
 
@@ -91,22 +122,23 @@ class VerdictCache:
         with self._lock:
             try:
                 return work(self._connection)
-            except sqlite3.OperationalError as error:
-                raise RlaifFastError(
-                    f"verdict cache {self.path}: {error}; free the disk or name another"
-                ) from None
-            except sqlite3.DatabaseError as error:
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise RlaifFastError(
+                        f"verdict cache {self.path}: {error}; free the disk or name another"
+                    ) from None
                 self._connection.close()
                 self._set_aside(error)
                 self._connection = self._open_or_rebuild()
                 return work(self._connection)
 
     def _open_or_rebuild(self) -> sqlite3.Connection:
+        self._opened = self._identity()
         try:
             return self._open()
-        except sqlite3.OperationalError as error:
-            raise RlaifFastError(f"verdict cache: cannot open {self.path}: {error}") from None
-        except sqlite3.DatabaseError as error:
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise RlaifFastError(f"verdict cache: cannot open {self.path}: {error}") from None
             self._set_aside(error)
             return self._open()
 
@@ -117,7 +149,9 @@ class VerdictCache:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, _SCHEMA_VERSION):
+                if version == 1:
+                    _add_checksums(connection)
+                elif version not in (0, _SCHEMA_VERSION):
                     raise sqlite3.DatabaseError(f"layout {version}, expected {_SCHEMA_VERSION}")
                 verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
                 if verdict != "ok":
@@ -125,26 +159,27 @@ class VerdictCache:
                 with connection:
                     connection.execute(_SCHEMA)
                     connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-                connection.execute("SELECT key, ranking FROM verdicts LIMIT 1").fetchone()
+                connection.execute("SELECT key, ranking, checksum FROM verdicts LIMIT 1").fetchone()
+                connection.text_factory = (
+                    bytes  # a flipped bit may leave no text; rows are decoded where they are checked
+                )
             except sqlite3.Error:
                 connection.close()
                 raise
+            self._opened = self._identity()
             return connection
+
+    def _identity(self) -> tuple[int, int] | None:
+        """What tells this file from one that another process put in its place."""
+        with contextlib.suppress(OSError):
+            facts = self.path.stat()
+            return facts.st_dev, facts.st_ino
+        return None
 
     def _set_aside(self, error: Exception) -> None:
         """Rename the damaged file, unless another process has done so already."""
         with self._exclusive():
-            try:
-                probe = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)
-                with contextlib.closing(probe):
-                    healthy = probe.execute("PRAGMA quick_check").fetchone()[0] == "ok" and (
-                        probe.execute("PRAGMA user_version").fetchone()[0] == _SCHEMA_VERSION
-                    )
-                    for (text,) in probe.execute("SELECT ranking FROM verdicts"):
-                        ranking_from_json(json.loads(text))
-            except (sqlite3.Error, ValueError, TypeError, AttributeError):
-                healthy = False
-            if healthy:
+            if self._opened is not None and self._identity() != self._opened:
                 return
             aside = self.path.with_name(f"{self.path.name}.corrupt-{time.time_ns()}")
             for suffix in ("", "-wal", "-shm"):
@@ -160,6 +195,37 @@ class VerdictCache:
         with open(f"{self.path}.lock", "w") as lock:  # noqa: PTH123
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _checksum(key: bytes, text: bytes) -> str:
+    return hashlib.sha256(key + b"\0" + text).hexdigest()[:32]
+
+
+def _checked(key: bytes, text: bytes, checksum: bytes) -> Ranking | None:
+    """The ranking of a row; None where the row is not as it was written."""
+    try:
+        if _checksum(key, text).encode() != checksum:
+            return None
+        return ranking_from_json(json.loads(text))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _add_checksums(connection: sqlite3.Connection) -> None:
+    """Bring a file of the first layout, whose rows had no checksums, into this one."""
+    rows = connection.execute("SELECT key, ranking FROM verdicts").fetchall()
+    with connection:
+        connection.execute("DROP TABLE verdicts")
+        connection.execute(_SCHEMA)
+        connection.executemany(
+            "INSERT INTO verdicts VALUES (?, ?, ?)",
+            [(key, text, _checksum(key.encode(), text.encode())) for key, text in rows],
+        )
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether an error is the file's, not the machine's (a full disk, a lock that is held, no permission)."""
+    return not any(words in str(error).casefold() for words in _NOT_DAMAGE)
 
 
 class CachedOracle:

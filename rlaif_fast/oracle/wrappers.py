@@ -15,6 +15,8 @@ from rlaif_fast.oracle.fusion import ranks_from_scores
 
 T = TypeVar("T")
 
+FIRST_GROUPS = 8  # a judge that failed all of so many at the start is not waited for
+
 
 class OracleFailedError(RlaifFastError):
     """Too many groups could not be ranked; the run stops rather than learn from what is left."""
@@ -138,7 +140,8 @@ class CircuitBreaker:
     Args:
         inner: The oracle to watch.
         max_invalid_fraction: Share of the window that may fail, in [0, 1].
-        window: How many of the last groups are looked at; a run is not stopped before half of it is filled.
+        window: How many of the last groups are looked at. Before half of it is filled, only a judge that failed
+            every group of the first eight stops the run.
     """
 
     def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = 64) -> None:
@@ -178,7 +181,9 @@ class CircuitBreaker:
         )
         failures = [error for error in self._window if error is not None]
         share = len(failures) / max(1, len(self._window))
-        if 2 * len(self._window) >= (self._window.maxlen or 0) and share > self.max_invalid_fraction:
+        half = (self._window.maxlen or 0) / 2
+        judged = len(self._window) >= half or (share == 1.0 and len(self._window) >= FIRST_GROUPS)
+        if judged and share > self.max_invalid_fraction:
             raise OracleFailedError(
                 f"the oracle {self.name!r} could not rank {len(failures)} of the last {len(self._window)} "
                 f"groups (at most {self.max_invalid_fraction:.0%} may fail); last reason: {failures[-1]}. "

@@ -23,6 +23,7 @@ from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
+from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
@@ -102,10 +103,10 @@ def check_overwrite(config: TrainConfig) -> None:
 
 
 def check_oracle(config: TrainConfig) -> None:
-    """Refuse an oracle that cannot be built; one that is a model is only looked up, its options checked."""
+    """Refuse an oracle that cannot be built; one that is a model is only looked up, a remote one is asked once."""
     find_oracle(config.oracle, config.oracle_options)
     if config.oracle not in MODEL_ORACLES:
-        make_oracle(config)
+        ask_once(make_oracle(config))
 
 
 def set_threads(threads: int, processes: int = 1) -> None:

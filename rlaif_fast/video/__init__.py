@@ -2,9 +2,10 @@
 
 from rlaif_fast.video.base import Clip, VideoDecoder, VideoInfo
 from rlaif_fast.video.cache import ClipCache
-from rlaif_fast.video.clips import load_clip, load_image
+from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.decoders import DECODERS, decode
 from rlaif_fast.video.errors import TooManyBadFiles, VideoError
+from rlaif_fast.video.image import load_image
 from rlaif_fast.video.loader import ClipStore, LoadStats
 from rlaif_fast.video.preprocess import (
     PatchSpec,

@@ -16,8 +16,9 @@ from typing import Any
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import VideoInfo
-from rlaif_fast.video.clips import load_clip, load_image
+from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
+from rlaif_fast.video.image import load_image
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preview import draw_contact_sheet
 from rlaif_fast.video.probe import info_of, probe

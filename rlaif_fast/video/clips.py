@@ -15,12 +15,11 @@ from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.decoders import assemble, choose, decode_sized
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.isolate import DecodeProcess
-from rlaif_fast.video.preprocess import PixelBudget, resize_frames
+from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.probe import MEMO, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
 
 MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
-MAX_IMAGE_PIXELS = 200_000_000
 
 
 def load_clip(
@@ -86,54 +85,7 @@ def load_clip(
     return clip
 
 
-def load_image(
-    path: str | Path, *, resize: PixelBudget | None = None, cache: ClipCache | None = None
-) -> Clip:
-    """Return a still image as a clip of one frame, upright (EXIF), transparent parts on white.
-
-    Raises:
-        VideoError: When the file is not an image, or not a whole one.
-    """
-    path = str(path)
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    key = clip_key(file_digest(path), [0], None if resize is None else _budget_id(resize))
-    known = cache.get(key) if cache is not None else None
-    if known is not None:
-        return known
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
-                raise VideoError(path, f"{opened.width}x{opened.height} is too large for an image")
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-                picture = Image.alpha_composite(white, picture)
-            picture = picture.convert("RGB")
-    except FileNotFoundError:
-        raise VideoError(path, "does not exist") from None
-    except UnidentifiedImageError:
-        raise VideoError(path, "not an image") from None
-    except Image.DecompressionBombError:
-        raise VideoError(path, "is too large for an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise VideoError(path, f"damaged image: {error}") from None
-    data = bytearray(picture.tobytes())
-    frames = torch.frombuffer(data, dtype=torch.uint8).view(1, picture.height, picture.width, 3)
-    if resize is not None:
-        frames = resize_frames(frames, resize.size(path, 1, picture.height, picture.width))
-    clip = Clip(frames, (0.0,), key, path, is_image=True)
-    if cache is not None:
-        cache.put(clip)
-    return clip
-
-
 def clip_key(digest: str, indices: Sequence[int], size: object) -> str:
     """Return the content address of frames: the file's content, which frames, how large."""
     described = f"{digest}:{','.join(map(str, indices))}:{size}"
     return hashlib.blake2b(described.encode(), digest_size=20).hexdigest()
-
-
-def _budget_id(resize: PixelBudget) -> str:
-    return f"image:{resize}"

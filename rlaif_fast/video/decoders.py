@@ -70,13 +70,14 @@ class PyAVDecoder:
         threads = self.threads
         if threads is None:
             threads = 0 if scan.width * scan.height >= THREADED_PIXELS else 1
-        frames = ffmpeg.read_frames(
-            path, scan, indices, threads=threads, deadline=ffmpeg.Deadline(self.timeout)
-        )
+        deadline = ffmpeg.Deadline(self.timeout)
         try:
+            frames = ffmpeg.read_frames(path, scan, indices, threads=threads, deadline=deadline)
             return assemble(frames, indices, scan.shape, size).to(self.device)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
+        except Exception as error:  # whatever FFmpeg raises is the file's fault
+            raise VideoError(path, f"cannot be decoded: {type(error).__name__}: {error}") from None
 
 
 # Name -> class: a class made with a device, with `unavailable()` and `decode`; those that "auto" may choose have

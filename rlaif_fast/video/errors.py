@@ -16,7 +16,8 @@ class VideoError(RlaifFastError):
     """
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        name = path.replace("\n", "\\n").replace("\t", "\\t")
+        super().__init__(f"{name}: {reason}")
         self.path = path
         self.reason = reason
 

@@ -12,6 +12,7 @@ asked for. Nothing is ever replaced by a neighbour: a frame that does not come o
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from bisect import bisect_right
@@ -26,6 +27,13 @@ import numpy as np
 from rlaif_fast.video.container import BadVideo, check_file
 from rlaif_fast.video.scan import Scan
 
+# Containers that hold their own frames. Playlists (hls, dash), lists (concat), numbered pictures (image2) and the like
+# name other files, and are refused.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,live_flv,asf,asf_o,ogg,gif,apng,ivf,obu,av1,"
+    "h264,hevc,vvc,h263,vc1,rm,mxf,nut,wtv,dv,nsv,swf,y4m,yuv4mpegpipe,mjpeg,webp_pipe,dirac,cavsvideo,gxf,ipmovie,viv,"
+    "filmstrip,smk,bink,roq,flic,film_cpk,4xm"
+)
 NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text files as pictures
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
@@ -340,8 +348,13 @@ def _open(path: str) -> Any:
     try:
         # An absolute path cannot be taken for a protocol ("a:b.mp4"), and no playlist may reach the network.
         whole = os.path.abspath(path)  # noqa: PTH100
-        return av.open(whole, options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        return av.open(whole, options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
+        if error.errno == errno.EINVAL:
+            raise BadVideo(
+                "not a video of a kind that is read, or damaged (playlists and lists of files are not followed)"
+            ) from None
         raise BadVideo(f"not a readable video: {_plain(error)}") from None
     except OSError as error:
         raise BadVideo(f"cannot be read: {error.strerror}") from None

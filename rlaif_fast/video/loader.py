@@ -16,8 +16,9 @@ import torch
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
-from rlaif_fast.video.clips import load_clip, load_image
+from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import TooManyBadFiles, VideoError, kind_of
+from rlaif_fast.video.image import load_image
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.sampling import FrameSampling

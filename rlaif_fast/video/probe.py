@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -88,6 +89,10 @@ def file_version(path: str) -> Version:
         facts = Path(path).stat()
     except OSError as error:
         raise VideoError(path, _os_reason(error)) from None
+    except ValueError as error:  # a NUL, or a surrogate that no file system encodes
+        raise VideoError(path, f"no file can have this path ({error})") from None
+    if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
+        raise VideoError(path, "is not a regular file")  # opening a pipe would wait for ever
     return (str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
@@ -100,6 +105,8 @@ def scan_file(path: str) -> ffmpeg.Scan:
             known = ffmpeg.scan(path)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
+        except Exception as error:  # whatever a decoder raises is the file's fault
+            raise VideoError(path, f"cannot be read: {type(error).__name__}: {error}") from None
         MEMO.keep_scan(version, known)
     return known
 

@@ -30,6 +30,10 @@ def main(socket_fd: int, memory_fd: int) -> None:
                 channel.send(("bad", str(error)))
             except MemoryError:
                 channel.send(("bad", "not enough memory to decode it"))
+            except (ConnectionError, EOFError):
+                return  # the other end is gone
+            except Exception as error:  # whatever a decoder raises is the file's fault
+                channel.send(("bad", f"cannot be decoded: {type(error).__name__}: {error}"))
 
 
 def _receive(channel: Connection) -> Any:

@@ -1,0 +1,202 @@
+"""One request to a chat-completions endpoint, and what came of it: a reply, or a fault that is counted.
+
+Whatever a server sends is its own fault and never the run's: the body is read under one budget of time and size,
+decoded as UTF-8 whatever its headers claim, and everything that is made of it is made inside `read_completion` and
+`status_fault`, from which nothing but a `Fault` escapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import email.utils
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_BODY_BYTES = 4 << 20  # of a reply, as sent and again when unpacked
+MAX_WAIT_SECONDS = 3600.0  # that a Retry-After is obeyed for
+_MOST_TOKENS = 1 << 40  # a count above it is no count
+_RETRIED_STATUS = {408, 409, 425, 429}
+
+
+class Fault(Exception):
+    """An attempt that brought no usable verdict.
+
+    Args:
+        kind: What it counts as.
+        detail: One line for the log.
+        retry: Whether another try may help.
+        wait: Seconds that the server asks to wait before it.
+        partial: What could still be used if no better reply comes.
+    """
+
+    def __init__(self, kind: str, detail: str, *, retry: bool = True, wait: float = 0.0, partial: Any = None):
+        super().__init__(detail)
+        self.kind = kind
+        self.retry = retry
+        self.wait = wait
+        self.partial = partial
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a server sent: status, headers (lower case) and the unpacked body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The text of a chat completion and the tokens it says it took; None for a count that cannot be read."""
+
+    content: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -> Response:
+    """Send one request and read the whole reply within `timeout` seconds.
+
+    Args:
+        client: An `httpx.AsyncClient`.
+        url: Where to.
+        body: The request, as JSON.
+        timeout: Seconds for all of it: connecting, waiting, and a body however slowly it drips.
+
+    Raises:
+        Fault: Of kind "timeout", "connection" or "malformed_body".
+    """
+    try:
+        return await asyncio.wait_for(_exchange(client, url, body), timeout)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise Fault("timeout", f"no reply within {timeout:g} s") from None
+    except Fault:
+        raise
+    except Exception as error:  # httpx's own errors, and whatever a hostile reply brings up below it
+        if "Timeout" in type(error).__name__:
+            raise Fault("timeout", f"no reply within {timeout:g} s ({type(error).__name__})") from None
+        raise Fault("connection", f"{type(error).__name__}: {error}") from None
+
+
+async def _exchange(client: Any, url: str, body: Mapping[str, Any]) -> Response:
+    parts = bytearray()
+    asked = {"Accept-Encoding": "identity"}
+    async with client.stream("POST", url, json=body, headers=asked) as response:
+        async for part in response.aiter_raw():
+            parts += part
+            if len(parts) > MAX_BODY_BYTES:
+                raise Fault("malformed_body", f"the reply is longer than {MAX_BODY_BYTES} bytes")
+        headers = {key.lower(): value for key, value in response.headers.items()}
+        status = response.status_code
+    return Response(status, headers, unpack(bytes(parts), headers.get("content-encoding", "")))
+
+
+def unpack(data: bytes, encoding: str) -> bytes:
+    """`data` without its content encodings, at most `MAX_BODY_BYTES` of it.
+
+    Raises:
+        Fault: If the encoding is unknown, the data are damaged, or they unpack to more.
+    """
+    names = [name.strip().casefold() for name in encoding.split(",")]
+    if len(names) > 4:
+        raise Fault("malformed_body", f"the reply is packed {len(names)} times")
+    for name in reversed(names):
+        if name in ("", "identity"):
+            continue
+        if name not in ("gzip", "x-gzip", "deflate"):
+            raise Fault(
+                "malformed_body", f"the reply has the content encoding {name[:40]!r}, which was not asked for"
+            )
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib and gzip, told by the header
+        try:
+            data = unpacker.decompress(data, MAX_BODY_BYTES + 1)
+        except zlib.error:
+            raise Fault("malformed_body", "the reply's compression is damaged") from None
+        if len(data) > MAX_BODY_BYTES:
+            raise Fault("malformed_body", f"the reply unpacks to more than {MAX_BODY_BYTES} bytes")
+        if not unpacker.eof:
+            raise Fault("malformed_body", "the reply's compression ends early")
+    return data
+
+
+def read_completion(response: Response) -> Completion:
+    """The completion in a reply of status 200.
+
+    Raises:
+        Fault: Of kind "refusal" or "malformed_body".
+    """
+    try:
+        return _completion(json.loads(response.body.decode("utf-8", "replace")))
+    except Fault:
+        raise
+    except Exception as error:  # the remote data's, whatever it is: no shape of theirs may end the run
+        raise Fault(
+            "malformed_body", f"the reply is not a chat completion ({type(error).__name__})"
+        ) from None
+
+
+def _completion(payload: Any) -> Completion:
+    choice = payload["choices"][0]
+    message = choice["message"]
+    finish = choice.get("finish_reason")
+    if message.get("refusal") or finish == "content_filter":
+        raise Fault("refusal", "the judge refused")
+    content = message["content"]
+    if content is None:
+        raise Fault("refusal", f"the judge gave no content (finish_reason {str(finish)[:40]!r})")
+    if isinstance(content, list):  # content parts
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise Fault("malformed_body", "the reply holds no text")
+    usage = payload.get("usage")
+    counts = [
+        usage.get(key) if isinstance(usage, Mapping) else None
+        for key in ("prompt_tokens", "completion_tokens")
+    ]
+    return Completion(content, *map(_count, counts))
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None where it is not one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_TOKENS:
+        return None
+    return int(value)
+
+
+def status_fault(response: Response) -> Fault:
+    """The fault that a reply of any status but 200 is."""
+    status = response.status
+    detail = f"HTTP {status}: {' '.join(response.body[:4000].decode('utf-8', 'replace').split())[:200]}"
+    wait = retry_after(response.headers.get("retry-after"))
+    if status == 429:
+        return Fault("rate_limit", detail, wait=wait)
+    if status >= 500:
+        return Fault("server_error", detail, wait=wait)
+    return Fault("rejected", detail, retry=status in _RETRIED_STATUS)
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds a Retry-After header asks for, as a number or a date, at most an hour; 0 where it is unreadable."""
+    if value is None:
+        return 0.0
+    try:
+        seconds = float(value[:100])
+    except ValueError:
+        seconds = _seconds_until(value[:100])
+    return min(max(0.0, seconds), MAX_WAIT_SECONDS) if not math.isnan(seconds) else 0.0
+
+
+def _seconds_until(date: str) -> float:
+    try:
+        when = email.utils.parsedate_to_datetime(date)
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=datetime.timezone.utc)
+        return (when - datetime.datetime.now(datetime.timezone.utc)).total_seconds()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0

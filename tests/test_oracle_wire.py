@@ -1,0 +1,395 @@
+"""Whatever a server sends ends in a verdict or in a counted fault: fuzzed replies, and each attack by name."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import socket
+import threading
+import time
+import zlib
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import strategies as st
+
+pytest.importorskip("httpx")
+pytest.importorskip("tenacity")
+
+import httpx
+from fuzzing import counts, fuzz
+
+from rlaif_fast.oracle import RankRequest, build_oracle
+from rlaif_fast.oracle.api import ApiOracle, _Session
+from rlaif_fast.oracle.wire import MAX_BODY_BYTES, Fault, Response, read_completion, retry_after, unpack
+
+GROUP = RankRequest("g", "Which?", ("a red square", "a blue circle"))
+VERDICT_KINDS = {
+    "timeout", "connection", "malformed_body", "malformed", "refusal", "rate_limit", "server_error", "rejected",
+    "unknown_ids", "missing_ids", "duplicate_ids",
+}  # fmt: skip
+
+
+def completion(content='{"better": "tie"}', **fields):
+    return {
+        "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
+        **fields,
+    }
+
+
+def ask_all(replies, **options):
+    """Rank one group for each (status, headers, body) of `replies`; the rankings and the oracle."""
+    oracle = ApiOracle(
+        model="m",
+        base_url="http://judge/v1",
+        protocol="pairwise",
+        orders=1,
+        max_attempts=1,
+        timeout=5.0,
+        **options,
+    )
+
+    async def run():
+        queue = list(replies)
+
+        async def handler(request):
+            status, headers, body = queue.pop(0)
+            return httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))
+
+        client = httpx.AsyncClient(transport=httpx.MockTransport(handler))
+
+        async def connect():
+            return client
+
+        outcomes = []
+        async with client:
+            for _ in replies:
+                session = _Session(oracle, connect, "sk-secret-0123456789")
+                [showing], _places = oracle._show(GROUP)
+                outcomes.append(await session.run(showing))
+        return outcomes
+
+    return asyncio.run(run()), oracle
+
+
+def check_outcome(outcome, oracle):
+    """A verdict on both texts, or none with a reason and a counted fault."""
+    faults = {key.removeprefix("oracle/api/fault_") for key in oracle.stats() if "fault_" in key}
+    assert faults <= VERDICT_KINDS
+    if outcome.error is None:
+        assert all(isinstance(rank, int) for rank in outcome.ranks)
+    else:
+        assert outcome.ranks == (None, None)
+        assert faults
+    assert outcome.tokens >= 0
+    json.dumps(outcome.raw, ensure_ascii=False).encode("utf-8")  # what goes to the logs can be written
+
+
+_scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12),
+    st.sampled_from(["1e999", "tie", '{"better": "tie"}', "\ud800", "</think>", "```JSON\n{}\n```"]),
+)  # fmt: skip
+_values = st.recursive(
+    _scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["choices", "message", "content", "usage", "prompt_tokens", "refusal", "better", "text"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@st.composite
+def _payloads(draw):
+    """A completion in which some parts are replaced by anything."""
+    message = {"role": "assistant", "content": draw(st.just('{"better": "tie"}') | _values)}
+    choice = {"message": draw(st.just(message) | _values), "finish_reason": draw(st.just("stop") | _values)}
+    payload = {"choices": draw(st.just([choice]) | _values), "usage": draw(_values)}
+    return draw(st.just(payload) | _values)
+
+
+@st.composite
+def _bodies(draw):
+    body = json.dumps(draw(_payloads())).encode("utf-8", "replace")
+    kind = draw(st.integers(0, 7))
+    if kind == 0:
+        return draw(st.binary(max_size=60))
+    if kind == 1:
+        at = draw(st.integers(0, len(body)))
+        return body[:at] + draw(st.binary(max_size=4)) + body[at:]
+    if kind == 2:
+        return body[: draw(st.integers(0, len(body)))]
+    if kind == 3:
+        return body.replace(b"1", b"1e999").replace(b"null", b"9" * draw(st.sampled_from([5, 400, 5000])))
+    return {4: gzip.compress(body, 1), 5: zlib.compress(body, 1)}.get(kind, body)
+
+
+_headers = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["content-type", "content-encoding", "retry-after", "set-cookie", "location", "x", "date"]
+        ),
+        st.sampled_from(
+            [
+                "gzip",
+                "deflate",
+                "br",
+                "gzip, gzip",
+                "application/json; charset=zlib_codec",
+                "text/plain; charset=rot13",
+                "a=b; domain=",
+                "nan",
+                "1e999",
+                "-1",
+                "9" * 400,
+                "Wed, 99 Foo 9999 99:99:99 GMT",
+                "\x7f",
+                "//[",
+            ]
+        )
+        | st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=12),
+    ),
+    max_size=3,
+)
+_replies = st.tuples(
+    st.sampled_from([200, 200, 200, 100, 204, 301, 400, 401, 429, 500, 599, 999]), _headers, _bodies()
+)
+
+
+@pytest.mark.parametrize("cases", counts(1_500, 50_000))
+def test_any_reply_is_a_verdict_or_a_counted_fault(cases):
+    def check(reply):
+        [outcome], oracle = ask_all([reply])
+        check_outcome(outcome, oracle)
+
+    fuzz(_replies, check, cases, "replies")
+
+
+REPLY = json.dumps(completion()).encode()
+USAGES = [
+    "1e999",
+    "-1e999",
+    "9" * 400,
+    "9" * 5000,
+    "NaN",
+    '"12"',
+    "[1]",
+    "{}",
+    "true",
+    "null",
+    "-5",
+    "1.5",
+    '"1e999"',
+]
+
+
+@pytest.mark.parametrize("count", USAGES)
+@pytest.mark.parametrize("key", ["prompt_tokens", "completion_tokens"])
+def test_a_count_that_cannot_be_read_costs_no_verdict(key, count):
+    body = REPLY[:-1] + f', "usage": {{"{key}": {count}}}}}'.encode()
+    [outcome], oracle = ask_all([(200, {}, body)])
+    if len(count) < 5000:  # an integer that long is not read by any JSON parser of Python
+        assert outcome.ranks == (0, 0)
+        assert outcome.tokens in (0, 1)
+    check_outcome(outcome, oracle)
+
+
+@pytest.mark.parametrize("usage", [[], "x", 7, True, None, {"prompt_tokens": {"a": 1}}])
+def test_a_usage_of_another_shape_costs_no_verdict(usage):
+    [outcome], _ = ask_all([(200, {}, json.dumps(completion(usage=usage)).encode())])
+    assert outcome.ranks == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "charset", ["zlib_codec", "rot13", "hex", "idna", "punycode", "undefined", "base64", "\x00", "utf-7"]
+)
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_a_charset_is_not_believed(charset, status):
+    headers = {"content-type": f"application/json; charset={charset}"}
+    [outcome], oracle = ask_all([(status, headers, REPLY)])
+    assert (outcome.error is None) == (status == 200)
+    check_outcome(outcome, oracle)
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {"content": None, "tool_calls": []}, {"content": "x", "refusal": "no"}]
+)
+def test_no_content_is_a_refusal(message):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "length"}]}).encode()
+    with pytest.raises(Fault) as caught:
+        read_completion(Response(200, {}, body))
+    assert caught.value.kind == "refusal"
+
+
+def test_content_parts_are_joined():
+    parts = [{"type": "text", "text": '{"better": '}, {"type": "text", "text": '"tie"}'}]
+    [outcome], _ = ask_all([(200, {}, json.dumps(completion(parts)).encode())])
+    assert outcome.ranks == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding", "word"),
+    [
+        (gzip.compress(b" " * (MAX_BODY_BYTES + 1)), "gzip", "unpacks"),
+        (zlib.compress(b" " * (64 << 20)), "deflate", "unpacks"),
+        (gzip.compress(gzip.compress(b" " * (64 << 20))), "gzip, gzip", "unpacks"),
+        (gzip.compress(REPLY)[:-9], "gzip", "ends early"),
+        (b"no gzip", "gzip", "damaged"),
+        (REPLY, "br", "not asked for"),
+        (REPLY, "gzip," * 5, "packed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_unpacked_is_a_fault(data, encoding, word):
+    with pytest.raises(Fault, match=word):
+        unpack(data, encoding)
+    [outcome], _ = ask_all([(200, {"content-encoding": encoding}, data)])
+    assert word in outcome.error
+
+
+def test_packed_replies_are_read_and_long_ones_are_not():
+    replies = [
+        (200, {"content-encoding": "gzip"}, gzip.compress(REPLY)),
+        (200, {"content-encoding": "deflate"}, zlib.compress(REPLY)),
+        (200, {}, REPLY + b" " * MAX_BODY_BYTES),
+    ]
+    outcomes, _ = ask_all(replies)
+    assert [outcome.error is None for outcome in outcomes] == [True, True, False]
+    assert "longer than" in outcomes[2].error
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "nan",
+        "1e999",
+        "-1e999",
+        "9" * 5000,
+        "Wed, 99 Foo 9999",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "",
+        "x" * 99,
+    ],
+)
+def test_retry_after_is_bounded(value):
+    assert 0.0 <= retry_after(value) <= 3600.0
+
+
+@contextmanager
+def raw_server(script):
+    """A server that runs `script(connection)` for each connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def serve():
+        while not ended.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=guarded, args=(connection,), daemon=True).start()
+
+    def guarded(connection):
+        with connection:
+            try:
+                connection.recv(1 << 20)
+                script(connection, ended)
+            except OSError:
+                pass
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        ended.set()
+        listener.close()
+
+
+def drip(head, part):
+    def script(connection, ended):
+        connection.sendall(head)
+        while not ended.is_set():
+            connection.sendall(part)
+            time.sleep(0.05)
+
+    return script
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        drip(OK + b"Content-Length: 100000\r\n\r\n", b" "),
+        drip(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        drip(OK + b"Content-Encoding: gzip\r\nContent-Length: 100000\r\n\r\n", b"\x1f"),
+        drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        drip(b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b"x"),
+        drip(b"", b"H"),
+    ],
+    ids=["length", "chunked", "gzip", "headers", "error", "garbage"],
+)
+def test_a_reply_that_drips_holds_its_slot_for_one_timeout(script):
+    with raw_server(script) as url:
+        oracle = ApiOracle(
+            model="m", base_url=url, protocol="pairwise", orders=1, timeout=0.5, deadline=20.0, max_attempts=1
+        )
+        start = time.monotonic()
+        [ranking] = oracle.rank([GROUP])
+        assert time.monotonic() - start < 8.0
+    assert not ranking.valid
+    assert ranking.error
+
+
+@pytest.mark.parametrize("cases", counts(60, 2_000))
+def test_any_bytes_on_the_wire_are_a_fault(cases):
+    sent = [b""]
+    parts = st.sampled_from(
+        [
+            OK,
+            b"HTTP/1.1 ",
+            b"200",
+            b" OK\r\n",
+            b"\r\n\r\n",
+            b"Content-Length: ",
+            b"-1",
+            b"9" * 400,
+            b"Transfer-Encoding: chunked",
+            b"\r\n",
+            b"Content-Encoding: gzip\r\n",
+            b"ffffffffffffffff\r\n",
+            b"Set-Cookie: a=b; Max-Age=x\r\n",
+            b"\x00",
+            REPLY,
+        ]
+    )
+
+    def script(connection, ended):
+        connection.sendall(sent[0])
+
+    with raw_server(script) as url:
+
+        def check(case):
+            sent[0] = b"".join(case)
+            oracle = ApiOracle(
+                model="m", base_url=url, protocol="pairwise", orders=1, timeout=2.0, max_attempts=1
+            )
+            [ranking] = oracle.rank([GROUP])
+            assert ranking.valid or ranking.error
+
+        fuzz(st.lists(parts | st.binary(max_size=8), max_size=10), check, cases, "streams")
+
+
+def test_a_hostile_judge_stops_no_run():
+    bodies = [REPLY[:-1] + b', "usage": {"prompt_tokens": 1e999}}', b"[" * 100_000, b"{", b"\xff\xfe", b""]
+    outcomes, oracle = ask_all([(200, {}, body) for body in bodies])
+    assert [outcome.error is None for outcome in outcomes] == [True, False, False, False, False]
+    assert oracle.stats()["oracle/api/fault_malformed_body"] == 4.0
+    assert build_oracle("api", model="m", base_url="http://judge/v1").name == "api"
