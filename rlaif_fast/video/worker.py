@@ -1,13 +1,12 @@
 """The decoding process: answers requests on a socket, leaves pixels in shared memory. Run by path, never
 imported.
 
-It loads `ffmpeg.py` as a lone file: importing the package would import torch, which costs seconds and 200 MB
-a process.
+It loads `ffmpeg.py` without what the packages around it import: torch would cost seconds and 200 MB a process.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import mmap
 import sys
 from dataclasses import asdict
@@ -21,7 +20,7 @@ import numpy as np
 
 def main(socket_fd: int, memory_fd: int) -> None:
     """Serve until the other end closes."""
-    ffmpeg = _load_ffmpeg()
+    ffmpeg = _load("ffmpeg")
     with Connection(socket_fd) as channel:
         channel.send(("ready",))
         while (request := _receive(channel)) is not None:
@@ -47,7 +46,7 @@ def _receive(channel: Connection) -> Any:
 
 def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
     if kind == "scan":
-        channel.send(("scan", asdict(ffmpeg.scan(path)), ffmpeg.digest(path)))
+        channel.send(("scan", asdict(ffmpeg.scan(path)), _load("container").digest(path)))
         return
     facts, indices, capacity = rest
     info = ffmpeg.Scan(**facts)
@@ -76,13 +75,14 @@ def _hand_over(channel: Connection, held: list[int]) -> None:
         sys.exit(0)
 
 
-def _load_ffmpeg() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rlaif_fast_ffmpeg", Path(__file__).with_name("ffmpeg.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def _load(module: str) -> Any:
+    """A module of `rlaif_fast.video`; the packages stand in `sys.modules` without having been run."""
+    folder = Path(__file__).resolve().parent
+    for name, path in (("rlaif_fast", folder.parent), ("rlaif_fast.video", folder)):
+        if name not in sys.modules:
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [str(path)]
+    return importlib.import_module(f"rlaif_fast.video.{module}")
 
 
 if __name__ == "__main__":
