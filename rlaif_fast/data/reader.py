@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rlaif_fast.data.converters import Fields, RowError, convert
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.converters import Fields, convert
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import Medium
+from rlaif_fast.data.schema import Cut, Example, MediaRef
 from rlaif_fast.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 _SHOWN = 10  # wrong rows that a message names
 
 
@@ -109,6 +113,7 @@ def read_report(
                 raise RowError(f"expected a JSON object, got {type(row).__name__}")
             name, found = convert(row)
             examples = []
+            _refuse_mistyped_media(row, found)
             for turn, fields in enumerate(found):
                 if require_answer and fields.answer is None:
                     raise RowError(_no_answer(row))
@@ -140,15 +145,28 @@ class _Media:
         self.root = root
         self.check = check
         self.seen: dict[str, str] = {}  # path -> what is wrong with it
+        self.folders: dict[Path, tuple[str, ...]] = {}  # folder -> the pictures in it
 
-    def resolve(self, name: str) -> str:
-        path = str(self.root / name)
-        if self.check:
+    def resolve(self, medium: Medium) -> MediaRef:
+        names = medium.frames or (medium.path,)
+        paths = tuple(str(self.root / name) for name in names)
+        if not medium.frames and medium.kind == "video" and Path(paths[0]).is_dir():
+            return MediaRef(paths[0], False, medium.cut, self._folder(Path(paths[0])))
+        for path in paths if self.check else ():
             if path not in self.seen:
                 self.seen[path] = self._trouble(Path(path))
             if self.seen[path]:
                 raise RowError(self.seen[path])
-        return path
+        return MediaRef(paths[0], medium.kind == "image", medium.cut, paths if medium.frames else ())
+
+    def _folder(self, path: Path) -> tuple[str, ...]:
+        """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+        if path not in self.folders:
+            found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
+            self.folders[path] = tuple(map(str, sorted(found, key=_by_number)))
+        if not self.folders[path]:
+            raise RowError(f"{path} is a folder without pictures; give a video file, or a folder of frames")
+        return self.folders[path]
 
     @staticmethod
     def _trouble(path: Path) -> str:
@@ -165,21 +183,41 @@ class _Media:
             return f"{path} cannot be read: {error.strerror}"
 
 
+def _by_number(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
 def _example(fields: Fields, id_: str, media: _Media, source: str) -> Example:
-    if not fields.videos and not fields.images:
-        raise RowError("no video and no image; name them in `video`, `videos` or `images`")
+    refs = tuple(media.resolve(medium) for medium in fields.media)
+    videos, images = ([ref for ref in refs if ref.is_image is still] for still in (False, True))
+    plain = [*videos, *images] == list(refs) and all(ref.cut == Cut() and not ref.frames for ref in refs)
     return Example(
         id=id_,
         question=fields.question,
         answer=fields.answer,
-        videos=tuple(map(media.resolve, fields.videos)),
-        images=tuple(map(media.resolve, fields.images)),
+        videos=tuple(ref.path for ref in videos),
+        images=tuple(ref.path for ref in images),
         options=tuple(fields.options),
         category=fields.category or "all",
         metadata=fields.metadata,
         system=fields.system,
         source=source,
+        media=() if plain else refs,
+        layout=tuple(fields.layout),
+        target=fields.target,
     )
+
+
+def _refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
+    """A row without media is about text alone, unless a key of it looks like a name of media."""
+    if any(fields.media for fields in found):
+        return
+    for key in row:
+        near = difflib.get_close_matches(key, ("video", "videos", "image", "images"), 1, 0.75)
+        if near and key != near[0]:
+            raise RowError(f"no video and no image; did you mean {near[0]!r} by {key!r}?")
 
 
 def _no_answer(row: dict[str, Any]) -> str:

@@ -30,6 +30,54 @@ def index_of_letter(letter: str, count: int) -> int | None:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What part of a medium is seen, and how large; None leaves it to the configuration.
+
+    Attributes:
+        video_start: Seconds; earlier frames are left out.
+        video_end: Seconds; later frames are left out.
+        fps: Frames per second of video that are sampled; of a list of frames, the rate they were taken at.
+        nframes: This many frames.
+        min_frames: Fewest frames under `fps`.
+        max_frames: Most frames under `fps`.
+        min_pixels: Fewest pixels of a frame.
+        max_pixels: Most pixels of a frame.
+        total_pixels: Most pixels of a video.
+    """
+
+    video_start: float | None = None
+    video_end: float | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+
+    def given(self) -> dict[str, float]:
+        """The values that are set, by name."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class MediaRef:
+    """One medium of a row.
+
+    Attributes:
+        path: The file; of a video that comes as pictures, their folder or the first of them.
+        is_image: Whether it is a still picture.
+        cut: What part of it is seen.
+        frames: The pictures of a video that comes as pictures, in order; else empty.
+    """
+
+    path: str
+    is_image: bool = False
+    cut: Cut = Cut()
+    frames: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Example:
     """One question about one or more videos or images.
 
@@ -44,6 +92,10 @@ class Example:
         metadata: Whatever else the row carries.
         system: System prompt, where the row gives one.
         source: "file:line", for messages.
+        media: Every medium in the order the prompt shows it; empty where that is `videos`, then `images`, whole.
+        layout: The pieces of `question` before, between and after the media, one more than there are media; empty
+            where all media stand before it.
+        target: What supervised fine-tuning teaches, where that is more than `answer` (reasoning around it).
     """
 
     id: str
@@ -56,3 +108,19 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     source: str = ""
+    media: tuple[MediaRef, ...] = ()
+    layout: tuple[str, ...] = ()
+    target: str | None = None
+
+    @property
+    def seen(self) -> tuple[MediaRef, ...]:
+        """Every medium in the order the prompt shows it."""
+        return self.media or (
+            *(MediaRef(path) for path in self.videos),
+            *(MediaRef(path, is_image=True) for path in self.images),
+        )
+
+    @property
+    def taught(self) -> str | None:
+        """What supervised fine-tuning teaches."""
+        return self.answer if self.target is None else self.target

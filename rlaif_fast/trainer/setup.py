@@ -251,7 +251,7 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
 
 def media_of(rows: Iterable[Example]) -> set[str]:
     """The files that the rows are about."""
-    return {path for row in rows for path, _ in files(row)}
+    return {file.path for row in rows for file in files(row)}
 
 
 def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
