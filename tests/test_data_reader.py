@@ -127,7 +127,14 @@ PUBLISHED = {
                 {"from": "gpt", "value": "B. Blue."},
             ],
         },
-        ("Which color is it?", "B", ["a.mp4"], [], ("Red.", "Blue.", "Green."), "all"),
+        (
+            "Which color is it?\nPlease provide your answer by stating the letter followed by the full option.",
+            "B",
+            ["a.mp4"],
+            [],
+            ("Red.", "Blue.", "Green."),
+            "all",
+        ),
     ),
     "ms-swift, messages": (
         {

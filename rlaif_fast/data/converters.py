@@ -21,8 +21,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlaif_fast.data.answers import settle_options, split_target
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import CUT_KEYS, Medium, read_medium, row_cut, row_media
+from rlaif_fast.data.published import named_video, unfold
 
 Row = Mapping[str, Any]
 
@@ -48,13 +51,14 @@ _ID = ("id", "question_id", "problem_id", "sample_id")
 _CATEGORY = ("category", "task_type", "problem_type")
 _COMMON = {*_ID, *_CATEGORY, "answer", "options", "metadata", "system", "video", "videos", "image", "images"}
 _TAG = re.compile(r"<(video|image)>(?:([^<]{1,4096})</\1>)?\n?")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*\S)\s*$", re.DOTALL)
-_LETTER = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z]))(?:[.):]|\s*$)")
 
 
-def convert(row: Row) -> tuple[str, list[Fields]]:
+def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
     """Convert one row.
+
+    Args:
+        row: The row.
+        scored: Which part of an answer is scored; see `answers.split_target`.
 
     Returns:
         The name of the format, and one entry for each question the row asks.
@@ -62,9 +66,10 @@ def convert(row: Row) -> tuple[str, list[Fields]]:
     Raises:
         RowError: The row is of no known format, or is wrong.
     """
+    row = unfold(row)
     for key, (name, reader) in FORMATS.items():
         if row.get(key) is not None:
-            return name, [_finish(fields, row) for fields in reader(row)]
+            return name, [_finish(fields, row, scored) for fields in reader(row)]
     known = [*FORMATS, *sorted(_COMMON)]
     hints = [
         f"{key!r} (did you mean {near[0]!r}?)"
@@ -83,7 +88,7 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _native(row: Row) -> list[Fields]:
-    return [Fields(_text(row, "question"), _optional_text(row, "answer"))]
+    return [Fields(_text(row, "question"), _optional_text(row, "answer" if "answer" in row else "solution"))]
 
 
 def _video_r1(row: Row) -> list[Fields]:
@@ -217,24 +222,30 @@ def _flat(content: Any) -> str:
     raise RowError(f"expected a text, got {content!r:.60}")
 
 
-def _finish(fields: Fields, row: Row) -> Fields:
+def _finish(fields: Fields, row: Row, scored: str) -> Fields:
     """Apply the keys that all formats share, and bring options and answer into one form."""
     named = row_media(row)
     if any(first.kind == second.kind for first in named for second in fields.media[:1]):
         kind = fields.media[0].kind
         raise RowError(f"{kind}s: name every {kind} in its part, or all of them in `{kind}s`")
+    if not named and not fields.media and (video := named_video(row)) is not None:
+        named = [video]
     fields.media += named
     place_media(fields)
     if row.get("answer") is not None:
         fields.answer = _optional_text(row, "answer")
     if row.get("system") is not None:
         fields.system = _text(row, "system")
-    fields.id = next((str(row[key]) for key in _ID if row.get(key) is not None), None)
-    fields.category = next((str(row[key]).strip() for key in _CATEGORY if row.get(key)), None)
-    if fields.answer is not None:
-        tagged = _ANSWER.search(fields.answer)
-        fields.answer = (tagged.group(1) if tagged else fields.answer).strip() or None
-    _settle_options(fields, row)
+    fields.id = next((_name(row, key) for key in _ID if row.get(key) is not None), None)
+    fields.category = next((_name(row, key) for key in _CATEGORY if row.get(key) not in (None, "")), None)
+    process = row.get("process")
+    if isinstance(process, str) and process.strip() and fields.answer is not None:  # Video-R1-COT
+        fields.answer = f"{process.strip()}\n{fields.answer}"
+    fields.answer, fields.target = split_target(fields.answer, scored)
+    asked = fields.question
+    fields.question, fields.options, fields.answer = settle_options(asked, fields.answer, row.get("options"))
+    if fields.layout and fields.question != asked:
+        fields.layout[-1] = settle_options(fields.layout[-1], fields.answer, None)[0]
     metadata = row.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise RowError(f"metadata: expected an object, got {type(metadata).__name__}")
@@ -244,6 +255,9 @@ def _finish(fields: Fields, row: Row) -> Fields:
         if key not in _COMMON and key not in _OWN and key not in CUT_KEYS and value is not None
     }
     fields.metadata = {**rest, **metadata}
+    form = fields.metadata.get("form")
+    if form is not None:
+        check_form(form, fields.answer)
     return fields
 
 
@@ -291,59 +305,11 @@ def place_media(fields: Fields) -> None:
     fields.layout = [] if not any(piece.strip() for piece in pieces[:-1]) else [""] * len(first) + pieces
 
 
-def _settle_options(fields: Fields, row: Row) -> None:
-    options = row.get("options")
-    if options:
-        if not isinstance(options, list) or not all(
-            isinstance(option, str) and option.strip() for option in options
-        ):
-            raise RowError(f"options: expected a list of texts, got {options!r:.60}")
-        fields.options = _unlabelled(options)
-        if len(fields.options) < 2:
-            raise RowError(f"options: expected at least 2, got {len(fields.options)}")
-        if fields.answer is not None:
-            letter = _letter(fields.answer, fields.options)
-            if letter is None:
-                raise RowError(f"answer: {fields.answer!r:.60} is none of the options; give its letter")
-            fields.answer = letter
-        return
-    # Options written into the question, one a line.
-    lines = fields.question.splitlines()
-    first = next((i for i, line in enumerate(lines) if _label(line) == "A"), None)
-    if not first or fields.answer is None:
-        return
-    found: list[str] = []
-    for line in lines[first:]:
-        if _label(line) != chr(ord("A") + len(found)):
-            break
-        found.append(line)
-    inside = _unlabelled(found)
-    letter = _letter(fields.answer, inside)
-    if len(inside) >= 2 and letter is not None:
-        fields.question = "\n".join(lines[:first]).strip()
-        fields.options, fields.answer = inside, letter
-
-
-def _label(option: str) -> str | None:
-    match = _LABEL.match(option)
-    return (match.group(1) or match.group(2)) if match else None
-
-
-def _unlabelled(options: list[str]) -> list[str]:
-    """The options without "A. ", "(B) ", "C) " where all of them are so labelled, in order."""
-    if [_label(option) for option in options] != [chr(ord("A") + i) for i in range(len(options))]:
-        return [option.strip() for option in options]
-    return [match.group(3) for option in options if (match := _LABEL.match(option))]
-
-
-def _letter(answer: str, options: list[str]) -> str | None:
-    """The letter an answer names: "B", "(B)", "B. the text" or "the text"."""
-    texts = [option.strip().casefold() for option in options]
-    if texts.count(answer.strip().casefold()) == 1:
-        return chr(ord("A") + texts.index(answer.strip().casefold()))
-    match = _LETTER.match(answer)
-    letter = (match.group(1) or match.group(2)) if match else None
-    return letter if letter is not None and ord(letter) - ord("A") < len(options) else None
+def _name(row: Row, key: str) -> str:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise RowError(f"{key}: expected a text or a number, got {type(value).__name__}")
+    return str(value).strip()
 
 
 def _list(row: Row, key: str) -> list[Any]:

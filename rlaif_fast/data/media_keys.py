@@ -32,6 +32,7 @@ class Medium:
     path: str
     cut: Cut = field(default_factory=Cut)
     frames: tuple[str, ...] = ()
+    by_name: bool = False  # the path lacks its suffix, and maybe its folder
 
 
 def read_cut(values: Mapping[str, Any], kind: str, default: Cut | None = None) -> Cut:
