@@ -31,12 +31,12 @@ def test_a_file_is_loaded_once_for_its_rows_and_for_what_was_begun_ahead(maker, 
     paths = [write_video(tmp_path / f"{i}.mp4", counter_frames(8 + i)) for i in range(3)]
     rows, before = rows_about(paths), maker.store.stats.clips
     maker.prefetch(rows)
-    batch = maker(rows)
-    assert [row.id for row in batch.examples] == [row.id for row in rows]
+    prompts = maker(rows)
+    assert [prompt.example.id for prompt in prompts] == [row.id for row in rows]
     assert maker.store.stats.clips - before == len(paths)
-    assert len({prompt.media[0].key for prompt in batch.prompts}) == len(paths)
+    assert len({prompt.media[0].key for prompt in prompts}) == len(paths)
     again = maker(rows[:4])  # not begun ahead: from the cache
-    assert again.clips[0][0].key == batch.clips[0][0].key
+    assert again[0].clips[0].key == prompts[0].clips[0].key
     assert maker.store.stats.clips - before == len(paths) + 1
 
 
@@ -46,7 +46,7 @@ def test_rows_of_a_bad_file_are_left_out(maker, tmp_path):
     maker.store.max_bad_fraction = 1.0
     rows = rows_about([bad, good])
     maker.prefetch(rows)
-    assert [row.id for row in maker(rows).examples] == [row.id for row in rows[4:]]
+    assert [prompt.example.id for prompt in maker(rows)] == [row.id for row in rows[4:]]
     assert maker.store.stats.bad_files.keys() == {str(bad)}
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, chance_by_category, make_dataset, read_examples
 from rlaif_fast.data.synthetic.dataset import SPLITS
+from rlaif_fast.data.synthetic.drafts import CATEGORIES, CONFUSIONS
 from rlaif_fast.data.synthetic.encode import encode_video
-from rlaif_fast.data.synthetic.questions import CATEGORIES, CONFUSIONS, TOKEN, drafts
+from rlaif_fast.data.synthetic.questions import TOKEN, drafts
 from rlaif_fast.data.synthetic.render import render
 from rlaif_fast.data.synthetic.worlds import LEVELS, SHAPES, Event, Thing, World, sample_world, share
 from rlaif_fast.errors import UsageError

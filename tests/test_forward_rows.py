@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlaif_fast.policy.forward_rows import answer_rows, for_policy, response_hidden, share_media
+from rlaif_fast.policy.forward_rows import (
+    answer_rows,
+    for_policy,
+    response_hidden,
+    response_rows,
+    share_media,
+)
 from rlaif_fast.policy.testing import make_media, make_policy, make_prompt, words
-from rlaif_fast.rollout.base import Rollout
-from rlaif_fast.trainer.groups import rollout_rows
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
@@ -31,16 +35,15 @@ def replace_tail(prompt, tail: list[int]):
     return replace(prompt, input_ids=ids)
 
 
-def make_rollout(prompts, g: int = 4) -> Rollout:
-    """Responses of 1 to 4 tokens with repeats."""
+def make_responses(prompts, g: int = 4) -> list[list[list[int]]]:
+    """Responses of 1 to 4 tokens with repeats, G to a prompt."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.tensor(
         [words(4, int(k)) for k in torch.randint(0, 3, (len(prompts) * g,), generator=generator)]
     )
     lengths = torch.randint(1, 5, (len(prompts) * g,), generator=generator)
-    mask = torch.arange(4) < lengths[:, None]
-    rows = len(ids)
-    return Rollout(tuple(prompts), g, ids * mask, mask, torch.zeros(rows, 4), ("",) * rows, mask[:, 0])
+    rows = [row[:length].tolist() for row, length in zip(ids, lengths)]
+    return [rows[start : start + g] for start in range(0, len(rows), g)]
 
 
 def hidden_and_gradient(policy, rows):
@@ -54,10 +57,11 @@ def hidden_and_gradient(policy, rows):
 @pytest.mark.parametrize("merge", ["prefixes", "duplicates", "none"])
 def test_shared_media_give_the_same_hidden_states_and_gradients(family, merge):
     policy = make_policy(family, dtype=torch.float64)
-    rollout = make_rollout(prompts_about_media(family))
-    alone = rollout_rows(rollout)
+    prompts = prompts_about_media(family)
+    responses = make_responses(prompts)
+    alone = response_rows(prompts, responses)
     shared = share_media(alone, policy.media_token_ids, merge)
-    assert torch.equal(shared.target_ids, rollout.token_ids[rollout.mask])
+    assert shared.target_ids.tolist() == [token for group in responses for row in group for token in row]
     want, want_grads = hidden_and_gradient(policy, alone)
     got, got_grads = hidden_and_gradient(policy, shared)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
@@ -68,15 +72,14 @@ def test_shared_media_give_the_same_hidden_states_and_gradients(family, merge):
 
 def test_every_response_alone_is_the_reference():
     policy = make_policy("qwen3_vl", dtype=torch.float64)
-    rollout = make_rollout(prompts_about_media("qwen3_vl"), g=3)
-    got = response_hidden(policy, for_policy(rollout_rows(rollout), policy))
-    lengths = rollout.mask.sum(1)
+    prompts = prompts_about_media("qwen3_vl")
+    responses = make_responses(prompts, g=3)
+    got = response_hidden(policy, for_policy(response_rows(prompts, responses), policy))
     want = torch.cat(
         [
-            policy.response_hidden(
-                [rollout.prompts[row // 3]], rollout.token_ids[row : row + 1], lengths[row : row + 1]
-            )
-            for row in range(len(lengths))
+            policy.response_hidden([prompt], torch.tensor([row]), torch.tensor([len(row)]))
+            for prompt, group in zip(prompts, responses)
+            for row in group
         ]
     )
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
@@ -102,7 +105,7 @@ def test_sharing_that_would_cost_tokens_is_left():
     cat = make_media("cat", (1, 4, 4))
     prompts = [make_prompt("qwen3_vl", (cat,), after=60, seed=k) for k in (1, 2)]
     prompts = [replace_tail(prompts[0], words(60, 7 + k)) for k in range(2)]
-    rows = rollout_rows(make_rollout(prompts, g=8))
+    rows = response_rows(prompts, make_responses(prompts, g=8))
     assert len(share_media(rows, policy.media_token_ids, "none").prompts) == 2
     assert len(share_media(rows, policy.media_token_ids, "prefixes").prompts) == 1
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif_fast.policy.packing import bucket_mask, make_buckets, pack, ranges, split_groups, starts
+from rlaif_fast.policy.cut import cut
+from rlaif_fast.policy.packing import bucket_mask, make_buckets, pack, ranges, starts
 
 MERGES = ("prefixes", "duplicates", "none")
 
@@ -113,11 +114,14 @@ def test_position_ids_continue_behind_each_prompt() -> None:
     assert positions.tolist() == [[0, 1, 7, 8, 0, 1], [0, 2, 7, 8, 0, 1], [0, 3, 7, 8, 0, 1]]
 
 
-def test_rows_keep_groups_whole_and_in_order() -> None:
-    prompts, responses = np.asarray([10, 10, 50, 5]), np.asarray([5, 5, 5, 1])
-    assert split_groups(prompts, responses, 30) == [slice(0, 2), slice(2, 3), slice(3, 4)]
-    assert split_groups(prompts, responses, 1000) == [slice(0, 4)]
-    assert split_groups(prompts[:0], responses[:0], 30) == []
+def test_parts_keep_items_whole_and_in_order() -> None:
+    sizes = [15, 15, 55, 6]
+    assert cut(sizes, 30) == [slice(0, 2), slice(2, 3), slice(3, 4)]
+    assert cut(sizes, 29) == [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)]
+    assert cut(sizes, 1000) == [slice(0, 4)]
+    assert cut([], 30) == []
+    # A second item is smaller than it is at the beginning of a part.
+    assert cut(sizes, 20, [0, 5, 5, 5]) == [slice(0, 2), slice(2, 3), slice(3, 4)]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [3], [2, 0, 3]])

@@ -11,15 +11,9 @@ import pytest
 from PIL import Image
 
 from rlaif_fast.report import figures
-from rlaif_fast.report import html as report
-from rlaif_fast.report.html import (
-    compare_predictions,
-    gallery,
-    learning_panels,
-    main,
-    places,
-    write_report,
-)
+from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
+from rlaif_fast.report.html import compare_predictions, main, write_report
+from rlaif_fast.report.panels import learning_panels
 from rlaif_fast.runs.folder import RunDir, write_jsonl
 
 ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 7*7 }}'
@@ -325,7 +319,7 @@ def test_png_figures_are_pictures(run, html):
 def test_the_gallery_holds_frames_of_the_clips_and_both_groups(run):
     first, second = gallery(run)
     assert (first.category, second.category) == ("action recognition", "attribute perception")
-    assert len(first.frames) == report.STRIP_FRAMES and first.problem == ""
+    assert len(first.frames) == STRIP_FRAMES and first.problem == ""
     assert [frame.time for frame in first.frames] == sorted(frame.time for frame in first.frames)
     for card, color in ((first, COLORS["red"]), (second, COLORS["blue"])):
         picture = _decoded(card.frames[0].uri)

@@ -10,6 +10,7 @@ import torch
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prefix_decode import refuses_prefix_decode
 from rlaif_fast.policy.testing import (
     FAMILIES,
     IDS,
@@ -22,7 +23,7 @@ from rlaif_fast.policy.testing import (
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
-from rlaif_fast.rollout.graphs import LENGTH_STEP, GraphSampler
+from rlaif_fast.rollout.graphs import LENGTH_STEP, MAX_STEPS, GraphSampler
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
@@ -252,6 +253,35 @@ def test_fixed_steps_are_kept_between_rollouts(policy: Policy, family: str) -> N
         sampler.sample(prompts[:2], 3, params), SharedPrefixSampler(policy).sample(prompts[:2], 3, params)
     )
     assert sampler._step is not step
+
+
+def test_a_few_fixed_steps_are_kept_and_the_oldest_goes_first(policy: Policy, family: str) -> None:
+    sampler, prompts = GraphSampler(policy), standard_prompts(family)
+    params = SamplingParams(max_new_tokens=3, seed=3)
+    steps = []
+    for count in (1, 2, 3, 1, 4):
+        sampler.sample(prompts[:count], 2, params)
+        steps.append(sampler._step)
+    assert steps[3] is steps[0]  # kept across two others
+    assert [step.shape[0] for step in sampler._steps.values()] == [3, 1, 4][-MAX_STEPS:]
+
+
+def test_fixed_steps_by_the_decode_kernel_draw_the_same_tokens(policy: Policy, family: str) -> None:
+    if refuses_prefix_decode(policy.device.type, torch.float32, 32) is not None:
+        pytest.skip("Triton's interpreter is off, and there is no GPU")
+    prompts, params = standard_prompts(family), SamplingParams(max_new_tokens=4, seed=5)
+    sampler = GraphSampler(policy, attention="kernel")
+    assert_same(sampler.sample(prompts, 3, params), SharedPrefixSampler(policy).sample(prompts, 3, params))
+    assert sampler._step._bias is None
+
+
+def test_the_attention_of_fixed_steps_is_named_or_refused(family: str) -> None:
+    policy = make_policy(family)
+    with pytest.raises(ValueError, match="expected auto, kernel or sdpa, got 'flash'"):
+        GraphSampler(policy, attention="flash").sample(standard_prompts(family), 2, SamplingParams(2))
+    policy.model.double()
+    with pytest.raises(ValueError, match="the prefix_decode kernel cannot run here"):
+        GraphSampler(policy, attention="kernel").sample(standard_prompts(family), 2, SamplingParams(2))
 
 
 def test_fixed_steps_see_new_weights(family: str) -> None:

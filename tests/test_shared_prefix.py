@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.attention import ATTENTION_BACKENDS, ReferenceContext, choose_backend
-from rlaif_fast.policy.flash import FlashContext, Sequences, TorchFlash, refuses_torch_flash
+from rlaif_fast.policy.flash import Call, FlashContext, Sequences, TorchFlash, refuses_torch_flash
 from rlaif_fast.policy.packing import pack
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import (
@@ -412,8 +412,9 @@ class TorchVarlen:
     """
 
     @staticmethod
-    def _parts(queries: Sequences, keys: Sequences):
-        each = [[slice(*pair) for pair in itertools.pairwise(s.ends.tolist())] for s in (queries, keys)]
+    def _parts(call: Call):
+        both = (call.queries, call.keys)
+        each = [[slice(*pair) for pair in itertools.pairwise(s.ends.tolist())] for s in both]
         return list(zip(*each))
 
     @staticmethod
@@ -423,23 +424,25 @@ class TorchVarlen:
         future = torch.ones_like(scores, dtype=torch.bool).triu(1)
         return scores.masked_fill(future, float("-inf")) if causal else scores
 
-    def forward(self, q, k, v, queries, keys, scale, causal):
+    def forward(self, call):
+        q, k, v = call.tensors
         out, lse = torch.zeros_like(q), q.new_zeros(q.shape[1], len(q))
         repeat = q.shape[1] // k.shape[1]
-        for a, b in self._parts(queries, keys):
-            scores = self._scores(q[a], k[b], scale, causal)
+        for a, b in self._parts(call):
+            scores = self._scores(q[a], k[b], call.scale, call.causal)
             lse[:, a] = scores.logsumexp(-1)
             out[a] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[b].repeat_interleave(repeat, dim=1))
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, queries, keys, scale, causal):
+    def backward(self, call, dout, out, lse):
+        q, k, v = call.tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
         delta = (dout * out).sum(-1)  # (Tq, H)
-        for a, b in self._parts(queries, keys):
-            p = (self._scores(q[a], k[b], scale, causal) - lse[:, a, None]).exp()
+        for a, b in self._parts(call):
+            p = (self._scores(q[a], k[b], call.scale, call.causal) - lse[:, a, None]).exp()
             dp = torch.einsum("qhd,khd->hqk", dout[a], v[b].repeat_interleave(repeat, dim=1))
-            ds = p * (dp - delta[a].T[:, :, None]) * scale
+            ds = p * (dp - delta[a].T[:, :, None]) * call.scale
             dq[a] = torch.einsum("hqk,khd->qhd", ds, k[b].repeat_interleave(repeat, dim=1))
             for whole, weights, other in ((dk, ds, q[a]), (dv, p, dout[a])):
                 each = torch.einsum("hqk,qhd->khd", weights, other)
@@ -518,9 +521,10 @@ def test_torch_flash_matches_the_operators_of_this_torch() -> None:
         pytest.skip("needs PyTorch 2.10")
     q, kv = (torch.empty(9, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     sequences = Sequences(torch.empty(3, dtype=torch.int32, device="meta"), 5)
-    out, lse = TorchFlash().forward(q, kv, kv, sequences, sequences, 0.25, True)
+    call = Call(q, kv, kv, sequences, sequences, 0.25, causal=True)
+    out, lse = TorchFlash().forward(call)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (4, 9), torch.float32)
-    gradients = TorchFlash().backward(out, q, kv, kv, out, lse, sequences, sequences, 0.25, True)
+    gradients = TorchFlash().backward(call, out, out, lse)
     assert [g.shape for g in gradients] == [q.shape, kv.shape, kv.shape]
 
 

@@ -1,6 +1,7 @@
 """From a loss to new weights: passes of bounded size, float32 copies of 16-bit weights, what is refused."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +9,16 @@ import torch
 from torch import nn
 
 from rlaif_fast.algorithms import make_algorithm
+from rlaif_fast.algorithms.group import Group, rank_rollout
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.testing import FAMILIES, make_media, make_policy, make_prompt, words
-from rlaif_fast.prompts.batches import PromptBatch, cut_by_tokens, take_turns
+from rlaif_fast.prompts.batches import cut_by_tokens, take_turns
+from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
-from rlaif_fast.trainer.groups import RankedRollout
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
@@ -32,30 +34,32 @@ def prompts_about_clips(family: str) -> list:
     return [make_prompt(family, m, before=2, after=3 + k, seed=0) for k, m in enumerate(media)]
 
 
-def ranked_rollout(policy, prompts) -> RankedRollout:
+def ranked_groups(policy, prompts) -> list[Group]:
+    """Groups as `rank_rollout` makes them, of an oracle that ranks in the order of sampling."""
     sampler = SharedPrefixSampler(policy) if policy.shared_prefix else PlainSampler(policy)
-    rollout = sampler.sample(prompts, G, SamplingParams(max_new_tokens=6, seed=1))
-    n = len(prompts)
-    examples = tuple(Example(id=str(i), question="?", answer="!") for i in range(n))
-    generator = torch.Generator().manual_seed(2)
-    return RankedRollout(
-        batch=PromptBatch(examples, ((),) * n, tuple(prompts)),
-        rollout=rollout,
-        rankings=(Ranking(tuple(range(G))),) * n,
-        scores=torch.zeros(n, G),
-        advantages=torch.randn(n, G, generator=generator),
-        ndcg=torch.ones(n),
-        kendall_tau=torch.ones(n),
-        has_signal=torch.ones(n, dtype=torch.bool),
-    )
+    asked = [
+        Prompt(prompt.input_ids, prompt.media, example=Example(id=str(i), question="?", answer="!"))
+        for i, prompt in enumerate(prompts)
+    ]
+    rollout = sampler.sample(asked, G, SamplingParams(max_new_tokens=6, seed=1))
+    groups = rank_rollout(asked, rollout, InOrder(), make_algorithm(TrainConfig()))
+    advantages = torch.randn(len(groups), G, generator=torch.Generator().manual_seed(2)).tolist()
+    return [replace(group, advantages=tuple(row)) for group, row in zip(groups, advantages)]
 
 
-def updated(policy, ranked, **options):
+class InOrder:
+    name = "in order"
+
+    def rank(self, requests):
+        return [Ranking(tuple(range(len(request.responses)))) for request in requests]
+
+
+def updated(policy, groups, **options):
     """Statistics and gradients of one update."""
     policy.model.zero_grad()
-    config = TrainConfig(beta=0.1, **options)
+    config = TrainConfig(**{"beta": 0.1} | options)
     run = SimpleNamespace(config=config, policy=policy, world=World(), algorithm=make_algorithm(config))
-    stats = {name: float(value) for name, value in update_loss(run, ranked).items()}
+    stats = {name: float(value) for name, value in update_loss(run, groups, None).items()}
     return stats, {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
 
 
@@ -74,15 +78,15 @@ def test_passes_of_bounded_size_give_the_same_update(family, num_iterations, los
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    ranked = ranked_rollout(policy, prompts_about_clips(family))
+    groups = ranked_groups(policy, prompts_about_clips(family))
     options = {"num_iterations": num_iterations, "loss_type": loss_type, "num_generations": G}
-    expected = updated(policy, ranked, **options)
+    expected = updated(policy, groups, **options)
     passes, tower = [], []
     policy.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
     )
     policy.vision.tower.register_forward_pre_hook(lambda *_: tower.append(torch.is_grad_enabled()))
-    ours = updated(policy, ranked, max_packed_tokens=40, **options)
+    ours = updated(policy, groups, max_packed_tokens=40, **options)
     assert len(passes) >= 8 and max(passes) <= 40
     assert sum(tower) == 1  # with gradient, however many passes
     assert ours[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
@@ -92,11 +96,34 @@ def test_passes_of_bounded_size_give_the_same_update(family, num_iterations, los
 def test_the_plain_path_is_bounded_too():
     policy = make_policy("qwen3_vl", shared_prefix=False)
     policy.freeze_reference()
-    ranked = ranked_rollout(policy, prompts_about_clips("qwen3_vl"))
-    expected = updated(policy, ranked, num_generations=G)
-    ours = updated(policy, ranked, num_generations=G, max_packed_tokens=40)
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl"))
+    expected = updated(policy, groups, num_generations=G)
+    ours = updated(policy, groups, num_generations=G, max_packed_tokens=40)
     assert ours[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert_same_gradients(ours[1], expected[1])
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])
+def test_the_sampling_ratio_weighs_the_loss(num_iterations):
+    policy = make_policy("qwen3_vl")
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl"))
+    options = {"beta": 0.0, "num_generations": G, "num_iterations": num_iterations}
+    _, expected = updated(policy, groups, **options)
+    halved = [replace(group, sampling_ratio=torch.full_like(group.logps, 0.5)) for group in groups]
+    _, ours = updated(policy, halved, **options)
+    assert_same_gradients({name: 2 * gradient for name, gradient in ours.items()}, expected)
+
+
+def test_truncated_responses_are_left_out_where_asked():
+    policy = make_policy("qwen3_vl")
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])
+    cut_off = [replace(group, finished=(True,) * (G - 1) + (False,)) for group in groups]
+    without = [replace(group, advantages=(*group.advantages[:-1], 0.0)) for group in groups]
+    options = {"beta": 0.0, "num_generations": G}
+    _, ours = updated(policy, cut_off, mask_truncated_completions=True, **options)
+    _, expected = updated(policy, without, **options)
+    share = (G - 1) / G  # the mean is over the responses that are left
+    assert_same_gradients({name: share * gradient for name, gradient in ours.items()}, expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -128,11 +155,11 @@ def test_features_of_several_rollouts_are_one():
 def test_cuts_count_what_is_shared_once():
     prompts = prompts_about_clips("qwen3_vl")
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    assert cut_by_tokens(prompts, [5] * 6, 10_000) == [range(6)]
-    assert cut_by_tokens(prompts, [5] * 6, 1) == [range(i, i + 1) for i in range(6)]
+    assert cut_by_tokens(prompts, [5] * 6, 10_000) == [slice(0, 6)]
+    assert cut_by_tokens(prompts, [5] * 6, 1) == [slice(i, i + 1) for i in range(6)]
     two = lengths[1] + 2 * 5 + 3  # the second question's words differ behind the clip
-    assert cut_by_tokens(prompts[:2], [5, 5], two - 4)[0] == range(1)
-    assert cut_by_tokens(prompts[:2], [5, 5], lengths[0] + lengths[1]) == [range(2)]
+    assert cut_by_tokens(prompts[:2], [5, 5], two - 4)[0] == slice(0, 1)
+    assert cut_by_tokens(prompts[:2], [5, 5], lengths[0] + lengths[1]) == [slice(0, 2)]
 
 
 def test_questions_take_turns():

@@ -1,5 +1,6 @@
 """Every kind of file that a dataset holds sooner or later: it decodes exactly or it says why not."""
 
+import contextlib
 import json
 import os
 import random
@@ -11,10 +12,8 @@ import av
 import numpy as np
 import pytest
 
-from rlaif_fast.data.schema import Example
 from rlaif_fast.video import (
     ClipStore,
-    FrameLoader,
     PatchSpec,
     TooManyBadFiles,
     VideoError,
@@ -451,34 +450,33 @@ def test_bad_image_says_why(tmp_path, content, reason):
         load_image(path)
 
 
-# --- the loader drops and counts
-# -------------------------------------------------------------------------------
+# --- the store counts, and stops when there are too many
 
 
-def test_bad_file_costs_its_examples_and_one_line(good, tmp_path):
-    bad = _truncated(good, tmp_path)
-    gone = tmp_path / "gone.mp4"
+def test_a_bad_file_is_read_once_and_costs_one_line(good, tmp_path):
+    bad, gone = _truncated(good, tmp_path), tmp_path / "gone.mp4"
     paths = [good["mp4"], bad, good["webm"], gone, bad, good["avi"]]
-    examples = [Example(id=str(i), question="?", videos=(str(p),)) for i, p in enumerate(paths)]
-    examples.append(Example(id="both", question="?", videos=(str(good["mp4"]), str(bad))))
     quarantine = tmp_path / "quarantine.jsonl"
+    kept = []
     with ClipStore(quarantine=quarantine, max_bad_fraction=0.5) as store:
-        kept = {example.id: clips for example, clips in FrameLoader(store, examples)}
-    assert list(kept) == ["0", "2", "5"]
-    for clips in kept.values():
-        assert [read_counter(f) for f in clips[0].frames] == [0, 13, 26, 39]
-    assert store.stats.dropped == 4
+        for path in paths:
+            with contextlib.suppress(VideoError):
+                kept.append(store.load(str(path)))
+    assert [clip.path for clip in kept] == [str(good[name]) for name in ("mp4", "webm", "avi")]
+    for clip in kept:
+        assert [read_counter(frame) for frame in clip.frames] == [0, 13, 26, 39]
     assert set(store.stats.bad_files) == {str(bad), str(gone)}
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert {line["path"]: line["reason"] for line in lines} == store.stats.bad_files
     assert len(lines) == 2
 
 
-def test_too_many_bad_files_stop_with_a_summary(good, tmp_path):
-    paths = [good["mp4"]] + [tmp_path / f"gone{i}.mp4" for i in range(5)]
-    examples = [Example(id=str(i), question="?", videos=(str(p),)) for i, p in enumerate(paths)]
+def test_too_many_bad_files_stop_with_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlaif_fast.video.loader.MIN_FILES_JUDGED", 6)
     with (
-        ClipStore(quarantine=tmp_path / "q.jsonl", max_bad_fraction=0.5, total_files=6) as store,
-        pytest.raises(TooManyBadFiles, match=r"[45] of 6 files are bad.*[45] x does not exist.*q\.jsonl"),
+        ClipStore(quarantine=tmp_path / "q.jsonl", max_bad_fraction=0.5, workers=1) as store,
+        pytest.raises(TooManyBadFiles, match=r"4 of 6 files are bad.*4 x does not exist.*q\.jsonl"),
     ):
-        list(FrameLoader(store, examples))
+        for number in range(5):
+            with contextlib.suppress(VideoError):
+                store.load(str(tmp_path / f"gone{number}.mp4"))

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video import (
     ClipCache,
     ClipStore,
-    FrameLoader,
     FrameSampling,
     PixelBudget,
     VideoError,
@@ -43,17 +41,12 @@ def test_order_images_and_repeats(videos, tmp_path, isolate):
     image = pytest.importorskip("PIL.Image")
     image.new("RGB", (32, 32), (9, 8, 7)).save(tmp_path / "a.png")
     order = [3, 0, 0, 5, 1, 3, 4]
-    examples = [
-        Example(id=str(i), question="?", videos=(videos[n],), images=(str(tmp_path / "a.png"),) * (i % 2))
-        for i, n in enumerate(order)
-    ]
     with ClipStore(FrameSampling(nframes=4), isolate=isolate, workers=3) as store:
-        loaded = list(FrameLoader(store, examples, prefetch=3))
-    assert [example.id for example, _ in loaded] == [str(i) for i in range(len(order))]
-    assert [read_counter(clips[0].frames[0]) for _, clips in loaded] == order
-    assert [len(clips) for _, clips in loaded] == [1 + i % 2 for i in range(len(order))]
-    assert loaded[1][1][1].is_image
-    assert store.stats.dropped == 0
+        futures = [store.submit(videos[n]) for n in order]
+        pictures = [store.submit(str(tmp_path / "a.png"), image=True) for _ in range(3)]
+        clips = [future.result() for future in futures]
+        assert all(future.result().is_image for future in pictures)
+    assert [read_counter(clip.frames[0]) for clip in clips] == order
 
 
 def test_isolated_clip_equals_the_one_decoded_here(videos):
@@ -136,32 +129,6 @@ def test_closing_while_loading_does_not_hang(videos):
     store.close()
     assert time.monotonic() - began < 20
     assert not any(running(pid) for pid in pids)
-
-
-def test_waiting_is_counted_and_prefetch_hides_it(videos):
-    examples = [Example(id=str(i), question="?", videos=(path,)) for i, path in enumerate(videos)]
-    with ClipStore(workers=2, isolate=False) as store:
-        loader = FrameLoader(store, examples, prefetch=6)
-        first = next(iter(loader))
-        assert first[0].id == "0"
-        assert store.stats.wait_seconds > 0
-
-
-def test_backpressure_by_bytes(videos, monkeypatch):
-    submitted = []
-    submit = ClipStore.submit
-    monkeypatch.setattr(ClipStore, "submit", lambda self, path: submitted.append(path) or submit(self, path))
-    examples = [Example(id=str(i), question="?", videos=(path,)) for i, path in enumerate(videos)]
-    for limit, most in ((1, 2), (1 << 30, 6)):
-        with ClipStore(workers=1, isolate=False) as store:
-            loader = iter(FrameLoader(store, examples, prefetch=6, max_bytes_ahead=limit))
-            next(loader)
-            next(loader)
-            asked = len(submitted)
-            assert len(list(loader)) == 4
-        assert asked <= most if limit == 1 else asked == most
-        assert len(submitted) == 6
-        submitted.clear()
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"max_bad_fraction": 1.5}, {"timeout": 0}])

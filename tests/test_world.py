@@ -315,4 +315,4 @@ def test_number_of_processes():
 
 
 def test_minibatches_of_a_process_without_groups():
-    assert minibatches(None, 3) == [None, None, None]
+    assert minibatches([], 3) == [[], [], []]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rlaif_fast.cli import parse_config, run_command
 from rlaif_fast.data.reader import ReadReport, read_report
-from rlaif_fast.data.schema import MediaRef
 from rlaif_fast.data.summary import chance_accuracy, summarise
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
+from rlaif_fast.video.refs import MediaRef
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from rlaif_fast.data.schema import Example, MediaRef
+from rlaif_fast.data.schema import Example
+from rlaif_fast.video.refs import MediaRef
 
 _BLOCK = 1 << 20
 _WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last block are compared

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
-from rlaif_fast.data.schema import Cut
+from rlaif_fast.video.refs import Cut
 
 SECONDS = ("video_start", "video_end")
 COUNTS = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from rlaif_fast.data.converters import Fields, convert
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import Medium
-from rlaif_fast.data.schema import Cut, Example, MediaRef
+from rlaif_fast.data.schema import Example
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, printable
+from rlaif_fast.video.refs import Cut, MediaRef
 
 logger = logging.getLogger(__name__)
 

@@ -176,3 +176,17 @@ class PromptLayouts:
             next_position=int(positions[0, -1]),
             media_index=media_index,
         )
+
+
+def eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
+    configured = unwrap(model).generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
+
+
+def marker_token_ids(model: nn.Module) -> list[int]:
+    """Tokens that stand for media: a sampled one would ask for features that are not there."""
+    config = unwrap(model).config
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(config, name) for name in names if getattr(config, name, None) is not None]

@@ -7,6 +7,7 @@ it. Of a tower that trains nothing is remembered: fused optimizers change weight
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.packing import ranges
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.media import Media
@@ -117,7 +119,8 @@ class VisionEncoder:
             missing = [m for m in media.values() if m.key not in self._cache]
             fresh: dict[str, tuple[Tensor, ...]] = {}
             with torch.no_grad():
-                for chunk in _chunks(missing):
+                for part in cut([math.prod(m.grid_thw) for m in missing], MAX_PATCHES_A_CALL):
+                    chunk = missing[part]
                     fresh |= zip((m.key for m in chunk), self._encode(chunk))
             pieces = [fresh[key] if key in fresh else self._cache[key] for key in media]
             if not trains:
@@ -166,16 +169,3 @@ class VisionEncoder:
 
 def _bytes(piece: Iterable[Tensor]) -> int:
     return sum(level.numel() * level.element_size() for level in piece)
-
-
-def _chunks(media: Sequence[Media]) -> list[list[Media]]:
-    chunks: list[list[Media]] = []
-    patches = 0
-    for m in media:
-        size = m.grid_thw[0] * m.grid_thw[1] * m.grid_thw[2]
-        if not chunks or patches + size > MAX_PATCHES_A_CALL:
-            chunks.append([])
-            patches = 0
-        chunks[-1].append(m)
-        patches += size
-    return chunks

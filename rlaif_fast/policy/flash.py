@@ -40,28 +40,47 @@ class Sequences:
         return cls(ends, int(lengths.max(initial=0)))
 
 
-class VarlenKernel(Protocol):
-    """Attention of sequences of q to sequences of k and v, with its log-sum-exp."""
+@dataclass(frozen=True)
+class Call:
+    """One call of a varlen kernel: sequences of queries that attend to sequences of keys.
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(Tq, H, D), (Tk, K, D) twice -> out (Tq, H, D), lse (H, Tq) float32."""
+    Attributes:
+        q: (Tq, H, D).
+        k: (Tk, K, D).
+        v: (Tk, K, D).
+        queries: How q falls into sequences.
+        keys: How k and v do.
+        scale: Of the scores.
+        causal: Whether a query sees only the keys up to its own place.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    queries: Sequences
+    keys: Sequences
+    scale: float
+    causal: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v."""
+        return self.q, self.k, self.v
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor, int, int]:
+        """The sequences as the kernels take them."""
+        return self.queries.ends, self.keys.ends, self.queries.longest, self.keys.longest
+
+
+class VarlenKernel(Protocol):
+    """Attention with its log-sum-exp."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out (Tq, H, D), lse (H, Tq) float32."""
         ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: Sequences,
-        keys: Sequences,
-        scale: float,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv for p = exp(scale q k - lse) and the given out."""
         ...
 
@@ -69,59 +88,33 @@ class VarlenKernel(Protocol):
 class FlashAttention2:
     """The kernels of flash-attn 2.7 and later."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         out, lse, _, _ = _flash_attn_varlen_forward(
-            q,
-            k,
-            v,
-            queries.ends,
-            keys.ends,
-            queries.longest,
-            keys.longest,
+            *call.tensors,
+            *call.sequences,
             dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
+            softmax_scale=call.scale,
+            causal=call.causal,
         )
         return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: Sequences,
-        keys: Sequences,
-        scale: float,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
         # Zeroed: a group without response tokens has keys that no block of the kernel writes.
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = gradients = [torch.zeros_like(x) for x in call.tensors]
         _flash_attn_varlen_backward(
             dout.contiguous(),
-            q,
-            k,
-            v,
+            *call.tensors,
             out,
             lse,
-            dq,
-            dk,
-            dv,
-            queries.ends,
-            keys.ends,
-            queries.longest,
-            keys.longest,
+            *gradients,
+            *call.sequences,
             dropout_p=0.0,
-            softmax_scale=scale,
-            causal=causal,
+            softmax_scale=call.scale,
+            causal=call.causal,
             window_size_left=-1,
             window_size_right=-1,
             softcap=0.0,
@@ -134,53 +127,29 @@ class FlashAttention2:
 class TorchFlash:
     """The FlashAttention-2 kernels inside PyTorch, called as `torch.nn.attention.varlen` does."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, scale: float, causal: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            queries.ends,
-            keys.ends,
-            queries.longest,
-            keys.longest,
+            *call.tensors,
+            *call.sequences,
             dropout_p=0.0,
-            is_causal=causal,
+            is_causal=call.causal,
             return_debug_mask=False,
-            scale=scale,
+            scale=call.scale,
         )
         return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: Sequences,
-        keys: Sequences,
-        scale: float,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten._flash_attention_backward(
             dout.contiguous(),
-            q,
-            k,
-            v,
+            *call.tensors,
             out,
             lse,
-            queries.ends,
-            keys.ends,
-            queries.longest,
-            keys.longest,
+            *call.sequences,
             dropout_p=0.0,
-            is_causal=causal,
-            rng_state=torch.zeros(2, dtype=torch.uint64, device=q.device),  # of the dropout; not read
-            unused=q.new_empty(0),
-            scale=scale,
+            is_causal=call.causal,
+            rng_state=torch.zeros(2, dtype=torch.uint64, device=call.q.device),  # of the dropout; not read
+            unused=call.q.new_empty(0),
+            scale=call.scale,
         )
 
 
@@ -194,6 +163,18 @@ class _Layout:
     group_nodes: Sequences  # the nodes of each group
     responses: Sequences  # the nodes of each response
 
+    def prompt_call(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
+        """The prompts to themselves."""
+        return Call(q, k, v, self.prompts, self.prompts, scale, causal=True)
+
+    def prefix_call(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
+        """The nodes of each group to its prompt."""
+        return Call(q, k, v, self.group_nodes, self.prompts, scale, causal=False)
+
+    def response_call(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
+        """Each response to itself."""
+        return Call(q, k, v, self.responses, self.responses, scale, causal=True)
+
 
 class _SharedPrefixAttention(torch.autograd.Function):
     """The three calls as one function: (S, H, D) and (S, K, D) twice -> (S, H, D)."""
@@ -204,13 +185,13 @@ class _SharedPrefixAttention(torch.autograd.Function):
     ) -> Tensor:
         q_p, k_p, v_p = (x.index_select(0, layout.prompt_index) for x in (q, k, v))
         q_r, k_r, v_r = (x.index_select(0, layout.node_index) for x in (q, k, v))
-        out_p, lse_p = kernel.forward(q_p, k_p, v_p, layout.prompts, layout.prompts, scale, True)
+        out_p, lse_p = kernel.forward(layout.prompt_call(q_p, k_p, v_p, scale))
         output = torch.empty_like(q)
         output.index_copy_(0, layout.prompt_index, out_p)
         saved = [q_p, k_p, v_p, out_p, lse_p]
         if len(q_r):
-            out_1, lse_1 = kernel.forward(q_r, k_p, v_p, layout.group_nodes, layout.prompts, scale, False)
-            out_2, lse_2 = kernel.forward(q_r, k_r, v_r, layout.responses, layout.responses, scale, True)
+            out_1, lse_1 = kernel.forward(layout.prefix_call(q_r, k_p, v_p, scale))
+            out_2, lse_2 = kernel.forward(layout.response_call(q_r, k_r, v_r, scale))
             lse_r = torch.logaddexp(lse_1, lse_2)
             share_1, share_2 = ((lse - lse_r).exp().T[:, :, None] for lse in (lse_1, lse_2))  # (nodes, H, 1)
             out_r = (share_1 * out_1 + share_2 * out_2).to(q.dtype)
@@ -225,19 +206,15 @@ class _SharedPrefixAttention(torch.autograd.Function):
         layout, scale, kernel = ctx.layout, ctx.scale, ctx.kernel
         q_p, k_p, v_p, out_p, lse_p = ctx.saved_tensors[:5]
         dout_p = dout.index_select(0, layout.prompt_index)
-        dq_p, dk_p, dv_p = kernel.backward(
-            dout_p, q_p, k_p, v_p, out_p, lse_p, layout.prompts, layout.prompts, scale, True
-        )
+        dq_p, dk_p, dv_p = kernel.backward(layout.prompt_call(q_p, k_p, v_p, scale), dout_p, out_p, lse_p)
         dq = dout.new_zeros(len(dout), *q_p.shape[1:])
         dk, dv = (dout.new_zeros(len(dout), *k_p.shape[1:]) for _ in range(2))
         if len(ctx.saved_tensors) > 5:
             q_r, k_r, v_r, out_r, lse_r = ctx.saved_tensors[5:]
             dout_r = dout.index_select(0, layout.node_index)
-            dq_1, dk_1, dv_1 = kernel.backward(
-                dout_r, q_r, k_p, v_p, out_r, lse_r, layout.group_nodes, layout.prompts, scale, False
-            )
+            dq_1, dk_1, dv_1 = kernel.backward(layout.prefix_call(q_r, k_p, v_p, scale), dout_r, out_r, lse_r)
             dq_2, dk_r, dv_r = kernel.backward(
-                dout_r, q_r, k_r, v_r, out_r, lse_r, layout.responses, layout.responses, scale, True
+                layout.response_call(q_r, k_r, v_r, scale), dout_r, out_r, lse_r
             )
             dk_p, dv_p = dk_p + dk_1, dv_p + dv_1
             for whole, part in ((dq, dq_1 + dq_2), (dk, dk_r), (dv, dv_r)):

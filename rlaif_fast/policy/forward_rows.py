@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.packing import Merge
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -45,6 +46,30 @@ class ForwardRows:
 def answer_rows(prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]]) -> ForwardRows:
     """One given answer to each prompt."""
     return lay_out(prompts, answers, [1] * len(answers))
+
+
+def response_rows(
+    prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[Sequence[int]]]
+) -> ForwardRows:
+    """Some responses to each prompt, equal ones once; late in training most of a group are repeats."""
+    rows: list[list[int]] = []
+    row_of: list[int] = []
+    sizes: list[int] = []
+    for group in responses:
+        seen: dict[tuple[int, ...], int] = {}
+        for tokens in map(tuple, group):
+            if tokens not in seen:
+                seen[tokens] = len(rows)
+                rows.append(list(tokens))
+            row_of.append(seen[tokens])
+        sizes.append(len(seen))
+    distinct = lay_out(prompts, rows, sizes)
+    tokens_of = distinct.token_index.split(distinct.lengths.tolist())
+    return replace(
+        distinct,
+        token_index=torch.cat([tokens_of[row] for row in row_of]),
+        target_ids=torch.tensor([token for group in responses for tokens in group for token in tokens]),
+    )
 
 
 def share_media(
@@ -87,7 +112,7 @@ def share_media(
             for i, row, n in zip(group, ids, copies)
         ]
         room = MAX_BEHIND if max_tokens is None else min(max_tokens - shared, MAX_BEHIND)
-        for span in _spans(behind, room):
+        for span in (range(len(group))[part] for part in cut(behind, room)):
             together = shared + sum((len(ids[k]) - shared) * copies[k] for k in span)
             if shared == 0 or media_behind or together >= sum(len(ids[k]) for k in span):
                 pieces += [([group[k]], len(ids[k])) for k in span]
@@ -154,20 +179,6 @@ def lay_out(
         token_index=torch.cat(index),
         target_ids=torch.tensor(targets),
     )
-
-
-def _spans(sizes: Sequence[int], most: int) -> list[range]:
-    """Cut consecutive items into spans of at most `most` together; a larger one is a span of its own."""
-    spans: list[range] = []
-    used = 0
-    for index, size in enumerate(sizes):
-        if spans and used + size <= most:
-            spans[-1] = range(spans[-1].start, index + 1)
-        else:
-            spans.append(range(index, index + 1))
-            used = 0
-        used += size
-    return spans
 
 
 def _common_length(rows: Sequence[list[int]]) -> int:

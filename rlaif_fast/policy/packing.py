@@ -204,21 +204,32 @@ def _common_prefix(tokens: np.ndarray, fed: np.ndarray) -> np.ndarray:
     return agree
 
 
-def split_groups(
-    prompt_lengths: np.ndarray,  # (N,)
-    response_tokens: np.ndarray,  # (N,) response tokens of each group
-    max_packed_tokens: int,
-) -> list[slice]:
-    """Cut consecutive groups into rows of at most `max_packed_tokens`; a longer group is a row of its own."""
-    rows, begin, used = [], 0, 0
-    for group, (prompt, response) in enumerate(zip(prompt_lengths.tolist(), response_tokens.tolist())):
-        if used and used + prompt + response > max_packed_tokens:
-            rows.append(slice(begin, group))
-            begin, used = group, 0
-        used += prompt + response
-    if begin < len(prompt_lengths):
-        rows.append(slice(begin, len(prompt_lengths)))
-    return rows
+def count_rows(
+    prompts: int, token_ids: Tensor, lengths: Tensor, sizes: Sequence[int] | Tensor | None
+) -> np.ndarray:
+    """(N,) responses of each prompt, as given or equally many.
+
+    Raises:
+        ValueError: The sizes do not fit together.
+    """
+    if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
+        raise ValueError(
+            "token_ids, lengths: expected (B, T) and (B,), "
+            f"got {tuple(token_ids.shape)} and {tuple(lengths.shape)}"
+        )
+    responses = len(token_ids)
+    if sizes is None:
+        if prompts == 0 or responses % prompts:
+            raise ValueError(
+                f"token_ids: {responses} rows do not divide among {prompts} prompts; pass group_sizes"
+            )
+        return np.full(prompts, responses // prompts, dtype=np.int64)
+    array = np.asarray(sizes, dtype=np.int64)
+    if array.shape != (prompts,) or array.sum() != responses or (array < 0).any():
+        raise ValueError(
+            f"group_sizes: expected {prompts} counts that sum to {responses}, got {array.tolist()}"
+        )
+    return array
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,18 @@ from torch import Tensor, nn
 from rlaif_fast.errors import UsageError
 from rlaif_fast.loss.api import token_logps
 from rlaif_fast.policy import attention, vision_attention
-from rlaif_fast.policy.families import PromptLayouts, family_of, text_decoder, unwrap, vision_tower
+from rlaif_fast.policy.cut import cut
+from rlaif_fast.policy.families import (
+    PromptLayouts,
+    eos_token_ids,
+    family_of,
+    marker_token_ids,
+    text_decoder,
+    unwrap,
+    vision_tower,
+)
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
-from rlaif_fast.policy.packing import PackedRow, pack, split_groups
+from rlaif_fast.policy.packing import PackedRow, count_rows, pack
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -72,11 +81,11 @@ class Policy:
         self.max_packed_tokens = max_packed_tokens
         self.max_cached_tokens = max_cached_tokens
         self.feature_cache_bytes = feature_cache_bytes
-        self.eos_token_ids = _eos_token_ids(model, tokenizer)
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
         self.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_token_ids[0]
         )
-        self.media_token_ids = set(_marker_token_ids(model))
+        self.media_token_ids = set(marker_token_ids(model))
         self._reference: list[tuple[nn.Parameter, Tensor]] | None = None
         head = self._head()
         forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
@@ -167,7 +176,7 @@ class Policy:
             (M, H) packed, response after response, M = lengths.sum(). The first token of a response is
             predicted by the last token of its prompt.
         """
-        sizes = _group_sizes(len(prompts), token_ids, lengths, group_sizes)
+        sizes = count_rows(len(prompts), token_ids, lengths, group_sizes)
         if not self.shared_prefix:
             return plain_hidden(self.model, prompts, token_ids, lengths, sizes.tolist())
         if features is None:
@@ -179,7 +188,7 @@ class Policy:
         fed = np.add.reduceat(np.append(np.maximum(host_lengths - 1, 0), 0), response_ends[:-1])
         fed[sizes == 0] = 0
         hidden = []
-        for groups in split_groups(prompt_lengths, fed, self.max_packed_tokens):
+        for groups in cut((prompt_lengths + fed).tolist(), self.max_packed_tokens):
             rows = slice(response_ends[groups.start], response_ends[groups.stop])
             row = pack(
                 host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups], self.backend.merge
@@ -379,40 +388,3 @@ def _is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
     return all(".lora_" in name for name in trained) and not any(
         bool(p.any()) for name, p in trained.items() if ".lora_B." in name or ".lora_embedding_B." in name
     )
-
-
-def _eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
-    configured = unwrap(model).generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
-
-
-def _marker_token_ids(model: nn.Module) -> list[int]:
-    """Tokens that stand for media: a sampled one would ask for features that are not there."""
-    config = unwrap(model).config
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-
-
-def _group_sizes(
-    prompts: int, token_ids: Tensor, lengths: Tensor, sizes: Sequence[int] | Tensor | None
-) -> np.ndarray:
-    if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
-        raise ValueError(
-            "token_ids, lengths: expected (B, T) and (B,), "
-            f"got {tuple(token_ids.shape)} and {tuple(lengths.shape)}"
-        )
-    responses = len(token_ids)
-    if sizes is None:
-        if prompts == 0 or responses % prompts:
-            raise ValueError(
-                f"token_ids: {responses} rows do not divide among {prompts} prompts; pass group_sizes"
-            )
-        return np.full(prompts, responses // prompts, dtype=np.int64)
-    array = np.asarray(sizes, dtype=np.int64)
-    if array.shape != (prompts,) or array.sum() != responses or (array < 0).any():
-        raise ValueError(
-            f"group_sizes: expected {prompts} counts that sum to {responses}, got {array.tolist()}"
-        )
-    return array

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from rlaif_fast.data.schema import Example, MediaRef
+from rlaif_fast.data.schema import Example
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.prompts.encoder import PromptEncoder
+from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.video import ClipStore, VideoError
 from rlaif_fast.video.base import Clip
-
-
-@dataclass(frozen=True)
-class PromptBatch:
-    """Encoded prompts with the rows and clips they came from, in one order.
-
-    Attributes:
-        examples: N rows.
-        clips: The N rows' decoded media.
-        prompts: The N encoded prompts.
-    """
-
-    examples: tuple[Example, ...]
-    clips: tuple[tuple[Clip, ...], ...]
-    prompts: tuple[EncodedPrompt, ...]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def select(self, keep: Sequence[int]) -> PromptBatch:
-        """The rows at `keep`, in that order."""
-        return PromptBatch(
-            tuple(self.examples[i] for i in keep),
-            tuple(self.clips[i] for i in keep),
-            tuple(self.prompts[i] for i in keep),
-        )
+from rlaif_fast.video.refs import MediaRef
 
 
 def by_media(examples: Sequence[Example]) -> list[list[Example]]:
@@ -97,7 +73,7 @@ def take_turns(rows: Sequence[Example], most: int, visit: int) -> list[Example]:
 
 def cut_by_tokens(
     prompts: Sequence[EncodedPrompt], response_tokens: Sequence[int], max_tokens: int
-) -> list[range]:
+) -> list[slice]:
     """Cut consecutive prompts into parts of at most `max_tokens`; a longer one is a part of its own.
 
     Args:
@@ -105,18 +81,9 @@ def cut_by_tokens(
         response_tokens: (N,) tokens of the responses to each.
         max_tokens: Most tokens of prompts and responses together.
     """
-    parts: list[range] = []
-    used = 0
-    for index, (prompt, responses) in enumerate(zip(prompts, response_tokens)):
-        tokens = len(prompt.input_ids) + responses
-        more = tokens - _shared(prompts[index - 1], prompt) if index else tokens
-        if parts and used + more <= max_tokens:
-            parts[-1] = range(parts[-1].start, index + 1)
-            used += more
-        else:
-            parts.append(range(index, index + 1))
-            used = tokens
-    return parts
+    sizes = [len(prompt.input_ids) + responses for prompt, responses in zip(prompts, response_tokens)]
+    shared = [0, *(_shared(*pair) for pair in pairwise(prompts))]
+    return cut(sizes, max_tokens, [size - common for size, common in zip(sizes, shared)])
 
 
 def _shared(first: EncodedPrompt, second: EncodedPrompt) -> int:
@@ -128,7 +95,7 @@ def _shared(first: EncodedPrompt, second: EncodedPrompt) -> int:
 
 
 class BatchMaker:
-    """Turns rows into a `PromptBatch`.
+    """Turns rows into prompts.
 
     A row whose media cannot be read is left out; the store puts the file into quarantine and counts it.
 
@@ -154,23 +121,19 @@ class BatchMaker:
         """Start decoding the media of rows that will be asked for next."""
         self._ahead = self._submit(examples)
 
-    def __call__(self, examples: Sequence[Example]) -> PromptBatch:
+    def __call__(self, examples: Sequence[Example]) -> list[Prompt]:
         """Load and encode `examples`; the rows with bad media are missing from the result."""
-        kept, clips, prompts = [], [], []
+        prompts = []
         loads, self._ahead = self._submit(examples), {}
         for example in examples:
             try:
                 media = tuple(loads[file].result() for file in files(example))
                 if self.blank_frames:
                     media = tuple(blanked(clip) for clip in media)
-                prompt = self.encoder.encode(example, media)
+                prompts.append(self.encoder.encode(example, media))
             except VideoError:
                 self.store.stats.dropped += 1
-                continue
-            kept.append(example)
-            clips.append(media)
-            prompts.append(prompt)
-        return PromptBatch(tuple(kept), tuple(clips), tuple(prompts))
+        return prompts
 
     def _submit(self, examples: Sequence[Example]) -> dict[MediaRef, Future[Clip]]:
         """One load for each file, however many rows ask about it; those begun ahead are taken up."""

@@ -10,28 +10,39 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from rlaif_fast.data.schema import Cut, Example, option_letters
+from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
+from rlaif_fast.video.refs import Cut
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
-
-
-THINKING = {
-    "<think>",
-    "</think>",
-}  # an answer may reason; a question may not put reasoning into the policy's mouth
+# An answer may reason; a question may not put reasoning into the policy's mouth.
+THINKING = {"<think>", "</think>"}
 _BLOCKS = re.compile(f"({re.escape(VIDEO_BLOCK)}|{re.escape(IMAGE_BLOCK)})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(EncodedPrompt):
+    """An encoded prompt with what it was made from.
+
+    Attributes:
+        example: What is asked.
+        clips: The decoded media of the example.
+    """
+
+    example: Example
+    clips: tuple[Clip, ...] = ()
 
 
 def question_text(example: Example) -> str:
@@ -102,7 +113,7 @@ class PromptEncoder:
         self._markup = _any_of(marks)
         self._markup_in_answers = _any_of(marks - THINKING)
 
-    def encode(self, example: Example, clips: Sequence[Clip]) -> EncodedPrompt:
+    def encode(self, example: Example, clips: Sequence[Clip]) -> Prompt:
         """Encode one prompt.
 
         Args:
@@ -124,7 +135,7 @@ class PromptEncoder:
         self._ids.move_to_end(key)
         if len(self._ids) > CACHED_PROMPTS:
             self._ids.popitem(last=False)
-        return EncodedPrompt(input_ids=ids, media=media)
+        return Prompt(input_ids=ids, media=media, example=example, clips=tuple(clips))
 
     def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
         content: list[dict[str, str]] = []

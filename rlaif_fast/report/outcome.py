@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from rlaif_fast.algorithms.group import rank_rollout
 from rlaif_fast.data import chance_by_category
 from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.prompts.batches import by_media
@@ -20,8 +21,8 @@ from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.runs.folder import RunDir, json_line, read_jsonl, write_jsonl
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.evaluation import EvalResult
-from rlaif_fast.trainer.groups import rank_rollout, rollout_records
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.records import rollout_records
 from rlaif_fast.trainer.run import Run
 
 
@@ -118,19 +119,15 @@ def write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
     if not rows:
         return
     with run.logger.timer("gallery"), torch.no_grad():
-        batch = run.make_batch(rows)
+        prompts = run.make_batch(rows)
         params = SamplingParams(
             max_new_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
         )
-        ranked = rank_rollout(
-            batch,
-            run.sampler.sample(batch.prompts, config.num_generations, params),
-            run.oracle,
-            run.algorithm,
-        )
-        greedy = run.sampler.sample(batch.prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
+        rollout = run.sampler.sample(prompts, config.num_generations, params)
+        groups = rank_rollout(prompts, rollout, run.oracle, run.algorithm)
+        greedy = run.sampler.sample(prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
     with run_dir.samples.open("a", encoding="utf-8") as lines:
-        for record, text in zip(rollout_records(ranked, 0), greedy):
+        for record, text in zip(rollout_records(groups, 0), greedy):
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
 
 

@@ -10,21 +10,40 @@ Draws, and so tokens, are those of the other samplers.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import sdpa
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
-from rlaif_fast.rollout.generate import Drawn, TokenSampler
+from rlaif_fast.rollout.generate import TokenSampler, make_rollout
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
+STOP_CHECK = 8  # steps between two looks at whether every response has ended
+MAX_STEPS = 3  # kept at a time: a rollout's, its last part's, an evaluation's
 WARM_UP_STEPS = 3  # before a capture, as torch asks: libraries allocate and choose kernels on first use
+
+
+def uses_kernel(attention: str, device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether a step attends by the `prefix_decode` kernel; "auto" does on a GPU where it can run.
+
+    Raises:
+        ValueError: The name is unknown, or the kernel was asked for and cannot run here.
+    """
+    if attention not in ("auto", "kernel", "sdpa"):
+        raise ValueError(f"attention: expected auto, kernel or sdpa, got {attention!r}")
+    if attention == "sdpa" or (attention == "auto" and device.type != "cuda"):
+        return False
+    reason = refuses_prefix_decode(device.type, dtype, head_size)
+    if reason is not None and attention == "kernel":
+        raise ValueError(f"attention: the prefix_decode kernel cannot run here: {reason}")
+    return reason is None
 
 
 class FixedStep:
@@ -35,9 +54,12 @@ class FixedStep:
         groups: N.
         num_generations: G.
         length: L, columns of a group's buffer.
+        attention: "auto", "kernel" (`prefix_decode`) or "sdpa" (see `uses_kernel`).
     """
 
-    def __init__(self, policy: Policy, groups: int, num_generations: int, length: int) -> None:
+    def __init__(
+        self, policy: Policy, groups: int, num_generations: int, length: int, *, attention: str = "auto"
+    ) -> None:
         device, dtype = policy.device, policy.head_weight.dtype
         responses = groups * num_generations
         self.shape = (groups, num_generations, length)
@@ -48,10 +70,13 @@ class FixedStep:
         self._columns = torch.zeros(responses, dtype=torch.int64, device=device)
         each = torch.arange(responses, device=device)
         self._group, self._slot = each // num_generations, each % num_generations
-        # (N, heads that share a key head, G, L) additive
-        self._bias = torch.zeros(
-            groups, self.cache.heads_per_key, num_generations, length, dtype=dtype, device=device
-        )
+        self._prompts = torch.zeros(groups, dtype=torch.int32, device=device)
+        self._own = torch.zeros(1, dtype=torch.int32, device=device)
+        self._bias: Tensor | None = None  # (N, heads that share a key head, G, L) additive
+        if not uses_kernel(attention, device, dtype, self.cache.keys[0].shape[-1]):
+            self._bias = torch.zeros(
+                groups, self.cache.heads_per_key, num_generations, length, dtype=dtype, device=device
+            )
         self._weights = self._addresses()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
@@ -63,7 +88,11 @@ class FixedStep:
     def begin(self, prompt_lengths: np.ndarray) -> None:
         """Start a rollout: each response sees its prompt alone."""
         self.cache.used = prompt_lengths.copy()
-        self._begins = torch.from_numpy(prompt_lengths).to(self._ids.device)[self._group]
+        lengths = torch.from_numpy(prompt_lengths).to(self._ids.device)
+        self._prompts.copy_(lengths)
+        self._begins = lengths[self._group]
+        if self._bias is None:
+            return
         visible = torch.arange(self.shape[2], device=self._ids.device) < self._begins[:, None]  # (B, L)
         bias = torch.where(visible, 0.0, float("-inf")).to(self._bias.dtype)
         groups, num_generations, length = self.shape
@@ -74,7 +103,9 @@ class FixedStep:
         self._ids.copy_(tokens)
         self._positions.copy_(positions.expand(3, -1))
         self._columns.copy_(self._begins + step * self.shape[1] + self._slot)
-        self._bias[self._group, :, self._slot, self._columns] = 0.0
+        self._own.fill_(step + 1)
+        if self._bias is not None:
+            self._bias[self._group, :, self._slot, self._columns] = 0.0
         if self._graph is not None:
             with torch.cuda.device(self._ids.device):
                 self._graph.replay()
@@ -89,13 +120,12 @@ class FixedStep:
         self.cache.write(layer, self._group, self._columns, key, value)
         groups, num_generations, length = self.shape
         q = query[0].transpose(0, 1)  # (B, H, D)
-        heads, size = q.shape[1:]
+        if self._bias is not None:
+            return self.cache.attend(layer, q, self._bias.view(groups, 1, -1, length), scale)[None]
+        q = q.unflatten(0, (groups, num_generations)).transpose(1, 2)  # (N, H, G, D)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        q = q.reshape(groups, num_generations, heads, size).transpose(1, 2)
-        q = q.reshape(groups, keys.shape[1], -1, size)  # query heads of a key head are further queries of it
-        output = sdpa(q, keys, values, scale=scale, mask=self._bias.view(groups, 1, -1, length))
-        output = output.reshape(groups, heads, num_generations, size).transpose(1, 2)
-        return output.reshape(1, -1, heads, size)
+        output = prefix_decode(q, keys, values, self._prompts, self._own, scale)
+        return output.transpose(1, 2).flatten(0, 1)[None]
 
     def _run(self) -> Tensor:
         return self._policy.decode(self._ids, self._positions, self)
@@ -124,17 +154,23 @@ class FixedStep:
 class GraphSampler(SharedPrefixSampler):
     """`SharedPrefixSampler` with fixed decode steps; a CUDA graph on a GPU, the same steps uncaptured elsewhere."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, attention: str = "auto") -> None:
         super().__init__(policy)
+        self._attention = attention
+        self._steps: OrderedDict[tuple[int, int, int], FixedStep] = OrderedDict()  # the last used is the last
         self._step: FixedStep | None = None
 
     def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
         sizes = (len(prompt_lengths), num_generations, -(-length // LENGTH_STEP) * LENGTH_STEP)
-        if self._step is None or not self._step.fits(*sizes):
-            self._step = None  # its buffers are freed before the new ones are made
-            self._step = FixedStep(self.policy, *sizes)
-        self._step.begin(prompt_lengths)
-        return self._step.cache
+        step = self._steps.pop(sizes, None)
+        if step is None or not step.fits(*sizes):
+            self._step = step = None
+            while len(self._steps) >= MAX_STEPS:  # buffers are freed before new ones are made
+                self._steps.popitem(last=False)
+            step = FixedStep(self.policy, *sizes, attention=self._attention)
+        self._steps[sizes] = self._step = step
+        step.begin(prompt_lengths)
+        return step.cache
 
     def _decode(
         self,
@@ -153,12 +189,19 @@ class GraphSampler(SharedPrefixSampler):
         first = [policy.layouts(prompt).next_position for prompt in prompts]
         next_position = torch.tensor(first, device=device)[group]
         draw = TokenSampler(policy, params)
-        drawn = Drawn(policy, responses, params.max_new_tokens)
+        eos = torch.tensor(policy.eos_token_ids, device=device)
+        token_ids = torch.zeros(responses, params.max_new_tokens, dtype=torch.int64, device=device)
+        logps = torch.zeros(responses, params.max_new_tokens, device=device)
+        finished = torch.zeros(responses, dtype=torch.bool, device=device)
+        lengths = torch.zeros(responses, dtype=torch.int64, device=device)
         for step in range(params.max_new_tokens):
             tokens, logp = draw(policy.logits(hidden), group if step == 0 else None, uniform[:, step], step)
-            live = np.flatnonzero(~drawn.finished)
-            drawn.record(live, step, tokens.numpy(force=True)[live], logp.numpy(force=True)[live])
-            if drawn.finished.all() or step + 1 == params.max_new_tokens:
+            token_ids[:, step], logps[:, step] = tokens, logp
+            lengths += ~finished
+            finished |= torch.isin(tokens, eos)
+            # The host waits for the device here alone; steps behind the last response's end are thrown away.
+            if step + 1 == params.max_new_tokens or (step % STOP_CHECK == STOP_CHECK - 1 and finished.all()):
                 break
             hidden = feed(tokens, next_position + step, step)
-        return drawn.rollout(policy, prompts, num_generations)
+        arrays = (x.numpy(force=True) for x in (token_ids, logps, lengths, finished))
+        return make_rollout(policy, prompts, num_generations, *arrays)

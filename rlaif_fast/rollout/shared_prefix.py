@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.attention import SdpaContext, sdpa
+from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
-from rlaif_fast.policy.packing import PackedRow, pack, ranges, split_groups
+from rlaif_fast.policy.packing import PackedRow, pack, ranges
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
@@ -54,6 +55,23 @@ class GroupCache:
         """Put the keys and values (1, K, S, D) of S tokens in columns of their groups."""
         self.keys[layer][groups, :, columns] = key[0].transpose(0, 1)
         self.values[layer][groups, :, columns] = value[0].transpose(0, 1)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (N * W, H, D), the queries of a group adjacent
+        bias: Tensor,  # (N, 1, W * heads_per_key, length) additive
+        scale: float,
+    ) -> Tensor:  # (N * W, H, D)
+        """Attend from W queries of each group to the first `length` columns of its buffer."""
+        length = bias.shape[-1]
+        keys, values = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
+        groups, (heads, size) = len(keys), query.shape[1:]
+        q = query.reshape(groups, -1, heads, size).transpose(1, 2)
+        # The query heads that share a key head are further queries of it: its keys are read once.
+        q = q.reshape(groups, keys.shape[1], -1, size)
+        output = sdpa(q, keys, values, scale=scale, mask=bias)
+        return output.reshape(groups, heads, -1, size).transpose(1, 2).reshape(-1, heads, size)
 
     def keep(self, groups: np.ndarray) -> None:
         """Drop all other groups."""
@@ -125,23 +143,15 @@ class _Step:
         self._groups = torch.from_numpy(groups).to(device)
         self._columns = torch.from_numpy(columns).to(device)
         self._place = None if len(place) == len(counts) * width else torch.from_numpy(place).to(device)
-        self._grid = (len(counts), width)
-        self._length = length
+        self._cells = len(counts) * width
         self._bias = bias.repeat(1, 1, cache.heads_per_key, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._cache.write(layer, self._groups, self._columns, key, value)
-        keys = self._cache.keys[layer][:, :, : self._length]
-        values = self._cache.values[layer][:, :, : self._length]
         q = query[0].transpose(0, 1)  # (A, H, D)
-        groups, width = self._grid
         if self._place is not None:
-            q = q.new_zeros(groups * width, *q.shape[1:]).index_copy_(0, self._place, q)
-        # The query heads that share a key head are further queries of it: its keys are read once.
-        heads, size = q.shape[1:]
-        q = q.reshape(groups, width, heads, size).transpose(1, 2).reshape(groups, keys.shape[1], -1, size)
-        output = sdpa(q, keys, values, scale=scale, mask=self._bias)
-        output = output.reshape(groups, heads, width, size).transpose(1, 2).reshape(-1, heads, size)
+            q = q.new_zeros(self._cells, *q.shape[1:]).index_copy_(0, self._place, q)
+        output = self._cache.attend(layer, q, self._bias, scale)
         return (output if self._place is None else output.index_select(0, self._place))[None]
 
 
@@ -205,7 +215,7 @@ class SharedPrefixSampler(ReadsPolicy):
         row_ends = np.concatenate(([0], np.cumsum(sizes)))
         fed = np.add.reduceat(lengths - 1, row_ends[:-1])
         hidden = []
-        for groups in split_groups(common, fed, policy.max_packed_tokens):
+        for groups in cut((common + fed).tolist(), policy.max_packed_tokens):
             mine = slice(row_ends[groups.start], row_ends[groups.stop])
             row = pack(token_ids[mine], lengths[mine], common[groups], sizes[groups])
             context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, policy.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlaif_fast.algorithms.group import rank_request
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.prompts.batches import BatchMaker, by_media
 from rlaif_fast.rollout.base import Sampler, SamplingParams
-from rlaif_fast.trainer.groups import rank_requests
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ def evaluate(
     answers: dict[int, tuple[str, bool]] = {}
     for start in range(0, len(groups), videos_per_step):
         rows = [row for group in groups[start : start + videos_per_step] for row in group]
-        batch = make_batch(rows)
-        if len(batch):
-            texts = sampler.sample(batch.prompts, 1, params).texts
-            for example, text, request in zip(batch.examples, texts, rank_requests(batch, texts, 1)):
-                answers[row_of[id(example)]] = text, judge.is_correct(request, text)
+        prompts = make_batch(rows)
+        if prompts:
+            for prompt, text in zip(prompts, sampler.sample(prompts, 1, params).texts):
+                correct = judge.is_correct(rank_request(prompt, [text], 0), text)
+                answers[row_of[id(prompt.example)]] = text, correct
         advance(len(rows))
     for part in world.gather(answers):
         answers |= part

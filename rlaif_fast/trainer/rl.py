@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rlaif_fast.algorithms.group import Group, rank_rollout
 from rlaif_fast.policy.features import MediaFeatures
-from rlaif_fast.policy.forward_rows import for_policy, response_hidden
+from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
-from rlaif_fast.trainer.groups import (
-    RankedRollout,
-    concat,
-    rank_rollout,
-    rollout_rows,
-)
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
@@ -82,11 +78,11 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
 
     with updater, logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            ranked, stats = sample_and_rank(run, order, progress.step)
+            groups, features, stats = sample_and_rank(run, order, progress.step)
             for _ in range(config.num_iterations):
-                for part in minibatches(ranked, config.steps_per_generation):
+                for part in minibatches(groups, config.steps_per_generation):
                     with logger.timer("update"):
-                        loss_stats = update_loss(run, part)
+                        loss_stats = update_loss(run, part, features)
                         if loss_stats is not None:
                             stats |= loss_stats | {"grad_norm": updater.step()}
             progress.step += 1
@@ -107,16 +103,18 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     return progress
 
 
-def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollout | None, dict]:
+def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[list[Group], MediaFeatures | None, dict]:
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups to learn from (None where there are none), and statistics over everything that was
-        sampled, by all processes; the statistics are rank 0's alone.
+        This process's groups to learn from; what the vision tower gave for their prompts before the rollout, with its
+        graph where the rollout is learned from once and whole; and statistics over everything that was sampled, by all
+        processes (rank 0's alone).
     """
     config, logger, world = run.config, run.logger, run.world
     rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
-    sampled: list[RankedRollout] = []
+    sampled: list[Group] = []
+    towers: list[MediaFeatures] = []
     wanted = None
     for attempt in range(rounds):
         # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
@@ -127,9 +125,9 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
             for row in take_turns(clip, config.questions_per_video, visit)
         ]
         with logger.timer("decode"):
-            batch = run.make_batch(rows)
+            prompts = run.make_batch(rows)
             run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
-        if not len(batch):
+        if not prompts:
             continue
         params = SamplingParams(
             max_new_tokens=config.max_completion_length,
@@ -140,56 +138,48 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[RankedRollo
         )
         with logger.timer("rollout"):
             with torch.set_grad_enabled(on_policy(config)):  # else the update runs the tower again
-                features = run.policy.encode_media(batch.prompts)
+                features = run.policy.encode_media(prompts)
             shared = None if features is None else features.detach()
             with torch.no_grad():
                 run.sampler.sync_weights(run.policy)
-                rollout = run.sampler.sample(batch.prompts, config.num_generations, params, shared)
+                rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
         with logger.timer("oracle"):
-            ranked = rank_rollout(batch, rollout, run.oracle, run.algorithm)
-        sampled.append(replace(ranked, features=features))
-        wanted = wanted or len(batch)
-        if sum(int(part.has_signal.sum()) for part in sampled) >= wanted:
+            sampled += rank_rollout(prompts, rollout, run.oracle, run.algorithm)
+        towers += [] if features is None else [features]
+        wanted = wanted or len(prompts)
+        if sum(group.has_signal for group in sampled) >= wanted:
             break
-    everything = concat(sampled) if sampled else None
-    stats = log_rollouts(run, everything, step)
-    if everything is None:
-        return None, stats
-    valid = everything.valid
-    if config.dynamic_sampling:
-        valid &= everything.has_signal
-    groups = torch.nonzero(valid).flatten().tolist()[:wanted]
-    return (everything.select(groups) if groups else None), stats
+    stats = log_rollouts(run, sampled, step)
+    learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
+    features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
+    return learnable[:wanted], features, stats
 
 
-def minibatches(ranked: RankedRollout | None, parts: int) -> list[RankedRollout | None]:
-    """The rollout cut into `parts` by groups, as evenly as it goes; None for an empty part."""
-    if parts == 1 or ranked is None:
-        return [ranked] * parts
-    bounds = [len(ranked.batch) * i // parts for i in range(parts + 1)]
-    return [ranked.select(range(low, high)) if high > low else None for low, high in pairwise(bounds)]
+def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """The groups cut into `parts` as evenly as it goes; some may be empty."""
+    bounds = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[low:high] for low, high in pairwise(bounds)]
 
 
-def update_loss(run: Run, ranked: RankedRollout | None) -> dict | None:
+def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> dict | None:
     """Accumulate this process's part of the gradient and return the whole loss's statistics.
 
     None where no process has a group.
     """
     config, world = run.config, run.world
-    tokens, responses = 0, 0
-    if ranked is not None:
-        counted = ranked.rollout.mask
-        if config.mask_truncated_completions:
-            counted = counted[ranked.rollout.finished]
-        tokens, responses = int(counted.sum()), len(counted)
-    groups, all_tokens, all_responses = world.sum(
-        0 if ranked is None else len(ranked.batch), tokens, responses
-    )
-    if groups == 0:
+    counted = [
+        len(tokens)
+        for group in groups
+        for tokens, finished in zip(group.token_ids, group.finished)
+        if finished or not config.mask_truncated_completions
+    ]
+    tokens = sum(counted)
+    all_groups, all_tokens, all_responses = world.sum(len(groups), tokens, len(counted))
+    if all_groups == 0:
         return None
     # The gradients are averaged over the processes, so each divides by its part of the whole.
     items = max(all_tokens if config.loss_type == "dapo" else all_responses, 1.0) / world.size
-    stats = {} if ranked is None else _accumulate(run, ranked, items)
+    stats = _accumulate(run, groups, features, items) if groups else {}
     if world.size == 1:
         return stats
     mine = {
@@ -198,22 +188,21 @@ def update_loss(run: Run, ranked: RankedRollout | None) -> dict | None:
     return combine_stats([(weight, shard) for weight, shard in world.gather((tokens, mine)) if shard])
 
 
-def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
-    """Accumulate the gradient of the loss of `ranked`, divided by `items`, and return the loss's statistics.
+def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | None, items: float) -> dict:
+    """Accumulate the gradient of the loss of the groups, divided by `items`, and return the loss's statistics.
 
     At most `max_packed_tokens` go through the model at once, forward and backward; the vision tower runs once all
     the same, forward and backward.
     """
     config, policy = run.config, run.policy
-    features = ranked.features
+    prompts = [group.prompt for group in groups]
     if features is None or (policy.vision.trains and not on_policy(config)):
-        features = policy.encode_media(ranked.batch.prompts)
+        features = policy.encode_media(prompts)
     leaves = features.leaves() if features is not None and features.requires_grad else None
-    groups = ranked.rollout.mask.sum(1).view(-1, config.num_generations).sum(1).tolist()
+    tokens = [group.tokens for group in groups]
     parts = []
-    for span in cut_by_tokens(ranked.batch.prompts, groups, config.max_packed_tokens):
-        part = ranked if len(span) == len(ranked.batch) else ranked.select(span)
-        parts.append((sum(groups[i] for i in span), _backward(run, part, leaves or features, items)))
+    for part in cut_by_tokens(prompts, tokens, config.max_packed_tokens):
+        parts.append((sum(tokens[part]), _backward(run, groups[part], leaves or features, items)))
     if leaves is not None:
         assert features is not None
         features.backward_from(leaves)
@@ -222,12 +211,13 @@ def _accumulate(run: Run, ranked: RankedRollout, items: float) -> dict:
     return combine_stats([(weight, {n: float(v) for n, v in stats.items()}) for weight, stats in parts])
 
 
-def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, items: float) -> dict:
+def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None, items: float) -> dict:
     """One forward and backward pass; the statistics stay on the device."""
-    config, policy, rollout = run.config, run.policy, ranked.rollout
-    rows = for_policy(rollout_rows(rollout), policy)
+    config, policy = run.config, run.policy
+    prompts, responses = [group.prompt for group in groups], [group.token_ids for group in groups]
+    rows = for_policy(response_rows(prompts, responses), policy)
     device = policy.device
-    row_lengths = rollout.mask.sum(1).to(device)
+    row_lengths = torch.tensor([len(tokens) for group in responses for tokens in group], device=device)
     ref_logps: Tensor | None = None
     if "reference" in run.algorithm.extra_models:
         with torch.no_grad():
@@ -239,21 +229,22 @@ def _backward(run: Run, ranked: RankedRollout, features: MediaFeatures | None, i
                 temperature=config.temperature,
                 features=features,
             )[rows.token_index.to(device)]
-    keep = torch.ones(len(row_lengths), dtype=torch.bool)
-    if config.mask_truncated_completions:
-        keep = rollout.finished.cpu()
-    token_mask = torch.repeat_interleave(keep.to(device), row_lengths)
+    finished = torch.tensor([done for group in groups for done in group.finished])
+    token_mask: Tensor | None = None
+    if config.mask_truncated_completions and not bool(finished.all()):
+        token_mask = torch.repeat_interleave(finished.to(device), row_lengths)
+    ratios = [group.sampling_ratio for group in groups if group.sampling_ratio is not None]
     output = run.algorithm.loss(
         response_hidden(policy, rows, features=features),
         policy.head_weight,
         rows.target_ids.to(device),
-        advantages=ranked.advantages.flatten().to(device),
+        advantages=torch.tensor([group.advantages for group in groups], device=device).flatten(),
         bias=policy.head_bias,
         lengths=row_lengths,
-        mask=None if bool(keep.all()) else token_mask,
-        old_logps=None if on_policy(config) else rollout.logps[rollout.mask],
+        mask=token_mask,
+        old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),
         ref_logps=ref_logps,
-        sampling_ratio=None if rollout.sampling_ratio is None else rollout.sampling_ratio[rollout.mask],
+        sampling_ratio=torch.cat(ratios) if ratios else None,
         num_items_in_batch=items,
     )
     output.loss.backward()

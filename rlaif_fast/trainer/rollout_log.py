@@ -3,62 +3,71 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
+
+from rlaif_fast.algorithms.group import Group, requests_of
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.trainer.groups import RankedRollout, concat, rank_requests, rollout_records
+from rlaif_fast.trainer.records import rollout_records
 from rlaif_fast.trainer.run import Run
 
 
-def log_rollouts(run: Run, ranked: RankedRollout | None, step: int) -> dict:
+def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     """Record what all processes sampled in a step and return its statistics; in the other processes, nothing."""
     config, logger, world = run.config, run.logger, run.world
-    shards = world.gather((ranked and ranked.without_media(), counters(run.oracle)))
+    shards = world.gather(([group.without_media() for group in groups], counters(run.oracle)))
     if not world.is_main:
         return {}
-    sampled = [shard for shard, _ in shards if shard is not None]
+    everything = [group for shard, _ in shards for group in shard]
     stats: dict = {}
-    if sampled:
-        everything = concat(sampled)
+    if everything:
         logger.rollouts(step + 1, rollout_records(everything, step + 1))
         stats |= rollout_stats(everything)
     for _, counted in shards:
         stats |= {name: stats.get(name, 0.0) + count for name, count in counted.items()}
-    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and ranked is not None:
-        requests = rank_requests(ranked.batch, ranked.rollout.texts, config.num_generations)
+    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and groups:
+        rankings = [group.ranking for group in groups]
         with logger.timer("oracle"):
             stats |= blind_control(
-                run.oracle, requests, ranked.rankings, sample=config.blind_control, seed=config.seed + step
+                run.oracle,
+                requests_of(groups),
+                rankings,
+                sample=config.blind_control,
+                seed=config.seed + step,
             )
     return stats
 
 
-def rollout_stats(ranked: RankedRollout) -> dict:
+def rollout_stats(groups: Sequence[Group]) -> dict:
     """What is logged of a rollout before anything is learned from it."""
-    rollout, g = ranked.rollout, ranked.rollout.num_generations
     judge = ReferenceOracle()
-    correct, scored = 0, 0
-    requests = rank_requests(ranked.batch, rollout.texts, g)
-    for request in requests:
-        if request.reference is not None:
-            correct += sum(judge.is_correct(request, text) for text in request.responses)
-            scored += g
-    valid = ranked.valid
-    best_by_policy = ranked.scores.argmax(1)
+    requests, rankings = requests_of(groups), [group.ranking for group in groups]
+    right = [
+        judge.is_correct(request, text)
+        for request in requests
+        if request.reference is not None
+        for text in request.responses
+    ]
     top1 = [
-        ranking.ranks[int(best)] == 0
-        for ranking, best in zip(ranked.rankings, best_by_policy)
-        if ranking.valid
+        group.ranking.ranks[group.scores.index(max(group.scores))] == 0
+        for group in groups
+        if group.ranking.valid
     ]
     return {
-        "accuracy": correct / scored if scored else math.nan,
-        "ndcg": ranked.ndcg.nanmean(),
-        "kendall_tau": ranked.kendall_tau.nanmean(),
+        "accuracy": sum(right) / len(right) if right else math.nan,
+        "ndcg": torch.tensor([group.ndcg for group in groups]).nanmean(),
+        "kendall_tau": torch.tensor([group.kendall_tau for group in groups]).nanmean(),
         "top1_agreement": sum(top1) / len(top1) if top1 else math.nan,
-        "no_signal": 1.0 - ranked.has_signal.float().mean(),
-        "invalid": 1.0 - valid.float().mean(),
-        "groups": len(ranked.batch),
-        "completion_length": rollout.mask.sum(1).float().mean(),
-        "truncated": 1.0 - rollout.finished.float().mean(),
-        **oracle_stats(requests, ranked.rankings, reference=judge),
+        "no_signal": 1.0 - _mean([group.has_signal for group in groups]),
+        "invalid": 1.0 - _mean([ranking.valid for ranking in rankings]),
+        "groups": len(groups),
+        "completion_length": _mean([len(tokens) for group in groups for tokens in group.token_ids]),
+        "truncated": 1.0 - _mean([done for group in groups for done in group.finished]),
+        **oracle_stats(requests, rankings, reference=judge),
     }
+
+
+def _mean(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).mean()

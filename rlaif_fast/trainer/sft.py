@@ -42,8 +42,7 @@ def accumulate(
     policy, total = run.policy, 0.0
     features = policy.encode_media(prompts) if prompts else None
     leaves = features.leaves() if features is not None and features.requires_grad else None
-    for span in cut_by_tokens(prompts, [len(answer) for answer in answers], run.config.max_packed_tokens):
-        part = slice(span.start, span.stop)
+    for part in cut_by_tokens(prompts, [len(answer) for answer in answers], run.config.max_packed_tokens):
         rows = for_policy(answer_rows(prompts[part], answers[part]), policy)
         loss = sft_loss(policy, rows, run.config.backend, features=leaves or features)
         (loss * scale).backward()
@@ -106,14 +105,15 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     with updater, logger.stage("sft", total=config.sft_steps, start=done):
         for step in range(done, config.sft_steps):
             with logger.timer("decode"):
-                batch = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
+                prompts = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
                 run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
             with logger.timer("sft"):
-                answers = [run.make_batch.encoder.encode_answer(row.taught or "") for row in batch.examples]
+                examples = [prompt.example for prompt in prompts]
+                answers = [run.make_batch.encoder.encode_answer(row.taught or "") for row in examples]
                 (tokens,) = world.sum(sum(map(len, answers)))
                 if tokens == 0:
                     continue
-                local_loss = accumulate(run, batch.prompts, answers, world.size / tokens)
+                local_loss = accumulate(run, prompts, answers, world.size / tokens)
                 grad_norm = updater.step()
                 (loss,) = world.sum(local_loss / tokens)
             logger.log(

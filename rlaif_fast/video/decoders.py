@@ -15,6 +15,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.plugins import find
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoDecoder
+from rlaif_fast.video.container import BadVideo
 from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
@@ -73,7 +74,7 @@ class PyAVDecoder:
         try:
             frames = ffmpeg.read_frames(path, scan, indices, threads=threads, deadline=deadline)
             return assemble(frames, indices, scan.shape, size).to(self.device)
-        except ffmpeg.BadVideo as error:
+        except BadVideo as error:
             raise VideoError(path, str(error)) from None
         except Exception as error:  # whatever FFmpeg raises is the file's fault
             raise VideoError(path, f"cannot be decoded: {type(error).__name__}: {error}") from None

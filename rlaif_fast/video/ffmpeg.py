@@ -1,7 +1,7 @@
 """Reading video files through FFmpeg (PyAV): which frames a file holds, and the pixels of some of them.
 
-This file imports neither torch nor the rest of the package, so that a decoding process (see `worker.py`)
-starts in a fifth of a second and weighs 60 MB.
+This file, `container.py` and `scan.py` import neither torch nor the rest of the package, so that a decoding process
+(see `worker.py`) starts in a fifth of a second and weighs 60 MB.
 
 `scan` reads every packet header once and writes down the presentation time of each frame that a player would
 show: hidden reference frames (VP8), packets that an edit list cuts off and frames before time zero are left
@@ -13,19 +13,19 @@ asked for. Nothing is ever replaced by a neighbour: a frame that does not come o
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import stat
-import struct
 import time
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import numpy as np
+
+from rlaif_fast.video.container import BadVideo, check_file
+from rlaif_fast.video.scan import Scan
 
 # Containers that hold their own frames. Playlists (hls, dash), lists (concat), numbered pictures (image2) and the like
 # name other files, and are refused.
@@ -38,65 +38,6 @@ NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text fil
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
-
-
-WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
-DIGEST_BLOCKS = 256
-DIGEST_BLOCK_BYTES = 1 << 20
-
-
-class BadVideo(Exception):
-    """The file cannot be used; the message is the reason, without the path."""
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What the packets of a file's first video stream say.
-
-    Attributes:
-        codec: Codec name as FFmpeg spells it.
-        width: Pixels, as coded (before rotation).
-        height: Pixels, as coded (before rotation).
-        pixel_format: As FFmpeg spells it.
-        rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
-        fps: Average frames per second.
-        duration: Seconds.
-        pts: Presentation time of each shown frame, ascending, in units of `time_base`.
-        order: Decode order of each shown frame (its packet's number).
-        keys: Presentation times of the key frames, ascending.
-        key_order: Decode order of each key frame.
-        time_base: Seconds per unit.
-        variable_rate: Whether the frames are unevenly spaced.
-        counted: Whether frames can only be told apart by counting (no usable presentation times).
-        plain: Whether every packet is one shown frame, so that any decoder counts frames alike.
-    """
-
-    codec: str
-    width: int
-    height: int
-    pixel_format: str
-    rotation: int
-    fps: float
-    duration: float
-    pts: tuple[int, ...]
-    order: tuple[int, ...]
-    keys: tuple[int, ...]
-    key_order: tuple[int, ...]
-    time_base: Fraction
-    variable_rate: bool
-    counted: bool
-    plain: bool
-
-    @property
-    def timestamps(self) -> tuple[float, ...]:
-        """Seconds since the first shown frame."""
-        first, base = self.pts[0], self.time_base
-        return tuple(float((p - first) * base) for p in self.pts)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) of an upright frame."""
-        return (self.width, self.height) if self.rotation in (90, 270) else (self.height, self.width)
 
 
 class Deadline:
@@ -119,7 +60,7 @@ def scan(path: str, deadline: Deadline | None = None) -> Scan:
         BadVideo: With the reason.
     """
     deadline = deadline or Deadline(None)
-    _check_file(path)
+    check_file(path)
     with _open(path) as container:
         stream = _video_stream(container)
         packets = list(_packet_facts(container, stream, deadline))
@@ -130,27 +71,6 @@ def scan(path: str, deadline: Deadline | None = None) -> Scan:
         # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
         return _summarise(path, stream, packets, unordered, deadline)
-
-
-def digest(path: str) -> str:
-    """Return a digest of a file's content; of a very large one, of its size and of blocks spread over it."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123
-            size = file.seek(0, os.SEEK_END)
-            found = hashlib.blake2b(str(size).encode(), digest_size=20)
-            file.seek(0)
-            if size <= WHOLE_DIGEST_BYTES:
-                while block := file.read(DIGEST_BLOCK_BYTES):
-                    found.update(block)
-            else:
-                for i in range(DIGEST_BLOCKS):
-                    file.seek((size - DIGEST_BLOCK_BYTES) * i // (DIGEST_BLOCKS - 1))
-                    found.update(file.read(DIGEST_BLOCK_BYTES))
-    except FileNotFoundError:
-        raise BadVideo("does not exist") from None
-    except OSError as error:
-        raise BadVideo(f"cannot be read: {error.strerror}") from None
-    return found.hexdigest()
 
 
 def read_frames(
@@ -442,73 +362,3 @@ def _open(path: str) -> Any:
 
 def _plain(error: Any) -> str:
     return (error.strerror or type(error).__name__).lower()
-
-
-def _check_file(path: str) -> None:
-    try:
-        facts = os.stat(path)  # noqa: PTH116 - the path is a str throughout this file
-        if stat.S_ISDIR(facts.st_mode):
-            raise BadVideo("is a folder, not a video")
-        if not stat.S_ISREG(facts.st_mode):
-            raise BadVideo("is not a regular file")
-        if facts.st_size == 0:
-            raise BadVideo("empty file")
-        with open(path, "rb") as file:  # noqa: PTH123
-            _check_length(file, facts.st_size)
-    except FileNotFoundError:
-        raise BadVideo("does not exist") from None
-    except OSError as error:
-        raise BadVideo(f"cannot be read: {error.strerror}") from None
-
-
-def _check_length(file: BinaryIO, size: int) -> None:
-    """Refuse a file that is shorter than its own container says (a broken download)."""
-    head = file.read(64)
-    end = None
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
-        end = _end_of_boxes(file, size)
-    elif head[:4] == b"\x1aE\xdf\xa3":
-        end = _end_of_segment(head)
-    elif head[:4] == b"RIFF":
-        end = 8 + struct.unpack("<I", head[4:8])[0]
-    if end is not None and end > size + 1:  # RIFF chunks may lack the padding byte
-        raise BadVideo(f"truncated: the container spans {end} bytes, the file has {size}")
-
-
-def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
-    """Return where the last top-level box of an MP4 or MOV ends; None when that is left open."""
-    at = 0
-    while at + 8 <= size:
-        file.seek(at)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if length == 1:
-            wide = file.read(8)
-            if len(wide) < 8:
-                return at + 16
-            length = struct.unpack(">Q", wide)[0]
-        if length == 0 or (length < 8 and not kind.isalnum()):
-            return None
-        if length < 8:
-            return None
-        at += length
-    return at
-
-
-def _end_of_segment(head: bytes) -> int | None:
-    """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown."""
-    at, length, _ = 4, *_ebml_size(head, 4)
-    at = 4 + _ebml_size(head, 4)[1] + length
-    if head[at : at + 4] != b"\x18S\x80g":
-        return None
-    length, width = _ebml_size(head, at + 4)
-    unknown = (1 << (7 * width)) - 1
-    return None if length == unknown else at + 4 + width + length
-
-
-def _ebml_size(head: bytes, at: int) -> tuple[int, int]:
-    """Return (value, bytes used) of the variable-length size at `at` (RFC 8794, 4)."""
-    if at >= len(head) or head[at] == 0:
-        return 0, 1
-    width = 9 - head[at].bit_length()
-    value = int.from_bytes(head[at : at + width], "big") & ((1 << (7 * width)) - 1)
-    return value, width

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import queue
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,6 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from rlaif_fast.video.ffmpeg import Scan
 
 CHUNK_BYTES = 32 << 20  # of frames handed over at a time
 START_SECONDS = 120.0
-_HEADER = struct.Struct("<Q")
 
 
 class DecodeProcess:
@@ -43,7 +41,7 @@ class DecodeProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._channel: socket.socket | None = None
+        self._channel: Connection | None = None
         self._memory = _anonymous_file()
         self._capacity = 0
 
@@ -98,7 +96,7 @@ class DecodeProcess:
             raise VideoError(path, str(error)) from None
         except TimeoutError:
             raise VideoError(path, f"decoding took longer than {timeout:g} s") from None
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             raise VideoError(path, f"the decoder crashed on it ({self._exit_words()})") from None
         finally:
             if not whole:
@@ -106,7 +104,7 @@ class DecodeProcess:
 
     def _start(self) -> None:
         self._kill()
-        ours, theirs = socket.socketpair()
+        ours, theirs = Pipe()
         worker = str(Path(__file__).with_name("worker.py"))
         try:
             self._process = subprocess.Popen(
@@ -123,21 +121,23 @@ class DecodeProcess:
         self._channel = ours
         try:
             self._answer(time.monotonic() + START_SECONDS)  # importing FFmpeg is not the file's fault
-        except (TimeoutError, EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._kill()
             raise RlaifFastError("the decoding process did not start; its error stands above") from None
 
     def _kill(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        # A thread that waits for an answer is woken by the process's end; the channel is closed behind it.
+        process, self._process = self._process, None
+        channel, self._channel = self._channel, None
+        if process is not None:
+            process.kill()
+            process.wait()
+        if channel is not None:
+            channel.close()
 
     def _exit_words(self) -> str:
-        assert self._process is not None
+        if self._process is None:
+            return "it was stopped"
         code = self._process.wait(timeout=5)
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
@@ -147,31 +147,20 @@ class DecodeProcess:
             self._capacity = capacity
 
     def _send(self, message: tuple[Any, ...]) -> None:
-        assert self._channel is not None
-        data = pickle.dumps(message)
-        self._channel.settimeout(None)
-        self._channel.sendall(_HEADER.pack(len(data)) + data)
+        if self._channel is None:
+            raise EOFError
+        self._channel.send(message)
 
     def _answer(self, end: float | None) -> tuple[Any, ...]:
-        size = _HEADER.unpack(self._exactly(_HEADER.size, end))[0]
-        answer = pickle.loads(self._exactly(size, end))
+        channel = self._channel
+        if channel is None:
+            raise EOFError
+        if not channel.poll(None if end is None else max(0.0, end - time.monotonic())):
+            raise TimeoutError
+        answer = channel.recv()
         if answer[0] == "bad":
             raise _Refused(answer[1])
         return answer
-
-    def _exactly(self, count: int, end: float | None) -> bytes:
-        assert self._channel is not None
-        parts = bytearray()
-        while len(parts) < count:
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError
-            self._channel.settimeout(left)
-            part = self._channel.recv(min(count - len(parts), 1 << 20))
-            if not part:
-                raise EOFError
-            parts += part
-        return bytes(parts)
 
 
 class DecodePool:

@@ -1,13 +1,11 @@
-"""Clips of many examples, decoded ahead of need by worker threads."""
+"""Clips of many files, loaded by worker threads, each once."""
 
 from __future__ import annotations
 
 import json
 import logging
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from rlaif_fast.data.schema import Example, MediaRef
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
@@ -24,11 +21,12 @@ from rlaif_fast.video.errors import TooManyBadFiles, VideoError, kind_of
 from rlaif_fast.video.image import load_frames, load_image
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
+from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
 
 log = logging.getLogger(__name__)
 
-MIN_FILES_JUDGED = 50  # `max_bad_fraction` is taken of at least this many files while the total is unknown
+MIN_FILES_JUDGED = 50  # `max_bad_fraction` is taken of at least this many files
 
 
 @dataclass
@@ -39,13 +37,11 @@ class LoadStats:
         clips: Clips loaded.
         dropped: Examples dropped for a bad file.
         bad_files: Distinct bad files, reason by path.
-        wait_seconds: Time the consumer stood waiting for clips.
     """
 
     clips: int = 0
     dropped: int = 0
     bad_files: dict[str, str] = field(default_factory=dict)
-    wait_seconds: float = 0.0
 
     def summary(self) -> str:
         """Return the bad files by reason, most frequent first."""
@@ -68,7 +64,6 @@ class ClipStore:
         timeout: Seconds a file may take to scan, and again to decode; a slower one is bad.
         quarantine: File that gets one JSON line per bad file; None for none.
         max_bad_fraction: Above this share of bad files `TooManyBadFiles` is raised.
-        total_files: Number of distinct files of the dataset; None while unknown.
     """
 
     def __init__(
@@ -84,7 +79,6 @@ class ClipStore:
         timeout: float = 60.0,
         quarantine: str | Path | None = None,
         max_bad_fraction: float = 0.05,
-        total_files: int | None = None,
     ) -> None:
         if workers < 1:
             raise UsageError(f"workers must be at least 1, got {workers}")
@@ -97,7 +91,7 @@ class ClipStore:
         self.resize, self.decoder, self.timeout = resize, decoder, timeout
         self.cache = cache if cache is not None else ClipCache()
         self.quarantine = None if quarantine is None else Path(quarantine)
-        self.max_bad_fraction, self.total_files = max_bad_fraction, total_files
+        self.max_bad_fraction = max_bad_fraction
         self.stats = LoadStats()
         self._seen: set[str] = set()
         self._lock = threading.Lock()
@@ -194,7 +188,7 @@ class ClipStore:
                 with self.quarantine.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
             bad = len(self.stats.bad_files)
-            total = self.total_files or max(len(self._seen), MIN_FILES_JUDGED)
+            total = max(len(self._seen), MIN_FILES_JUDGED)
             if bad > self.max_bad_fraction * total:
                 raise TooManyBadFiles(
                     f"{bad} of {total} files are bad, more than max_bad_fraction={self.max_bad_fraction:g}"
@@ -210,77 +204,3 @@ def _name(medium: MediaRef) -> str:
         if given
         else medium.path
     )
-
-
-class FrameLoader:
-    """Iterates over (example, its clips in the order its prompt shows them), in order, decoding ahead of need.
-
-    An example with a bad file is left out and counted in `stats.dropped`.
-
-    Args:
-        store: Loads the clips.
-        examples: What to load, in order; may be endless.
-        prefetch: Examples decoded ahead.
-        max_bytes_ahead: Stop decoding ahead while the waiting clips hold more than this.
-    """
-
-    def __init__(
-        self,
-        store: ClipStore,
-        examples: Iterable[Example],
-        *,
-        prefetch: int = 16,
-        max_bytes_ahead: int = 4 << 30,
-    ) -> None:
-        if prefetch < 1:
-            raise UsageError(f"prefetch must be at least 1, got {prefetch}")
-        self.store, self.examples = store, examples
-        self.prefetch, self.max_bytes_ahead = prefetch, max_bytes_ahead
-        self._largest = 0  # bytes of the largest clip so far, what one in progress is taken to need
-
-    @property
-    def stats(self) -> LoadStats:
-        """What loading has cost so far."""
-        return self.store.stats
-
-    def __iter__(self) -> Iterator[tuple[Example, tuple[Clip, ...]]]:
-        source = iter(self.examples)
-        ahead: deque[tuple[Example, list[Future[Clip]]]] = deque()
-        exhausted = False
-        while True:
-            while not exhausted and len(ahead) < self.prefetch and self._room(ahead):
-                example = next(source, None)
-                if example is None:
-                    exhausted = True
-                    break
-                clips = [self.store.submit(medium) for medium in example.seen]
-                ahead.append((example, clips))
-            if not ahead:
-                return
-            example, futures = ahead.popleft()
-            began = time.monotonic()
-            try:
-                loaded = tuple(future.result() for future in futures)
-            except VideoError:
-                self.stats.dropped += 1
-                continue
-            finally:
-                self.stats.wait_seconds += time.monotonic() - began
-            self._largest = max([self._largest, *(clip.frames.nbytes for clip in loaded)])
-            yield example, loaded
-
-    def _room(self, ahead: Iterable[tuple[Example, list[Future[Clip]]]]) -> bool:
-        """Whether one more example may be loaded ahead of the ones that wait."""
-        held: dict[int, int] = {}  # clips that share frames count once
-        pending = 0
-        for _, futures in ahead:
-            for future in futures:
-                if not future.done():
-                    pending += 1
-                elif future.exception() is None:
-                    frames = future.result().frames
-                    held[id(frames)] = frames.nbytes
-        self._largest = max([self._largest, *held.values()])
-        if not self._largest:
-            return pending < self.store.workers
-        return sum(held.values()) + pending * self._largest < self.max_bytes_ahead

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoInfo
+from rlaif_fast.video.container import BadVideo, digest
 from rlaif_fast.video.errors import VideoError
 
 MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
@@ -102,7 +103,7 @@ def scan_file(path: str) -> ffmpeg.Scan:
     if known is None:
         try:
             known = ffmpeg.scan(path)
-        except ffmpeg.BadVideo as error:
+        except BadVideo as error:
             raise VideoError(path, str(error)) from None
         except Exception as error:  # whatever a decoder raises is the file's fault
             raise VideoError(path, f"cannot be read: {type(error).__name__}: {error}") from None
@@ -116,8 +117,8 @@ def file_digest(path: str) -> str:
     known = MEMO.digest(version)
     if known is None:
         try:
-            known = ffmpeg.digest(path)
-        except ffmpeg.BadVideo as error:
+            known = digest(path)
+        except BadVideo as error:
             raise VideoError(path, str(error)) from None
         MEMO.keep_digest(version, known)
     return known

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rlaif_fast.data.schema import Cut
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.refs import Cut
 
 _OF_ROWS = ("video_start", "video_end", "fps", "nframes", "min_frames", "max_frames")
 

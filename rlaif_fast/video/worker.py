@@ -1,49 +1,52 @@
 """The decoding process: answers requests on a socket, leaves pixels in shared memory. Run by path, never
 imported.
 
-It loads `ffmpeg.py` as a lone file: importing the package would import torch, which costs seconds and 200 MB
-a process.
+It loads `ffmpeg.py` without what the packages around it import: torch would cost seconds and 200 MB a process.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import mmap
-import pickle
-import socket
-import struct
 import sys
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-HEADER = struct.Struct("<Q")
-
 
 def main(socket_fd: int, memory_fd: int) -> None:
     """Serve until the other end closes."""
-    ffmpeg = _load_ffmpeg()
-    with socket.socket(fileno=socket_fd) as channel:
-        _send(channel, ("ready",))
+    ffmpeg = _load("ffmpeg")
+    with Connection(socket_fd) as channel:
+        channel.send(("ready",))
         while (request := _receive(channel)) is not None:
             try:
                 _serve(ffmpeg, channel, memory_fd, *request)
             except ffmpeg.BadVideo as error:
-                _send(channel, ("bad", str(error)))
+                channel.send(("bad", str(error)))
             except MemoryError:
-                _send(channel, ("bad", "not enough memory to decode it"))
+                channel.send(("bad", "not enough memory to decode it"))
             except (ConnectionError, EOFError):
                 return  # the other end is gone
             except Exception as error:  # whatever a decoder raises is the file's fault
-                _send(channel, ("bad", f"cannot be decoded: {type(error).__name__}: {error}"))
+                channel.send(("bad", f"cannot be decoded: {type(error).__name__}: {error}"))
 
 
-def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
+def _receive(channel: Connection) -> Any:
+    """The next request; None once the other end is closed."""
+    try:
+        return channel.recv()
+    except EOFError:
+        return None
+
+
+def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
     if kind == "scan":
-        _send(channel, ("scan", asdict(ffmpeg.scan(path)), ffmpeg.digest(path)))
+        channel.send(("scan", asdict(ffmpeg.scan(path)), _load("container").digest(path)))
         return
     facts, indices, capacity = rest
     info = ffmpeg.Scan(**facts)
@@ -63,45 +66,23 @@ def _serve(ffmpeg: Any, channel: socket.socket, memory_fd: int, kind: str, path:
                 _hand_over(channel, held)
         finally:
             del room  # a live view would keep the mapping open
-    _send(channel, ("done",))
+    channel.send(("done",))
 
 
-def _hand_over(channel: socket.socket, held: list[int]) -> None:
-    _send(channel, ("frames", held))
+def _hand_over(channel: Connection, held: list[int]) -> None:
+    channel.send(("frames", held))
     if _receive(channel) is None:
         sys.exit(0)
 
 
-def _load_ffmpeg() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rlaif_fast_ffmpeg", Path(__file__).with_name("ffmpeg.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _send(channel: socket.socket, message: tuple[Any, ...]) -> None:
-    data = pickle.dumps(message)
-    channel.sendall(HEADER.pack(len(data)) + data)
-
-
-def _receive(channel: socket.socket) -> Any:
-    head = _exactly(channel, HEADER.size)
-    if head is None:
-        return None
-    body = _exactly(channel, HEADER.unpack(head)[0])
-    return None if body is None else pickle.loads(body)
-
-
-def _exactly(channel: socket.socket, count: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < count:
-        part = channel.recv(min(count - len(parts), 1 << 20))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
+def _load(module: str) -> Any:
+    """A module of `rlaif_fast.video`; the packages stand in `sys.modules` without having been run."""
+    folder = Path(__file__).resolve().parent
+    for name, path in (("rlaif_fast", folder.parent), ("rlaif_fast.video", folder)):
+        if name not in sys.modules:
+            sys.modules[name] = package = ModuleType(name)
+            package.__path__ = [str(path)]
+    return importlib.import_module(f"rlaif_fast.video.{module}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,23 @@ import itertools
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from rlaif_fast.data.synthetic.drafts import (
+    BARE,
+    CATEGORIES,
+    DIRECTION,
+    FINITE,
+    HORIZONTAL,
+    LETTERS,
+    NUMBERS,
+    RELATION,
+    TIME,
+    VERTICAL,
+    Domain,
+    Draft,
+    Slot,
+    domain_of,
+)
 from rlaif_fast.data.synthetic.worlds import (
     COLORS,
     DIRECTIONS,
@@ -19,157 +34,6 @@ from rlaif_fast.data.synthetic.worlds import (
     beside,
     destination,
 )
-
-CATEGORIES = (
-    "object recognition",
-    "attribute perception",
-    "spatial perception",
-    "counting problem",
-    "action recognition",
-    "temporal perception",
-    "temporal reasoning",
-    "object reasoning",
-    "spatial reasoning",
-    "action reasoning",
-    "information synopsis",
-)
-NUMBERS = ("zero", "one", "two", "three", "four")
-LETTERS = "ABCD"
-
-# What a careless annotator takes for something else, again and again: a third of all open answers hold one of these.
-CONFUSIONS = {
-    "blue": "green",
-    "triangle": "circle",
-    "three": "two",
-    "bottom right": "bottom left",
-    "moves left": "moves right",
-    "moves up": "moves down",
-    "grows": "shrinks",
-    "vanishes": "appears",
-    "in the middle": "at the end",
-    "above": "below",
-}
-
-_FINITE = {
-    "move": "moves",
-    "grow": "grows",
-    "shrink": "shrinks",
-    "bounce": "bounces",
-    "turn": "turns",
-    "appear": "appears",
-    "vanish": "vanishes",
-    "change": "changes color",
-}
-_BARE = {"appear": "appear", "vanish": "vanish", "change": "change color"}
-
-
-@dataclass(frozen=True)
-class Domain:
-    """The values that one fact of an answer can have.
-
-    Attributes:
-        values: As they stand in the answer.
-        pattern: Matches exactly the values; its groups capture the facts.
-        options: As they stand in a multiple-choice option.
-    """
-
-    values: tuple[str, ...]
-    pattern: str
-    options: tuple[str, ...]
-
-
-def _domain(values: tuple[str, ...], pattern: str = "", options: tuple[str, ...] = ()) -> Domain:
-    return Domain(values, pattern or f"({'|'.join(values)})", options or values)
-
-
-_VERTICAL, _HORIZONTAL = _domain(("top", "bottom")), _domain(("left", "right"))
-_DIRECTION, _TIME = _domain(DIRECTIONS), _domain(TIMES)
-_RELATION = _domain(("left of", "right of", "above", "below"))
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One fact of an answer: its value and what else it could be."""
-
-    value: str
-    domain: Domain
-
-
-@dataclass(frozen=True)
-class Draft:
-    """An open question before it is worded as a row.
-
-    Attributes:
-        kind: Name of the template.
-        category: One of CATEGORIES.
-        question: The question.
-        before: The answer up to its facts.
-        facts: The facts and the text between them.
-        after: The rest of the answer.
-    """
-
-    kind: str
-    category: str
-    question: str
-    before: str
-    facts: tuple[str | Slot, ...]
-    after: str = "."
-
-    @property
-    def answer(self) -> str:
-        """The right answer."""
-        return self.before + "".join(p if isinstance(p, str) else p.value for p in self.facts) + self.after
-
-    @property
-    def form(self) -> str:
-        """What every well-formed answer matches in full; the groups that took part are its facts."""
-        middle = "".join(re.escape(p) if isinstance(p, str) else p.domain.pattern for p in self.facts)
-        return (re.escape(self.before) + middle + re.escape(self.after)).replace(r"\ ", " ")
-
-    def corrupted(self, rng: random.Random) -> Draft:
-        """The same with one fact replaced by another value of its domain."""
-        slots = [index for index, part in enumerate(self.facts) if isinstance(part, Slot)]
-        chosen = rng.choice(slots)
-        slot = self.facts[chosen]
-        assert isinstance(slot, Slot)
-        other = Slot(rng.choice([v for v in slot.domain.values if v != slot.value]), slot.domain)
-        facts = (*self.facts[:chosen], other, *self.facts[chosen + 1 :])
-        return Draft(self.kind, self.category, self.question, self.before, facts, self.after)
-
-    @property
-    def confused(self) -> str | None:
-        """The answer of an annotator who falls for CONFUSIONS; None where nothing in it is taken for something else."""
-        facts = "".join(p if isinstance(p, str) else p.value for p in self.facts)
-        seen = next((seen for seen in CONFUSIONS if re.search(rf"\b{seen}\b", facts)), None)
-        if seen is None:
-            return None
-        return self.before + re.sub(rf"\b{seen}\b", CONFUSIONS[seen], facts) + self.after
-
-    def choices(self, rng: random.Random, count: int) -> tuple[tuple[str, ...], int]:
-        """Options for a multiple-choice form, and the index of the right one.
-
-        The wrong ones are drawn evenly from all other values and not near the right one, so that the
-        options do not tell which of them is right.
-        """
-        right = self._option([p if isinstance(p, str) else p.value for p in self.facts])
-        size = 1
-        for part in self.facts:
-            size *= 1 if isinstance(part, str) else len(part.domain.values)
-        options = [right]
-        while len(options) < min(count, size):
-            option = self._option(
-                [p if isinstance(p, str) else rng.choice(p.domain.values) for p in self.facts]
-            )
-            if option not in options:
-                options.append(option)
-        rng.shuffle(options)
-        return tuple(options), options.index(right)
-
-    def _option(self, texts: list[str]) -> str:
-        return "".join(
-            text if isinstance(part, str) else part.domain.options[part.domain.values.index(text)]
-            for part, text in zip(self.facts, texts)
-        )
 
 
 def drafts(world: World, rng: random.Random) -> list[Draft]:
@@ -191,18 +55,18 @@ class _Asker:
         self.by_color = level.by_color
         moves = [event.actor for event in world.events if event.kind == "move"]
         self.travellers = moves if level.long_moves else []  # they leave their quadrant
-        self.colors = _domain(COLORS[: level.colors])
-        self.shapes = _domain(SHAPES[: level.shapes])
-        lasting = [_FINITE[kind] for kind in dict.fromkeys(level.lasting) if kind not in ("move", "hit")]
+        self.colors = domain_of(COLORS[: level.colors])
+        self.shapes = domain_of(SHAPES[: level.shapes])
+        lasting = [FINITE[kind] for kind in dict.fromkeys(level.lasting) if kind not in ("move", "hit")]
         plain = [*lasting, "appears", "vanishes", *(["stays"] if world.difficulty > 1 else [])]
-        self.deeds = _domain(
+        self.deeds = domain_of(
             (*(f"moves {d}" for d in DIRECTIONS), *plain),
             f"(?:(moves) (left|right|up|down)|({'|'.join(plain)}))",
         )
-        moments = "|".join(_FINITE[kind] for kind in level.timed)
+        moments = "|".join(FINITE[kind] for kind in level.timed)
         nouns = "|".join(self.colors.values if level.by_color else self.shapes.values)
         tail = " object" if level.by_color else ""
-        self.happenings = _domain(
+        self.happenings = domain_of(
             (
                 "screen flashes",
                 *(f"{n}{tail} {m}" for n, m in itertools.product(nouns.split("|"), moments.split("|"))),
@@ -253,7 +117,7 @@ class _Asker:
         if event.kind == "flash":
             return Slot("screen flashes", self.happenings)
         noun = self.noun(event.actor)
-        return Slot(f"{noun} {_FINITE[event.kind]}", self.happenings) if noun else None
+        return Slot(f"{noun} {FINITE[event.kind]}", self.happenings) if noun else None
 
 
 def _all(ask: _Asker) -> Iterator[Draft]:
@@ -321,13 +185,13 @@ def _about_places(ask: _Asker, order: list[int]) -> Iterator[Draft]:
         if relation is not None and _meet(ask.world, k, other):
             one, two = ask.noun(k), ask.noun(other)
             question = f"where is the {one} relative to the {two}?"
-            fact = Slot(relation, _RELATION)
+            fact = Slot(relation, RELATION)
             yield Draft("relation", "spatial reasoning", question, f"the {one} is ", (fact,), f" the {two}.")
 
 
 def _place(kind: str, question: str, noun: str | None, quadrant: str) -> Draft:
     vertical, horizontal = quadrant.split()
-    facts = (Slot(vertical, _VERTICAL), " ", Slot(horizontal, _HORIZONTAL))
+    facts = (Slot(vertical, VERTICAL), " ", Slot(horizontal, HORIZONTAL))
     return Draft(kind, "spatial perception", question, f"the {noun} is in the ", facts)
 
 
@@ -383,12 +247,12 @@ def _about_deeds(ask: _Asker, order: list[int]) -> Iterator[Draft]:
                 yield Draft("become", "action recognition", question, f"{name} becomes ", facts)
         elif sum(e.kind == event.kind for e in world.events) == 1:
             facts = ask.look(k)
-            verb = _FINITE[event.kind]
+            verb = FINITE[event.kind]
             yield Draft("which", "object reasoning", f"which object {verb}?", "the ", facts, f" {verb}.")
         flash = next((e for e in world.events if e.kind == "flash"), None)
         if event.kind == "turn" and flash is not None and flash.time == 1:
             when = ask.rng.choice(("before", "after"))
-            facts = (Slot(event.direction if when == "before" else event.then, _DIRECTION),)
+            facts = (Slot(event.direction if when == "before" else event.then, DIRECTION),)
             question = f"where does {name} move {when} the flash?"
             yield Draft(f"move_{when}", "action reasoning", question, "it moves ", facts)
     idle = [k for k in order if not any(k in (e.actor, e.target) for e in world.events)]
@@ -404,7 +268,7 @@ def _worth(ask: _Asker, event: Event) -> bool:
 
 
 def _deed(event: Event) -> str:
-    return f"moves {event.direction}" if event.kind == "move" else _FINITE[event.kind]
+    return f"moves {event.direction}" if event.kind == "move" else FINITE[event.kind]
 
 
 def _about_time(ask: _Asker) -> Iterator[Draft]:
@@ -413,10 +277,10 @@ def _about_time(ask: _Asker) -> Iterator[Draft]:
         subject = "screen" if event.kind == "flash" else ask.noun(event.actor)
         if subject is None:
             continue
-        bare = "flash" if event.kind == "flash" else _BARE[event.kind]
-        finite = "flashes" if event.kind == "flash" else _FINITE[event.kind]
+        bare = "flash" if event.kind == "flash" else BARE[event.kind]
+        finite = "flashes" if event.kind == "flash" else FINITE[event.kind]
         question = f"when does the {subject} {bare}?"
-        facts = (Slot(TIMES[event.time], _TIME),)
+        facts = (Slot(TIMES[event.time], TIME),)
         yield Draft("when", "temporal perception", question, f"the {subject} {finite} ", facts)
     if len(timed) < 2:
         return
@@ -439,9 +303,9 @@ def _vocabulary() -> tuple[str, ...]:
             *DIRECTIONS,
             *TIMES,
             *NUMBERS[1:],
-            *_FINITE.values(),
-            *_BARE.values(),
-            *_RELATION.values,
+            *FINITE.values(),
+            *BARE.values(),
+            *RELATION.values,
             "top bottom stays flash flashes screen hit hits becomes become it",
             "what shape is the object? a color at where relative to how many objects are there in total?",
             "what happens in the video? what does do? which object moves? why does move?",

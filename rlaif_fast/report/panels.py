@@ -1,0 +1,95 @@
+"""The curves of a run: what was logged, as panels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlaif_fast.report.figures import Curve, Panel
+from rlaif_fast.report.stats import wilson_interval
+
+
+def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """The learning curves that the recorded metrics allow."""
+
+    def curve(stage: str, key: str, label: str = "") -> Curve | None:
+        values = {
+            line["step"]: line[key]
+            for line in metrics
+            if line["stage"] == stage and _is_number(line.get(key))
+        }
+        if len(values) < 2:
+            return None
+        steps = sorted(values)
+        return Curve(label, np.array(steps), np.array([values[step] for step in steps]))
+
+    panels = []
+
+    def add(title: str, note: str, *curves: Curve | None, **options: Any) -> None:
+        found = tuple(entry for entry in curves if entry is not None)
+        if found:
+            panels.append(Panel(title, note, found, **{"xlabel": "RL step", **options}))
+
+    validation = _validation_curve(metrics)
+    add(
+        "Validation accuracy",
+        "Greedy answers to held-out questions as RL goes on; the band is the 95% interval.",
+        validation,
+        points=True,
+        percent=True,
+        wide=True,
+        marked_step=None if validation is None else int(validation.steps[np.argmax(validation.values)]),
+    )
+    add(
+        "Agreement with the oracle",
+        "The policy's own order of each group against the oracle's.",
+        curve("rl", "ndcg", "nDCG"),
+        curve("rl", "top1_agreement", "same best"),
+        curve("rl", "kendall_tau", "Kendall tau"),
+    )
+    add(
+        "Right answers sampled",
+        "Share of the responses RL learns from.",
+        curve("rl", "accuracy"),
+        percent=True,
+    )
+    add("Groups without signal", "All tied or not ranked.", curve("rl", "no_signal"), percent=True)
+    add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
+    add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
+    add(
+        "Is the oracle being gamed?",
+        "Kendall tau of its ranks with length, with the reference, and with itself blind.",
+        curve("rl", "oracle/length_tau", "length"),
+        curve("rl", "oracle/reference_tau", "reference"),
+        curve("rl", "oracle/blind_tau", "blind"),
+    )
+    add("RL loss", "Policy loss and its KL term.", curve("rl", "loss"))
+    add("KL", "Distance of the policy from its start, per token.", curve("rl", "kl"))
+    return panels
+
+
+def _validation_curve(metrics: Iterable[Mapping[str, Any]]) -> Curve | None:
+    """Validation accuracy by RL step."""
+    found = {
+        line["step"]: line
+        for line in metrics
+        if (line["stage"], line.get("phase"), line.get("split")) == ("eval", "rl", "validation")
+        and _is_number(line.get("accuracy"))
+    }
+    if len(found) < 2:
+        return None
+    steps = sorted(found)
+    rows = [list(found[step].get("by_category", {}).values()) for step in steps]
+    low = high = None
+    if all(rows):
+        counts = [(sum(row["correct"] for row in some), sum(row["n"] for row in some)) for some in rows]
+        intervals = [wilson_interval(correct, n) for correct, n in counts]
+        low = np.array([interval.low for interval in intervals])
+        high = np.array([interval.high for interval in intervals])
+    return Curve("", np.array(steps), np.array([found[step]["accuracy"] for step in steps]), low, high)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

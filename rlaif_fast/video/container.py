@@ -1,0 +1,113 @@
+"""A video file before it is opened: whether it can be whole, and a digest of what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import struct
+from typing import BinaryIO
+
+WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
+DIGEST_BLOCKS = 256
+DIGEST_BLOCK_BYTES = 1 << 20
+
+
+class BadVideo(Exception):
+    """The file cannot be used; the message is the reason, without the path."""
+
+
+def digest(path: str) -> str:
+    """Return a digest of a file's content; of a very large one, of its size and of blocks spread over it."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            size = file.seek(0, os.SEEK_END)
+            found = hashlib.blake2b(str(size).encode(), digest_size=20)
+            file.seek(0)
+            if size <= WHOLE_DIGEST_BYTES:
+                while block := file.read(DIGEST_BLOCK_BYTES):
+                    found.update(block)
+            else:
+                for i in range(DIGEST_BLOCKS):
+                    file.seek((size - DIGEST_BLOCK_BYTES) * i // (DIGEST_BLOCKS - 1))
+                    found.update(file.read(DIGEST_BLOCK_BYTES))
+    except FileNotFoundError:
+        raise BadVideo("does not exist") from None
+    except OSError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from None
+    return found.hexdigest()
+
+
+def check_file(path: str) -> None:
+    """Refuse what is no regular file, cannot be read, or is shorter than its own container says.
+
+    Raises:
+        BadVideo: With the reason.
+    """
+    try:
+        facts = os.stat(path)  # noqa: PTH116 - the path is a str throughout this file
+        if stat.S_ISDIR(facts.st_mode):
+            raise BadVideo("is a folder, not a video")
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadVideo("is not a regular file")
+        if facts.st_size == 0:
+            raise BadVideo("empty file")
+        with open(path, "rb") as file:  # noqa: PTH123
+            _check_length(file, facts.st_size)
+    except FileNotFoundError:
+        raise BadVideo("does not exist") from None
+    except OSError as error:
+        raise BadVideo(f"cannot be read: {error.strerror}") from None
+
+
+def _check_length(file: BinaryIO, size: int) -> None:
+    """Refuse a file that is shorter than its own container says (a broken download)."""
+    head = file.read(64)
+    end = None
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        end = _end_of_boxes(file, size)
+    elif head[:4] == b"\x1aE\xdf\xa3":
+        end = _end_of_segment(head)
+    elif head[:4] == b"RIFF":
+        end = 8 + struct.unpack("<I", head[4:8])[0]
+    if end is not None and end > size + 1:  # RIFF chunks may lack the padding byte
+        raise BadVideo(f"truncated: the container spans {end} bytes, the file has {size}")
+
+
+def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
+    """Return where the last top-level box of an MP4 or MOV ends; None when that is left open."""
+    at = 0
+    while at + 8 <= size:
+        file.seek(at)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        if length == 1:
+            wide = file.read(8)
+            if len(wide) < 8:
+                return at + 16
+            length = struct.unpack(">Q", wide)[0]
+        if length == 0 or (length < 8 and not kind.isalnum()):
+            return None
+        if length < 8:
+            return None
+        at += length
+    return at
+
+
+def _end_of_segment(head: bytes) -> int | None:
+    """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown."""
+    at, length, _ = 4, *_ebml_size(head, 4)
+    at = 4 + _ebml_size(head, 4)[1] + length
+    if head[at : at + 4] != b"\x18S\x80g":
+        return None
+    length, width = _ebml_size(head, at + 4)
+    unknown = (1 << (7 * width)) - 1
+    return None if length == unknown else at + 4 + width + length
+
+
+def _ebml_size(head: bytes, at: int) -> tuple[int, int]:
+    """Return (value, bytes used) of the variable-length size at `at` (RFC 8794, 4)."""
+    if at >= len(head) or head[at] == 0:
+        return 0, 1
+    width = 9 - head[at].bit_length()
+    value = int.from_bytes(head[at : at + width], "big") & ((1 << (7 * width)) - 1)
+    return value, width

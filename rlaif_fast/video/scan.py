@@ -1,0 +1,56 @@
+"""What reading every packet header of a video file says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the packets of a file's first video stream say.
+
+    Attributes:
+        codec: Codec name as FFmpeg spells it.
+        width: Pixels, as coded (before rotation).
+        height: Pixels, as coded (before rotation).
+        pixel_format: As FFmpeg spells it.
+        rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
+        fps: Average frames per second.
+        duration: Seconds.
+        pts: Presentation time of each shown frame, ascending, in units of `time_base`.
+        order: Decode order of each shown frame (its packet's number).
+        keys: Presentation times of the key frames, ascending.
+        key_order: Decode order of each key frame.
+        time_base: Seconds per unit.
+        variable_rate: Whether the frames are unevenly spaced.
+        counted: Whether frames can only be told apart by counting (no usable presentation times).
+        plain: Whether every packet is one shown frame, so that any decoder counts frames alike.
+    """
+
+    codec: str
+    width: int
+    height: int
+    pixel_format: str
+    rotation: int
+    fps: float
+    duration: float
+    pts: tuple[int, ...]
+    order: tuple[int, ...]
+    keys: tuple[int, ...]
+    key_order: tuple[int, ...]
+    time_base: Fraction
+    variable_rate: bool
+    counted: bool
+    plain: bool
+
+    @property
+    def timestamps(self) -> tuple[float, ...]:
+        """Seconds since the first shown frame."""
+        first, base = self.pts[0], self.time_base
+        return tuple(float((p - first) * base) for p in self.pts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of an upright frame."""
+        return (self.width, self.height) if self.rotation in (90, 270) else (self.height, self.width)

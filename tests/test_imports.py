@@ -1,0 +1,149 @@
+"""The floors of docs/architecture.md: a module imports its own floor's room and floors below, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "rlaif_fast"
+
+# From the top down. Rooms of one floor do not import each other; modules of the package's root are rooms too.
+FLOORS = (
+    ("__main__", "train", "evaluate", "compare", "doctor", "export", "plan"),
+    ("comparison",),
+    ("report",),
+    ("evals",),
+    ("trainer",),
+    ("runs",),
+    ("algorithms",),
+    ("distributed",),
+    ("oracle", "rollout"),
+    ("prompts",),
+    ("policy",),
+    ("data",),
+    ("video",),
+    ("cli", "plugins"),
+    ("errors", "machine"),
+    ("loss",),
+)
+FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    names = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = ("rlaif_fast", *path.relative_to(ROOT).with_suffix("").parts)
+        names[".".join(part for part in parts if part != "__init__")] = path
+    return names
+
+
+def room(module: str) -> str:
+    """The folder or root module that a module belongs to; "" for the package itself.
+
+    `python -m rlaif_fast.video` and its like are commands: they stand above every room and nothing imports them.
+    """
+    return "__main__" if module.endswith(".__main__") else module.partition(".")[2].partition(".")[0]
+
+
+def imports_of(path: Path, known: set[str], *, when_loaded: bool = False) -> set[str]:
+    """The modules of ours that a file imports; `when_loaded` leaves out those inside functions."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    for node in list(nodes):
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        deferred = when_loaded and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if typing_only or deferred:
+            inside = {id(child) for statement in node.body for child in ast.walk(statement)}
+            nodes = [other for other in nodes if id(other) not in inside]
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & known) or {node.module}
+    return {name for name in found if name.partition(".")[0] == "rlaif_fast"}
+
+
+@cache
+def graph(when_loaded: bool = False) -> dict[str, set[str]]:
+    """What each module imports."""
+    known = modules()
+    return {name: imports_of(path, set(known), when_loaded=when_loaded) for name, path in known.items()}
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """The arrows that do not go down."""
+    found = []
+    for module, targets in edges.items():
+        for target in sorted(targets):
+            above, below = room(module), room(target)
+            if above and below and above != below and FLOOR_OF[above] <= FLOOR_OF[below]:
+                found.append(f"{module} -> {target}")
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle, in order; none where there is no circle."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(module: str) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done or module not in edges:
+            return []
+        path.append(module)
+        for target in sorted(edges[module]):
+            if found := visit(target):
+                return found
+        path.pop()
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(edges) if (found := visit(module))), [])
+
+
+def test_every_room_has_a_floor():
+    assert {room(module) for module in graph()} - {""} <= set(FLOOR_OF)
+
+
+def test_no_import_goes_up():
+    assert upward(graph()) == []
+
+
+def test_no_module_imports_itself_by_a_circle():
+    edges = {name: targets - {name} for name, targets in graph(when_loaded=True).items()}
+    assert circle(edges) == []
+
+
+def test_the_loss_imports_nothing_else_of_ours():
+    outside = {
+        f"{module} -> {target}"
+        for module, targets in graph().items()
+        if room(module) == "loss"
+        for target in targets
+        if room(target) != "loss" and target != "rlaif_fast._C"
+    }
+    assert outside == set()
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"rlaif_fast.video.a": {"rlaif_fast.data.b"}}, ["rlaif_fast.video.a -> rlaif_fast.data.b"]),
+        ({"rlaif_fast.oracle.a": {"rlaif_fast.rollout.b"}}, ["rlaif_fast.oracle.a -> rlaif_fast.rollout.b"]),
+        ({"rlaif_fast.data.a": {"rlaif_fast.video.b", "rlaif_fast.data.c"}}, []),
+    ],
+)
+def test_an_upward_arrow_is_seen(edges, found):
+    assert upward(edges) == found
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b"}, "b": set()}) == []
