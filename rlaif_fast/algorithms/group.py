@@ -157,7 +157,7 @@ def verdicts_of(
     algorithm: Algorithm,
 ) -> Verdicts:
     """What was said of some groups, on the device of `scores`; a group that was not ranked has no judged response."""
-    n, g = scores.shape
+    g = scores.shape[1]
     ranks = algorithm.feedback == "ranks"
     feedback = [list(feedback_of(r, algorithm)) if r.valid else [None] * g for r in rankings]
     judged = [[rank is not None and r.valid for rank in r.ranks] for r in rankings]

@@ -13,7 +13,7 @@ class Verdicts:
     """What the oracle said of N groups, and the policy's own order of them, as tensors on the policy's device.
 
     Attributes:
-        feedback: (N, G) the oracle's ranks (int64) or scores (float32), whichever the algorithm needs; 0 where not judged.
+        feedback: (N, G) the oracle's ranks (int64) or scores (float32), as the algorithm needs; 0 where not judged.
         judged: (N, G) bool; None where every response was judged.
         weights: (N,) float32, the oracle's confidence; None where it does not count.
         scores: (N, G) float32, the policy's own score of each response; higher is more likely.
