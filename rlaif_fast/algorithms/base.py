@@ -113,6 +113,7 @@ class KernelAlgorithm(GroupAlgorithm):
             judged=verdicts.judged,
             weights=verdicts.weights,
             validate=False,
+            backend=self.options.backend,
             **self.rank_options,
         )
 
