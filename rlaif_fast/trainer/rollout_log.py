@@ -51,7 +51,8 @@ def rollout_stats(groups: Sequence[Group]) -> dict:
         for text in request.responses
     ]
     top1 = [group.ranking.ranks[int(group.scores.argmax())] == 0 for group in groups if group.ranking.valid]
-    ndcg, kendall_tau = torch.stack([group.agreement for group in groups]).nanmean(0)
+    agreement = torch.stack([group.agreement for group in groups], dim=1)  # (2, groups)
+    ndcg, kendall_tau = (row.nanmean() for row in agreement)
     return {
         "accuracy": sum(right) / len(right) if right else math.nan,
         "ndcg": ndcg,
