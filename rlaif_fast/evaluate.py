@@ -100,6 +100,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.runs.folder import write_jsonl
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.evaluation import evaluate
+    from rlaif_fast.trainer.scoring import scorer_by_name
 
     config = configuration(options)
     known = None
@@ -119,9 +120,12 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             rows,
             make_batch,
             make_sampler(policy),
+            scorer=scorer_by_name(config.oracle, config.oracle_options),
             max_new_tokens=config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )
+    if not result.by_category():
+        raise UsageError("evaluate: no row has a reference answer, so accuracy cannot be measured")
     chance = chance_by_category(rows, reference=known)
     if options.output is not None:
         write_jsonl(
@@ -132,7 +136,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
                     "category": p.example.category,
                     "prediction": p.text,
                     "answer": p.example.answer,
-                    "correct": bool(p.correct),
+                    "correct": p.correct,
                 }
                 for p in result.predictions
             ),

@@ -37,9 +37,10 @@ def _run(argv: list[str]) -> int:
     given = given_values(
         TrainConfig, [word for word in argv if not word.startswith("--print-config")], **texts
     )
+    under = None
     if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
-        argv = ["--config", str(packaged_config("tiny.yaml")), *argv]
-    train(parse_config(TrainConfig, argv, **texts), given)
+        under = packaged_config("tiny.yaml")
+    train(parse_config(TrainConfig, argv, **texts, under=under), given)
     return 0
 
 
@@ -146,12 +147,23 @@ def train_in(world, config) -> None:
 
         world.barrier()
         load_weights(policy.model, run.store.path("best"))
-        final = run.evaluate(data.test, phase="final", split="test", step=reached)
+        final = run.evaluate(
+            data.test, phase="final", split="test", step=reached, opponents=opponents_of(run, run_dir)
+        )
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
         if world.is_main:
             finish(run, run_dir, notes, int(others))
+
+
+def opponents_of(run, run_dir) -> dict[str, str] | None:
+    """The test answers where RL began, which the final ones are ranked against where the oracle is the metric."""
+    from rlaif_fast.runs.folder import read_jsonl
+
+    if run.data.metric != "oracle":
+        return None
+    return {row["example_id"]: row["prediction"] for row in read_jsonl(run_dir.predictions("sft"))}
 
 
 def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
@@ -173,6 +185,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
     from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.run import Run
+    from rlaif_fast.trainer.scoring import scorer_of
 
     data_notes: list[str] = []
     with world.main_first():
@@ -192,12 +205,14 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
     files = read_processor_files(options.model)
+    oracle = setup.make_oracle(config)
     run = Run(
         config=config,
         policy=policy,
         sampler=make_sampler(policy, config.sampler),
         make_batch=make_batch,
-        oracle=setup.make_oracle(config),
+        oracle=oracle,
+        scorer=scorer_of(oracle, config.oracle_options),
         algorithm=make_algorithm(config),
         data=data,
         logger=logger,

@@ -327,10 +327,11 @@ def _append(file: FileIO, text: str) -> None:
 def _evaluation_line(record: Mapping[str, Any]) -> str:
     counts = [row["n"] for row in record.get("by_category", {}).values()]
     of = f" of {sum(counts)} answers" if counts else ""
-    accuracy = record.get("accuracy")
-    shown = f"{accuracy:.3f}" if accuracy is not None else "unknown"
+    accuracy, win_rate = record.get("accuracy"), record.get("win_rate")
+    shown = [f"accuracy {accuracy:.3f}{of}"] if accuracy is not None else []
+    shown += [f"win rate against the start {win_rate:.3f}"] if win_rate is not None else []
     where = f"{record.get('phase', '')} step {record['step']}, {record.get('split', '')}"
-    return f"eval {where}: accuracy {shown}{of}"
+    return f"eval {where}: {', '.join(shown) or 'accuracy unknown'}"
 
 
 def _duration(seconds: float) -> str:

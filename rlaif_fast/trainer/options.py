@@ -163,6 +163,9 @@ class RlOptions:
         dynamic_sampling_rounds: Most extra rollouts a step for that.
         eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each. Supervised
             fine-tuning evaluates and writes at every fourth of them, and at its end.
+        metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
+            greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
+            oracle where answers are free text or missing, else accuracy.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
 
@@ -187,6 +190,7 @@ class RlOptions:
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
     eval_steps: int = 50
+    metric_for_best_model: Literal["auto", "accuracy", "oracle", "none"] = "auto"
     early_stopping_patience: int = 0
 
     def check_rl(self) -> None:
@@ -215,6 +219,20 @@ class RlOptions:
         require_positive("max_grad_norm", self.max_grad_norm)
         require_least("eval_steps", self.eval_steps, 1)
         require_least("early_stopping_patience", self.early_stopping_patience, 0)
+        metrics = ("auto", "accuracy", "oracle", "none")
+        require(
+            self.metric_for_best_model in metrics,
+            "metric_for_best_model",
+            ", ".join(metrics),
+            self.metric_for_best_model,
+        )
+        stops_by_nothing = self.metric_for_best_model == "none" and self.early_stopping_patience > 0
+        require(
+            not stops_by_nothing,
+            "early_stopping_patience",
+            "0 where metric_for_best_model is none",
+            self.early_stopping_patience,
+        )
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
 
