@@ -17,7 +17,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 import torch
 
 from rlaif_fast.loss import backends
-from rlaif_fast.loss.inputs import RankInputs, RowInputs, TokenInputs
+from rlaif_fast.loss.inputs import RankInputs, RowInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
 
@@ -26,10 +26,10 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for G in (1, 7, 33, 64):
         scores, ranks = torch.rand(3, G, device=device), torch.rand(3, G, device=device)
-        rank_penalty.rank_penalty(RankInputs(scores, ranks, None), RankOptions())
+        rank_penalty.rank_penalty(RankInputs(scores, ranks), RankOptions())
         cuda = next(row for row in backends.rows("rank_penalty") if row.name == "cuda")
         if device == "cuda" and cuda.unavailable() is None:
-            cuda.load().rank_penalty(RankInputs(scores, ranks, None), RankOptions())
+            cuda.load().rank_penalty(RankInputs(scores, ranks), RankOptions())
             print(f"rank_penalty G={G}: Triton and CUDA C++")
         else:
             print(f"rank_penalty G={G}: Triton only ({cuda.unavailable()})")
@@ -57,11 +57,11 @@ def main() -> int:
             M = 5
             logits = torch.randn(M, V, device=device).to(dtype)
             ids = torch.randint(V, (M,), device=device)
-            stats = logits_loss.row_stats(logits, ids, 0.7)
+            stats = logits_loss.row_stats(logits, ids, Scaling(0.7))
             ones, out = torch.ones(M, device=device), torch.empty_like(logits)
-            logits_loss.row_grad(logits, ids, 0.7, stats, ones, ones, out)
+            logits_loss.row_grad(logits, ids, Scaling(0.7), stats, ones, ones, out)
             given = RowInputs(ones, ones, stats.logps, stats.logps, None)
-            logits_loss.row_loss(logits, ids, 0.7, given, options)
+            logits_loss.row_loss(logits, ids, Scaling(0.7), given, options)
             keep = torch.tensor([False, True, False, True, True], device=device)
             order = linear_loss.compact_rows(logits, keep)
             assert out.isfinite().all() and logits.isfinite().all() and len(order) == 3, f"V={V} {dtype}"

@@ -14,7 +14,7 @@ import statistics
 
 import torch
 
-from rlaif_fast.loss.inputs import RowInputs
+from rlaif_fast.loss.inputs import RowInputs, Scaling
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels import logits_loss
 
@@ -48,16 +48,20 @@ def main() -> None:
     ids = source.argmax(-1)
     ones = torch.ones(M, device="cuda")
     options = LossOptions(beta=0.1, entropy_coef=0.01)
-    stats = logits_loss.row_stats(logits, ids, 1.0)
+    stats = logits_loss.row_stats(logits, ids, Scaling())
     given = RowInputs(ones, ones / M, stats.logps, stats.logps, None)
     calls = {  # name, bytes a logit at least, constant, call
-        "row_stats": (2, "STREAM_BLOCK", lambda: logits_loss.row_stats(logits, ids, 1.0)),
+        "row_stats": (2, "STREAM_BLOCK", lambda: logits_loss.row_stats(logits, ids, Scaling())),
         "row_grad": (
             4,
             "STREAM_BLOCK",
-            lambda: logits_loss.row_grad(logits, ids, 1.0, stats, ones, ones, logits),
+            lambda: logits_loss.row_grad(logits, ids, Scaling(), stats, ones, ones, logits),
         ),
-        "row_loss": (4, "RESIDENT_BLOCK", lambda: logits_loss.row_loss(logits, ids, 1.0, given, options)),
+        "row_loss": (
+            4,
+            "RESIDENT_BLOCK",
+            lambda: logits_loss.row_loss(logits, ids, Scaling(), given, options),
+        ),
     }
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, M={M}, V={V}, bfloat16")
     print("| kernel | block B | thread B | ms | GB/s of the least bytes | |\n|---|---|---|---|---|---|")

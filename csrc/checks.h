@@ -11,8 +11,17 @@
 
 namespace rlaif {
 
+inline void check_optional(const char* name, const std::optional<at::Tensor>& x, at::IntArrayRef shape,
+                           at::ScalarType dtype, const at::Tensor& like) {
+  if (x.has_value()) {
+    TORCH_CHECK_VALUE(x->sizes() == shape, name, " must be ", shape, "; got ", x->sizes());
+    TORCH_CHECK_TYPE(x->scalar_type() == dtype, name, " must be ", dtype, "; got ", x->scalar_type());
+    TORCH_CHECK_VALUE(x->device() == like.device(), name, " must be on ", like.device(), "; got ", x->device());
+  }
+}
+
 inline void check_rank_penalty(const at::Tensor& scores, const at::Tensor& oracle_ranks,
-                               const std::optional<at::Tensor>& valid, int64_t kind) {
+                               const std::optional<at::Tensor>& judged, const std::optional<at::Tensor>& weights) {
   TORCH_CHECK_VALUE(scores.dim() == 2, "scores must be (N, G); got ", scores.sizes());
   TORCH_CHECK_VALUE(scores.size(1) >= 1 && scores.size(1) <= kMaxGroup, "scores must have between 1 and ", kMaxGroup,
                     " responses a group; got ", scores.size(1));
@@ -24,14 +33,8 @@ inline void check_rank_penalty(const at::Tensor& scores, const at::Tensor& oracl
                    scores.scalar_type(), "; got ", oracle_ranks.scalar_type());
   TORCH_CHECK_VALUE(oracle_ranks.device() == scores.device(), "oracle_ranks must be on ", scores.device(), "; got ",
                     oracle_ranks.device());
-  TORCH_CHECK_VALUE(kind >= 0 && kind <= static_cast<int64_t>(Kind::ZScore), "kind must be in [0, 4]; got ", kind);
-  if (valid.has_value()) {
-    TORCH_CHECK_VALUE(valid->dim() == 1 && valid->size(0) == scores.size(0), "valid must be (", scores.size(0),
-                      ",); got ", valid->sizes());
-    TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, "valid must be bool; got ", valid->scalar_type());
-    TORCH_CHECK_VALUE(valid->device() == scores.device(), "valid must be on ", scores.device(), "; got ",
-                      valid->device());
-  }
+  check_optional("judged", judged, scores.sizes(), at::kBool, scores);
+  check_optional("weights", weights, scores.sizes().slice(0, 1), scores.scalar_type(), scores);
 }
 
 }  // namespace rlaif

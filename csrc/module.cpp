@@ -7,6 +7,7 @@
 #include <torch/version.h>
 
 #include "checks.h"
+#include "options.h"
 
 namespace rlaif {
 namespace {
@@ -18,10 +19,9 @@ at::ScalarType wide_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_penalty_meta(const Tensor& scores,
-                                                                            const Tensor& oracle_ranks,
-                                                                            const OptionalTensor& valid, int64_t kind,
-                                                                            double, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_penalty_meta(
+    const Tensor& scores, const Tensor& oracle_ranks, const OptionalTensor&, const OptionalTensor&, c10::string_view,
+    double, c10::string_view) {
   const auto matrix = scores.sym_sizes();
   const auto column = c10::SymIntArrayRef(matrix.data(), 1);
   const auto options = scores.options();
@@ -30,20 +30,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_penalty_meta(con
           at::empty_symint(column, options.dtype(at::kBool)), at::empty_symint(column, options)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_meta(const Tensor& logits, const Tensor& token_ids, double) {
+std::tuple<Tensor, Tensor, Tensor> row_stats_meta(const Tensor& logits, const Tensor& token_ids, double,
+                                                  const OptionalTensor&, std::optional<double>, double) {
   const auto options = logits.options().dtype(wide_type(logits));
   const auto rows = token_ids.sym_sizes();
   return {at::empty_symint(rows, options), at::empty_symint(rows, options), at::empty_symint(rows, options)};
 }
 
-void row_grad_out_meta(const Tensor&, const Tensor&, double, const Tensor&, const Tensor&, const Tensor&,
+void row_grad_out_meta(const Tensor&, const Tensor&, double, const OptionalTensor&, std::optional<double>, double,
+                       const Tensor&, const Tensor&, const Tensor&,
                        const OptionalTensor&, Tensor&) {}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss_meta(Tensor& logits, const Tensor& token_ids, double,
-                                                                 const Tensor&, const Tensor&, const OptionalTensor&,
-                                                                 const OptionalTensor&, const OptionalTensor&, double,
-                                                                 double, std::optional<double>, double, int64_t,
-                                                                 double) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss_meta(
+    Tensor& logits, const Tensor& token_ids, double, const OptionalTensor&, std::optional<double>, double,
+    const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, RLAIF_LOSS_PARAMETERS) {
   const auto options = logits.options().dtype(wide_type(logits));
   const auto rows = token_ids.sym_sizes();
   const auto make = [&] { return at::empty_symint(rows, options); };
@@ -51,41 +52,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_loss_meta(Tensor& logits,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_meta(
-    const Tensor& logps, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor& entropy,
-    const OptionalTensor&, int64_t, double, bool, bool, double, double, std::optional<double>, double, int64_t, double,
-    int64_t, int64_t, bool) {
+    const Tensor& logps, const OptionalTensor& entropy, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    RLAIF_LOSS_PARAMETERS) {
   const auto grid = logps.sym_sizes();
   const auto options = logps.options();
   return {at::empty({}, options), at::empty_symint(c10::SymIntArrayRef(grid.data(), 1), options),
-          at::empty({15}, options), at::empty_symint(grid, options),
+          at::empty({17}, options), at::empty_symint(grid, options),
           entropy.has_value() ? at::empty_symint(grid, options) : at::empty({0}, options)};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(rlaif_fast, m) {
-  m.def(
-      "rank_penalty(Tensor scores, Tensor oracle_ranks, Tensor? valid, int kind, float penalty_weight, "
-      "bool scale_group) -> (Tensor advantages, Tensor penalties, Tensor ndcg, Tensor kendall_tau, "
-      "Tensor has_signal, Tensor top1_agreement)");
-  m.def(
-      "token_loss(Tensor logps, Tensor? advantages, Tensor? oracle_ranks, Tensor? valid, Tensor? old_logps, "
-      "Tensor? ref_logps, Tensor? mask, Tensor? sampling_ratio, Tensor? entropy, Tensor? num_items, int kind, "
-      "float penalty_weight, bool scale_group, bool mean_score, float epsilon_low, float epsilon_high, float? delta, "
-      "float beta, int kl, float entropy_coef, int loss_type, int max_completion_length, bool sequence_level) "
-      "-> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_logps, Tensor grad_entropy)");
-  m.def(
-      "row_stats(Tensor logits, Tensor token_ids, float temperature) "
-      "-> (Tensor logps, Tensor lse, Tensor entropy)");
-  m.def(
-      "row_grad_out(Tensor logits, Tensor token_ids, float temperature, Tensor lse, Tensor entropy, "
-      "Tensor grad_logps, Tensor? grad_entropy, Tensor(a!) out) -> ()");
-  m.def(
-      "row_loss_(Tensor(a!) logits, Tensor token_ids, float temperature, Tensor advantages, Tensor weights, "
-      "Tensor? old_logps, Tensor? ref_logps, Tensor? sampling_ratio, float epsilon_low, float epsilon_high, "
-      "float? delta, float beta, int kl, float entropy_coef) "
-      "-> (Tensor logps, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy)");
+  m.def("rank_penalty(" RLAIF_RANK_INPUTS ", " RLAIF_RANK_OPTIONS
+        ") -> (Tensor advantages, Tensor penalties, Tensor ndcg, Tensor kendall_tau, Tensor has_signal, "
+        "Tensor top1_agreement)");
+  m.def("token_loss(Tensor logps, Tensor? entropy, " RLAIF_TOKEN_INPUTS ", " RLAIF_LOSS_OPTIONS
+        ") -> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_logps, Tensor grad_entropy)");
+  m.def("row_stats(Tensor logits, Tensor token_ids, " RLAIF_SCALING ") -> (Tensor logps, Tensor lse, Tensor entropy)");
+  m.def("row_grad_out(Tensor logits, Tensor token_ids, " RLAIF_SCALING
+        ", Tensor lse, Tensor entropy, Tensor grad_logps, Tensor? grad_entropy, Tensor(a!) out) -> ()");
+  m.def("row_loss_(Tensor(a!) logits, Tensor token_ids, " RLAIF_SCALING ", Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, "
+        "Tensor? sampling_ratio, Tensor? entropy_weights, " RLAIF_LOSS_OPTIONS
+        ") -> (Tensor logps, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy)");
   m.def("compact_rows_(Tensor(a!) rows, Tensor keep) -> int");
   m.def("row_instruction_set() -> str");
 }

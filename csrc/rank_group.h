@@ -18,6 +18,7 @@
 namespace rlaif {
 
 constexpr int kMaxGroup = 64;
+constexpr int kMinRanked = 2;  // judged responses from which a group says something
 
 // The same order as `KINDS` in rlaif_fast/loss/options.py.
 enum class Kind : int64_t { Directed = 0, Oracle = 1, Paper = 2, PaperSwapped = 3, ZScore = 4 };

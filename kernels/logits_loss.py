@@ -1,8 +1,9 @@
 """Rows of logits to log-probability, entropy and loss, and to their gradient: the vocabulary is swept online.
 
-    z = logits / temperature,   lse = logsumexp z,   p = softmax z,   logp = z_y - lse,   H = lse - sum p z
+    z = scale logits / temperature, or c tanh(scale logits / c) / temperature where a cap c bounds them
+    lse = logsumexp z,   p = softmax z,   logp = z_y - lse,   H = lse - sum p z
     d logp / d z_v = [v = y] - p_v,             d H / d z_v = -p_v (log p_v + H)
-    d loss / d logits_v = (g ([v = y] - p_v) - h p_v (log p_v + H)) / temperature
+    d loss / d logits_v = (g ([v = y] - p_v) - h p_v (log p_v + H)) dz_v / dlogits_v
                           with g = d loss / d logp, h = d loss / d H
 
     row_stats   logits -> logp, lse, H             reads each logit once
@@ -24,11 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlaif_fast.loss.inputs import RowInputs, RowStats
+from rlaif_fast.loss.inputs import RowInputs, RowStats, Scaling
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.row_sweep import LN2, LOG2E, row_of, sweep, write_grad
-from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, policy_slope
+from rlaif_fast_kernels.token_terms import (
+    importance_ratio,
+    kl_and_surrogate,
+    kl_term,
+    policy_arguments,
+    policy_slope,
+)
 
 __all__ = ["aot_configs", "row_grad", "row_loss", "row_stats", "supports", "unavailable"]
 
@@ -58,15 +65,18 @@ def row_stats_kernel(
     V,
     stride_b,
     stride_t,
-    inv_temperature,
+    inv_temperature,  # 1 / temperature, times the scale where there is no cap
+    temperatures,  # (M,) or None: divide by them
+    inner,  # scale / cap
+    cap,  # or None
     VEC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ids + row)
-    lse2, logp, H = sweep(
-        row_of(logits, row, T, stride_b, stride_t), V, y, inv_temperature * LOG2E, VEC, BLOCK_V
-    )
+    inv = inv_temperature if temperatures is None else inv_temperature / tl.load(temperatures + row)
+    x = row_of(logits, row, T, stride_b, stride_t)
+    lse2, logp, H = sweep(x, V, y, inv * LOG2E, inner, cap, VEC, BLOCK_V)
     tl.store(logps + row, logp)
     tl.store(lse + row, lse2 * LN2)
     tl.store(entropy + row, H)
@@ -87,16 +97,20 @@ def row_grad_kernel(
     stride_t,
     out_stride_b,
     out_stride_t,
-    inv_temperature,
+    inv_temperature,  # 1 / temperature, times the scale where there is no cap
+    temperatures,  # (M,) or None: divide by them
+    inner,  # scale / cap
+    cap,  # or None
     VEC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     y = tl.load(token_ids + row)
     h = 0.0 if grad_entropy is None else tl.load(grad_entropy + row)
+    inv = inv_temperature if temperatures is None else inv_temperature / tl.load(temperatures + row)
     write_grad(
         row_of(logits, row, T, stride_b, stride_t), row_of(out, row, T, out_stride_b, out_stride_t), V, y,
-        inv_temperature * LOG2E, inv_temperature, tl.load(lse + row) * LOG2E, tl.load(entropy + row),
+        inv * LOG2E, inner, cap, inv, tl.load(lse + row) * LOG2E, tl.load(entropy + row),
         tl.load(grad_logps + row), h, VEC, BLOCK_V,
     )  # fmt: skip
 
@@ -110,6 +124,7 @@ def row_loss_kernel(
     old_logps,  # (M,) or None
     ref_logps,  # (M,) or None
     sampling_ratio,  # (M,) or None
+    entropy_weights,  # (M,) or None: weights
     logps,  # (M,) out
     lse,  # (M,) out
     entropy,  # (M,) out
@@ -119,13 +134,22 @@ def row_loss_kernel(
     V,
     stride_b,
     stride_t,
-    inv_temperature,
+    inv_temperature,  # 1 / temperature, times the scale where there is no cap
+    temperatures,  # (M,) or None: divide by them
+    inner,  # scale / cap
+    cap,  # or None
     low,
     high,
     delta,  # or None
+    dual_clip,  # or None
+    tau_pos,
+    tau_neg,
     beta,
+    kl_clamp,  # or None
     entropy_coef,
     KL: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    SURROGATE: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -133,29 +157,40 @@ def row_loss_kernel(
     x = row_of(logits, row, T, stride_b, stride_t)
     y = tl.load(token_ids + row)
     weight = tl.load(weights + row).to(tl.float32)
-    scale = inv_temperature * LOG2E
+    inv = inv_temperature if temperatures is None else inv_temperature / tl.load(temperatures + row)
+    scale = inv * LOG2E
     lse2, logp, H, g = 0.0, 0.0, 0.0, 0.0
     if weight != 0:
-        lse2, logp, H = sweep(x, V, y, scale, VEC, BLOCK_V)
+        lse2, logp, H = sweep(x, V, y, scale, inner, cap, VEC, BLOCK_V)
         log_ratio = logp - (logp if old_logps is None else tl.load(old_logps + row).to(tl.float32))
         A = tl.load(advantages + row).to(tl.float32)
-        slope = policy_slope(log_ratio, importance_ratio(log_ratio), A, low, high, delta)
+        rho = importance_ratio(log_ratio)
+        slope = policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, tau_pos, tau_neg, SURROGATE)
         if sampling_ratio is not None:
             slope *= tl.load(sampling_ratio + row).to(tl.float32)
         if ref_logps is not None:
-            _, kl_slope = kl_term(tl.load(ref_logps + row).to(tl.float32) - logp, KL)
+            x_ref = tl.load(ref_logps + row).to(tl.float32) - logp
+            _, kl_slope = kl_term(x_ref, log_ratio, rho, kl_clamp, KL, UNBIASED)
             slope -= beta * kl_slope
         g = -weight * slope
     else:
         y = tl.minimum(tl.maximum(y, 0), V - 1)  # masked: whatever the id, the gradient is 0
-    h = -weight * entropy_coef
+    h = -entropy_coef * (weight if entropy_weights is None else tl.load(entropy_weights + row).to(tl.float32))
     tl.store(logps + row, logp)
     tl.store(lse + row, lse2 * LN2)
     tl.store(entropy + row, H)
     tl.store(grad_logps + row, g)
     tl.store(grad_entropy + row, h)
     tl.debug_barrier()  # no thread writes before every thread has read z_y
-    write_grad(x, x, V, y, scale, inv_temperature, lse2, H, g, h, VEC, BLOCK_V)
+    write_grad(x, x, V, y, scale, inner, cap, inv, lse2, H, g, h, VEC, BLOCK_V)
+
+
+def _scaling_arguments(scaling: Scaling) -> tuple[float | Tensor | None, ...]:
+    """Return inv_temperature, temperatures, inner and cap as the kernels take them."""
+    temperatures, cap = scaling.temperatures, scaling.softcap
+    inv = scaling.factor / (scaling.temperature if temperatures is None else 1.0)
+    flat = None if temperatures is None else temperatures.float().reshape(-1).contiguous()
+    return inv, flat, 0.0 if cap is None else scaling.logit_scale / cap, cap
 
 
 def _rows(
@@ -178,7 +213,7 @@ def _rows(
 def row_stats(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row; the logits are left alone."""
     logits, M, T, V, stride_b, stride_t = _rows(logits)
@@ -190,7 +225,7 @@ def row_stats(
                 token_ids.contiguous(),
                 *(stats.logps, stats.lse, stats.entropy),
                 *(T, V, stride_b, stride_t),
-                1.0 / temperature,
+                *_scaling_arguments(scaling),
                 **launch_config(V, logits.element_size(), STREAM_BLOCK),
             )
     return stats
@@ -199,7 +234,7 @@ def row_stats(
 def row_grad(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
     stats: RowStats,
     grad_logps: Tensor,  # (M,)
     grad_entropy: Tensor | None,  # (M,)
@@ -219,7 +254,7 @@ def row_grad(
                 None if grad_entropy is None else grad_entropy.contiguous(),
                 out,
                 *(T, V, stride_b, stride_t, out_stride_b, out_stride_t),
-                1.0 / temperature,
+                *_scaling_arguments(scaling),
                 **launch_config(V, logits.element_size(), STREAM_BLOCK),
             )
 
@@ -227,7 +262,7 @@ def row_grad(
 def row_loss(
     logits: Tensor,  # (..., V); overwritten by the gradient
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
     rows: RowInputs,
     options: LossOptions,
 ) -> tuple[RowStats, Tensor, Tensor]:
@@ -244,10 +279,10 @@ def row_loss(
                 *given,
                 *results,
                 *(T, V, stride_b, stride_t),
-                1.0 / temperature,
-                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high),
-                *(options.delta, options.beta, options.entropy_coef),
-                KL=options.kl,
+                *_scaling_arguments(scaling),
+                *policy_arguments(options),
+                *(options.beta, options.kl_clamp, options.entropy_coef),
+                **kl_and_surrogate(options),
                 **launch_config(V, logits.element_size(), RESIDENT_BLOCK),
             )
     logps, lse, entropy, grad_logps, grad_entropy = results
@@ -265,8 +300,11 @@ def aot_configs() -> list[AotConfig]:
     types = dict.fromkeys((*outputs, "advantages", "weights", "old_logps", "ref_logps"), "*fp32:16")
     types |= {"token_ids": "*i64:16", "T": "i32", "stride_b": "i64:16", "stride_t": "i32:16"}
     types |= {"out_stride_b": "i64:16", "out_stride_t": "i32:16"}
-    types |= dict.fromkeys(("inv_temperature", "low", "high", "beta", "entropy_coef"), "fp32")
-    absent = {"sampling_ratio": None, "delta": None, "KL": "k3"}
+    types |= dict.fromkeys(
+        ("inv_temperature", "inner", "low", "high", "tau_pos", "tau_neg", "beta", "entropy_coef"), "fp32"
+    )
+    names = ("sampling_ratio", "entropy_weights", "delta", "dual_clip", "kl_clamp", "temperatures", "cap")
+    absent = dict.fromkeys(names) | {"KL": "k3", "UNBIASED": False, "SURROGATE": "clip"}
     cases = [
         (row_stats_kernel, "bf16", 152064, STREAM_BLOCK),
         (row_grad_kernel, "bf16", 152064, STREAM_BLOCK),

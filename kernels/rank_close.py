@@ -7,8 +7,8 @@ each response.
 
 The rows of row_sums: 0 tokens, 1 score, 2 and 3 what multiplies A >= 0 and A < 0, 4 KL, 5 entropy, 6 and 7
 tokens under and over the clip bounds, 8 and 9 sum and maximum of the ratio, 10 log-ratio. Those of
-group_sums are the statistics in the order of `options.STATS`, as sums, and last the number of responses
-that count.
+group_sums are the statistics in the order of `options.STATS`, as sums or extremes, then 17
+the responses that count, 18 the groups that were ranked, 19 the responses in them. 15 is 1 less the share.
 
 Letters: N groups, G responses a group, B rows, GP = G rounded up to a power of two. Suffix: _i response of
 a group.
@@ -19,11 +19,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rlaif_fast_kernels.rank_penalty import rank_group
+from rlaif_fast.loss.options import STATS
+from rlaif_fast_kernels.rank_penalty import MIN_RANKED, rank_group
 from rlaif_fast_kernels.token_terms import importance_ratio, load_float, one_sided, policy_slope
 
 ROW_SUMS = 11
-GROUP_SUMS = tl.constexpr(16)
+STATISTICS = tl.constexpr(len(STATS))
+GROUP_SUMS = tl.constexpr(20)
+GROUP_ROWS = tl.constexpr(32)  # of a block of them
 
 
 @triton.jit
@@ -34,16 +37,18 @@ def _load_shared(x, k, stride, live):
 
 @triton.jit
 def close_group(
-    row_sums, given, oracle_ranks, valid, advantages, row_slopes, group_sums, group, responses, B, N, G,
-    penalty_weight, low, high, delta, max_length,
-    KIND: tl.constexpr, SCALE: tl.constexpr, SCORE: tl.constexpr, LOSS_TYPE: tl.constexpr,
-    SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, GP: tl.constexpr,
+    row_sums, given, oracle_ranks, scores, judged, weights, valid, advantages, row_slopes, group_sums, group,
+    responses, B, N, G, penalty_weight, low, high, delta, dual_clip, max_length,
+    KIND: tl.constexpr, SCALE: tl.constexpr, SCORE: tl.constexpr, AGGREGATE: tl.constexpr,
+    SKIP_EMPTY: tl.constexpr, SEQUENCE: tl.constexpr, PER_TOKEN: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
     """Rank the responses of a group, weigh their sums with the advantages, leave the group's sums."""
     offs_i = tl.arange(0, GP)
     live = offs_i < responses
     at = group * G + offs_i
-    keep = 1.0 if valid is None else (tl.load(valid + group) != 0).to(tl.float32)
+    kept = live
+    if valid is not None:
+        kept = tl.where(tl.load(valid + group) != 0, offs_i, GP) < responses
     rows = row_sums + at
     tokens = _load_shared(rows, 0, B, live)
     score = _load_shared(rows, 1, B, live)
@@ -56,14 +61,23 @@ def close_group(
     length = tl.maximum(tokens, 1.0)
 
     penalty, ndcg, tau, top1, signal = tl.zeros((GP,), tl.float32), 0.0, 0.0, 0.0, 1.0
+    members = 0.0
     if oracle_ranks is not None:
-        if SCORE == "mean":
+        if scores is not None:
+            score = load_float(scores, at, live)
+        elif SCORE == "mean":
             score = score / length
-        oracle = load_float(oracle_ranks, at, live)
+        member = kept
+        if judged is not None:
+            member = member & (tl.load(judged + at, mask=live, other=0) != 0)
+        oracle = load_float(oracle_ranks, at, member)
         A, penalty, ndcg, tau, top1, signal = rank_group(
-            score, oracle, live, G, penalty_weight, KIND, SCALE, GP
+            score, oracle, member, penalty_weight, KIND, SCALE, GP
         )
-        A = tl.where(keep != 0, A, 0.0)
+        members = tl.sum(member.to(tl.float32))
+        members = tl.where(members >= MIN_RANKED, members, 0.0)
+        if weights is not None:
+            A *= tl.load(weights + group).to(tl.float32)
         tl.store(advantages + at, A, mask=live)
     elif PER_TOKEN:
         A = tl.full((GP,), 1.0, tl.float32)  # already in the sums
@@ -73,12 +87,14 @@ def close_group(
     if SEQUENCE:
         log_ratio = _load_shared(rows, 10, B, live) / length
         rho = importance_ratio(log_ratio)
-        upper, lower = one_sided(rho, low, high, delta)
+        upper, lower = one_sided(rho, rho, low, high, delta, dual_clip, 1.0, 1.0, "clip")
         if PER_TOKEN:
-            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta)
-            slope -= lower_sum * policy_slope(log_ratio, rho, -A, low, high, delta)
+            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, 1.0, 1.0, "clip")
+            slope -= lower_sum * policy_slope(
+                log_ratio, rho, -A, low, high, delta, dual_clip, 1.0, 1.0, "clip"
+            )
         else:
-            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta)
+            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, 1.0, 1.0, "clip")
         tl.store(row_slopes + at, slope / length, mask=live)
         upper_sum *= upper
         lower_sum *= lower
@@ -95,10 +111,13 @@ def close_group(
         high_count = tl.where(A > 0, high_count, 0.0)
 
     share = tl.full((GP,), 1.0, tl.float32)
-    if LOSS_TYPE == "grpo":
+    if AGGREGATE == "length":
         share = 1.0 / length
-    elif LOSS_TYPE == "dr_grpo":
+    elif AGGREGATE == "constant":
         share = share / max_length
+    counted = tl.where(kept, 1.0, 0.0)
+    if SKIP_EMPTY:
+        counted = tl.where(tokens > 0, counted, 0.0)
     kl_sum = _load_shared(rows, 4, B, live)
     entropy_sum = _load_shared(rows, 5, B, live)
     mine = group_sums + group
@@ -111,57 +130,76 @@ def close_group(
     tl.store(mine + 6 * N, tl.sum(high_count))
     tl.store(mine + 7 * N, tl.sum(rho_sum))
     tl.store(mine + 8 * N, tl.max(rho_max))
-    tl.store(mine + 9 * N, tl.sum(penalty) * keep)
-    tl.store(mine + 10 * N, ndcg * keep)
-    tl.store(mine + 11 * N, tau * keep)
-    tl.store(mine + 12 * N, top1 * keep)
-    tl.store(mine + 13 * N, 1.0 - signal * keep)
+    tl.store(mine + 9 * N, tl.sum(penalty))
+    tl.store(mine + 10 * N, ndcg)
+    tl.store(mine + 11 * N, tau)
+    tl.store(mine + 12 * N, top1)
+    tl.store(mine + 13 * N, 1.0 - signal)
     tl.store(mine + 14 * N, tl.sum(tokens))
-    tl.store(mine + 15 * N, responses * keep)
+    tl.store(mine + 15 * N, tl.max(tl.where(tokens > 0, 1.0 - low_count / length, 0.0)))
+    tl.store(mine + 16 * N, tl.max(high_count / length))
+    tl.store(mine + 17 * N, tl.sum(counted))
+    tl.store(mine + 18 * N, tl.where(members > 0, 1.0, 0.0))
+    tl.store(mine + 19 * N, members)
+
+
+@triton.jit
+def _pick(total, offs_k, k):
+    return tl.sum(tl.where(offs_k == k, total, 0.0))
 
 
 @triton.jit
 def close_batch(
-    row_sums, group_sums, valid, num_items, row_weights, loss_out, stats_out, B, N, G,
+    row_sums, group_sums, valid, num_items, num_tokens, row_weights, entropy_weight, loss_out, stats_out, B, N, G,
     beta, entropy_coef, max_length,
-    LOSS_TYPE: tl.constexpr, HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    AGGREGATE: tl.constexpr, ENTROPY_TOKENS: tl.constexpr, HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the groups; write the statistics, the loss and the weight of each response."""
-    offs_k = tl.arange(0, GROUP_SUMS)
-    block_sums = tl.zeros((GROUP_SUMS, BLOCK), tl.float32)
+    """Add up the groups; write the statistics, the loss, and what each response and an entropy count."""
+    offs_k = tl.arange(0, GROUP_ROWS)
+    used = offs_k[:, None] < GROUP_SUMS
+    extreme = (offs_k == 8) | (offs_k == 15) | (offs_k == 16)
+    block_sums = tl.zeros((GROUP_ROWS, BLOCK), tl.float32)
     for first in tl.range(0, N, BLOCK):
         offs_n = first + tl.arange(0, BLOCK)[None, :]
         at = offs_k.to(tl.int64)[:, None] * N + offs_n
-        part = tl.load(group_sums + at, mask=offs_n < N, other=0.0, cache_modifier=".cg")
-        block_sums = tl.where(offs_k[:, None] == 8, tl.maximum(block_sums, part), block_sums + part)
-    total = tl.where(offs_k == 8, tl.max(block_sums, axis=1), tl.sum(block_sums, axis=1))
-    tokens = tl.sum(tl.where(offs_k == 14, total, 0.0))
-    responses = tl.sum(tl.where(offs_k == 15, total, 0.0))
+        part = tl.load(group_sums + at, mask=used & (offs_n < N), other=0.0, cache_modifier=".cg")
+        block_sums = tl.where(extreme[:, None], tl.maximum(block_sums, part), block_sums + part)
+    total = tl.where(extreme, tl.max(block_sums, axis=1), tl.sum(block_sums, axis=1))
+    tokens = _pick(total, offs_k, 14)
     if num_items is not None:
         items = tl.load(num_items).to(tl.float32)
     else:
-        items = tokens if LOSS_TYPE == "dapo" else responses
-    items = tl.maximum(items, 1.0)
+        items = tl.maximum(tokens if AGGREGATE == "tokens" else _pick(total, offs_k, 17), 1.0)
+    entropy_share = 1.0 / items
+    if ENTROPY_TOKENS:
+        if num_tokens is not None:
+            entropy_share = 1.0 / tl.load(num_tokens).to(tl.float32)
+        else:
+            entropy_share = 1.0 / tl.maximum(tokens, 1.0)
+        total = tl.where(offs_k == 2, _pick(total, offs_k, 4), total)
+        tl.store(entropy_weight, entropy_share)
 
-    groups = responses / G if HAS_RANKS else 1.0
-    part_scale = tl.where(offs_k == 0, -1.0, tl.where(offs_k == 1, beta, -entropy_coef)) / items
-    scale = tl.where(offs_k < 3, part_scale, 1.0 / tl.maximum(tokens, 1.0))  # of 3-7
-    scale = tl.where((offs_k == 8) | (offs_k == 14), 1.0, scale)
-    scale = tl.where(offs_k == 9, 1.0 / tl.maximum(responses, 1.0), scale)
-    scale = tl.where((offs_k >= 10) & (offs_k <= 12), 1.0 / tl.maximum(groups, 1.0), scale)
+    scale = tl.where(offs_k == 0, -1.0, beta) / items
+    scale = tl.where(offs_k == 2, -entropy_coef * entropy_share, scale)
+    scale = tl.where(offs_k < 3, scale, 1.0 / tl.maximum(tokens, 1.0))  # of 3-7
+    scale = tl.where(extreme | (offs_k == 14), 1.0, scale)
+    scale = tl.where(offs_k == 9, 1.0 / tl.maximum(_pick(total, offs_k, 19), 1.0), scale)
+    groups = tl.maximum(_pick(total, offs_k, 18), 1.0)
+    scale = tl.where((offs_k >= 10) & (offs_k <= 12), 1.0 / groups, scale)
     scale = tl.where(offs_k == 13, (1.0 / N) if HAS_RANKS else 0.0, scale)
+    total = tl.where(offs_k == 15, tl.where(tokens > 0, 1.0 - total, total), total)
     stats = total * scale
     loss = tl.sum(tl.where(offs_k < 3, stats, 0.0))
     tl.store(loss_out, loss)
-    tl.store(stats_out + offs_k, stats, mask=offs_k < GROUP_SUMS - 1)
+    tl.store(stats_out + offs_k, stats, mask=offs_k < STATISTICS)
 
     for first in tl.range(0, B, 4 * BLOCK):
         offs_b = first + tl.arange(0, 4 * BLOCK)
         live = offs_b < B
         weight = tl.full((4 * BLOCK,), 1.0, tl.float32) / items
-        if LOSS_TYPE == "grpo":
+        if AGGREGATE == "length":
             weight /= tl.maximum(_load_shared(row_sums + offs_b, 0, B, live), 1.0)
-        elif LOSS_TYPE == "dr_grpo":
+        elif AGGREGATE == "constant":
             weight /= max_length
         if valid is not None:
             weight = tl.where(tl.load(valid + offs_b // G, mask=live, other=0) != 0, weight, 0.0)

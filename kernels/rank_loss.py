@@ -1,11 +1,12 @@
 """The GRPO_rank loss of token log-probabilities: ranks, advantages, clipped loss, KL and statistics in one
 launch.
 
-    J_t  = min(rho_t A, clip(rho_t, low, high) A) sampling_ratio_t - beta KL_t + entropy_coef H_t
+    J_t  = surrogate(rho_t, A) sampling_ratio_t - beta KL_t + entropy_coef H_t         (see `token_terms`)
     loss = -sum_i w_i sum_t J_t
-    w_i  = 1 / (responses tokens_i) "grpo",   1 / tokens "dapo",   1 / (responses max_length) "dr_grpo"
+    w_i  = 1 / (responses tokens_i) "length",  1 / tokens "tokens",  1 / (responses max_length) "constant",
+           1 / responses "sum"
     d loss / d logp_t = -w_i (sampling_ratio_t rho_t dJ_t/drho_t - beta dKL_t/dlogp_t)
-    d loss / d H_t    = -w_i entropy_coef
+    d loss / d H_t    = -w_i entropy_coef, or -entropy_coef / tokens
 
 One program reads one response once. Its clipped ratios are summed for either sign of A (see `token_terms`),
 so no second pass is needed when A becomes known: the last program of a group to finish ranks its G
@@ -31,7 +32,15 @@ from rlaif_fast.loss.options import MAX_GROUP_SIZE, STATS, LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group
 from rlaif_fast_kernels.rank_loss_grad import rank_loss_grad_kernel, write_gradient
-from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, load_float, one_sided, response_span
+from rlaif_fast_kernels.token_terms import (
+    importance_ratio,
+    kl_and_surrogate,
+    kl_term,
+    load_float,
+    one_sided,
+    policy_arguments,
+    response_span,
+)
 
 __all__ = ["aot_configs", "rank_loss", "supports", "unavailable"]
 
@@ -56,12 +65,17 @@ def rank_loss_kernel(
     entropy,  # (B, T) or None
     given,  # (B,) or, PER_TOKEN, (B, T) advantages; None where there are ranks
     oracle_ranks,  # (B,) or None
+    scores,  # (B,) or None
+    judged,  # (B,) uint8 or None
+    weights,  # (N,) or None
     valid,  # (N,) uint8 or None
     num_items,  # scalar or None
+    num_tokens,  # scalar or None
     cu_seqlens,  # (B + 1,) or None
     advantages,  # (B,) out, where there are ranks
     row_slopes,  # (B,) out, dJ/dlogp of every token of a response, SEQUENCE only
     row_weights,  # (B,) out, w
+    entropy_weight,  # scalar out, ENTROPY_TOKENS only
     row_sums,  # (ROW_SUMS, B) scratch
     group_sums,  # (GROUP_SUMS, N) scratch
     finished,  # (N + 1,) int32 zeros: programs of a group, groups
@@ -75,14 +89,22 @@ def rank_loss_kernel(
     low,
     high,
     delta,  # or None
+    dual_clip,  # or None
+    tau_pos,
+    tau_neg,
     beta,
+    kl_clamp,  # or None
     entropy_coef,
     max_length,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
     SCORE: tl.constexpr,
     KL: tl.constexpr,
-    LOSS_TYPE: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    ENTROPY_TOKENS: tl.constexpr,
+    SKIP_EMPTY: tl.constexpr,
     SEQUENCE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     GP: tl.constexpr,
@@ -116,6 +138,7 @@ def rank_loss_kernel(
 
         tokens += one
         score += old
+        rho = importance_ratio(logp - old)
         if SEQUENCE:  # the ratio is one a response: only the weights can be summed here
             log_ratio_sum += logp - old
             upper_sum += upper_weight_t
@@ -123,8 +146,7 @@ def rank_loss_kernel(
             low_count += is_lower
             high_count += is_upper
         else:
-            rho = importance_ratio(logp - old)
-            upper, lower = one_sided(rho, low, high, delta)
+            upper, lower = one_sided(rho, logp, low, high, delta, dual_clip, tau_pos, tau_neg, SURROGATE)
             upper_sum += upper_weight_t * upper
             lower_sum += lower_weight_t * lower
             low_count += tl.where(rho < low, is_lower, 0.0)
@@ -132,8 +154,9 @@ def rank_loss_kernel(
             rho_sum += rho * one
             rho_max = tl.maximum(rho_max, rho * one)
         if ref_logps is not None:
-            kl_t, _ = kl_term(load_float(ref_logps, at, live) - logp, KL)
-            kl_sum += kl_t
+            x = load_float(ref_logps, at, live) - logp
+            kl_t, _ = kl_term(x, logp - old, rho, kl_clamp, KL, UNBIASED)
+            kl_sum += kl_t * one
         if entropy is not None:
             entropy_sum += load_float(entropy, at, live)
 
@@ -155,16 +178,16 @@ def rank_loss_kernel(
     responses = tl.minimum(G, B - group * G).to(tl.int32)
     if tl.atomic_add(finished + group, 1, sem="acq_rel") == responses - 1:
         close_group(
-            row_sums, given, oracle_ranks, valid, advantages, row_slopes, group_sums, group, responses,
-            B, N, G, penalty_weight, low, high, delta, max_length,
-            KIND, SCALE, SCORE, LOSS_TYPE, SEQUENCE, PER_TOKEN, GP,
+            row_sums, given, oracle_ranks, scores, judged, weights, valid, advantages, row_slopes, group_sums,
+            group, responses, B, N, G, penalty_weight, low, high, delta, dual_clip, max_length,
+            KIND, SCALE, SCORE, AGGREGATE, SKIP_EMPTY, SEQUENCE, PER_TOKEN, GP,
         )  # fmt: skip
         tl.debug_barrier()
         if tl.atomic_add(finished + N, 1, sem="acq_rel") == N - 1:
             has_ranks: tl.constexpr = oracle_ranks is not None
             close_batch(
-                row_sums, group_sums, valid, num_items, row_weights, loss_out, stats_out, B, N, G,
-                beta, entropy_coef, max_length, LOSS_TYPE, has_ranks, 256,
+                row_sums, group_sums, valid, num_items, num_tokens, row_weights, entropy_weight, loss_out,
+                stats_out, B, N, G, beta, entropy_coef, max_length, AGGREGATE, ENTROPY_TOKENS, has_ranks, 128,
             )  # fmt: skip
 
 
@@ -178,8 +201,7 @@ def rank_loss(
     | None = None,  # (B + 1,) int32 or int64: responses one behind the other, without padding
 ) -> TokenGradients:
     """Return the loss of `reference.rank_loss` and its gradient, in two launches."""
-    advantages, oracle_ranks, valid = inputs.advantages, inputs.oracle_ranks, inputs.valid
-    sampling_ratio, num_items = inputs.sampling_ratio, inputs.num_items
+    advantages, oracle_ranks, sampling_ratio = inputs.advantages, inputs.oracle_ranks, inputs.sampling_ratio
     packed = cu_seqlens is not None
     B = cu_seqlens.numel() - 1 if cu_seqlens is not None else logps.shape[0]
     T = logps.shape[-1]
@@ -206,10 +228,15 @@ def rank_loss(
         bits(inputs.mask),
         flat(sampling_ratio),
     ]
-    given = None if advantages is None else advantages.detach().contiguous()
-    ranks = None if oracle_ranks is None else oracle_ranks.contiguous()
+    given, *of_groups = (
+        None if x is None else x.detach().contiguous()
+        for x in (advantages, oracle_ranks, inputs.scores, inputs.weights)
+    )
+    ranks, scores, weights = of_groups
+    valid = bits(inputs.valid)
     computed = torch.empty(B, dtype=torch.float32, device=device)
     row_slopes, row_weights = torch.empty_like(computed), torch.empty_like(computed)
+    entropy_weight = torch.empty((), dtype=torch.float32, device=device)
     loss = torch.zeros((), dtype=torch.float32, device=device)
     stats = torch.zeros(len(STATS), dtype=torch.float32, device=device)
     grad_logps = torch.empty(logps.shape, dtype=torch.float32, device=device)
@@ -223,38 +250,38 @@ def rank_loss(
                 *tokens,
                 flat(entropy),
                 given,
-                ranks,
-                bits(valid),
-                num_items,
+                *(ranks, scores, bits(inputs.judged), weights, valid),
+                *(inputs.num_items, inputs.num_tokens),
                 cu_seqlens,
-                computed,
-                row_slopes,
-                row_weights,
+                *(computed, row_slopes, row_weights, entropy_weight),
                 torch.empty((ROW_SUMS, B), dtype=torch.float32, device=device),
-                torch.empty((GROUP_SUMS, N), dtype=torch.float32, device=device),
+                torch.empty((GROUP_SUMS.value, N), dtype=torch.float32, device=device),
                 torch.zeros(N + 1, dtype=torch.int32, device=device),
                 loss,
                 stats,
                 *(B, N, G, T),
                 options.penalty_weight,
-                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high, options.delta),
-                *(beta, entropy_coef, float(options.max_completion_length or 1)),
+                *policy_arguments(options),
+                *(beta, options.kl_clamp, entropy_coef, float(options.max_completion_length or 1)),
                 KIND=options.kind,
                 SCALE=options.scale,
                 SCORE=options.score,
-                KL=options.kl,
-                LOSS_TYPE=options.loss_type,
+                **kl_and_surrogate(options),
+                AGGREGATE=options.aggregate,
+                ENTROPY_TOKENS=options.entropy_aggregate == "tokens",
+                SKIP_EMPTY=options.empty_rows == "skip",
                 SEQUENCE=options.importance_sampling_level == "sequence",
                 PER_TOKEN=per_token,
                 **config,
             )
         write_gradient(
             tokens,
-            bits(valid),
+            valid,
             cu_seqlens,
             computed if given is None else given,
             row_slopes,
             row_weights,
+            entropy_weight,
             grad_logps,
             grad_entropy,
             G,
@@ -277,14 +304,17 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
 def aot_configs() -> list[AotConfig]:
     """The configurations that the ahead-of-time gate compiles."""
     token_arrays = ("logps", "old_logps", "ref_logps", "sampling_ratio", "entropy")
-    types = dict.fromkeys((*token_arrays, "oracle_ranks", "num_items"), "*fp32:16")
-    types |= dict.fromkeys(("mask", "valid"), "*u8:16") | dict.fromkeys(("B", "N", "G", "T"), "i32")
+    groups = ("oracle_ranks", "scores", "weights", "num_items", "num_tokens", "entropy_weight")
+    types = dict.fromkeys((*token_arrays, *groups), "*fp32:16")
+    types |= dict.fromkeys(("mask", "valid", "judged"), "*u8:16") | dict.fromkeys(("B", "N", "G", "T"), "i32")
     types |= dict.fromkeys(("row_slopes", "row_weights"), "*fp32:16")
-    types |= dict.fromkeys(("penalty_weight", "low", "high", "beta", "entropy_coef", "max_length"), "fp32")
+    numbers = ("penalty_weight", "low", "high", "tau_pos", "tau_neg", "beta", "entropy_coef", "max_length")
+    types |= dict.fromkeys(numbers, "fp32")
     scratch = dict.fromkeys(("advantages", "row_sums", "group_sums", "loss_out", "stats_out"), "*fp32:16")
     outputs = dict.fromkeys(("A", "grad_logps", "grad_entropy"), "*fp32:16")
-    absent = {"given": None, "cu_seqlens": None, "delta": None}
-    kinds = {"KIND": "directed", "SCALE": "none", "SCORE": "mean", "KL": "k3", "LOSS_TYPE": "grpo"}
+    absent = dict.fromkeys(("given", "cu_seqlens", "delta", "dual_clip", "kl_clamp"))
+    kinds = {"KIND": "directed", "SCALE": "none", "SCORE": "mean", "AGGREGATE": "length", "SKIP_EMPTY": False}
+    kinds |= {"KL": "k3", "UNBIASED": False, "SURROGATE": "clip", "ENTROPY_TOKENS": False}
     configs = []
     for T, G, sequence in ((512, 8, False), (4096, 64, True)):
         launch = launch_config(T, G)

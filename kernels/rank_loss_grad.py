@@ -1,7 +1,7 @@
 """The gradient of the rank loss: its second launch, elementwise over the tokens.
 
     d loss / d logp_t = -w_i (sampling_ratio_t rho_t dJ_t/drho_t - beta dKL_t/dlogp_t)
-    d loss / d H_t    = -w_i entropy_coef
+    d loss / d H_t    = -w_i entropy_coef, or -entropy_coef / tokens
 
 `rank_loss` says what the letters are and makes the launch before this one, which leaves the advantages and the
 weights w_i; at sequence level also the slope of each response, the same for all its tokens. Never materialised:
@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rlaif_fast.loss.options import LossOptions
-from rlaif_fast_kernels.token_terms import importance_ratio, kl_term, load_float, policy_slope, response_span
+from rlaif_fast_kernels.token_terms import (
+    importance_ratio,
+    kl_and_surrogate,
+    kl_term,
+    load_float,
+    policy_arguments,
+    policy_slope,
+    response_span,
+)
 
 SPLITS = 8  # programs a response
 
@@ -33,6 +41,7 @@ def rank_loss_grad_kernel(
     A,  # (B,) or, PER_TOKEN, (B, T)
     row_slopes,  # (B,), SEQUENCE only
     row_weights,  # (B,)
+    entropy_weight,  # scalar, ENTROPY_TOKENS only
     grad_logps,  # (B, T) out
     grad_entropy,  # (B, T) out, or None
     G,
@@ -40,9 +49,16 @@ def rank_loss_grad_kernel(
     low,
     high,
     delta,  # or None
+    dual_clip,  # or None
+    tau_pos,
+    tau_neg,
     beta,
+    kl_clamp,  # or None
     entropy_coef,
     KL: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    ENTROPY_TOKENS: tl.constexpr,
     SEQUENCE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -53,6 +69,7 @@ def rank_loss_grad_kernel(
     if valid is not None:
         counted = tl.where(tl.load(valid + row // G) != 0, length, 0)
     weight = tl.load(row_weights + row)
+    entropy_share = tl.load(entropy_weight) if ENTROPY_TOKENS else weight
     for t in tl.range(tl.program_id(1) * BLOCK_T, length, BLOCK_T * tl.num_programs(1)):
         offs_t = t + tl.arange(0, BLOCK_T)
         at = start + offs_t
@@ -61,20 +78,24 @@ def rank_loss_grad_kernel(
         if mask is not None:
             live = live & (tl.load(mask + at, mask=live, other=0) != 0)
         logp = load_float(logps, at, live)
+        log_ratio = logp - (logp if old_logps is None else load_float(old_logps, at, live))
+        rho = importance_ratio(log_ratio)
         if SEQUENCE:
             slope = tl.load(row_slopes + row)
         else:
             A_t = load_float(A, at, live) if PER_TOKEN else tl.load(A + row).to(tl.float32)
-            log_ratio = logp - (logp if old_logps is None else load_float(old_logps, at, live))
-            slope = policy_slope(log_ratio, importance_ratio(log_ratio), A_t, low, high, delta)
+            slope = policy_slope(
+                log_ratio, rho, A_t, low, high, delta, dual_clip, tau_pos, tau_neg, SURROGATE
+            )
             if sampling_ratio is not None:
                 slope *= load_float(sampling_ratio, at, live)
         if ref_logps is not None:
-            _, kl_slope = kl_term(load_float(ref_logps, at, live) - logp, KL)
+            x = load_float(ref_logps, at, live) - logp
+            _, kl_slope = kl_term(x, log_ratio, rho, kl_clamp, KL, UNBIASED)
             slope -= beta * kl_slope
         tl.store(grad_logps + at, tl.where(live, -weight * slope, 0.0), mask=inside)
         if grad_entropy is not None:
-            tl.store(grad_entropy + at, tl.where(live, -weight * entropy_coef, 0.0), mask=inside)
+            tl.store(grad_entropy + at, tl.where(live, -entropy_share * entropy_coef, 0.0), mask=inside)
 
 
 def write_gradient(
@@ -84,6 +105,7 @@ def write_gradient(
     A: Tensor,  # (B,), or (B, T) with per_token
     row_slopes: Tensor,  # (B,)
     row_weights: Tensor,  # (B,)
+    entropy_weight: Tensor,  # scalar
     grad_logps: Tensor,  # (B, T) out
     grad_entropy: Tensor | None,  # (B, T) out
     G: int,
@@ -100,11 +122,12 @@ def write_gradient(
         with torch.cuda.device_of(grad_logps):
             rank_loss_grad_kernel[(row_weights.numel(), splits)](
                 *tokens,
-                *(valid, cu_seqlens, A, row_slopes, row_weights, grad_logps, grad_entropy),
+                *(valid, cu_seqlens, A, row_slopes, row_weights, entropy_weight, grad_logps, grad_entropy),
                 *(G, T),
-                *(1.0 - options.epsilon_low, 1.0 + options.epsilon_high, options.delta),
-                *(beta, entropy_coef),
-                KL=options.kl,
+                *policy_arguments(options),
+                *(beta, options.kl_clamp, entropy_coef),
+                **kl_and_surrogate(options),
+                ENTROPY_TOKENS=options.entropy_aggregate == "tokens",
                 SEQUENCE=options.importance_sampling_level == "sequence",
                 PER_TOKEN=per_token,
                 BLOCK_T=BLOCK_T,

@@ -20,10 +20,14 @@ import triton
 import triton.language as tl
 
 from rlaif_fast.loss.inputs import RankAdvantages, RankInputs
+from rlaif_fast.loss.options import MIN_RANKED as LEAST
 from rlaif_fast.loss.options import RankOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 
 __all__ = ["aot_configs", "rank_group", "rank_penalty", "supports", "unavailable"]
+
+
+MIN_RANKED = tl.constexpr(LEAST)
 
 
 def launch_config(G: int) -> dict[str, int]:
@@ -56,14 +60,17 @@ def _group_mean(x, live, G):
 def rank_group(
     score,  # (GP,) policy scores, higher is more likely
     oracle,  # (GP,) ranks, lower is better; rewards, higher is better, for "zscore"
-    live,  # (GP,) true for the first G
-    G,
+    live,  # (GP,) true for the judged responses of the group
     penalty_weight,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
     GP: tl.constexpr,
 ):
-    """Return advantage, penalty (GP,) and ndcg, kendall_tau, top1_agreement, has_signal of one group."""
+    """Return advantage, penalty (GP,) and ndcg, kendall_tau, top1_agreement, has_signal of one group: all 0 where
+    fewer than two responses were judged."""
+    members = tl.sum(live.to(tl.int32))
+    G = tl.maximum(members, 1)
+    live = live & (members >= MIN_RANKED)
     k = tl.arange(0, GP).to(tl.float32)[None, :]
     relevance = 1.0 / (1.0 + k)
     discount = 1.0 / tl.log2(2.0 + k)
@@ -71,7 +78,7 @@ def rank_group(
     order = -oracle if KIND == "zscore" else oracle
     first_u, count_u = _positions(order[:, None], order[None, :], live_j)
     first_v, count_v = _positions(-score[:, None], -score[None, :], live_j)
-    count_u = tl.where(live, count_u, 1.0)  # lanes beyond G compare nothing; keep their quotients finite
+    count_u = tl.where(live, count_u, 1.0)  # other lanes compare nothing; keep their quotients finite
     count_v = tl.where(live, count_v, 1.0)
     u = _tie_mean(relevance * discount, k, first_u, count_u)
     v = _tie_mean(relevance * discount, k, first_v, count_v)
@@ -84,6 +91,7 @@ def rank_group(
         penalty = 1.0 - tl.minimum(u, v) / tl.maximum(u, v)
     penalty = tl.where(live, penalty, 0.0)
 
+    ranked = members >= MIN_RANKED
     tied = tl.sum(tl.where(live & (count_u == G), 1, 0)) == G
     if KIND == "zscore":
         advantage = oracle - _group_mean(oracle, live, G)
@@ -116,15 +124,19 @@ def rank_group(
     tau = tl.where(untied > 0, agreement / tl.sqrt(tl.maximum(untied, 1.0)), 0.0)
 
     best = live & (first_u == 0)
-    top1 = tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)) / tl.sum(tl.where(best, 1.0, 0.0))
-    return advantage, penalty, found / ideal, tau, top1, tl.where(tied, 0.0, 1.0)
+    top1 = tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)) / tl.maximum(
+        tl.sum(tl.where(best, 1.0, 0.0)), 1.0
+    )
+    ndcg = found / tl.where(ranked, ideal, 1.0)
+    return advantage, penalty, ndcg, tau, top1, tl.where(tied | ~ranked, 0.0, 1.0)
 
 
 @triton.jit
 def rank_penalty_kernel(
     scores,  # (N, G)
     oracle_ranks,  # (N, G)
-    valid,  # (N,) uint8 or None
+    judged,  # (N, G) uint8 or None
+    weights,  # (N,) or None
     advantages,  # (N, G) out
     penalties,  # (N, G) out
     measures,  # (4, N) out: ndcg, kendall_tau, top1_agreement, has_signal
@@ -139,19 +151,16 @@ def rank_penalty_kernel(
     offs_i = tl.arange(0, GP)
     live = offs_i < G
     at = group * G + offs_i
-    score = tl.load(scores + at, mask=live, other=0.0).to(tl.float32)
-    oracle = tl.load(oracle_ranks + at, mask=live, other=0.0).to(tl.float32)
+    member = live
+    if judged is not None:
+        member = live & (tl.load(judged + at, mask=live, other=0) != 0)
+    score = tl.load(scores + at, mask=member, other=0.0).to(tl.float32)
+    oracle = tl.load(oracle_ranks + at, mask=member, other=0.0).to(tl.float32)
     advantage, penalty, ndcg, tau, top1, signal = rank_group(
-        score, oracle, live, G, penalty_weight, KIND, SCALE, GP
+        score, oracle, member, penalty_weight, KIND, SCALE, GP
     )
-    if valid is not None:
-        keep = tl.load(valid + group) != 0
-        advantage = tl.where(keep, advantage, 0.0)
-        penalty = tl.where(keep, penalty, 0.0)
-        ndcg = tl.where(keep, ndcg, 0.0)
-        tau = tl.where(keep, tau, 0.0)
-        top1 = tl.where(keep, top1, 0.0)
-        signal = tl.where(keep, signal, 0.0)
+    if weights is not None:
+        advantage *= tl.load(weights + group).to(tl.float32)
     tl.store(advantages + at, advantage, mask=live)
     tl.store(penalties + at, penalty, mask=live)
     tl.store(measures + group, ndcg)
@@ -162,9 +171,9 @@ def rank_penalty_kernel(
 
 def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Return what `reference.rank_penalty` does, in one launch."""
-    scores, oracle_ranks, valid = inputs.scores, inputs.oracle_ranks, inputs.valid
-    N, G = scores.shape
-    scores, oracle_ranks = scores.detach().contiguous(), oracle_ranks.contiguous()
+    N, G = inputs.scores.shape
+    scores, oracle_ranks = inputs.scores.detach().contiguous(), inputs.oracle_ranks.contiguous()
+    judged, weights = inputs.judged, inputs.weights
     advantages, penalties = torch.empty_like(scores), torch.empty_like(scores)
     measures = scores.new_empty((4, N), dtype=torch.float32)
     if N:
@@ -172,7 +181,8 @@ def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
             rank_penalty_kernel[(N,)](
                 scores,
                 oracle_ranks,
-                None if valid is None else valid.contiguous().view(torch.uint8),
+                None if judged is None else judged.contiguous().view(torch.uint8),
+                None if weights is None else weights.contiguous(),
                 advantages,
                 penalties,
                 measures,
@@ -196,7 +206,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
 def aot_configs() -> list[AotConfig]:
     """The configurations that the ahead-of-time gate compiles."""
     types = dict.fromkeys(("scores", "oracle_ranks", "advantages", "penalties", "measures"), "*fp32:16")
-    types |= {"valid": "*u8:16", "N": "i32", "G": "i32", "penalty_weight": "fp32"}
+    types |= {"judged": "*u8:16", "weights": "*fp32:16", "N": "i32", "G": "i32", "penalty_weight": "fp32"}
     configs = []
     for G in (8, 64):
         config = launch_config(G)

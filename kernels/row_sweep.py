@@ -1,7 +1,8 @@
 """One row of logits: its statistics in one sweep over the vocabulary, and its gradient in another.
 
-Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and w = sum 2^(z - m)(z - m) of VEC
-neighbouring logits, so that no thread waits for another within the sweep. z is in units of log 2, and the
+A logit is capped first where there is a cap, c tanh(inner x) with inner = scale / c; z is that, or the logit,
+times `scale`, in units of log 2. Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and
+w = sum 2^(z - m)(z - m) of VEC neighbouring logits, so that no thread waits for another within the sweep. The
 entropy comes from z - m, which does not cancel. The next block is loaded before this one is used.
 
 Device functions, for `logits_loss`, which says what they compute. Letters: V vocabulary, y the token.
@@ -31,7 +32,18 @@ def _lanes(VEC: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+def _capped(x, inner, cap):
+    """c tanh(inner x) in float32, or x where there is no cap."""
+    x = x.to(tl.float32)
+    if cap is None:
+        capped = x
+    else:
+        capped = cap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E * inner))))
+    return capped
+
+
+@triton.jit
+def sweep(x, V, y, scale, inner, cap, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
     """Return lse in units of log 2, and logp and H in nats, of one row; scale is log2(e) / temperature."""
     offs_v = _lanes(VEC, BLOCK_V)
     m = tl.full((BLOCK_V // VEC,), FLOOR, tl.float32)
@@ -39,7 +51,9 @@ def sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
     w = tl.zeros((BLOCK_V // VEC,), tl.float32)
     ahead = tl.load(x + offs_v, mask=offs_v < V, other=float("-inf"), eviction_policy="evict_last")
     for v in tl.range(BLOCK_V, V + BLOCK_V, BLOCK_V):
-        z = ahead.to(tl.float32) * scale
+        z = _capped(ahead, inner, cap) * scale
+        if cap is not None:
+            z = tl.where(v - BLOCK_V + offs_v < V, z, float("-inf"))
         at = v + offs_v
         ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
         m_new = tl.maximum(m, tl.max(z, axis=1))
@@ -56,14 +70,16 @@ def sweep(x, V, y, scale, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
     total = tl.sum(decay * s, axis=0)
     mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
     inside = (y >= 0) & (y < V)
-    z_y = tl.load(x + tl.where(inside, y, 0)).to(tl.float32) * scale
+    z_y = _capped(tl.load(x + tl.where(inside, y, 0)), inner, cap) * scale
     log_total = tl.log2(total)
     logp = tl.where(inside, (z_y - top - log_total) * LN2, float("nan"))
     return top + log_total, logp, (log_total - mean) * LN2
 
 
 @triton.jit
-def write_grad(x, out, V, y, scale, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
+def write_grad(
+    x, out, V, y, scale, inner, cap, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """Write one row of the gradient, from the end, where the sweep has just been."""
     offs_v = _lanes(VEC, BLOCK_V)
     g *= inv_temperature
@@ -77,10 +93,15 @@ def write_grad(x, out, V, y, scale, inv_temperature, lse2, H, g, h, VEC: tl.cons
         at = (blocks - 1) * BLOCK_V + offs_v
         ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
         for _ in tl.range(0, blocks):
-            d = ahead.to(tl.float32) * scale - lse2
+            capped = _capped(ahead, inner, cap)
+            d = capped * scale - lse2
             before = at - BLOCK_V
             ahead = tl.load(x + before, mask=before >= 0, other=float("-inf"), eviction_policy="evict_first")
             p = tl.exp2(d)
             slope = g + h * (tl.maximum(d, FLOOR) * LN2 + H)
-            tl.store(out + at, tl.where(at == y, g, 0.0) - p * slope, mask=at < V)
+            grad = tl.where(at == y, g, 0.0) - p * slope
+            if cap is not None:
+                share = capped / cap
+                grad *= inner * cap * (1.0 - share * share)  # d (c tanh u) / du = c (1 - tanh^2)
+            tl.store(out + at, grad, mask=at < V)
             at = before

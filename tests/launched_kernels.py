@@ -17,9 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from rlaif_fast.loss.inputs import RankInputs, RowInputs, RowStats, TokenInputs
+from rlaif_fast.loss.inputs import RankInputs, RowInputs, RowStats, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
-from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
+from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty, scale_gradient
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -71,7 +71,8 @@ def rank_losses() -> None:
         x, mask, ranks = torch.rand(B, T), torch.ones(B, T, dtype=torch.bool), torch.rand(N, G)
         valid = torch.ones(N, dtype=torch.bool)
         full = LossOptions(beta=0.1, entropy_coef=0.1)
-        given = TokenInputs(None, ranks, valid, x, x, mask, x, torch.tensor(2.0))
+        one = torch.tensor(2.0)
+        given = TokenInputs(None, ranks, ranks, ranks > 0.5, ranks[:, 0], valid, x, x, mask, x, one, one)
         rank_loss.rank_loss(x, x, given, full)
         rank_loss.rank_loss(x, None, TokenInputs(oracle_ranks=ranks), LossOptions())
     x = x.bfloat16()
@@ -91,6 +92,12 @@ def rank_losses() -> None:
         )
         inputs = TokenInputs(oracle_ranks=ranks, valid=valid, old_logps=x, ref_logps=x)
         rank_loss.rank_loss(x, None, inputs, options)
+    for loss_type in ("bnpo", "luspo", "cispo", "sapo"):
+        options = LossOptions(
+            loss_type=loss_type, kl_clamp=3.0, unbiased_kl=True, beta=0.1, entropy_aggregate="tokens",
+            entropy_coef=0.1, empty_rows="skip", dual_clip=3.0 if loss_type in ("bnpo", "luspo") else None,
+        )  # fmt: skip
+        rank_loss.rank_loss(x, x, TokenInputs(oracle_ranks=ranks, old_logps=x, ref_logps=x), options)
     cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32)
     flat = x.float().reshape(-1)
     for level in ("token", "sequence"):
@@ -106,16 +113,16 @@ def rows() -> None:
     ):
         logits = torch.rand(M, V, dtype=dtype)
         ids, ones = torch.zeros(M, dtype=torch.int64), torch.ones(M)
-        logits_loss.row_stats(logits, ids, 1.0)
+        logits_loss.row_stats(logits, ids, Scaling())
         stats = RowStats(ones, ones, ones)
-        for entropy in (None, ones):
-            logits_loss.row_grad(logits, ids, 0.7, stats, ones, entropy, logits)
+        for entropy, scaling in itertools.product((None, ones), (Scaling(0.7), Scaling(1.0, ones, 5.0, 2.0))):
+            logits_loss.row_grad(logits, ids, scaling, stats, ones, entropy, logits)
     cube = torch.rand(2, 3, 40)[:, :-1]
-    logits_loss.row_stats(cube, torch.zeros(4, dtype=torch.int32), 1.0)
+    logits_loss.row_stats(cube, torch.zeros(4, dtype=torch.int32), Scaling())
     for kl in ("k1", "k2", "k3"):
         for extra in ((ones, ones, ones), (None, None, None)):
             options = LossOptions(kl=kl, beta=0.1, delta=2.0 if extra[0] is None else None)
-            logits_loss.row_loss(logits, ids, 1.0, RowInputs(ones, ones, *extra), options)
+            logits_loss.row_loss(logits, ids, Scaling(), RowInputs(ones, ones, *extra), options)
 
 
 def main() -> None:
@@ -123,11 +130,20 @@ def main() -> None:
     for G in (1, 8, 64):
         for kind in ("directed", "zscore", "paper"):
             scores = torch.rand(2, G)
-            rank_penalty.rank_penalty(RankInputs(scores, scores, None), RankOptions(kind=kind, scale="group"))
-            valid = torch.ones(2, dtype=torch.bool)
-            rank_penalty.rank_penalty(RankInputs(scores, scores, valid), RankOptions(kind=kind))
+            rank_penalty.rank_penalty(RankInputs(scores, scores), RankOptions(kind=kind, scale="group"))
+            judged = RankInputs(scores, scores, scores > 0.5, scores[:, 0])
+            rank_penalty.rank_penalty(judged, RankOptions(kind=kind))
     rank_losses()
     rows()
+    for loss_type in ("cispo", "sapo", "dapo"):
+        options = LossOptions(
+            loss_type=loss_type, kl_clamp=3.0, unbiased_kl=True, beta=0.1, entropy_coef=0.1,
+            dual_clip=3.0 if loss_type == "dapo" else None,
+        )  # fmt: skip
+        logits, ids, ones = torch.rand(3, 40), torch.zeros(3, dtype=torch.int64), torch.ones(3)
+        given = RowInputs(ones, ones, ones, ones, None, ones)
+        logits_loss.row_loss(logits, ids, Scaling(1.0, ones, 5.0, 2.0), given, options)
+    scale_gradient.scale_gradient_(torch.rand(9), torch.tensor(2.0))
     linear_loss.compact_rows(torch.rand(4, 9), torch.tensor([False, True, False, True]))
 
 

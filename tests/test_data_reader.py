@@ -28,6 +28,7 @@ def media(tmp_path_factory):
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("media")
+    (folder / "empty").mkdir()
     frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
     for name in ("a.mp4", "b.mp4"):
         encode_video(folder / name, frames)
@@ -126,7 +127,14 @@ PUBLISHED = {
                 {"from": "gpt", "value": "B. Blue."},
             ],
         },
-        ("Which color is it?", "B", ["a.mp4"], [], ("Red.", "Blue.", "Green."), "all"),
+        (
+            "Which color is it?\nPlease provide your answer by stating the letter followed by the full option.",
+            "B",
+            ["a.mp4"],
+            [],
+            ("Red.", "Blue.", "Green."),
+            "all",
+        ),
     ),
     "ms-swift, messages": (
         {
@@ -271,8 +279,8 @@ WRONG = {
     "empty question": ({**NATIVE, "question": " "}, "question: is empty"),
     "only a tag": ({**NATIVE, "question": "<video>"}, "the question is empty"),
     "missing video": ({**NATIVE, "video": "nowhere.mp4"}, "nowhere.mp4 does not exist"),
-    "folder of frames": ({**NATIVE, "video": "."}, "is a folder"),
-    "no media": ({"question": "x", "answer": "y"}, "no video and no image"),
+    "folder without frames": ({**NATIVE, "video": "empty"}, "is a folder without pictures"),
+    "mistyped media": ({"question": "x", "answer": "y", "vidoe": "a.mp4"}, "did you mean 'video' by 'vidoe'"),
     "video of a wrong type": ({**NATIVE, "video": 3}, "video: expected the path"),
     "url": ({**NATIVE, "video": "https://example.org/a.mp4"}, "download it"),
     "one option": ({**NATIVE, "options": ["x"]}, "at least 2"),

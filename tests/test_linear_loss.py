@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
+from rlaif_fast import (
+    fused_linear_grpo_rank_loss,
+    grpo_rank_loss,
+    grpo_rank_loss_from_logits,
+    token_logps,
+)
 from rlaif_fast.loss import cpu as cpu_kernels
 from rlaif_fast.loss.options import KINDS
 from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
@@ -379,3 +385,104 @@ def test_a_vocabulary_sharded_over_two_processes(tmp_path, monkeypatch):
         for column in (1, 2):
             whole = torch.cat([part[case][column + 1] for part in parts])
             assert relative_l2(whole, 2 * grads[column]) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_another_dtype(dtype, bias_dtype, backend):
+    problem = random_problem(dtype=dtype)
+    problem = dataclasses.replace(problem, bias=problem.bias.to(bias_dtype))
+    got, got_grads = evaluate(problem, backend, beta=0.04)
+    want, want_grads = evaluate(problem.double(), "reference", beta=0.04)
+    bound = TOLERANCES[dtype]
+    assert relative(got.loss, want.loss) <= bound.value
+    for a, b, x in zip(got_grads, want_grads, (problem.hidden, problem.weight, problem.bias)):
+        rounding = max(TOLERANCES[dtype].gradient, TOLERANCES[x.dtype].gradient)
+        assert a.dtype == x.dtype and relative_l2(a, b) <= rounding
+
+
+def test_upstream_gradients_are_not_rounded_to_the_gradient_s_dtype():
+    """1/3 in bfloat16 is off by 0.2%: a gradient that is a power of two shows it."""
+    hidden = torch.ones(1, 1, 4, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[0.0] * 4, [0.0] * 4], dtype=torch.bfloat16, requires_grad=True)
+    out = fused_linear_grpo_rank_loss(
+        hidden, weight, torch.zeros(1, 1, dtype=torch.long), advantages=torch.ones(1)
+    )
+    (out.loss * 3.0078125).backward()  # bfloat16 would make it 3.0
+    assert torch.equal(weight.grad[0], torch.full((4,), -1.5, dtype=torch.bfloat16) * 1.0026)
+
+
+@pytest.mark.parametrize("chunk_size", [5, None])
+def test_weight_grad_receives_the_gradient_in_float32(chunk_size):
+    problem = random_problem(dtype=torch.bfloat16)
+    arguments = {"bias": problem.bias, "chunk_size": chunk_size, "backend": "cpu", **problem.tensors}
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight)]
+    target = torch.zeros(problem.weight.shape)
+    for _ in range(2):
+        out = fused_linear_grpo_rank_loss(
+            *leaves, problem.token_ids, problem.oracle_ranks, weight_grad=target, **arguments
+        )
+        (out.loss / 3).backward()
+    _, grads = evaluate(problem.double(), "reference")
+    assert leaves[1].grad is None and leaves[0].grad is not None
+    assert relative_l2(target, grads[1] * (2 / 3)) <= TOLERANCES[torch.float32].gradient
+
+
+@pytest.mark.parametrize("chunk_size", [3, 10_000])
+@pytest.mark.parametrize("old", [True, False])
+def test_partly_judged_weighted_groups_in_a_given_order(chunk_size, old):
+    problem = random_problem(dtype=torch.float64)
+    if not old:
+        del problem.tensors["old_logps"]
+    judged = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()
+    options = {"judged": judged, "weights": torch.tensor([0.5, 2.0, 1.0]).double(), "chunk_size": chunk_size}
+    assert_matches(problem, **options)
+    assert_matches(problem, scores=torch.rand(3, 4).double(), **options)
+    assert_matches(problem, packed=True, scores=torch.rand(3, 4).double(), **options)
+
+
+@pytest.mark.parametrize("form", ["logps", "logits", "hidden", "packed"])
+def test_rows_of_any_order_with_a_group_index(form):
+    """Shuffled rows with their group's number give the loss and the statistics of the groups in order."""
+    problem = random_problem(dtype=torch.float64)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(3).repeat_interleave(4)[order] * 10
+    t = {name: x[order] for name, x in problem.tensors.items()}
+    judged = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) < 0.8
+    ranks = problem.oracle_ranks.flatten()[order]
+    rest = {"group_index": index, "judged": judged.flatten()[order], "beta": 0.04}
+    ids, hidden = problem.token_ids[order], problem.hidden[order]
+    want = fused_linear_grpo_rank_loss(
+        problem.hidden, problem.weight, problem.token_ids, problem.oracle_ranks, judged=judged, beta=0.04,
+        **problem.tensors,
+    )  # fmt: skip
+    logits = hidden @ problem.weight.t()
+    if form == "logps":
+        logps = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        got = grpo_rank_loss(logps, ranks, **rest, **t)
+    elif form == "logits":
+        got = grpo_rank_loss_from_logits(logits, ids, ranks, **rest, **t)
+    elif form == "hidden":
+        got = fused_linear_grpo_rank_loss(hidden, problem.weight, ids, ranks, **rest, **t)
+    else:
+        mask = t.pop("mask")
+        flat = {name: x[mask] for name, x in t.items()}
+        got = fused_linear_grpo_rank_loss(
+            hidden[mask], problem.weight, ids[mask], ranks, lengths=mask.sum(-1), **rest, **flat
+        )
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.advantages, want.advantages[order])
+    for name in ("penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal"):
+        torch.testing.assert_close(got.stats[name], want.stats[name])
+
+
+def test_a_group_index_on_policy_needs_an_order():
+    problem = random_problem()
+    index = torch.arange(12) % 3
+    arguments = {"group_index": index, "mask": problem.tensors["mask"]}
+    ranks = problem.oracle_ranks.flatten()
+    with pytest.raises(ValueError, match="scores or old_logps must be given with group_index"):
+        fused_linear_grpo_rank_loss(problem.hidden, problem.weight, problem.token_ids, ranks, **arguments)
+    with pytest.raises(ValueError, match="group_size must be None with group_index"):
+        grpo_rank_loss(problem.logps, ranks, group_size=4, **arguments)

@@ -11,7 +11,7 @@ import torch
 
 from rlaif_fast import grpo_rank_loss_from_logits, selective_log_softmax
 from rlaif_fast.loss.cpu import row_loss, row_stats
-from rlaif_fast.loss.inputs import RowInputs
+from rlaif_fast.loss.inputs import RowInputs, Scaling
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast.loss.testing import TOLERANCES, random_problem, relative, relative_l2
 
@@ -205,7 +205,7 @@ def test_the_kernel_guards_every_read_by_id(dtype):
     """
     logits = torch.randn(2, 9).to(dtype)
     for bad in (-1, 9, 2**40, -(2**62)):
-        stats = row_stats(logits, torch.tensor([0, bad]), 1.0)
+        stats = row_stats(logits, torch.tensor([0, bad]), Scaling())
         assert torch.isfinite(stats.logps[0]) and torch.isnan(stats.logps[1])
         assert torch.isfinite(stats.entropy).all()
 
@@ -226,7 +226,9 @@ def test_one_sweep_equals_two(dtype):
         sampling_ratio=torch.linspace(0.5, 1.5, 24, dtype=wide),
     )
     logits = problem.logits.view(24, -1).clone()
-    stats, grad_logps, grad_entropy = row_loss(logits, problem.token_ids.flatten(), 0.8, rows, options)
+    stats, grad_logps, grad_entropy = row_loss(
+        logits, problem.token_ids.flatten(), Scaling(0.8), rows, options
+    )
 
     leaf = problem.logits.detach().clone().requires_grad_()
     want = grpo_rank_loss_from_logits(

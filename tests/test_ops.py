@@ -16,9 +16,9 @@ from rlaif_fast import (
     rank_advantages,
     token_logps,
 )
-from rlaif_fast.loss.inputs import TokenInputs
-from rlaif_fast.loss.ops.schema import flatten
+from rlaif_fast.loss.inputs import RowInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.schema import flatten
 from rlaif_fast.loss.testing import random_problem
 
 OPS = torch.ops.rlaif_fast
@@ -32,31 +32,31 @@ def flat(problem, **changes):
 
 def test_rank_penalty():
     scores, ranks = torch.randn(5, 6), torch.randint(0, 4, (5, 6)).float()
-    opcheck(OPS.rank_penalty.default, (scores, ranks, None, 0, 1.0, False))
-    opcheck(OPS.rank_penalty.default, (scores.double(), ranks.double(), torch.arange(5) > 1, 2, 0.5, True))
-    opcheck(OPS.rank_advantages.default, (scores, ranks, None, "directed", 1.0, "group", "cpu"))
-    opcheck(OPS.rank_penalty.default, (scores[:0], ranks[:0], None, 0, 1.0, False))
+    directed, paper = ("directed", 1.0, "none"), ("paper", 0.5, "group")
+    judged, weights = torch.rand(5, 6) > 0.3, torch.rand(5)
+    opcheck(OPS.rank_penalty.default, (scores, ranks, None, None, *directed))
+    opcheck(OPS.rank_penalty.default, (scores.double(), ranks.double(), judged, weights.double(), *paper))
+    opcheck(OPS.rank_advantages.default, (scores, ranks, judged, weights, "directed", 1.0, "group", "cpu"))
+    opcheck(OPS.rank_penalty.default, (scores[:0], ranks[:0], None, None, *directed))
 
 
 def test_row_operators():
     logits, ids = torch.randn(4, 37), torch.randint(0, 37, (4,))
-    opcheck(OPS.row_stats.default, (logits, ids, 0.7))
-    opcheck(OPS.row_stats.default, (logits.bfloat16(), ids, 1.0))
-    logps, lse, entropy = OPS.row_stats(logits, ids, 0.7)
-    opcheck(OPS.row_grad_out.default, (logits, ids, 0.7, lse, entropy, logps, lse, torch.empty_like(logits)))
-    advantages, weights = torch.randn(4), torch.rand(4)
-    rest = (None, None, None, 0.2, 0.2, None, 0.0, 3, 0.01)
-    opcheck(OPS.row_loss_.default, (logits.clone(), ids, 0.7, advantages, weights, *rest))
+    plain, capped = flatten(Scaling(0.7)), flatten(Scaling(1.0, torch.rand(4) + 0.5, 5.0, 1.5))
+    for scaling in (plain, capped):
+        opcheck(OPS.row_stats.default, (logits, ids, *scaling))
+        opcheck(OPS.row_stats.default, (logits.bfloat16(), ids, *scaling))
+        logps, lse, entropy = OPS.row_stats(logits, ids, *scaling)
+        rest = (lse, entropy, logps, lse, torch.empty_like(logits))
+        opcheck(OPS.row_grad_out.default, (logits, ids, *scaling, *rest))
+        rows = RowInputs(torch.randn(4), torch.rand(4), None, None, None)
+        opcheck(OPS.row_loss_.default, (logits.clone(), ids, *scaling, *rows, *flatten(LossOptions())))
 
 
 def test_token_loss():
     problem = random_problem()
-    t = problem.tensors
-    tensors = (t["old_logps"], t["ref_logps"], t["mask"], None, problem.entropy, None)
-    options = (0, 1.0, False, True, 0.2, 0.2, None, 0.04, 3, 0.01, 0, 0, False)
-    opcheck(
-        OPS.token_loss.default, (problem.logps, None, problem.oracle_ranks.float(), None, *tensors, *options)
-    )
+    opcheck(OPS.token_loss.default, (problem.logps, problem.entropy, *flat(problem)))
+    opcheck(OPS.token_loss.default, (problem.logps, None, *flat(problem, judged=torch.rand(3, 4) > 0.2)))
 
 
 @pytest.mark.parametrize("backend", ["cpu"])
@@ -70,16 +70,17 @@ def test_differentiable_operators(backend):
     opcheck(OPS.rank_loss.default, (logps, entropy, *given, backend))
 
     logits = problem.logits.requires_grad_()
-    opcheck(OPS.logits_stats.default, (logits, problem.token_ids, 0.7, backend))
+    scaling = flatten(Scaling(0.7))
+    opcheck(OPS.logits_stats.default, (logits, problem.token_ids, *scaling, backend))
 
     hidden, weight, bias = (x.requires_grad_() for x in (problem.hidden, problem.weight, problem.bias))
     rows, ids = hidden.detach().view(-1, 16).requires_grad_(), problem.token_ids.flatten()
-    opcheck(OPS.linear_stats.default, (rows, weight, bias, ids, 0.7, 5, backend))
+    opcheck(OPS.linear_stats.default, (rows, weight, bias, ids, *scaling, 5, backend))
     needs = (True, True, True)
-    head = (weight, bias, problem.token_ids, None, 0.7, None)
-    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *head, *needs, *arguments, backend))
-    frozen = (weight.detach(), None, problem.token_ids, None, 0.7, 7)
-    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *frozen, True, False, False, *arguments, backend))
+    head = (weight, bias, problem.token_ids, None, None)
+    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *head, *needs, *scaling, *arguments, backend))
+    frozen = (weight.detach(), None, problem.token_ids, None, 7, True, False, False)
+    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *frozen, *scaling, *arguments, backend))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -144,20 +145,23 @@ def test_equal_inputs_give_equal_bits():
 
 def test_operators_check_what_they_are_given():
     logits, ids = torch.randn(4, 9), torch.zeros(4, dtype=torch.long)
+    scaling, ranking = flatten(Scaling()), ("directed", 1.0, "none")
     with pytest.raises(ValueError, match="token_ids must be a contiguous"):
-        OPS.row_stats(logits, ids[:3], 1.0)
+        OPS.row_stats(logits, ids[:3], *scaling)
     with pytest.raises(TypeError, match="token_ids must be int64"):
-        OPS.row_stats(logits, ids.int(), 1.0)
+        OPS.row_stats(logits, ids.int(), *scaling)
     with pytest.raises(ValueError, match="temperature must be above 0"):
-        OPS.row_stats(logits, ids, 0.0)
+        OPS.row_stats(logits, ids, *flatten(Scaling(0.0)))
     with pytest.raises(TypeError, match="logits must be float32"):
-        OPS.row_stats(logits.long(), ids, 1.0)
+        OPS.row_stats(logits.long(), ids, *scaling)
     with pytest.raises(ValueError, match="oracle_ranks must have the shape of scores"):
-        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 4), None, 0, 1.0, False)
+        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 4), None, None, *ranking)
     with pytest.raises(ValueError, match="between 1 and 64"):
-        OPS.rank_penalty(torch.randn(2, 65), torch.randn(2, 65), None, 0, 1.0, False)
-    with pytest.raises(ValueError, match="kind must be in"):
-        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 3), None, 5, 1.0, False)
+        OPS.rank_penalty(torch.randn(2, 65), torch.randn(2, 65), None, None, *ranking)
+    with pytest.raises(ValueError, match="kind is unknown to this operator; got 'best'"):
+        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 3), None, None, "best", 1.0, "none")
+    with pytest.raises(ValueError, match="judged must be"):
+        OPS.rank_penalty(torch.randn(2, 3), torch.randn(2, 3), torch.ones(2, 2).bool(), None, *ranking)
 
 
 def test_the_extension_says_how_it_was_built():

@@ -65,7 +65,7 @@ def test_a_head_agrees_with_the_reference(peer: peers.Peer, device: str) -> None
     weight = (H**-0.5 * torch.randn(V, H, device=device, dtype=dtype)).requires_grad_()
     ids = torch.randint(0, V, (B * T,), device=device)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected = linear_logps(wide[0], Head(wide[1], None, 1.0), ids)
+    expected = linear_logps(wide[0], Head(wide[1], None), ids)
     compare(peer, expected, [hidden, weight], wide, hidden, weight, ids)
 
 

@@ -51,7 +51,22 @@ CHOICES = {
     "loss_type": LOSS_TYPES,
     "importance_sampling_level": ("token", "sequence"),
     "num_items_in_batch": (None, 17),
+    "dual_clip": (None, 1.2),
+    "kl_clamp": (None, 0.05),
+    "unbiased_kl": (False, True),
+    "entropy_aggregate": ("loss", "tokens"),
+    "empty_rows": ("count", "skip"),
+    "cispo_bound": ("relative", "absolute"),
 }
+
+
+def possible(options):
+    """Take back what the loss refuses: see test_api_errors.py."""
+    if options["loss_type"] in ("cispo", "sapo"):
+        options |= {"delta": None, "dual_clip": None, "importance_sampling_level": "token"}
+    if options["importance_sampling_level"] == "sequence":
+        options["unbiased_kl"] = False
+    return options
 
 
 @settings(max_examples=120, deadline=None)
@@ -72,7 +87,10 @@ def test_cpu_kernel_matches_the_reference_whatever_the_options(options, shape, d
         generator = torch.Generator().manual_seed(seed)
         options["valid"] = torch.rand(N, generator=generator) < 0.6
         options["sampling_ratio"] = torch.rand(N * G, T, generator=generator).to(dtype) + 0.5
-    assert_matches(problem, "cpu", epsilon_high=0.28, max_completion_length=19, **options)
+        options["judged"] = torch.rand(N, G, generator=generator) < 0.8
+        options["weights"] = torch.rand(N, generator=generator).to(dtype)
+        options["scores"] = torch.rand(N, G, generator=generator).to(dtype)
+    assert_matches(problem, "cpu", epsilon_high=0.28, max_completion_length=19, **possible(options))
 
 
 @pytest.mark.parametrize("T", [1, 65_537])

@@ -220,3 +220,63 @@ def test_cpu_result_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_judged_responses_are_a_smaller_group(backend, kind):
+    """The rest gets 0 whatever stands there; weights multiply a group; a lone verdict says nothing."""
+    scores, ranks = groups(3, 5)
+    ranks = ranks.float()
+    judged = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]]).bool()
+    scores[~judged] = ranks[~judged] = math.nan
+    weights, device = torch.tensor([0.25, 2.0, 3.0]), DEVICE.get(backend, "cpu")
+    inputs = (scores, ranks, judged, weights)
+    s, r, j, w = (x.to(device) for x in inputs)
+    options = {"kind": kind, "scale": "group", "backend": backend}
+    got = rank_advantages(s, r, judged=j, weights=w, **options)
+    for n, members in enumerate(judged):
+        if members.sum() < 2:
+            assert not got.has_signal[n] and all(not x[n].any() for x in got)
+            continue
+        part = rank_advantages(s[n : n + 1, members], r[n : n + 1, members], **options)
+        want = part._replace(advantages=part.advantages * weights[n].to(device))
+        for name, x, y in zip(RankAdvantages._fields, got, want):
+            x = x[n : n + 1, members] if x.dim() == 2 else x[n : n + 1]
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=name)
+        assert (got.advantages[n, ~members] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_groups_of_any_order_and_unequal_size(backend):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.tensor([7, 2, 7, 9, 2, 7, 7, 9, 2])
+    scores, ranks = torch.rand(9, generator=generator), torch.randint(0, 4, (9,), generator=generator)
+    judged = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1]).bool()
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    got = rank_advantages(scores, ranks, group_index=index, judged=judged, weights=weights, backend=backend)
+    assert got.advantages.shape == (9,) and got.ndcg.shape == (3,)
+    for n, name in enumerate((2, 7, 9)):
+        rows = index == name
+        one = rank_advantages(
+            scores[rows][None], ranks[rows][None], judged=judged[rows][None], backend=backend
+        )
+        torch.testing.assert_close(got.advantages[rows], one.advantages[0] * weights[n])
+        torch.testing.assert_close(got.kendall_tau[n], one.kendall_tau[0])
+
+
+def test_group_index_is_checked():
+    scores, ranks = torch.rand(4), torch.arange(4)
+    with pytest.raises(ValueError, match="group_index must be"):
+        rank_advantages(scores, ranks, group_index=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="group_index must be int64 or int32"):
+        rank_advantages(scores, ranks, group_index=torch.zeros(4))
+    with pytest.raises(TypeError, match="judged must be bool"):
+        rank_advantages(scores[None], ranks[None], judged=torch.ones(1, 4))
+
+
+def test_values_are_not_looked_at_without_validate():
+    scores, ranks = torch.rand(1, 3), torch.tensor([[0.0, -1.0, 2.0]])
+    with pytest.raises(ValueError, match="at least 0"):
+        rank_advantages(scores, ranks)
+    assert rank_advantages(scores, ranks, validate=False).advantages[0, 1] > 0

@@ -57,7 +57,7 @@ def write_rows(path, videos, answer="red"):
     """A file with one question about each of the videos, which nobody decodes."""
     lines = []
     for video in videos:
-        (path.parent / video).write_bytes(b"video")
+        (path.parent / video).write_bytes(f"video {video}".encode())
         lines.append(json.dumps({"video": video, "question": "Which colour?", "answer": answer}))
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "off-policy": {},
     "everything": {"beta": 0.05, "entropy_coef": 0.02, "loss_type": "dapo", "delta": 1.4, "scale": "group"},
     "on-policy": {"old_logps": None},
+    "cispo": {"loss_type": "cispo", "kl_clamp": 0.3, "beta": 0.05, "unbiased_kl": True},
+    "judged": {"judged": torch.tensor([[True, True], [True, False]], device=DEVICE)},
     "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.02},
 }
 
@@ -161,3 +163,51 @@ def test_token_logps() -> None:
 def test_the_interpreter_is_never_chosen_automatically() -> None:
     chosen = backends.select("rank_loss", "auto", torch.zeros(2, 2, device=DEVICE), 2)
     assert (chosen == "triton") == (DEVICE == "cuda")
+
+
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_another_dtype_is_cast_once(dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
+    t = tensors()
+    cast = {name: t[name].to(dtype).requires_grad_() for name in ("hidden", "weight")}
+    results = []
+    for bias in (t["bias"].to(bias_dtype), t["bias"].to(bias_dtype).to(dtype)):
+        bias = bias.requires_grad_()
+        out = rlaif_fast.fused_linear_grpo_rank_loss(
+            **cast,
+            token_ids=t["ids"],
+            oracle_ranks=t["ranks"],
+            bias=bias,
+            old_logps=t["old"],
+            backend="triton",
+        )
+        grads = torch.autograd.grad(out.loss, [*cast.values(), bias])
+        assert [g.dtype for g in grads] == [dtype, dtype, bias.dtype]
+        logps = rlaif_fast.token_logps(*cast.values(), t["ids"], bias=bias, backend="triton")
+        results.append((out.loss, logps, *grads[:2]))
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+    exact = {name: x.detach().double() for name, x in cast.items()}
+    want = rlaif_fast.token_logps(
+        *exact.values(), t["ids"], bias=t["bias"].to(bias_dtype).double(), backend="reference"
+    )
+    if dtype == torch.float32:
+        assert error(results[0][1], want) < 1e-5
+
+
+def test_float32_gradients_of_a_bfloat16_weight() -> None:
+    """`weight_grad` holds what a float32 optimizer copy needs; in bfloat16 the same gradient is rounded."""
+    t = tensors()
+    hidden, weight = t["hidden"].bfloat16().requires_grad_(), t["weight"].bfloat16().requires_grad_()
+    rest = {"old_logps": t["old"], "chunk_size": 4, "backend": "triton"}
+    target = torch.ones(V, H, device=DEVICE)
+    for upstream in (1 / 3, 1.0):
+        out = rlaif_fast.fused_linear_grpo_rank_loss(
+            hidden, weight, t["ids"], t["ranks"], weight_grad=target, **rest
+        )
+        (out.loss * upstream).backward()
+    assert weight.grad is None and hidden.grad is not None
+    plain = rlaif_fast.fused_linear_grpo_rank_loss(hidden, weight, t["ids"], t["ranks"], **rest)
+    (rounded,) = torch.autograd.grad(plain.loss, weight)
+    assert error((target - 1) * 3 / 4, rounded) < 8e-3
+    assert not torch.equal((target - 1).bfloat16().float(), target - 1)

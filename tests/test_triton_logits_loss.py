@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ pytest.importorskip("triton")
 from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan
 
 from rlaif_fast.loss import reference
-from rlaif_fast.loss.inputs import RowInputs, TokenInputs
+from rlaif_fast.loss.inputs import RowInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions
+from rlaif_fast_kernels import scale_gradient
 from rlaif_fast_kernels.logits_loss import (
     STREAM_BLOCK,
     launch_config,
@@ -45,20 +47,20 @@ def check(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> None:
     random = torch.Generator().manual_seed(1)
     g, h = (torch.randn(M, generator=random).to(DEVICE) for _ in range(2))
     exact = logits.double().requires_grad_()
-    logps, entropy = reference.selective_log_softmax(exact, ids.view(logits.shape[:-1]), temperature)
+    logps, entropy = reference.selective_log_softmax(exact, ids.view(logits.shape[:-1]), Scaling(temperature))
     (logps.view(-1) @ g.double() + entropy.view(-1) @ h.double()).backward()
 
-    stats = row_stats(logits, ids, temperature)
+    stats = row_stats(logits, ids, Scaling(temperature))
     assert error(stats.logps, logps.detach().view(-1)) < LOSS[torch.float32]
     assert error(stats.entropy, entropy.detach().view(-1)) < LOSS[torch.float32]
     lse = (logits.double() / temperature).logsumexp(-1).view(-1)
     assert error(stats.lse, lse) < LOSS[torch.float32]
 
     out = torch.full_like(logits, float("nan"))
-    row_grad(logits, ids, temperature, stats, g, h, out)
+    row_grad(logits, ids, Scaling(temperature), stats, g, h, out)
     assert error(out, exact.grad) < GRADIENT[dtype]
     place = logits.clone()
-    row_grad(place, ids, temperature, stats, g, h, place)
+    row_grad(place, ids, Scaling(temperature), stats, g, h, place)
     assert torch.equal(place, out)
 
 
@@ -98,9 +100,9 @@ def test_strided_logits() -> None:
     _, ids = rows(9, 99)
     check(sliced, ids)
     out = torch.full_like(logits, 7.0).view(3, 4, 130)
-    stats = row_stats(sliced, ids, 1.0)
+    stats = row_stats(sliced, ids, Scaling())
     ones = torch.ones(9, device=DEVICE)
-    row_grad(sliced, ids, 1.0, stats, ones, None, out[:, :-1, 1:100])
+    row_grad(sliced, ids, Scaling(), stats, ones, None, out[:, :-1, 1:100])
     assert (out[:, -1] == 7).all()
     assert (out[:, :, 100:] == 7).all()
     assert not (out[:, :-1, 1:100] == 7).any()
@@ -109,12 +111,12 @@ def test_strided_logits() -> None:
 def test_strided_vocabulary() -> None:
     logits, ids = rows(3, 40)
     strided = logits.t().contiguous().t()
-    expected, stats = row_stats(logits, ids, 1.0), row_stats(strided, ids, 1.0)
+    expected, stats = row_stats(logits, ids, Scaling()), row_stats(strided, ids, Scaling())
     assert torch.equal(stats.logps, expected.logps)
     ones = torch.ones(3, device=DEVICE)
     outs = [torch.empty_like(logits) for _ in range(2)]
     for x, out in zip((logits, strided), outs):
-        row_grad(x, ids, 1.0, expected, ones, ones, out)
+        row_grad(x, ids, Scaling(), expected, ones, ones, out)
     assert torch.equal(*outs)
 
 
@@ -130,7 +132,7 @@ def test_forbidden_tokens_have_no_probability_and_no_gradient() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits, ids = rows(4, 300)
     check(logits * 10, ids)
-    stats = row_stats(logits * 1e35, ids, 1.0)
+    stats = row_stats(logits * 1e35, ids, Scaling())
     assert all(x.isfinite().all() for x in stats)
     assert stats.entropy.max() < 1e-6
 
@@ -138,7 +140,7 @@ def test_large_logits_do_not_overflow() -> None:
 def test_certain_token_has_no_entropy() -> None:
     logits, ids = rows(2, 300)
     logits[:, 7] = 1e4
-    stats = row_stats(logits, torch.full_like(ids, 7), 1.0)
+    stats = row_stats(logits, torch.full_like(ids, 7), Scaling())
     assert stats.logps.tolist() == [0.0, 0.0]
     assert stats.entropy.tolist() == [0.0, 0.0]
 
@@ -147,21 +149,21 @@ def test_certain_token_has_no_entropy() -> None:
 def test_bad_logits_are_not_hidden(bad: float) -> None:
     logits, ids = rows(2, 300)
     logits[1, 250] = bad
-    stats = row_stats(logits, ids, 1.0)
+    stats = row_stats(logits, ids, Scaling())
     assert stats.logps.isfinite().tolist() == [True, False]
 
 
 def test_ids_out_of_range_are_not_read_through() -> None:
     logits, ids = rows(3, 100)
-    expected = row_stats(logits, ids, 1.0)
-    stats = row_stats(logits, torch.tensor([-1, 100, 1 << 40], device=DEVICE), 1.0)
+    expected = row_stats(logits, ids, Scaling())
+    stats = row_stats(logits, torch.tensor([-1, 100, 1 << 40], device=DEVICE), Scaling())
     assert stats.logps.isnan().all()
     assert torch.equal(stats.lse, expected.lse)
     assert torch.equal(stats.entropy, expected.entropy)
     # A gradient without the one-hot term: what a shard of the vocabulary writes for a token of another.
     out = torch.empty_like(logits)
     ones = torch.ones(3, device=DEVICE)
-    row_grad(logits, torch.full_like(ids, -1), 1.0, expected, ones, None, out)
+    row_grad(logits, torch.full_like(ids, -1), Scaling(), expected, ones, None, out)
     assert error(out, -logits.double().softmax(-1)) < GRADIENT[torch.float32]
 
 
@@ -172,7 +174,7 @@ def row_case(M: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, RowInp
     """Return logits, ids and the inputs of a loss; row 0 is masked, others are clipped."""
     logits, ids = rows(M, V, dtype)
     random = torch.Generator().manual_seed(2)
-    logps = row_stats(logits, ids, 1.0).logps
+    logps = row_stats(logits, ids, Scaling()).logps
 
     def near() -> Tensor:
         return logps + 0.4 * torch.randn(M, generator=random).to(DEVICE)
@@ -183,15 +185,13 @@ def row_case(M: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, RowInp
     return logits, ids, RowInputs(A, weights, near(), near(), weights + 0.5)
 
 
-def check_loss(
-    logits: Tensor, ids: Tensor, given: RowInputs, options: LossOptions, temperature: float
-) -> None:
+def check_loss(logits: Tensor, ids: Tensor, given: RowInputs, options: LossOptions, scaling: Scaling) -> None:
     """Compare with the reference loss of each row as a response of its own weight."""
     exact = logits.double().requires_grad_()
-    logps, entropy = reference.selective_log_softmax(exact, ids, temperature)
+    logps, entropy = reference.selective_log_softmax(exact, ids, scaling)
     total = exact.new_zeros(())
     for m in range(len(ids)):
-        one = [None if x is None else x[m].double().view(1, 1) for x in given]
+        one = [None if x is None else x[m].double().view(1, 1) for x in given[:5]]
         A, weight, old, ref, ratio = one
         assert A is not None and weight is not None
         inputs = TokenInputs(advantages=A, old_logps=old, ref_logps=ref, sampling_ratio=ratio)
@@ -200,7 +200,7 @@ def check_loss(
     grads = torch.autograd.grad(total, (exact, logps, entropy), allow_unused=True)
 
     place = logits.clone()
-    stats, grad_logps, grad_entropy = row_loss(place, ids, temperature, given, options)
+    stats, grad_logps, grad_entropy = row_loss(place, ids, scaling, given, options)
     live = given.weights != 0
     assert error(stats.logps[live], logps.detach()[live]) < LOSS[torch.float32]
     assert error(stats.entropy[live], entropy.detach()[live]) < LOSS[torch.float32]
@@ -221,22 +221,25 @@ def check_loss(
         {"epsilon_low": 0.1, "epsilon_high": 0.3, "delta": 1.2},
         {**FULL, "kl": "k1"},
         {**FULL, "kl": "k2"},
+        {**FULL, "loss_type": "cispo", "epsilon_high": 0.1, "unbiased_kl": True, "kl_clamp": 0.5},
+        {**FULL, "loss_type": "sapo"},
+        {**FULL, "dual_clip": 1.1},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_loss_in_place(options: dict[str, Any], dtype: torch.dtype) -> None:
-    check_loss(*row_case(9, 270, dtype), LossOptions(**options), 1.0)
+    check_loss(*row_case(9, 270, dtype), LossOptions(**options), Scaling())
 
 
 def test_loss_of_a_real_vocabulary() -> None:
-    check_loss(*row_case(3, 151_936, torch.bfloat16), LossOptions(**FULL), 0.9)
+    check_loss(*row_case(3, 151_936, torch.bfloat16), LossOptions(**FULL), Scaling(0.9))
 
 
 @pytest.mark.parametrize("absent", ["old_logps", "ref_logps", "sampling_ratio"])
 def test_loss_without(absent: str) -> None:
     logits, ids, given = row_case(5, 100, torch.float32)
     options = LossOptions(beta=0.0 if absent == "ref_logps" else 0.1)
-    check_loss(logits, ids, given._replace(**{absent: None}), options, 1.0)
+    check_loss(logits, ids, given._replace(**{absent: None}), options, Scaling())
 
 
 def test_masked_rows_are_not_read() -> None:
@@ -246,7 +249,7 @@ def test_masked_rows_are_not_read() -> None:
     given = given._replace(
         old_logps=given.old_logps.index_fill(0, torch.tensor([0], device=DEVICE), torch.nan)
     )
-    stats, grad_logps, grad_entropy = row_loss(logits, ids, 1.0, given, LossOptions(**FULL))
+    stats, grad_logps, grad_entropy = row_loss(logits, ids, Scaling(), given, LossOptions(**FULL))
     for x in (logits, *stats, grad_logps, grad_entropy):
         assert x.isfinite().all()
     assert not logits[0].any()
@@ -256,13 +259,13 @@ def test_extreme_ratios_stay_finite() -> None:
     logits, ids, given = row_case(4, 300, torch.float32)
     step = torch.tensor([100.0, -100.0], device=DEVICE).repeat(2)
     given = given._replace(old_logps=given.old_logps + step, ref_logps=given.ref_logps - step)
-    check_loss(logits, ids, given, LossOptions(**FULL), 1.0)
+    check_loss(logits, ids, given, LossOptions(**FULL), Scaling())
 
 
 def test_nan_in_a_row_that_counts_reaches_its_gradient() -> None:
     logits, ids, given = row_case(3, 300, torch.float32)
     logits[2, 17] = float("nan")
-    row_loss(logits, ids, 1.0, given, LossOptions())
+    row_loss(logits, ids, Scaling(), given, LossOptions())
     assert logits.isfinite().all(-1).tolist() == [True, True, False]
 
 
@@ -270,3 +273,34 @@ def test_refusals_name_the_reason() -> None:
     assert supports("logits_loss", DEVICE, torch.bfloat16, None) is None
     assert "float64" in (supports("logits_loss", DEVICE, torch.float64, None) or "")
     assert "meta" in (supports("logits_loss", "meta", torch.float32, None) or "")
+
+
+@pytest.mark.parametrize("V", [1, 270, 9000])
+@pytest.mark.parametrize(
+    "scaling", [Scaling(0.7, None, 2.0, 1.3), Scaling(1.0, None, None, 0.5)], ids=["cap", "scale"]
+)
+def test_caps_scales_and_a_temperature_for_each_row(scaling: Scaling, V: int) -> None:
+    logits, ids, given = row_case(4, V, torch.float32)
+    for one in (scaling, replace(scaling, temperatures=torch.tensor([0.5, 1.0, 2.0, 0.9], device=DEVICE))):
+        check_loss(logits, ids, given, LossOptions(**FULL), one)
+
+
+def test_the_entropy_may_have_weights_of_its_own() -> None:
+    logits, ids, given = row_case(4, 90, torch.float32)
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE)
+    *_, grad_entropy = row_loss(
+        logits, ids, Scaling(), given._replace(entropy_weights=weights), LossOptions(**FULL)
+    )
+    assert torch.equal(grad_entropy, -FULL["entropy_coef"] * weights)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("M", [0, 1, scale_gradient.BLOCK - 1, scale_gradient.BLOCK + 1])
+def test_a_gradient_is_scaled_in_float32(M: int, dtype: torch.dtype) -> None:
+    x = torch.randn(M, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    third = torch.tensor(1 / 3, device=DEVICE)
+    want = (x.float() * third).to(dtype)
+    assert error(scale_gradient.scale_gradient_(x.clone(), third), want) < (
+        1e-6 if dtype == torch.float32 else 8e-3
+    )
+    assert torch.equal(scale_gradient.scale_gradient_(x.clone(), torch.ones((), device=DEVICE)), x)

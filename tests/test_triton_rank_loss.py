@@ -44,6 +44,9 @@ def batch(
         "sampling_ratio": rand(B, T) + 0.5,
         "entropy": rand(B, T),
         "num_items": None,
+        "scores": None,
+        "judged": None,
+        "weights": None,
     }
     return {
         name: x
@@ -103,11 +106,39 @@ FULL = {"beta": 0.04, "entropy_coef": 0.01}
         {**FULL, "importance_sampling_level": "sequence", "kind": "zscore", "epsilon_high": 0.05},
         {"kind": "oracle", "delta": 0.7, "penalty_weight": 0.5},
         {"importance_sampling_level": "sequence", "epsilon_low": 0.0, "epsilon_high": 0.0, "delta": 0.9},
+        {**FULL, "loss_type": "cispo", "epsilon_high": 0.1, "kl_clamp": 0.02, "entropy_aggregate": "tokens"},
+        {**FULL, "loss_type": "sapo", "unbiased_kl": True, "empty_rows": "skip", "sapo_temperature_neg": 2.0},
+        {**FULL, "loss_type": "luspo", "dual_clip": 1.1, "empty_rows": "skip"},
+        {**FULL, "loss_type": "bnpo", "dual_clip": 1.1, "delta": 1.3, "unbiased_kl": True, "kl": "k1"},
     ],
     ids=lambda options: "-".join(map(str, options.values())) or "default",
 )
 def test_options(options: dict[str, Any]) -> None:
     check(batch(3, 4, 21), LossOptions(**options))
+
+
+def test_partly_judged_weighted_groups_in_a_given_order() -> None:
+    """Ratios, ranks, advantages and loss in the one pass, with what a trainer hands on from its oracle."""
+    inputs = batch(4, 4, 9)
+    judged = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]], device=DEVICE).bool()
+    inputs |= {"judged": judged, "valid": None, "weights": torch.tensor([0.5, 2.0, 1.0, 1.0], device=DEVICE)}
+    check(inputs, LossOptions(**FULL))
+    inputs["scores"] = torch.rand(4, 4, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    inputs["scores"][~judged] = float("nan")
+    inputs["valid"] = torch.tensor([True, False, True, True], device=DEVICE)
+    result = check(inputs, LossOptions(**FULL, kind="directed", scale="group"))
+    assert not result.advantages.view(4, 4)[~judged].any()
+    assert result.stats[13] == 1 - 1 / 4  # one group has a signal
+
+
+def test_no_response_counts_where_all_are_empty() -> None:
+    inputs = batch(1, 3, 4)
+    inputs["mask"][0] = False
+    inputs["valid"] = None
+    options = LossOptions(empty_rows="skip")
+    shorter = check(inputs, options)
+    whole = run(rank_loss, inputs, LossOptions())
+    torch.testing.assert_close(shorter.loss, whole.loss * 3 / 2)
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65])

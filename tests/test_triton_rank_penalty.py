@@ -18,9 +18,16 @@ from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
 
 
-def check(scores: Tensor, ranks: Tensor, valid: Tensor | None, options: RankOptions) -> None:
-    result = rank_penalty(RankInputs(scores, ranks, valid), options)
-    expected = reference.rank_penalty(RankInputs(scores.double(), ranks.double(), valid), options)
+def check(
+    scores: Tensor,
+    ranks: Tensor,
+    options: RankOptions,
+    judged: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    result = rank_penalty(RankInputs(scores, ranks, judged, weights), options)
+    wide = RankInputs(scores.double(), ranks.double(), judged, weights)
+    expected = reference.rank_penalty(wide, options)
     for got, want in zip(result, expected):
         torch.testing.assert_close(got.to(want.dtype), want, rtol=LOSS[torch.float32], atol=1e-6)
 
@@ -35,15 +42,19 @@ def groups(N: int, G: int, levels: int = 1 << 20) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("G", [1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 63, 64])
 def test_group_sizes(G: int) -> None:
-    check(*groups(2, G), None, RankOptions())
+    check(*groups(2, G), RankOptions())
 
 
 @pytest.mark.parametrize("scale", ["none", "group"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_with_ties(kind: str, scale: str) -> None:
     scores, ranks = groups(4, 6, levels=3)
-    valid = torch.tensor([True, True, False, True], device=DEVICE)
-    check(scores, ranks, valid, RankOptions(kind=kind, scale=scale, penalty_weight=0.5))
+    judged = torch.tensor(
+        [[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0] * 6], device=DEVICE
+    )
+    scores[~judged.bool()] = float("nan")  # whatever stands there
+    options = RankOptions(kind=kind, scale=scale, penalty_weight=0.5)
+    check(scores, ranks, options, judged.bool(), torch.tensor([1.0, 0.25, 2.0, 3.0], device=DEVICE))
 
 
 @pytest.mark.parametrize("G", [7, 43, 49])  # in float32 the mean of 43 or 49 equal gains is another number
@@ -51,7 +62,7 @@ def test_kinds_with_ties(kind: str, scale: str) -> None:
 def test_all_tied_is_exactly_zero(kind: str, G: int) -> None:
     scores, ranks = groups(1, G)
     result = rank_penalty(
-        RankInputs(scores, torch.full_like(ranks, 3.0), None), RankOptions(kind=kind, scale="group")
+        RankInputs(scores, torch.full_like(ranks, 3.0)), RankOptions(kind=kind, scale="group")
     )
     assert not result.advantages.any()
     assert not result.has_signal.any()
@@ -59,26 +70,24 @@ def test_all_tied_is_exactly_zero(kind: str, G: int) -> None:
 
 def test_only_the_order_counts() -> None:
     scores, ranks = groups(3, 6)
-    result = rank_penalty(RankInputs(scores, ranks, None), RankOptions())
-    again = rank_penalty(RankInputs(scores * 5 - 3, ranks * 10 + 7, None), RankOptions())
+    result = rank_penalty(RankInputs(scores, ranks), RankOptions())
+    again = rank_penalty(RankInputs(scores * 5 - 3, ranks * 10 + 7), RankOptions())
     assert torch.equal(result.advantages, again.advantages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_scores(dtype: torch.dtype) -> None:
     scores, ranks = groups(3, 6)
-    result = rank_penalty(RankInputs(scores.to(dtype), ranks.to(dtype), None), RankOptions())
-    expected = reference.rank_penalty(
-        RankInputs(scores.to(dtype).double(), ranks.double(), None), RankOptions()
-    )
+    result = rank_penalty(RankInputs(scores.to(dtype), ranks.to(dtype)), RankOptions())
+    expected = reference.rank_penalty(RankInputs(scores.to(dtype).double(), ranks.double()), RankOptions())
     assert result.advantages.dtype == dtype
     torch.testing.assert_close(result.advantages.double(), expected.advantages, rtol=1e-2, atol=1e-3)
 
 
 def test_strided_and_empty() -> None:
     scores, ranks = groups(4, 6)
-    check(scores[::2, 1::2], ranks[::2, 1::2], None, RankOptions())
-    assert rank_penalty(RankInputs(scores[:0], ranks[:0], None), RankOptions()).advantages.shape == (0, 6)
+    check(scores[::2, 1::2], ranks[::2, 1::2], RankOptions())
+    assert rank_penalty(RankInputs(scores[:0], ranks[:0]), RankOptions()).advantages.shape == (0, 6)
 
 
 def test_refusals_name_the_reason() -> None:

@@ -88,11 +88,11 @@ T zscore_spread(const T* x, T centre, int G) {
   return (G > 1 ? std::sqrt(total / T(G - 1)) : T(0)) + T(kZScoreEps);
 }
 
-}  // namespace
-
 template <typename T>
-GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T penalty_weight, bool scale_group,
-                          T* advantages, T* penalties) {
+GroupResult<T> rank_all(const T* scores, const T* ranks, int G, const RankOptions& options, T* advantages,
+                        T* penalties) {
+  const Kind kind = options.kind;
+  const T penalty_weight = static_cast<T>(options.penalty_weight);
   static constexpr Tables<T> tables = make_tables<T>();
   T oracle_key[kMaxGroup];
   T policy_key[kMaxGroup];
@@ -109,7 +109,7 @@ GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T p
   compare_all(oracle_key, policy_key, G, counts);
 
   GroupResult<T> result{};
-  result.has_signal = false;
+  result.ranked = G;
   T found = 0;
   T ideal = 0;
   int best = 0;
@@ -164,7 +164,7 @@ GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T p
       }
     }
   }
-  if (scale_group) {
+  if (options.scale_group) {
     T square = 0;
     for (int i = 0; i < G; ++i) {
       square += advantages[i] * advantages[i];
@@ -177,23 +177,57 @@ GroupResult<T> rank_group(const T* scores, const T* ranks, int G, Kind kind, T p
   return result;
 }
 
-template GroupResult<float> rank_group(const float*, const float*, int, Kind, float, bool, float*, float*);
-template GroupResult<double> rank_group(const double*, const double*, int, Kind, double, bool, double*, double*);
+}  // namespace
+
+template <typename T>
+GroupResult<T> rank_group(const T* scores, const T* ranks, const bool* judged, T weight, int G,
+                          const RankOptions& options, T* advantages, T* penalties) {
+  int members[kMaxGroup];
+  int count = 0;
+  for (int i = 0; i < G; ++i) {
+    advantages[i] = penalties[i] = 0;
+    if (judged == nullptr || judged[i]) {
+      members[count++] = i;
+    }
+  }
+  if (count < kMinRanked) {
+    return GroupResult<T>{};
+  }
+  T score[kMaxGroup], rank[kMaxGroup], advantage[kMaxGroup], penalty[kMaxGroup];
+  for (int k = 0; k < count; ++k) {
+    score[k] = scores[members[k]];
+    rank[k] = ranks[members[k]];
+  }
+  const GroupResult<T> result = rank_all(score, rank, count, options, advantage, penalty);
+  for (int k = 0; k < count; ++k) {
+    advantages[members[k]] = advantage[k] * weight;
+    penalties[members[k]] = penalty[k];
+  }
+  return result;
+}
+
+template GroupResult<float> rank_group(const float*, const float*, const bool*, float, int, const RankOptions&, float*,
+                                       float*);
+template GroupResult<double> rank_group(const double*, const double*, const bool*, double, int, const RankOptions&,
+                                        double*, double*);
 
 namespace {
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Result rank_penalty_cpu(const at::Tensor& scores,                // (N, G)
-                        const at::Tensor& oracle_ranks,          // (N, G)
-                        const std::optional<at::Tensor>& valid,  // (N,) bool
-                        int64_t kind, double penalty_weight, bool scale_group) {
-  check_rank_penalty(scores, oracle_ranks, valid, kind);
+Result rank_penalty_cpu(const at::Tensor& scores,                 // (N, G)
+                        const at::Tensor& oracle_ranks,           // (N, G)
+                        const std::optional<at::Tensor>& judged,  // (N, G) bool
+                        const std::optional<at::Tensor>& weights,  // (N,)
+                        c10::string_view kind, double penalty_weight, c10::string_view scale) {
+  check_rank_penalty(scores, oracle_ranks, judged, weights);
+  const RankOptions rank = rank_options(kind, penalty_weight, scale);
   const int64_t N = scores.size(0);
   const int G = static_cast<int>(scores.size(1));
   const auto s = scores.contiguous();
   const auto r = oracle_ranks.contiguous();
-  const auto keep = valid.has_value() ? valid->contiguous() : at::Tensor();
+  const auto keep = judged.has_value() ? judged->contiguous() : at::Tensor();
+  const auto weight = weights.has_value() ? weights->contiguous() : at::Tensor();
   const auto options = scores.options();
   auto advantages = at::empty({N, G}, options);
   auto penalties = at::empty({N, G}, options);
@@ -206,6 +240,7 @@ Result rank_penalty_cpu(const at::Tensor& scores,                // (N, G)
     const scalar_t* s_data = s.const_data_ptr<scalar_t>();
     const scalar_t* r_data = r.const_data_ptr<scalar_t>();
     const bool* keep_data = keep.defined() ? keep.const_data_ptr<bool>() : nullptr;
+    const scalar_t* weight_data = weight.defined() ? weight.const_data_ptr<scalar_t>() : nullptr;
     scalar_t* a_data = advantages.data_ptr<scalar_t>();
     scalar_t* p_data = penalties.data_ptr<scalar_t>();
     scalar_t* ndcg_data = ndcg.data_ptr<scalar_t>();
@@ -214,15 +249,10 @@ Result rank_penalty_cpu(const at::Tensor& scores,                // (N, G)
     bool* signal_data = has_signal.data_ptr<bool>();
     at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        GroupResult<scalar_t> group{};
-        if (keep_data == nullptr || keep_data[n]) {
-          group = rank_group<scalar_t>(s_data + n * G, r_data + n * G, G, static_cast<Kind>(kind),
-                                       static_cast<scalar_t>(penalty_weight), scale_group, a_data + n * G,
-                                       p_data + n * G);
-        } else {
-          std::fill_n(a_data + n * G, G, scalar_t(0));
-          std::fill_n(p_data + n * G, G, scalar_t(0));
-        }
+        const bool* members = keep_data == nullptr ? nullptr : keep_data + n * G;
+        const scalar_t group_weight = weight_data == nullptr ? scalar_t(1) : weight_data[n];
+        const auto group = rank_group<scalar_t>(s_data + n * G, r_data + n * G, members, group_weight, G, rank,
+                                                a_data + n * G, p_data + n * G);
         ndcg_data[n] = group.ndcg;
         tau_data[n] = group.kendall_tau;
         top1_data[n] = group.top1_agreement;

@@ -1,9 +1,8 @@
 // Rows of logits: statistics and gradients. row_kernels_impl.h is compiled once for each instruction set (the files
 // row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build runs anywhere.
 //
-// With z = logits / temperature, lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
-//   d logp / d logits_v = (1[v = y] - p_v) / temperature
-//   d H    / d logits_v = -p_v * (z_v - lse + H) / temperature
+// With z = cap tanh(scale logits / cap) / temperature (or scale logits / temperature where there is no cap), lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
+//   d logp / d z_v = 1[v = y] - p_v,   d H / d z_v = -p_v * (z_v - lse + H)
 #pragma once
 
 #include <cstdint>
@@ -20,7 +19,10 @@ struct RowArgs {
   int64_t row_stride;  // elements between rows
   int64_t V;
   const int64_t* token_ids;  // (M,); an id outside [0, V) gives NaN and is never read through
-  double inv_temperature;
+  double temperature;
+  const void* temperatures;  // (M,) in its place, or null
+  double cap;                // infinity where there is none
+  double scale;
   void* logps;    // (M,)
   void* lse;      // (M,)
   void* entropy;  // (M,)
@@ -42,6 +44,7 @@ struct RowLossArgs {
   const void* old_logps;       // (M,) or null: on-policy
   const void* ref_logps;       // (M,) or null
   const void* sampling_ratio;  // (M,) or null
+  const void* entropy_weights;  // (M,) what the row's entropy counts; null is `weights`
   TokenOptions<double> options;
   void* grad_logps;    // (M,)
   void* grad_entropy;  // (M,)

@@ -56,15 +56,47 @@ inline void narrow(const float* from, T* to, int64_t count) {
   }
 }
 
-// Calls body(block, first, count) over a row, with the block in the wide type.
+// What happens to a logit before the softmax: cap tanh(scale x / cap), or nothing, and one factor for what is left.
+template <typename W>
+struct Scaling {
+  W cap;     // infinity where there is none
+  W inner;   // scale / cap
+  W factor;  // 1 / temperature, times the scale where there is no cap
+
+  bool capped() const { return cap < std::numeric_limits<W>::infinity(); }
+  W operator()(W x) const { return capped() ? cap * std::tanh(x * inner) : x; }
+};
+
+template <typename W>
+inline void cap_block(const W* from, W* to, int64_t count, const Scaling<W>& scaling) {
+  using Vec = Vectorized<W>;
+  const Vec inner(scaling.inner), cap(scaling.cap);
+  int64_t i = 0;
+  for (; i + Vec::size() <= count; i += Vec::size()) {
+    ((Vec::loadu(from + i) * inner).tanh() * cap).store(to + i);
+  }
+  for (; i < count; ++i) {
+    to[i] = scaling(from[i]);
+  }
+}
+
+// Calls body(block, first, count) over a row, with the block in the wide type and capped.
 template <typename T, typename Body>
-inline void for_blocks(const T* row, int64_t V, Body body) {
+inline void for_blocks(const T* row, int64_t V, const Scaling<Wide<T>>& scaling, Body body) {
+  using W = Wide<T>;
   for (int64_t first = 0; first < V; first += kBlock) {
     const int64_t count = V - first < kBlock ? V - first : kBlock;
     if constexpr (kNarrow<T>) {
       alignas(64) float buffer[kBlock];
       widen(row + first, buffer, count);
+      if (scaling.capped()) {
+        cap_block(buffer, buffer, count, scaling);
+      }
       body(static_cast<const float*>(buffer), first, count);
+    } else if (scaling.capped()) {
+      alignas(64) W buffer[kBlock];
+      cap_block(row + first, buffer, count, scaling);
+      body(static_cast<const W*>(buffer), first, count);
     } else {
       body(row + first, first, count);
     }
@@ -89,12 +121,12 @@ inline W maximum(W a, W b) {
 }
 
 template <typename T>
-inline Wide<T> row_max(const T* row, int64_t V) {
+inline Wide<T> row_max(const T* row, int64_t V, const Scaling<Wide<T>>& scaling) {
   using W = Wide<T>;
   using Vec = Vectorized<W>;
   constexpr int64_t step = Vec::size();
   W most = -std::numeric_limits<W>::infinity();
-  for_blocks(row, V, [&](const W* x, int64_t, int64_t count) {
+  for_blocks(row, V, scaling, [&](const W* x, int64_t, int64_t count) {
     Vec a(most), b(most), c(most), d(most);
     int64_t i = 0;
     for (; i + 4 * step <= count; i += 4 * step) {
@@ -124,16 +156,17 @@ struct Stats {
 
 // y = (logit - max) / temperature; sums exp(y) and exp(y) * y. A logit of -inf counts 0 in both.
 template <typename T>
-inline Stats<Wide<T>> row_stats(const T* row, int64_t V, int64_t id, Wide<T> inv_temperature) {
+inline Stats<Wide<T>> row_stats(const T* row, int64_t V, int64_t id, const Scaling<Wide<T>>& scaling) {
   using W = Wide<T>;
   using Vec = Vectorized<W>;
   constexpr int64_t step = Vec::size();
   const W floor = std::numeric_limits<W>::lowest();
-  const W most = row_max(row, V);
+  const W inv_temperature = scaling.factor;
+  const W most = row_max(row, V, scaling);
   const Vec shift(most), scale(inv_temperature), lowest(floor);
   double total = 0;
   double moment = 0;
-  for_blocks(row, V, [&](const W* x, int64_t, int64_t count) {
+  for_blocks(row, V, scaling, [&](const W* x, int64_t, int64_t count) {
     Vec s0(0), s1(0), m0(0), m1(0);
     int64_t i = 0;
     for (; i + 2 * step <= count; i += 2 * step) {
@@ -161,14 +194,14 @@ inline Stats<Wide<T>> row_stats(const T* row, int64_t V, int64_t id, Wide<T> inv
   const double shifted = static_cast<double>(most) * inv_temperature;
   const W none = std::numeric_limits<W>::quiet_NaN();
   const bool known = id >= 0 && id < V;
-  const double own = known ? (static_cast<double>(row[known ? id : 0]) - most) * inv_temperature : none;
+  const double own = known ? (static_cast<double>(scaling(static_cast<W>(row[known ? id : 0]))) - most) * inv_temperature : none;
   return {static_cast<W>(own - log_total), static_cast<W>(shifted + log_total),
           static_cast<W>(log_total - moment / total)};
 }
 
 // out_v = grad_logp * dlogp/dlogits_v + grad_entropy * dH/dlogits_v.
 template <typename T>
-inline void row_grad(const T* row, T* out, int64_t V, int64_t id, Wide<T> inv_temperature, Wide<T> lse,
+inline void row_grad(const T* row, T* out, int64_t V, int64_t id, const Scaling<Wide<T>>& scaling, Wide<T> lse,
                      Wide<T> entropy, Wide<T> grad_logp, Wide<T> grad_entropy) {
   using W = Wide<T>;
   using Vec = Vectorized<W>;
@@ -177,6 +210,7 @@ inline void row_grad(const T* row, T* out, int64_t V, int64_t id, Wide<T> inv_te
     std::fill_n(out, V, T(0));
     return;
   }
+  const W inv_temperature = scaling.factor;
   // -p * (grad_logp + grad_entropy * (log p + H)) / temperature, with the constants folded.
   const W floor = std::numeric_limits<W>::lowest() / 4;
   const W slope = -grad_entropy * inv_temperature;
@@ -184,7 +218,7 @@ inline void row_grad(const T* row, T* out, int64_t V, int64_t id, Wide<T> inv_te
   const W own = grad_logp * inv_temperature;
   const bool known = id >= 0 && id < V;
   const Vec scale(inv_temperature), shift(-lse), lowest(floor), slope_v(slope), base_v(base);
-  for_blocks(row, V, [&](const W* x, int64_t first, int64_t count) {
+  for_blocks(row, V, scaling, [&](const W* x, int64_t first, int64_t count) {
     alignas(64) W buffer[kNarrow<T> ? kBlock : 1];
     W* to;
     if constexpr (kNarrow<T>) {
@@ -206,6 +240,13 @@ inline void row_grad(const T* row, T* out, int64_t V, int64_t id, Wide<T> inv_te
     if (known && id >= first && id < first + count) {
       to[id - first] += own;
     }
+    if (scaling.capped()) {  // d (cap tanh(u)) / du = 1 - tanh^2
+      const W slope_of_cap = scaling.inner * scaling.cap;
+      for (int64_t k = 0; k < count; ++k) {
+        const W t = x[k] / scaling.cap;
+        to[k] *= slope_of_cap * (W(1) - t * t);
+      }
+    }
     if constexpr (kNarrow<T>) {
       narrow(buffer, out + first, count);
     }
@@ -219,9 +260,16 @@ struct Kernels {
   static W at(const void* x, int64_t m) { return static_cast<const W*>(x)[m]; }
   static W& at(void* x, int64_t m) { return static_cast<W*>(x)[m]; }
 
+  static Scaling<W> scaling_of(const RowArgs& args, int64_t m) {
+    const double temperature = args.temperatures == nullptr ? args.temperature : at(args.temperatures, m);
+    const bool capped = args.cap < std::numeric_limits<double>::infinity();
+    return {static_cast<W>(args.cap), static_cast<W>(capped ? args.scale / args.cap : 1.0),
+            static_cast<W>((capped ? 1.0 : args.scale) / temperature)};
+  }
+
   static Stats<W> stats_of(const RowArgs& args, int64_t m) {
     const T* row = static_cast<const T*>(args.logits) + m * args.row_stride;
-    const Stats<W> s = row_stats(row, args.V, args.token_ids[m], static_cast<W>(args.inv_temperature));
+    const Stats<W> s = row_stats(row, args.V, args.token_ids[m], scaling_of(args, m));
     at(args.logps, m) = s.logp;
     at(args.lse, m) = s.lse;
     at(args.entropy, m) = s.entropy;
@@ -239,16 +287,14 @@ struct Kernels {
     for (int64_t m = begin; m < end; ++m) {
       row_grad(static_cast<const T*>(rows.logits) + m * rows.row_stride,
                static_cast<T*>(args.out) + m * args.out_stride, rows.V, rows.token_ids[m],
-               static_cast<W>(rows.inv_temperature), W(at(rows.lse, m)), W(at(rows.entropy, m)),
+               scaling_of(rows, m), W(at(rows.lse, m)), W(at(rows.entropy, m)),
                at(args.grad_logps, m), args.grad_entropy == nullptr ? W(0) : at(args.grad_entropy, m));
     }
   }
 
   static void loss(const RowLossArgs& args, int64_t begin, int64_t end) {
     const RowArgs& rows = args.rows;
-    const TokenOptions<W> options{static_cast<W>(args.options.clip_low), static_cast<W>(args.options.clip_high),
-                                  static_cast<W>(args.options.delta),    static_cast<W>(args.options.beta),
-                                  static_cast<W>(args.options.entropy_coef), args.options.kl};
+    const TokenOptions<W> options = args.options.template to<W>();
     for (int64_t m = begin; m < end; ++m) {
       const Stats<W> s = stats_of(rows, m);
       const W weight = at(args.weights, m);
@@ -256,21 +302,22 @@ struct Kernels {
       W entropy_slope = 0;
       if (weight != 0) {
         const W log_ratio = args.old_logps == nullptr ? s.logp - s.logp : s.logp - at(args.old_logps, m);
-        slope = policy_term(log_ratio, at(args.advantages, m), options).slope;
+        const PolicyTerm<W> policy = policy_term(log_ratio, s.logp, at(args.advantages, m), options);
+        slope = policy.slope;
         if (args.sampling_ratio != nullptr) {
           slope *= at(args.sampling_ratio, m);
         }
         if (options.beta != 0 && args.ref_logps != nullptr) {
-          slope -= options.beta * kl_term(at(args.ref_logps, m) - s.logp, options.kl).slope;
+          slope -= options.beta * kl_term(at(args.ref_logps, m) - s.logp, policy, options).slope;
         }
         slope *= -weight;
-        entropy_slope = -weight * options.entropy_coef;
+        entropy_slope = -options.entropy_coef * (args.entropy_weights == nullptr ? weight : at(args.entropy_weights, m));
       }
       at(args.grad_logps, m) = slope;
       at(args.grad_entropy, m) = entropy_slope;
       T* row = static_cast<T*>(const_cast<void*>(rows.logits)) + m * rows.row_stride;
-      row_grad(static_cast<const T*>(row), row, rows.V, rows.token_ids[m], static_cast<W>(rows.inv_temperature), s.lse,
-               s.entropy, slope, entropy_slope);
+      row_grad(static_cast<const T*>(row), row, rows.V, rows.token_ids[m], scaling_of(rows, m), s.lse, s.entropy, slope,
+               entropy_slope);
     }
   }
 };

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../checks.h"
+#include "../options.h"
 #include "row_kernels.h"
 
 namespace rlaif {
@@ -74,13 +75,23 @@ const void* row_data(const char* name, const std::optional<at::Tensor>& x, const
   return x->const_data_ptr();
 }
 
-RowArgs row_args(const at::Tensor& logits, const at::Tensor& token_ids, double temperature, const at::Tensor& logps,
+struct Scale {
+  double temperature;
+  const std::optional<at::Tensor>& temperatures;  // (M,)
+  std::optional<double> softcap;
+  double scale;
+};
+
+RowArgs row_args(const at::Tensor& logits, const at::Tensor& token_ids, const Scale& scale, const at::Tensor& logps,
                  const at::Tensor& lse, const at::Tensor& entropy) {
   return {logits.const_data_ptr(),
           logits.stride(0),
           logits.size(1),
           token_ids.const_data_ptr<int64_t>(),
-          1.0 / temperature,
+          scale.temperature,
+          row_data("temperatures", scale.temperatures, logits),
+          scale.softcap.value_or(std::numeric_limits<double>::infinity()),
+          scale.scale,
           logps.defined() ? logps.data_ptr() : nullptr,
           lse.data_ptr(),
           entropy.data_ptr()};
@@ -94,19 +105,22 @@ void for_rows(const at::Tensor& logits, Body body) {
 
 using Stats = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Stats row_stats(const at::Tensor& logits, const at::Tensor& token_ids, double temperature) {
+Stats row_stats(const at::Tensor& logits, const at::Tensor& token_ids, double temperature,
+                const std::optional<at::Tensor>& temperatures, std::optional<double> softcap, double logit_scale) {
   check_rows(logits, token_ids, temperature);
   const auto options = logits.options().dtype(wide_type(logits));
   auto logps = at::empty({logits.size(0)}, options);
   auto lse = at::empty({logits.size(0)}, options);
   auto entropy = at::empty({logits.size(0)}, options);
-  const RowArgs args = row_args(logits, token_ids, temperature, logps, lse, entropy);
+  const RowArgs args = row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, logps, lse, entropy);
   const Dtype dtype = dtype_of(logits);
   for_rows(logits, [&](int64_t begin, int64_t end) { row_kernels().stats(dtype, args, begin, end); });
   return {logps, lse, entropy};
 }
 
-void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double temperature, const at::Tensor& lse,
+void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double temperature,
+                  const std::optional<at::Tensor>& temperatures, std::optional<double> softcap, double logit_scale,
+                  const at::Tensor& lse,
                   const at::Tensor& entropy, const at::Tensor& grad_logps,
                   const std::optional<at::Tensor>& grad_entropy, at::Tensor& out) {
   check_rows(logits, token_ids, temperature);
@@ -117,7 +131,7 @@ void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double 
                    logits.scalar_type(), "; got ", out.scalar_type());
   row_data("lse", lse, logits);
   row_data("entropy", entropy, logits);
-  const RowGradArgs args{row_args(logits, token_ids, temperature, at::Tensor(), lse, entropy),
+  const RowGradArgs args{row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, at::Tensor(), lse, entropy),
                          row_data("grad_logps", grad_logps, logits), row_data("grad_entropy", grad_entropy, logits),
                          out.data_ptr(), out.stride(0)};
   const Dtype dtype = dtype_of(logits);
@@ -126,32 +140,26 @@ void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double 
 
 using LossRows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-LossRows row_loss_(at::Tensor& logits, const at::Tensor& token_ids, double temperature, const at::Tensor& advantages,
-                   const at::Tensor& weights, const std::optional<at::Tensor>& old_logps,
+LossRows row_loss_(at::Tensor& logits, const at::Tensor& token_ids, double temperature,
+                   const std::optional<at::Tensor>& temperatures, std::optional<double> softcap, double logit_scale,
+                   const at::Tensor& advantages, const at::Tensor& weights, const std::optional<at::Tensor>& old_logps,
                    const std::optional<at::Tensor>& ref_logps, const std::optional<at::Tensor>& sampling_ratio,
-                   double epsilon_low, double epsilon_high, std::optional<double> delta, double beta, int64_t kl,
-                   double entropy_coef) {
+                   const std::optional<at::Tensor>& entropy_weights, RLAIF_LOSS_PARAMETERS) {
   check_rows(logits, token_ids, temperature);
-  TORCH_CHECK_VALUE(kl >= 1 && kl <= 3, "kl must be 1, 2 or 3; got ", kl);
   const auto options = logits.options().dtype(wide_type(logits));
   auto logps = at::empty({logits.size(0)}, options);
   auto lse = at::empty({logits.size(0)}, options);
   auto entropy = at::empty({logits.size(0)}, options);
   auto grad_logps = at::empty({logits.size(0)}, options);
   auto grad_entropy = at::empty({logits.size(0)}, options);
-  const TokenOptions<double> token_options{1 - epsilon_low,
-                                           1 + epsilon_high,
-                                           delta.value_or(std::numeric_limits<double>::infinity()),
-                                           beta,
-                                           entropy_coef,
-                                           static_cast<Kl>(kl)};
-  const RowLossArgs args{row_args(logits, token_ids, temperature, logps, lse, entropy),
+  const RowLossArgs args{row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, logps, lse, entropy),
                          row_data("advantages", advantages, logits),
                          row_data("weights", weights, logits),
                          row_data("old_logps", old_logps, logits),
                          row_data("ref_logps", ref_logps, logits),
                          row_data("sampling_ratio", sampling_ratio, logits),
-                         token_options,
+                         row_data("entropy_weights", entropy_weights, logits),
+                         loss_options(RLAIF_LOSS_ARGUMENTS).token,
                          grad_logps.data_ptr(),
                          grad_entropy.data_ptr()};
   const Dtype dtype = dtype_of(logits);

@@ -12,17 +12,14 @@
 #include <vector>
 
 #include "../checks.h"
-#include "../token_terms.h"
+#include "../options.h"
 #include "rank_penalty.h"
 
 namespace rlaif {
 namespace {
 
 constexpr int64_t kGrainTokens = 8192;  // tokens a thread takes at least
-constexpr int64_t kStats = 15;          // the length of `STATS` in rlaif_fast/loss/options.py
-
-// The same order as `LOSS_TYPES` in rlaif_fast/loss/options.py.
-enum class LossType : int64_t { Grpo = 0, Dapo = 1, DrGrpo = 2 };
+constexpr int64_t kStats = 17;          // the length of `STATS` in rlaif_fast/loss/options.py
 
 // Sums over the tokens of one response. They are added up in the order of the rows, so the result does not depend on
 // the number of threads.
@@ -77,37 +74,44 @@ Grid<T> grid_of(const char* name, const std::optional<at::Tensor>& x, const at::
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Result token_loss(const at::Tensor& logps,                          // (B, T)
+                  const std::optional<at::Tensor>& entropy,         // (B, T)
                   const std::optional<at::Tensor>& advantages,      // (B,) or (B, T)
                   const std::optional<at::Tensor>& oracle_ranks,    // (N, G)
+                  const std::optional<at::Tensor>& scores,          // (N, G)
+                  const std::optional<at::Tensor>& judged,          // (N, G) bool
+                  const std::optional<at::Tensor>& weights,         // (N,)
                   const std::optional<at::Tensor>& valid,           // (N,) bool
                   const std::optional<at::Tensor>& old_logps,       // (B, T)
                   const std::optional<at::Tensor>& ref_logps,       // (B, T)
                   const std::optional<at::Tensor>& mask,            // (B, T) bool
                   const std::optional<at::Tensor>& sampling_ratio,  // (B, T) or (B, 1)
-                  const std::optional<at::Tensor>& entropy,         // (B, T)
                   const std::optional<at::Tensor>& num_items,       // scalar
-                  int64_t kind, double penalty_weight, bool scale_group, bool mean_score, double epsilon_low,
-                  double epsilon_high, std::optional<double> delta, double beta, int64_t kl, double entropy_coef,
-                  int64_t loss_type, int64_t max_completion_length, bool sequence_level) {
+                  const std::optional<at::Tensor>& num_tokens,      // scalar
+                  RLAIF_LOSS_PARAMETERS) {
   TORCH_CHECK_VALUE(logps.dim() == 2, "logps must be (B, T); got ", logps.sizes());
   TORCH_CHECK_VALUE(advantages.has_value() != oracle_ranks.has_value(),
                     "exactly one of advantages and oracle_ranks must be given");
-  TORCH_CHECK_VALUE(kl >= 1 && kl <= 3, "kl must be 1, 2 or 3; got ", kl);
-  TORCH_CHECK_VALUE(loss_type >= 0 && loss_type <= 2, "loss_type must be in [0, 2]; got ", loss_type);
+  const LossOptions loss_of = loss_options(RLAIF_LOSS_ARGUMENTS);
+  const bool sequence_level = loss_of.sequence_level;
   const int64_t B = logps.size(0);
   const int64_t T = logps.size(1);
   int64_t N = 0;
   int G = 1;
-  at::Tensor ranks;
-  at::Tensor group_valid;
+  at::Tensor ranks, given_scores, group_judged, group_weights, group_valid;
   if (oracle_ranks.has_value()) {
     TORCH_CHECK_VALUE(oracle_ranks->dim() == 2, "oracle_ranks must be (N, G); got ", oracle_ranks->sizes());
     N = oracle_ranks->size(0);
     G = static_cast<int>(oracle_ranks->size(1));
     TORCH_CHECK_VALUE(N * G == B, "oracle_ranks must be (N, G) with N * G = ", B, "; got ", oracle_ranks->sizes());
-    check_rank_penalty(at::empty({N, G}, logps.options()), *oracle_ranks, valid, kind);
+    check_rank_penalty(at::empty({N, G}, logps.options()), *oracle_ranks, judged, weights);
+    check_optional("valid", valid, {N}, at::kBool, logps);
+    check_optional("scores", scores, {N, G}, logps.scalar_type(), logps);
+    const auto dense = [](const std::optional<at::Tensor>& x) { return x.has_value() ? x->contiguous() : at::Tensor(); };
     ranks = oracle_ranks->contiguous();
-    group_valid = valid.has_value() ? valid->contiguous() : at::Tensor();
+    given_scores = dense(scores);
+    group_judged = dense(judged);
+    group_weights = dense(weights);
+    group_valid = dense(valid);
   }
   auto used = at::empty({B}, logps.options());
   auto loss = at::empty({}, logps.options());
@@ -124,13 +128,7 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
     const Grid<scalar_t> weight_of = grid_of<scalar_t>("sampling_ratio", sampling_ratio, logps, dtype);
     const Grid<scalar_t> ent = grid_of<scalar_t>("entropy", entropy, logps, dtype);
     const Grid<bool> kept = grid_of<bool>("mask", mask, logps, at::kBool);
-    const TokenOptions<scalar_t> options{
-        static_cast<scalar_t>(1 - epsilon_low),
-        static_cast<scalar_t>(1 + epsilon_high),
-        static_cast<scalar_t>(delta.value_or(std::numeric_limits<double>::infinity())),
-        static_cast<scalar_t>(beta),
-        static_cast<scalar_t>(entropy_coef),
-        static_cast<Kl>(kl)};
+    const TokenOptions<scalar_t> options = loss_of.token.to<scalar_t>();
     const bool* valid_data = group_valid.defined() ? group_valid.const_data_ptr<bool>() : nullptr;
     scalar_t* a_data = used.data_ptr<scalar_t>();
     scalar_t* g_data = grad_logps.data_ptr<scalar_t>();
@@ -155,17 +153,21 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
             ++length[b];
           }
         }
-        score[b] = static_cast<scalar_t>(mean_score ? total / std::max<int64_t>(1, length[b]) : total);
+        score[b] = static_cast<scalar_t>(loss_of.mean_score ? total / std::max<int64_t>(1, length[b]) : total);
       }
     });
 
     // The ranking of each group.
     std::vector<scalar_t> penalty(oracle_ranks.has_value() ? B : 0, 0);
+    const scalar_t* score_data = given_scores.defined() ? given_scores.const_data_ptr<scalar_t>() : score.data();
+    const bool* judged_data = group_judged.defined() ? group_judged.const_data_ptr<bool>() : nullptr;
+    const scalar_t* weight_data = group_weights.defined() ? group_weights.const_data_ptr<scalar_t>() : nullptr;
     double penalty_sum = 0;
     double ndcg = 0;
     double tau = 0;
     double top1 = 0;
-    int64_t groups = 0;
+    int64_t ranked_groups = 0;
+    int64_t ranked = 0;
     int64_t silent = 0;
     for (int64_t n = 0; n < N; ++n) {
       scalar_t* a = a_data + n * G;
@@ -174,10 +176,10 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
         ++silent;
         continue;
       }
-      const auto group =
-          rank_group<scalar_t>(score.data() + n * G, ranks.const_data_ptr<scalar_t>() + n * G, G,
-                               static_cast<Kind>(kind), static_cast<scalar_t>(penalty_weight), scale_group, a,
-                               penalty.data() + n * G);
+      const auto group = rank_group<scalar_t>(
+          score_data + n * G, ranks.const_data_ptr<scalar_t>() + n * G,
+          judged_data == nullptr ? nullptr : judged_data + n * G,
+          weight_data == nullptr ? scalar_t(1) : weight_data[n], G, loss_of.rank, a, penalty.data() + n * G);
       for (int i = 0; i < G; ++i) {
         penalty_sum += penalty[n * G + i];
       }
@@ -185,21 +187,25 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
       tau += group.kendall_tau;
       top1 += group.top1_agreement;
       silent += group.has_signal ? 0 : 1;
-      ++groups;
+      ranked += group.ranked;
+      ranked_groups += group.ranked > 0 ? 1 : 0;
     }
 
     int64_t tokens = 0;
     int64_t responses = 0;
     for (int64_t b = 0; b < B; ++b) {
       tokens += length[b];
-      responses += row_valid(b) ? 1 : 0;
+      responses += row_valid(b) && (length[b] > 0 || !loss_of.skip_empty) ? 1 : 0;
     }
-    const bool per_token = static_cast<LossType>(loss_type) == LossType::Dapo;
-    double items = static_cast<double>(per_token ? tokens : responses);
+    double items = static_cast<double>(std::max<int64_t>(
+        1, loss_of.aggregate == Aggregate::Tokens ? tokens : responses));
     if (num_items.has_value()) {
       items = num_items->item<double>();
     }
-    items = at_least(items, 1.0);
+    double entropy_items = static_cast<double>(std::max<int64_t>(1, tokens));
+    if (num_tokens.has_value()) {
+      entropy_items = num_tokens->item<double>();
+    }
 
     std::vector<RowSums> sums(B);
     at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
@@ -213,12 +219,13 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
           continue;
         }
         double divisor = items;
-        if (static_cast<LossType>(loss_type) == LossType::Grpo) {
+        if (loss_of.aggregate == Aggregate::Responses) {
           divisor *= static_cast<double>(length[b]);
-        } else if (static_cast<LossType>(loss_type) == LossType::DrGrpo) {
-          divisor *= static_cast<double>(max_completion_length);
+        } else if (loss_of.aggregate == Aggregate::Constant) {
+          divisor *= loss_of.max_completion_length;
         }
         const scalar_t weight = static_cast<scalar_t>(1 / divisor);
+        const scalar_t entropy_weight = loss_of.entropy_over_tokens ? static_cast<scalar_t>(1 / entropy_items) : weight;
 
         scalar_t shared_log_ratio = 0;
         if (sequence_level) {
@@ -239,7 +246,7 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
           const scalar_t x = logp(b, t);
           const scalar_t log_ratio = sequence_level ? shared_log_ratio : x - (old.given() ? old(b, t) : x);
           const scalar_t advantage = given.given() ? given(b, t) : a_data[b];
-          const PolicyTerm<scalar_t> policy = policy_term(log_ratio, advantage, options);
+          const PolicyTerm<scalar_t> policy = policy_term(log_ratio, x, advantage, options);
           const scalar_t factor = weight_of.given() ? weight_of(b, t) * weight : weight;
           row.policy += static_cast<double>(policy.value) * factor;
           if (sequence_level) {
@@ -252,7 +259,7 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
           row.clip_low += policy.ratio < options.clip_low && advantage < 0 ? 1 : 0;
           row.clip_high += policy.ratio > options.clip_high && advantage > 0 ? 1 : 0;
           if (ref.given()) {
-            const KlTerm<scalar_t> term = kl_term(ref(b, t) - x, options.kl);
+            const KlTerm<scalar_t> term = kl_term(ref(b, t) - x, policy, options);
             row.kl += term.value;
             row.kl_weighted += static_cast<double>(term.value) * weight;
             if (options.beta != 0) {
@@ -261,8 +268,8 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
           }
           if (ent.given()) {
             row.entropy += ent(b, t);
-            row.entropy_weighted += static_cast<double>(ent(b, t)) * weight;
-            h_data[b * T + t] = -options.entropy_coef * weight;
+            row.entropy_weighted += static_cast<double>(ent(b, t)) * entropy_weight;
+            h_data[b * T + t] = -options.entropy_coef * entropy_weight;
           }
         }
         if (sequence_level) {
@@ -277,14 +284,20 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
     });
 
     RowSums all;
-    for (const RowSums& row : sums) {
-      all.add(row);
+    double low_min = 1;  // shares of the tokens of a response
+    double high_max = 0;
+    for (int64_t b = 0; b < B; ++b) {
+      all.add(sums[b]);
+      if (length[b] > 0) {
+        low_min = std::min(low_min, sums[b].clip_low / static_cast<double>(length[b]));
+        high_max = std::max(high_max, sums[b].clip_high / static_cast<double>(length[b]));
+      }
     }
     const double policy_loss = -all.policy;
     const double kl_loss = beta * all.kl_weighted;
     const double entropy_loss = entropy_coef == 0 ? 0 : -entropy_coef * all.entropy_weighted;
     const double per = 1.0 / static_cast<double>(std::max<int64_t>(1, tokens));
-    const double per_group = 1.0 / static_cast<double>(std::max<int64_t>(1, groups));
+    const double per_group = 1.0 / static_cast<double>(std::max<int64_t>(1, ranked_groups));
     *loss.data_ptr<scalar_t>() =
         static_cast<scalar_t>(policy_loss + (beta == 0 ? 0 : kl_loss) + entropy_loss);
     const double values[kStats] = {policy_loss,
@@ -296,12 +309,14 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
                                    all.clip_high * per,
                                    all.ratio * per,
                                    all.ratio_max,
-                                   penalty_sum * per_group / G,
+                                   penalty_sum / static_cast<double>(std::max<int64_t>(1, ranked)),
                                    ndcg * per_group,
                                    tau * per_group,
                                    top1 * per_group,
                                    static_cast<double>(silent) / static_cast<double>(std::max<int64_t>(1, N)),
-                                   static_cast<double>(tokens)};
+                                   static_cast<double>(tokens),
+                                   tokens == 0 ? 0 : low_min,
+                                   high_max};
     for (int64_t i = 0; i < kStats; ++i) {
       stats.data_ptr<scalar_t>()[i] = static_cast<scalar_t>(values[i]);
     }

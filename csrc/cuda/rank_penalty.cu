@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../options.h"
 #include "../rank_group.h"
 
 namespace rlaif {
@@ -46,7 +47,8 @@ template <int SLOTS>
 __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     rank_penalty_kernel(const float* __restrict__ scores,        // (N, G)
                         const float* __restrict__ oracle_ranks,  // (N, G)
-                        const bool* __restrict__ valid,      // (N,) or null
+                        const bool* __restrict__ judged,         // (N, G) or null
+                        const float* __restrict__ weights,       // (N,) or null
                         float* __restrict__ advantages,          // (N, G)
                         float* __restrict__ penalties,           // (N, G)
                         float* __restrict__ ndcg,                // (N,)
@@ -59,7 +61,18 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 
   for (int64_t n = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; n < N; n += stride) {
     const int64_t base = n * G;
-    if (valid != nullptr && !valid[n]) {  // the same for the whole warp
+    // Which responses are members of the group: bit i of members[s] is response i + 32 s, the same in all lanes.
+    bool member[SLOTS];
+    unsigned members[SLOTS];
+    int count = 0;
+#pragma unroll
+    for (int s = 0; s < SLOTS; ++s) {
+      const int i = lane + s * kWarp;
+      member[s] = i < G && (judged == nullptr || judged[base + i]);
+      members[s] = __ballot_sync(kAllLanes, member[s]);
+      count += __popc(members[s]);
+    }
+    if (count < kMinRanked) {  // the same for the whole warp
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         const int i = lane + s * kWarp;
@@ -82,9 +95,9 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int i = lane + s * kWarp;
-      const float rank = i < G ? oracle_ranks[base + i] : float(0);
+      const float rank = member[s] ? oracle_ranks[base + i] : float(0);
       oracle_key[s] = kind == Kind::ZScore ? -rank : rank;
-      policy_key[s] = i < G ? -scores[base + i] : float(0);
+      policy_key[s] = member[s] ? -scores[base + i] : float(0);
     }
 
     // One round of shuffles serves the places of both orders and the concordant pairs.
@@ -94,6 +107,10 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     int oracle_untied = 0;
     int policy_untied = 0;
     for (int j = 0; j < G; ++j) {
+      const unsigned word = SLOTS == 1 || j < kWarp ? members[0] : members[SLOTS - 1];  // no indexed registers
+      if ((word >> (j % kWarp) & 1) == 0) {
+        continue;
+      }
       const float other_oracle = from_lane<SLOTS>(oracle_key, j);
       const float other_policy = from_lane<SLOTS>(policy_key, j);
 #pragma unroll
@@ -102,7 +119,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
         const int b = sign_of(policy_key[s], other_policy);
         meet(oracle[s], a);
         meet(policy[s], b);
-        if (lane + s * kWarp < G) {
+        if (member[s]) {
           agreement += a * b;
           oracle_untied += a * a;
           policy_untied += b * b;
@@ -120,7 +137,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       u[s] = penalty[s] = advantage[s] = float(0);
-      if (lane + s * kWarp < G) {
+      if (member[s]) {
         u[s] = tie_mean(kTables.gain, oracle[s]);
         penalty[s] = penalty_of(kind, u[s], tie_mean(kTables.gain, policy[s]));
         const float relevance = tie_mean(kTables.relevance, oracle[s]);
@@ -139,9 +156,9 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       float total = 0;
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
-        total += lane + s * kWarp < G ? x[s] : float(0);
+        total += member[s] ? x[s] : float(0);
       }
-      return warp_sum(total) / float(G);
+      return warp_sum(total) / float(count);
     };
     if (follows_paper(kind)) {
       const float centre = group_mean(penalty);
@@ -163,7 +180,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
         for (int s = 0; s < SLOTS; ++s) {
           square[s] = (value[s] - centre) * (value[s] - centre);
         }
-        spread = sqrt(group_mean(square) * float(G) / float(G > 1 ? G - 1 : 1)) + float(kZScoreEps);
+        spread = sqrt(group_mean(square) * float(count) / float(count - 1)) + float(kZScoreEps);
       }
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
@@ -193,11 +210,12 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       }
     }
 
+    const float weight = weights == nullptr ? float(1) : weights[n];
 #pragma unroll
     for (int s = 0; s < SLOTS; ++s) {
       const int i = lane + s * kWarp;
       if (i < G) {
-        advantages[base + i] = advantage[s];
+        advantages[base + i] = member[s] ? advantage[s] * weight : float(0);
         penalties[base + i] = penalty[s];
       }
     }
@@ -217,15 +235,18 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 
 using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Result rank_penalty_cuda(const at::Tensor& scores,                // (N, G)
-                         const at::Tensor& oracle_ranks,          // (N, G)
-                         const std::optional<at::Tensor>& valid,  // (N,) bool
-                         int64_t kind, double penalty_weight, bool scale_group) {
-  check_rank_penalty(scores, oracle_ranks, valid, kind);
+Result rank_penalty_cuda(const at::Tensor& scores,                  // (N, G)
+                         const at::Tensor& oracle_ranks,            // (N, G)
+                         const std::optional<at::Tensor>& judged,   // (N, G) bool
+                         const std::optional<at::Tensor>& weights,  // (N,)
+                         c10::string_view kind, double penalty_weight, c10::string_view scale) {
+  check_rank_penalty(scores, oracle_ranks, judged, weights);
+  const RankOptions rank = rank_options(kind, penalty_weight, scale);
   TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat, "scores must be float32 on a CUDA device; got ",
                    scores.scalar_type());
-  TORCH_CHECK_VALUE(scores.is_contiguous() && oracle_ranks.is_contiguous(),
-                    "scores and oracle_ranks must be contiguous on a CUDA device");
+  const auto dense = [](const std::optional<at::Tensor>& x) { return !x.has_value() || x->is_contiguous(); };
+  TORCH_CHECK_VALUE(scores.is_contiguous() && oracle_ranks.is_contiguous() && dense(judged) && dense(weights),
+                    "scores, oracle_ranks, judged and weights must be contiguous on a CUDA device");
   const c10::cuda::CUDAGuard guard(scores.device());
   const int64_t N = scores.size(0);
   const int G = static_cast<int>(scores.size(1));
@@ -247,9 +268,10 @@ Result rank_penalty_cuda(const at::Tensor& scores,                // (N, G)
   const auto launch = [&](auto kernel) {
     kernel<<<grid, block, 0, stream>>>(
         scores.const_data_ptr<float>(), oracle_ranks.const_data_ptr<float>(),
-        valid.has_value() ? valid->const_data_ptr<bool>() : nullptr, advantages.data_ptr<float>(),
+        judged.has_value() ? judged->const_data_ptr<bool>() : nullptr,
+        weights.has_value() ? weights->const_data_ptr<float>() : nullptr, advantages.data_ptr<float>(),
         penalties.data_ptr<float>(), ndcg.data_ptr<float>(), tau.data_ptr<float>(), has_signal.data_ptr<bool>(),
-        top1.data_ptr<float>(), N, G, static_cast<Kind>(kind), static_cast<float>(penalty_weight), scale_group);
+        top1.data_ptr<float>(), N, G, rank.kind, static_cast<float>(rank.penalty_weight), rank.scale_group);
   };
   G <= kWarp ? launch(rank_penalty_kernel<1>) : launch(rank_penalty_kernel<2>);
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -14,6 +14,7 @@ from rlaif_fast.data.summary import chance_accuracy, summarise
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
+from rlaif_fast.video.refs import MediaRef
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,19 +91,17 @@ def _check(options: argparse.Namespace) -> int:
 
 def _open_media(report: ReadReport, shown: int) -> None:
     """Probe every video and open every image once."""
-    from rlaif_fast.video import VideoError, load_image, probe
+    from rlaif_fast.video import VideoError
 
-    first: dict[tuple[str, bool], str] = {}  # (path, is a video) -> the first row that names it
+    first: dict[MediaRef, str] = {}  # medium -> the first row that names it
     for example in report.examples:
-        for path in example.videos:
-            first.setdefault((path, True), example.source)
-        for path in example.images:
-            first.setdefault((path, False), example.source)
+        for medium in example.seen:
+            first.setdefault(medium, example.source)
     errors = []
     with _progress("opening files") as advance:
-        for done, ((path, is_video), source) in enumerate(first.items(), 1):
+        for done, (medium, source) in enumerate(first.items(), 1):
             try:
-                probe(path) if is_video else load_image(path)
+                _open_medium(medium)
             except VideoError as error:
                 errors.append(f"{source}: {error}")
             advance(done, len(first))
@@ -110,6 +109,20 @@ def _open_media(report: ReadReport, shown: int) -> None:
         more = [f"... and {len(errors) - shown} more"] if len(errors) > shown else []
         head = f"{report.path}: {len(errors)} of {len(first)} files cannot be decoded"
         raise RlaifFastError("\n  ".join([head, *errors[:shown], *more]))
+
+
+def _open_medium(medium: MediaRef) -> None:
+    """Open one medium; of a video, find the frames that its row asks for."""
+    from rlaif_fast.video import FrameSampling, load_frames, load_image, probe
+
+    if medium.is_image:
+        load_image(medium.path)
+    elif medium.frames:
+        load_frames(medium.path, medium.frames, sampling=FrameSampling().cut(medium.cut))
+    else:
+        info = probe(medium.path)
+        if medium.cut.given():
+            FrameSampling().cut(medium.cut).sample(info)
 
 
 def _print_table(report: ReadReport) -> None:

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlaif_fast.data.answers import settle_options, split_target
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.forms import check_form
+from rlaif_fast.data.media_keys import CUT_KEYS, Medium, read_medium, row_cut, row_media
+from rlaif_fast.data.published import named_video, unfold
+
 Row = Mapping[str, Any]
-
-
-class RowError(ValueError):
-    """A row that cannot be used; the message says why."""
 
 
 @dataclass
@@ -33,26 +36,29 @@ class Fields:
 
     question: str
     answer: str | None = None
-    videos: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
     category: str | None = None
     id: str | None = None
     system: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    layout: list[str] = field(default_factory=list)
+    tags_before: Counter[str] = field(default_factory=Counter)  # in earlier turns, by kind
+    target: str | None = None
 
 
 _ID = ("id", "question_id", "problem_id", "sample_id")
 _CATEGORY = ("category", "task_type", "problem_type")
 _COMMON = {*_ID, *_CATEGORY, "answer", "options", "metadata", "system", "video", "videos", "image", "images"}
-_TAG = re.compile(r"<(video|image)>(?:(.*?)</\1>)?\n?", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LABEL = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(.*\S)\s*$", re.DOTALL)
-_LETTER = re.compile(r"^\s*(?:\(([A-Z])\)|([A-Z]))(?:[.):]|\s*$)")
+_TAG = re.compile(r"<(video|image)>(?:([^<]{1,4096})</\1>)?\n?")
 
 
-def convert(row: Row) -> tuple[str, list[Fields]]:
+def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
     """Convert one row.
+
+    Args:
+        row: The row.
+        scored: Which part of an answer is scored; see `answers.split_target`.
 
     Returns:
         The name of the format, and one entry for each question the row asks.
@@ -60,9 +66,10 @@ def convert(row: Row) -> tuple[str, list[Fields]]:
     Raises:
         RowError: The row is of no known format, or is wrong.
     """
+    row = unfold(row)
     for key, (name, reader) in FORMATS.items():
         if row.get(key) is not None:
-            return name, [_finish(fields, row) for fields in reader(row)]
+            return name, [_finish(fields, row, scored) for fields in reader(row)]
     known = [*FORMATS, *sorted(_COMMON)]
     hints = [
         f"{key!r} (did you mean {near[0]!r}?)"
@@ -81,7 +88,7 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _native(row: Row) -> list[Fields]:
-    return [Fields(_text(row, "question"), _optional_text(row, "answer"))]
+    return [Fields(_text(row, "question"), _optional_text(row, "answer" if "answer" in row else "solution"))]
 
 
 def _video_r1(row: Row) -> list[Fields]:
@@ -90,7 +97,7 @@ def _video_r1(row: Row) -> list[Fields]:
         kind = row.get("data_type", "video")
         if kind not in ("video", "image"):
             raise RowError(f"data_type: expected 'video' or 'image', got {kind!r}")
-        _media_of(fields, f"{kind}s").append(_path(row["path"], "path"))
+        fields.media.append(read_medium(row["path"], kind, "path", row_cut(row, kind)))
     return [fields]
 
 
@@ -116,18 +123,18 @@ def _llava(row: Row) -> list[Fields]:
         if role not in roles:
             raise RowError(f"conversations: unknown 'from' {role!r}; use 'human' and 'gpt'")
         turns.append({"role": roles[role], "content": value})
-    return _dialogue(turns, "conversations")
+    return _dialogue(turns, "conversations", row)
 
 
 def _messages(row: Row) -> list[Fields]:
-    return _dialogue(_list(row, "messages"), "messages")
+    return _dialogue(_list(row, "messages"), "messages", row)
 
 
 def _prompt_completion(row: Row) -> list[Fields]:
     prompt, completion = row["prompt"], row.get("completion", row.get("solution"))
     if isinstance(prompt, str):
         return [Fields(_text(row, "prompt"), completion if completion is None else _flat(completion))]
-    found = _dialogue(_list(row, "prompt"), "prompt")
+    found = _dialogue(_list(row, "prompt"), "prompt", row)
     if len(found) != 1 or found[0].answer is not None:
         raise RowError("prompt: expected one user message; give one question a row")
     if completion is not None:
@@ -149,10 +156,10 @@ _OWN = {*FORMATS, "solution", "completion", "response", "history", "path", "data
 # Parts
 
 
-def _dialogue(turns: list[Any], key: str) -> list[Fields]:
+def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
     """One entry for each user turn with the answer after it; all see all media of the dialogue."""
     found: list[Fields] = []
-    media = Fields("")
+    media: list[Medium] = []
     system = None
     for turn in turns:
         if not isinstance(turn, Mapping) or "role" not in turn:
@@ -163,7 +170,7 @@ def _dialogue(turns: list[Any], key: str) -> list[Fields]:
         elif role == "user":
             if found and found[-1].answer is None:
                 raise RowError(f"{key}: two user turns without an answer between them")
-            found.append(Fields(_user_text(content, media)))
+            found.append(Fields(_user_text(content, media, row)))
         elif role == "assistant":
             if not found or found[-1].answer is not None:
                 raise RowError(f"{key}: an assistant turn without a user turn before it")
@@ -172,16 +179,16 @@ def _dialogue(turns: list[Any], key: str) -> list[Fields]:
             raise RowError(f"{key}: unknown role {role!r}; use 'system', 'user' and 'assistant'")
     if not found:
         raise RowError(f"{key}: no user turn")
-    for fields in found:
-        fields.videos, fields.images, fields.system = list(media.videos), list(media.images), system
-    tags = sum(len(_TAG.findall(fields.question)) for fields in found)
-    for fields in found:  # counted here, over the whole dialogue
-        fields.metadata = {"_tags": tags}
+    counted = [Counter(kind for kind, _ in _TAG.findall(fields.question)) for fields in found]
+    before: Counter[str] = Counter()
+    for fields, own in zip(found, counted):
+        fields.media, fields.system, fields.tags_before = list(media), system, before.copy()
+        before += own
     return found
 
 
-def _user_text(content: Any, media: Fields) -> str:
-    """The text of a user turn; its media are added to `media`."""
+def _user_text(content: Any, media: list[Medium], row: Row) -> str:
+    """The text of a user turn with a tag for each medium; the media of its parts are added to `media`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -192,11 +199,11 @@ def _user_text(content: Any, media: Fields) -> str:
         if kind == "text":
             texts.append(_flat([part]))
         elif kind in ("video", "image", "video_url", "image_url"):
-            value = part.get(kind)
-            if isinstance(value, Mapping) and "url" in value:
-                value = value["url"]
-            if value is not None:  # else a placeholder for the next of `videos` or `images`
-                _media_of(media, f"{kind[:5]}s").append(_path(value, kind))
+            texts.append(f"<{kind[:5]}>")
+            if any(part.get(key) is not None for key in (kind, "path", "url")):
+                media.append(read_medium(part, kind[:5], kind, row_cut(row, kind[:5])))
+            elif len(part) > 1:  # else a placeholder for the next of `videos` or `images`
+                raise RowError(f"content: a {kind} without its path, {part!r:.60}")
         else:
             raise RowError(f"content: unknown part {part!r:.60}; use the types 'text', 'video' and 'image'")
     return "\n".join(texts)
@@ -215,119 +222,94 @@ def _flat(content: Any) -> str:
     raise RowError(f"expected a text, got {content!r:.60}")
 
 
-def _finish(fields: Fields, row: Row) -> Fields:
+def _finish(fields: Fields, row: Row, scored: str) -> Fields:
     """Apply the keys that all formats share, and bring options and answer into one form."""
-    for key in ("video", "videos", "image", "images"):
-        value = row.get(key)
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        _media_of(fields, key).extend(_path(item, key) for item in values)
-    fields.question = _without_tags(fields)
+    named = row_media(row)
+    if any(first.kind == second.kind for first in named for second in fields.media[:1]):
+        kind = fields.media[0].kind
+        raise RowError(f"{kind}s: name every {kind} in its part, or all of them in `{kind}s`")
+    if not named and not fields.media and (video := named_video(row)) is not None:
+        named = [video]
+    fields.media += named
+    place_media(fields)
     if row.get("answer") is not None:
         fields.answer = _optional_text(row, "answer")
     if row.get("system") is not None:
         fields.system = _text(row, "system")
-    fields.id = next((str(row[key]) for key in _ID if row.get(key) is not None), None)
-    fields.category = next((str(row[key]).strip() for key in _CATEGORY if row.get(key)), None)
-    if fields.answer is not None:
-        tagged = _ANSWER.search(fields.answer)
-        fields.answer = (tagged.group(1) if tagged else fields.answer).strip() or None
-    _settle_options(fields, row)
+    fields.id = next((_name(row, key) for key in _ID if row.get(key) is not None), None)
+    fields.category = next((_name(row, key) for key in _CATEGORY if row.get(key) not in (None, "")), None)
+    process = row.get("process")
+    if isinstance(process, str) and process.strip() and fields.answer is not None:  # Video-R1-COT
+        fields.answer = f"{process.strip()}\n{fields.answer}"
+    fields.answer, fields.target = split_target(fields.answer, scored)
+    asked = fields.question
+    fields.question, fields.options, fields.answer = settle_options(asked, fields.answer, row.get("options"))
+    if fields.layout and fields.question != asked:
+        fields.layout[-1] = settle_options(fields.layout[-1], fields.answer, None)[0]
     metadata = row.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise RowError(f"metadata: expected an object, got {type(metadata).__name__}")
     rest = {
         key: value
         for key, value in row.items()
-        if key not in _COMMON and key not in _OWN and value is not None
+        if key not in _COMMON and key not in _OWN and key not in CUT_KEYS and value is not None
     }
     fields.metadata = {**rest, **metadata}
+    form = fields.metadata.get("form")
+    if form is not None:
+        check_form(form, fields.answer)
     return fields
 
 
-def _without_tags(fields: Fields) -> str:
-    """The question without <video> and <image> tags, whose number is checked."""
-    tags = fields.metadata.get("_tags", len(_TAG.findall(fields.question)))
-    for kind, inner in _TAG.findall(fields.question):  # <video>path</video>
-        if inner:
-            _media_of(fields, f"{kind}s").append(inner.strip())
-    count = len(fields.videos) + len(fields.images)
-    if tags > count:
-        raise RowError(
-            f"{tags} <video> or <image> tags, but {count} files; name each in `videos` or `images`"
-        )
-    question = _TAG.sub("", fields.question).strip()
-    if not question:
+def place_media(fields: Fields) -> None:
+    """Put the media into the order of the question's <video> and <image> tags, and split the question at them.
+
+    Where a row has no picture, <image> means its video (LLaVA-Video-178K), and the other way round.
+    """
+    waiting = {
+        kind: [medium for medium in fields.media if medium.kind == kind] for kind in ("video", "image")
+    }
+    stands_for = {
+        kind: kind if waiting[kind] else other for kind, other in (("video", "image"), ("image", "video"))
+    }
+    used: Counter[str] = Counter()
+    for kind, count in fields.tags_before.items():
+        used[stands_for[kind]] += count
+    pieces, tagged, at = [], [], 0
+    for match in _TAG.finditer(fields.question):
+        kind, inner = match.groups()
+        pieces.append(fields.question[at : match.start()])
+        at = match.end()
+        if inner:  # <video>path</video>
+            tagged.append(read_medium(inner.strip(), kind, kind))
+            continue
+        kind = stands_for[kind]
+        if used[kind] >= len(waiting[kind]):
+            tags, count = (
+                sum(fields.tags_before.values()) + len(_TAG.findall(fields.question)),
+                len(fields.media),
+            )
+            raise RowError(
+                f"{tags} <video> or <image> tags, but {count} files; name each in `videos` or `images`"
+            )
+        tagged.append(waiting[kind][used[kind]])
+        used[kind] += 1
+    pieces.append(fields.question[at:])
+    taken = set(map(id, tagged))
+    first = [medium for medium in fields.media if id(medium) not in taken]
+    fields.question = "".join(pieces).strip()
+    if not fields.question:
         raise RowError("the question is empty")
-    return question
+    fields.media = first + tagged
+    pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
+    fields.layout = [] if not any(piece.strip() for piece in pieces[:-1]) else [""] * len(first) + pieces
 
 
-def _settle_options(fields: Fields, row: Row) -> None:
-    options = row.get("options")
-    if options:
-        if not isinstance(options, list) or not all(
-            isinstance(option, str) and option.strip() for option in options
-        ):
-            raise RowError(f"options: expected a list of texts, got {options!r:.60}")
-        fields.options = _unlabelled(options)
-        if len(fields.options) < 2:
-            raise RowError(f"options: expected at least 2, got {len(fields.options)}")
-        if fields.answer is not None:
-            letter = _letter(fields.answer, fields.options)
-            if letter is None:
-                raise RowError(f"answer: {fields.answer!r:.60} is none of the options; give its letter")
-            fields.answer = letter
-        return
-    # Options written into the question, one a line.
-    lines = fields.question.splitlines()
-    first = next((i for i, line in enumerate(lines) if _label(line) == "A"), None)
-    if not first or fields.answer is None:
-        return
-    found: list[str] = []
-    for line in lines[first:]:
-        if _label(line) != chr(ord("A") + len(found)):
-            break
-        found.append(line)
-    inside = _unlabelled(found)
-    letter = _letter(fields.answer, inside)
-    if len(inside) >= 2 and letter is not None:
-        fields.question = "\n".join(lines[:first]).strip()
-        fields.options, fields.answer = inside, letter
-
-
-def _label(option: str) -> str | None:
-    match = _LABEL.match(option)
-    return (match.group(1) or match.group(2)) if match else None
-
-
-def _unlabelled(options: list[str]) -> list[str]:
-    """The options without "A. ", "(B) ", "C) " where all of them are so labelled, in order."""
-    if [_label(option) for option in options] != [chr(ord("A") + i) for i in range(len(options))]:
-        return [option.strip() for option in options]
-    return [match.group(3) for option in options if (match := _LABEL.match(option))]
-
-
-def _letter(answer: str, options: list[str]) -> str | None:
-    """The letter an answer names: "B", "(B)", "B. the text" or "the text"."""
-    texts = [option.strip().casefold() for option in options]
-    if texts.count(answer.strip().casefold()) == 1:
-        return chr(ord("A") + texts.index(answer.strip().casefold()))
-    match = _LETTER.match(answer)
-    letter = (match.group(1) or match.group(2)) if match else None
-    return letter if letter is not None and ord(letter) - ord("A") < len(options) else None
-
-
-def _media_of(fields: Fields, key: str) -> list[str]:
-    return fields.videos if key.startswith("video") else fields.images
-
-
-def _path(value: Any, key: str) -> str:
-    if isinstance(value, Mapping):
-        value = value.get("path") or value.get("video") or value.get("image")
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{key}: expected the path of a file, got {value!r:.60}")
-    if value.startswith(("http://", "https://", "data:")):
-        raise RowError(f"{key}: {value:.60} is not a local file; download it and give its path")
-    return value.removeprefix("file://")
+def _name(row: Row, key: str) -> str:
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise RowError(f"{key}: expected a text or a number, got {type(value).__name__}")
+    return str(value).strip()
 
 
 def _list(row: Row, key: str) -> list[Any]:

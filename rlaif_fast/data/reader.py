@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rlaif_fast.data.converters import Fields, RowError, convert
+from rlaif_fast.data.converters import Fields, convert
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import Medium
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.data.sources import rows_of
+from rlaif_fast.errors import UsageError, printable
+from rlaif_fast.video.refs import Cut, MediaRef
 
 logger = logging.getLogger(__name__)
 
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+VIDEO_FOLDERS = (Path(), Path("videos"), Path("video"), Path("data"))  # as published datasets unpack
 _SHOWN = 10  # wrong rows that a message names
 
 
@@ -54,21 +60,26 @@ def read_examples(
     media_root: str | Path | None = None,
     require_answer: bool = True,
     check_files: bool = True,
+    scored: Literal["answer", "whole"] = "answer",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[Example]:
     """Read a dataset in any of the formats of `converters`, told row by row.
 
     Args:
-        path: A file with one JSON object a line, or with one JSON array.
+        path: A file with one JSON object a line, or with one JSON array; a CSV or parquet file; a `datasets` folder.
         media_root: Folder that relative paths start from; by default the folder of `path`.
         require_answer: Whether a row without an answer is wrong.
         check_files: Whether a row is wrong whose video or image is not there.
+        scored: Which part of an answer with `<think>` or `<answer>` blocks is scored: what stands in the last
+            `<answer>` block, or the whole; supervised fine-tuning teaches the whole.
         on_error: "raise" refuses a file with wrong rows and names them; "skip" leaves them out and logs them.
 
     Raises:
         UsageError: The file cannot be read, has no usable row, or has wrong rows and `on_error` is "raise".
     """
-    report = read_report(path, media_root=media_root, require_answer=require_answer, check_files=check_files)
+    report = read_report(
+        path, media_root=media_root, require_answer=require_answer, check_files=check_files, scored=scored
+    )
     if report.errors and on_error == "raise":
         raise UsageError(report.describe_errors())
     if report.errors:
@@ -88,6 +99,7 @@ def read_report(
     media_root: str | Path | None = None,
     require_answer: bool = True,
     check_files: bool = True,
+    scored: Literal["answer", "whole"] = "answer",
 ) -> ReadReport:
     """Read a dataset as `read_examples` does, but return everything there is to say about it.
 
@@ -100,15 +112,16 @@ def read_report(
     lines_of: dict[str, int] = {}  # id -> line
     renamed = uncategorised = 0
     media = _Media(root, check_files)
-    for line, row in _rows(path):
+    for line, row in rows_of(path):
         report.rows += 1
         try:
             if isinstance(row, RowError):
                 raise row
             if not isinstance(row, dict):
                 raise RowError(f"expected a JSON object, got {type(row).__name__}")
-            name, found = convert(row)
+            name, found = convert(row, scored)
             examples = []
+            _refuse_mistyped_media(row, found)
             for turn, fields in enumerate(found):
                 if require_answer and fields.answer is None:
                     raise RowError(_no_answer(row))
@@ -120,7 +133,12 @@ def read_report(
                     id_, renamed = f"{id_}@{line}", renamed + 1
                 examples.append(_example(fields, id_, media, f"{path}:{line}"))
         except RowError as error:
-            report.errors.append(f"{path}:{line}: {error}")
+            report.errors.append(printable(f"{path}:{line}: {error}"))
+            continue
+        except Exception as error:  # no row may end a run; what was not foreseen is told like the rest
+            report.errors.append(
+                printable(f"{path}:{line}: cannot be read ({type(error).__name__}: {error})")
+            )
             continue
         lines_of.update((example.id, line) for example in examples)
         uncategorised += sum(fields.category is None for fields in found)
@@ -140,15 +158,38 @@ class _Media:
         self.root = root
         self.check = check
         self.seen: dict[str, str] = {}  # path -> what is wrong with it
+        self.folders: dict[Path, tuple[str, ...]] = {}  # folder -> the pictures in it
 
-    def resolve(self, name: str) -> str:
-        path = str(self.root / name)
-        if self.check:
+    def find(self, stem: str) -> str:
+        """The video of that name, whatever its suffix, in the folder or in one where published datasets keep them."""
+        tried = [folder / f"{stem}{suffix}" for folder in VIDEO_FOLDERS for suffix in VIDEO_SUFFIXES]
+        for name in tried:
+            if (self.root / name).exists():
+                return str(name)
+        return str(tried[0])
+
+    def resolve(self, medium: Medium) -> MediaRef:
+        if medium.by_name:
+            medium = replace(medium, path=self.find(medium.path))
+        names = medium.frames or (medium.path,)
+        paths = tuple(str(self.root / name) for name in names)
+        if not medium.frames and medium.kind == "video" and Path(paths[0]).is_dir():
+            return MediaRef(paths[0], False, medium.cut, self._folder(Path(paths[0])))
+        for path in paths if self.check else ():
             if path not in self.seen:
                 self.seen[path] = self._trouble(Path(path))
             if self.seen[path]:
                 raise RowError(self.seen[path])
-        return path
+        return MediaRef(paths[0], medium.kind == "image", medium.cut, paths if medium.frames else ())
+
+    def _folder(self, path: Path) -> tuple[str, ...]:
+        """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+        if path not in self.folders:
+            found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
+            self.folders[path] = tuple(map(str, sorted(found, key=_by_number)))
+        if not self.folders[path]:
+            raise RowError(f"{path} is a folder without pictures; give a video file, or a folder of frames")
+        return self.folders[path]
 
     @staticmethod
     def _trouble(path: Path) -> str:
@@ -165,69 +206,43 @@ class _Media:
             return f"{path} cannot be read: {error.strerror}"
 
 
+def _by_number(path: Path) -> list[tuple[int, int, str]]:
+    """Sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
+
+
 def _example(fields: Fields, id_: str, media: _Media, source: str) -> Example:
-    if not fields.videos and not fields.images:
-        raise RowError("no video and no image; name them in `video`, `videos` or `images`")
+    refs = tuple(media.resolve(medium) for medium in fields.media)
+    videos, images = ([ref for ref in refs if ref.is_image is still] for still in (False, True))
+    plain = [*videos, *images] == list(refs) and all(ref.cut == Cut() and not ref.frames for ref in refs)
     return Example(
         id=id_,
         question=fields.question,
         answer=fields.answer,
-        videos=tuple(map(media.resolve, fields.videos)),
-        images=tuple(map(media.resolve, fields.images)),
+        videos=tuple(ref.path for ref in videos),
+        images=tuple(ref.path for ref in images),
         options=tuple(fields.options),
         category=fields.category or "all",
         metadata=fields.metadata,
         system=fields.system,
         source=source,
+        media=() if plain else refs,
+        layout=tuple(fields.layout),
+        target=fields.target,
     )
+
+
+def _refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
+    """A row without media is about text alone, unless a key of it looks like a name of media."""
+    if any(fields.media for fields in found):
+        return
+    for key in row:
+        near = difflib.get_close_matches(key, ("video", "videos", "image", "images"), 1, 0.75)
+        if near and key != near[0]:
+            raise RowError(f"no video and no image; did you mean {near[0]!r} by {key!r}?")
 
 
 def _no_answer(row: dict[str, Any]) -> str:
     near = difflib.get_close_matches("answer", [key for key in row if key != "answer"], 1, 0.7)
     return "no answer" + (f"; did you mean 'answer' by {near[0]!r}?" if near else "")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line, row); a row that is no JSON comes as a RowError."""
-    try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
-    if data.lstrip()[:1] == b"[":
-        yield from _array(path, data)
-        return
-    for number, raw in enumerate(data.split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            yield number, json.loads(raw.decode())
-        except UnicodeDecodeError as error:
-            yield number, RowError(f"not UTF-8 at byte {error.start}")
-        except json.JSONDecodeError as error:
-            yield number, RowError(f"not JSON: {error.msg} at column {error.colno}")
-
-
-def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    """The rows of one JSON array, each with the line that it starts on."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
-    decoder = json.JSONDecoder()
-    at, line = text.index("[") + 1, 1
-    counted = 0
-    while True:
-        while at < len(text) and (text[at].isspace() or text[at] == ","):
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            return
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            yield (
-                error.lineno,
-                RowError(f"not JSON: {error.msg} at column {error.colno}; the rest is not read"),
-            )
-            return
-        yield line, row

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlaif_fast.video.refs import MediaRef
+
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -44,6 +46,10 @@ class Example:
         metadata: Whatever else the row carries.
         system: System prompt, where the row gives one.
         source: "file:line", for messages.
+        media: Every medium in the order the prompt shows it; empty where that is `videos`, then `images`, whole.
+        layout: The pieces of `question` before, between and after the media, one more than there are media; empty
+            where all media stand before it.
+        target: What supervised fine-tuning teaches, where that is more than `answer` (reasoning around it).
     """
 
     id: str
@@ -56,3 +62,19 @@ class Example:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     source: str = ""
+    media: tuple[MediaRef, ...] = ()
+    layout: tuple[str, ...] = ()
+    target: str | None = None
+
+    @property
+    def seen(self) -> tuple[MediaRef, ...]:
+        """Every medium in the order the prompt shows it."""
+        return self.media or (
+            *(MediaRef(path) for path in self.videos),
+            *(MediaRef(path, is_image=True) for path in self.images),
+        )
+
+    @property
+    def taught(self) -> str | None:
+        """What supervised fine-tuning teaches."""
+        return self.answer if self.target is None else self.target

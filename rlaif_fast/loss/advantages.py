@@ -1,6 +1,7 @@
 """The advantages of responses: ranks or rewards in, (N, G) out, each kind beside its formula.
 
-Letters: N groups, G responses a group, u gain in the oracle's order, p rank penalty, w penalty_weight.
+Letters: N groups, G responses a group, u gain in the oracle's order, p rank penalty, w penalty_weight. Means
+run over the members of a group: the responses that were judged.
 """
 
 from __future__ import annotations
@@ -13,27 +14,27 @@ ZSCORE_EPS = 1e-4  # added to the standard deviation of a group
 SCALE_EPS = 1e-6  # added to the root mean square of a group
 
 
-def directed(u: Tensor, penalty: Tensor, w: float) -> Tensor:
+def directed(u: Tensor, penalty: Tensor, members: Tensor, w: float) -> Tensor:
     """b = u - mean u;  a = b (1 + w p);  A = a - mean a."""
-    a = oracle(u) * (1 + w * penalty)
-    return a - _mean(a)
+    a = oracle(u, members) * (1 + w * penalty)
+    return a - _mean(a, members)
 
 
-def oracle(u: Tensor) -> Tensor:
+def oracle(u: Tensor, members: Tensor) -> Tensor:
     """A = u - mean u: the oracle's order alone."""
-    return u - _mean(u)
+    return u - _mean(u, members)
 
 
-def paper(penalty: Tensor) -> Tensor:
+def paper(penalty: Tensor, members: Tensor) -> Tensor:
     """A = mean p - p, for either of the paper's penalties."""
-    return _mean(penalty) - penalty
+    return _mean(penalty, members) - penalty
 
 
-def zscore(reward: Tensor) -> Tensor:
+def zscore(reward: Tensor, members: Tensor) -> Tensor:
     """A = (R - mean R) / (std R + 1e-4): plain GRPO."""
-    centred = reward - _mean(reward)
-    G = reward.shape[-1]
-    std = (centred.square().sum(-1, keepdim=True) / max(G - 1, 1)).sqrt()
+    centred = reward - _mean(reward, members)
+    freedom = (members.sum(-1, keepdim=True) - 1).clamp(min=1)
+    std = (centred.square().where(members, 0.0).sum(-1, keepdim=True) / freedom).sqrt()
     return centred / (std + ZSCORE_EPS)
 
 
@@ -41,24 +42,25 @@ def advantages_of(
     u: Tensor,  # (N, G)
     penalty: Tensor,  # (N, G)
     oracle_ranks: Tensor,  # (N, G); rewards with kind="zscore"
+    members: Tensor,  # (N, G) bool
     tied: Tensor,  # (N,) bool, the oracle ties the whole group
     options: RankOptions,
 ) -> Tensor:  # (N, G)
     """Return the advantages of a kind, scaled where asked."""
     if options.kind in ("paper", "paper_swapped"):
-        A = paper(penalty)
+        A = paper(penalty, members)
     else:
         if options.kind == "zscore":
-            A = zscore(oracle_ranks)
+            A = zscore(oracle_ranks, members)
         elif options.kind == "oracle":
-            A = oracle(u)
+            A = oracle(u, members)
         else:
-            A = directed(u, penalty, options.penalty_weight)
+            A = directed(u, penalty, members, options.penalty_weight)
         A = A.masked_fill(tied[:, None], 0.0)  # exact zeros, whatever the mean rounded to
     if options.scale == "group":
-        A = A / (_mean(A.square()).sqrt() + SCALE_EPS)
+        A = A / (_mean(A.square(), members).sqrt() + SCALE_EPS)
     return A
 
 
-def _mean(x: Tensor) -> Tensor:  # (N, G) -> (N, 1)
-    return x.mean(-1, keepdim=True)
+def _mean(x: Tensor, members: Tensor) -> Tensor:  # (N, G) -> (N, 1)
+    return x.where(members, 0.0).sum(-1, keepdim=True) / members.sum(-1, keepdim=True).clamp(min=1)

@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
 from rlaif_fast.loss import checks, ops
-from rlaif_fast.loss.inputs import Head, LossArguments, RankAdvantages
+from rlaif_fast.loss.grouping import close_groups, rank_by_index
+from rlaif_fast.loss.inputs import Head, LossArguments, Padding, RankAdvantages
 from rlaif_fast.loss.options import RankOptions
 from rlaif_fast.loss.output import LossOutput, named
 from rlaif_fast.loss.vocabulary_shard import VocabularyShard
@@ -36,13 +37,17 @@ __all__ = [
 
 
 def rank_advantages(
-    scores: Tensor,  # (N, G)
-    oracle_ranks: Tensor,  # (N, G)
+    scores: Tensor,  # (N, G), or (B,) with group_index
+    oracle_ranks: Tensor,  # like scores
     *,
     kind: str = "directed",
     penalty_weight: float = 1.0,
     scale: str = "none",
+    judged: Tensor | None = None,  # like scores, bool
+    weights: Tensor | None = None,  # (N,)
     valid: Tensor | None = None,  # (N,) bool
+    group_index: Tensor | None = None,  # (B,)
+    validate: bool = True,
     backend: str = "auto",
 ) -> RankAdvantages:
     """Turn the oracle's ranks of N groups of G responses into advantages.
@@ -55,7 +60,15 @@ def rank_advantages(
         kind: "directed" (default), "oracle", "paper", "paper_swapped" or "zscore".
         penalty_weight: w >= 0, how much more a misranked response weighs ("directed").
         scale: "none", or "group" to divide by the root mean square over the group.
+        judged: (N, G) bool; a response without a verdict is false: its advantage is 0, and the others are a
+            smaller group. A group with fewer than two judged responses has no signal.
+        weights: (N,) float that multiply the advantages of each group (the oracle's confidence).
         valid: (N,) bool; a group whose ranking failed is false and gets advantages of 0.
+        group_index: (B,) int64 or int32, for responses in any order and groups of unequal size: equal numbers
+            are a group. `scores`, `oracle_ranks` and `judged` are then (B,), as are advantages and penalties;
+            what is (N,) stands in ascending order of the index. A trainer that shuffles or splits its rows
+            should make advantages where all rows of a group are together.
+        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -68,7 +81,10 @@ def rank_advantages(
     Source: arXiv 2510.02561 (GRPO_rank).
     """
     options = RankOptions(kind, penalty_weight, scale)
-    inputs = checks.rank_inputs(scores, oracle_ranks, valid, kind)
+    if group_index is not None:
+        rest = (judged, weights, valid, options, validate, backend)
+        return rank_by_index(scores, oracle_ranks, group_index, *rest)[0]
+    inputs = checks.rank_inputs(scores, oracle_ranks, judged, weights, valid, kind, validate)
     return ops.rank_advantages(inputs, options, backend)
 
 
@@ -92,26 +108,46 @@ def grpo_rank_loss(
             gradient of `logps`. Where they are given, they are also what the policy's own order is taken
             from.
         ref_logps: (B, T) float under the reference policy; needed when `beta` is not 0.
-        mask: (B, T) bool or 0/1; a token that is 0 contributes nothing, whatever stands there.
-        sampling_ratio: (B, T) or (B, 1) float weight of the policy term (trainer against sampler mismatch).
+        mask: (B, T) bool, or 0/1 of any dtype; a token that is 0 contributes nothing, whatever stands there.
+        sampling_ratio: (B, T), (B, 1) or (B,) float weight of the policy term (trainer against sampler
+            mismatch).
         entropy: (B, T) float in nats, differentiable; needed when `entropy_coef` is not 0.
         kind: "directed" (default), "oracle", "paper", "paper_swapped" or "zscore".
         penalty_weight: w >= 0 of the directed advantage.
         scale: "none", or "group" to divide advantages by their root mean square over the group.
         score: "mean" (per token) or "sum": which log-probability of a response orders the policy's responses.
+        scores: (N, G) float, what orders the policy's responses; else `old_logps` do, else `logps`.
+        judged: (N, G) bool; a response without a verdict is false: its advantage is 0, its tokens still count,
+            and the others are a smaller group.
+        weights: (N,) float that multiply the advantages of each group.
         valid: (N,) bool; a group that is false has advantages of 0 and counts in no average.
+        group_index: (B,) int, see `rank_advantages`: `oracle_ranks`, `scores` and `judged` are then (B,).
         epsilon: The ratio is clipped below at 1 - epsilon and, by default, above at 1 + epsilon.
         epsilon_high: The upper bound instead.
         delta: Upper bound on the ratio where clipping does not bound it (two-sided clipping).
+        dual_clip: Above 1; where A < 0 the policy term is at least dual_clip * A.
         beta: Weight of the KL term.
         kl: "k3" (default), "k1" or "k2".
+        kl_clamp: Above 0; keeps the estimate within +-kl_clamp (verl and ms-swift: 10; TRL: None).
+        unbiased_kl: Multiply the estimate by the ratio (importance sampling correction).
         entropy_coef: Weight of the entropy bonus.
-        loss_type: "grpo" mean over responses of the mean over tokens; "dapo" mean over tokens; "dr_grpo" sum
-            over (responses * max_completion_length).
+        entropy_aggregate: "loss" (default) averages the entropy as `loss_type` does the policy term; "tokens"
+            is TRL's: the mean over the tokens of this batch, whatever the loss type.
+        loss_type: "grpo" mean over responses of the mean over tokens; "dapo" and "bnpo" mean over tokens;
+            "dr_grpo" sum over (responses * max_completion_length); "luspo" mean over responses of the sum;
+            "cispo" as "dapo", the bounded ratio a constant weight of logp; "sapo" as "grpo", a soft gate in
+            place of the clip.
+        empty_rows: "count" (default; TRL, Liger) or "skip" (verl, OpenRLHF) responses without a token in the
+            number of responses.
+        cispo_bound: "relative" (default) bounds the ratio of "cispo" by 1 + epsilon_high, "absolute" (TRL,
+            Liger) by epsilon_high.
+        sapo_temperature_pos, sapo_temperature_neg: Of the gate of "sapo" where A > 0, and elsewhere.
         max_completion_length: Tokens; needed for "dr_grpo".
-        num_items_in_batch: What stands for the number of tokens ("dapo") or responses (the others) when the
-            batch is part of a larger one: that of the whole divided by the number of processes.
+        num_items_in_batch: Above 0; divides in place of the number of tokens ("dapo", "bnpo", "cispo") or of
+            responses (the others) when the batch is part of a larger one: that of the whole divided by the
+            number of processes.
         importance_sampling_level: "token", or "sequence": one ratio a response, the geometric mean (GSPO).
+        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         backend: "auto", "triton", "cpu" or "reference"; a backend asked for by name runs or raises.
 
     Returns:
@@ -126,13 +162,15 @@ def grpo_rank_loss(
     checks.floating("logps", logps, ("B", "T"))
     if entropy is not None:
         checks.floating("entropy", entropy, tuple(logps.shape), like=logps)
-    inputs, options = checks.loss_inputs(logps, tuple(logps.shape), logps.shape[0], oracle_ranks, arguments)
+    shape = tuple(logps.shape)
+    oracle_ranks, arguments, extra = close_groups(logps, logps, oracle_ranks, arguments, None, backend)
+    inputs, options = checks.loss_inputs(logps, shape, shape[0], oracle_ranks, arguments)
     if options.entropy_coef != 0.0 and entropy is None:
         raise ValueError(
             f"entropy must be given when entropy_coef is not 0; got None with {options.entropy_coef}"
         )
     closed = ops.rank_loss(logps, entropy, inputs, options, backend)
-    return named(closed, inputs, options, entropy is not None)
+    return named(closed, inputs, options, entropy is not None, extra)
 
 
 def grpo_rank_loss_from_logits(
@@ -140,7 +178,9 @@ def grpo_rank_loss_from_logits(
     token_ids: Tensor,  # (B, T)
     oracle_ranks: Tensor | None = None,  # (N, G) or (B,)
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     inplace_backward: bool = False,
     backend: str = "auto",
     **arguments: Unpack[LossArguments],
@@ -152,7 +192,9 @@ def grpo_rank_loss_from_logits(
         token_ids: (B, T) int64 or int32 in [0, V) wherever the mask is 1.
         oracle_ranks: As in `grpo_rank_loss`, like every argument not listed here. The entropy comes from the
             logits.
-        temperature: Above 0; divides the logits.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
+        logit_scale: Above 0; multiplies the logits, before the cap.
         inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. The logits
             must not be used afterwards, and backward runs once. Ignored by the reference and under
             torch.compile.
@@ -167,13 +209,18 @@ def grpo_rank_loss_from_logits(
     """
     checks.floating("logits", logits, ("B", "T", "V"))
     B, T, _ = logits.shape
-    inputs, options = checks.loss_inputs(_wide(logits), (B, T), B, oracle_ranks, arguments)
-    checks.logits(logits, token_ids, temperature, inputs.mask)
-    if inputs.mask is not None:
-        token_ids = token_ids.where(inputs.mask, 0)
-    logps, entropy = ops.selective_log_softmax(logits, token_ids, temperature, backend, inplace_backward)
+    wide, validate = _wide(logits), arguments.get("validate", True)
+    checks.loss_options(arguments)
+    mask = checks.mask(arguments.get("mask"), (B, T), logits, validate)
+    checks.logits(logits, token_ids, mask, validate)
+    scaling = checks.scaling(temperature, logit_softcap, logit_scale, (B, T), logits, validate)
+    if mask is not None:
+        token_ids = token_ids.where(mask, 0)
+    logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend, inplace_backward)
+    oracle_ranks, arguments, extra = close_groups(wide, logps, oracle_ranks, arguments, None, backend)
+    inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)
     closed = ops.rank_loss(logps, entropy, inputs, options, backend)
-    return named(closed, inputs, options, entropy is not None)
+    return named(closed, inputs, options, entropy is not None, extra)
 
 
 def fused_linear_grpo_rank_loss(
@@ -183,10 +230,13 @@ def fused_linear_grpo_rank_loss(
     oracle_ranks: Tensor | None = None,  # (N, G) or (B,)
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     lengths: Tensor | None = None,  # (B,)
     chunk_size: int | None = None,
     process_group: ProcessGroup | None = None,
+    weight_grad: Tensor | None = None,  # (V, H)
     backend: str = "auto",
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
@@ -205,12 +255,17 @@ def fused_linear_grpo_rank_loss(
         oracle_ranks: As in `grpo_rank_loss`, like every argument not listed here; with `lengths` every (B, T)
             there is (M,) here. The entropy comes from the logits.
         bias: (V,) float; differentiable.
-        temperature: Above 0; divides the logits.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
+        logit_scale: Above 0; multiplies the logits, before the cap.
         lengths: (B,) int64 tokens of each response, their sum M, when packed.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         process_group: Ranks that hold the head's vocabulary in consecutive shards, in their order: `weight`
             (and `bias`) is this rank's shard, everything else the same on every rank, and so are the loss and
             the gradient of `hidden`. Not under torch.compile.
+        weight_grad: (V, H), float32 beside a bfloat16 weight: the backward pass adds the weight's gradient to
+            it, summed and scaled in its dtype, and the weight's own `.grad` gets nothing from this loss. Not
+            under torch.compile.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -221,33 +276,39 @@ def fused_linear_grpo_rank_loss(
         TypeError: A dtype or type does not fit.
     """
     checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
-    checks.head(hidden, weight, bias, temperature, chunk_size)
-    shape = tuple(hidden.shape[:-1])
-    responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden)
-    inputs, options = checks.loss_inputs(_wide(hidden), shape, responses, oracle_ranks, arguments)
+    checks.head(hidden, weight, bias, chunk_size)
+    shape, wide, validate = tuple(hidden.shape[:-1]), _wide(hidden), arguments.get("validate", True)
+    responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, validate)
+    scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
+    padding = None if lengths is None or arguments.get("group_index") is None else Padding(lengths)
+    oracle_ranks, arguments, extra = close_groups(wide, None, oracle_ranks, arguments, padding, backend)
+    inputs, options = checks.loss_inputs(wide, shape, responses, oracle_ranks, arguments)
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
+    for name, given in (("process_group", process_group), ("weight_grad", weight_grad)):
+        if given is not None and backend == "reference":
+            raise ValueError(f"{name} must be None with backend='reference'")
+    if weight_grad is not None:
+        checks.floating("weight_grad", weight_grad, tuple(weight.shape), like=hidden)
     vocabulary = weight.shape[0]
     if process_group is not None:
-        if backend == "reference":
-            raise ValueError("process_group must be None with backend='reference'; got a process group")
         vocabulary = VocabularyShard(process_group, vocabulary, weight.device).vocabulary
-    checks.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask)
+    checks.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
-
-    head = Head(weight, bias, temperature)
-    closed = ops.linear_loss(
-        hidden, head, token_ids, lengths, inputs, options, chunk_size, process_group, backend
-    )
-    return named(closed, inputs, options, entropy_known=True)
+    rest = (token_ids, lengths, inputs, options, chunk_size, process_group, weight_grad, backend)
+    closed = ops.linear_loss(hidden, Head(weight, bias, scaling), *rest)
+    return named(closed, inputs, options, True, extra)
 
 
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...)
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_entropy: bool = False,
+    validate: bool = True,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the log-probability of each chosen token, and on request the entropy of its distribution.
@@ -255,8 +316,11 @@ def selective_log_softmax(
     Args:
         logits: (..., V) float, differentiable; never copied.
         token_ids: (...) int64 or int32 in [0, V).
-        temperature: Above 0; divides the logits.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
+        logit_scale: Above 0; multiplies the logits, before the cap.
         return_entropy: Also return the entropy.
+        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -266,8 +330,11 @@ def selective_log_softmax(
         ValueError: A shape, device or value does not fit (the message names the argument).
         TypeError: A dtype or type does not fit.
     """
-    checks.logits(logits, token_ids, temperature)
-    logps, entropy = ops.selective_log_softmax(logits, token_ids, temperature, backend)
+    checks.logits(logits, token_ids, None, validate)
+    scaling = checks.scaling(
+        temperature, logit_softcap, logit_scale, tuple(token_ids.shape), logits, validate
+    )
+    logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -277,8 +344,11 @@ def token_logps(
     token_ids: Tensor,  # (...)
     *,
     bias: Tensor | None = None,  # (V,)
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_entropy: bool = False,
+    validate: bool = True,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -290,8 +360,11 @@ def token_logps(
         weight: (V, H) float, the head.
         token_ids: (...) int64 or int32 in [0, V).
         bias: (V,) float.
-        temperature: Above 0; divides the logits.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
+        logit_scale: Above 0; multiplies the logits, before the cap.
         return_entropy: Also return the entropy.
+        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         backend: "auto", "triton", "cpu" or "reference".
 
@@ -302,10 +375,13 @@ def token_logps(
         ValueError: A shape, device or value does not fit (the message names the argument).
         TypeError: A dtype or type does not fit.
     """
-    checks.head(hidden, weight, bias, temperature, chunk_size)
-    checks.token_ids("token_ids", token_ids, tuple(hidden.shape[:-1]), like=hidden)
-    checks.ids_in_range("token_ids", token_ids, weight.shape[0], None)
-    head = Head(weight, bias, temperature)
+    checks.head(hidden, weight, bias, chunk_size)
+    shape = tuple(hidden.shape[:-1])
+    checks.token_ids("token_ids", token_ids, shape, like=hidden)
+    checks.ids_in_range("token_ids", token_ids, weight.shape[0], None, validate)
+    head = Head(
+        weight, bias, checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
+    )
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
     logps, entropy = ops.linear_logps(rows, head, ids, chunk_size, backend)
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)

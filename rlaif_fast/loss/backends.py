@@ -15,17 +15,18 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
     rank_loss(logps (B, T), entropy (B, T) | None, inputs: TokenInputs, options: LossOptions) -> TokenGradients
         Float inputs may be of any float dtype.
 
-    row_stats(logits, token_ids (M,), temperature) -> RowStats
-    row_grad(logits, token_ids (M,), temperature, stats: RowStats, grad_logps (M,), grad_entropy (M,) | None, out)
+    row_stats(logits, token_ids (M,), scaling: Scaling) -> RowStats
+    row_grad(logits, token_ids (M,), scaling, stats: RowStats, grad_logps (M,), grad_entropy (M,) | None, out)
         Write d/dlogits = grad_logps * dlogp/dlogits + grad_entropy * dentropy/dlogits; `out` may be `logits`.
-    row_loss(logits, token_ids (M,), temperature, rows: RowInputs, options: LossOptions)
+    row_loss(logits, token_ids (M,), scaling, rows: RowInputs, options: LossOptions)
              -> (RowStats, grad_logps (M,), grad_entropy (M,))
         Both at once where the advantages are known: logits are overwritten by their gradient of the loss.
         Logits are (M, V), or (..., V) with M rows, the last stride 1. An id outside [0, V) yields a NaN logp,
         never a read; `row_grad` then has no one-hot term.
 
     linear_loss(hidden (M, H), head: Head, token_ids (M,), padding: Padding | None, close: Close,
-                chunk_size: int | None, needs: Needs, shard: VocabularyShard | None)
+                chunk_size: int | None, needs: Needs, shard: VocabularyShard | None,
+                weight_dtype: torch.dtype | None)
                 -> (TokenGradients, grad_hidden | None, grad_weight | None, grad_bias | None)
     linear_stats(hidden (M, H), head: Head, token_ids (M,), chunk_size) -> RowStats
     linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy (M,),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.loss.inputs import LossArguments, RankInputs, TokenInputs
+from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_number
 
 
@@ -52,32 +52,39 @@ def token_ids(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tens
         raise TypeError(f"{name} must be int64 or int32; got {describe(value)}")
 
 
-def can_read(x: Tensor) -> bool:
+def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor | None = None) -> None:
+    """Raise unless `value` is a bool tensor (see `tensor`)."""
+    tensor(name, value, shape, like=like)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool; got {describe(value)}")
+
+
+def can_read(x: Tensor, validate: bool = True) -> bool:
     """Return whether values may be looked at: not while tracing, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
+    if not validate or torch.compiler.is_compiling():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def finite_ranks(name: str, value: Tensor, valid: Tensor | None, *, negative: bool) -> None:
-    """Raise if a rank of a valid group is NaN, infinite, or (unless `negative`) below 0."""
-    if not can_read(value) or not value.numel():
+def finite_ranks(name: str, value: Tensor, judged: Tensor | None, *, negative: bool) -> None:
+    """Raise if a rank that counts is NaN, infinite, or (unless `negative`) below 0."""
+    if not value.numel():
         return
     low, high = value.aminmax()  # one pass; NaN comes through
     if low.isfinite() and high.isfinite() and (negative or low >= 0):
         return
     bad = ~value.isfinite() if negative else ~(value.isfinite() & (value >= 0))
-    if valid is not None:
-        bad = bad & valid[:, None]
+    if judged is not None:
+        bad = bad & judged
     if bad.any():
         n, g = bad.nonzero()[0].tolist()
         expected = "finite" if negative else "finite and at least 0"
         raise ValueError(f"{name} must be {expected}; got {value[n, g].item()} at [{n}, {g}]")
 
 
-def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None) -> None:
+def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None, validate: bool = True) -> None:
     """Raise if the id of an unmasked token is outside [0, vocabulary)."""
-    if not can_read(ids):
+    if not can_read(ids, validate):
         return
     bad = (ids < 0) | (ids >= vocabulary)
     if mask is not None:
@@ -87,70 +94,96 @@ def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None) -
         raise ValueError(f"{name} must be in [0, {vocabulary}); got {ids[tuple(at)].item()} at {at}")
 
 
-def not_nan(name: str, value: Tensor, valid: Tensor | None) -> None:
-    """Raise if a score of a valid group is NaN, which has no place in an order."""
-    if not can_read(value) or not value.numel() or not value.amax().isnan():
+def not_nan(name: str, value: Tensor, judged: Tensor | None) -> None:
+    """Raise if a score that counts is NaN, which has no place in an order."""
+    if not value.numel() or not value.amax().isnan():
         return
-    bad = value.isnan() if valid is None else value.isnan() & valid[:, None]
+    bad = value.isnan() if judged is None else value.isnan() & judged
     if bad.any():
         raise ValueError(f"{name} must not be NaN; got NaN at {bad.nonzero()[0].tolist()}")
 
 
-def zero_or_one(name: str, value: Tensor) -> None:
-    """Raise if a mask that is not bool holds anything but 0 and 1."""
-    if can_read(value) and not ((value == 0) | (value == 1)).all():
-        raise ValueError(f"{name} must be bool or hold only 0 and 1; got other values")
+def counting(judged: Tensor | None, valid: Tensor | None) -> Tensor | None:  # (N, G) bool
+    """Return which responses count in their group: the judged ones of valid groups; None is all."""
+    if valid is None:
+        return judged
+    return valid[:, None] if judged is None else judged & valid[:, None]
 
 
-def ranks(oracle_ranks: Tensor, valid: Tensor | None, kind: str, *, like: Tensor) -> None:
-    """Raise unless ranks (N, G) and validity (N,) fit together and hold possible values."""
+def ranking(
+    oracle_ranks: Tensor,  # (N, G)
+    scores: Tensor | None,  # (N, G)
+    judged: Tensor | None,  # (N, G) bool
+    weights: Tensor | None,  # (N,)
+    valid: Tensor | None,  # (N,) bool
+    kind: str,
+    *,
+    like: Tensor,
+    validate: bool,
+) -> None:
+    """Raise unless what ranks the groups fits together and holds possible values."""
     tensor("oracle_ranks", oracle_ranks, ("N", "G"), like=like)
     if oracle_ranks.dtype == torch.bool or oracle_ranks.is_complex():
         raise TypeError(f"oracle_ranks must be integer or floating point; got {describe(oracle_ranks)}")
     N, G = oracle_ranks.shape
     if not 1 <= G <= MAX_GROUP_SIZE:
         raise ValueError(f"oracle_ranks must have between 1 and {MAX_GROUP_SIZE} responses a group; got {G}")
+    if scores is not None:
+        floating("scores", scores, (N, G), like=like)
+    if judged is not None:
+        boolean("judged", judged, (N, G), like=like)
+    if weights is not None:
+        floating("weights", weights, (N,), like=like)
     if valid is not None:
-        tensor("valid", valid, (N,), like=like)
-        if valid.dtype != torch.bool:
-            raise TypeError(f"valid must be bool; got {describe(valid)}")
-    finite_ranks("oracle_ranks", oracle_ranks, valid, negative=kind == "zscore")
+        boolean("valid", valid, (N,), like=like)
+    if can_read(oracle_ranks, validate):
+        count = counting(judged, valid)
+        finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
+        if scores is not None and kind not in ("oracle", "zscore"):
+            not_nan("scores", scores, count)
 
 
-def rank_inputs(scores: Tensor, oracle_ranks: Tensor, valid: Tensor | None, kind: str) -> RankInputs:
+def rank_inputs(
+    scores: Tensor,  # (N, G)
+    oracle_ranks: Tensor,  # (N, G)
+    judged: Tensor | None,  # (N, G) bool
+    weights: Tensor | None,  # (N,)
+    valid: Tensor | None,  # (N,) bool
+    kind: str,
+    validate: bool,
+) -> RankInputs:
     """Return the tensors of the rank penalty as the backends take them, or raise."""
     floating("scores", scores, ("N", "G"))
-    ranks(oracle_ranks, valid, kind, like=scores)
-    floating("scores", scores, tuple(oracle_ranks.shape))
+    ranking(oracle_ranks, scores, judged, weights, valid, kind, like=scores, validate=validate)
     scores = scores.detach()
     if kind in ("oracle", "zscore"):
         scores = scores.nan_to_num()  # ignored, so it may hold anything
-    else:
-        not_nan("scores", scores, valid)
-    return RankInputs(scores, oracle_ranks.detach(), valid)
+    count = counting(judged, valid)
+    return RankInputs(
+        scores,
+        oracle_ranks.detach(),
+        None if count is None else count.expand(scores.shape),
+        None if weights is None else weights.detach(),
+    )
 
 
-def grouped(oracle_ranks: Any, group_size: int | None, responses: int, like: Tensor) -> Tensor:  # (N, G)
-    """Bring flat or grouped ranks to (N, G) with N * G = responses."""
-    if not isinstance(oracle_ranks, Tensor):
-        raise TypeError(
-            f"oracle_ranks must be a tensor of shape (N, G) or (B,); got {describe(oracle_ranks)}"
-        )
+def grouped(name: str, value: Any, group_size: int | None, responses: int, like: Tensor) -> Tensor:  # (N, G)
+    """Bring a flat (B,) or grouped tensor to (N, G) with N * G = responses."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (N, G) or (B,); got {describe(value)}")
     divides("group_size", group_size, responses)
-    if oracle_ranks.dim() == 1:
+    if value.dim() == 1:
         if group_size is None:
-            raise ValueError(f"group_size must be given with flat oracle_ranks; got {describe(oracle_ranks)}")
-        tensor("oracle_ranks", oracle_ranks, (responses,), like=like)
-        return oracle_ranks.view(-1, group_size)
-    tensor("oracle_ranks", oracle_ranks, ("N", "G"), like=like)
-    N, G = oracle_ranks.shape
+            raise ValueError(f"group_size must be given with flat {name}; got {describe(value)}")
+        tensor(name, value, (responses,), like=like)
+        return value.view(-1, group_size)
+    tensor(name, value, ("N", "G"), like=like)
+    N, G = value.shape
     if responses != N * G:
-        raise ValueError(
-            f"oracle_ranks must be (N, G) with N * G = {responses}; got {tuple(oracle_ranks.shape)}"
-        )
+        raise ValueError(f"{name} must be (N, G) with N * G = {responses}; got {tuple(value.shape)}")
     if group_size is not None and group_size != G:
-        raise ValueError(f"group_size must be the G of oracle_ranks, {G}; got {group_size}")
-    return oracle_ranks
+        raise ValueError(f"group_size must be the G of {name}, {G}; got {group_size}")
+    return value
 
 
 def divides(name: str, value: Any, responses: int) -> None:
@@ -163,7 +196,7 @@ def divides(name: str, value: Any, responses: int) -> None:
         raise ValueError(f"{name} must divide the {responses} responses; got {value}")
 
 
-def num_items(value: Any, like: Tensor) -> Tensor | None:  # scalar
+def num_items(value: Any, like: Tensor, validate: bool) -> Tensor | None:  # scalar
     """Return the number of items of the batch as a scalar in the dtype of the loss, or raise."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     if value is None:
@@ -171,6 +204,8 @@ def num_items(value: Any, like: Tensor) -> Tensor | None:  # scalar
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must be a number or a scalar tensor; got {describe(value)}")
+        if can_read(value, validate) and not value > 0:
+            raise ValueError(f"num_items_in_batch must be above 0; got {value.item()}")
         return value.detach().reshape(()).to(like.device, dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"num_items_in_batch must be a number or a scalar tensor; got {describe(value)}")
@@ -202,40 +237,67 @@ def loss_inputs(
 ) -> tuple[TokenInputs, LossOptions]:
     """Check every argument of a loss against the others; return them as the backends take them."""
     options = loss_options(arguments)
-    get: Callable[[str], Any] = arguments.get
-    advantages, valid = get("advantages"), get("valid")
-    if (advantages is None) == (oracle_ranks is None):
-        what = "neither" if advantages is None else "both"
+    get: Callable[..., Any] = arguments.get
+    validate = get("validate", True)
+    if (get("advantages") is None) == (oracle_ranks is None):
+        what = "neither" if oracle_ranks is None else "both"
         raise ValueError(f"exactly one of oracle_ranks and advantages must be given; got {what}")
     if oracle_ranks is None:
-        advantages = given_advantages(advantages, shape, responses, arguments, like)
+        groups = {"advantages": given_advantages(shape, responses, arguments, like)}
     else:
-        oracle_ranks = grouped(oracle_ranks, get("group_size"), responses, like)
-        ranks(oracle_ranks, valid, options.kind, like=like)
-        oracle_ranks = oracle_ranks.detach().to(torch.promote_types(like.dtype, torch.float32))
+        groups = ranked_groups(oracle_ranks, responses, arguments, options, like)
     if options.beta != 0.0 and get("ref_logps") is None:
         raise ValueError(f"ref_logps must be given when beta is not 0; got None with beta={options.beta}")
     inputs = TokenInputs(
-        advantages=advantages,
-        oracle_ranks=oracle_ranks,
-        valid=valid,
+        **groups,
         old_logps=per_token("old_logps", get("old_logps"), shape, like),
         ref_logps=per_token("ref_logps", get("ref_logps"), shape, like),
-        mask=mask(get("mask"), shape, like),
+        mask=mask(get("mask"), shape, like, validate),
         sampling_ratio=sampling_ratio(get("sampling_ratio"), shape, responses, like),
-        num_items=num_items(get("num_items_in_batch"), like),
+        num_items=num_items(get("num_items_in_batch"), like, validate),
     )
     return inputs, options
 
 
+def ranked_groups(
+    oracle_ranks: Tensor, responses: int, arguments: LossArguments, options: LossOptions, like: Tensor
+) -> dict[str, Any]:
+    """Return the tensors of `TokenInputs` that rank the groups, or raise."""
+    get: Callable[..., Any] = arguments.get
+    size, valid, weights = get("group_size"), get("valid"), get("weights")
+    oracle_ranks = grouped("oracle_ranks", oracle_ranks, size, responses, like)
+    scores, judged = (
+        None if (x := get(name)) is None else grouped(name, x, oracle_ranks.shape[1], responses, like)
+        for name in ("scores", "judged")
+    )
+    validate = get("validate", True)
+    ranking(oracle_ranks, scores, judged, weights, valid, options.kind, like=like, validate=validate)
+    wide = torch.promote_types(like.dtype, torch.float32)
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().to(wide)
+
+    return {
+        "oracle_ranks": cast(oracle_ranks),
+        "scores": cast(scores),
+        "judged": judged,
+        "weights": cast(weights),
+        "valid": valid,
+    }
+
+
 def given_advantages(
-    advantages: Any, shape: tuple[int, ...], responses: int, arguments: LossArguments, like: Tensor
+    shape: tuple[int, ...], responses: int, arguments: LossArguments, like: Tensor
 ) -> Tensor:
     """Return the advantages of another trainer, or raise where something that belongs to ranks came along."""
+    advantages: Any = arguments.get("advantages")
     per_response = not (isinstance(advantages, Tensor) and advantages.shape == shape)
     floating("advantages", advantages, (responses,) if per_response else shape, like=like)
-    if arguments.get("valid") is not None:
-        raise ValueError("valid belongs to oracle_ranks: with advantages, mask the rows that must not count")
+    for name in ("valid", "judged", "weights", "scores"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} belongs to oracle_ranks; with advantages it has no use (mask rows instead)"
+            )
     divides("group_size", arguments.get("group_size"), responses)
     return advantages.detach()
 
@@ -249,23 +311,48 @@ def per_token(name: str, value: Any, shape: tuple[int, ...], like: Tensor) -> Te
 
 
 def sampling_ratio(value: Any, shape: tuple[int, ...], responses: int, like: Tensor) -> Tensor | None:
-    """Return the weights of the policy term, one a token or one a response."""
-    per_row = isinstance(value, Tensor) and value.shape == (responses, 1)
-    return per_token("sampling_ratio", value, (responses, 1) if per_row else shape, like)
+    """Return the weights of the policy term: one a token, or one a response as (B, 1)."""
+    per_response = isinstance(value, Tensor) and value.shape in ((responses,), (responses, 1))
+    if per_response and value.shape != shape:
+        ratio = per_token("sampling_ratio", value, tuple(value.shape), like)
+        return None if ratio is None else ratio.view(responses, 1)
+    return per_token("sampling_ratio", value, shape, like)
 
 
-def mask(value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """Return a mask as bool."""
+def mask(value: Any, shape: tuple[int, ...], like: Tensor, validate: bool = True) -> Tensor | None:
+    """Return a mask of any dtype that holds 0 and 1 as bool."""
     if value is None:
         return None
     tensor("mask", value, shape, like=like)
     if value.dtype == torch.bool:
         return value
-    zero_or_one("mask", value)
+    if can_read(value, validate) and not ((value == 0) | (value == 1)).all():
+        raise ValueError("mask must be bool or hold only 0 and 1; got other values")
     return value != 0
 
 
-def logits(value: Any, ids: Tensor, temperature: float, mask: Tensor | None = None) -> None:
+def scaling(
+    temperature: Any,
+    softcap: float | None,
+    scale: float,
+    shape: tuple[int, ...],  # of the tokens
+    like: Tensor,
+    validate: bool = True,
+) -> Scaling:
+    """Return what happens to the logits before the softmax, or raise."""
+    check_number("logit_scale", scale, minimum=0.0, strict=True)
+    if softcap is not None:
+        check_number("logit_softcap", softcap, minimum=0.0, strict=True)
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, minimum=0.0, strict=True)
+        return Scaling(temperature, None, softcap, scale)
+    floating("temperature", temperature, shape, like=like)
+    if can_read(temperature, validate) and not (temperature > 0).all():
+        raise ValueError("temperature must be above 0 for every token; got 0 or less, or NaN")
+    return Scaling(1.0, temperature.detach().reshape(-1), softcap, scale)
+
+
+def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool = True) -> None:
     """Raise unless logits (..., V) and the ids of tokens (...) fit together."""
     if not isinstance(value, Tensor):
         raise TypeError(f"logits must be a tensor of shape (..., V); got {describe(value)}")
@@ -275,13 +362,10 @@ def logits(value: Any, ids: Tensor, temperature: float, mask: Tensor | None = No
         )
     floating("logits", value, tuple(value.shape))
     token_ids("token_ids", ids, tuple(value.shape[:-1]), like=value)
-    check_number("temperature", temperature, minimum=0.0, strict=True)
-    ids_in_range("token_ids", ids, value.shape[-1], mask)
+    ids_in_range("token_ids", ids, value.shape[-1], mask, validate)
 
 
-def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk_size: int | None
-) -> None:
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
     """Raise unless hidden states (..., H), a weight (V, H) and a bias (V,) fit together."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor of shape (..., H); got {describe(hidden)}")
@@ -293,17 +377,16 @@ def head(
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {describe(weight)}")
     if bias is not None:
         floating("bias", bias, (weight.shape[0],), like=hidden)
-    check_number("temperature", temperature, minimum=0.0, strict=True)
     if chunk_size is not None:
         check_number("chunk_size", chunk_size, minimum=1)
 
 
-def lengths(value: Any, packed: int, like: Tensor) -> int:
+def lengths(value: Any, packed: int, like: Tensor, validate: bool = True) -> int:
     """Return how many responses there are; raise unless their lengths (B,) add up to the packed rows."""
     tensor("lengths", value, ("B",), like=like)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"lengths must be int64 or int32; got {describe(value)}")
-    if can_read(value):
+    if can_read(value, validate):
         if (value < 0).any():
             raise ValueError(f"lengths must be at least 0; got {int(value.min())}")
         if int(value.sum()) != packed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rlaif_fast.loss.inputs import (
     RankInputs,
     RowInputs,
     RowStats,
+    Scaling,
     TokenGradients,
     TokenInputs,
 )
@@ -27,7 +29,8 @@ from rlaif_fast.loss.linear import (
     linear_stats_from_rows,
 )
 from rlaif_fast.loss.linear_gradients import add_product
-from rlaif_fast.loss.options import KINDS, KLS, LOSS_TYPES, MAX_GROUP_SIZE, LossOptions, RankOptions
+from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, RankOptions
+from rlaif_fast.loss.schema import flatten
 
 __all__ = [
     "add_product",
@@ -61,26 +64,22 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
     return None
 
 
-def _wide(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _widened_fields(inputs: Any, dtype: torch.dtype) -> Any:
+    """Return a holder with every number in `dtype`, as the operators take them."""
+    wide = {}
+    for field in fields(inputs):
+        x = getattr(inputs, field.name)
+        wide[field.name] = x if x is None or x.dtype == torch.bool else x.to(dtype)
+    return replace(inputs, **wide)
 
 
 def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Rank N groups (see `rlaif_fast.loss.reference.rank_penalty.rank_penalty`)."""
-    scores = inputs.scores
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    advantages, penalties, ndcg, tau, has_signal, top1 = torch.ops.rlaif_fast.rank_penalty(
-        scores.to(wide).contiguous(),
-        inputs.oracle_ranks.to(wide).contiguous(),
-        inputs.valid,
-        KINDS.index(options.kind),
-        options.penalty_weight,
-        options.scale == "group",
-    )
-    dtype = scores.dtype
-    return RankAdvantages(
-        advantages.to(dtype), penalties.to(dtype), ndcg.to(dtype), tau.to(dtype), has_signal, top1.to(dtype)
-    )
+    dtype = inputs.scores.dtype
+    wide = _widened_fields(inputs, torch.promote_types(dtype, torch.float32))
+    dense = (None if x is None else x.contiguous() for x in flatten(wide))
+    results = torch.ops.rlaif_fast.rank_penalty(*dense, *flatten(options))
+    return RankAdvantages(*(x if x.dtype == torch.bool else x.to(dtype) for x in results))
 
 
 def rank_loss(
@@ -93,28 +92,8 @@ def rank_loss(
     wide = torch.promote_types(logps.dtype, torch.float32)
     loss, used, stats, grad_logps, grad_entropy = torch.ops.rlaif_fast.token_loss(
         logps.to(wide),
-        _wide(inputs.advantages, wide),
-        _wide(inputs.oracle_ranks, wide),
-        inputs.valid,
-        _wide(inputs.old_logps, wide),
-        _wide(inputs.ref_logps, wide),
-        inputs.mask,
-        _wide(inputs.sampling_ratio, wide),
-        _wide(entropy, wide),
-        _wide(inputs.num_items, wide),
-        KINDS.index(options.kind),
-        options.penalty_weight,
-        options.scale == "group",
-        options.score == "mean",
-        options.epsilon_low,
-        options.epsilon_high,
-        options.delta,
-        options.beta,
-        KLS.index(options.kl) + 1,
-        options.entropy_coef,
-        LOSS_TYPES.index(options.loss_type),
-        options.max_completion_length or 0,
-        options.importance_sampling_level == "sequence",
+        None if entropy is None else entropy.to(wide),
+        *flatten(_widened_fields(inputs, wide), options),
     )
     return TokenGradients(
         loss,
@@ -125,15 +104,24 @@ def rank_loss(
     )
 
 
+def _widened_scaling(scaling: Scaling, logits: Tensor) -> Scaling:
+    """Return it with temperatures (M,) in the dtype of the statistics."""
+    if scaling.temperatures is None:
+        return scaling
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return replace(scaling, temperatures=scaling.temperatures.to(wide).reshape(-1).contiguous())
+
+
 def row_stats(
     logits: Tensor,  # (M, V) or (..., V)
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row."""
-    ids = token_ids.long().contiguous()
+    ids, scaling = token_ids.long().contiguous(), _widened_scaling(scaling, logits)
     parts = [
-        torch.ops.rlaif_fast.row_stats(rows, ids[span], temperature) for span, (rows,) in _matrices(logits)
+        torch.ops.rlaif_fast.row_stats(rows, ids[span], *flatten(scaling.rows(span)))
+        for span, (rows,) in _matrices(logits)
     ]
     return RowStats(*parts[0]) if len(parts) == 1 else RowStats(*map(torch.cat, zip(*parts)))
 
@@ -141,7 +129,7 @@ def row_stats(
 def row_grad(
     logits: Tensor,  # (M, V) or (..., V)
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
     stats: RowStats,
     grad_logps: Tensor,  # (M,)
     grad_entropy: Tensor | None,  # (M,)
@@ -149,13 +137,14 @@ def row_grad(
 ) -> None:
     """Write the gradient of the logits."""
     ids, grad = token_ids.long().contiguous(), grad_logps.contiguous()
+    scaling = _widened_scaling(scaling, logits)
     lse, entropy = stats.lse.contiguous(), stats.entropy.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
     for span, (rows, to) in _matrices(logits, out):
         torch.ops.rlaif_fast.row_grad_out(
             rows,
             ids[span],
-            temperature,
+            *flatten(scaling.rows(span)),
             lse[span],
             entropy[span],
             grad[span],
@@ -167,7 +156,7 @@ def row_grad(
 def row_loss(
     logits: Tensor,  # (M, V)
     token_ids: Tensor,  # (M,)
-    temperature: float,
+    scaling: Scaling,
     rows: RowInputs,
     options: LossOptions,
 ) -> tuple[RowStats, Tensor, Tensor]:
@@ -175,14 +164,9 @@ def row_loss(
     logps, lse, entropy, grad_logps, grad_entropy = torch.ops.rlaif_fast.row_loss_(
         logits,
         token_ids.long(),
-        temperature,
+        *flatten(_widened_scaling(scaling, logits)),
         *(None if x is None else x.contiguous() for x in rows),
-        options.epsilon_low,
-        options.epsilon_high,
-        options.delta,
-        options.beta,
-        KLS.index(options.kl) + 1,
-        options.entropy_coef,
+        *flatten(options),
     )
     return RowStats(logps, lse, entropy), grad_logps, grad_entropy
 
@@ -217,8 +201,7 @@ def _widened(from_rows: Callable) -> Callable:
 
     def run(hidden: Tensor, head: Head, token_ids: Tensor, *rest: Any) -> Any:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        bias = None if head.bias is None else head.bias.to(wide)
-        widened = Head(head.weight.to(wide), bias, head.temperature)
+        widened = head._replace(weight=head.weight.to(wide))
         return from_rows(sys.modules[__name__], hidden.to(wide), widened, token_ids.long(), *rest)
 
     return run

@@ -20,18 +20,21 @@ class RankInputs:
 
     scores: Tensor  # (N, G), higher is more likely
     oracle_ranks: Tensor  # (N, G), lower is better; scalar rewards, higher is better, for kind="zscore"
-    valid: Tensor | None  # (N,) bool
+    judged: Tensor | None = None  # (N, G) bool; the others are no members of their group
+    weights: Tensor | None = None  # (N,) multiply the advantages of a group
 
 
 class RankAdvantages(NamedTuple):
     """What the ranks of N groups of G responses say; no field carries a gradient.
 
+    A group with fewer than two judged responses says nothing: every field is 0 there.
+
     Attributes:
-        advantages: (N, G).
+        advantages: (N, G); 0 for a response that was not judged.
         penalties: (N, G) rank penalty; bounded to [0, 1) unless kind is one of the paper's.
         ndcg: (N,) nDCG of the policy's order against the oracle's, in (0, 1].
         kendall_tau: (N,) Kendall tau-b of the two orders, in [-1, 1]; 0 where one of them is all ties.
-        has_signal: (N,) bool; false where the group is invalid or the oracle ties all of it.
+        has_signal: (N,) bool; false where fewer than two responses were judged, or the oracle ties them all.
         top1_agreement: (N,) share of the oracle's best responses that the policy puts first too.
     """
 
@@ -43,6 +46,9 @@ class RankAdvantages(NamedTuple):
     top1_agreement: Tensor
 
 
+_OF_GROUPS = ("oracle_ranks", "scores", "judged", "weights", "valid")
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """The checked tensors of a loss; where packed, every (B, T) is (M,). Exactly one of the first two is
@@ -50,12 +56,18 @@ class TokenInputs:
 
     advantages: Tensor | None = None  # (B,) or (B, T)
     oracle_ranks: Tensor | None = None  # (N, G)
+    scores: Tensor | None = None  # (N, G) that order the policy's responses; else old_logps, else the current
+    judged: Tensor | None = None  # (N, G) bool
+    weights: Tensor | None = None  # (N,)
     valid: Tensor | None = None  # (N,) bool
     old_logps: Tensor | None = None  # (B, T)
     ref_logps: Tensor | None = None  # (B, T)
     mask: Tensor | None = None  # (B, T) bool
     sampling_ratio: Tensor | None = None  # (B, T) or (B, 1)
-    num_items: Tensor | None = None  # scalar
+    num_items: Tensor | None = None  # scalar, for the number of tokens or responses
+    num_tokens: Tensor | None = (
+        None  # scalar, for the number of tokens of an entropy that is a mean over them
+    )
 
     @property
     def group_size(self) -> int | None:
@@ -68,8 +80,8 @@ class TokenInputs:
         groups = slice(rows.start // G, rows.stop // G)
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, x in parts.items():
-            if x is not None and name != "num_items":
-                parts[name] = x[groups if name in ("oracle_ranks", "valid") else rows]
+            if x is not None and name not in ("num_items", "num_tokens"):
+                parts[name] = x[groups if name in _OF_GROUPS else rows]
         return TokenInputs(**parts)
 
 
@@ -92,7 +104,7 @@ class TokenGradients(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Statistics of M rows of logits, of z = logits / temperature; each (M,)."""
+    """Statistics of M rows of logits, of z = the scaled logits; each (M,)."""
 
     logps: Tensor  # z_y - lse
     lse: Tensor  # logsumexp z
@@ -108,18 +120,45 @@ class RowInputs(NamedTuple):
     old_logps: Tensor | None  # None is on-policy
     ref_logps: Tensor | None
     sampling_ratio: Tensor | None
+    entropy_weights: Tensor | None = None  # what the row's entropy counts; None is `weights`
 
     def rows(self, span: slice) -> RowInputs:
         """Return some of the rows."""
         return RowInputs(*(None if x is None else x[span] for x in self))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What happens to logits before the softmax: z = cap tanh(scale logits / cap) / temperature, or
+    scale logits / temperature where there is no cap."""
+
+    temperature: float = 1.0
+    temperatures: Tensor | None = None  # (M,) in its place, one a row
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def rows(self, at: Tensor | slice | None) -> Scaling:
+        """Return that of some rows; None is all."""
+        if self.temperatures is None or at is None:
+            return self
+        return replace(self, temperatures=self.temperatures[at])
+
+    @property
+    def factor(self) -> float:
+        """What multiplies a logit, or its cap, besides the temperature."""
+        return self.logit_scale if self.softcap is None else 1.0
+
+
 class Head(NamedTuple):
-    """The last layer: logits = hidden @ weight.T + bias, divided by the temperature."""
+    """The last layer: logits = hidden @ weight.T + bias, then scaled."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    temperature: float
+    scaling: Scaling = Scaling()
+
+    def like(self, hidden: Tensor) -> Head:
+        """Return the head with a bias of the dtype of `hidden`: the one place where it is cast."""
+        return self if self.bias is None else self._replace(bias=self.bias.to(hidden.dtype))
 
 
 class Needs(NamedTuple):
@@ -177,6 +216,10 @@ class LossArguments(TypedDict, total=False):
     ref_logps: Tensor | None
     mask: Tensor | None
     sampling_ratio: Tensor | None
+    scores: Tensor | None
+    judged: Tensor | None
+    weights: Tensor | None
+    group_index: Tensor | None
     kind: str
     penalty_weight: float
     scale: str
@@ -185,13 +228,33 @@ class LossArguments(TypedDict, total=False):
     epsilon: float
     epsilon_high: float | None
     delta: float | None
+    dual_clip: float | None
     beta: float
     kl: str
+    kl_clamp: float | None
+    unbiased_kl: bool
     entropy_coef: float
+    entropy_aggregate: str
     loss_type: str
+    empty_rows: str
     max_completion_length: int | None
     num_items_in_batch: int | float | Tensor | None
     importance_sampling_level: str
+    cispo_bound: str
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    validate: bool
 
 
-BATCH_TENSORS = ("advantages", "old_logps", "ref_logps", "mask", "sampling_ratio", "valid")
+BATCH_TENSORS = (
+    "advantages",
+    "old_logps",
+    "ref_logps",
+    "mask",
+    "sampling_ratio",
+    "scores",
+    "group_index",
+    "judged",
+    "weights",
+    "valid",
+)

@@ -81,11 +81,11 @@ def linear_stats_from_rows(
     chunk_size: int | None,
 ) -> RowStats:
     """Return the statistics of every row; one matmul, no logits kept."""
-    step = kernels.chunk_rows(head.weight, chunk_size)
+    head, step = head.like(hidden), kernels.chunk_rows(head.weight, chunk_size)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     stats = RowStats(*(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in RowStats._fields))
     for span in _spans(0, hidden.shape[0], step):
-        part = kernels.row_stats(_logits(hidden[span], head), token_ids[span], head.temperature)
+        part = kernels.row_stats(_logits(hidden[span], head), token_ids[span], head.scaling.rows(span))
         for whole, values in zip(stats, part):
             whole[span] = values
     return stats
@@ -104,15 +104,14 @@ def linear_grad_from_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias for given gradients of logps and entropy; makes the
     logits again."""
-    step = kernels.chunk_rows(head.weight, chunk_size)
-    gradients = Gradients(kernels, hidden, head, needs)
+    head, step = head.like(hidden), kernels.chunk_rows(head.weight, chunk_size)
+    gradients = Gradients(kernels, hidden, head, needs, hidden.shape[0] <= step)
     for span in _spans(0, hidden.shape[0], step):
         logits = _logits(hidden[span], head)
         part = RowStats(*(x[span] for x in stats))
         entropy_part = None if grad_entropy is None else grad_entropy[span]
-        kernels.row_grad(
-            logits, token_ids[span], head.temperature, part, grad_logps[span], entropy_part, logits
-        )
+        scaling = head.scaling.rows(span)
+        kernels.row_grad(logits, token_ids[span], scaling, part, grad_logps[span], entropy_part, logits)
         gradients.add(logits, hidden[span], span)
     return gradients.close()
 
@@ -127,11 +126,12 @@ def linear_loss_from_rows(
     chunk_size: int | None,
     needs: Needs,
     shard: VocabularyShard | None = None,
+    weight_dtype: torch.dtype | None = None,  # of the weight's gradient, where not its own
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias."""
     layout = _layout(close.mask, padding)
     job = _Job(kernels, hidden, head, token_ids, layout, close, chunk_size, shard)
-    gradients = Gradients(kernels, hidden, head, needs)
+    gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step, weight_dtype)
     rows = close.rows() if needs.any and shard is None else None
     if not needs.any:
         job.statistics()
@@ -197,7 +197,8 @@ class _Job:
     ) -> None:
         self.kernels = kernels
         self.hidden = hidden
-        self.head = head
+        self.head = head.like(hidden)
+        self.scaling = head.scaling.rows(layout.rows)
         self.ids = token_ids if layout.rows is None else token_ids[layout.rows]  # (m,)
         self.layout = layout
         self.close = close
@@ -225,10 +226,12 @@ class _Job:
 
     def evaluate(self, span: slice, logits: Tensor) -> RowStats:
         """Return and remember the statistics of some rows."""
-        ids, T = self.ids[span], self.head.temperature
+        ids, scaling = self.ids[span], self.scaling.rows(span)
         if self.shard is None:
-            return self.keep(span, self.kernels.row_stats(logits, ids, T))
-        return self.keep(span, self.shard.combine(self.kernels.row_stats(logits, self.shard.local(ids), T)))
+            return self.keep(span, self.kernels.row_stats(logits, ids, scaling))
+        return self.keep(
+            span, self.shard.combine(self.kernels.row_stats(logits, self.shard.local(ids), scaling))
+        )
 
     def statistics(self) -> None:
         """Evaluate every row, without a gradient."""
@@ -241,7 +244,7 @@ class _Job:
         for span in _spans(0, len(self.ids), self.step):
             logits, hidden = self.logits(span)
             stats, grad_logps, _ = self.kernels.row_loss(
-                logits, self.ids[span], self.head.temperature, rows.rows(span), self.close.options
+                logits, self.ids[span], self.scaling.rows(span), rows.rows(span), self.close.options
             )
             self.keep(span, stats)
             self.add(gradients, logits, hidden, span, grad_logps != 0)
@@ -265,7 +268,7 @@ class _Job:
                 c = grad_logps[here]
                 h = None if grad_entropy is None else grad_entropy[here]
                 ids = self.ids[span] if self.shard is None else self.shard.local(self.ids[span])
-                self.kernels.row_grad(logits, ids, self.head.temperature, stats, c, h, logits)
+                self.kernels.row_grad(logits, ids, self.scaling.rows(span), stats, c, h, logits)
                 self.add(gradients, logits, hidden, span, c != 0)
 
     def close_part(self, responses: slice, rows: slice) -> tuple[Tensor, Tensor | None]:

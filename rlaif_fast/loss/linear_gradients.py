@@ -30,14 +30,24 @@ def add_product(
 
 
 class Gradients:
-    """The gradients so far; float32 or wider for weight and bias."""
+    """The gradients so far. That of the weight is written once in its final dtype where one chunk is all there
+    is, and summed in float32 or wider otherwise."""
 
-    def __init__(self, kernels: Any, hidden: Tensor, head: Head, needs: Needs) -> None:  # hidden (M, H)
+    def __init__(
+        self,
+        kernels: Any,
+        hidden: Tensor,  # (M, H)
+        head: Head,
+        needs: Needs,
+        one_chunk: bool,
+        weight_dtype: torch.dtype | None = None,  # final, where not that of the weight
+    ) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        of_weight = (weight_dtype or head.weight.dtype) if one_chunk else wide
         self.kernels = kernels
         self.head = head
         self.hidden = torch.zeros_like(hidden) if needs.hidden else None
-        self.weight = torch.empty_like(head.weight, dtype=wide) if needs.weight else None
+        self.weight = torch.empty_like(head.weight, dtype=of_weight) if needs.weight else None
         self.bias = hidden.new_zeros(head.weight.shape[0], dtype=wide) if needs.bias else None
         self._first = True
 

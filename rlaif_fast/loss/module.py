@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -22,6 +24,8 @@ class GRPORankLoss(nn.Module):
 
     Args:
         temperature: Above 0; divides the logits, where the loss sees them.
+        logit_softcap: Bounds the logits, where the loss sees them.
+        logit_scale: Multiplies the logits, where the loss sees them.
         backend: "auto", "triton", "cpu" or "reference".
         **options: Every option of `grpo_rank_loss` that is not a tensor of the batch (`kind`, `beta`,
             `loss_type`, ...).
@@ -36,7 +40,13 @@ class GRPORankLoss(nn.Module):
     """
 
     def __init__(
-        self, *, temperature: float = 1.0, backend: str = "auto", **options: Unpack[LossArguments]
+        self,
+        *,
+        temperature: float = 1.0,
+        logit_softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+        **options: Unpack[LossArguments],
     ) -> None:
         super().__init__()
         tensors = [name for name in options if name in BATCH_TENSORS]
@@ -48,7 +58,9 @@ class GRPORankLoss(nn.Module):
         if unknown:
             raise TypeError(f"GRPORankLoss has no option {', '.join(map(repr, unknown))}")
         check_number("temperature", temperature, minimum=0.0, strict=True)
-        self.temperature = temperature
+        self.scaling: dict[str, Any] = {
+            "temperature": temperature, "logit_softcap": logit_softcap, "logit_scale": logit_scale
+        }  # fmt: skip
         self.backend = backend
         self.options = options
 
@@ -79,7 +91,7 @@ class GRPORankLoss(nn.Module):
             raise ValueError(f"token_ids must be given with {given[0]}; got None")
         if logits is not None:
             return grpo_rank_loss_from_logits(
-                logits, token_ids, oracle_ranks, temperature=self.temperature, backend=self.backend, **merged
+                logits, token_ids, oracle_ranks, **self.scaling, backend=self.backend, **merged
             )
         assert hidden is not None
         if weight is None:
@@ -90,7 +102,7 @@ class GRPORankLoss(nn.Module):
             token_ids,
             oracle_ranks,
             bias=bias,
-            temperature=self.temperature,
+            **self.scaling,
             lengths=lengths,
             backend=self.backend,
             **merged,

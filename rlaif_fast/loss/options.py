@@ -9,10 +9,14 @@ KINDS = ("directed", "oracle", "paper", "paper_swapped", "zscore")
 SCALES = ("none", "group")
 SCORES = ("mean", "sum")
 KLS = ("k1", "k2", "k3")
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo")
+AGGREGATES = ("loss", "tokens")
+EMPTY_ROWS = ("count", "skip")
+CISPO_BOUNDS = ("relative", "absolute")
 LEVELS = ("token", "sequence")
 
 MAX_GROUP_SIZE = 64
+MIN_RANKED = 2  # judged responses from which a group says something
 
 # exp() of a log-ratio is taken of its clamp to +-20 (4.9e8), so that sums and squared gradient norms stay
 # finite in float32. The gradient through a clamped ratio is zero.
@@ -35,6 +39,8 @@ STATS = (
     "top1_agreement",
     "no_signal",
     "tokens",
+    "clip_ratio/low_min",
+    "clip_ratio/high_max",
 )
 
 
@@ -88,24 +94,40 @@ class LossOptions(RankOptions):
         epsilon_low: The ratio is clipped below at 1 - epsilon_low.
         epsilon_high: The ratio is clipped above at 1 + epsilon_high.
         delta: Upper bound on the ratio (two-sided clipping), or None.
+        dual_clip: Where A < 0 the policy term is at least dual_clip * A, or None.
         beta: Weight of the KL term against the reference policy.
         kl: Estimator of it: "k1", "k2" or "k3".
+        kl_clamp: The estimate is kept within +-kl_clamp, or None.
+        unbiased_kl: Whether the estimate is multiplied by the ratio.
         entropy_coef: Weight of the entropy bonus.
-        loss_type: "grpo", "dapo" or "dr_grpo".
+        entropy_aggregate: "loss" as the policy term, or "tokens", the mean over tokens.
+        loss_type: "grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo" or "sapo".
+        empty_rows: Whether a response without a token counts ("count") in the number of responses.
         max_completion_length: The constant length that "dr_grpo" divides by.
         importance_sampling_level: "token", or "sequence" (GSPO).
+        cispo_bound: The upper bound of "cispo" is 1 + epsilon_high ("relative") or epsilon_high ("absolute").
+        sapo_temperature_pos: Of "sapo" where A > 0.
+        sapo_temperature_neg: Of "sapo" elsewhere.
     """
 
     score: str = "mean"
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     delta: float | None = None
+    dual_clip: float | None = None
     beta: float = 0.0
     kl: str = "k3"
+    kl_clamp: float | None = None
+    unbiased_kl: bool = False
     entropy_coef: float = 0.0
+    entropy_aggregate: str = "loss"
     loss_type: str = "grpo"
+    empty_rows: str = "count"
     max_completion_length: int | None = None
     importance_sampling_level: str = "token"
+    cispo_bound: str = "relative"
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,18 +135,55 @@ class LossOptions(RankOptions):
         check_choice("kl", self.kl, KLS)
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        check_choice("entropy_aggregate", self.entropy_aggregate, AGGREGATES)
+        check_choice("empty_rows", self.empty_rows, EMPTY_ROWS)
+        check_choice("cispo_bound", self.cispo_bound, CISPO_BOUNDS)
+        check_number("sapo_temperature_pos", self.sapo_temperature_pos, minimum=0.0, strict=True)
+        check_number("sapo_temperature_neg", self.sapo_temperature_neg, minimum=0.0, strict=True)
         check_number("epsilon", self.epsilon_low, minimum=0.0)
         check_number("epsilon_high", self.epsilon_high, minimum=0.0)
         check_number("beta", self.beta, minimum=0.0)
         check_number("entropy_coef", self.entropy_coef, minimum=-math.inf)
-        if self.delta is not None:
-            check_number("delta", self.delta, minimum=0.0, strict=True)
+        for name in ("delta", "dual_clip", "kl_clamp"):
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, minimum=1.0 if name == "dual_clip" else 0.0, strict=True)
+        self._check_combinations()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given with loss_type='dr_grpo'; got None")
         if self.max_completion_length is not None:
             check_number("max_completion_length", self.max_completion_length, minimum=0.0, strict=True)
 
+    def _check_combinations(self) -> None:
+        if self.surrogate != "clip":
+            for name in ("delta", "dual_clip"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name} must be None with loss_type={self.loss_type!r}; got {value}")
+        if self.per_sequence and (self.surrogate != "clip" or self.unbiased_kl):
+            what = "unbiased_kl" if self.unbiased_kl else f"loss_type={self.loss_type!r}"
+            raise ValueError(f"importance_sampling_level must be 'token' with {what}; got 'sequence'")
+
     @property
     def per_sequence(self) -> bool:
         """Whether a response has one ratio."""
         return self.importance_sampling_level == "sequence"
+
+    @property
+    def surrogate(self) -> str:
+        """The form of the policy term: "clip", "cispo" or "sapo"."""
+        return self.loss_type if self.loss_type in ("cispo", "sapo") else "clip"
+
+    @property
+    def aggregate(self) -> str:
+        """What a token's term is divided by besides the number of items: its response's "length", nothing
+        where items are "tokens", the "constant" length, or nothing where items are responses ("sum")."""
+        names = {"grpo": "length", "sapo": "length", "dr_grpo": "constant", "luspo": "sum"}
+        return names.get(self.loss_type, "tokens")
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """The bounds of the ratio; infinite above where none is."""
+        if self.surrogate == "sapo":
+            return 0.0, math.inf
+        if self.surrogate == "cispo":
+            return 0.0, self.epsilon_high + (1.0 if self.cispo_bound == "relative" else 0.0)
+        return 1.0 - self.epsilon_low, 1.0 + self.epsilon_high

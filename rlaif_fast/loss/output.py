@@ -19,7 +19,9 @@ class LossOutput(NamedTuple):
         stats: Scalars by name, detached and on the device: `loss/policy`, `clip_low`, `clip_high`,
             `ratio_mean`, `ratio_max` and `tokens` always; `loss/kl` and `kl` with `ref_logps`; `entropy`
             where it is known and `loss/entropy` with `entropy_coef`; `penalty`, `ndcg`, `kendall_tau`,
-            `top1_agreement` and `no_signal` with `oracle_ranks`.
+            `top1_agreement` and `no_signal` with `oracle_ranks`. Under TRL's names also `clip_ratio/low_min` and
+            `clip_ratio/high_max`, the extremes of a response's share (take the minimum and the maximum over
+            processes), and `clip_ratio/region_mean`, the share of the tokens clipped on either side.
     """
 
     loss: Tensor
@@ -32,8 +34,9 @@ def named(
     inputs: TokenInputs,
     options: LossOptions,
     entropy_known: bool,
+    extra: dict[str, Tensor],
 ) -> LossOutput:
-    """Name the statistics whose inputs were given."""
+    """Name the statistics whose inputs were given, and add those that were made beforehand."""
     loss, advantages, stats = closed
     absent = set()
     if inputs.ref_logps is None:
@@ -45,4 +48,5 @@ def named(
     if inputs.oracle_ranks is None:
         absent |= {"penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal"}
     named = {name: value for name, value in zip(STATS, stats.detach().unbind()) if name not in absent}
-    return LossOutput(loss, advantages, named)
+    named["clip_ratio/region_mean"] = named["clip_low"] + named["clip_high"]
+    return LossOutput(loss, advantages, named | extra)

@@ -75,6 +75,8 @@ def fused_linear_dpo_loss(
     mask: Tensor | None = None,  # (B, T) or (M,)
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
     lengths: Tensor | None = None,  # (B,)
     chunk_size: int | None = None,
     backend: str = "auto",
@@ -91,6 +93,8 @@ def fused_linear_dpo_loss(
         mask: (B, T) or (M,) bool or 0/1; a token that is 0 contributes nothing.
         bias: (V,) float; differentiable.
         temperature: Above 0; divides the logits.
+        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
+        logit_scale: Above 0; multiplies the logits, before the cap.
         lengths: (B,) int64 tokens of each response, their sum M, when packed.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         backend: "auto", "triton", "cpu" or "reference".
@@ -105,7 +109,7 @@ def fused_linear_dpo_loss(
     Source: arXiv 2305.18290.
     """
     checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
-    checks.head(hidden, weight, bias, temperature, chunk_size)
+    checks.head(hidden, weight, bias, chunk_size)
     shape = tuple(hidden.shape[:-1])
     responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden)
     if responses % 2:
@@ -124,7 +128,8 @@ def fused_linear_dpo_loss(
     else:
         grid = mask if padding is None else padding.pad(mask)
     close = DpoClose(grid, ref_logps_sum.detach(), beta)
-    head = Head(weight, bias, temperature)
+    scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden)
+    head = Head(weight, bias, scaling)
     chosen = backends.select("linear_loss", backend, hidden)
     if chosen == "reference":
         logps, _, _ = reference.padded_logps(hidden, head, token_ids, lengths)

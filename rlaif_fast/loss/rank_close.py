@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlaif_fast.loss.inputs import RowInputs, TokenGradients, TokenInputs
 from rlaif_fast.loss.options import LossOptions
-from rlaif_fast.loss.reference.rank_loss import token_weights
+from rlaif_fast.loss.reference.rank_loss import entropy_weights, items_of, token_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +63,13 @@ class RankClose:
             return None
         inputs, wide = self.inputs, self.like.dtype
         advantages = inputs.advantages
-        if advantages is None:  # the ranking needs the old log-probabilities, or none at all
+        if advantages is None:  # the ranking needs scores, the old log-probabilities, or none at all
             old = self.like.new_zeros(self.shape) if inputs.old_logps is None else inputs.old_logps.to(wide)
             advantages = self.close(old, torch.zeros_like(old)).advantages
         advantages = advantages.to(wide)
-        weights = token_weights(
-            self.mask, self.mask.sum(-1), self.valid, inputs.num_items, self.options, wide
-        )
+        length = self.mask.sum(-1)
+        weights = token_weights(self.mask, length, self.valid, inputs.num_items, self.options, wide)
+        tokens = self.options.entropy_aggregate == "tokens"
 
         def cast(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(wide)
@@ -80,6 +80,7 @@ class RankClose:
             cast(inputs.old_logps),
             cast(inputs.ref_logps),
             cast(inputs.sampling_ratio),
+            entropy_weights(self.mask, weights, inputs.num_tokens, self.options) if tokens else None,
         )
 
     def close(self, logps: Tensor, entropy: Tensor) -> TokenGradients:  # (B, T)
@@ -88,7 +89,7 @@ class RankClose:
 
     def part(self, responses: slice, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of logps and entropy (b, T) of some responses, as parts of the whole batch."""
-        inputs = replace(self.inputs.responses(responses), num_items=self._items)
+        inputs = replace(self.inputs.responses(responses), num_items=self._items, num_tokens=self._tokens)
         closed = self.kernels.rank_loss(logps, entropy, inputs, self.options)
         return closed.grad_logps, None if self.options.entropy_coef == 0.0 else closed.grad_entropy
 
@@ -97,5 +98,11 @@ class RankClose:
         """What the aggregate of the whole batch divides by."""
         if self.inputs.num_items is not None:
             return self.inputs.num_items
-        counted = self.mask if self.options.loss_type == "dapo" else self.valid
-        return counted.sum().to(self.like.dtype)
+        return items_of(self.mask, self.valid, self.options).clamp(min=1).to(self.like.dtype)
+
+    @cached_property
+    def _tokens(self) -> Tensor:  # scalar
+        """How many tokens of the whole batch count."""
+        if self.inputs.num_tokens is not None:
+            return self.inputs.num_tokens
+        return self.mask.sum().clamp(min=1).to(self.like.dtype)

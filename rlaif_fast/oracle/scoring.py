@@ -19,6 +19,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.choices import parse_choice
 
@@ -85,12 +86,12 @@ def compile_form(form: str) -> re.Pattern[str]:
     """Compile a `form`; it is matched against normalised text, whatever its case.
 
     Raises:
-        UsageError: If it is no regular expression.
+        UsageError: If it is no regular expression, or one that may take very long to match.
     """
-    try:
-        return re.compile(form, re.IGNORECASE)
-    except re.error as error:
-        raise UsageError(f"metadata 'form' is not a regular expression ({error}): {form!r}") from error
+    reason = fault_of(form)
+    if reason is not None:
+        raise UsageError(f"metadata 'form': {reason}: {form!r:.200}")
+    return re.compile(form, re.IGNORECASE)
 
 
 def form_facts(form: str, text: str) -> tuple[str, ...] | None:
@@ -99,6 +100,8 @@ def form_facts(form: str, text: str) -> tuple[str, ...] | None:
     # The form may or may not spell the final punctuation, so both the text as it stands and without it are
     # tried.
     squeezed = " ".join(unicodedata.normalize("NFKC", text).split())
+    if len(squeezed) > MAX_TEXT_CHARS:
+        return None
     match = pattern.fullmatch(squeezed) or pattern.fullmatch(squeezed.rstrip(_FINAL_PUNCTUATION))
     if match is None:
         return None

@@ -15,14 +15,14 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.video import ClipStore, VideoError
 from rlaif_fast.video.base import Clip
+from rlaif_fast.video.refs import MediaRef
 
 
 def by_media(examples: Sequence[Example]) -> list[list[Example]]:
     """Rows about the same media together, in order of first appearance; rows without media stand alone."""
     groups: dict[tuple, list[Example]] = {}
     for example in examples:
-        media = (example.videos, example.images)
-        key = media if any(media) else (example.id,)
+        key: tuple = example.seen or (example.id,)
         groups.setdefault(key, []).append(example)
     return list(groups.values())
 
@@ -109,7 +109,7 @@ class BatchMaker:
         self.encoder = encoder
         self.store = store
         self.blank_frames = blank_frames
-        self._ahead: dict[tuple[str, bool], Future[Clip]] = {}
+        self._ahead: dict[MediaRef, Future[Clip]] = {}
 
     def __enter__(self) -> BatchMaker:
         return self
@@ -135,15 +135,15 @@ class BatchMaker:
                 self.store.stats.dropped += 1
         return prompts
 
-    def _submit(self, examples: Sequence[Example]) -> dict[tuple[str, bool], Future[Clip]]:
+    def _submit(self, examples: Sequence[Example]) -> dict[MediaRef, Future[Clip]]:
         """One load for each file, however many rows ask about it; those begun ahead are taken up."""
         wanted = dict.fromkeys(file for example in examples for file in files(example))
-        return {file: self._ahead.get(file) or self.store.submit(file[0], image=file[1]) for file in wanted}
+        return {file: self._ahead.get(file) or self.store.submit(file) for file in wanted}
 
 
-def files(example: Example) -> list[tuple[str, bool]]:
-    """Each medium of a row, videos first, and whether it is a picture."""
-    return [(path, False) for path in example.videos] + [(path, True) for path in example.images]
+def files(example: Example) -> tuple[MediaRef, ...]:
+    """Each medium of a row, in the order the prompt shows it."""
+    return example.seen
 
 
 def blanked(clip: Clip) -> Clip:

@@ -7,9 +7,11 @@ block per temporal patch; Qwen2.5-VL: one block a video).
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -20,10 +22,14 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
+from rlaif_fast.video.refs import Cut
 
 VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
+# An answer may reason; a question may not put reasoning into the policy's mouth.
+THINKING = {"<think>", "</think>"}
+_BLOCKS = re.compile(f"({re.escape(VIDEO_BLOCK)}|{re.escape(IMAGE_BLOCK)})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +46,36 @@ class Prompt(EncodedPrompt):
 
 
 def question_text(example: Example) -> str:
-    """The user's turn: the question, then the options with their letters."""
-    if not example.options:
-        return example.question
-    letters = option_letters(len(example.options))
-    choices = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, example.options))
-    return f"{example.question}\n{choices}"
+    """The user's turn without the media: the question, then the options with their letters."""
+    return with_options(example.question, example.options)
+
+
+def with_options(text: str, options: Sequence[str]) -> str:
+    """`text`, then the options with their letters, one a line."""
+    if not options:
+        return text
+    choices = "\n".join(
+        f"{letter}. {option}" for letter, option in zip(option_letters(len(options)), options)
+    )
+    return f"{text}\n{choices}" if text else choices
+
+
+def markup_of(tokenizer) -> set[str]:
+    """Every token that the tokenizer reads as one mark: special ones, and those of roles, tools and media it has added.
+
+    Added tokens that are plain words are words.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in added if getattr(token, "special", False)} | set(
+        tokenizer.all_special_tokens
+    )
+    others = {str(token) for token in added if re.search(r"[^\w\s]", str(token))}
+    return {token for token in special | others if token.strip()}
+
+
+def _any_of(marks: set[str]) -> re.Pattern[str]:
+    """Matches any of `marks`, the longest first, since one may be part of another."""
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
 
 
 class PromptEncoder:
@@ -77,22 +107,28 @@ class PromptEncoder:
         self.system_prompt = system_prompt
         self._cache_bytes = cache_bytes
         self._held_bytes = 0
-        self._media: OrderedDict[tuple[str, int], Media] = OrderedDict()
+        self._media: OrderedDict[tuple[str, int, PixelBudget], Media] = OrderedDict()
         self._ids: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
-        self._special = [token for token in tokenizer.all_special_tokens if token]
+        marks = markup_of(tokenizer)
+        self._markup = _any_of(marks)
+        self._markup_in_answers = _any_of(marks - THINKING)
 
     def encode(self, example: Example, clips: Sequence[Clip]) -> Prompt:
         """Encode one prompt.
 
         Args:
             example: The row; its question and options are plain text (special tokens in them are removed).
-            clips: Its decoded media, videos first, then images, as in the row.
+            clips: Its decoded media, in the order of `example.seen`.
 
         Raises:
             UsageError: The row names no media where the template needs some, or the prompt has no text.
         """
-        media = tuple(self._preprocess(clip, len(clips)) for clip in clips)
-        key = (example.question, *example.options, example.system or "", *(clip.key for clip in clips))
+        refs = example.seen
+        cuts = [ref.cut for ref in refs] if len(refs) == len(clips) else [Cut()] * len(clips)
+        media = tuple(self._preprocess(clip, len(clips), cut) for clip, cut in zip(clips, cuts))
+        grids = (str(item.grid_thw) for item in media)
+        text = (example.question, *example.options, example.system or "", *example.layout)
+        key = (*text, *(clip.key for clip in clips), *grids)
         ids = self._ids.get(key)
         if ids is None:
             ids = self._ids[key] = self._encode(example, clips, media)
@@ -102,27 +138,39 @@ class PromptEncoder:
         return Prompt(input_ids=ids, media=media, example=example, clips=tuple(clips))
 
     def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
-        content: list[dict[str, str]] = [{"type": "image" if clip.is_image else "video"} for clip in clips]
-        content.append({"type": "text", "text": self._plain(question_text(example))})
+        content: list[dict[str, str]] = []
+        pieces = (
+            example.layout
+            if len(example.layout) == len(clips) + 1
+            else ("",) * len(clips) + (example.question,)
+        )
+        for piece, clip in zip(pieces, clips):
+            if piece:
+                content.append({"type": "text", "text": self._plain(piece)})
+            content.append({"type": "image" if clip.is_image else "video"})
+        content.append({"type": "text", "text": self._plain(with_options(pieces[-1], example.options))})
         messages: list[dict] = [{"role": "user", "content": content}]
         system = example.system or self.system_prompt
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._plain(system)}]})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for clip, item in zip(clips, media):
-            block = IMAGE_BLOCK if clip.is_image else VIDEO_BLOCK
-            if block not in text:
+        parts = _BLOCKS.split(text)
+        blocks = [IMAGE_BLOCK if clip.is_image else VIDEO_BLOCK for clip in clips]
+        for clip, block, found in zip_longest(clips, blocks, parts[1::2]):
+            if block != found:
+                kind = "medium" if clip is None else "picture" if clip.is_image else "video"
                 raise UsageError(
-                    f"{example.source or example.id}: the chat template of this model leaves out a "
-                    f"{'picture' if clip.is_image else 'video'}; use a model with a vision chat template"
+                    f"{example.source or example.id}: the chat template of this model leaves out or moves a {kind}; "
+                    "use a model with a vision chat template"
                 )
-            text = text.replace(block, self._expand(clip, item).replace("<|", "<\0|"), 1)
-        ids = self.tokenizer(text.replace("<\0|", "<|"), add_special_tokens=False)["input_ids"]
+        parts[1::2] = [self._expand(clip, item) for clip, item in zip(clips, media)]
+        text = "".join(parts)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of an answer, the end-of-sequence token last."""
-        ids = self.tokenizer(self._plain(answer), add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self._plain(answer, answer=True), add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 
     def _expand(self, clip: Clip, media: Media) -> str:
@@ -137,16 +185,17 @@ class PromptEncoder:
             for seconds in grid_timestamps(clip.timestamps, self.patch_spec.temporal_patch_size)
         )
 
-    def _preprocess(self, clip: Clip, share: int) -> Media:
-        key = (clip.key, share)
+    def _preprocess(self, clip: Clip, share: int, cut: Cut) -> Media:
+        pixels = self.pixels.cut(cut)
+        key = (clip.key, share, pixels)
         media = self._media.get(key)
         if media is None:
-            total = self.pixels.total_pixels
+            total = pixels.total_pixels
             media = preprocess(
                 clip,
                 self.patch_spec,
-                min_pixels=self.pixels.min_pixels,
-                max_pixels=self.pixels.max_pixels,
+                min_pixels=pixels.min_pixels,
+                max_pixels=pixels.max_pixels,
                 total_pixels=None if total is None else total // share,
             )
             self._media[key] = media
@@ -157,9 +206,9 @@ class PromptEncoder:
             self._media.move_to_end(key)
         return media
 
-    def _plain(self, text: str) -> str:
-        """`text` without special tokens: a question or an answer is data, never markup."""
-        while any(token in text for token in self._special):
-            for token in self._special:
-                text = text.replace(token, " ")
+    def _plain(self, text: str, *, answer: bool = False) -> str:
+        """`text` without the tokenizer's marks: a question or an answer is data, never markup."""
+        marks = self._markup_in_answers if answer else self._markup
+        while marks.search(text):  # taking one mark away can put another together
+            text = marks.sub(" ", text)
         return text

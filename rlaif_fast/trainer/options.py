@@ -27,6 +27,7 @@ class DataOptions:
         test_data: JSONL that the final figures are measured on, in place of the one in `data`.
         media_root: Folder that relative media paths start from; null is the folder of the JSONL file.
         holdout_fraction: Share of the videos held out for validation, and as many again for the test.
+        scored_answer: Part of an answer that is scored: what stands in its `<answer>` block, or the "whole".
         on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
         max_bad_fraction: Share of unreadable media above which the run stops.
         fps: Frames sampled a second.
@@ -54,6 +55,7 @@ class DataOptions:
     test_data: str | None = None
     media_root: str | None = None
     holdout_fraction: float = 0.1
+    scored_answer: Literal["answer", "whole"] = "answer"
     on_bad_row: Literal["raise", "skip"] = "raise"
     max_bad_fraction: float = 0.05
     fps: float = 2.0

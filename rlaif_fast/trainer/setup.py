@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
+from rlaif_fast.data.identity import contents, group_by_content, media_of
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
@@ -28,7 +29,7 @@ from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
-from rlaif_fast.prompts.batches import BatchMaker, by_media, files
+from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
@@ -261,9 +262,11 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
     Raises:
         UsageError: Nothing is left for reinforcement learning.
     """
-    evaluated = media_of((*rows["validation"], *rows["test"]))
+    held = (*rows["validation"], *rows["test"])
+    names = contents((*rows["sft"], *rows["rl"], *held))
+    evaluated = media_of(held, names)
     for split in ("sft", "rl"):
-        kept = [row for row in rows[split] if media_of([row]).isdisjoint(evaluated)]
+        kept = [row for row in rows[split] if media_of([row], names).isdisjoint(evaluated)]
         dropped = len(rows[split]) - len(kept)
         if dropped and not kept and split == "rl":
             raise UsageError(
@@ -275,14 +278,13 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
         rows[split] = kept
 
 
-def media_of(rows: Iterable[Example]) -> set[str]:
-    """The files that the rows are about."""
-    return {path for row in rows for path, _ in files(row)}
-
-
 def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
     return read_examples(
-        path, media_root=config.media_root, require_answer=require_answer, on_error=config.on_bad_row
+        path,
+        media_root=config.media_root,
+        require_answer=require_answer,
+        scored=config.scored_answer,
+        on_error=config.on_bad_row,
     )
 
 
@@ -290,7 +292,7 @@ def hold_out(
     rows: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
     """Split rows by their media into train, validation and test; the last two get `fraction` of the media each."""
-    groups = by_media(rows)
+    groups = group_by_content(rows)
     count = max(1, round(len(groups) * fraction))
     if len(groups) < 2 * count + 1:
         raise UsageError(
@@ -307,7 +309,7 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
     family = TINY_FAMILIES[config.model]
     words = set(VOCABULARY)
     for row in (*data.sft, *data.rl, *data.validation, *data.test):
-        words |= words_of((question_text(row), row.answer or "", row.system or ""))
+        words |= words_of((question_text(row), row.taught or "", row.system or ""))
     key = hashlib.sha256(json.dumps([3, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
     folder = cache_folder(config) / "models" / f"{config.model}-{key}"
     if not folder.exists():

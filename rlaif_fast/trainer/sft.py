@@ -61,9 +61,9 @@ def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completio
     """
     for row in rows:
         where = row.source or row.id
-        if row.answer is None:
+        if row.taught is None:
             raise UsageError(f"{where}: supervised fine-tuning needs an answer; or use --sft none")
-        tokens = len(encoder.encode_answer(row.answer))
+        tokens = len(encoder.encode_answer(row.taught))
         if tokens > max_completion_length:
             raise UsageError(
                 f"{where}: the answer has {tokens} tokens and max_completion_length is {max_completion_length}; "
@@ -109,7 +109,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
             with logger.timer("sft"):
                 examples = [prompt.example for prompt in prompts]
-                answers = [run.make_batch.encoder.encode_answer(row.answer or "") for row in examples]
+                answers = [run.make_batch.encoder.encode_answer(row.taught or "") for row in examples]
                 (tokens,) = world.sum(sum(map(len, answers)))
                 if tokens == 0:
                     continue

@@ -5,7 +5,7 @@ from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.decoders import DECODERS, decode
 from rlaif_fast.video.errors import TooManyBadFiles, VideoError
-from rlaif_fast.video.image import load_image
+from rlaif_fast.video.image import load_frames, load_image
 from rlaif_fast.video.loader import ClipStore, LoadStats
 from rlaif_fast.video.preprocess import (
     PatchSpec,
@@ -34,6 +34,7 @@ __all__ = [
     "decode",
     "grid_timestamps",
     "load_clip",
+    "load_frames",
     "load_image",
     "patchify",
     "preprocess",

@@ -1,18 +1,21 @@
-"""One picture to one `Clip` of one frame."""
+"""One picture to one `Clip` of one frame, and many to a `Clip` of a video."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlaif_fast.video.base import Clip
+from rlaif_fast.video.base import Clip, VideoInfo
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import clip_key
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import PixelBudget, resize_frames
 from rlaif_fast.video.probe import file_digest
+from rlaif_fast.video.sampling import FrameSampling
 
 MAX_IMAGE_PIXELS = 200_000_000
 # Raster kinds alone: others run programs (EPS runs Ghostscript) or name other files.
@@ -41,6 +44,57 @@ def load_image(
     if cache is not None:
         cache.put(clip)
     return clip
+
+
+def load_frames(
+    path: str,
+    frames: Sequence[str],
+    *,
+    sampling: FrameSampling,
+    resize: PixelBudget | None = None,
+    cache: ClipCache | None = None,
+) -> Clip:
+    """Return the clip of a video that comes as pictures.
+
+    All of them are seen, up to `sampling.max_frames`, evenly spread where there are more, or where `nframes` says so.
+    `sampling.fps` is the rate they were taken at.
+
+    Args:
+        path: What the video is called.
+        frames: The pictures, in order.
+        sampling: Which of them, and their rate.
+        resize: Limits on the size of a frame.
+        cache: Where frames are looked up and kept.
+
+    Raises:
+        VideoError: A picture is bad or of another size than the first, or they are too few.
+    """
+    rate = sampling.fps
+    times = tuple(i / rate for i in range(len(frames)))
+    info = VideoInfo(path, "pictures", 0, 0, len(frames), rate, len(frames) / rate, times)
+    indices, sample_fps = replace(sampling, min_frames=1).sample(info)
+    budget = "" if resize is None else str(resize)
+    key = clip_key(",".join(file_digest(frames[i]) for i in indices), indices, f"pictures:{rate}:{budget}")
+    known = cache.get(key) if cache is not None else None
+    if known is not None:
+        return known
+    pictures = [load_image(frames[i]).frames for i in indices]
+    for i, picture in zip(indices, pictures):
+        if picture.shape != pictures[0].shape:
+            raise VideoError(
+                frames[i], f"{_size(picture)}, but the first picture of this video is {_size(pictures[0])}"
+            )
+    stacked = torch.cat(pictures)
+    if resize is not None:
+        stacked = resize_frames(stacked, resize.size(path, len(indices), *stacked.shape[1:3]))
+    clip = Clip(stacked, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)
+    if cache is not None:
+        cache.put(clip)
+    return clip
+
+
+def _size(frames: torch.Tensor) -> str:
+    return f"{frames.shape[2]}x{frames.shape[1]}"
 
 
 def _read(path: str) -> Any:

@@ -18,9 +18,10 @@ from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import TooManyBadFiles, VideoError, kind_of
-from rlaif_fast.video.image import load_image
+from rlaif_fast.video.image import load_frames, load_image
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
+from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
 
 log = logging.getLogger(__name__)
@@ -94,28 +95,33 @@ class ClipStore:
         self.stats = LoadStats()
         self._seen: set[str] = set()
         self._lock = threading.Lock()
-        self._in_flight: dict[tuple[str, bool], Future[Clip]] = {}
+        self._in_flight: dict[MediaRef, Future[Clip]] = {}
         self._pool = DecodePool(workers) if isolate else None
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="clips")
 
-    def load(self, path: str, *, image: bool = False) -> Clip:
+    def load(self, medium: MediaRef | str, *, image: bool = False) -> Clip:
         """Return the clip of a file.
+
+        Args:
+            medium: The file, or what a row says of it.
+            image: Whether a file given by its path alone is a still picture.
 
         Raises:
             VideoError: When the file is bad; it is then in quarantine and is not tried again.
             TooManyBadFiles: When that makes too many of them.
         """
-        return self.submit(path, image=image).result()
+        return self.submit(medium, image=image).result()
 
-    def submit(self, path: str, *, image: bool = False) -> Future[Clip]:
+    def submit(self, medium: MediaRef | str, *, image: bool = False) -> Future[Clip]:
         """Start loading a file and return its future; one that is being loaded already is shared."""
+        medium = MediaRef(medium, image) if isinstance(medium, str) else medium
         with self._lock:
-            known = self._in_flight.get((path, image))
+            known = self._in_flight.get(medium)
             if known is not None:
                 return known
-            future = self._threads.submit(self._load, path, image)
-            self._in_flight[path, image] = future
-        future.add_done_callback(lambda _: self._landed(path, image))
+            future = self._threads.submit(self._load, medium)
+            self._in_flight[medium] = future
+        future.add_done_callback(lambda _: self._landed(medium))
         return future
 
     def close(self) -> None:
@@ -131,35 +137,40 @@ class ClipStore:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _landed(self, path: str, image: bool) -> None:
+    def _landed(self, medium: MediaRef) -> None:
         with self._lock:
-            self._in_flight.pop((path, image), None)
+            self._in_flight.pop(medium, None)
 
-    def _load(self, path: str, image: bool) -> Clip:
-        reason = self.stats.bad_files.get(path)
+    def _load(self, medium: MediaRef) -> Clip:
+        reason = self.stats.bad_files.get(medium.path) or self.stats.bad_files.get(_name(medium))
         if reason is not None:
-            raise VideoError(path, reason)
+            raise VideoError(medium.path, reason)
         try:
-            clip = self._read(path, image)
+            clip = self._read(medium)
         except VideoError as error:
-            self._set_aside(error)
+            # A part that a file does not hold is no fault of its other parts.
+            self._set_aside(VideoError(_name(medium), error.reason) if error.path == medium.path else error)
             raise
         with self._lock:
-            self._seen.add(path)
+            self._seen.add(medium.path)
             self.stats.clips += 1
         return clip
 
-    def _read(self, path: str, image: bool) -> Clip:
-        if image:
-            return load_image(path, resize=self.resize, cache=self.cache)
+    def _read(self, medium: MediaRef) -> Clip:
+        resize = None if self.resize is None else self.resize.cut(medium.cut)
+        if medium.is_image:
+            return load_image(medium.path, resize=resize, cache=self.cache)
+        sampling = self.sampling.cut(medium.cut)
+        if medium.frames:
+            return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize, cache=self.cache)
         lent = nullcontext() if self._pool is None else self._pool.lend()
         with lent as process:
             return load_clip(
-                path,
-                sampling=self.sampling,
+                medium.path,
+                sampling=sampling,
                 decoder=self.decoder,
                 cache=self.cache,
-                resize=self.resize,
+                resize=resize,
                 device=self.device,
                 process=process,
                 timeout=self.timeout,
@@ -183,3 +194,13 @@ class ClipStore:
                     f"{bad} of {total} files are bad, more than max_bad_fraction={self.max_bad_fraction:g}"
                     f" allows ({self.stats.summary()}); look at {self.quarantine or 'the warnings above'}"
                 )
+
+
+def _name(medium: MediaRef) -> str:
+    """What a bad medium is called: its path, and the part of it where that may be at fault."""
+    given = medium.cut.given()
+    return (
+        f"{medium.path} [{', '.join(f'{key}={value:g}' for key, value in given.items())}]"
+        if given
+        else medium.path
+    )

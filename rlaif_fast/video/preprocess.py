@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rlaif_fast.video.base import Clip
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.patchify import patchify_reference
+from rlaif_fast.video.refs import Cut
 
 MAX_RATIO = 200
 RESIZE_CHUNK_BYTES = 64 << 20  # of full-size frames handed to the resize at a time
@@ -78,6 +79,15 @@ class PixelBudget:
             raise UsageError(
                 f"expected 1 <= min_pixels <= max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
+
+    def cut(self, cut: Cut) -> PixelBudget:
+        """This budget with what a row or a message part says of its own medium."""
+        own: dict[str, Any] = {key: value for key, value in cut.given().items() if key.endswith("_pixels")}
+        if "max_pixels" in own:
+            own.setdefault("min_pixels", min(self.min_pixels, own["max_pixels"]))
+        if "min_pixels" in own:
+            own.setdefault("max_pixels", max(self.max_pixels, own["min_pixels"]))
+        return replace(self, **own)
 
     def size(self, path: str, frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that `frames` frames of a video are resized to."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.refs import Cut
+
+_OF_ROWS = ("video_start", "video_end", "fps", "nframes", "min_frames", "max_frames")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class FrameSampling:
             raise ValueError(
                 f"expected 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}"
             )
+
+    def cut(self, cut: Cut) -> FrameSampling:
+        """This sampling with what a row or a message part says of its own video."""
+        own: dict[str, Any] = {key: value for key, value in cut.given().items() if key in _OF_ROWS}
+        if "fps" in own or "min_frames" in own or "max_frames" in own:
+            own.setdefault(
+                "nframes", None
+            )  # a rate of the row's own comes before a count of the configuration
+        if "max_frames" in own:
+            own.setdefault("min_frames", min(self.min_frames, own["max_frames"]))
+        if "min_frames" in own:
+            own.setdefault("max_frames", max(self.max_frames, own["min_frames"]))
+        return replace(self, **own)
 
     def sample(self, info: VideoInfo) -> tuple[list[int], float]:
         """Return (indices, sampled frames per second).

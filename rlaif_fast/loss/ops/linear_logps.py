@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
-from rlaif_fast.loss.inputs import Head, Needs, RowStats
+from rlaif_fast.loss.inputs import Head, Needs, RowStats, Scaling
+from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -47,17 +48,18 @@ def fake_gradients(*pairs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "rlaif_fast::linear_stats",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, {declare(Scaling)}, "
     "int? chunk_size, str backend) -> (Tensor logps, Tensor lse, Tensor entropy)",
 )
-def _linear_stats(hidden, weight, bias, token_ids, temperature, chunk_size, backend):
+def _linear_stats(hidden, weight, bias, token_ids, *arguments):
+    scaling, chunk_size, backend = unflatten(arguments, Scaling)
     module = backends.get("linear_loss", backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        return tuple(module.linear_stats(hidden, Head(weight, bias, temperature), token_ids, chunk_size))
+        return tuple(module.linear_stats(hidden, Head(weight, bias, scaling), token_ids, chunk_size))
 
 
 @_linear_stats.register_fake
-def _(hidden, weight, bias, token_ids, temperature, chunk_size, backend):
+def _(hidden, weight, bias, token_ids, *_):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return tuple(hidden.new_empty(token_ids.shape, dtype=wide) for _ in range(3))
 
@@ -65,26 +67,26 @@ def _(hidden, weight, bias, token_ids, temperature, chunk_size, backend):
 @torch.library.custom_op(
     "rlaif_fast::linear_grad",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, {declare(Scaling)}, "
     "int? chunk_size, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool need_hidden, "
     "bool need_weight, bool need_bias, str backend) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
-def _linear_grad(
-    hidden, weight, bias, token_ids, temperature, chunk_size, lse, entropy, grad_logps, grad_entropy,
-    need_hidden, need_weight, need_bias, backend,
-):  # fmt: skip
+def _linear_grad(hidden, weight, bias, token_ids, *arguments):
+    scaling, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend = unflatten(
+        arguments, Scaling
+    )
     module = backends.get("linear_loss", backend)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = module.linear_grad(
             hidden,
-            Head(weight, bias, temperature),
+            Head(weight, bias, scaling),
             token_ids,
             RowStats(lse, lse, entropy),
             grad_logps.contiguous(),
             grad_entropy.contiguous(),
             chunk_size,
-            Needs(need_hidden, need_weight, need_bias),
+            Needs(*needs),
         )
     return in_dtype(gradients, (hidden, weight, bias))
 
@@ -96,20 +98,21 @@ def _(hidden, weight, bias, *rest):
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, bias, token_ids, temperature, chunk_size, backend = inputs
+    hidden, weight, bias, token_ids, temperature, temperatures, softcap, scale, chunk_size, backend = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, token_ids, lse, entropy)
-    ctx.rest = temperature, chunk_size, backend
+    ctx.save_for_backward(hidden, weight, bias, token_ids, temperatures, lse, entropy)
+    ctx.rest = temperature, softcap, scale, chunk_size, backend
 
 
 def _backward(ctx, grad_logps, _, grad_entropy):
-    *head_inputs, lse, entropy = ctx.saved_tensors
-    temperature, chunk_size, backend = ctx.rest
+    *head_inputs, temperatures, lse, entropy = ctx.saved_tensors
+    temperature, softcap, scale, chunk_size, backend = ctx.rest
+    scaling = (temperature, temperatures, softcap, scale)
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_grad(
-        *head_inputs, temperature, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend
+        *head_inputs, *scaling, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend
     )
-    return *(grad if need else None for grad, need in zip(gradients, needs)), None, None, None, None
+    return *(grad if need else None for grad, need in zip(gradients, needs)), *[None] * 7
 
 
 torch.library.register_autograd("rlaif_fast::linear_stats", _backward, setup_context=_setup)
@@ -127,6 +130,6 @@ def linear_logps(
     if backend == "reference":
         return reference.linear_logps(hidden, head, token_ids.long())
     hidden, weight, bias = autocast(hidden, head.weight, head.bias)
-    rest = (token_ids, head.temperature, chunk_size, backend)
+    rest = (token_ids, *flatten(head.scaling), chunk_size, backend)
     logps, _, entropy = _linear_stats(hidden, weight, bias, *rest)
     return logps, entropy

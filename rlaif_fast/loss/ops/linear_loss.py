@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rlaif_fast.loss import backends, reference
-from rlaif_fast.loss.inputs import Head, Needs, Padding, TokenGradients, TokenInputs
+from rlaif_fast.loss.inputs import Head, Needs, Padding, Scaling, TokenGradients, TokenInputs
 from rlaif_fast.loss.linear import Close
 from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype
-from rlaif_fast.loss.ops.schema import declare, flatten, unflatten
+from rlaif_fast.loss.ops.scale import scaled
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.rank_close import RankClose
+from rlaif_fast.loss.schema import declare, flatten, unflatten
 from rlaif_fast.loss.vocabulary_shard import VocabularyShard
 
 # Makes a close from the backend's module, a tensor of the dtype of the statistics, and (B, T).
@@ -37,6 +38,7 @@ def _run(
     needs: Needs,
     backend: str,
     shard: VocabularyShard | None = None,
+    weight_dtype: torch.dtype | None = None,  # of the weight's gradient, where not its own
 ) -> tuple[TokenGradients, tuple[Tensor, ...]]:
     """Return the closed loss and the gradients of hidden, weight and bias; an empty tensor for what is not
     there."""
@@ -53,8 +55,10 @@ def _run(
             chunk_size,
             needs,
             shard,
+            weight_dtype,
         )
-    grad_hidden, *grad_head = in_dtype(gradients, (hidden, head.weight, head.bias))
+    weight = gradients[1] if weight_dtype is not None and needs.weight else head.weight
+    grad_hidden, *grad_head = in_dtype(gradients, (hidden, weight, head.bias))
     return closed, (grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *grad_head)
 
 
@@ -67,16 +71,16 @@ def _rank_close(inputs: TokenInputs, options: LossOptions, padding: Padding | No
     "rlaif_fast::linear_grpo_rank_loss",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? lengths, "
-    "float temperature, int? chunk_size, bool need_hidden, bool need_weight, bool need_bias, "
-    f"{declare(TokenInputs, LossOptions)}, str backend) "
+    "int? chunk_size, bool need_hidden, bool need_weight, bool need_bias, "
+    f"{declare(Scaling, TokenInputs, LossOptions)}, str backend) "
     "-> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_hidden, Tensor grad_weight, "
     "Tensor grad_bias)",
 )
-def _linear_loss(hidden, weight, bias, token_ids, lengths, temperature, chunk_size, *arguments):
+def _linear_loss(hidden, weight, bias, token_ids, lengths, chunk_size, *arguments):
     needs = Needs(*arguments[:3])
-    inputs, options, backend = unflatten(arguments[3:], TokenInputs, LossOptions)
+    scaling, inputs, options, backend = unflatten(arguments[3:], Scaling, TokenInputs, LossOptions)
     padding = None if lengths is None else Padding(lengths)
-    head = Head(weight, bias, temperature)
+    head = Head(weight, bias, scaling)
     make_close = _rank_close(inputs, options, padding)
     closed, gradients = _run(hidden, head, token_ids, padding, make_close, chunk_size, needs, backend)
     ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
@@ -84,9 +88,9 @@ def _linear_loss(hidden, weight, bias, token_ids, lengths, temperature, chunk_si
 
 
 @_linear_loss.register_fake
-def _(hidden, weight, bias, token_ids, lengths, temperature, chunk_size, *arguments):
+def _(hidden, weight, bias, token_ids, lengths, chunk_size, *arguments):
     need_hidden, need_weight, need_bias = arguments[:3]
-    inputs, _, _ = unflatten(arguments[3:], TokenInputs, LossOptions)
+    _, inputs, _, _ = unflatten(arguments[3:], Scaling, TokenInputs, LossOptions)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     responses = (token_ids if lengths is None else lengths).shape[0]
     return (
@@ -101,23 +105,16 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[3:])
-    ctx.needs = inputs[7:10]
-    ctx.count = len(inputs)
+    ctx.needs = inputs[6:9]
+    ctx.count, ctx.backend = len(inputs), inputs[-1]
 
 
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return tuple(None for _ in range(ctx.count))
-    scaled = [_scale(grad, grad_loss) if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs)]
-    return *scaled, *(None for _ in range(ctx.count - len(scaled)))
-
-
-def _scale(grad: Tensor, by: Tensor) -> Tensor:
-    """Apply the upstream gradient; where it can be looked at for nothing and is 1, nothing is copied."""
-    eager = type(by) is Tensor and not torch.compiler.is_compiling()
-    if eager and by.device.type == "cpu" and by.item() == 1.0:
-        return grad
-    return grad * by.to(grad.dtype)
+    grads = zip(ctx.saved_tensors, ctx.needs)
+    results = [scaled(grad, grad_loss, ctx.backend) if need else None for grad, need in grads]
+    return *results, *(None for _ in range(ctx.count - len(results)))
 
 
 torch.library.register_autograd("rlaif_fast::linear_grpo_rank_loss", _backward, setup_context=_setup)
@@ -132,6 +129,7 @@ def linear_loss(
     options: LossOptions,
     chunk_size: int | None,
     group: ProcessGroup | None,
+    weight_grad: Tensor | None,  # (V, H)
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, advantages and statistics; differentiable in hidden, weight and bias."""
@@ -140,16 +138,16 @@ def linear_loss(
         logps, entropy, padding = reference.padded_logps(hidden, head, token_ids, lengths)
         padded = inputs if padding is None else padding.pad_inputs(inputs)
         return reference.rank_loss(logps, entropy, padded, options)
-    if group is not None:
+    if group is not None or weight_grad is not None:
         padding = None if lengths is None else Padding(lengths)
         make_close = _rank_close(inputs, options, padding)
         loss, ranked, stats = with_close(
-            hidden, head, token_ids, padding, make_close, chunk_size, backend, group
+            hidden, head, token_ids, padding, make_close, chunk_size, backend, group, weight_grad
         )
         return loss, ranked if inputs.advantages is None else inputs.advantages, stats
     hidden, weight, bias = autocast(hidden, head.weight, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    rest = (token_ids, lengths, head.temperature, chunk_size, *needs, *flatten(inputs, options), backend)
+    rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, weight, bias, *rest)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
 
@@ -163,25 +161,30 @@ def with_close(
     chunk_size: int | None,
     backend: str,
     group: ProcessGroup | None = None,
+    weight_grad: Tensor | None = None,  # (V, H)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
-    hidden, weight and bias. Not under torch.compile."""
+    hidden, weight and bias. The gradient of the weight is added to `weight_grad` where that is given. Not under
+    torch.compile."""
     hidden, weight, bias = autocast(hidden, head.weight, head.bias)
+    weight_dtype = None if weight_grad is None else weight_grad.dtype
 
     def run(needs: Needs) -> tuple[TokenGradients, tuple[Tensor, ...]]:
         shard = None if group is None else VocabularyShard(group, weight.shape[0], weight.device)
-        plain = Head(weight.detach(), None if bias is None else bias.detach(), head.temperature)
-        return _run(hidden.detach(), plain, token_ids, padding, make_close, chunk_size, needs, backend, shard)
+        plain = Head(weight.detach(), None if bias is None else bias.detach(), head.scaling)
+        rest = (padding, make_close, chunk_size, needs, backend, shard, weight_dtype)
+        return _run(hidden.detach(), plain, token_ids, *rest)
 
-    return _InForward.apply(hidden, weight, bias, run)
+    return _InForward.apply(hidden, weight, bias, run, weight_grad, backend)
 
 
 class _InForward(torch.autograd.Function):
     """A loss whose gradients are made with it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, run):
+    def forward(ctx, hidden, weight, bias, run, weight_grad, backend):
         ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        ctx.weight_grad, ctx.backend = weight_grad, backend
         closed, gradients = run(ctx.needs)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(closed.advantages, closed.stats)
@@ -190,7 +193,11 @@ class _InForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        if grad_loss is None:
-            return None, None, None, None
-        scaled = [_scale(x, grad_loss) if need else None for x, need in zip(ctx.saved_tensors, ctx.needs)]
-        return *scaled, None
+        results: list[Tensor | None] = [None] * 6
+        if grad_loss is not None:
+            for place, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs)):
+                if need and place == 1 and ctx.weight_grad is not None:
+                    ctx.weight_grad.addcmul_(grad, grad_loss.to(grad.dtype))
+                elif need:
+                    results[place] = scaled(grad, grad_loss, ctx.backend)
+        return tuple(results)

@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
-from rlaif_fast.loss.inputs import RowStats
+from rlaif_fast.loss.inputs import RowStats, Scaling
+from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
 @torch.library.custom_op(
     "rlaif_fast::logits_stats",
     mutates_args=(),
-    schema="(Tensor logits, Tensor token_ids, float temperature, str backend) "
+    schema=f"(Tensor logits, Tensor token_ids, {declare(Scaling)}, str backend) "
     "-> (Tensor logps, Tensor lse, Tensor entropy)",
 )
-def _logits_stats(logits, token_ids, temperature, backend):
-    stats = backends.get("logits_loss", backend).row_stats(logits, token_ids.reshape(-1), temperature)
+def _logits_stats(logits, token_ids, *arguments):
+    scaling, backend = unflatten(arguments, Scaling)
+    stats = backends.get("logits_loss", backend).row_stats(logits, token_ids.reshape(-1), scaling)
     return tuple(x.view(token_ids.shape) for x in stats)
 
 
 @_logits_stats.register_fake
-def _(logits, token_ids, temperature, backend):
+def _(logits, token_ids, *_):
     return tuple(
         token_ids.new_empty(token_ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
         for _ in range(3)
@@ -35,24 +37,25 @@ def _(logits, token_ids, temperature, backend):
 @torch.library.custom_op(
     "rlaif_fast::logits_grad",
     mutates_args=(),
-    schema="(Tensor logits, Tensor token_ids, float temperature, Tensor lse, Tensor entropy, "
+    schema=f"(Tensor logits, Tensor token_ids, {declare(Scaling)}, Tensor lse, Tensor entropy, "
     "Tensor grad_logps, Tensor grad_entropy, str backend) -> Tensor",
 )
-def _logits_grad(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend):
+def _logits_grad(logits, token_ids, *arguments):
+    scaling, lse, entropy, grad_logps, grad_entropy, backend = unflatten(arguments, Scaling)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_logits_grad(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend, out)
+    _write_logits_grad(logits, token_ids, scaling, lse, entropy, grad_logps, grad_entropy, backend, out)
     return out
 
 
 @_logits_grad.register_fake
-def _(logits, token_ids, temperature, lse, entropy, grad_logps, grad_entropy, backend):
+def _(logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _write_logits_grad(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...)
-    temperature: float,
+    scaling: Scaling,
     lse: Tensor,  # (...)
     entropy: Tensor,  # (...)
     grad_logps: Tensor,  # (...)
@@ -64,7 +67,7 @@ def _write_logits_grad(
     backends.get("logits_loss", backend).row_grad(
         logits,
         token_ids.reshape(-1),
-        temperature,
+        scaling,
         stats,
         grad_logps.reshape(-1),
         grad_entropy.reshape(-1),
@@ -73,18 +76,18 @@ def _write_logits_grad(
 
 
 def _logits_setup(ctx, inputs, output):
-    logits, token_ids, temperature, backend = inputs
+    logits, token_ids, temperature, temperatures, softcap, scale, backend = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(logits, token_ids, lse, entropy)
-    ctx.temperature, ctx.backend = temperature, backend
+    ctx.save_for_backward(logits, token_ids, temperatures, lse, entropy)
+    ctx.rest = temperature, softcap, scale, backend
 
 
 def _logits_backward(ctx, grad_logps, _, grad_entropy):
-    logits, token_ids, lse, entropy = ctx.saved_tensors
-    grad = _logits_grad(
-        logits, token_ids, ctx.temperature, lse, entropy, grad_logps, grad_entropy, ctx.backend
-    )
-    return grad, None, None, None
+    logits, token_ids, temperatures, lse, entropy = ctx.saved_tensors
+    temperature, softcap, scale, backend = ctx.rest
+    scaling = (temperature, temperatures, softcap, scale)
+    grad = _logits_grad(logits, token_ids, *scaling, lse, entropy, grad_logps, grad_entropy, backend)
+    return grad, None, None, None, None, None, None
 
 
 torch.library.register_autograd("rlaif_fast::logits_stats", _logits_backward, setup_context=_logits_setup)
@@ -94,11 +97,11 @@ class _InplaceLogitsStats(torch.autograd.Function):
     """logits_stats whose backward writes the gradient over the logits."""
 
     @staticmethod
-    def forward(ctx, logits, token_ids, temperature, backend):
-        logps, lse, entropy = _logits_stats(logits, token_ids, temperature, backend)
+    def forward(ctx, logits, token_ids, scaling, backend):
+        logps, lse, entropy = _logits_stats(logits, token_ids, *flatten(scaling), backend)
         ctx.save_for_backward(token_ids, lse, entropy)
         ctx.logits = logits.detach()
-        ctx.temperature, ctx.backend = temperature, backend
+        ctx.scaling, ctx.backend = scaling, backend
         return logps, entropy
 
     @staticmethod
@@ -108,7 +111,7 @@ class _InplaceLogitsStats(torch.autograd.Function):
         if logits is None:
             raise RuntimeError("inplace_backward=True runs backward once: the logits have been overwritten")
         _write_logits_grad(
-            logits, token_ids, ctx.temperature, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
+            logits, token_ids, ctx.scaling, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
         )
         return logits, None, None, None
 
@@ -116,17 +119,17 @@ class _InplaceLogitsStats(torch.autograd.Function):
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...)
-    temperature: float,
+    scaling: Scaling,
     backend: str,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return logps and entropy (...), differentiable in the logits."""
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
-        return reference.selective_log_softmax(logits, token_ids.long(), temperature)
+        return reference.selective_log_softmax(logits, token_ids.long(), scaling)
     if logits.stride(-1) != 1:
         logits = logits.contiguous()  # the kernels read a row as one run of memory
     if inplace_backward and not torch.compiler.is_compiling():
-        return _InplaceLogitsStats.apply(logits, token_ids, temperature, backend)
-    logps, _, entropy = _logits_stats(logits, token_ids, temperature, backend)
+        return _InplaceLogitsStats.apply(logits, token_ids, scaling, backend)
+    logps, _, entropy = _logits_stats(logits, token_ids, *flatten(scaling), backend)
     return logps, entropy

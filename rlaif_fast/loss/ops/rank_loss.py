@@ -7,8 +7,8 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
-from rlaif_fast.loss.ops.schema import declare, flatten, unflatten
 from rlaif_fast.loss.options import STATS, LossOptions
+from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
 @torch.library.custom_op(

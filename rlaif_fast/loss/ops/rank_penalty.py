@@ -6,8 +6,8 @@ import torch
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import RankAdvantages, RankInputs
-from rlaif_fast.loss.ops.schema import declare, flatten, unflatten
 from rlaif_fast.loss.options import RankOptions
+from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
 @torch.library.custom_op(

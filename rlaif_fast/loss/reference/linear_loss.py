@@ -22,7 +22,7 @@ def linear_logps(
     logits = hidden.to(wide) @ head.weight.to(wide).t()
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
-    return selective_log_softmax(logits, token_ids, head.temperature)
+    return selective_log_softmax(logits, token_ids, head.scaling)
 
 
 def padded_logps(

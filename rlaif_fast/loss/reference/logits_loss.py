@@ -1,6 +1,7 @@
 """Log-probability and entropy of chosen tokens from logits.
 
-    z = logits / temperature,  p = softmax(z),  logp = z_y - logsumexp(z),  H = logsumexp(z) - sum p z
+    z = cap tanh(scale logits / cap) / temperature, or scale logits / temperature without a cap
+    p = softmax(z),  logp = z_y - logsumexp(z),  H = logsumexp(z) - sum p z
 
 Letters: V vocabulary; `...` is any leading shape.
 """
@@ -10,15 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss.inputs import Scaling
+
 
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...)
-    temperature: float = 1.0,
+    scaling: Scaling = Scaling(),  # noqa: B008  immutable
 ) -> tuple[Tensor, Tensor]:
     """Return the log-probability of each chosen token and the entropy of its distribution, in float32 or
     wider."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scaling.softcap is not None:
+        z = scaling.softcap * torch.tanh(z * (scaling.logit_scale / scaling.softcap))
+    if scaling.temperatures is None:
+        z = z * (scaling.factor / scaling.temperature)
+    else:
+        z = z * scaling.factor / scaling.temperatures.to(z.dtype).view(z.shape[:-1])[..., None]
     log_p = z.log_softmax(-1)
     logps = log_p.gather(-1, token_ids[..., None]).squeeze(-1)
     p = log_p.exp()

@@ -6,7 +6,7 @@ Letters: N groups, G responses a group. Position k (0-based) is worth the gain
                                          relevance       discount
 
 and responses that tie over positions k..k+m-1 get the mean over them each, which is the expectation under
-random tie-breaking. Source: arXiv 2510.02561 (GRPO_rank).
+random tie-breaking. Only the judged responses are members of their group. Source: arXiv 2510.02561 (GRPO_rank).
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from torch import Tensor
 
 from rlaif_fast.loss.advantages import advantages_of
 from rlaif_fast.loss.inputs import RankAdvantages, RankInputs
-from rlaif_fast.loss.options import RankOptions
+from rlaif_fast.loss.options import MIN_RANKED, RankOptions
 
 
 def positions(
     keys: Tensor,  # (N, G), lower is better
+    members: Tensor,  # (N, G) bool
 ) -> tuple[Tensor, Tensor]:
     """Return first, count (N, G): key i ties with count - 1 others over positions first..first+count-1."""
-    mine, others = keys[:, :, None], keys[:, None, :]
-    return (others < mine).sum(-1), (others == mine).sum(-1)
+    mine, others, live = keys[:, :, None], keys[:, None, :], members[:, None, :]
+    first = ((others < mine) & live).sum(-1)
+    return first, ((others == mine) & live).sum(-1).clamp(min=1)  # who is no member keeps a finite quotient
 
 
 def tie_mean(
@@ -41,16 +43,22 @@ def tie_mean(
 @torch.no_grad()
 def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
     """Compare the policy's order of each group with the oracle's (see the module's docstring)."""
-    scores, oracle_ranks, valid = inputs.scores, inputs.oracle_ranks, inputs.valid
-    G, dtype = scores.shape[1], scores.dtype
+    dtype = inputs.scores.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    scores, oracle = scores.to(wide), oracle_ranks.to(wide)
-    k = torch.arange(G, device=scores.device, dtype=wide)
+    members = inputs.scores.new_ones(inputs.scores.shape, dtype=torch.bool)
+    if inputs.judged is not None:
+        members = inputs.judged
+    members = members & (members.sum(-1, keepdim=True) >= MIN_RANKED)
+    ranked = members.any(-1)
+    scores = inputs.scores.to(wide).where(members, 0.0)
+    oracle = inputs.oracle_ranks.to(wide).where(members, 0.0)
+    k = torch.arange(scores.shape[1], device=scores.device, dtype=wide)
     relevance, discount = 1 / (1 + k), 1 / torch.log2(2 + k)
     gain = relevance * discount
 
-    oracle_at = positions(-oracle if options.kind == "zscore" else oracle)
-    policy_at = positions(-scores)
+    order = -oracle if options.kind == "zscore" else oracle
+    oracle_at = positions(order, members)
+    policy_at = positions(-scores, members)
     u, v = tie_mean(gain, *oracle_at), tie_mean(gain, *policy_at)
 
     if options.kind == "paper":
@@ -59,23 +67,21 @@ def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
         penalty = 1 - u / v
     else:
         penalty = 1 - torch.minimum(u, v) / torch.maximum(u, v)
+    penalty = penalty.where(members, 0.0)
 
-    tied = (oracle_at[1] == G).all(-1)
-    advantage = advantages_of(u, penalty, oracle, tied, options)
-    ndcg = _ndcg(relevance, discount, oracle_at, policy_at)
-    tau = _kendall_tau_b(oracle if options.kind != "zscore" else -oracle, -scores)
-    best, first = oracle_at[0] == 0, policy_at[0] == 0
-    top1 = (best & first).sum(-1).to(wide) / best.sum(-1)
-
-    keep = torch.ones_like(tied) if valid is None else valid
-    row = keep[:, None]
+    tied = ((oracle_at[1] == members.sum(-1, keepdim=True)) | ~members).all(-1)
+    advantage = advantages_of(u, penalty, oracle, members, tied, options)
+    if inputs.weights is not None:
+        advantage = advantage * inputs.weights.to(wide)[:, None]
+    best, first = (oracle_at[0] == 0) & members, policy_at[0] == 0
+    top1 = (best & first).sum(-1).to(wide) / best.sum(-1).clamp(min=1)
     return RankAdvantages(
-        advantages=advantage.where(row, 0.0).to(dtype),
-        penalties=penalty.where(row, 0.0).to(dtype),
-        ndcg=ndcg.where(keep, 0.0).to(dtype),
-        kendall_tau=tau.where(keep, 0.0).to(dtype),
-        has_signal=keep & ~tied,
-        top1_agreement=top1.where(keep, 0.0).to(dtype),
+        advantages=advantage.where(members, 0.0).to(dtype),
+        penalties=penalty.to(dtype),
+        ndcg=_ndcg(relevance, discount, oracle_at, policy_at, members).where(ranked, 0.0).to(dtype),
+        kendall_tau=_kendall_tau_b(order, -scores, members).to(dtype),
+        has_signal=ranked & ~tied,
+        top1_agreement=top1.to(dtype),
     )
 
 
@@ -84,9 +90,10 @@ def _ndcg(
     discount: Tensor,  # (G,)
     oracle_at: tuple[Tensor, Tensor],
     policy_at: tuple[Tensor, Tensor],
+    members: Tensor,  # (N, G) bool
 ) -> Tensor:  # (N,)
     """Expected DCG of the policy's order over that of the oracle's own, ties of both broken at random."""
-    worth = tie_mean(relevance, *oracle_at)
+    worth = tie_mean(relevance, *oracle_at).where(members, 0.0)
     found = (worth * tie_mean(discount, *policy_at)).sum(-1)
     ideal = (worth * tie_mean(discount, *oracle_at)).sum(-1)
     return found / ideal
@@ -95,10 +102,12 @@ def _ndcg(
 def _kendall_tau_b(
     a: Tensor,  # (N, G)
     b: Tensor,  # (N, G)
+    members: Tensor,  # (N, G) bool
 ) -> Tensor:  # (N,)
     """(concordant - discordant) / sqrt(pairs untied in a * pairs untied in b); 0 where there is none."""
-    a_sign = torch.sign(a[:, :, None] - a[:, None, :])
-    b_sign = torch.sign(b[:, :, None] - b[:, None, :])
+    pair = members[:, :, None] & members[:, None, :]
+    a_sign = torch.sign(a[:, :, None] - a[:, None, :]) * pair
+    b_sign = torch.sign(b[:, :, None] - b[:, None, :]) * pair
     agreement = (a_sign * b_sign).sum((-1, -2))
     untied = a_sign.square().sum((-1, -2)) * b_sign.square().sum((-1, -2))
     return torch.where(untied > 0, agreement / untied.clamp(min=1).sqrt(), torch.zeros_like(agreement))

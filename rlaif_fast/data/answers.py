@@ -1,0 +1,112 @@
+"""Options and answers of a row, brought into one form: texts without labels, and the letter of the right one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.schema import index_of_letter, option_letters
+
+_LABEL = re.compile(r"^\s*(?:\(([A-Z]{1,2})\)|([A-Z]{1,2})[.):])\s*(.*\S)\s*$", re.DOTALL)
+_LETTER = re.compile(r"^\s*(?:\(([A-Z]{1,2})\)|([A-Z]{1,2}))(?:[.):]\s*|\s*$|(?<=\))\s+)(.*)$", re.DOTALL)
+_ANSWER = re.compile(r"<answer>([^<]*(?:<(?!/answer>)[^<]*)*)</answer>", re.IGNORECASE)
+_THINKING = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+MAX_OPTIONS = 702  # A to ZZ
+
+
+def split_target(answer: str | None, scored: str) -> tuple[str | None, str | None]:
+    """The part of an answer that is scored, and the whole of it where that is more.
+
+    Args:
+        answer: The answer, perhaps with `<think>...</think><answer>...</answer>` around it.
+        scored: "answer" scores what stands in the last `<answer>` block, "whole" all of it.
+    """
+    if answer is None or not answer.strip():
+        return None, None
+    whole = answer.strip()
+    blocks = _ANSWER.findall(whole)
+    if scored == "whole" or not blocks:
+        behind = whole.rpartition("</think>")[2].strip() if scored == "answer" else whole
+        return behind or whole, whole if _THINKING.search(whole) and behind != whole else None
+    return blocks[-1].strip() or None, whole
+
+
+def settle_options(question: str, answer: str | None, options: Any) -> tuple[str, list[str], str | None]:
+    """The question, the options without labels, and the answer's letter where there are options.
+
+    Raises:
+        RowError: The options are none, or the answer is none of them.
+    """
+    if not options:
+        return _from_question(question, answer)
+    if not isinstance(options, list):
+        raise RowError(f"options: expected a list of texts, got {options!r:.60}")
+    texts = [
+        str(option) if isinstance(option, (int, float)) and not isinstance(option, bool) else option
+        for option in options
+    ]
+    if not all(isinstance(option, str) and option.strip() for option in texts):
+        raise RowError(f"options: expected a list of texts, got {options!r:.60}")
+    if not 2 <= len(texts) <= MAX_OPTIONS:
+        raise RowError(f"options: expected at least 2 and at most {MAX_OPTIONS}, got {len(texts)}")
+    found = unlabelled(texts)
+    if answer is None:
+        return question, found, None
+    letter = letter_of(answer, found)
+    if letter is None:
+        raise RowError(f"answer: {answer!r:.60} is none of the options; give its letter")
+    return question, found, letter
+
+
+def _from_question(question: str, answer: str | None) -> tuple[str, list[str], str | None]:
+    """Options written into the question, one a line; the text behind them stays in the question."""
+    lines = question.splitlines()
+    first = next((i for i, line in enumerate(lines) if label_of(line) == "A"), None)
+    if not first or answer is None:
+        return question, [], answer
+    found: list[str] = []
+    letters = option_letters(len(lines))
+    for line in lines[first:]:
+        if label_of(line) != letters[len(found)]:
+            break
+        found.append(line)
+    inside = unlabelled(found)
+    letter = letter_of(answer, inside)
+    if len(inside) < 2 or letter is None:
+        return question, [], answer
+    rest = [line for line in lines[first + len(found) :] if line.strip()]
+    return "\n".join([*lines[:first], *rest]).strip(), inside, letter
+
+
+def label_of(option: str) -> str | None:
+    """The label before an option's text."""
+    match = _LABEL.match(option)
+    return (match.group(1) or match.group(2)) if match else None
+
+
+def unlabelled(options: list[str]) -> list[str]:
+    """The options without "A. ", "(B) ", "C) " where all of them are so labelled, in order."""
+    if [label_of(option) for option in options] != option_letters(len(options)):
+        return [option.strip() for option in options]
+    return [match.group(3) for option in options if (match := _LABEL.match(option))]
+
+
+def letter_of(answer: str, options: list[str]) -> str | None:
+    """The letter an answer names: "B", "(B)", "B. the text", "(B) the text" or "the text"."""
+    letters = option_letters(len(options))
+    texts = [_plain(option) for option in options]
+    if texts.count(_plain(answer)) == 1:
+        return letters[texts.index(_plain(answer))]
+    match = _LETTER.match(answer)
+    index = index_of_letter(match.group(1) or match.group(2), len(options)) if match else None
+    if match is None or index is None:
+        return None
+    text = _plain(match.group(3))
+    if text in texts and texts[index] != text:
+        return None  # the letter of one option, the text of another
+    return letters[index]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold().rstrip(" .")

@@ -1,0 +1,94 @@
+"""Which files are the same media: by content, not by the spelling of their paths."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.video.refs import MediaRef
+
+_BLOCK = 1 << 20
+_WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last block are compared
+
+
+def contents(rows: Iterable[Example]) -> dict[str, str]:
+    """A name for the content of every file that rows are about; copies and links of one file share it.
+
+    Only files of equal size can be copies, so only those are read.
+    """
+    paths = {path for row in rows for medium in row.seen for path in files_of(medium)}
+    real = {path: _real(path) for path in paths}
+    sizes = {name: _size(name) for name in set(real.values())}
+    shared = Counter(size for size in sizes.values() if size is not None)
+    names = {
+        name: _digest(name, size) if size is not None and shared[size] > 1 else name
+        for name, size in sizes.items()
+    }
+    return {path: names[name] for path, name in real.items()}
+
+
+def files_of(medium: MediaRef) -> tuple[str, ...]:
+    """The files that a medium is read from."""
+    return medium.frames or (medium.path,)
+
+
+def media_of(rows: Iterable[Example], names: Mapping[str, str]) -> set[str]:
+    """The contents that rows are about, as `contents` names them."""
+    return {names[path] for row in rows for medium in row.seen for path in files_of(medium)}
+
+
+def group_by_content(rows: Iterable[Example]) -> list[list[Example]]:
+    """Rows that share any media together, in order of first appearance; a row without media stands alone."""
+    rows = list(rows)
+    names = contents(rows)
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    own = [sorted(media_of([row], names)) for row in rows]
+    for media in own:
+        for name in media[1:]:
+            parent[root(name)] = root(media[0])
+    groups: dict[object, list[Example]] = {}
+    for number, (row, media) in enumerate(zip(rows, own)):
+        groups.setdefault(root(media[0]) if media else number, []).append(row)
+    return list(groups.values())
+
+
+def _real(path: str) -> str:
+    try:
+        return str(Path(path).resolve())
+    except (OSError, RuntimeError):  # a loop of links
+        return path
+
+
+def _size(path: str) -> int | None:
+    try:
+        facts = Path(path)
+        return facts.stat().st_size if facts.is_file() else None
+    except OSError:
+        return None
+
+
+def _digest(path: str, size: int) -> str:
+    found = hashlib.blake2b(str(size).encode(), digest_size=20)
+    try:
+        with Path(path).open("rb") as file:
+            if size <= _WHOLE:
+                while block := file.read(_BLOCK):
+                    found.update(block)
+            else:
+                found.update(file.read(_BLOCK))
+                file.seek(size - _BLOCK)
+                found.update(file.read(_BLOCK))
+    except OSError:
+        return path
+    return f"content:{found.hexdigest()}"

@@ -1,0 +1,164 @@
+"""Media of a row and of message parts: every key of theirs is used, or refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.video.refs import Cut
+
+SECONDS = ("video_start", "video_end")
+COUNTS = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+CUT_KEYS = (*SECONDS, "fps", *COUNTS)
+OF_IMAGES = ("min_pixels", "max_pixels")
+_NAMES = {
+    "video": "video",
+    "video_url": "video",
+    "image": "image",
+    "image_url": "image",
+    "path": "",
+    "url": "",
+}
+
+
+@dataclass
+class Medium:
+    """A medium before its path is resolved: a file, a folder of frames, or the frames' own files."""
+
+    kind: str  # "video" or "image"
+    path: str
+    cut: Cut = field(default_factory=Cut)
+    frames: tuple[str, ...] = ()
+    by_name: bool = False  # the path lacks its suffix, and maybe its folder
+
+
+def read_cut(values: Mapping[str, Any], kind: str, default: Cut | None = None) -> Cut:
+    """The part of a medium that the keys of `values` name.
+
+    Args:
+        values: A row or a message part.
+        kind: "video" or "image"; of a picture only the bounds on its pixels can be given.
+        default: What holds where a key is absent.
+
+    Raises:
+        RowError: A value is out of range, or two exclude each other.
+    """
+    found: dict[str, Any] = dict((default or Cut()).given())
+    if kind == "image":
+        found = {key: value for key, value in found.items() if key in OF_IMAGES}
+    for key in CUT_KEYS:
+        value = values.get(key)
+        if value is None:
+            continue
+        if kind == "image" and key not in OF_IMAGES:
+            raise RowError(f"{key}: a picture has none")
+        found[key] = _number(key, value)
+    for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        if low in found and high in found and found[low] > found[high]:
+            raise RowError(f"{low}: expected at most {high} ({found[high]}), got {found[low]}")
+    if "video_end" in found and found.get("video_start", 0.0) >= found["video_end"]:
+        raise RowError(f"video_end: expected more than video_start, got {found['video_end']}")
+    if values.get("fps") is not None and values.get("nframes") is not None:
+        raise RowError("fps: give it or nframes, not both")
+    return Cut(**found)
+
+
+def _number(key: str, value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
+        raise RowError(f"{key}: expected a number, got {value!r:.60}")
+    if key in COUNTS:
+        if value != int(value) or value < 1:
+            raise RowError(f"{key}: expected a whole number of at least 1, got {value!r:.60}")
+        return int(value)
+    if not math.isfinite(value) or value < 0 or (key == "fps" and value == 0):
+        raise RowError(
+            f"{key}: expected {'more than 0' if key == 'fps' else 'seconds of at least 0'}, got {value!r:.60}"
+        )
+    return float(value)
+
+
+def read_medium(value: Any, kind: str, key: str, default: Cut | None = None) -> Medium:
+    """A medium given as a path, as a mapping with a path, or (a video) as a list of the paths of its frames.
+
+    Raises:
+        RowError: It is none of these, is not a local file, or has a key that is not used.
+    """
+    if isinstance(value, Mapping):
+        return _from_mapping(value, kind, key, default)
+    cut = read_cut({}, kind, default)
+    if isinstance(value, list):
+        if kind != "video":
+            raise RowError(f"{key}: expected the path of a picture, got a list")
+        frames = tuple(_path(item, key) for item in value)
+        if not frames:
+            raise RowError(f"{key}: an empty list of frames")
+        return Medium(kind, frames[0], cut, frames)
+    return Medium(kind, _path(value, key), cut)
+
+
+def _from_mapping(value: Mapping[str, Any], kind: str, key: str, default: Cut | None) -> Medium:
+    if value.get("bytes") is not None:
+        raise RowError(f"{key}: holds the bytes of a file; write them to a file and give its path")
+    named = [name for name in _NAMES if value.get(name) is not None]
+    known = {*_NAMES, *CUT_KEYS, "type", "bytes"}
+    unknown = [str(name) for name in value if name not in known and value[name] is not None]
+    if unknown:
+        raise RowError(
+            f"{key}: the key {unknown[0]!r:.60} of a {kind} is not used; use {', '.join(CUT_KEYS)}"
+        )
+    if len(named) != 1 or _NAMES[named[0]] not in ("", kind):
+        raise RowError(f"{key}: expected the path of a {kind}, got {dict(value)!r:.60}")
+    inner = value[named[0]]
+    found = read_medium(inner, kind, key, default)
+    found.cut = read_cut(value, kind, found.cut)
+    return found
+
+
+def _path(value: Any, key: str) -> str:
+    if isinstance(value, Mapping):
+        return _from_mapping(value, "image", key, None).path
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{key}: expected the path of a file, got {value!r:.60}")
+    if value.startswith(("http://", "https://", "data:", "s3://", "gs://", "hf://")):
+        raise RowError(f"{key}: {value:.60} is not a local file; download it and give its path")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise RowError(f"{key}: {value!r:.60} is no path that a file can have")
+    return value.removeprefix("file://")
+
+
+def row_media(row: Mapping[str, Any]) -> list[Medium]:
+    """The media that `video`, `videos`, `image` and `images` of a row name, videos first."""
+    found = []
+    for key in ("video", "videos", "image", "images"):
+        value = row.get(key)
+        if value is None:
+            continue
+        kind = key.rstrip("s")
+        default = row_cut(row, kind)
+        if (
+            kind == "video"
+            and key == "video"
+            and isinstance(value, list)
+            and value
+            and all(map(_is_frame, value))
+        ):
+            found.append(read_medium(value, kind, key, default))  # one video as its frames
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            found.append(read_medium(item, kind, key, default))
+    return found
+
+
+def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
+    """What the keys of a row itself say of all its media of one kind."""
+    names = CUT_KEYS if kind == "video" else OF_IMAGES
+    return read_cut({key: row.get(key) for key in names}, kind)
+
+
+def _is_frame(value: Any) -> bool:
+    """Whether an item of `video` is a picture: a list of those is one video."""
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+    return isinstance(value, str) and value.casefold().endswith(suffixes)

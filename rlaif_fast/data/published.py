@@ -1,0 +1,84 @@
+"""Columns of published datasets that name the video, the options or the answer in their own way.
+
+| dataset        | told by                             | video                     | options and answer          |
+|----------------|-------------------------------------|---------------------------|-----------------------------|
+| NExT-QA        | `a0` to `a4`                        | `video`                   | `a0`..., the index `answer` |
+| Video-MME      | `videoID`                           | `{videoID}`               | `options`, letter           |
+| ActivityNet-QA | `video_name`                        | `{video_name}`, `v_...`   | text                        |
+| MSRVTT-QA      | `video_id`, `category_id`           | `video{video_id}`         | text                        |
+| MSVD-QA        | `video_id`                          | `vid{video_id}`           | text                        |
+
+The suffix is looked up: .mp4, .avi, .mkv, .webm, .mov, beside the file or in `videos/`, `video/`, `data/`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import Medium, row_cut
+from rlaif_fast.data.schema import option_letters
+
+Row = Mapping[str, Any]
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{2,4}$")
+
+
+def unfold(row: Row) -> Row:
+    """The row with its options and answer under the names that all formats share."""
+    changed = dict(row)
+    if "a0" in row and "options" not in row:
+        keys = [f"a{i}" for i in range(len(row)) if f"a{i}" in row]
+        changed["options"] = [str(changed.pop(key)) for key in keys]
+        changed["answer"] = _by_index(row.get("answer"), len(keys))
+    model = row.get("reward_model")
+    if isinstance(model, Mapping) and model.get("ground_truth") is not None:  # verl
+        changed.setdefault("answer", model["ground_truth"])
+    options = row.get("options")
+    if isinstance(options, Mapping):
+        changed["options"] = _in_order(options)
+    return changed
+
+
+def _by_index(answer: Any, count: int) -> Any:
+    if answer is None:
+        return None
+    digits = str(answer)
+    if not digits.isdecimal() or int(digits) >= count:
+        raise RowError(f"answer: expected an index from 0 to {count - 1}, got {answer!r:.60}")
+    return option_letters(count)[int(digits)]
+
+
+def _in_order(options: Mapping[str, Any]) -> list[Any]:
+    """The options of a mapping from letters (or numbers) to texts, in the order of their names."""
+    letters = option_letters(len(options))
+    for names in (
+        letters,
+        [x.lower() for x in letters],
+        *([str(i + k) for i in range(len(options))] for k in (0, 1)),
+    ):
+        if sorted(options) == sorted(names):
+            return [options[name] for name in names]
+    raise RowError(f"options: expected the letters A, B, ... as keys, got {list(options)!r:.60}")
+
+
+def named_video(row: Row) -> Medium | None:
+    """The video that a row names by an id alone; None where it does not."""
+    stem = None
+    if row.get("videoID"):
+        stem = str(row["videoID"])
+    elif row.get("video_name"):
+        name = str(row["video_name"])
+        stem = name if name.startswith("v_") or _SUFFIX.search(name) else f"v_{name}"
+    elif row.get("video_id") is not None and "question" in row:
+        name = str(row["video_id"])
+        prefix = "video" if "category_id" in row else "vid"
+        stem = f"{prefix}{name}" if name.isdecimal() else name
+    return None if stem is None else _medium(stem, row)
+
+
+def _medium(stem: str, row: Row) -> Medium:
+    if "\0" in stem or stem.startswith("/") or ".." in stem:
+        raise RowError(f"the video's name {stem!r:.60} is not a name")
+    return Medium("video", stem, row_cut(row, "video"), by_name=_SUFFIX.search(stem) is None)

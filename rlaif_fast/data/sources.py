@@ -1,0 +1,211 @@
+"""The rows of a dataset file, whatever it is: JSONL, a JSON array, CSV, parquet, a Hugging Face `datasets` folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.errors import UsageError
+
+MAX_DEPTH = 64  # of lists and objects inside each other
+_CELL_CHARS = 16 << 20  # of a CSV field
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (line or row number, row); a row that cannot be read comes as a `RowError`.
+
+    Raises:
+        UsageError: The file itself cannot be read.
+    """
+    suffix = path.suffix.casefold()
+    if path.is_dir():
+        source = _arrow_folder(path)
+    elif suffix == ".parquet":
+        source = _parquet([path])
+    elif suffix in (".csv", ".tsv"):
+        source = _csv(path, "\t" if suffix == ".tsv" else ",")
+    else:
+        source = _json(path)
+    for number, row in source:
+        yield number, row if isinstance(row, RowError) else _checked(row)
+
+
+def _checked(row: Any) -> Any:
+    """The row, or the `RowError` that says why no file of a run could hold it."""
+    waiting = [(row, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, (dict, list)) and depth > MAX_DEPTH:
+            return RowError(f"nested more than {MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            waiting += [(key, depth + 1) for key in value] + [(item, depth + 1) for item in value.values()]
+        elif isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value]
+        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            return RowError(f"{value!r:.60} holds half of a character (an unpaired surrogate)")
+        elif isinstance(value, float) and not math.isfinite(value):
+            return RowError(f"{value} is no number; leave the key out")
+    return row
+
+
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot read the dataset: {error}") from error
+    if data.lstrip()[:1] == b"[":
+        yield from _array(path, data)
+        return
+    for number, raw in enumerate(data.split(b"\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            yield number, _guarded(lambda raw=raw: _DECODER.decode(raw.decode()))  # type: ignore[misc]
+        except UnicodeDecodeError as error:
+            yield number, RowError(f"not UTF-8 at byte {error.start}")
+
+
+def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    """The rows of one JSON array, each with the line that it starts on."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        while at < len(text) and (text[at].isspace() or text[at] == ","):
+            at += 1
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        found = _guarded(lambda at=at: _DECODER.raw_decode(text, at))  # type: ignore[misc]
+        if isinstance(found, RowError):
+            yield line, RowError(f"{found}; the rest is not read")
+            return
+        row, at = found
+        yield line, row
+
+
+def _guarded(decode: Callable[[], Any]) -> Any:
+    """What `decode` returns, or a `RowError` with the reason why it cannot."""
+    try:
+        return decode()
+    except UnicodeDecodeError:
+        raise
+    except json.JSONDecodeError as error:
+        return RowError(f"not JSON: {error.msg} at column {error.colno}")
+    except RowError as error:
+        return error
+    except RecursionError:
+        return RowError(f"nested more than {MAX_DEPTH} deep")
+    except ValueError as error:  # an integer of more digits than Python reads
+        return RowError(f"not JSON that can be read: {str(error)[:80]}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise RowError(f"the key {twice!r:.60} stands twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise RowError(f"{name} is no JSON; leave the key out")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+    """The rows of a CSV file with a header; a cell that holds a JSON list or object is one, an empty one is absent."""
+    csv.field_size_limit(_CELL_CHARS)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+            if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
+                raise UsageError(f"{path}: a column name stands twice in {reader.fieldnames}")
+            for row in reader:
+                if None in row or None in row.values():
+                    yield reader.line_num, RowError(f"expected {len(reader.fieldnames or ())} fields")
+                    continue
+                yield reader.line_num, {key: _cell(value) for key, value in row.items() if value != ""}
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except csv.Error as error:
+        raise UsageError(f"{path}: not CSV ({error})") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
+
+
+def _cell(value: str) -> Any:
+    if value.lstrip()[:1] in ("[", "{"):
+        found = _guarded(lambda: _DECODER.decode(value))
+        return value if isinstance(found, RowError) else found
+    return value
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            "reading parquet and datasets folders needs pyarrow, which is not installed; "
+            "run: pip install 'rlaif-fast[tables]'"
+        ) from error
+    return pyarrow
+
+
+def _parquet(paths: list[Path]) -> Iterator[tuple[int, Any]]:
+    pyarrow = _pyarrow()
+    number = 0
+    for path in paths:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=1024):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, _present(row)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UsageError(f"{path}: cannot read the dataset: {error}") from error
+
+
+def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
+    """A folder of `datasets.Dataset.save_to_disk`, or of parquet files."""
+    state = path / "state.json"
+    if not state.is_file():
+        found = sorted(path.glob("**/*.parquet"))
+        if (path / "dataset_dict.json").is_file():
+            raise UsageError(f"{path}: holds several splits; name one of its folders")
+        if not found:
+            raise UsageError(
+                f"{path}: cannot read the dataset: neither a datasets folder (state.json) nor one of parquet files"
+            )
+        yield from _parquet(found)
+        return
+    pyarrow = _pyarrow()
+    number = 0
+    try:
+        names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+        for name in names:
+            with pyarrow.memory_map(str(path / name)) as source:
+                for batch in pyarrow.ipc.open_stream(source):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, _present(row)
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path}: cannot read the dataset: {error}") from error
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the columns that are null in it."""
+    return {key: value for key, value in row.items() if value is not None}

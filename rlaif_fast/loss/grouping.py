@@ -1,0 +1,126 @@
+"""Groups of any order and unequal size: flat responses laid out in a padded grid, and back.
+
+Letters: B responses, N groups (in ascending order of their index), G the size of the largest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.loss import checks, ops
+from rlaif_fast.loss.inputs import LossArguments, Padding, RankAdvantages, TokenInputs
+from rlaif_fast.loss.options import RankOptions
+from rlaif_fast.loss.reference.rank_loss import policy_scores, ranking_stats
+
+_RANKING_STATS = ("penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal")
+
+
+class Grouping:
+    """Where each response stands. The size of the grid is read on the host."""
+
+    def __init__(self, index: Tensor) -> None:  # (B,)
+        _, group, counts = index.unique(return_inverse=True, return_counts=True)
+        order = group.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        place = torch.empty_like(group)
+        place[order] = torch.arange(len(group), device=group.device) - first[group[order]]
+        self.at = (group, place)
+        self.shape = (len(counts), int(counts.max()) if len(counts) else 1)
+
+    def grid(self, x: Tensor) -> Tensor:  # (B,) -> (N, G)
+        """Lay responses out in the grid; what is none is 0, or false."""
+        out = x.new_zeros(self.shape)
+        out[self.at] = x
+        return out
+
+    def flat(self, x: Tensor) -> Tensor:  # (N, G) -> (B,)
+        """Take the responses out of the grid again."""
+        return x[self.at]
+
+
+def rank_by_index(
+    scores: Tensor,  # (B,)
+    oracle_ranks: Tensor,  # (B,)
+    group_index: Any,  # (B,)
+    judged: Tensor | None,  # (B,) bool
+    weights: Tensor | None,  # (N,)
+    valid: Tensor | None,  # (N,) bool
+    options: RankOptions,
+    validate: bool,
+    backend: str,
+) -> tuple[RankAdvantages, list[Tensor]]:
+    """Return advantages and penalties (B,), the rest (N,); and the means over what was ranked."""
+    checks.floating("scores", scores, ("B",))
+    shape = tuple(scores.shape)
+    checks.tensor("oracle_ranks", oracle_ranks, shape, like=scores)
+    checks.token_ids("group_index", group_index, shape, like=scores)
+    if judged is None:
+        judged = torch.ones(shape, dtype=torch.bool, device=scores.device)
+    checks.boolean("judged", judged, shape, like=scores)
+    grouping = Grouping(group_index)
+    grid = grouping.grid
+    rest = (weights, valid, options.kind, validate)
+    inputs = checks.rank_inputs(grid(scores.detach()), grid(oracle_ranks), grid(judged), *rest)
+    result = ops.rank_advantages(inputs, options, backend)
+    stats = ranking_stats(result, TokenInputs(judged=inputs.judged), scores.new_zeros(()))
+    flat = result._replace(
+        advantages=grouping.flat(result.advantages), penalties=grouping.flat(result.penalties)
+    )
+    return flat, stats
+
+
+def close_groups(
+    like: Tensor,  # of the dtype of the statistics
+    logps: Tensor | None,  # (B, T), (M,) with padding; None where they are not known yet
+    oracle_ranks: Tensor | None,  # (B,)
+    arguments: LossArguments,
+    padding: Padding | None,
+    backend: str,
+) -> tuple[Tensor | None, LossArguments, dict[str, Tensor]]:
+    """Where a loss is given a group_index, rank its responses beforehand.
+
+    Returns:
+        What stands for the ranks, and for the arguments, and the statistics of the ranking.
+    """
+    index = arguments.get("group_index")
+    if index is None:
+        return oracle_ranks, arguments, {}
+    if oracle_ranks is None:
+        raise ValueError("group_index belongs to oracle_ranks; got advantages")
+    for name in ("group_size", "valid"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} must be None with group_index, which says which responses are a group")
+    options = checks.loss_options(arguments)
+    scores: Any = arguments.get("scores")
+    old = arguments.get("old_logps")
+    logps = logps if old is None else old
+    if scores is None and not options.orders_policy:
+        scores = like.new_zeros(oracle_ranks.shape)
+    if scores is None:
+        if logps is None:
+            raise ValueError(
+                "scores or old_logps must be given with group_index and hidden states; got neither"
+            )
+        mask = checks.mask(arguments.get("mask"), tuple(logps.shape), logps, arguments.get("validate", True))
+        mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+        if padding is not None:
+            logps, mask = padding.pad(logps), padding.pad(mask)
+        scores = policy_scores(logps, mask, 1, options.score).view(-1)
+    ranking, stats = rank_by_index(
+        scores.to(like.dtype),
+        oracle_ranks,
+        index,
+        arguments.get("judged"),
+        arguments.get("weights"),
+        None,
+        RankOptions(options.kind, options.penalty_weight, options.scale),
+        arguments.get("validate", True),
+        backend,
+    )
+    used = ("group_index", "judged", "weights", "scores")
+    rest: Any = {name: value for name, value in arguments.items() if name not in used}
+    rest["advantages"] = ranking.advantages
+    return None, rest, dict(zip(_RANKING_STATS, stats))

@@ -1,0 +1,24 @@
+"""The upstream gradient of a loss whose gradients were made in the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scaled(grad: Tensor, by: Tensor, backend: str) -> Tensor:
+    """Return grad * by, multiplied in float32 and rounded once.
+
+    Where `by` is 1 nothing is copied: on the CPU it is looked at, on a GPU the kernel looks at it, and works in
+    place where the graph is not kept for another backward pass.
+    """
+    if torch.compiler.is_compiling() or type(by) is not Tensor:
+        return (grad * by.reshape([1] * grad.dim())).to(grad.dtype)
+    if by.device.type == "cpu":
+        if by.item() == 1.0:
+            return grad
+    elif backend == "triton" and not torch._C._autograd._get_current_graph_task_keep_graph():
+        from rlaif_fast_kernels.scale_gradient import scale_gradient_
+
+        return scale_gradient_(grad, by)
+    return torch.mul(grad, by.reshape([1] * grad.dim()), out=torch.empty_like(grad))

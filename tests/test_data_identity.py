@@ -1,0 +1,102 @@
+"""Splits are kept apart by what the files hold, however their paths are spelt."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from rlaif_fast.trainer import setup
+from rlaif_fast.trainer.options import TrainConfig
+
+
+def spell_parent(folder):
+    return "../media/0.mp4"
+
+
+def spell_dot(folder):
+    return "./sub/.././0.mp4"
+
+
+def spell_absolute(folder):
+    return str(folder / "media" / "0.mp4")
+
+
+def spell_symlink(folder):
+    (folder / "media" / "link.mp4").symlink_to("0.mp4")
+    return "link.mp4"
+
+
+def spell_hard_link(folder):
+    os.link(folder / "media" / "0.mp4", folder / "media" / "hard.mp4")
+    return "hard.mp4"
+
+
+def spell_copy(folder):
+    shutil.copy(folder / "media" / "0.mp4", folder / "media" / "copy.mp4")
+    return "copy.mp4"
+
+
+def spell_linked_folder(folder):
+    (folder / "media" / "other").symlink_to(folder / "media")
+    return "other/0.mp4"
+
+
+def spell_second_video(folder):
+    return ["9.mp4", "0.mp4"]
+
+
+SPELLINGS = [value for name, value in list(globals().items()) if name.startswith("spell_")]
+
+
+def write(path, media):
+    rows = [
+        {"question": f"what {i}?", "answer": "x", "video" if isinstance(m, str) else "videos": m}
+        for i, m in enumerate(media)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "media" / "sub").mkdir(parents=True)
+    for number in range(12):
+        (tmp_path / "media" / f"{number}.mp4").write_bytes(f"clip {number:02}".encode())  # all of one size
+    return tmp_path
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_a_medium_of_the_test_is_never_learned_from(folder, spell):
+    data = write(folder / "media" / "data.jsonl", ["1.mp4", spell(folder), "2.mp4"])
+    held = write(folder / "media" / "held.jsonl", ["0.mp4"])
+    other = write(folder / "media" / "other.jsonl", ["3.mp4"])
+    notes = []
+    loaded = setup.load_data(TrainConfig(data=data, validation_data=other, test_data=held), note=notes.append)
+    assert [row.question for row in loaded.rl] == ["what 0?", "what 2?"]
+    assert any("Left out: 1 rl rows" in note for note in notes)
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_what_is_held_out_is_held_out_whole(folder, spell):
+    from rlaif_fast.data import read_examples
+    from rlaif_fast.data.identity import contents, media_of
+
+    names = [f"{number}.mp4" for number in range(12)]
+    data = write(folder / "media" / "data.jsonl", [*names, spell(folder)])
+    rows = read_examples(data)
+    for seed in range(12):
+        parts = setup.hold_out(rows, 0.2, seed)
+        known = contents(rows)
+        held = [media_of(part, known) for part in parts]
+        assert sum(map(len, parts)) == 13
+        assert held[0].isdisjoint(held[1]) and held[0].isdisjoint(held[2]) and held[1].isdisjoint(held[2])
+
+
+def test_other_files_of_the_same_size_are_other_media(folder):
+    data = write(folder / "media" / "data.jsonl", [f"{number}.mp4" for number in range(3)])
+    held, other = (write(folder / "media" / f"{n}.jsonl", [f"{n}.mp4"]) for n in (5, 6))
+    loaded = setup.load_data(TrainConfig(data=data, validation_data=held, test_data=other))
+    assert len(loaded.rl) == 3

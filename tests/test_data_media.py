@@ -1,0 +1,395 @@
+"""Every key of a medium is used or refused, and media stand where the text puts them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+
+from PIL import Image
+
+from rlaif_fast.data import read_examples, read_report
+from rlaif_fast.data.__main__ import main
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.tiny import make_tiny
+from rlaif_fast.prompts.batches import BatchMaker
+from rlaif_fast.prompts.encoder import PromptEncoder, markup_of
+from rlaif_fast.video import ClipStore, FrameSampling, PatchSpec, PixelBudget
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "a.mp4", counter_frames(40), fps=10)
+    write_video(folder / "b.mp4", counter_frames(40), fps=10)
+    pictures = list(counter_frames(12))
+    for number in range(12):
+        frame = Image.fromarray(pictures[number])
+        for name in (f"frames/f{number}.png", f"p{number}.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            frame.save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+def example_of(write, media, row):
+    [example] = read_examples(write({"question": "what?", "answer": "x", **row}), media_root=media)
+    return example
+
+
+def counters(clip):
+    return [read_counter(frame) for frame in clip.frames]
+
+
+def load(example, **options):
+    with ClipStore(FrameSampling(**options), isolate=False) as store:
+        return [store.load(medium) for medium in example.seen]
+
+
+PART = "messages"
+
+
+def row_of(where, keys):
+    """The keys on the row, in a message part, or beside the path in `videos`."""
+    if where == "row":
+        return {"video": "a.mp4", **keys}
+    if where == "videos":
+        return {"videos": [{"path": "a.mp4", **keys}]}
+    content = [{"type": "video", "video": "a.mp4", **keys}, {"type": "text", "text": "what?"}]
+    return {"question": None, "messages": [{"role": "user", "content": content}]}
+
+
+# counter_frames are 10 a second: 40 frames, 4 seconds
+USED = [
+    ({"video_start": 0.0, "video_end": 1.0}, lambda seen: max(seen) <= 10),
+    ({"video_start": 2.0, "video_end": 3.0}, lambda seen: min(seen) >= 20 and max(seen) <= 30),
+    ({"video_start": 3.0}, lambda seen: min(seen) >= 30),
+    ({"video_end": 0.5}, lambda seen: max(seen) <= 5),
+    ({"fps": 5.0}, lambda seen: len(seen) == 20),
+    ({"nframes": 10}, lambda seen: len(seen) == 10),
+    ({"min_frames": 12}, lambda seen: len(seen) == 12),
+    ({"max_frames": 2}, lambda seen: len(seen) == 2),
+    ({"fps": 10, "max_frames": 6}, lambda seen: len(seen) == 6),
+]
+
+
+@pytest.mark.parametrize("where", ["row", "part", "videos"])
+@pytest.mark.parametrize(("keys", "holds"), USED)
+@pytest.mark.parametrize("configured", [{}, {"nframes": 4}])
+def test_every_key_of_a_video_changes_its_frames(write, media, where, keys, holds, configured):
+    if configured and set(keys) <= {"video_start", "video_end"} and "fps" not in keys:
+        configured = {}
+    [clip] = load(example_of(write, media, row_of(where, keys)), **configured)
+    assert holds(counters(clip)), counters(clip)
+
+
+def test_two_segments_of_one_clip_differ(write, media):
+    rows = [
+        {"question": "what?", "answer": "x", "video": "a.mp4", "video_start": s, "video_end": s + 1}
+        for s in (0, 2)
+    ]
+    first, second = (load(example)[0] for example in read_examples(write(*rows), media_root=media))
+    assert first.key != second.key
+    assert set(counters(first)).isdisjoint(counters(second))
+
+
+@pytest.mark.parametrize("where", ["row", "part", "videos"])
+@pytest.mark.parametrize(
+    "keys", [{"max_pixels": 1024}, {"min_pixels": 64 * 256, "max_pixels": 64 * 512}, {"total_pixels": 8192}]
+)
+def test_pixel_bounds_are_used(write, media, where, keys, encoder):
+    plain, bound = (example_of(write, media, row_of(where, given)) for given in ({}, keys))
+    with ClipStore(resize=encoder.pixels, isolate=False) as store:
+        maker = BatchMaker(encoder, store)
+        grids = [maker([example])[0].media[0].grid_thw for example in (plain, bound)]
+    assert grids[0] != grids[1]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    words = {"before", "after", "what", "then", "end"}
+    folder = make_tiny(tmp_path_factory.mktemp("tiny") / "model", words, family="qwen3_vl", seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder or tmp_path_factory.getbasetemp())
+    spec = PatchSpec(16)
+    return PromptEncoder(tokenizer, "qwen2_5_vl", spec, PixelBudget(spec.factor, 1024, 64 * 64))
+
+
+REFUSED = {
+    "resized_height": 64,
+    "start": 1,
+    "sample_fps": 2,
+    "detail": "high",
+    "max_pixel": 9,
+    "video_strat": 1,
+    "image": "p0.png",
+    "bytes": "abc",
+}
+
+
+@pytest.mark.parametrize("where", ["part", "videos"])
+@pytest.mark.parametrize("key", REFUSED)
+def test_any_other_key_of_a_part_is_refused_by_name(write, media, where, key):
+    row = {"question": "what?", "answer": "x", **row_of(where, {key: REFUSED[key]})}
+    with pytest.raises(UsageError, match=key if key != "image" else "expected the path of a video"):
+        read_examples(write(row), media_root=media)
+
+
+WRONG = [
+    {"fps": 0}, {"fps": -1}, {"fps": "2"}, {"fps": True}, {"nframes": 0}, {"nframes": 2.5}, {"video_start": -1},
+    {"video_start": 2, "video_end": 1}, {"video_end": 0}, {"min_frames": 9, "max_frames": 3}, {"fps": 1, "nframes": 4},
+    {"min_pixels": 9, "max_pixels": 3}, {"max_pixels": 0}, {"fps": float("inf")}, {"video_start": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["row", "part", "videos"])
+@pytest.mark.parametrize("keys", WRONG, ids=str)
+def test_a_value_that_cannot_be_is_refused_by_name(write, media, where, keys):
+    with pytest.raises(UsageError, match=rf"data\.jsonl:1: ({'|'.join(keys)}|Infinity)"):
+        example_of(write, media, row_of(where, keys))
+
+
+def test_a_picture_has_no_seconds(write, media):
+    part = {"type": "image", "image": "p0.png", "video_start": 1}
+    with pytest.raises(UsageError, match="video_start: a picture has none"):
+        read_examples(
+            write(
+                {
+                    "messages": [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}],
+                    "answer": "y",
+                }
+            ),
+            media_root=media,
+        )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"video_start": 90}, {"video_start": 3.99}, {"nframes": 400}, {"video_start": 0, "video_end": 0.01}],
+)
+def test_check_looks_at_the_part_that_is_asked_for(write, media, keys, capsys):
+    path = write({"question": "what?", "answer": "x", "video": "a.mp4", **keys})
+    assert main(["check", str(path), "--media_root", str(media)]) == 1
+    assert "data.jsonl:1" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "check",
+                str(write({"question": "what?", "answer": "x", "video": "a.mp4"})),
+                "--media_root",
+                str(media),
+            ]
+        )
+        == 0
+    )
+
+
+def test_a_part_that_is_not_there_costs_no_other_part(write, media):
+    good, bad = (example_of(write, media, {"video": "a.mp4", "video_start": start}) for start in (0, 90))
+    with ClipStore(isolate=False, max_bad_fraction=1.0) as store:
+        for _ in range(2):
+            with pytest.raises(Exception, match="no frames between"):
+                store.load(bad.seen[0])
+        assert store.load(good.seen[0]).frames.shape[0] >= 4
+        assert list(store.stats.bad_files) == [f"{media}/a.mp4 [video_start=90]"]
+
+
+# --- where media stand
+
+V, P = "V", "P"
+PLACED = [
+    (
+        {"question": "before <image> after <image> end", "images": ["p0.png", "p1.png"]},
+        ["before", P, "after", P, "end"],
+    ),
+    ({"question": "<image> then <video> what", "image": "p0.png", "video": "a.mp4"}, [P, "then", V, "what"]),
+    ({"question": "<image><video> what", "image": "p0.png", "video": "a.mp4"}, [P, V, "what"]),
+    ({"question": "what then <video>", "video": "a.mp4"}, ["what", "then", V]),
+    ({"question": "<video> what", "videos": ["a.mp4", "b.mp4"]}, [V, V, "what"]),
+    ({"question": "what", "image": "p0.png", "video": "a.mp4"}, [V, P, "what"]),
+    ({"question": "before <video>a.mp4</video> end"}, ["before", V, "end"]),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "before"},
+                        {"type": "video", "video": "a.mp4"},
+                        {"type": "text", "text": "then"},
+                        {"type": "image", "image": "p0.png"},
+                        {"type": "text", "text": "end"},
+                    ],
+                }
+            ]
+        },
+        ["before", V, "then", P, "end"],
+    ),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "video"}],
+                }
+            ],
+            "videos": ["a.mp4"],
+            "images": ["p1.png"],
+        },
+        ["before", P, V],
+    ),
+    ({"conversations": [{"from": "human", "value": "<image>\nwhat"}], "video": "a.mp4"}, [V, "what"]),
+    (
+        {"question": "what", "image": "p0.png", "options": ["before", "after"], "answer": "A"},
+        [P, "what", "A", ".", "before", "B", ".", "after"],
+    ),
+    ({"question": "what", "answer": "x"}, ["what"]),
+]
+
+
+@pytest.mark.parametrize(("row", "order"), PLACED, ids=range(len(PLACED)))
+def test_media_stand_where_the_text_puts_them(write, media, encoder, row, order):
+    [example] = read_examples(write({"answer": "x", **row}), media_root=media)
+    clips = load(example, nframes=2)
+    [prompt] = [encoder.encode(example, clips)]
+    tokens = encoder.tokenizer.convert_ids_to_tokens(prompt.input_ids.tolist())
+    start = tokens.index("user") + 1 if "user" in tokens else 0
+    found = []
+    for token in tokens[start:]:
+        kind = {"<|video_pad|>": V, "<|image_pad|>": P}.get(token)
+        if token == "<|vision_start|>":
+            found.append(None)
+        elif kind is not None:
+            found[-1] = kind
+        elif token in order:
+            found.append(token)
+    assert [item for item in found if item in order] == order
+    assert len(prompt.media) == order.count(V) + order.count(P)
+    for clip, item in zip(clips, prompt.media):
+        assert clip.is_image != item.is_video
+
+
+def test_a_picture_and_a_video_are_not_swapped(write, media):
+    example = example_of(
+        write,
+        media,
+        {"question": "<image> <video>", "image": "p3.png", "video": "a.mp4"}
+        | {"question": "x <image> y <video>"},
+    )
+    picture, video = load(example)
+    assert picture.is_image and not video.is_image
+    assert counters(picture) == [3]
+
+
+# --- videos that come as pictures
+
+FRAMES = [f"p{number}.png" for number in range(12)]
+AS_FRAMES = [
+    {"video": "frames"},
+    {"video": FRAMES},
+    {"videos": [FRAMES]},
+    {"videos": ["frames"]},
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "video", "video": FRAMES}, {"type": "text", "text": "what?"}],
+            }
+        ],
+        "question": None,
+    },
+    {"video": {"path": "frames"}},
+]
+
+
+@pytest.mark.parametrize("row", AS_FRAMES, ids=range(len(AS_FRAMES)))
+def test_pictures_are_a_video(write, media, row):
+    [clip] = load(example_of(write, media, row))
+    assert counters(clip) == list(range(12))[: len(clip.frames)]
+    assert not clip.is_image
+    assert (
+        main(["check", str(write({"question": "what?", "answer": "x", **row})), "--media_root", str(media)])
+        == 0
+    )
+
+
+def test_keys_hold_for_pictures_too(write, media):
+    [clip] = load(
+        example_of(
+            write, media, {"videos": [{"video": FRAMES, "fps": 4.0, "video_start": 1.0, "video_end": 2.0}]}
+        )
+    )
+    assert counters(clip) == [4, 5, 6, 7] or counters(clip) == [4, 5, 7, 8] or min(counters(clip)) >= 4
+    assert clip.timestamps[0] == pytest.approx(1.0)
+
+
+def test_a_missing_frame_is_named(write, media):
+    with pytest.raises(UsageError, match=r"p99\.png does not exist"):
+        example_of(write, media, {"video": [*FRAMES, "p99.png"]})
+
+
+# --- markup
+
+
+@pytest.mark.parametrize("where", ["question", "options", "system", "answer"])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "<tool_call>",
+        "<|custom|>",
+        "[ROLE]",
+        "<|im_end|>",
+        "<think>",
+        "<|vision_start|>",
+        "<tool_</think>call>",
+    ],
+)
+def test_no_added_token_of_the_tokenizer_gets_in(encoder, where, token, media):
+    from transformers import AutoTokenizer
+
+    from rlaif_fast.data import Example
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder.tokenizer.name_or_path)
+    tokenizer.add_tokens(["<tool_call>", "<|custom|>", "[ROLE]", "<think>", "</think>", "plain"])
+    own = PromptEncoder(tokenizer, "qwen2_5_vl", encoder.patch_spec, encoder.pixels)
+    assert {"<tool_call>", "<|custom|>", "[ROLE]", "<|im_end|>"} <= markup_of(tokenizer)
+    assert "plain" not in markup_of(tokenizer)
+
+    def count(ids):
+        known = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
+        return sum(int(i) in known for i in ids)
+
+    if where == "answer":
+        expected = 2 if "think>" in token else 1  # reasoning is the answer's own; the end of sequence is ours
+        assert count(own.encode_answer(f"what {token} end")) == expected
+        return
+    texts = {"question": "what", "options": ("before", "after"), "system": "end"}
+    clean = own.encode(Example("1", **texts), ()).input_ids
+    hostile = texts | {where: ("before", f"after {token}") if where == "options" else f"what {token} {token}"}
+    assert count(own.encode(Example("2", **hostile), ()).input_ids) == count(clean)
+
+
+def test_clips_of_one_batch_keep_their_parts(write, media, encoder):
+    rows = [
+        {"question": "what?", "answer": "x", "video": "a.mp4", "video_start": s, "video_end": s + 1}
+        for s in (0, 2)
+    ]
+    examples = read_examples(write(*rows), media_root=media)
+    with ClipStore(isolate=False) as store:
+        batch = BatchMaker(encoder, store)(examples)
+    assert not torch.equal(batch[0].clips[0].frames, batch[1].clips[0].frames)
+    assert read_report(write(*rows), media_root=media).errors == []
