@@ -28,7 +28,8 @@ def parse_config(
 ) -> Config:
     """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, wherever the two stand.
 
-    What a flag and a file both set is told on standard error. `--print-config` prints the result as YAML and exits; `--help` documents every field.
+    What a flag and a file both set is told on standard error. `--print-config` prints the result as YAML and exits;
+    `--help` documents every field.
 
     Args:
         config_class: The dataclass.

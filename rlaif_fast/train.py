@@ -63,9 +63,9 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
+        if not rank_under_torchrun():
+            recover_all(run_dir, extends="max_steps" in (given or {}))
         config = resumed_config(run_dir, given or {})
-        if run_dir.finished:
-            raise UsageError(f"resume: {run_dir.path} is finished; nothing is left to do")
     else:
         config = setup.resolved(config)
     with contextlib.ExitStack() as held:
@@ -80,15 +80,32 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
     return Path(config.output_dir)
 
 
+def recover_all(run_dir, *, extends: bool) -> None:
+    """Check what a run is resumed from, and say in a line each what is damaged.
+
+    Raises:
+        UsageError: The run is finished, and the command does not extend it; or it still goes on.
+        RlaifFastError: Nothing whole is left.
+    """
+    from rlaif_fast.runs.recovery import recover
+
+    if run_dir.finished and not extends:
+        raise UsageError(
+            f"resume: {run_dir.path} is finished; nothing is left to do, unless --max_steps asks for more"
+        )
+    with run_dir.lock():
+        for line in recover(run_dir):
+            print(line, file=sys.stderr)
+
+
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import write_atomically
 
-    if config.resume is not None:
-        state = CheckpointStore(run_dir.checkpoints, {}).last_state()
-        run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    write_atomically(run_dir.config, dump_config(dataclasses.replace(config, resume=None)))
+    text = dump_config(dataclasses.replace(config, resume=None))
+    write_atomically(run_dir.config, text)
+    CheckpointStore(run_dir.checkpoints, {}).note_config(text)
 
 
 def train_in(world, config) -> None:
@@ -146,7 +163,7 @@ def train_in(world, config) -> None:
         reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
         world.barrier()
-        load_weights(policy.model, run.store.path("best"))
+        load_weights(policy.model, run.store.checked("best"))
         final = run.evaluate(
             data.test, phase="final", split="test", step=reached, opponents=opponents_of(run, run_dir)
         )
@@ -216,7 +233,13 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         algorithm=make_algorithm(config),
         data=data,
         logger=logger,
-        store=CheckpointStore(run_dir.checkpoints, files, read_only=not world.is_main),
+        store=CheckpointStore(
+            run_dir.checkpoints,
+            files,
+            read_only=not world.is_main,
+            run=run_dir,
+            keep=config.keep_checkpoints,
+        ),
         world=world,
     )
     return run, notes

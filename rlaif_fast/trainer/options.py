@@ -10,7 +10,7 @@ from rlaif_fast.errors import require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 from rlaif_fast.oracle.registry import refuse_secrets
-from rlaif_fast.policy.loading import ModelOptions
+from rlaif_fast.policy.loading import ModelOptions, check_lora
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
@@ -168,6 +168,7 @@ class RlOptions:
         metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
             greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
             oracle where answers are free text or missing, else accuracy.
+        keep_checkpoints: Newest checkpoints that are kept, at least 2, so that a run goes on where one is damaged.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
 
@@ -193,6 +194,7 @@ class RlOptions:
     dynamic_sampling_rounds: int = 2
     eval_steps: int = 50
     metric_for_best_model: Literal["auto", "accuracy", "oracle", "none"] = "auto"
+    keep_checkpoints: int = 2
     early_stopping_patience: int = 0
 
     def check_rl(self) -> None:
@@ -221,6 +223,7 @@ class RlOptions:
         require_positive("max_grad_norm", self.max_grad_norm)
         require_least("eval_steps", self.eval_steps, 1)
         require_least("early_stopping_patience", self.early_stopping_patience, 0)
+        require_least("keep_checkpoints", self.keep_checkpoints, 2)
         metrics = ("auto", "accuracy", "oracle", "none")
         require(
             self.metric_for_best_model in metrics,
@@ -349,6 +352,7 @@ class TrainConfig(
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         require_least("lora_r", self.lora_r, 0)
+        check_lora(self)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         require_least("max_packed_tokens", self.max_packed_tokens, 1)
         require(

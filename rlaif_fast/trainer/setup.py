@@ -26,9 +26,10 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.policy.weights import adapter_config, check_config
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
@@ -86,8 +87,12 @@ def check_model(model: str) -> None:
 
     if is_tiny(model):
         return
+    adapters = adapter_folder(model)
+    if adapters is not None:
+        model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
+    check_config(model, "model")
     try:
-        AutoConfig.from_pretrained(model)
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model: cannot load {model!r}: {reason}") from error
