@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import itertools
 import re
 import sys
@@ -13,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, printable
+from rlaif_fast.runs.termination import EXIT_CODE, Terminated
 
 Config = TypeVar("Config")
 
@@ -155,10 +157,10 @@ def _explain(message: str, names: Sequence[str]) -> str:
 
 
 def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Run a command; print an error as one line and return its exit code (2 for usage, 1 for failure).
+    """Run a command; print an error as one line and return its exit code.
 
     Args:
-        command: Returns the exit code.
+        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM.
         debug: Show tracebacks instead.
     """
     try:
@@ -168,6 +170,14 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Terminated:
+        print("terminated by SIGTERM", file=sys.stderr)
+        return EXIT_CODE
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {_os_reason(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -179,3 +189,19 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _os_reason(error: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    hints = {
+        errno.ENOSPC: "; free some space",
+        errno.EDQUOT: "; free some space",
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "; raise the limit of open files of the machine",
+    }
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    where = f"{' and '.join(paths)}: " if paths else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return printable(
+        f"{where}{reason}{hints.get(error.errno or 0, '')} (run with --debug true for the traceback)"
+    )

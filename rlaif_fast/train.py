@@ -119,6 +119,7 @@ def train_in(world, config) -> None:
     from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.logging import RunLogger, SilentLogger
+    from rlaif_fast.runs.termination import Termination
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
     from rlaif_fast.trainer.sft import train_sft
@@ -139,7 +140,10 @@ def train_in(world, config) -> None:
             seconds=state["seconds"] if state else None,
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
-        run, notes = build_run(world, config, run_dir, logger, open_parts)
+        termination = Termination(config.grace_seconds)
+        if world.is_main:
+            open_parts.enter_context(termination.installed())
+        run, notes = build_run(world, config, run_dir, logger, open_parts, termination)
         policy, data = run.policy, run.data
         describe(run)
 
@@ -183,7 +187,7 @@ def opponents_of(run, run_dir) -> dict[str, str] | None:
     return {row["example_id"]: row["prediction"] for row in read_jsonl(run_dir.predictions("sft"))}
 
 
-def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
+def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, termination):
     """The parts of a run, and what a reader of its report has to know.
 
     Args:
@@ -192,6 +196,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         run_dir: Its folder.
         logger: Where to log.
         open_parts: Closes what has to be closed.
+        termination: Knows whether the run was asked to end.
     """
     import torch
 
@@ -241,6 +246,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
             keep=config.keep_checkpoints,
         ),
         world=world,
+        termination=termination,
     )
     return run, notes
 

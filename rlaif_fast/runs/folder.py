@@ -275,11 +275,17 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is met without a name
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself must survive a power cut

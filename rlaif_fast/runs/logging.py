@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -314,6 +315,8 @@ def _event_writer(run_dir: RunDir) -> SummaryWriter:
 
 def _append(file: FileIO, text: str) -> None:
     data = text.encode()
+    if os.name == "posix" and os.fstat(file.fileno()).st_nlink == 0:
+        raise RlaifFastError(f"{file.name} was removed while the run went on; the run ends")
     try:
         while data:
             data = data[file.write(data) :]

@@ -304,6 +304,7 @@ class RunOptions:
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
         report: Write report.html and its figures at the end.
+        grace_seconds: How long a run that gets SIGTERM may take to finish its step and save before it ends without.
         debug: Show tracebacks.
     """
 
@@ -319,12 +320,14 @@ class RunOptions:
     gallery_clips: int = 12
     tensorboard: bool = True
     report: bool = True
+    grace_seconds: float = 25.0
     debug: bool = False
 
     def check_run(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         require_least("num_processes", self.num_processes, 0)
         require_least("threads", self.threads, 0)
+        require_positive("grace_seconds", self.grace_seconds)
         require_least("logging_steps", self.logging_steps, 1)
         require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
         require_least("gallery_clips", self.gallery_clips, 0)

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "report",
     "debug",
     "keep_checkpoints",
+    "grace_seconds",
 )
 
 

@@ -17,6 +17,7 @@ from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
+from rlaif_fast.runs.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
@@ -80,7 +81,8 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             progress.best_score = run.score(start)
         run.store.mark(best=run.store.path("sft").name)
 
-    with updater, logger.stage("rl", total=config.max_steps, start=progress.step):
+    saved = progress.step
+    with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
             groups, features, stats = sample_and_rank(run, order, progress.step)
             for _ in range(config.num_iterations):
@@ -105,6 +107,11 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 progress.evals_without_gain = 0 if improved else progress.evals_without_gain + 1
                 progress.best_score = max(score, progress.best_score)
                 save(f"rl-{progress.step:06d}", last=True, best=improved)
+                saved = progress.step
+            if progress.step < config.max_steps and run.asked_to_end():
+                if saved != progress.step:
+                    save(f"rl-{progress.step:06d}", last=True)
+                raise Terminated
     if progress.is_over(config.early_stopping_patience):
         logger.message(
             f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"
