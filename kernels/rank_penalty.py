@@ -193,9 +193,9 @@ def rank_penalty(inputs: RankInputs, options: RankOptions) -> RankAdvantages:
                 SCALE=options.scale,
                 **launch_config(G),
             )
-    ndcg, tau, top1, signal = measures
-    dtype = scores.dtype
-    return RankAdvantages(advantages, penalties, ndcg.to(dtype), tau.to(dtype), signal.bool(), top1.to(dtype))
+    # Copies: what an operator returns must not share memory.
+    ndcg, tau, top1 = (row.to(scores.dtype, copy=True) for row in measures[:3])
+    return RankAdvantages(advantages, penalties, ndcg, tau, measures[3].bool(), top1)
 
 
 def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str | None:

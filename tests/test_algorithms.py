@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlaif_fast import rank_advantages
-from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, make_algorithm
+from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, Verdicts, make_algorithm
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import UsageError
 from rlaif_fast.trainer.options import TrainConfig
@@ -14,14 +14,14 @@ RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
 POLICY = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
 
 
-def feedback(algorithm):
-    return RANKS if algorithm.feedback == "ranks" else REWARDS
+def verdicts(algorithm, judged=None, weights=None):
+    return Verdicts(RANKS if algorithm.feedback == "ranks" else REWARDS, judged, weights, POLICY)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_centres_and_learns_nothing_from_ties(name):
     algorithm = make_algorithm(AlgorithmOptions(algorithm=name))
-    result = algorithm.advantages(POLICY, feedback(algorithm))
+    result = algorithm.advantages(verdicts(algorithm))
     assert result.has_signal.tolist() == [True, False]
     assert result.advantages[1].tolist() == [0.0] * 4
     torch.testing.assert_close(result.advantages.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
@@ -33,20 +33,49 @@ def test_every_algorithm_centres_and_learns_nothing_from_ties(name):
     assert torch.equal(result.kendall_tau, expected.kendall_tau)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_judged_part_of_a_group_is_a_smaller_group_and_weights_multiply(name):
+    algorithm = make_algorithm(AlgorithmOptions(algorithm=name))
+    judged = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    part = algorithm.advantages(verdicts(algorithm, judged, torch.tensor([0.5, 1.0])))
+    kept = verdicts(algorithm).feedback[:1, [0, 1, 3]]
+    smaller = algorithm.advantages(Verdicts(kept, None, None, POLICY[:1, [0, 1, 3]]))
+    torch.testing.assert_close(part.advantages[0, [0, 1, 3]], 0.5 * smaller.advantages[0])
+    assert part.advantages[0, 2] == 0 and part.advantages[1].tolist() == [0.0] * 4
+    assert part.has_signal.tolist() == [True, False]
+    torch.testing.assert_close(part.kendall_tau[0], smaller.kendall_tau[0])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_loss_gets_the_advantages_that_are_logged(name):
+    torch.manual_seed(0)
+    algorithm = make_algorithm(AlgorithmOptions(algorithm=name, beta=0.0))
+    judged = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    given = verdicts(algorithm, judged, torch.tensor([0.5, 1.0]))
+    output = algorithm.loss(
+        torch.randn(16, 4),
+        torch.randn(7, 4),
+        torch.arange(16) % 7,
+        lengths=torch.full((8,), 2),
+        **algorithm.loss_inputs(given),
+    )
+    assert torch.equal(output.advantages, algorithm.advantages(given).advantages.flatten())
+
+
 def test_grpo_is_the_z_score_and_its_older_name():
     plain = make_algorithm(AlgorithmOptions(algorithm="grpo", scale="none"))
     first = REWARDS[:1]
     expected = (first - first.mean()) / (first.std() + 1e-4)
-    torch.testing.assert_close(plain.advantages(POLICY[:1], first).advantages, expected)
+    torch.testing.assert_close(plain.advantages(Verdicts(first, None, None, POLICY[:1])).advantages, expected)
     older = make_algorithm(AlgorithmOptions(advantage="zscore", scale="none"))
     assert type(older) is type(plain)
-    assert torch.equal(
-        older.advantages(POLICY, REWARDS).advantages, plain.advantages(POLICY, REWARDS).advantages
-    )
+    whole = verdicts(plain)
+    assert torch.equal(older.advantages(whole).advantages, plain.advantages(whole).advantages)
 
 
 def test_rloo_compares_with_the_mean_of_the_others():
-    advantages = make_algorithm(AlgorithmOptions(algorithm="rloo")).advantages(POLICY, REWARDS).advantages
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="rloo"))
+    advantages = algorithm.advantages(verdicts(algorithm)).advantages
     for i in range(4):
         others = [REWARDS[0, j].item() for j in range(4) if j != i]
         assert advantages[0, i].item() == pytest.approx(REWARDS[0, i].item() - sum(others) / 3, abs=1e-6)
@@ -54,9 +83,9 @@ def test_rloo_compares_with_the_mean_of_the_others():
 
 def test_gopo_spaces_ranks_evenly_and_ties_share():
     algorithm = make_algorithm(AlgorithmOptions(algorithm="gopo"))
-    spaced = algorithm.advantages(POLICY[:1], torch.tensor([[3, 0, 7, 4]])).advantages
+    spaced = algorithm.advantages(Verdicts(torch.tensor([[3, 0, 7, 4]]), None, None, POLICY[:1])).advantages
     torch.testing.assert_close(spaced, torch.tensor([[2 / 3, 2.0, -2.0, -2 / 3]]))
-    shared = algorithm.advantages(POLICY[:1], RANKS[:1]).advantages
+    shared = algorithm.advantages(Verdicts(RANKS[:1], None, None, POLICY[:1])).advantages
     torch.testing.assert_close(shared, torch.tensor([[2.0, -2.0, 0.0, 0.0]]))
 
 
@@ -106,8 +135,8 @@ def test_another_package_adds_one_through_the_entry_point_group(tmp_path, monkey
         "    @classmethod\n"
         "    def ignores(cls, options):\n"
         "        return ('scale',)\n"
-        "    def advantages(self, policy_scores, feedback):\n"
-        "        found = rank_advantages(policy_scores, feedback, kind='zscore')\n"
+        "    def advantages(self, verdicts):\n"
+        "        found = rank_advantages(verdicts.scores, verdicts.feedback, kind='zscore')\n"
         "        return found._replace(advantages=found.advantages.sign())\n"
     )
     meta = tmp_path / "sign_algorithm-1.0.dist-info"
@@ -117,6 +146,8 @@ def test_another_package_adds_one_through_the_entry_point_group(tmp_path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     config = TrainConfig(algorithm="sign")
     assert find_algorithm(config).feedback == "scores"
-    assert make_algorithm(config).advantages(POLICY, REWARDS).advantages[0].tolist() == [1, -1, 0, 0]
+    assert make_algorithm(config).advantages(Verdicts(REWARDS, None, None, POLICY)).advantages[
+        0
+    ].tolist() == [1, -1, 0, 0]
     with pytest.raises(UsageError, match="scale: sign"):
         TrainConfig(algorithm="sign", scale="none")

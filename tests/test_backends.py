@@ -124,4 +124,7 @@ def test_doctor_prints_every_backend(capsys):
 
 def test_masked_out_fields_are_left_out_of_the_statistics():
     stats = grpo_rank_loss(torch.zeros(2, 3), advantages=torch.zeros(2)).stats
-    assert set(stats) == {"loss/policy", "clip_low", "clip_high", "ratio_mean", "ratio_max", "tokens"}
+    clipped = {"clip_low", "clip_high"} | {
+        f"clip_ratio/{name}" for name in ("low_min", "high_max", "region_mean")
+    }
+    assert set(stats) == {"loss/policy", "ratio_mean", "ratio_max", "tokens"} | clipped

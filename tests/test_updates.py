@@ -10,6 +10,7 @@ from torch import nn
 
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import Group, rank_rollout
+from rlaif_fast.algorithms.grpo_rank import GrpoRank
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
@@ -114,14 +115,20 @@ def test_the_sampling_ratio_weighs_the_loss(num_iterations):
     assert_same_gradients({name: 2 * gradient for name, gradient in ours.items()}, expected)
 
 
-def test_truncated_responses_are_left_out_where_asked():
+def test_truncated_responses_are_left_out_where_asked(monkeypatch):
     policy = make_policy("qwen3_vl")
     groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])
     cut_off = [replace(group, finished=(True,) * (G - 1) + (False,)) for group in groups]
-    without = [replace(group, advantages=(*group.advantages[:-1], 0.0)) for group in groups]
     options = {"beta": 0.0, "num_generations": G}
     _, ours = updated(policy, cut_off, mask_truncated_completions=True, **options)
-    _, expected = updated(policy, without, **options)
+
+    def without_the_last(algorithm, verdicts):
+        advantages = algorithm.advantages(verdicts).advantages.clone()
+        advantages[:, -1] = 0.0
+        return {"advantages": advantages.flatten()}
+
+    monkeypatch.setattr(GrpoRank, "loss_inputs", without_the_last)
+    _, expected = updated(policy, groups, **options)
     share = (G - 1) / G  # the mean is over the responses that are left
     assert_same_gradients({name: share * gradient for name, gradient in ours.items()}, expected)
 

@@ -1,7 +1,16 @@
 """Algorithms: what a group's feedback is worth, and which loss learns from it. One file each."""
 
-from rlaif_fast.algorithms.base import Algorithm, GroupAlgorithm
+from rlaif_fast.algorithms.base import Algorithm, GroupAlgorithm, KernelAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.registry import ALGORITHMS, make_algorithm
+from rlaif_fast.algorithms.verdicts import Verdicts
 
-__all__ = ["ALGORITHMS", "Algorithm", "AlgorithmOptions", "GroupAlgorithm", "make_algorithm"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AlgorithmOptions",
+    "GroupAlgorithm",
+    "KernelAlgorithm",
+    "Verdicts",
+    "make_algorithm",
+]

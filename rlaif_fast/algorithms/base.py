@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from rlaif_fast import LossOutput, RankAdvantages, fused_linear_grpo_rank_loss
+from rlaif_fast import LossOutput, RankAdvantages, fused_linear_grpo_rank_loss, rank_advantages
 from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.verdicts import Verdicts
 
 Feedback = Literal["ranks", "scores"]  # pairs are made from ranks
 
@@ -33,17 +35,12 @@ class Algorithm(Protocol):
         """Names of the options that it would not read; one of them set by hand is refused."""
         ...
 
-    def advantages(
-        self,
-        policy_scores: Tensor,  # (N, G)
-        feedback: Tensor,  # (N, G)
-    ) -> RankAdvantages:
-        """Turn the feedback on N groups of G responses into advantages.
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
+        """Turn what the oracle said of N groups of G responses into advantages; responses not judged get 0."""
+        ...
 
-        Args:
-            policy_scores: (N, G) float32, the policy's log-probability of each response, higher is more likely.
-            feedback: (N, G) the oracle's ranks (int64, 0 is best) or scores (float32, higher is better).
-        """
+    def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
+        """What of the verdicts the loss takes: its advantages, or the ranks themselves and how to weigh them."""
         ...
 
     def loss(
@@ -57,12 +54,20 @@ class Algorithm(Protocol):
         ...
 
 
-class GroupAlgorithm:
+class GroupAlgorithm(ABC):
     """What algorithms that compare the responses of a group have in common: the clipped loss with its KL."""
 
     def __init__(self, options: AlgorithmOptions) -> None:
         self.options = options
         self.extra_models: tuple[str, ...] = ("reference",) if options.beta > 0 else ()
+
+    @abstractmethod
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
+        """See `Algorithm.advantages`."""
+
+    def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
+        """The advantages, made here; an algorithm whose advantages the loss knows hands it the ranks instead."""
+        return {"advantages": self.advantages(verdicts).advantages.flatten()}
 
     def loss(
         self,
@@ -90,3 +95,34 @@ class GroupAlgorithm:
             backend=options.backend,
             **inputs,
         )
+
+
+class KernelAlgorithm(GroupAlgorithm):
+    """An algorithm whose advantages are a kind that the kernels know: the loss gets the feedback itself."""
+
+    @property
+    @abstractmethod
+    def rank_options(self) -> dict[str, Any]:
+        """`kind`, `penalty_weight` and `scale` of `rank_advantages`."""
+
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
+        """See `Algorithm.advantages`."""
+        return rank_advantages(
+            verdicts.scores,
+            verdicts.feedback,
+            judged=verdicts.judged,
+            weights=verdicts.weights,
+            validate=False,
+            backend=self.options.backend,
+            **self.rank_options,
+        )
+
+    def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
+        """The feedback and the policy's scores, ranked and weighed in the loss's own launch."""
+        return {
+            "oracle_ranks": verdicts.feedback,
+            "scores": verdicts.scores,
+            "judged": verdicts.judged,
+            "weights": verdicts.weights,
+            **self.rank_options,
+        }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
-
 from rlaif_fast import RankAdvantages, rank_advantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.verdicts import Verdicts
 
 
 class Gopo(GroupAlgorithm):
@@ -21,14 +20,16 @@ class Gopo(GroupAlgorithm):
         """The advantage is fixed and never divided."""
         return "advantage", "penalty_weight", "scale"
 
-    def advantages(
-        self,
-        policy_scores: Tensor,  # (N, G)
-        feedback: Tensor,  # (N, G) ranks
-    ) -> RankAdvantages:
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
-        agreement = rank_advantages(policy_scores, feedback, kind="oracle")
-        better = (feedback[:, None, :] < feedback[:, :, None]).sum(2)
-        level = (feedback[:, None, :] == feedback[:, :, None]).sum(2)  # the response itself included
+        ranks, members = verdicts.feedback, verdicts.members
+        agreement = rank_advantages(
+            verdicts.scores, ranks, kind="oracle", judged=verdicts.judged, validate=False
+        )
+        others = members[:, None, :]
+        better = ((ranks[:, None, :] < ranks[:, :, None]) & others).sum(2)
+        level = ((ranks[:, None, :] == ranks[:, :, None]) & others).sum(2)  # the response itself included
         position = better + (level - 1) / 2
-        return agreement._replace(advantages=2 - 4 * position / (feedback.shape[1] - 1))
+        last = (members.sum(1, keepdim=True) - 1).clamp(min=1)
+        advantages = (2 - 4 * position / last).masked_fill(~agreement.has_signal[:, None], 0.0)
+        return agreement._replace(advantages=verdicts.weigh(advantages))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.algorithms.base import Algorithm
+from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.prompts.encoder import Prompt
@@ -19,6 +20,8 @@ from rlaif_fast.rollout.base import Rollout
 class Group:
     """One prompt, the G responses sampled for it, the oracle's verdict on them and what that is worth.
 
+    What the loss reads is on the policy's device; nothing of it is read on the host before the update.
+
     Attributes:
         prompt: The prompt.
         texts: The G responses as text.
@@ -27,11 +30,11 @@ class Group:
         logps: (M,) float32 log-probability of each token when it was drawn, response after response.
         sampling_ratio: (M,) float32, see `Rollout`; None where the sampler is the policy.
         ranking: The oracle's verdict.
-        scores: G entries, the policy's own score of each response; higher is more likely.
-        advantages: G entries; 0 on responses that were not judged.
-        ndcg: Agreement of the policy's order with the oracle's; NaN where the group was not ranked.
-        kendall_tau: Likewise.
         has_signal: Whether the group can teach anything (ranked, and not all tied).
+        scores: (G,) float32, the policy's own score of each response; higher is more likely.
+        advantages: (G,) float32; 0 on responses that were not judged.
+        agreement: (2,) float32, nDCG and Kendall's tau of the policy's order with the oracle's; NaN where the group was
+            not ranked.
     """
 
     prompt: Prompt
@@ -41,21 +44,39 @@ class Group:
     logps: Tensor  # (M,)
     sampling_ratio: Tensor | None  # (M,)
     ranking: Ranking
-    scores: tuple[float, ...]
-    advantages: tuple[float, ...]
-    ndcg: float
-    kendall_tau: float
     has_signal: bool
+    scores: Tensor  # (G,)
+    advantages: Tensor  # (G,)
+    agreement: Tensor  # (2,)
 
     @property
     def tokens(self) -> int:
         """M."""
         return sum(map(len, self.token_ids))
 
-    def without_media(self) -> Group:
-        """A copy for another process, which logs it and does not learn from it: no frames, pixels or tensors."""
-        bare = replace(self.prompt, input_ids=torch.empty(0, dtype=torch.int64), media=(), clips=())
-        return replace(self, prompt=bare, logps=torch.empty(0), sampling_ratio=None)
+
+def for_the_log(groups: Sequence[Group]) -> list[Group]:
+    """Copies for another process, which logs them and does not learn: in main memory, without frames or pixels."""
+    if not groups:
+        return []
+    # One copy to the host for all of them.
+    figures = torch.stack([torch.cat((g.scores, g.advantages, g.agreement)) for g in groups]).cpu()
+    copies = []
+    for group, row in zip(groups, figures):
+        g = len(group.texts)
+        bare = replace(group.prompt, input_ids=torch.empty(0, dtype=torch.int64), media=(), clips=())
+        copies.append(
+            replace(
+                group,
+                prompt=bare,
+                logps=torch.empty(0),
+                sampling_ratio=None,
+                scores=row[:g],
+                advantages=row[g : 2 * g],
+                agreement=row[2 * g :],
+            )
+        )
+    return copies
 
 
 def rank_request(prompt: Prompt, responses: Sequence[str], place: int) -> RankRequest:
@@ -89,8 +110,11 @@ def rank_rollout(
         for place, (prompt, span) in enumerate(zip(prompts, spans))
     ]
     rankings = oracle.rank(requests)
-    scores = policy_scores(rollout, algorithm.options.score)
-    advantages, ndcg, tau, has_signal = weigh(rankings, scores, algorithm)
+    verdicts = verdicts_of(rankings, policy_scores(rollout, algorithm.options.score), algorithm)
+    worth = algorithm.advantages(verdicts)
+    agreement = torch.stack((worth.ndcg, worth.kendall_tau), dim=1).float()
+    ranked = torch.tensor([ranking.valid for ranking in rankings]).to(agreement.device)
+    agreement = agreement.where(ranked[:, None], float("nan"))
 
     lengths = rollout.mask.sum(1)
     sizes = lengths.view(-1, g).sum(1).tolist()
@@ -109,11 +133,10 @@ def rank_rollout(
             logps=logps[i],
             sampling_ratio=ratios[i],
             ranking=rankings[i],
-            scores=tuple(scores[i].tolist()),
-            advantages=tuple(advantages[i].tolist()),
-            ndcg=ndcg[i].item(),
-            kendall_tau=tau[i].item(),
-            has_signal=bool(has_signal[i]),
+            has_signal=has_signal(rankings[i], algorithm),
+            scores=verdicts.scores[i],
+            advantages=worth.advantages[i].float(),
+            agreement=agreement[i],
         )
         for i, (prompt, span) in enumerate(zip(prompts, spans))
     ]
@@ -125,41 +148,43 @@ def policy_scores(rollout: Rollout, score: str) -> Tensor:
     total = (rollout.logps * mask).sum(1)
     if score == "mean":
         total = total / mask.sum(1).clamp(min=1.0)
-    return total.view(-1, rollout.num_generations).cpu()
+    return total.view(-1, rollout.num_generations)
 
 
-def weigh(
+def verdicts_of(
     rankings: Sequence[Ranking],
     scores: Tensor,  # (N, G)
     algorithm: Algorithm,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn rankings into advantages (N, G), nDCG (N,), Kendall tau (N,) and whether there is signal (N,).
+) -> Verdicts:
+    """What was said of some groups, on the device of `scores`; a group that was not ranked has no judged response."""
+    g = scores.shape[1]
+    ranks = algorithm.feedback == "ranks"
+    feedback = [list(feedback_of(r, algorithm)) if r.valid else [None] * g for r in rankings]
+    judged = [[rank is not None and r.valid for rank in r.ranks] for r in rankings]
+    values = [[value if ok else 0 for value, ok in zip(*pair)] for pair in zip(feedback, judged)]
+    weights: Tensor | None = None
+    if algorithm.options.weight_by_confidence:
+        weights = torch.tensor([ranking.confidence for ranking in rankings]).to(scores.device)
+    everything = all(all(row) for row in judged)
+    return Verdicts(
+        feedback=torch.tensor(values, dtype=torch.int64 if ranks else torch.float32).to(scores.device),
+        judged=None if everything else torch.tensor(judged).to(scores.device),
+        weights=weights,
+        scores=scores,
+    )
 
-    A group that the oracle could not rank has advantages 0; in a group that it ranked in part, the judged responses are
-    a smaller group of their own and the others have advantage 0.
-    """
-    n = len(rankings)
-    advantages = torch.zeros(scores.shape)
-    ndcg, tau = torch.full((n,), float("nan")), torch.full((n,), float("nan"))
-    has_signal = torch.zeros(n, dtype=torch.bool)
-    by_judged: dict[tuple[int, ...], list[int]] = {}
-    for index, ranking in enumerate(rankings):
-        if ranking.valid:
-            judged = tuple(j for j, rank in enumerate(ranking.ranks) if rank is not None)
-            by_judged.setdefault(judged, []).append(index)
-    for judged, members in by_judged.items():
-        rows, columns = torch.tensor(members), torch.tensor(judged)
-        verdicts = [feedback_of(rankings[i], algorithm) for i in members]
-        feedback = torch.tensor([[verdict[j] for j in judged] for verdict in verdicts])
-        result = algorithm.advantages(scores[rows[:, None], columns], feedback)
-        group_advantages = result.advantages.float()
-        if algorithm.options.weight_by_confidence:
-            confidence = torch.tensor([rankings[i].confidence for i in members])
-            group_advantages = group_advantages * confidence[:, None]
-        advantages[rows[:, None], columns] = group_advantages
-        ndcg[rows], tau[rows] = result.ndcg.float(), result.kendall_tau.float()
-        has_signal[rows] = result.has_signal
-    return advantages, ndcg, tau, has_signal
+
+def verdicts_on(groups: Sequence[Group], algorithm: Algorithm) -> Verdicts:
+    """What was said of groups that were ranked before."""
+    return verdicts_of([g.ranking for g in groups], torch.stack([g.scores for g in groups]), algorithm)
+
+
+def has_signal(ranking: Ranking, algorithm: Algorithm) -> bool:
+    """Whether a group was ranked and not all tied, in the precision that the kernels see."""
+    if not ranking.valid:
+        return False
+    values = [v for v, rank in zip(feedback_of(ranking, algorithm), ranking.ranks) if rank is not None]
+    return len(set(torch.tensor(values, dtype=torch.float32).tolist())) > 1
 
 
 def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None]:

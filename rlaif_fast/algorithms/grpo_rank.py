@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from torch import Tensor
-
-from rlaif_fast import RankAdvantages, rank_advantages
-from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
+from rlaif_fast.algorithms.base import Feedback, KernelAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 
 
-class GrpoRank(GroupAlgorithm):
+class GrpoRank(KernelAlgorithm):
     """Advantages of one of the kinds "directed", "oracle", "paper" and "paper_swapped"; see `rank_advantages`."""
 
     feedback: Feedback = "ranks"
@@ -21,17 +19,12 @@ class GrpoRank(GroupAlgorithm):
         """Only a directed advantage weighs the penalty."""
         return () if options.advantage == "directed" else ("penalty_weight",)
 
-    def advantages(
-        self,
-        policy_scores: Tensor,  # (N, G)
-        feedback: Tensor,  # (N, G) ranks
-    ) -> RankAdvantages:
-        """See `Algorithm.advantages`."""
+    @property
+    def rank_options(self) -> dict[str, Any]:
+        """See `KernelAlgorithm`."""
         options = self.options
-        return rank_advantages(
-            policy_scores,
-            feedback,
-            kind=options.advantage,
-            penalty_weight=options.penalty_weight,
-            scale=options.scale,
-        )
+        return {
+            "kind": options.advantage,
+            "penalty_weight": options.penalty_weight,
+            "scale": options.scale,
+        }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
-
 from rlaif_fast import RankAdvantages, rank_advantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.verdicts import Verdicts
 
 
 class Rloo(GroupAlgorithm):
@@ -21,13 +20,13 @@ class Rloo(GroupAlgorithm):
         """The advantage is fixed and never divided."""
         return "advantage", "penalty_weight", "scale"
 
-    def advantages(
-        self,
-        policy_scores: Tensor,  # (N, G)
-        feedback: Tensor,  # (N, G) scores
-    ) -> RankAdvantages:
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
-        agreement = rank_advantages(policy_scores, feedback, kind="zscore")
-        others = (feedback.sum(1, keepdim=True) - feedback) / (feedback.shape[1] - 1)
-        advantages = (feedback - others).masked_fill(~agreement.has_signal[:, None], 0.0)
-        return agreement._replace(advantages=advantages)
+        rewards, members = verdicts.feedback, verdicts.members
+        agreement = rank_advantages(
+            verdicts.scores, rewards, kind="zscore", judged=verdicts.judged, validate=False
+        )
+        judged = rewards.where(members, 0.0)
+        others = (judged.sum(1, keepdim=True) - judged) / (members.sum(1, keepdim=True) - 1).clamp(min=1)
+        advantages = (rewards - others).masked_fill(~agreement.has_signal[:, None], 0.0)
+        return agreement._replace(advantages=verdicts.weigh(advantages))

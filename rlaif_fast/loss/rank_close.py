@@ -55,7 +55,8 @@ class RankClose:
     def advantages_known(self) -> bool:
         """Whether the advantages need nothing of the rows that are being evaluated."""
         inputs = self.inputs
-        return inputs.advantages is not None or inputs.old_logps is not None or not self.options.orders_policy
+        given = (inputs.advantages, inputs.scores, inputs.old_logps)
+        return any(x is not None for x in given) or not self.options.orders_policy
 
     def rows(self) -> RowInputs | None:
         """Return what each token needs, where neither its advantage nor its ratio depends on other rows."""
@@ -63,7 +64,7 @@ class RankClose:
             return None
         inputs, wide = self.inputs, self.like.dtype
         advantages = inputs.advantages
-        if advantages is None:  # the ranking needs scores, the old log-probabilities, or none at all
+        if advantages is None:  # the order is that of the scores, of the old log-probabilities, or none is needed
             old = self.like.new_zeros(self.shape) if inputs.old_logps is None else inputs.old_logps.to(wide)
             advantages = self.close(old, torch.zeros_like(old)).advantages
         advantages = advantages.to(wide)

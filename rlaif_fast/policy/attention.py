@@ -12,13 +12,14 @@ Backends, all equal to the dense-mask reference:
   [prompt | responses] with a mask. Any device.
 - `flex`: FlexAttention with a block mask over the whole row.
 - `flash`: flash-attn's varlen kernels; the response part is two calls merged by their log-sum-exp.
-- `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; on request only until it has been
-  measured.
+- `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; "auto" takes it where `selfcheck` finds on
+  that very GPU that it equals the reference.
 - `reference`: one dense mask over the whole row, softmax written out.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,8 +39,12 @@ from rlaif_fast.policy.flash import (
     refuses_torch_flash,
 )
 from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
+from rlaif_fast.policy.selfcheck import check_attention, describe_check
+
+log = logging.getLogger(__name__)
 
 PREFIX = "rlaif_shared_prefix_"
+BIAS_STEP = 16  # columns; CUDA's fused kernels want rows of a mask aligned
 # Handed to the model as its attention mask: a 4D mask is passed through untouched, so none is built; nothing
 # reads it.
 UNUSED_MASK_SHAPE = (1, 1, 1, 1)
@@ -140,8 +145,12 @@ class _DeviceBucket:
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self.bias:
             assert self.allowed is not None
-            zeros = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device)
-            self.bias[dtype] = zeros.masked_fill_(~self.allowed, float("-inf"))
+            *lead, columns = self.allowed.shape
+            # A view of rows whose length is rounded up: fused kernels read it as it is, where they would copy.
+            wide = torch.zeros(
+                *lead, -(-columns // BIAS_STEP) * BIAS_STEP, dtype=dtype, device=self.allowed.device
+            )
+            self.bias[dtype] = wide[..., :columns].masked_fill_(~self.allowed, float("-inf"))
         return self.bias[dtype]
 
     def grid(self, x: Tensor) -> Tensor:  # (S, H, D) -> (n, H, P + R, D)
@@ -276,6 +285,7 @@ class AttentionBackend:
         refuses: Why it cannot run on a device and dtype; None where it can.
         merge: How much of the responses it lets a row share (see `packing.pack`).
         context: Makes the context of one row.
+        checked: Whether "auto" takes it only where it equals the reference on that very device (see `selfcheck`).
     """
 
     name: str
@@ -283,18 +293,30 @@ class AttentionBackend:
     refuses: Callable[[torch.device, torch.dtype], str | None]
     merge: Merge
     context: Callable[[PackedRow, torch.device], AttentionContext]
+    checked: bool = False
 
 
 ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     backend.name: backend
     for backend in (
         AttentionBackend("flash", 20, refuses_flash, "duplicates", FlashContext),
-        AttentionBackend("torch_flash", -1, refuses_torch_flash, "duplicates", _torch_flash_context),
+        AttentionBackend(
+            "torch_flash", 15, refuses_torch_flash, "duplicates", _torch_flash_context, checked=True
+        ),
         AttentionBackend("sdpa", 10, _always, "prefixes", SdpaContext),
         AttentionBackend("flex", -1, refuses_flex, "prefixes", _flex_context),
         AttentionBackend("reference", -1, _always, "prefixes", ReferenceContext),
     )
 }
+
+
+def _may_choose(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> bool:
+    if backend.refuses(device, dtype) is not None:
+        return False
+    if not backend.checked:
+        return True
+    log.info(describe_check(backend, device, dtype))
+    return check_attention(backend, device, dtype) is None
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
@@ -304,10 +326,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
         ValueError: No such backend, or it cannot run here.
     """
     if name == "auto":
-        able = [
-            b for b in ATTENTION_BACKENDS.values() if b.priority >= 0 and b.refuses(device, dtype) is None
-        ]
-        return max(able, key=lambda b: b.priority)
+        by_priority = sorted(ATTENTION_BACKENDS.values(), key=lambda b: -b.priority)
+        return next(b for b in by_priority if b.priority >= 0 and _may_choose(b, device, dtype))
     backend = ATTENTION_BACKENDS.get(name)
     if backend is None:
         raise ValueError(f"attention_backend: expected auto, {', '.join(ATTENTION_BACKENDS)}, got {name!r}")

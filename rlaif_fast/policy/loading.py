@@ -94,6 +94,12 @@ class LoadedModel:
     device: torch.device
     notes: tuple[str, ...]
 
+    @property
+    def vision_dtype(self) -> torch.dtype:
+        """What the vision tower computes in."""
+        visual = next(p for name, p in self.model.named_parameters() if "visual" in name or "vision" in name)
+        return visual.dtype
+
 
 def resolve_device(device: str) -> torch.device:
     """The device "auto" stands for, or the named one if it is there."""

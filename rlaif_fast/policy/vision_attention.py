@@ -7,6 +7,7 @@ Pieces of one length are a batch, so one call a length does the same.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 # transformers hands the whole row and its `cu_seqlens` to implementations with "flash" in their name.
 NAME = "rlaif_fast_batched_sdpa_like_flash"
+_LAST: dict[str, tuple[weakref.ref[Tensor], int, list[int]]] = {}  # what `_lengths` read last
 
 
 def install(tower: Any) -> None:
@@ -24,6 +26,14 @@ def install(tower: Any) -> None:
     if tower.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, batched_sdpa)
         tower.config._attn_implementation = NAME
+
+
+def _lengths(ends: Tensor) -> list[int]:  # (pieces + 1,)
+    """Lengths of the pieces; read from the device once a batch, since every layer hands over the same tensor."""
+    known = _LAST.get("ends")
+    if known is None or known[0]() is not ends or known[1] != ends._version:
+        _LAST["ends"] = (weakref.ref(ends), ends._version, torch.diff(ends).tolist())
+    return _LAST["ends"][2]
 
 
 def batched_sdpa(
@@ -39,7 +49,7 @@ def batched_sdpa(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each piece of the row to itself: (1, S, H, D)."""
-    lengths = torch.diff(cu_seq_lens_q).tolist()
+    lengths = _lengths(cu_seq_lens_q)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     in_order = order == list(range(len(lengths)))
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # (S, H, D)

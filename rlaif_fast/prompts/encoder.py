@@ -88,6 +88,9 @@ class PromptEncoder:
         pixels: Bounds on the media's size.
         system_prompt: Used where the row brings none; None leaves the system turn to the template.
         cache_bytes: Budget for patches kept, so that questions about a clip, and later epochs, share one preprocessing.
+        device: Where patches are made and stay; None for where the frames are.
+        dtype: Of the patches.
+        patchify: Backend that makes them: "auto", "triton", "torch" or "reference".
     """
 
     def __init__(
@@ -99,12 +102,16 @@ class PromptEncoder:
         *,
         system_prompt: str | None = None,
         cache_bytes: int = 1 << 30,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        patchify: str = "auto",
     ) -> None:
         self.tokenizer = tokenizer
         self.timestamped = model_type.startswith("qwen3_vl")
         self.patch_spec = patch_spec
         self.pixels = pixels
         self.system_prompt = system_prompt
+        self.device, self.dtype, self.patchify = device, dtype, patchify
         self._cache_bytes = cache_bytes
         self._held_bytes = 0
         self._media: OrderedDict[tuple[str, int, PixelBudget], Media] = OrderedDict()
@@ -197,6 +204,9 @@ class PromptEncoder:
                 min_pixels=pixels.min_pixels,
                 max_pixels=pixels.max_pixels,
                 total_pixels=None if total is None else total // share,
+                device=self.device,
+                dtype=self.dtype,
+                backend=self.patchify,
             )
             self._media[key] = media
             self._held_bytes += media.patches.nbytes

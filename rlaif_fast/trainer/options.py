@@ -35,6 +35,7 @@ class DataOptions:
         min_frames: Fewest frames sampled.
         max_frames: Most frames sampled.
         decoder: "auto", "pyav", "dali", "torchcodec".
+        patchify_backend: What cuts frames into patches: "auto" (Triton on a GPU), "triton", "torch", "reference".
         frame_cache_bytes: Bytes of decoded frames kept in memory.
         synthetic_sft_clips: Clips made for supervised fine-tuning.
         synthetic_rl_clips: Clips made for reinforcement learning.
@@ -63,6 +64,7 @@ class DataOptions:
     min_frames: int = 4
     max_frames: int = 64
     decoder: str = "auto"
+    patchify_backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     frame_cache_bytes: int = 2**30
     synthetic_sft_clips: int = 768
     synthetic_rl_clips: int = 768

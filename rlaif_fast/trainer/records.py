@@ -12,15 +12,16 @@ def rollout_records(groups: Sequence[Group], step: int) -> list[dict]:
     """One JSON-ready record a group."""
     records = []
     for group in groups:
-        order = sorted(group.scores, reverse=True)
+        scores = group.scores.tolist()
+        order = sorted(scores, reverse=True)
         records.append(
             {
                 "step": step,
                 **example_record(group.prompt.example),
                 "responses": list(group.texts),
                 "oracle_ranks": list(group.ranking.ranks),
-                "policy_ranks": [order.index(score) for score in group.scores],
-                "advantages": [round(value, 4) for value in group.advantages],
+                "policy_ranks": [order.index(score) for score in scores],
+                "advantages": [round(value, 4) for value in group.advantages.tolist()],
                 "valid": group.ranking.valid,
                 "confidence": group.ranking.confidence,
             }

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.algorithms.group import Group, rank_rollout
+from rlaif_fast.algorithms.group import Group, rank_rollout, verdicts_on
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
@@ -84,13 +84,16 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            groups, features, stats = sample_and_rank(run, order, progress.step)
+            sampled, groups, features = sample_and_rank(run, order, progress.step)
+            loss_stats: dict = {}
             for _ in range(config.num_iterations):
                 for part in minibatches(groups, config.steps_per_generation):
                     with logger.timer("update"):
-                        loss_stats = update_loss(run, part, features)
-                        if loss_stats is not None:
-                            stats |= loss_stats | {"grad_norm": updater.step()}
+                        update_stats = update_loss(run, part, features)
+                        if update_stats is not None:
+                            loss_stats |= update_stats | {"grad_norm": updater.step()}
+            # Behind the update: what is logged is read on the host, and until here nothing had to be.
+            stats = log_rollouts(run, sampled, progress.step) | loss_stats
             progress.step += 1
             logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
 
@@ -119,13 +122,14 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     return progress
 
 
-def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[list[Group], MediaFeatures | None, dict]:
+def sample_and_rank(
+    run: Run, order: EpochOrder, step: int
+) -> tuple[list[Group], list[Group], MediaFeatures | None]:
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups to learn from; what the vision tower gave for their prompts before the rollout, with its
-        graph where the rollout is learned from once and whole; and statistics over everything that was sampled, by all
-        processes (rank 0's alone).
+        This process's groups; those of them to learn from; and what the vision tower gave for their prompts before the
+        rollout, with its graph where the rollout is learned from once and whole.
     """
     config, logger, world = run.config, run.logger, run.world
     rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
@@ -165,10 +169,9 @@ def sample_and_rank(run: Run, order: EpochOrder, step: int) -> tuple[list[Group]
         wanted = wanted or len(prompts)
         if sum(group.has_signal for group in sampled) >= wanted:
             break
-    stats = log_rollouts(run, sampled, step)
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
-    return learnable[:wanted], features, stats
+    return sampled, learnable[:wanted], features
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -254,7 +257,7 @@ def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None,
         response_hidden(policy, rows, features=features),
         policy.head_weight,
         rows.target_ids.to(device),
-        advantages=torch.tensor([group.advantages for group in groups], device=device).flatten(),
+        **run.algorithm.loss_inputs(verdicts_on(groups, run.algorithm)),
         bias=policy.head_bias,
         lengths=row_lengths,
         mask=token_mask,
@@ -262,6 +265,7 @@ def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None,
         ref_logps=ref_logps,
         sampling_ratio=torch.cat(ratios) if ratios else None,
         num_items_in_batch=items,
+        validate=False,
     )
     output.loss.backward()
     names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlaif_fast.algorithms.group import Group, requests_of
+from rlaif_fast.algorithms.group import Group, for_the_log, requests_of
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.trainer.records import rollout_records
@@ -18,7 +18,7 @@ from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
 def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     """Record what all processes sampled in a step and return its statistics; in the other processes, nothing."""
     config, logger, world = run.config, run.logger, run.world
-    shards = world.gather(([group.without_media() for group in groups], counters(run.oracle)))
+    shards = world.gather((for_the_log(groups), counters(run.oracle)))
     if not world.is_main:
         return {}
     everything = [group for shard, _ in shards for group in shard]
@@ -50,15 +50,13 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer) -> dict:
         if has_answer(group.prompt.example)
         for text in request.responses
     ]
-    top1 = [
-        group.ranking.ranks[group.scores.index(max(group.scores))] == 0
-        for group in groups
-        if group.ranking.valid
-    ]
+    top1 = [group.ranking.ranks[int(group.scores.argmax())] == 0 for group in groups if group.ranking.valid]
+    agreement = torch.stack([group.agreement for group in groups], dim=1)  # (2, groups)
+    ndcg, kendall_tau = (row.nanmean() for row in agreement)
     return {
         "accuracy": sum(right) / len(right) if right else math.nan,
-        "ndcg": torch.tensor([group.ndcg for group in groups]).nanmean(),
-        "kendall_tau": torch.tensor([group.kendall_tau for group in groups]).nanmean(),
+        "ndcg": ndcg,
+        "kendall_tau": kendall_tau,
         "top1_agreement": sum(top1) / len(top1) if top1 else math.nan,
         "no_signal": 1.0 - _mean([group.has_signal for group in groups]),
         "invalid": 1.0 - _mean([ranking.valid for ranking in rankings]),

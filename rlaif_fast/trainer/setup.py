@@ -345,8 +345,9 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
 def make_batch_maker(
     loaded: LoadedModel, config: TrainConfig, *, blank_frames: bool = False, quarantine: Path | None = None
 ) -> BatchMaker:
-    """What turns rows into encoded prompts for this model."""
+    """What turns rows into encoded prompts for this model; on a GPU frames are decoded, resized and cut there."""
     spec = loaded.patch_spec
+    on_gpu = loaded.device.type == "cuda"
     pixels = PixelBudget(
         spec.factor, config.min_pixels, config.max_pixels, config.total_pixels, spec.temporal_patch_size
     )
@@ -356,6 +357,9 @@ def make_batch_maker(
         spec,
         pixels,
         system_prompt=config.system_prompt,
+        device=loaded.device if on_gpu else None,
+        dtype=loaded.vision_dtype if on_gpu or config.patchify_backend != "auto" else torch.float32,
+        patchify=config.patchify_backend,
     )
     sampling = FrameSampling(
         fps=config.fps,
@@ -369,6 +373,7 @@ def make_batch_maker(
         resize=pixels,
         cache=ClipCache(memory_bytes=config.frame_cache_bytes),
         decoder=config.decoder,
+        device=loaded.device,
         quarantine=quarantine,
         max_bad_fraction=config.max_bad_fraction,
     )

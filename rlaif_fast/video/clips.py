@@ -18,6 +18,7 @@ from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.probe import MEMO, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
+from rlaif_fast.video.transfer import to_device
 
 MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
 
@@ -64,7 +65,7 @@ def load_clip(
     key = clip_key(file_digest(path), indices, size)
     known = cache.get(key) if cache is not None else None
     if known is not None:
-        return replace(known, frames=known.frames.to(device))
+        return replace(known, frames=to_device(known.frames, device))
     wanted_bytes = len(indices) * size[0] * size[1] * 3
     if wanted_bytes > MAX_CLIP_BYTES:
         raise VideoError(
@@ -73,9 +74,8 @@ def load_clip(
             " lower max_frames or resize",
         )
     if process is not None and choose(decoder, scan, indices, device) == "pyav":
-        frames: Tensor = assemble(process.frames(path, scan, indices, timeout), indices, scan.shape, size).to(
-            device
-        )
+        pictures = process.frames(path, scan, indices, timeout)
+        frames: Tensor = to_device(assemble(pictures, indices, scan.shape, size), device)
     else:
         frames = decode_sized(path, indices, size, decoder, device)
     times = info.timestamps

@@ -21,6 +21,7 @@ from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
 from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.torchcodec import TorchCodecDecoder
+from rlaif_fast.video.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class PyAVDecoder:
         deadline = ffmpeg.Deadline(self.timeout)
         try:
             frames = ffmpeg.read_frames(path, scan, indices, threads=threads, deadline=deadline)
-            return assemble(frames, indices, scan.shape, size).to(self.device)
+            return to_device(assemble(frames, indices, scan.shape, size), self.device)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
         except Exception as error:  # whatever FFmpeg raises is the file's fault
@@ -138,6 +139,14 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         if _unavailable(candidate) is None and DECODERS[candidate].refuses(scan, device) is None:
             return _logged(candidate, scan.codec, device.type)
     raise AssertionError("PyAV is always there and refuses nothing")
+
+
+def why_not_on_device(name: str, device: torch.device) -> str | None:
+    """Return why "auto" decodes on the CPU although the frames go to a GPU, or None."""
+    if name != "auto" or device.type != "cuda":
+        return None
+    reason = _unavailable(AUTO["cuda"][0])
+    return None if reason is None else f"videos are decoded on the CPU by PyAV: {reason}"
 
 
 @cache

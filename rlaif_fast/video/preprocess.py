@@ -19,6 +19,7 @@ from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.patchify import patchify_reference
 from rlaif_fast.video.refs import Cut
+from rlaif_fast.video.transfer import used_here
 
 MAX_RATIO = 200
 RESIZE_CHUNK_BYTES = 64 << 20  # of full-size frames handed to the resize at a time
@@ -170,6 +171,7 @@ def preprocess(
     total_pixels: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> Media:
     """Return the patches of a clip: resized within the pixel limits, normalised, in the model's row order.
 
@@ -181,6 +183,7 @@ def preprocess(
         total_pixels: Most pixels of a whole video, per temporal patch; None for no limit. Images ignore it.
         device: Where the work is done and the patches stay; None for where the frames are.
         dtype: Of the patches.
+        backend: Of `patchify`.
 
     Returns:
         `Media` with patches (n, 3 * temporal_patch_size * patch_size**2).
@@ -188,13 +191,13 @@ def preprocess(
     Raises:
         VideoError: When the frames are more than 200 times as long as wide.
     """
-    frames = clip.frames if device is None else clip.frames.to(device, non_blocking=True)
+    frames = used_here(clip.frames if device is None else clip.frames.to(device))
     count, height, width, _ = frames.shape
     budget = PixelBudget(
         spec.factor, min_pixels, max_pixels, None if clip.is_image else total_pixels, spec.temporal_patch_size
     )
     size = budget.size(clip.path, count, height, width)
-    patches = patchify(resize_frames(frames, size), spec, dtype)
+    patches = patchify(resize_frames(frames, size), spec, dtype, backend)
     grid = (-(-count // spec.temporal_patch_size), size[0] // spec.patch_size, size[1] // spec.patch_size)
     described = f"{clip.key}:{spec}:{size}:{dtype}"
     return Media(

@@ -1,0 +1,80 @@
+"""Checks that an attention backend gives, on this very GPU, what the dense reference gives: before it is used.
+
+The kernels inside PyTorch are called below their public functions, whose arguments may change with a release. A small
+ragged case, forward and backward, costs milliseconds and decides whether "auto" may take them.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlaif_fast.policy.packing import PackedRow, pack
+
+if TYPE_CHECKING:
+    from rlaif_fast.policy.attention import AttentionBackend
+
+# Both sides round their inputs and outputs to the dtype; sums are float32. Relative l2 distance.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+HEADS, KEY_HEADS, HEAD_SIZE = 4, 2, 64
+
+
+def ragged_row(merge: str) -> PackedRow:
+    """Two prompts of unequal length with three and two responses of unequal length, one of them a repeat."""
+    token_ids = np.array(
+        [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [1, 2, 3, 4, 0], [3, 1, 0, 0, 0], [3, 1, 0, 0, 0]]
+    )
+    lengths = np.array([5, 3, 4, 2, 2])
+    return pack(token_ids, lengths, np.array([37, 5]), np.array([3, 2]), merge=merge)  # type: ignore[arg-type]
+
+
+def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a backend must not be used on a device and dtype, or None; asked once."""
+    return _check(backend.name, device, dtype)[0]
+
+
+def describe_check(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the outcome of `check_attention` and the milliseconds it took, as one line for the log."""
+    reason, seconds = _check(backend.name, device, dtype)
+    outcome = "equals the reference" if reason is None else f"is not used: {reason}"
+    return f"attention: {backend.name} {outcome} on {device} (checked in {1000 * seconds:.0f} ms)"
+
+
+@cache
+def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str | None, float]:
+    from rlaif_fast.policy.attention import ATTENTION_BACKENDS, ReferenceContext
+
+    backend, start = ATTENTION_BACKENDS[name], time.perf_counter()
+    row = ragged_row(backend.merge)
+    try:
+        results = _run(backend.context(row, device), row, device, dtype)
+    except Exception as error:  # a kernel of another release raises whatever it likes
+        return f"it fails here ({type(error).__name__}: {str(error).splitlines()[0][:160]})", _since(start)
+    expected = _run(ReferenceContext(row, device), row, device, torch.float32)
+    for what, ours, reference in zip(("output", "dq", "dk", "dv"), results, expected):
+        distance = float((ours.float() - reference).norm() / reference.norm())
+        if not distance < TOLERANCE.get(dtype, 1e-4):  # NaN never passes
+            return f"its {what} is off by {distance:.1e} of the reference", _since(start)
+    return None, _since(start)
+
+
+def _run(context, row: PackedRow, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Output and gradients of random queries, keys and values, drawn alike for every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    length = int(row.group_lengths.sum())
+    inputs = []
+    for heads in (HEADS, KEY_HEADS, KEY_HEADS):
+        x = torch.randn(1, heads, length, HEAD_SIZE, generator=generator).to(torch.bfloat16)
+        inputs.append(x.to(device, dtype).requires_grad_())
+    output = context.attend(0, *inputs, HEAD_SIZE**-0.5)
+    weights = torch.randn(output.shape, generator=generator).to(torch.bfloat16).to(device, dtype)
+    return output, *torch.autograd.grad(output, inputs, weights)
+
+
+def _since(start: float) -> float:
+    return time.perf_counter() - start
