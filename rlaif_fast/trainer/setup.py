@@ -26,13 +26,15 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.policy.weights import adapter_config, check_config
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
+from rlaif_fast.trainer.scoring import check_references, choose_metric, has_answer
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
 
 SPLITS = ("sft", "rl", "validation", "test")
@@ -74,7 +76,7 @@ def preflight(config: TrainConfig) -> None:
     check_oracle(config)
     if config.data == "synthetic":
         for split, file in own_files(config).items():
-            _read(file, config, require_answer=split == "sft")
+            _read(file, config, require_answer=needs_answers(config, split))
     else:
         load_data(config)
 
@@ -85,8 +87,12 @@ def check_model(model: str) -> None:
 
     if is_tiny(model):
         return
+    adapters = adapter_folder(model)
+    if adapters is not None:
+        model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
+    check_config(model, "model")
     try:
-        AutoConfig.from_pretrained(model)
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model: cannot load {model!r}: {reason}") from error
@@ -168,14 +174,16 @@ def load_data(
     rows["rl"] = rows["rl"] or rows["sft"]
     if not rows["validation"] or not rows["test"]:
         hold_out_missing(rows, config)
-    for split in ("validation", "test"):
-        rows[split] = [row for row in rows[split] if row.answer is not None]
-        if not rows[split]:
-            raise UsageError(
-                f"data: no row of the {split} split has an answer, so nothing can be scored; add answers"
-            )
+    metric, why = choose_metric(
+        config.metric_for_best_model, config.oracle, config.oracle_options, rows["validation"]
+    )
+    check_references(config.oracle, config.oracle_options, rows["rl"])
+    if metric == "accuracy":
+        drop_unanswered(rows, note)
     drop_evaluated_media(rows, note)
-    return Datasets(**rows)
+    if note is not None and metric != "accuracy":
+        note(why)
+    return Datasets(**rows, metric=metric)
 
 
 def read_splits(
@@ -191,8 +199,13 @@ def read_splits(
     else:
         found = split_files(config, workers=workers, progress=progress) | own
     for split, file in found.items():
-        rows[split] = _read(file, config, require_answer=split != "rl")
+        rows[split] = _read(file, config, require_answer=needs_answers(config, split))
     return rows
+
+
+def needs_answers(config: TrainConfig, split: str) -> bool:
+    """Whether a row of the split is wrong where it has no answer."""
+    return split == "sft" and config.sft == "auto"
 
 
 def own_files(config: DataOptions) -> dict[str, Path]:
@@ -228,6 +241,24 @@ def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> Non
     for split in ("sft", "rl"):
         rows[split] = [row for row in rows[split] if id(row) not in held]
     rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+
+
+def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+    """Drop the validation and test rows that accuracy cannot be measured on, in place.
+
+    Raises:
+        UsageError: Nothing is left.
+    """
+    for split in ("validation", "test"):
+        kept = [row for row in rows[split] if has_answer(row)]
+        if not kept:
+            raise UsageError(
+                f"data: no row of the {split} split has an answer, so accuracy cannot be measured; add answers, or "
+                "set metric_for_best_model to oracle"
+            )
+        if len(kept) < len(rows[split]) and note is not None:
+            note(f"Left out: {len(rows[split]) - len(kept)} {split} rows without an answer.")
+        rows[split] = kept
 
 
 def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
