@@ -98,7 +98,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.data import chance_by_category, read_examples
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.folder import write_jsonl
-    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer import datasets, setup
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.scoring import scorer_by_name
 
@@ -107,7 +107,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     if options.data is not None:
         rows = read_examples(Path(options.data).expanduser(), media_root=config.media_root)
     else:
-        data = setup.load_data(config)
+        data = datasets.load_data(config)
         rows, known = data.test, data.rl
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)

@@ -274,7 +274,7 @@ def run_sft_stage(run, config, state, train_sft) -> None:
 
 def load_with_progress(config, logger, note: Callable[[str], None]):
     """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
-    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer import datasets
 
     total = (
         config.synthetic_sft_clips
@@ -283,9 +283,9 @@ def load_with_progress(config, logger, note: Callable[[str], None]):
         + config.synthetic_test_clips
     )
     if config.data != "synthetic":
-        return setup.load_data(config, note=note)
+        return datasets.load_data(config, note=note)
     with logger.stage("clips", total=total) as update:
-        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
+        return datasets.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
 
 
 def dump_config(config) -> str:

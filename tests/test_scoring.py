@@ -15,7 +15,7 @@ from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.runs.folder import read_jsonl
-from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.evaluation import EvalResult, Prediction, compare_with, evaluate
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.scoring import check_references, choose_metric, scorer_by_name, scorer_of
@@ -288,8 +288,8 @@ def test_validation_rows_without_an_answer_are_told(tmp_path):
     ]
     notes = []
     splits = {"sft": [], "rl": [], "validation": data[:3], "test": data[3:]}
-    setup.drop_unanswered(splits, notes.append)
+    datasets.drop_unanswered(splits, notes.append)
     assert [row.id for row in splits["validation"]] == ["1", "2"]
     assert notes == ["Left out: 1 validation rows without an answer."]
     with pytest.raises(UsageError, match="no row of the test split has an answer"):
-        setup.drop_unanswered({"validation": data[3:], "test": data[:1]})
+        datasets.drop_unanswered({"validation": data[3:], "test": data[:1]})

@@ -207,7 +207,7 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     alpha = options.lora_alpha if options.lora_r else saved.get("lora_alpha", 0)
     scaled = dataclasses.replace(options, model=base, lora_r=r, lora_alpha=alpha)
     if not options.lora_r:
-        freezing = dict.fromkeys(FREEZING)
+        freezing: dict[str, Any] = dict.fromkeys(FREEZING)
         targets = saved.get("target_modules")
         names = list(targets) if isinstance(targets, list) else list(LORA_TARGETS)
         scaled = dataclasses.replace(scaled, lora_target_modules=names, **freezing)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -151,7 +151,7 @@ class CheckpointStore:
     def mark(self, **roles: str) -> None:
         """Let existing checkpoints play roles, by name."""
         if not self.read_only:
-            self._write_index(replace(self.index, **roles))
+            self._write_index(replace(self.index, **cast(dict[str, Any], roles)))
 
     def note_config(self, text: str) -> None:
         """Take note of the run's configuration, which a resumed run may have changed."""
@@ -201,7 +201,7 @@ class CheckpointStore:
 
     def _index_with(self, roles: Mapping[str, str]) -> CheckpointIndex:
         """The index once a checkpoint that plays `roles` is written."""
-        index = replace(self.index, **roles)
+        index = replace(self.index, **cast(dict[str, Any], roles))
         recent = dict(index.recent)
         if "last" in roles:
             recent = {roles["last"]: _needs(index.roles)} | {
