@@ -23,7 +23,7 @@ from rlaif_fast.policy.testing import (
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
-from rlaif_fast.rollout.graphs import LENGTH_STEP, MAX_STEPS, GraphSampler
+from rlaif_fast.rollout.graphs import LENGTH_STEP, MAX_STEPS, FixedStep, GraphSampler, check_graphs
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
@@ -282,6 +282,16 @@ def test_the_attention_of_fixed_steps_is_named_or_refused(family: str) -> None:
     policy.model.double()
     with pytest.raises(ValueError, match="the prefix_decode kernel cannot run here"):
         GraphSampler(policy, attention="kernel").sample(standard_prompts(family), 2, SamplingParams(2))
+
+
+def test_the_check_of_captured_steps_passes_and_fails(family: str, monkeypatch) -> None:
+    policy = make_policy(family)
+    assert check_graphs(policy) is None
+    runs = iter((1.0, 1.5))
+    run = FixedStep._run
+    monkeypatch.setattr(FixedStep, "_run", lambda step: run(step) * next(runs))
+    assert "is off by" in check_graphs(policy)
+    assert check_graphs(policy) == "StopIteration: "
 
 
 def test_fixed_steps_see_new_weights(family: str) -> None:

@@ -53,7 +53,7 @@ def accuracy_table(table: Table, cells: Cells) -> str:
         row = [arm]
         for feedback in table.feedback:
             cell = cells.get((feedback, arm))
-            row.append("–" if cell is None else _cell(cell))
+            row.append("–" if cell is None else _cell(cell, len(table.seeds)))
         rows.append(row)
     start = _mean(o.start_accuracy for cell in cells.values() for o in cell.outcomes.values())
     rows.append(["start", *[f"{start:.1%}"] * len(table.feedback)])
@@ -101,8 +101,10 @@ def cost_table(table: Table, cells: Cells) -> str:
     return markdown_table(["arm", "sampled tokens", "groups ranked", "time", "most memory"], rows)
 
 
-def _cell(cell: Cell) -> str:
+def _cell(cell: Cell, seeds: int) -> str:
     text = f"{cell.accuracy:.1%}"
+    if len(cell.outcomes) < seeds:
+        text += f", {len(cell.outcomes)} of {seeds} seeds"
     if cell.ahead is not None:
         lead = _points(cell.ahead)
         text += f" ({f'**{lead}**' if cell.ahead.low > 0 else lead})"

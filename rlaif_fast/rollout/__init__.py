@@ -1,12 +1,17 @@
 """Samplers: how responses are drawn from the policy."""
 
+import logging
+import time
+
 from rlaif_fast.errors import UsageError
 from rlaif_fast.plugins import find
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
-from rlaif_fast.rollout.graphs import GraphSampler
+from rlaif_fast.rollout.graphs import GraphSampler, check_graphs
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "SAMPLERS",
@@ -24,14 +29,31 @@ __all__ = [
 SAMPLERS = {"shared_prefix": SharedPrefixSampler, "cuda_graphs": GraphSampler, "plain": PlainSampler}
 
 
+def _chosen(policy: Policy) -> str:
+    """The sampler that "auto" stands for; says in one line of the log why it is not the captured one on a GPU."""
+    if not policy.shared_prefix:
+        return "plain"
+    if policy.device.type != "cuda":
+        return "shared_prefix"
+    start = time.perf_counter()
+    reason = check_graphs(policy)
+    seconds = time.perf_counter() - start
+    outcome = "equal eager ones" if reason is None else f"are not used: {reason}"
+    log.info("captured decode steps %s (checked in %.0f ms)", outcome, 1000 * seconds)
+    return "cuda_graphs" if reason is None else "shared_prefix"
+
+
 def make_sampler(policy: Policy, name: str = "auto") -> Sampler:
-    """Make a sampler by its name; "auto" is shared_prefix where the policy has that switched on, else plain.
+    """Make a sampler by its name.
+
+    "auto" is plain where the policy has shared_prefix switched off; else cuda_graphs on a GPU where a captured step
+    equals an eager one there (`check_graphs`), and shared_prefix elsewhere.
 
     Raises:
         UsageError: There is none of that name, or it does not fit the policy.
     """
     if name == "auto":
-        name = "shared_prefix" if policy.shared_prefix else "plain"
+        name = _chosen(policy)
     if name in ("shared_prefix", "cuda_graphs") and not policy.shared_prefix:
         raise UsageError(f"sampler: {name} needs shared_prefix: true")
     if name == "cuda_graphs" and policy.device.type != "cuda":

@@ -151,6 +151,26 @@ class FixedStep:
         return tuple(p.data_ptr() for p in self._policy.model.parameters())
 
 
+def check_graphs(policy: Policy) -> str | None:
+    """Return why a captured decode step must not be used for this policy on its device, or None.
+
+    One small step is captured, replayed and run again eagerly; both must give the same hidden states.
+    """
+    try:
+        with torch.no_grad(), policy.evaluating():
+            step = FixedStep(policy, groups=1, num_generations=2, length=LENGTH_STEP)
+            step.begin(np.ones(1, dtype=np.int64))
+            tokens = torch.tensor(policy.eos_token_ids[:1] * 2, device=policy.device)
+            captured = step(tokens, torch.ones_like(tokens), 0).clone()
+            eager = step._run()
+    except Exception as error:  # a driver, a library or a model's own code may refuse a capture
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:160]}"
+    distance = float((captured - eager).float().norm() / eager.float().norm())
+    bound = 1e-4 if eager.dtype == torch.float32 else 2e-2
+    return None if distance < bound else f"a captured step is off by {distance:.1e} of an eager one"
+
+
 class GraphSampler(SharedPrefixSampler):
     """`SharedPrefixSampler` with fixed decode steps; a CUDA graph on a GPU, the same steps uncaptured elsewhere."""
 
