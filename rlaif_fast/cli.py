@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError, printable
-from rlaif_fast.runs.termination import EXIT_CODE, Terminated
+from rlaif_fast.termination import EXIT_CODE, Terminated
 
 Config = TypeVar("Config")
 

@@ -119,7 +119,7 @@ def train_in(world, config) -> None:
     from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.logging import RunLogger, SilentLogger
-    from rlaif_fast.runs.termination import Termination
+    from rlaif_fast.termination import Termination
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
     from rlaif_fast.trainer.sft import train_sft

@@ -26,7 +26,7 @@ FLOORS = (
     ("data",),
     ("video",),
     ("cli", "plugins"),
-    ("errors", "machine"),
+    ("errors", "machine", "termination"),
     ("loss",),
 )
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

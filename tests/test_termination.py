@@ -14,7 +14,7 @@ from test_train import SMALL, metrics
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import run_command
 from rlaif_fast.runs.folder import read_jsonl
-from rlaif_fast.runs.termination import EXIT_CODE, Terminated, Termination
+from rlaif_fast.termination import EXIT_CODE, Terminated, Termination
 from rlaif_fast.trainer import rl
 
 
@@ -68,7 +68,7 @@ def test_a_folder_that_is_removed_ends_the_run_with_an_error(tmp_path, cache, mo
 
 
 def signalled(code: str) -> int:
-    text = f"import os, signal, time\nfrom rlaif_fast.runs.termination import Terminated, Termination\n{code}"
+    text = f"import os, signal, time\nfrom rlaif_fast.termination import Terminated, Termination\n{code}"
     return subprocess.run([sys.executable, "-c", text], check=False, timeout=120).returncode
 
 

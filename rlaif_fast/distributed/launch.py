@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from rlaif_fast.distributed.world import ConnectionLost, World
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.termination import EXIT_CODE, Terminated
+from rlaif_fast.termination import EXIT_CODE, Terminated
 
 T = TypeVar("T")
 

@@ -30,9 +30,10 @@ def install(tower: Any) -> None:
 
 def _lengths(ends: Tensor) -> list[int]:  # (pieces + 1,)
     """Lengths of the pieces; read from the device once a batch, since every layer hands over the same tensor."""
+    version = 0 if ends.is_inference() else ends._version  # inference tensors keep none
     known = _LAST.get("ends")
-    if known is None or known[0]() is not ends or known[1] != ends._version:
-        _LAST["ends"] = (weakref.ref(ends), ends._version, torch.diff(ends).tolist())
+    if known is None or known[0]() is not ends or known[1] != version:
+        _LAST["ends"] = (weakref.ref(ends), version, torch.diff(ends).tolist())
     return _LAST["ends"][2]
 
 

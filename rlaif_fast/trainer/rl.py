@@ -17,7 +17,7 @@ from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
-from rlaif_fast.runs.termination import Terminated
+from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts

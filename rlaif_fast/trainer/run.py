@@ -17,7 +17,7 @@ from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.rollout.base import Sampler
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
-from rlaif_fast.runs.termination import Termination
+from rlaif_fast.termination import Termination
 from rlaif_fast.trainer.evaluation import EvalResult, evaluate
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.scoring import AnswerScorer

@@ -16,7 +16,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens
 from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.runs.checkpoint import load_state
-from rlaif_fast.runs.termination import Terminated
+from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.run import Run
 
