@@ -310,7 +310,7 @@ def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):
         row["video"] = str(broken)
     for index, row in enumerate(rows):  # many files, all bad
         copy = tmp_path / f"broken-{index}.mp4"
-        copy.write_bytes(b"not a video")
+        copy.write_bytes(b"not a video, %d" % index)  # equal contents would be one video
         row["video"] = str(copy)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, folder, err = run("bad", **changes)
