@@ -63,6 +63,8 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
+        if run_dir.finished and "max_steps" not in (given or {}):
+            resumed_config(run_dir, given or {})  # what the command may not change is said first
         if not rank_under_torchrun():
             recover_all(run_dir, extends="max_steps" in (given or {}))
         config = resumed_config(run_dir, given or {})
