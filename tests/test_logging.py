@@ -117,7 +117,7 @@ def test_plain_lines_come_every_tenth_of_a_stage(run):
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("rl  10/100  10% ETA ")
-    assert lines[0].endswith("loss 0.1000  KL 0.0100  agreement +0.50")
+    assert lines[0].endswith("loss 0.1  KL 0.0100  agreement +0.50")
     assert lines[-1].startswith("rl 100/100 100% done")
 
 
@@ -243,7 +243,7 @@ def test_on_a_terminal_there_is_a_bar_and_messages_do_not_tear_it(run):
     os.close(parent)
     assert process.wait() == 0
     shown = output.decode()
-    assert "━" in shown and "3/3" in shown and "ETA" in shown and "loss 0.1250" in shown
+    assert "━" in shown and "3/3" in shown and "ETA" in shown and "loss 0.125" in shown
     for step in (1, 2, 3):
         # Each message stands at the start of a line that was erased, and ends it.
         assert f"\x1b[2Kmessage {step}\r\n" in shown

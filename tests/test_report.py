@@ -525,3 +525,20 @@ def test_long_names_leave_room():
 
 def test_points_have_a_sign():
     assert (figures.points(0.1234), figures.points(-0.1), figures.points(0, 0)) == ("+12.3", "−10.0", "+0")
+
+
+def test_the_reference_oracle_shows_no_curve_that_is_one_by_design():
+    metrics = [
+        {
+            "stage": "rl",
+            "step": step,
+            "oracle/length_tau": 0.1,
+            "oracle/reference_tau": 1.0,
+            "oracle/blind_tau": 1.0,
+        }
+        for step in (1, 2)
+    ]
+    [length] = learning_panels(metrics, "reference")
+    assert [curve.label for curve in length.curves] == [""]
+    [all_three] = learning_panels(metrics, "api")
+    assert [curve.label for curve in all_three.curves] == ["length", "reference", "blind"]

@@ -41,13 +41,15 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
     if summary is None:
         summary = run_dir.read_summary() if run_dir.finished else {}
     comparison = compare_predictions(run_dir)
-    panels = learning_panels(list(read_jsonl(run_dir.metrics)))
+    oracle = str(summary.get("config", {}).get("oracle", ""))
+    panels = learning_panels(list(read_jsonl(run_dir.metrics)), oracle)
     seconds = {name: float(value) for name, value in summary.get("seconds_by_stage", {}).items()}
     page = _template().render(
         name=run_dir.path.resolve().name,
         finished=bool(summary),
         facts=_facts(run_dir, summary),
         comparison=comparison,
+        start_kept=any(panel.wide and panel.marked_step == 0 for panel in panels),
         figures=_svg_figures(comparison, seconds),
         panels=[(panel, _panel_svg(panel)) for panel in panels],
         cards=gallery(run_dir),

@@ -11,8 +11,8 @@ from rlaif_fast.report.figures import Curve, Panel
 from rlaif_fast.report.stats import wilson_interval
 
 
-def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """The learning curves that the recorded metrics allow."""
+def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> list[Panel]:
+    """The learning curves that the recorded metrics allow; `oracle` is the name of the run's oracle."""
 
     def curve(stage: str, key: str, label: str = "") -> Curve | None:
         values = {
@@ -44,7 +44,8 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
     )
     add(
         "Agreement with the oracle",
-        "The policy's own order of each group against the oracle's.",
+        "The policy's own order of each group against the oracle's. Tau falls, without harm, as the responses of a "
+        "group become alike: few distinct pairs are left to order.",
         curve("rl", "ndcg", "nDCG"),
         curve("rl", "top1_agreement", "same best"),
         curve("rl", "kendall_tau", "Kendall tau"),
@@ -55,16 +56,29 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]]) -> list[Panel]:
         curve("rl", "accuracy"),
         percent=True,
     )
-    add("Groups without signal", "All tied or not ranked.", curve("rl", "no_signal"), percent=True)
+    add(
+        "Groups without signal",
+        "All tied or not ranked: they teach nothing. dynamic_sampling replaces them by fresh prompts.",
+        curve("rl", "no_signal"),
+        percent=True,
+    )
     add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
     add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
-    add(
-        "Is the oracle being gamed?",
-        "Kendall tau of its ranks with length, with the reference, and with itself blind.",
-        curve("rl", "oracle/length_tau", "length"),
-        curve("rl", "oracle/reference_tau", "reference"),
-        curve("rl", "oracle/blind_tau", "blind"),
-    )
+    if oracle == "reference":  # it is the reference, and looks at no frame: both taus are 1 by design
+        add(
+            "Does the oracle favour long answers?",
+            "Kendall tau of its ranks with length.",
+            curve("rl", "oracle/length_tau"),
+        )
+    else:
+        add(
+            "Is the oracle being gamed?",
+            "Kendall tau of its ranks with length, with those of the reference answers, and with its own when it sees "
+            "no frames.",
+            curve("rl", "oracle/length_tau", "length"),
+            curve("rl", "oracle/reference_tau", "reference"),
+            curve("rl", "oracle/blind_tau", "blind"),
+        )
     add("RL loss", "Policy loss and its KL term.", curve("rl", "loss"))
     add("KL", "Distance of the policy from its start, per token.", curve("rl", "kl"))
     return panels

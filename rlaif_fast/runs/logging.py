@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # What the progress line shows, in this order: the scalar, its label, its format.
 LIVE_VALUES = (
-    ("loss", "loss", ".4f"),
+    ("loss", "loss", ".3g"),
     ("accuracy", "accuracy", ".3f"),
     ("held-out", "held-out", ".3f"),
     ("kl", "KL", ".4f"),
