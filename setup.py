@@ -84,8 +84,8 @@ def build_arguments() -> dict:
         """Compiles the row kernels once for each instruction set before the rest, or nothing where nothing changed."""
 
         def run(self) -> None:
-            stamp = STAMP.read_text().split() if STAMP.exists() and BUILT.exists() else []
-            if stamp == [inputs(), digest(BUILT)] and not self.force:
+            there = STAMP.exists() and BUILT.exists()
+            if there and STAMP.read_text().split() == [inputs(), digest(BUILT)] and not self.force:
                 target = Path(self.get_ext_fullpath("rlaif_fast._C"))
                 if target.resolve() != BUILT.resolve():
                     target.parent.mkdir(parents=True, exist_ok=True)
