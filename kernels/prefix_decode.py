@@ -213,8 +213,8 @@ def prefix_decode(
             G=G,
             D=D,
             S=S,
-            WIDE=INTERPRETED,
             **config,
+            WIDE=INTERPRETED,
         )
         prefix_merge_kernel[(N * K * Q,)](
             parts,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import itertools
 import re
 import sys
 import traceback
@@ -12,23 +14,41 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, printable
+from rlaif_fast.runs.termination import EXIT_CODE, Terminated
 
 Config = TypeVar("Config")
 
 
 def parse_config(
-    config_class: type[Config], argv: Sequence[str] | None, *, prog: str, description: str
+    config_class: type[Config],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    under: Path | None = None,
 ) -> Config:
-    """Read a dataclass from `--config FILE` and `--key value` overrides, in that order of precedence.
+    """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, wherever the two stand.
 
-    `--print-config` prints the result as YAML and exits; `--help` documents every field.
+    What a flag and a file both set is told on standard error. `--print-config` prints the result as YAML and exits;
+    `--help` documents every field.
+
+    Args:
+        config_class: The dataclass.
+        argv: The words; None for those of the command line.
+        prog: The command's name, for its help.
+        description: What it does, likewise.
+        under: A file whose values hold where neither a flag nor a file of the user's sets them.
 
     Raises:
         UsageError: A key is unknown (the nearest name is suggested), a value does not fit its type, or the file
             cannot be read.
     """
-    values = _parser(config_class, prog, description).parse_args(_words(argv))
+    files, flags = _files_and_flags(_words(argv))
+    parser = _parser(config_class, prog, description)
+    values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
+    if files and flags:
+        _tell_both(parser, files, flags, _names(config_class))
     return config_class(**{name: _plain(getattr(values, name)) for name in _names(config_class)})
 
 
@@ -40,7 +60,8 @@ def given_values(
     Raises:
         UsageError: As `parse_config` does.
     """
-    values = _parser(config_class, prog, description).parse_args(_words(argv), defaults=False)
+    files, flags = _files_and_flags(_words(argv))
+    values = _parser(config_class, prog, description).parse_args([*files, *flags], defaults=False)
     return {name: _plain(values[name]) for name in _names(config_class) if name in values}
 
 
@@ -52,6 +73,30 @@ def flag_is_true(argv: Sequence[str], name: str) -> bool:
 
 def _words(argv: Sequence[str] | None) -> list[str]:
     return list(sys.argv[1:] if argv is None else argv)
+
+
+def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that name configuration files, in their order, and all others."""
+    files: list[str] = []
+    flags: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            files += [word, *itertools.islice(rest, 1)]
+        else:
+            (files if word.startswith("--config=") else flags).append(word)
+    return files, flags
+
+
+def _tell_both(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
+    """Say what holds for each key that a flag and a file both set."""
+    settings = [word for word in flags if not word.startswith("--print-config")]
+    by_file = parser.parse_args(list(files), defaults=False)
+    by_flag = parser.parse_args(settings, defaults=False)
+    for name in names:
+        if name in by_file and name in by_flag:
+            held, other = (_plain(values[name]) for values in (by_flag, by_file))
+            print(f"{name}: {held!r} (the flag; the file says {other!r})", file=sys.stderr)
 
 
 def _names(config_class: type) -> list[str]:
@@ -112,10 +157,10 @@ def _explain(message: str, names: Sequence[str]) -> str:
 
 
 def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
-    """Run a command; print an error as one line and return its exit code (2 for usage, 1 for failure).
+    """Run a command; print an error as one line and return its exit code.
 
     Args:
-        command: Returns the exit code.
+        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM.
         debug: Show tracebacks instead.
     """
     try:
@@ -125,6 +170,14 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Terminated:
+        print("terminated by SIGTERM", file=sys.stderr)
+        return EXIT_CODE
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {_os_reason(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -136,3 +189,19 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _os_reason(error: OSError) -> str:
+    """What the system refused, where, and what to do."""
+    hints = {
+        errno.ENOSPC: "; free some space",
+        errno.EDQUOT: "; free some space",
+        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "; raise the limit of open files of the machine",
+    }
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    where = f"{' and '.join(paths)}: " if paths else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return printable(
+        f"{where}{reason}{hints.get(error.errno or 0, '')} (run with --debug true for the traceback)"
+    )

@@ -1,11 +1,17 @@
-"""`python -m rlaif_fast.doctor`: what can run on this machine, and why the rest cannot."""
+"""`python -m rlaif_fast.doctor`: what can run on this machine, and why the rest cannot; `--check` runs it."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import os
 import platform
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -89,8 +95,14 @@ def packages() -> list[Finding]:
     ]
 
 
-def main() -> int:
-    """Print the report; return 0."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 1 where a check failed, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m rlaif_fast.doctor", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="run every kernel and wire of this machine against its reference"
+    )
+    if parser.parse_args(argv).check:
+        return check()
     findings = [*machine(), built_extension(), *packages()]
     statuses = backends.report()
     try:
@@ -98,6 +110,29 @@ def main() -> int:
     except ImportError:  # rich is optional
         _print_lines(findings, statuses)
     return 0
+
+
+def check() -> int:
+    """Run what this machine has against its references and print a line each; returns 1 where one failed."""
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        # Triton reads it when torch imports it, so this process is too late.
+        command = [sys.executable, "-m", "rlaif_fast.doctor", "--check"]
+        return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
+    from rlaif_fast.checkup import checks
+
+    start, failed, ran = time.perf_counter(), 0, 0
+    print(f"{'check':<34} {'result':<8} {'error':>9} {'bound':>9} {'ms':>7}  why not")
+    for found in checks():
+        failed += found.failed
+        ran += found.error is not None
+        result = "FAILED" if found.failed else "skipped" if found.error is None else "ok"
+        error = "" if found.error is None else f"{found.error:.1e}"
+        bound = "" if found.error is None else f"{found.tolerance:.1e}"
+        figures = f"{error:>9} {bound:>9} {1000 * found.seconds:>7.0f}"
+        print(f"{found.name:<34} {result:<8} {figures}  {found.reason}", flush=True)
+    seconds = time.perf_counter() - start
+    print(f"{ran} checks ran, {failed} failed, in {seconds:.0f} s")
+    return 1 if failed else 0
 
 
 def _print_tables(findings: list[Finding], statuses: list[backends.BackendStatus]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlaif_fast.cli import flag_is_true, parse_config, run_command
 from rlaif_fast.errors import UsageError
-from rlaif_fast.policy.loading import LoadedModel, load_model
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
 from rlaif_fast.trainer.options import TrainConfig
 
 FROM_RUN = (
@@ -98,15 +98,16 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.data import chance_by_category, read_examples
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.folder import write_jsonl
-    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer import datasets, setup
     from rlaif_fast.trainer.evaluation import evaluate
+    from rlaif_fast.trainer.scoring import scorer_by_name
 
     config = configuration(options)
     known = None
     if options.data is not None:
         rows = read_examples(Path(options.data).expanduser(), media_root=config.media_root)
     else:
-        data = setup.load_data(config)
+        data = datasets.load_data(config)
         rows, known = data.test, data.rl
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)
@@ -119,9 +120,12 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             rows,
             make_batch,
             make_sampler(policy),
+            scorer=scorer_by_name(config.oracle, config.oracle_options),
             max_new_tokens=config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )
+    if not result.by_category():
+        raise UsageError("evaluate: no row has a reference answer, so accuracy cannot be measured")
     chance = chance_by_category(rows, reference=known)
     if options.output is not None:
         write_jsonl(
@@ -132,7 +136,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
                     "category": p.example.category,
                     "prediction": p.text,
                     "answer": p.example.answer,
-                    "correct": bool(p.correct),
+                    "correct": p.correct,
                 }
                 for p in result.predictions
             ),
@@ -153,41 +157,30 @@ def configuration(options: EvaluateConfig) -> TrainConfig:
     if options.run is not None:
         run_dir = RunDir.open(options.run)
         config = saved_config(run_dir)
-        best = CheckpointStore(run_dir.checkpoints, {}, read_only=True).path("best")
+        best = CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")
         given = {"model": str(best)} | given
     return dataclasses.replace(config, device=options.device, **given)
 
 
 def load_checkpoint(config: TrainConfig) -> LoadedModel:
-    """Load the model of the configuration; LoRA adapters are put on the model they were trained on.
+    """Load the model of the configuration; LoRA adapters are merged into the model they were trained on.
 
     Raises:
         UsageError: It cannot be loaded, or the adapters' base model cannot.
     """
+    usual = ModelOptions()
     config = dataclasses.replace(
         config,
         lora_r=0,
+        lora_alpha=usual.lora_alpha,
+        lora_dropout=usual.lora_dropout,
+        lora_target_modules=usual.lora_target_modules,
         gradient_checkpointing=False,
-        freeze_vision_tower=False,
-        freeze_projector=False,
-        freeze_language_model=False,
+        freeze_vision_tower=None,
+        freeze_projector=None,
+        freeze_language_model=None,
     )
-    adapters = Path(config.model).expanduser() / "adapter_config.json"
-    if not adapters.is_file():
-        return load_model(config)
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise UsageError('model: LoRA adapters need peft: pip install "rlaif-fast[train]"') from None
-    base = json.loads(adapters.read_text())["base_model_name_or_path"]
-    try:
-        loaded = load_model(dataclasses.replace(config, model=base))
-    except UsageError as error:
-        raise UsageError(
-            f"model: {config.model} holds LoRA adapters of the model {base!r}: {error}"
-        ) from error
-    adapted = PeftModel.from_pretrained(loaded.model, str(adapters.parent))
-    return dataclasses.replace(loaded, model=adapted)
+    return load_model(config)
 
 
 def print_table(figures: dict) -> None:

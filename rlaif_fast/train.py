@@ -37,9 +37,10 @@ def _run(argv: list[str]) -> int:
     given = given_values(
         TrainConfig, [word for word in argv if not word.startswith("--print-config")], **texts
     )
+    under = None
     if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
-        argv = ["--config", str(packaged_config("tiny.yaml")), *argv]
-    train(parse_config(TrainConfig, argv, **texts), given)
+        under = packaged_config("tiny.yaml")
+    train(parse_config(TrainConfig, argv, **texts, under=under), given)
     return 0
 
 
@@ -62,9 +63,9 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
 
     if config.resume is not None:
         run_dir = RunDir.open(config.resume)
+        if not rank_under_torchrun():
+            recover_all(run_dir, extends="max_steps" in (given or {}))
         config = resumed_config(run_dir, given or {})
-        if run_dir.finished:
-            raise UsageError(f"resume: {run_dir.path} is finished; nothing is left to do")
     else:
         config = setup.resolved(config)
     with contextlib.ExitStack() as held:
@@ -79,15 +80,32 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
     return Path(config.output_dir)
 
 
+def recover_all(run_dir, *, extends: bool) -> None:
+    """Check what a run is resumed from, and say in a line each what is damaged.
+
+    Raises:
+        UsageError: The run is finished, and the command does not extend it; or it still goes on.
+        RlaifFastError: Nothing whole is left.
+    """
+    from rlaif_fast.runs.recovery import recover
+
+    if run_dir.finished and not extends:
+        raise UsageError(
+            f"resume: {run_dir.path} is finished; nothing is left to do, unless --max_steps asks for more"
+        )
+    with run_dir.lock():
+        for line in recover(run_dir):
+            print(line, file=sys.stderr)
+
+
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import write_atomically
 
-    if config.resume is not None:
-        state = CheckpointStore(run_dir.checkpoints, {}).last_state()
-        run_dir.truncate_after(*((state["stage"], state["step"]) if state else ("sft", 0)))
-    write_atomically(run_dir.config, dump_config(dataclasses.replace(config, resume=None)))
+    text = dump_config(dataclasses.replace(config, resume=None))
+    write_atomically(run_dir.config, text)
+    CheckpointStore(run_dir.checkpoints, {}).note_config(text)
 
 
 def train_in(world, config) -> None:
@@ -101,6 +119,7 @@ def train_in(world, config) -> None:
     from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.logging import RunLogger, SilentLogger
+    from rlaif_fast.runs.termination import Termination
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
     from rlaif_fast.trainer.sft import train_sft
@@ -121,7 +140,10 @@ def train_in(world, config) -> None:
             seconds=state["seconds"] if state else None,
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
-        run, notes = build_run(world, config, run_dir, logger, open_parts)
+        termination = Termination(config.grace_seconds)
+        if world.is_main:
+            open_parts.enter_context(termination.installed())
+        run, notes = build_run(world, config, run_dir, logger, open_parts, termination)
         policy, data = run.policy, run.data
         describe(run)
 
@@ -145,8 +167,10 @@ def train_in(world, config) -> None:
         reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
         world.barrier()
-        load_weights(policy.model, run.store.path("best"))
-        final = run.evaluate(data.test, phase="final", split="test", step=reached)
+        load_weights(policy.model, run.store.checked("best"))
+        final = run.evaluate(
+            data.test, phase="final", split="test", step=reached, opponents=opponents_of(run, run_dir)
+        )
         write_predictions(run_dir, "final", final, run)
         write_samples(run_dir, "final", run)
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
@@ -154,7 +178,16 @@ def train_in(world, config) -> None:
             finish(run, run_dir, notes, int(others))
 
 
-def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
+def opponents_of(run, run_dir) -> dict[str, str] | None:
+    """The test answers where RL began, which the final ones are ranked against where the oracle is the metric."""
+    from rlaif_fast.runs.folder import read_jsonl
+
+    if run.data.metric != "oracle":
+        return None
+    return {row["example_id"]: row["prediction"] for row in read_jsonl(run_dir.predictions("sft"))}
+
+
+def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, termination):
     """The parts of a run, and what a reader of its report has to know.
 
     Args:
@@ -163,6 +196,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         run_dir: Its folder.
         logger: Where to log.
         open_parts: Closes what has to be closed.
+        termination: Knows whether the run was asked to end.
     """
     import torch
 
@@ -173,6 +207,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
     from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.run import Run
+    from rlaif_fast.trainer.scoring import scorer_of
 
     data_notes: list[str] = []
     with world.main_first():
@@ -192,17 +227,26 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack):
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
     files = read_processor_files(options.model)
+    oracle = setup.make_oracle(config)
     run = Run(
         config=config,
         policy=policy,
         sampler=make_sampler(policy, config.sampler),
         make_batch=make_batch,
-        oracle=setup.make_oracle(config),
+        oracle=oracle,
+        scorer=scorer_of(oracle, config.oracle_options),
         algorithm=make_algorithm(config),
         data=data,
         logger=logger,
-        store=CheckpointStore(run_dir.checkpoints, files, read_only=not world.is_main),
+        store=CheckpointStore(
+            run_dir.checkpoints,
+            files,
+            read_only=not world.is_main,
+            run=run_dir,
+            keep=config.keep_checkpoints,
+        ),
         world=world,
+        termination=termination,
     )
     return run, notes
 
@@ -230,7 +274,7 @@ def run_sft_stage(run, config, state, train_sft) -> None:
 
 def load_with_progress(config, logger, note: Callable[[str], None]):
     """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
-    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer import datasets
 
     total = (
         config.synthetic_sft_clips
@@ -239,9 +283,9 @@ def load_with_progress(config, logger, note: Callable[[str], None]):
         + config.synthetic_test_clips
     )
     if config.data != "synthetic":
-        return setup.load_data(config, note=note)
+        return datasets.load_data(config, note=note)
     with logger.stage("clips", total=total) as update:
-        return setup.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
+        return datasets.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
 
 
 def dump_config(config) -> str:

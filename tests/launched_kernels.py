@@ -19,7 +19,14 @@ from triton.runtime.jit import JITFunction
 
 from rlaif_fast.loss.inputs import RankInputs, RowInputs, RowStats, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
-from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty, scale_gradient
+from rlaif_fast_kernels import (
+    linear_loss,
+    logits_loss,
+    prefix_decode,
+    rank_loss,
+    rank_penalty,
+    scale_gradient,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -125,6 +132,17 @@ def rows() -> None:
             logits_loss.row_loss(logits, ids, Scaling(), RowInputs(ones, ones, *extra), options)
 
 
+def decode_steps() -> None:
+    """Every 16-bit dtype, one group and several, one response and more rows than a tile."""
+    for dtype, (N, H, K, G, D) in itertools.product(
+        (torch.bfloat16, torch.float16), ((1, 1, 1, 1, 16), (2, 8, 2, 3, 48), (1, 28, 4, 8, 128))
+    ):
+        query, keys = torch.rand(N, H, G, D, dtype=dtype), torch.rand(N, K, 300, D, dtype=dtype)
+        prompts = torch.full((N,), 290, dtype=torch.int32)
+        own = torch.ones(1, dtype=torch.int32)
+        prefix_decode.prefix_decode(query, keys, keys, prompts, own, 0.1)
+
+
 def main() -> None:
     JITFunction.run = compile_launch
     for G in (1, 8, 64):
@@ -143,6 +161,7 @@ def main() -> None:
         logits, ids, ones = torch.rand(3, 40), torch.zeros(3, dtype=torch.int64), torch.ones(3)
         given = RowInputs(ones, ones, ones, ones, None, ones)
         logits_loss.row_loss(logits, ids, Scaling(1.0, ones, 5.0, 2.0), given, options)
+    decode_steps()
     scale_gradient.scale_gradient_(torch.rand(9), torch.tensor(2.0))
     linear_loss.compact_rows(torch.rand(4, 9), torch.tensor([False, True, False, True]))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from rlaif_fast import doctor, grpo_rank_loss
-from rlaif_fast.loss import backends
+from rlaif_fast.loss import backends, extension
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -107,7 +109,7 @@ print(torch.ops.rlaif_fast.row_instruction_set())
 
 
 def test_doctor_prints_every_backend(capsys):
-    assert doctor.main() == 0
+    assert doctor.main([]) == 0
     text = capsys.readouterr().out
     for word in (
         "torch",
@@ -128,3 +130,30 @@ def test_masked_out_fields_are_left_out_of_the_statistics():
         f"clip_ratio/{name}" for name in ("low_min", "high_max", "region_mean")
     }
     assert set(stats) == {"loss/policy", "ratio_mean", "ratio_max", "tokens"} | clipped
+
+
+def test_the_doctor_checks_every_kernel_against_its_reference():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlaif_fast.doctor", "--check"], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    ran = {line.split("  ")[0].strip() for line in lines if " ok " in line}
+    wanted = {f"{op}, cpu, fp32" for op in ("rank_penalty", "rank_loss", "logits_loss", "linear_loss")}
+    if extension.unavailable() is None:
+        assert wanted <= ran
+    if importlib.util.find_spec("triton") is not None:
+        assert {"linear_loss, triton, bf16", "prefix_decode, triton, bf16", "patchify, triton, bf16"} <= ran
+    assert re.fullmatch(r"\d+ checks ran, 0 failed, in \d+ s", lines[-1])
+
+
+def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
+    from rlaif_fast import checkup
+
+    wrong = checkup.Check("linear_loss, cpu, fp32", 1e-2, 1e-5, "", 0.1)
+    nan = checkup.Check("linear_loss, cpu, fp32", float("nan"), 1e-5, "", 0.1)
+    broken = checkup._run("x", lambda: 1 / 0, 1e-5)
+    assert wrong.failed and nan.failed and broken.failed and "ZeroDivisionError" in broken.reason
+    monkeypatch.setattr(checkup, "checks", lambda: iter([wrong]))
+    assert doctor.main(["--check"]) == 1
+    assert "FAILED" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.options import TrainConfig
 
 
@@ -74,7 +74,9 @@ def test_a_medium_of_the_test_is_never_learned_from(folder, spell):
     held = write(folder / "media" / "held.jsonl", ["0.mp4"])
     other = write(folder / "media" / "other.jsonl", ["3.mp4"])
     notes = []
-    loaded = setup.load_data(TrainConfig(data=data, validation_data=other, test_data=held), note=notes.append)
+    loaded = datasets.load_data(
+        TrainConfig(data=data, validation_data=other, test_data=held), note=notes.append
+    )
     assert [row.question for row in loaded.rl] == ["what 0?", "what 2?"]
     assert any("Left out: 1 rl rows" in note for note in notes)
 
@@ -88,7 +90,7 @@ def test_what_is_held_out_is_held_out_whole(folder, spell):
     data = write(folder / "media" / "data.jsonl", [*names, spell(folder)])
     rows = read_examples(data)
     for seed in range(12):
-        parts = setup.hold_out(rows, 0.2, seed)
+        parts = datasets.hold_out(rows, 0.2, seed)
         known = contents(rows)
         held = [media_of(part, known) for part in parts]
         assert sum(map(len, parts)) == 13
@@ -98,5 +100,5 @@ def test_what_is_held_out_is_held_out_whole(folder, spell):
 def test_other_files_of_the_same_size_are_other_media(folder):
     data = write(folder / "media" / "data.jsonl", [f"{number}.mp4" for number in range(3)])
     held, other = (write(folder / "media" / f"{n}.jsonl", [f"{n}.mp4"]) for n in (5, 6))
-    loaded = setup.load_data(TrainConfig(data=data, validation_data=held, test_data=other))
+    loaded = datasets.load_data(TrainConfig(data=data, validation_data=held, test_data=other))
     assert len(loaded.rl) == 3

@@ -22,7 +22,7 @@ from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.policy.loading import load_model
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.rollout.graphs import GraphSampler
-from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import datasets, setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
@@ -157,7 +157,7 @@ def assert_close(ours, expected):
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_a_training_step_runs_on_the_engine(family, folder, calls):
     config = config_of(folder, family)
-    data = setup.load_data(config)
+    data = datasets.load_data(config)
     loaded, run = parts(config, data)
     assert run.policy.head_weight.dtype == torch.bfloat16
     run.policy.freeze_reference()
@@ -199,7 +199,7 @@ def test_a_training_step_runs_on_the_engine(family, folder, calls):
 
 def test_several_inner_steps_rank_in_the_loss_too(folder, calls):
     config = config_of(folder, "qwen3_vl", num_iterations=2, importance_sampling_level="sequence")
-    data = setup.load_data(config)
+    data = datasets.load_data(config)
     loaded, run = parts(config, data)
     run.policy.freeze_reference()
     with setup.make_batch_maker(loaded, config) as make_batch:

@@ -176,15 +176,17 @@ def _events(run):
 
 
 def test_event_files_follow_the_metrics_through_a_resume(run):
+    length = 0
     with _logger(run, tensorboard=True) as logger:
         for step in (1, 2, 3):
             logger.log("rl", step, loss=step / 2)
+            length = length if step == 3 else run.metrics.stat().st_size
         rows = {"counting": {"accuracy": 0.25, "n": 4, "correct": 1}}
         logger.log("eval", 3, phase="rl", split="validation", accuracy=0.25, by_category=rows)
     assert _events(run)["rl/loss"] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     assert _events(run)["eval/rl/validation/accuracy/counting"] == [(3, 0.25)]
 
-    run.truncate_after("rl", 2)
+    run.truncate_to({run.metrics.name: length})
     with _logger(run, tensorboard=True) as logger:
         logger.log("rl", 3, loss=9.0)
     assert _events(run) == {"rl/loss": [(1, 0.5), (2, 1.0), (3, 9.0)]}

@@ -189,49 +189,23 @@ def test_read_jsonl_leaves_out_a_torn_last_line_only(tmp_path):
         list(read_jsonl(path))
 
 
-@pytest.fixture
-def recorded(tmp_path):
-    """A run of 4 SFT and 4 RL steps, each stage evaluated every other step, killed while writing a line."""
+def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     run = RunDir.create(tmp_path)
-    metrics = [{"stage": "eval", "phase": "start", "step": 0}]
-    for stage in ("sft", "rl"):
-        for step in range(1, 5):
-            metrics.append({"stage": stage, "step": step})
-            if step % 2 == 0:
-                metrics.append({"stage": "eval", "phase": stage, "step": step})
-    metrics.append({"stage": "eval", "phase": "final", "step": 4})
-    write_jsonl(run.metrics, metrics)
+    write_jsonl(run.metrics, [{"step": step} for step in range(4)])
+    length = run.metrics.stat().st_size
     with run.metrics.open("a") as file:
-        file.write('{"stage": "eval", "ph')
-    write_jsonl(run.rollouts, [{"step": step} for step in range(1, 5)])
-    write_jsonl(run.samples, [{"phase": "sft"}, {"phase": "final"}])
+        file.write('{"step": 4}\n{"stage": "eval", "ph')
+    write_jsonl(run.samples, [{"phase": "sft"}])
+    kept = run.samples.stat().st_size
+    with run.samples.open("a") as file:
+        file.write('{"phase": "final"}\n')
+    run.quarantine.write_text('{"path": "a.mp4"}\n')
+    run.predictions("final").write_text("{}\n")
     run.write_summary({})
-    return run
-
-
-def _kept(run):
-    return [(line.get("phase", line["stage"]), line["step"]) for line in read_jsonl(run.metrics)]
-
-
-def test_truncate_after_an_rl_checkpoint(recorded):
-    recorded.truncate_after("rl", 2)
-    assert _kept(recorded)[-3:] == [("rl", 1), ("rl", 2), ("rl", 2)]
-    assert len(_kept(recorded)) == 1 + 6 + 3
-    assert [line["step"] for line in read_jsonl(recorded.rollouts)] == [1, 2]
-    assert [line["phase"] for line in read_jsonl(recorded.samples)] == ["sft"]
-    assert not recorded.finished
-    assert recorded.metrics.read_text().endswith("}\n")  # the torn line is gone, so appending is safe
-
-
-def test_truncate_after_an_sft_checkpoint(recorded):
-    recorded.truncate_after("sft", 3)
-    assert _kept(recorded) == [("start", 0), ("sft", 1), ("sft", 2), ("sft", 2), ("sft", 3)]
-    assert list(read_jsonl(recorded.rollouts)) == []
-
-
-def test_truncate_refuses_an_unknown_stage(recorded):
-    with pytest.raises(ValueError, match="stage"):
-        recorded.truncate_after("eval", 3)
+    run.truncate_to({"metrics.jsonl": length, "samples.jsonl": kept, "quarantine.jsonl": 0})
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1, 2, 3]
+    assert [row["phase"] for row in read_jsonl(run.samples)] == ["sft"]
+    assert not run.quarantine.exists() and not run.predictions("final").exists() and not run.finished
 
 
 class Weights(torch.nn.Module):
@@ -322,4 +296,6 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_is_removed(tmp_path, 
     store.save("rl-000002", Weights(10), Words(), {}, last=True)
     written = [tmp_path, tmp_path / "index.json", tmp_path / "rl-000002", *(tmp_path / "rl-000002").iterdir()]
     assert flushed >= {path.stat().st_ino for path in written}
+    assert (tmp_path / "rl-000001").exists()  # kept, in case the next one is damaged
+    store.save("rl-000003", Weights(10), Words(), {}, last=True)
     assert not (tmp_path / "rl-000001").exists()

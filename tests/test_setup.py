@@ -11,7 +11,7 @@ from rlaif_fast.cli import given_values, packaged_config
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.trainer import setup
+from rlaif_fast.trainer import datasets, setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.resume import resumed_config
 
@@ -73,7 +73,7 @@ def test_rows_about_evaluated_media_are_not_learned_from(tmp_path):
     write_rows(tmp_path / "validation.jsonl", ["b.mp4"])
     write_rows(tmp_path / "test.jsonl", ["c.mp4"])
     notes = []
-    data = setup.load_data(TrainConfig(data=str(tmp_path)), note=notes.append)
+    data = datasets.load_data(TrainConfig(data=str(tmp_path)), note=notes.append)
     assert names(data.sft) == ["a.mp4"] and names(data.rl) == ["a.mp4", "d.mp4"]
     assert notes == [
         "Left out: 2 sft rows about media of validation or test.",
@@ -91,7 +91,7 @@ def test_one_shared_picture_is_enough_to_leave_a_row_out():
         "validation": [row("4", ("b.png", "d.png"))],
         "test": [row("5", ())],
     }
-    setup.drop_evaluated_media(rows)
+    datasets.drop_evaluated_media(rows)
     assert [row.id for row in rows["sft"]] == ["2"]
     assert [row.id for row in rows["rl"]] == ["3"]
 
@@ -102,20 +102,20 @@ def test_supervised_rows_of_another_file_do_not_leak_into_what_is_held_out(tmp_p
     own = write_rows(tmp_path / "own.jsonl", videos)
     notes = []
     config = TrainConfig(data=str(data), sft_data=str(own))
-    loaded = setup.load_data(config, note=notes.append)
+    loaded = datasets.load_data(config, note=notes.append)
     held = {*names(loaded.validation), *names(loaded.test)}
     assert len(held) == 4
     assert set(names(loaded.sft)) == set(names(loaded.rl)) == set(videos) - held
     assert notes == ["Left out: 4 sft rows about media of validation or test."]
     notes.clear()
-    setup.load_data(TrainConfig(data=str(data)), note=notes.append)
+    datasets.load_data(TrainConfig(data=str(data)), note=notes.append)
     assert notes == []
 
 
 def test_everything_leaking_is_refused(tmp_path):
     data = write_rows(tmp_path / "data.jsonl", ["a.mp4", "b.mp4"])
     with pytest.raises(UsageError, match="every row of the rl split is about media of validation or test"):
-        setup.load_data(TrainConfig(data=str(data), validation_data=str(data), test_data=str(data)))
+        datasets.load_data(TrainConfig(data=str(data), validation_data=str(data), test_data=str(data)))
 
 
 def test_preflight_needs_scores_for_zscore(tmp_path):

@@ -1,6 +1,7 @@
 """The main job end to end on a few clips: one run, the same again, one that was killed, and what must be refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
+from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.trainer import rl
 
@@ -123,9 +125,11 @@ def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
     options = EvaluateConfig(run=str(folder))
     figures = evaluate_command(options)
     assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
-    model = evaluate_module.load_checkpoint(evaluate_module.configuration(options)).model
-    learned = [weight for name, weight in model.named_parameters() if "lora_B" in name]
-    assert learned and all(weight.any() for weight in learned)
+    adapted = evaluate_module.load_checkpoint(evaluate_module.configuration(options)).model
+    base = load_model(ModelOptions(model=adapter_base(folder), device="cpu", dtype="float32")).model
+    weights = dict(base.named_parameters())
+    changed = {name for name, weight in adapted.named_parameters() if not weight.equal(weights[name])}
+    assert changed == {name for name in weights if "language_model" in name and "_proj.weight" in name}
 
     index = json.loads((folder / "checkpoints/index.json").read_text())
     best = folder / "checkpoints" / index["best"]
@@ -134,7 +138,7 @@ def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
     alone = evaluate_command(EvaluateConfig(model=str(best), data=str(data), **pixels))
     assert alone["accuracy"] == pytest.approx(summary["final_accuracy"])
 
-    (tmp_path / "adapters").mkdir()
+    shutil.copytree(best, tmp_path / "adapters")
     adapters = tmp_path / "adapters" / "adapter_config.json"
     settings = json.loads((best / adapters.name).read_text())
     adapters.write_text(json.dumps(settings | {"base_model_name_or_path": "/nonexistent/base"}))
@@ -142,6 +146,12 @@ def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
     assert evaluate_module.main(words) == 2
     err = capsys.readouterr().err
     assert "holds LoRA adapters of the model '/nonexistent/base'" in err and "Traceback" in err
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapters of a run were trained on."""
+    best = next(folder.glob("checkpoints/*/adapter_config.json"))
+    return json.loads(best.read_text())["base_model_name_or_path"]
 
 
 def test_same_seed_same_metrics(finished, run):

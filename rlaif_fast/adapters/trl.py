@@ -98,9 +98,8 @@ class OracleGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name in metrics if name.split("/")[0] in ("reward", "reward_std", "rewards")]:
             del metrics[name]
-        scores = self._scores(output)
-        known = scores is not None
-        scores = torch.zeros_like(output["advantages"]) if scores is None else scores
+        local = self._scores(output)
+        scores = torch.zeros_like(output["advantages"]) if local is None else local
         scores = self.accelerator.gather(scores).view_as(self._ranks[0])
         advantages = torch.zeros_like(scores)
         for oracle, weight, ranks in zip(self.oracles, self.reward_weights.tolist(), self._ranks):
@@ -109,7 +108,7 @@ class OracleGRPOTrainer(GRPOTrainer):
             advantages += weight * ranked.advantages
             metrics[f"rank/{oracle.name}/judged"].append(judged.float().mean().item())
             metrics[f"rank/{oracle.name}/no_signal"].append(1.0 - ranked.has_signal.float().mean().item())
-            if known and ranked.has_signal.any():
+            if local is not None and ranked.has_signal.any():
                 for name in ("ndcg", "kendall_tau", "top1_agreement"):
                     value = getattr(ranked, name)[ranked.has_signal].mean().item()
                     metrics[f"rank/{oracle.name}/{name}"].append(value)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from rlaif_fast.distributed.world import ConnectionLost, World
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.runs.termination import EXIT_CODE, Terminated
 
 T = TypeVar("T")
 
@@ -304,6 +305,8 @@ def _end_with_parent() -> None:
 
 def _fail(rank: int, error: BaseException) -> NoReturn:
     """Say what went wrong in this process and end it, without the leave that the others would have to wait for."""
+    if isinstance(error, Terminated):
+        os._exit(EXIT_CODE)
     if isinstance(error, RlaifFastError):
         print(f"error: process {rank}: {error}", file=sys.stderr)
     else:

@@ -57,8 +57,9 @@ class RewardModelOracle:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(model).eval().to(device)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            found: Any = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=False)
+            self._model: Any = found.eval().to(device)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(

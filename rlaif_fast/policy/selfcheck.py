@@ -57,7 +57,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str | N
         return f"it fails here ({type(error).__name__}: {str(error).splitlines()[0][:160]})", _since(start)
     expected = _run(ReferenceContext(row, device), row, device, torch.float32)
     for what, ours, reference in zip(("output", "dq", "dk", "dv"), results, expected):
-        distance = float((ours.float() - reference).norm() / reference.norm())
+        distance = float((ours.detach().float() - reference.detach()).norm() / reference.detach().norm())
         if not distance < TOLERANCE.get(dtype, 1e-4):  # NaN never passes
             return f"its {what} is off by {distance:.1e} of the reference", _since(start)
     return None, _since(start)

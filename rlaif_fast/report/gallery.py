@@ -91,7 +91,7 @@ def gallery(run_dir: RunDir) -> list[Card]:
     for record in read_jsonl(run_dir.samples):
         by_example.setdefault(record["example_id"], {})[record["phase"]] = record
     correct = {
-        (phase, record["example_id"]): bool(record["correct"])
+        (phase, record["example_id"]): None if record["correct"] is None else bool(record["correct"])
         for phase in PHASES
         for record in read_jsonl(run_dir.predictions(phase))
     }

@@ -84,9 +84,15 @@ class Comparison:
 
 
 def compare_predictions(run_dir: RunDir) -> Comparison | None:
-    """Compare the test predictions made before and after RL; None until both are there."""
-    before = {record["example_id"]: record for record in read_jsonl(run_dir.predictions("sft"))}
-    after = {record["example_id"]: record for record in read_jsonl(run_dir.predictions("final"))}
+    """Compare the test predictions made before and after RL; None until both are there and can be scored."""
+    before, after = (
+        {
+            row["example_id"]: row
+            for row in read_jsonl(run_dir.predictions(phase))
+            if row["correct"] is not None
+        }
+        for phase in ("sft", "final")
+    )
     pairs = [(before[name], after[name]) for name in after if name in before]
     if not pairs:
         return None

@@ -80,6 +80,10 @@ def notes_on_data(run: Run) -> list[str]:
             "annotator's would; the oracle ranks against the right answers, so most of what RL gains here is "
             "the undoing of that noise, not new perception."
         )
+    if run.data.metric == "oracle":
+        notes.append(
+            f"Validation and test answers were ranked by the oracle {run.oracle.name} against those where RL began."
+        )
     if run.config.oracle_shuffle:
         notes.append("Control: the oracle's rankings were shuffled.")
     return notes
@@ -100,8 +104,9 @@ def write_predictions(run_dir: RunDir, phase: str, result: EvalResult, run: Run)
                 "video": next(iter((*prediction.example.videos, *prediction.example.images)), None),
                 "prediction": prediction.text,
                 "answer": prediction.example.answer,
-                "correct": bool(prediction.correct),
-                "chance": chance[prediction.example.category],
+                "correct": None if prediction.correct is None else bool(prediction.correct),
+                **({} if prediction.win is None else {"win": prediction.win}),
+                "chance": chance.get(prediction.example.category),
             }
             for prediction in result.predictions
         ),
@@ -148,6 +153,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         "processes": run.world.size,
         "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
         "seed": config.seed,
+        "metric_for_best_model": run.data.metric,
         "config": dataclasses.asdict(config),
         "git_commit": git_commit(),
         "seconds_by_stage": logger.seconds(),
@@ -167,13 +173,19 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
 
 
 def accuracy_summary(run_dir: RunDir) -> dict:
-    """Accuracy on the test split before and after RL, in all and by category, from the predictions on disk."""
+    """Accuracy on the test split before and after RL, in all and by category, from the predictions on disk.
 
+    Only answers that can be scored count; where there are none, the accuracy is None. `win_rate` is there where the
+    final answers were ranked against those before RL.
+    """
     tallies: dict[str, dict[str, list[bool]]] = {}
-    overall = {}
+    overall: dict[str, float | None] = {}
+    wins: list[float] = []
     for phase in ("sft", "final"):
-        rows = list(read_jsonl(run_dir.predictions(phase)))
-        overall[phase] = sum(row["correct"] for row in rows) / max(len(rows), 1)
+        found = list(read_jsonl(run_dir.predictions(phase)))
+        wins += [row["win"] for row in found if "win" in row]
+        rows = [row for row in found if row["correct"] is not None]
+        overall[phase] = sum(row["correct"] for row in rows) / len(rows) if rows else None
         for row in rows:
             tallies.setdefault(row["category"], {"sft": [], "final": []})[phase].append(row["correct"])
     by_category = {
@@ -184,11 +196,27 @@ def accuracy_summary(run_dir: RunDir) -> dict:
         }
         for name, tally in sorted(tallies.items())
     }
-    return {"sft_accuracy": overall["sft"], "final_accuracy": overall["final"], "by_category": by_category}
+    return {
+        "sft_accuracy": overall["sft"],
+        "final_accuracy": overall["final"],
+        "by_category": by_category,
+        **({"win_rate": sum(wins) / len(wins)} if wins else {}),
+    }
 
 
 def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
     """The figures of the run, by category."""
+    if "win_rate" in summary:
+        logger.message(
+            f"test answers that the oracle ranks above those before RL, ties half: {summary['win_rate']:.3f}"
+        )
+    if summary["final_accuracy"] is not None:
+        print_accuracies(summary, logger)
+    logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
+
+
+def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
+    """Test accuracy before and after RL, by category."""
     width = max(map(len, [*summary["by_category"], "all"]))
     logger.message(f"{'held-out accuracy':<{width}}  {'SFT':>6}  {'RL':>6}  {'n':>5}")
     for name, row in summary["by_category"].items():
@@ -197,7 +225,6 @@ def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
     logger.message(
         f"{'all':<{width}}  {summary['sft_accuracy']:6.3f}  {summary['final_accuracy']:6.3f}  {total:5d}"
     )
-    logger.message(f"{summary['seconds']:.0f} s, peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB")
 
 
 def git_commit() -> str | None:

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.folder import write_atomically
+from rlaif_fast.policy.weights import (
+    ADAPTER_CONFIG,
+    check_config,
+    load_adapters,
+    load_strictly,
+    refuse_partial,
+)
+from rlaif_fast.runs.folder import RunDir, write_atomically
+from rlaif_fast.runs.integrity import (
+    Damage,
+    LogDigests,
+    Manifest,
+    digests,
+    read_manifest,
+    sealed,
+    text_digest,
+    unseal,
+    write_manifest,
+)
 
 STATE = "trainer_state.pt"
-PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Which folders matter: `last` to resume from, `best` by validation score, `sft` where RL began."""
+    """Which folders matter: `last` to resume from, `best` by validation, `sft` where RL began.
+
+    Attributes:
+        last: The newest.
+        best: The best by validation.
+        sft: Where RL began.
+        recent: The newest ones, the newest first, each with the names of those that a run which goes on from it needs.
+        order: Counts the checkpoints that were written.
+        config_sha256: Digest of the run's config.yaml.
+    """
 
     last: str | None = None
     best: str | None = None
     sft: str | None = None
+    recent: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    order: int = 0
+    config_sha256: str | None = None
+
+    @property
+    def roles(self) -> dict[str, str | None]:
+        """The names by role."""
+        return {"last": self.last, "best": self.best, "sft": self.sft}
+
+    def kept(self) -> set[str]:
+        """The names of all checkpoints that the run keeps."""
+        needed = [*self.roles.values(), *self.recent, *itertools.chain(*self.recent.values())]
+        return {name for name in needed if name is not None}
 
 
 class CheckpointStore:
@@ -36,37 +76,68 @@ class CheckpointStore:
         folder: RUN/checkpoints.
         processor_files: Preprocessor settings to copy into each checkpoint, by file name.
         read_only: Never write; for the processes of a run besides the first.
+        run: The run whose records and configuration the manifests cover; None covers the checkpoints alone.
+        keep: The newest checkpoints that are kept, besides those that play a role.
     """
 
-    def __init__(self, folder: Path, processor_files: Mapping[str, str], *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processor_files: Mapping[str, str],
+        *,
+        read_only: bool = False,
+        run: RunDir | None = None,
+        keep: int = 2,
+    ) -> None:
         self.folder = folder
         self.processor_files = processor_files
         self.read_only = read_only
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.keep = keep
+        self._logs = LogDigests(run.path, [path.name for path in run.records]) if run else None
+        self._config = run.config.read_text(encoding="utf-8") if run and run.config.is_file() else None
+        if not read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def index(self) -> CheckpointIndex:
-        """Which checkpoints there are."""
+        """Which checkpoints there are.
+
+        Raises:
+            RlaifFastError: The index is damaged.
+        """
         path = self.folder / "index.json"
-        return CheckpointIndex(**json.loads(path.read_text())) if path.exists() else CheckpointIndex()
+        if not path.exists():
+            return CheckpointIndex()
+        try:
+            return CheckpointIndex(**unseal(path))
+        except Damage as error:
+            raise RlaifFastError(
+                f"damaged: {error}; continue the run with --resume {self.folder.parent}"
+            ) from error
 
     def save(self, name: str, model: nn.Module, tokenizer, state: Mapping[str, Any], **roles: bool) -> Path:
         """Write checkpoint `name` and let it play the given roles (`last=True`, `best=True`, `sft=True`).
 
         Raises:
-            RlaifFastError: The disk is full or not writable; the checkpoints written before are untouched.
+            RlaifFastError: The disk is full or not writable, or the run's folder is gone; the checkpoints written
+                before are untouched.
         """
         target, partial = self.folder / name, self.folder / f".{name}.partial"
         if self.read_only:
             return target
+        if not self.folder.is_dir():
+            raise RlaifFastError(f"the folder {self.folder} was removed while the run went on")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             save_model(partial, model, tokenizer, self.processor_files)
             torch.save(dict(state), partial / STATE)
+            index = self._index_with({role: name for role, plays in roles.items() if plays})
+            logs = self._logs.up_to_now() if self._logs else {}
+            write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
             _flush(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-            self._update_index(**{role: name for role, plays in roles.items() if plays})
+            self._write_index(index)
         except Exception as error:
             reason = _disk_reason(error)
             if reason is None:
@@ -80,7 +151,21 @@ class CheckpointStore:
     def mark(self, **roles: str) -> None:
         """Let existing checkpoints play roles, by name."""
         if not self.read_only:
-            self._update_index(**roles)
+            self._write_index(replace(self.index, **cast(dict[str, Any], roles)))
+
+    def note_config(self, text: str) -> None:
+        """Take note of the run's configuration, which a resumed run may have changed."""
+        self._config = text
+        if self.index.last is not None:
+            self._write_index(replace(self.index, config_sha256=text_digest(text)))
+
+    def go_back_to(self, name: str, manifest: Manifest, keep: Sequence[str]) -> None:
+        """Make `name` the last checkpoint again, with the roles as they were; of the others only `keep` stay."""
+        recent = {kept: _needs(read_manifest(self.folder / kept).roles) for kept in keep}
+        digest = None if self._config is None else text_digest(self._config)
+        self._write_index(
+            CheckpointIndex(**manifest.roles, recent=recent, order=manifest.order, config_sha256=digest)
+        )
 
     def path(self, role: str) -> Path:
         """The folder of the checkpoint that plays `role`.
@@ -95,22 +180,51 @@ class CheckpointStore:
             )
         return self.folder / name
 
+    def checked(self, role: str) -> Path:
+        """The folder of the checkpoint that plays `role`, once all its files are known to be as they were written.
+
+        Raises:
+            RlaifFastError: One is not.
+            UsageError: There is none.
+        """
+        folder = self.path(role)
+        try:
+            read_manifest(folder)
+        except Damage as error:
+            raise RlaifFastError(f"damaged: {error}") from error
+        return folder
+
     def last_state(self) -> dict[str, Any] | None:
         """The trainer state to resume from; None before the first checkpoint."""
         last = self.index.last
         return None if last is None else load_state(self.folder / last)
 
-    def _update_index(self, **names: str) -> None:
-        index = CheckpointIndex(**(asdict(self.index) | names))
-        write_atomically(self.folder / "index.json", json.dumps(asdict(index)))
+    def _index_with(self, roles: Mapping[str, str]) -> CheckpointIndex:
+        """The index once a checkpoint that plays `roles` is written."""
+        index = replace(self.index, **cast(dict[str, Any], roles))
+        recent = dict(index.recent)
+        if "last" in roles:
+            recent = {roles["last"]: _needs(index.roles)} | {
+                n: r for n, r in recent.items() if n != roles["last"]
+            }
+        digest = None if self._config is None else text_digest(self._config)
+        newest = dict(list(recent.items())[: self.keep])
+        return replace(index, recent=newest, order=index.order + 1, config_sha256=digest)
+
+    def _write_index(self, index: CheckpointIndex) -> None:
+        write_atomically(self.folder / "index.json", sealed(asdict(index)))
         self._remove_unlisted()
 
     def _remove_unlisted(self) -> None:
         """Remove the checkpoints that play no role, and what is left of those that were not written to the end."""
-        kept = set(asdict(self.index).values())
+        kept = self.index.kept()
         for child in self.folder.iterdir():
             if child.is_dir() and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
+
+
+def _needs(roles: Mapping[str, str | None]) -> list[str]:
+    return sorted({name for name in roles.values() if name is not None})
 
 
 def _disk_reason(error: Exception) -> str | None:
@@ -149,14 +263,25 @@ def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Put the weights of a checkpoint written by `save_model` into a model of the same shape, in place."""
-    if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+    """Put the weights of a checkpoint written by `save_model` into a model of the same shape, in place.
 
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    Raises:
+        UsageError: They fit in part or not at all; the model is as it was.
+    """
+    what = f"the checkpoint {folder}"
+    if hasattr(model, "peft_config"):
+        load_adapters(model, folder, what)
         return
-    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
-    model.load_state_dict(saved.state_dict())
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UsageError(
+            f"{what} holds LoRA adapters, and the run has none; set lora_r and lora_alpha as they were"
+        )
+    check_config(folder, what)
+    dtype = next(model.parameters()).dtype
+    saved, own = load_strictly(type(model), folder, what, dtype=dtype).state_dict(), model.state_dict()
+    shapes = [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
+    refuse_partial(what, own.keys() - saved.keys(), saved.keys() - own.keys(), shapes)
+    model.load_state_dict(saved)
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ if os.name == "posix":
 MARKER = ".rlaif-fast-run"
 LOCK = ".lock"
 MIN_FREE_BYTES = 256 * 2**20
-STAGE_ORDER = {"start": 0, "sft": 1, "rl": 2, "final": 3}
 
 
 class RunDir:
@@ -189,23 +188,26 @@ class RunDir:
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
         return summary
 
-    def truncate_after(self, stage: str, step: int) -> None:
+    @property
+    def records(self) -> list[Path]:
+        """The files that a checkpoint vouches for up to where they were; all but the predictions only grow."""
+        return [self.metrics, self.rollouts, self.samples, self.quarantine, self.predictions("sft")]
+
+    def truncate_to(self, lengths: Mapping[str, int]) -> None:
         """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice.
 
-        Lines of `stage` up to and including `step`, and of the stages before it, are kept. An evaluation
-        belongs to the stage its phase names, so write a checkpoint after the evaluation of its step.
-
         Args:
-            stage: "sft" or "rl", the stage of the checkpoint.
-            step: The last step that the checkpoint contains.
+            lengths: Bytes that stay of each of `records`, by file name; one that is not named is removed.
         """
-        if stage not in ("sft", "rl"):
-            raise ValueError(f"stage: expected 'sft' or 'rl', got {stage!r}")
-        limit = (STAGE_ORDER[stage], step)
         self.summary.unlink(missing_ok=True)
-        keep_jsonl(self.metrics, lambda record: _position(record) <= limit)
-        keep_jsonl(self.rollouts, lambda record: (STAGE_ORDER["rl"], record["step"]) <= limit)
-        keep_jsonl(self.samples, lambda record: STAGE_ORDER[record["phase"]] <= limit[0])
+        self.predictions("final").unlink(missing_ok=True)
+        for path in self.records:
+            length = lengths.get(path.name, 0)
+            if path.is_file() and path.stat().st_size > length:
+                if length == 0:
+                    path.unlink()
+                else:
+                    os.truncate(path, length)
 
     def _clear(self) -> None:
         """Remove what an earlier run wrote, the summary first: half a run must not look finished."""
@@ -269,21 +271,21 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def keep_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines for which `keep` is false; a missing file stays missing."""
-    if path.exists():
-        write_jsonl(path, [record for record in read_jsonl(path) if keep(record)])
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is met without a name
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself must survive a power cut
@@ -292,12 +294,6 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _position(record: Mapping[str, Any]) -> tuple[int, int]:
-    """Where in the run a metrics line belongs; an evaluation belongs to its phase."""
-    stage = record["phase"] if record["stage"] == "eval" else record["stage"]
-    return STAGE_ORDER[stage], record["step"]
 
 
 def _size(count: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -314,6 +315,8 @@ def _event_writer(run_dir: RunDir) -> SummaryWriter:
 
 def _append(file: FileIO, text: str) -> None:
     data = text.encode()
+    if os.name == "posix" and os.fstat(file.fileno()).st_nlink == 0:
+        raise RlaifFastError(f"{file.name} was removed while the run went on; the run ends")
     try:
         while data:
             data = data[file.write(data) :]
@@ -327,10 +330,11 @@ def _append(file: FileIO, text: str) -> None:
 def _evaluation_line(record: Mapping[str, Any]) -> str:
     counts = [row["n"] for row in record.get("by_category", {}).values()]
     of = f" of {sum(counts)} answers" if counts else ""
-    accuracy = record.get("accuracy")
-    shown = f"{accuracy:.3f}" if accuracy is not None else "unknown"
+    accuracy, win_rate = record.get("accuracy"), record.get("win_rate")
+    shown = [f"accuracy {accuracy:.3f}{of}"] if accuracy is not None else []
+    shown += [f"win rate against the start {win_rate:.3f}"] if win_rate is not None else []
     where = f"{record.get('phase', '')} step {record['step']}, {record.get('split', '')}"
-    return f"eval {where}: accuracy {shown}{of}"
+    return f"eval {where}: {', '.join(shown) or 'accuracy unknown'}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,25 +1,37 @@
-"""Greedy answers on a held-out set, scored by category."""
+"""Greedy answers on a held-out set: right or wrong by category, and better or worse than other answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlaif_fast.algorithms.group import rank_request
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
-from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.prompts.batches import BatchMaker, by_media
+from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Sampler, SamplingParams
+from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One greedy answer and whether it is right."""
+    """One greedy answer.
+
+    Attributes:
+        example: The row.
+        text: The answer.
+        correct: Whether it is right; None where the row has no reference answer.
+        win: 1 where the oracle ranks it above the opponent's, 0 below, 0.5 for a tie; None where it was not compared
+            or could not be.
+    """
 
     example: Example
     text: str
-    correct: bool
+    correct: bool | None
+    win: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,16 +42,29 @@ class EvalResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers; 0 for an empty set."""
-        return sum(p.correct for p in self.predictions) / max(len(self.predictions), 1)
+        """Share of right answers among those that can be scored; NaN where none can."""
+        scored = [p.correct for p in self.predictions if p.correct is not None]
+        return sum(scored) / len(scored) if scored else math.nan
+
+    @property
+    def win_rate(self) -> float:
+        """Mean of `win` over the compared answers; NaN where none was."""
+        wins = [p.win for p in self.predictions if p.win is not None]
+        return sum(wins) / len(wins) if wins else math.nan
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The answers by example id."""
+        return {p.example.id: p.text for p in self.predictions}
 
     def by_category(self) -> dict[str, dict[str, float | int]]:
-        """Accuracy, count and right answers for each category, by name."""
+        """Accuracy, count and right answers of what can be scored in each category, by name."""
         counts: dict[str, list[int]] = {}
         for prediction in self.predictions:
-            tally = counts.setdefault(prediction.example.category, [0, 0])
-            tally[0] += prediction.correct
-            tally[1] += 1
+            if prediction.correct is not None:
+                tally = counts.setdefault(prediction.example.category, [0, 0])
+                tally[0] += prediction.correct
+                tally[1] += 1
         return {
             name: {"accuracy": correct / n, "n": n, "correct": correct}
             for name, (correct, n) in sorted(counts.items())
@@ -51,36 +76,65 @@ def evaluate(
     make_batch: BatchMaker,
     sampler: Sampler,
     *,
+    scorer: AnswerScorer,
     max_new_tokens: int,
     videos_per_step: int = 64,
     advance=lambda count: None,
     world: World | None = None,
+    oracle: Oracle | None = None,
+    opponents: Mapping[str, str] | None = None,
 ) -> EvalResult:
-    """Answer every row greedily and score it against its reference answer.
+    """Answer every row greedily and score it against its reference answer, where it has one.
 
     Args:
-        examples: Rows with answers.
+        examples: Rows.
         make_batch: Loads and encodes rows.
         sampler: Draws the answers (temperature 0, one a prompt).
+        scorer: Says which answers are right.
         max_new_tokens: Most tokens in an answer.
         videos_per_step: Videos answered at once.
         advance: Called with the number of rows done after each step.
         world: The processes that share the rows; all of them get the result.
+        oracle: Ranks each answer against the one in `opponents`; None compares none.
+        opponents: Other answers, by example id.
     """
-    judge = ReferenceOracle()
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
     world = world or World()
     groups = world.share(by_media(examples))
     row_of = {id(example): row for row, example in enumerate(examples)}
-    answers: dict[int, tuple[str, bool]] = {}
+    answers: dict[int, tuple[str, bool | None, float | None]] = {}
     for start in range(0, len(groups), videos_per_step):
         rows = [row for group in groups[start : start + videos_per_step] for row in group]
         prompts = make_batch(rows)
         if prompts:
-            for prompt, text in zip(prompts, sampler.sample(prompts, 1, params).texts):
-                correct = judge.is_correct(rank_request(prompt, [text], 0), text)
-                answers[row_of[id(prompt.example)]] = text, correct
+            texts = sampler.sample(prompts, 1, params).texts
+            wins = compare_with(prompts, texts, oracle, opponents or {})
+            for prompt, text, win in zip(prompts, texts, wins):
+                correct = None
+                if has_answer(prompt.example):
+                    correct = scorer.is_correct(rank_request(prompt, [text], 0), text)
+                answers[row_of[id(prompt.example)]] = text, correct, win
         advance(len(rows))
     for part in world.gather(answers):
         answers |= part
     return EvalResult(tuple(Prediction(examples[row], *answers[row]) for row in sorted(answers)))
+
+
+def compare_with(
+    prompts: Sequence[Prompt], texts: Sequence[str], oracle: Oracle | None, opponents: Mapping[str, str]
+) -> list[float | None]:
+    """How each answer does against its opponent: 1, 0.5 or 0; None without an opponent or a verdict.
+
+    Equal texts tie without being shown to the oracle.
+    """
+    others = [opponents.get(prompt.example.id) for prompt in prompts]
+    wins: list[float | None] = [0.5 if text == other else None for text, other in zip(texts, others)]
+    asked = [i for i, other in enumerate(others) if other is not None and other != texts[i]]
+    if oracle is None or not asked:
+        return wins
+    requests = [rank_request(prompts[i], [others[i] or "", texts[i]], i) for i in asked]
+    for i, ranking in zip(asked, oracle.rank(requests)):
+        theirs, ours = ranking.ranks
+        if ranking.valid and theirs is not None and ours is not None:
+            wins[i] = 1.0 if ours < theirs else 0.5 if ours == theirs else 0.0
+    return wins

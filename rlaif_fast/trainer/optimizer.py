@@ -116,14 +116,14 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, at the place in the schedule where it was, with this updater's learning rate."""
+        """Go on from a checkpoint, at the same update, with this updater's schedule and rate."""
         rates = [group["initial_lr"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
-        changes = [rate / base for rate, base in zip(rates, self._scheduler.base_lrs)]
-        for group, rate, change in zip(self._optimizer.param_groups, rates, changes):
+        share = [at(self._scheduler.last_epoch) for at in self._scheduler.lr_lambdas]
+        for group, rate, part in zip(self._optimizer.param_groups, rates, share):
             group["initial_lr"] = rate
-            group["lr"] *= change
+            group["lr"] = rate * part  # of this schedule, which may be longer than the one before
         self._scheduler.base_lrs = rates
         self._scheduler._last_lr = [group["lr"] for group in self._optimizer.param_groups]
         # Copies of bfloat16 weights, or those weights themselves where the run goes on in float32.

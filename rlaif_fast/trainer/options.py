@@ -10,7 +10,7 @@ from rlaif_fast.errors import require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 from rlaif_fast.oracle.registry import refuse_secrets
-from rlaif_fast.policy.loading import ModelOptions
+from rlaif_fast.policy.loading import ModelOptions, check_lora
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
@@ -167,6 +167,10 @@ class RlOptions:
         dynamic_sampling_rounds: Most extra rollouts a step for that.
         eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each. Supervised
             fine-tuning evaluates and writes at every fourth of them, and at its end.
+        metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
+            greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
+            oracle where answers are free text or missing, else accuracy.
+        keep_checkpoints: Newest checkpoints that are kept, at least 2, so that a run goes on where one is damaged.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
 
@@ -191,6 +195,8 @@ class RlOptions:
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
     eval_steps: int = 50
+    metric_for_best_model: Literal["auto", "accuracy", "oracle", "none"] = "auto"
+    keep_checkpoints: int = 2
     early_stopping_patience: int = 0
 
     def check_rl(self) -> None:
@@ -219,6 +225,21 @@ class RlOptions:
         require_positive("max_grad_norm", self.max_grad_norm)
         require_least("eval_steps", self.eval_steps, 1)
         require_least("early_stopping_patience", self.early_stopping_patience, 0)
+        require_least("keep_checkpoints", self.keep_checkpoints, 2)
+        metrics = ("auto", "accuracy", "oracle", "none")
+        require(
+            self.metric_for_best_model in metrics,
+            "metric_for_best_model",
+            ", ".join(metrics),
+            self.metric_for_best_model,
+        )
+        stops_by_nothing = self.metric_for_best_model == "none" and self.early_stopping_patience > 0
+        require(
+            not stops_by_nothing,
+            "early_stopping_patience",
+            "0 where metric_for_best_model is none",
+            self.early_stopping_patience,
+        )
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
 
@@ -285,6 +306,7 @@ class RunOptions:
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
         report: Write report.html and its figures at the end.
+        grace_seconds: How long a run that gets SIGTERM may take to finish its step and save before it ends without.
         debug: Show tracebacks.
     """
 
@@ -300,12 +322,14 @@ class RunOptions:
     gallery_clips: int = 12
     tensorboard: bool = True
     report: bool = True
+    grace_seconds: float = 25.0
     debug: bool = False
 
     def check_run(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         require_least("num_processes", self.num_processes, 0)
         require_least("threads", self.threads, 0)
+        require_positive("grace_seconds", self.grace_seconds)
         require_least("logging_steps", self.logging_steps, 1)
         require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
         require_least("gallery_clips", self.gallery_clips, 0)
@@ -333,6 +357,7 @@ class TrainConfig(
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         require_least("lora_r", self.lora_r, 0)
+        check_lora(self)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         require_least("max_packed_tokens", self.max_packed_tokens, 1)
         require(

@@ -27,6 +27,8 @@ CHANGEABLE = (
     "tensorboard",
     "report",
     "debug",
+    "keep_checkpoints",
+    "grace_seconds",
 )
 
 
@@ -60,15 +62,18 @@ def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
     if "oracle_options" in changes:
         changes["oracle_options"] = saved.oracle_options | changes["oracle_options"]
     config = resolved(dataclasses.replace(saved, **changes))
-    fixed = [
-        name for name in changes if name not in CHANGEABLE and getattr(config, name) != getattr(saved, name)
-    ]
+    changed = [name for name in changes if getattr(config, name) != getattr(saved, name)]
+    fixed = [name for name in changed if name not in (*CHANGEABLE, "max_steps")]
+    if config.max_steps < saved.max_steps:
+        raise UsageError(
+            f"resume: max_steps can be raised to extend a run, and {config.max_steps} is less than {saved.max_steps}"
+        )
     if Path(given.get("output_dir", run_dir.path)).resolve() != run_dir.path.resolve():
         fixed.append("output_dir")
     if fixed:
         raise UsageError(
             f"resume: {', '.join(fixed)} cannot change in the middle of a run, leave it out or start a new run; "
-            f"what can change is {', '.join(CHANGEABLE)}"
+            f"what can change is {', '.join(CHANGEABLE)}, and max_steps can be raised"
         )
     if "num_processes" not in changes and saved.num_processes not in (0, config.num_processes):
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,7 @@ from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
+from rlaif_fast.runs.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
@@ -27,11 +29,11 @@ class Progress:
     """Where the stage stands; part of every checkpoint."""
 
     step: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf
     evals_without_gain: int = 0
 
     def is_over(self, patience: int) -> bool:
-        """Whether as many evaluations in a row brought no better accuracy; 0 never ends the stage."""
+        """Whether as many evaluations in a row brought no better score; 0 never ends the stage."""
         return 0 < patience <= self.evals_without_gain
 
 
@@ -53,17 +55,18 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         total_steps=config.max_steps * updates_per_rollout,
         min_lr_ratio=config.min_lr_ratio,
     )
-    progress = Progress()
+    progress, start_answers = Progress(), None
     if resume_from is not None:
         state = load_state(resume_from)
         updater.load_state_dict(state)
-        progress = Progress(**state["progress"])
+        progress, start_answers = Progress(**state["progress"]), state["start_answers"]
 
     def save(name: str, **roles: bool) -> None:
         state = {
             "stage": "rl",
             "step": progress.step,
             "progress": vars(progress).copy(),
+            "start_answers": start_answers,
             "seconds": logger.seconds(),
         } | updater.state_dict()
         with logger.timer("checkpoint"):
@@ -71,12 +74,15 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
 
     if resume_from is None:
         # The start is a candidate for the best checkpoint, so what is kept never scores below it on validation.
-        progress.best_accuracy = run.evaluate(
-            run.data.validation, phase="rl", split="validation", step=0
-        ).accuracy
+        start = run.evaluate(run.data.validation, phase="rl", split="validation", step=0)
+        if run.data.metric == "oracle":
+            start_answers, progress.best_score = start.texts, 0.5  # the start ties with itself
+        else:
+            progress.best_score = run.score(start)
         run.store.mark(best=run.store.path("sft").name)
 
-    with updater, logger.stage("rl", total=config.max_steps, start=progress.step):
+    saved = progress.step
+    with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
             sampled, groups, features = sample_and_rank(run, order, progress.step)
             loss_stats: dict = {}
@@ -92,16 +98,26 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
 
             if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
-                accuracy = run.evaluate(
-                    run.data.validation, phase="rl", split="validation", step=progress.step
-                ).accuracy
-                improved = accuracy > progress.best_accuracy
+                result = run.evaluate(
+                    run.data.validation,
+                    phase="rl",
+                    split="validation",
+                    step=progress.step,
+                    opponents=start_answers,
+                )
+                score = run.score(result)
+                improved = score > progress.best_score or run.data.metric == "none"
                 progress.evals_without_gain = 0 if improved else progress.evals_without_gain + 1
-                progress.best_accuracy = max(accuracy, progress.best_accuracy)
+                progress.best_score = max(score, progress.best_score)
                 save(f"rl-{progress.step:06d}", last=True, best=improved)
+                saved = progress.step
+            if progress.step < config.max_steps and run.asked_to_end():
+                if saved != progress.step:
+                    save(f"rl-{progress.step:06d}", last=True)
+                raise Terminated
     if progress.is_over(config.early_stopping_patience):
         logger.message(
-            f"no better validation accuracy in {progress.evals_without_gain} evaluations: stopped early"
+            f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"
         )
     return progress
 

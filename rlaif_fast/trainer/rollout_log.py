@@ -12,6 +12,7 @@ from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.trainer.records import rollout_records
 from rlaif_fast.trainer.run import Run
+from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
 
 
 def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
@@ -24,7 +25,7 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     stats: dict = {}
     if everything:
         logger.rollouts(step + 1, rollout_records(everything, step + 1))
-        stats |= rollout_stats(everything)
+        stats |= rollout_stats(everything, run.scorer)
     for _, counted in shards:
         stats |= {name: stats.get(name, 0.0) + count for name, count in counted.items()}
     if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and groups:
@@ -40,14 +41,13 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     return stats
 
 
-def rollout_stats(groups: Sequence[Group]) -> dict:
-    """What is logged of a rollout before anything is learned from it."""
-    judge = ReferenceOracle()
+def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer) -> dict:
+    """What is logged of a rollout before anything is learned from it; `scorer` says which responses are right."""
     requests, rankings = requests_of(groups), [group.ranking for group in groups]
     right = [
-        judge.is_correct(request, text)
-        for request in requests
-        if request.reference is not None
+        scorer.is_correct(request, text)
+        for group, request in zip(groups, requests)
+        if has_answer(group.prompt.example)
         for text in request.responses
     ]
     top1 = [group.ranking.ranks[int(group.scores.argmax())] == 0 for group in groups if group.ranking.valid]
@@ -63,7 +63,8 @@ def rollout_stats(groups: Sequence[Group]) -> dict:
         "groups": len(groups),
         "completion_length": _mean([len(tokens) for group in groups for tokens in group.token_ids]),
         "truncated": 1.0 - _mean([done for group in groups for done in group.finished]),
-        **oracle_stats(requests, rankings, reference=judge),
+        # Another oracle's ranks would be asked for again, and say nothing about this one.
+        **oracle_stats(requests, rankings, reference=scorer if isinstance(scorer, ReferenceOracle) else None),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +17,21 @@ from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.rollout.base import Sampler
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
+from rlaif_fast.runs.termination import Termination
 from rlaif_fast.trainer.evaluation import EvalResult, evaluate
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.scoring import AnswerScorer
 
 
 @dataclass
 class Datasets:
-    """The rows of the four splits."""
+    """The rows of the four splits, and what the best checkpoint is chosen by ("accuracy", "oracle" or "none")."""
 
     sft: list[Example]
     rl: list[Example]
     validation: list[Example]
     test: list[Example]
+    metric: str = "accuracy"
 
 
 @dataclass
@@ -38,14 +43,31 @@ class Run:
     sampler: Sampler
     make_batch: BatchMaker
     oracle: Oracle
+    scorer: AnswerScorer
     algorithm: Algorithm
     data: Datasets
     logger: RunLogger | SilentLogger
     store: CheckpointStore
     world: World
+    termination: Termination
 
-    def evaluate(self, examples: list[Example], *, phase: str, split: str, step: int) -> EvalResult:
-        """Answer `examples` greedily, log the accuracy, return the predictions."""
+    def asked_to_end(self) -> bool:
+        """Whether the run got SIGTERM; all processes agree."""
+        return self.world.sum(float(self.termination.requested))[0] > 0
+
+    def evaluate(
+        self,
+        examples: list[Example],
+        *,
+        phase: str,
+        split: str,
+        step: int,
+        opponents: Mapping[str, str] | None = None,
+    ) -> EvalResult:
+        """Answer `examples` greedily, log how good the answers are, return the predictions.
+
+        With `opponents` (answers by example id), each answer is ranked against the other by the run's oracle.
+        """
         with self.logger.timer("evaluation"), torch.no_grad(), self.policy.evaluating():
             self.sampler.sync_weights(self.policy)
             result = evaluate(
@@ -55,8 +77,17 @@ class Run:
                 max_new_tokens=self.config.max_completion_length,
                 videos_per_step=self.config.eval_videos_per_step,
                 world=self.world,
+                scorer=self.scorer,
+                oracle=self.oracle if opponents is not None else None,
+                opponents=opponents,
             )
-        self.logger.log(
-            "eval", step, phase=phase, split=split, accuracy=result.accuracy, by_category=result.by_category()
-        )
+        figures: dict = {"accuracy": result.accuracy, "by_category": result.by_category()}
+        if opponents is not None:
+            figures["win_rate"] = result.win_rate
+        self.logger.log("eval", step, phase=phase, split=split, **figures)
         return result
+
+    def score(self, result: EvalResult) -> float:
+        """What the best checkpoint is chosen by; -inf where nothing could be measured."""
+        value = result.win_rate if self.data.metric == "oracle" else result.accuracy
+        return -math.inf if math.isnan(value) else value

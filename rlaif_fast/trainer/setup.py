@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import numpy as np
 import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.data import VOCABULARY, SyntheticConfig, make_dataset, read_examples
-from rlaif_fast.data.identity import contents, group_by_content, media_of
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data import VOCABULARY
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
@@ -26,16 +23,17 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions, resolve_device
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.policy.weights import adapter_config, check_config
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
-from rlaif_fast.trainer.options import TINY_FAMILIES, DataOptions, TrainConfig
+from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
+from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
 
-SPLITS = ("sft", "rl", "validation", "test")
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
@@ -74,7 +72,7 @@ def preflight(config: TrainConfig) -> None:
     check_oracle(config)
     if config.data == "synthetic":
         for split, file in own_files(config).items():
-            _read(file, config, require_answer=split == "sft")
+            read_file(file, config, require_answer=needs_answers(config, split))
     else:
         load_data(config)
 
@@ -85,8 +83,12 @@ def check_model(model: str) -> None:
 
     if is_tiny(model):
         return
+    adapters = adapter_folder(model)
+    if adapters is not None:
+        model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
+    check_config(model, "model")
     try:
-        AutoConfig.from_pretrained(model)
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"model: cannot load {model!r}: {reason}") from error
@@ -121,161 +123,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def cache_folder(config: TrainConfig) -> Path:
-    """Where synthetic data and tiny models are kept."""
-    return Path(config.cache_dir).expanduser()
-
-
-def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
-    """The dataset that "synthetic" stands for."""
-    weights = {1: (1.0, 0.0, 0.0), 2: (0.5, 0.5, 0.0), 3: (0.34, 0.33, 0.33)}
-    return SyntheticConfig(
-        seed=seed,
-        sft_clips=config.synthetic_sft_clips,
-        rl_clips=config.synthetic_rl_clips,
-        validation_clips=config.synthetic_validation_clips,
-        test_clips=config.synthetic_test_clips,
-        difficulty=weights[config.synthetic_difficulty],
-        label_noise=config.label_noise,
-        label_confusion=config.label_confusion,
-        multiple_choice_fraction=config.multiple_choice_fraction,
-        questions_per_clip=config.synthetic_questions_per_clip,
-        codec=config.codec,
-    )
-
-
-def load_data(
-    config: TrainConfig,
-    *,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    note: Callable[[str], None] | None = None,
-) -> Datasets:
-    """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
-
-    Args:
-        config: Where the data is, or what to make.
-        workers: Processes that make synthetic clips.
-        progress: Called with the number of clips made and their total.
-        note: Called with what a reader of the figures has to know.
-
-    Raises:
-        UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
-    """
-    rows = read_splits(config, workers=workers, progress=progress)
-    rows["rl"] = rows["rl"] or rows["sft"]
-    if not rows["validation"] or not rows["test"]:
-        hold_out_missing(rows, config)
-    for split in ("validation", "test"):
-        rows[split] = [row for row in rows[split] if row.answer is not None]
-        if not rows[split]:
-            raise UsageError(
-                f"data: no row of the {split} split has an answer, so nothing can be scored; add answers"
-            )
-    drop_evaluated_media(rows, note)
-    return Datasets(**rows)
-
-
-def read_splits(
-    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
-) -> dict[str, list[Example]]:
-    """The rows of each split as they are on disk; a split without a file has none."""
-    rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    source, own = Path(config.data).expanduser(), own_files(config)
-    if config.data != "synthetic" and source.is_file():
-        everything = _read(source, config)
-        rows |= {"sft": everything, "rl": everything}
-        found = own
-    else:
-        found = split_files(config, workers=workers, progress=progress) | own
-    for split, file in found.items():
-        rows[split] = _read(file, config, require_answer=split != "rl")
-    return rows
-
-
-def own_files(config: DataOptions) -> dict[str, Path]:
-    """The files that take the place of those in `data`, by split."""
-    given = {"sft": config.sft_data, "validation": config.validation_data, "test": config.test_data}
-    return {split: Path(path).expanduser() for split, path in given.items() if path is not None}
-
-
-def split_files(
-    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
-) -> dict[str, Path]:
-    """The files of the synthetic dataset or of the folder `data`, by split."""
-    if config.data == "synthetic":
-        synthetic = synthetic_config(config, config.seed)
-        folder = cache_folder(config) / "data" / synthetic.digest()[:16]
-        paths = make_dataset(folder, synthetic, workers=workers, progress=progress)
-        return {split: getattr(paths, split) for split in SPLITS}
-    source = Path(config.data).expanduser()
-    if not source.is_dir():
-        raise UsageError(
-            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
-        )
-    found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
-    if "rl" not in found and "sft" not in found:
-        raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
-    return found
-
-
-def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
-    """Take the validation and test rows that no file has from the RL rows, in place."""
-    _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
-    held = {id(row) for row in (*validation, *test)}  # one file serves both stages with the same objects
-    for split in ("sft", "rl"):
-        rows[split] = [row for row in rows[split] if id(row) not in held]
-    rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
-
-
-def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
-    """Drop the rows to learn from that are about a video or picture of validation or test, in place.
-
-    Raises:
-        UsageError: Nothing is left for reinforcement learning.
-    """
-    held = (*rows["validation"], *rows["test"])
-    names = contents((*rows["sft"], *rows["rl"], *held))
-    evaluated = media_of(held, names)
-    for split in ("sft", "rl"):
-        kept = [row for row in rows[split] if media_of([row], names).isdisjoint(evaluated)]
-        dropped = len(rows[split]) - len(kept)
-        if dropped and not kept and split == "rl":
-            raise UsageError(
-                "data: every row of the rl split is about media of validation or test; "
-                "give validation_data and test_data of other media"
-            )
-        if dropped and note is not None:
-            note(f"Left out: {dropped} {split} rows about media of validation or test.")
-        rows[split] = kept
-
-
-def _read(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
-    return read_examples(
-        path,
-        media_root=config.media_root,
-        require_answer=require_answer,
-        scored=config.scored_answer,
-        on_error=config.on_bad_row,
-    )
-
-
-def hold_out(
-    rows: list[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example], list[Example]]:
-    """Split rows by their media into train, validation and test; the last two get `fraction` of the media each."""
-    groups = group_by_content(rows)
-    count = max(1, round(len(groups) * fraction))
-    if len(groups) < 2 * count + 1:
-        raise UsageError(
-            f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data"
-        )
-    random.Random(seed).shuffle(groups)
-    parts = groups[2 * count :], groups[:count], groups[count : 2 * count]
-    train, validation, test = ([row for group in part for row in group] for part in parts)
-    return train, validation, test
 
 
 def tiny_folder(config: TrainConfig, data: Datasets) -> Path:

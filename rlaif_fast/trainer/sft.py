@@ -16,6 +16,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens
 from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.runs.checkpoint import load_state
+from rlaif_fast.runs.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.run import Run
 
@@ -102,7 +103,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         updater.load_state_dict(state)
         done = state["step"]
 
-    with updater, logger.stage("sft", total=config.sft_steps, start=done):
+    with updater, run.termination.saving(), logger.stage("sft", total=config.sft_steps, start=done):
         for step in range(done, config.sft_steps):
             with logger.timer("decode"):
                 prompts = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
@@ -124,8 +125,12 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 tokens=int(tokens),
                 learning_rate=updater.learning_rate,
             )
-            if (step + 1) % (4 * config.eval_steps) == 0 and step + 1 < config.sft_steps:
+            unfinished = step + 1 < config.sft_steps
+            due = (step + 1) % (4 * config.eval_steps) == 0 and unfinished
+            if due:
                 run.evaluate(run.data.validation, phase="sft", split="validation", step=step + 1)
+            ends = unfinished and run.asked_to_end()
+            if due or ends:
                 state = {
                     "stage": "sft",
                     "step": step + 1,
@@ -133,3 +138,5 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 } | updater.state_dict()
                 with logger.timer("checkpoint"):
                     run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)
+            if ends:
+                raise Terminated

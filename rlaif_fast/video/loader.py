@@ -185,8 +185,9 @@ class ClipStore:
             log.warning("dropped %s", error)
             if self.quarantine is not None:
                 line = json.dumps({"path": error.path, "reason": error.reason}, ensure_ascii=False)
-                with self.quarantine.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                if line not in _lines(self.quarantine):  # of another process, or before the run was resumed
+                    with self.quarantine.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
             bad = len(self.stats.bad_files)
             total = max(len(self._seen), MIN_FILES_JUDGED)
             if bad > self.max_bad_fraction * total:
@@ -204,3 +205,7 @@ def _name(medium: MediaRef) -> str:
         if given
         else medium.path
     )
+
+
+def _lines(path: Path) -> set[str]:
+    return set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()

@@ -1,0 +1,215 @@
+"""Runs every kernel and wire that this machine has against its reference, at small sizes: `doctor --check`.
+
+On a GPU the kernels run there, elsewhere Triton's run in its interpreter and the C++ ones on the CPU. Each check gives
+the largest relative error and what it may be; what cannot run says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlaif_fast import (
+    fused_linear_grpo_rank_loss,
+    grpo_rank_loss,
+    grpo_rank_loss_from_logits,
+    rank_advantages,
+)
+from rlaif_fast.loss import backends
+from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
+
+OPTIONS: dict[str, Any] = {"beta": 0.04, "entropy_coef": 0.01}
+# Triton's interpreter truncates to bfloat16 where a device rounds to nearest even.
+INTERPRETER_FACTOR = 2.5
+# The linear loss rounds a chunk's logits to 16 bits before the row kernel; the other operations get them exact.
+LINEAR_FACTOR = 2.0
+ATTENTION_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2.0**-6  # of bfloat16 results
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        name: Operation, backend and dtype.
+        error: Largest relative error; None where it did not run.
+        tolerance: What the error may be.
+        reason: Why it did not run, or what it raised; "" else.
+        seconds: Time it took.
+    """
+
+    name: str
+    error: float | None
+    tolerance: float
+    reason: str
+    seconds: float
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ran and was wrong, or could run and raised."""
+        return self.reason.startswith("raised") or (
+            self.error is not None and not self.error <= self.tolerance
+        )
+
+
+def checks() -> Iterator[Check]:
+    """Run one check after the other."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for status in backends.report():
+        if status.name == "reference":
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{status.op}, {status.name}, {_short(dtype)}"
+            if not status.available:
+                yield Check(name, None, 0.0, status.reason, 0.0)
+                continue
+            on = "cpu" if status.name == "cpu" else device
+            yield _run(name, partial(_loss, status.op, status.name, dtype, on), _tolerance(status, dtype, on))
+    yield from _policy_checks(device)
+
+
+def _tolerance(status: backends.BackendStatus, dtype: torch.dtype, device: str) -> float:
+    bound = max(TOLERANCES[dtype].value, TOLERANCES[dtype].gradient)
+    if status.name == "triton" and dtype != torch.float32:
+        bound *= INTERPRETER_FACTOR if device == "cpu" else 1.0
+        bound *= LINEAR_FACTOR if status.op == "linear_loss" else 1.0
+    return bound
+
+
+def _run(name: str, compute: Callable[[], float | str], tolerance: float) -> Check:
+    start = time.perf_counter()
+    try:
+        result = compute()
+    except Exception as error:  # whatever a kernel raises is what the table is for
+        lines = str(error).strip().splitlines() or [""]
+        result = f"raised {type(error).__name__}: {lines[0][:120]}"
+    seconds = time.perf_counter() - start
+    if isinstance(result, str):
+        return Check(name, None, tolerance, result, seconds)
+    return Check(name, result, tolerance, "", seconds)
+
+
+def _loss(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    """The largest error of loss, advantages and gradients of an operation against the float64 reference."""
+    problem = random_problem(dtype=dtype, device=device, V=130, T=9)
+    ours = _outputs(op, problem, backend)
+    expected = _outputs(op, problem.double(), "reference")
+    # The loss is a sum of terms that largely cancel: its error is taken of 1 where it is smaller.
+    return max(
+        relative(a, b) if a.dim() == 0 else relative_l2(a, b) for a, b in zip(ours, expected, strict=True)
+    )
+
+
+def _outputs(op: str, p: Problem, backend: str) -> list[Tensor]:
+    if op == "rank_penalty":
+        scores = torch.arange(p.oracle_ranks.numel(), device=p.oracle_ranks.device).view_as(p.oracle_ranks)
+        found = rank_advantages(scores.to(p.logits.dtype), p.oracle_ranks, backend=backend)
+        return [found.advantages, found.ndcg, found.kendall_tau]
+    common: dict[str, Any] = {**OPTIONS, **p.tensors, "backend": backend}
+    if op == "rank_loss":
+        leaves = [p.logps.clone().requires_grad_(), p.entropy.clone().requires_grad_()]
+        output = grpo_rank_loss(leaves[0], p.oracle_ranks, entropy=leaves[1], **common)
+    elif op == "logits_loss":
+        leaves = [p.logits.clone().requires_grad_()]
+        output = grpo_rank_loss_from_logits(leaves[0], p.token_ids, p.oracle_ranks, **common)
+    else:
+        leaves = [x.clone().requires_grad_() for x in (p.hidden, p.weight, p.bias)]
+        hidden, weight, bias = leaves
+        output = fused_linear_grpo_rank_loss(hidden, weight, p.token_ids, p.oracle_ranks, bias=bias, **common)
+    return [output.loss.detach(), output.advantages, *torch.autograd.grad(output.loss, leaves)]
+
+
+def _policy_checks(device: str) -> Iterator[Check]:
+    """Attention, decode, patches and video: what the trainer calls beside the losses."""
+    dtype = torch.bfloat16
+    yield _run("prefix_decode, triton, bf16", partial(_prefix_decode, device, dtype), ATTENTION_TOLERANCE)
+    try:
+        from rlaif_fast.policy.attention import ATTENTION_BACKENDS
+    except ImportError as error:
+        yield Check("attention and video", None, 0.0, f"{error.name} is not installed", 0.0)
+        return
+    for name in ATTENTION_BACKENDS:
+        if name != "reference":
+            yield _run(f"attention, {name}, bf16", partial(_attention, name, device, dtype), 0.0)
+    yield _run("patchify, triton, bf16", partial(_patchify, device, dtype), PATCH_TOLERANCE)
+    yield _run("video, dali", partial(_video, device), 2 / 255)
+
+
+def _prefix_decode(device: str, dtype: torch.dtype) -> float | str:
+    from rlaif_fast.policy.prefix_decode import prefix_decode, prefix_decode_reference, refuses_prefix_decode
+
+    reason = refuses_prefix_decode(device, dtype, 64)
+    if reason is not None:
+        return reason
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(2, heads, length, 64, generator=generator).to(device, dtype)
+        for heads, length in ((4, 3), (2, 160), (2, 160))
+    )
+    prompts = torch.tensor([140, 7], dtype=torch.int32, device=device)
+    own = torch.tensor([4], dtype=torch.int32, device=device)
+    ours = prefix_decode(query, keys, values, prompts, own, 0.125)
+    expected = prefix_decode_reference(query.double(), keys.double(), values.double(), prompts, own, 0.125)
+    return relative_l2(ours, expected)
+
+
+def _attention(name: str, device: str, dtype: torch.dtype) -> float | str:
+    from rlaif_fast.policy.attention import ATTENTION_BACKENDS
+    from rlaif_fast.policy.selfcheck import check_attention
+
+    backend, place = ATTENTION_BACKENDS[name], torch.device(device)
+    reason = backend.refuses(place, dtype)
+    if reason is not None:
+        return reason
+    found = check_attention(backend, place, dtype)
+    return 0.0 if found is None else f"raised or differed: {found}"
+
+
+def _patchify(device: str, dtype: torch.dtype) -> float | str:
+    from rlaif_fast.video import PatchSpec, patchify
+    from rlaif_fast.video.preprocess import PATCHIFIERS
+
+    reason = PATCHIFIERS["triton"][0](device, dtype)
+    if reason is not None:
+        return reason
+    frames = torch.randint(
+        0, 256, (4, 64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    spec = PatchSpec(16)
+    ours = patchify(frames.to(device), spec, dtype, "triton")
+    return relative_l2(ours.cpu(), patchify(frames, spec, torch.float32, "reference"))
+
+
+def _video(device: str) -> float | str:
+    """DALI against PyAV on a clip made here: mean difference as a share of the range of a pixel (the decoders differ in
+    how they interpolate the colour planes).
+    """
+    from rlaif_fast.video.dali import DaliDecoder
+
+    reason = DaliDecoder.unavailable()
+    if reason is not None:
+        return reason
+    from rlaif_fast.data.synthetic.encode import encode_video
+    from rlaif_fast.data.synthetic.render import render
+    from rlaif_fast.data.synthetic.worlds import sample_world
+    from rlaif_fast.video import decode
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        encode_video(path, render(sample_world("checkup", 1), width=64, height=64, num_frames=12))
+        indices = [0, 5, 11, 5]
+        ours = decode(str(path), indices, decoder="dali", device=device).cpu()
+        expected = decode(str(path), indices, decoder="pyav")
+    return float((ours.float() - expected.float()).abs().mean()) / 255
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

@@ -1,0 +1,157 @@
+"""Weights of a folder, all or nothing: what fits in part is refused with the names that are missing or too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import UsageError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SHOWN = 4  # names in a message
+
+
+def refuse_partial(
+    what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str] = ()
+) -> None:
+    """Refuse weights of which not every name and shape is the model's.
+
+    Args:
+        what: Whose weights, for the message: "model: FOLDER".
+        missing: Names that the model has and the weights do not.
+        unexpected: Names that the weights have and the model does not.
+        mismatched: Names of another shape.
+
+    Raises:
+        UsageError: There is any such name.
+    """
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    found = {kind: sorted(map(str, names)) for kind, names in kinds.items()}
+    said = [f"{len(names)} {kind} ({_first(names)})" for kind, names in found.items() if names]
+    if said:
+        raise UsageError(f"{what} fits the model only in part: of its weights, {'; '.join(said)}")
+
+
+def load_strictly(model_class: Any, folder: str | Path, what: str, **options: Any) -> Any:
+    """`from_pretrained`, refused where the folder's weights fit in part.
+
+    Args:
+        model_class: A class of transformers.
+        folder: A folder or hub name.
+        what: As in `refuse_partial`.
+        **options: For `from_pretrained`.
+
+    Raises:
+        UsageError: A weight is missing, unexpected, or of another shape.
+    """
+    model, found = model_class.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    mismatched = [
+        entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]
+    ]
+    refuse_partial(what, found["missing_keys"], found["unexpected_keys"], mismatched)
+    return model
+
+
+def load_adapters(model: Any, folder: Path, what: str) -> None:
+    """Put the LoRA weights of a folder into a model of peft, in place.
+
+    Args:
+        model: A `PeftModel`.
+        folder: With adapter_config.json and the weights.
+        what: As in `refuse_partial`.
+
+    Raises:
+        UsageError: The folder holds no adapters, they were trained with another r or lora_alpha or for other
+            layers, or a weight is missing, unexpected, or of another shape.
+    """
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    saved, ours = adapter_config(folder, what), model.peft_config["default"]
+    for name, option in (("r", "lora_r"), ("lora_alpha", "lora_alpha")):
+        if saved.get(name) != getattr(ours, name):
+            raise UsageError(
+                f"{what} was trained with {option} {saved.get(name)}, and the run has {getattr(ours, name)}; "
+                f"set {option} to {saved.get(name)}"
+            )
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
+        if bool(saved.get(name)) and saved.get(name) != getattr(ours, name, None):
+            raise UsageError(f"{what} was trained with {name} {saved[name]}, which a run here does not have")
+    weights = load_peft_weights(str(folder), device="cpu")
+    own = get_peft_model_state_dict(model)
+    refuse_partial(
+        what, own.keys() - weights.keys(), weights.keys() - own.keys(), _other_shapes(own, weights)
+    )
+    set_peft_model_state_dict(model, weights)
+
+
+def adapter_config(folder: Path, what: str) -> dict[str, Any]:
+    """The settings of the LoRA adapters in a folder.
+
+    Raises:
+        UsageError: It holds none, or they cannot be read, or their weights are not there.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise UsageError(f"{what} holds no {ADAPTER_CONFIG}, and the run has LoRA adapters (lora_r)")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{what}: {path.name} is not valid JSON ({error})") from error
+    if not isinstance(saved, dict) or not saved.get("base_model_name_or_path"):
+        raise UsageError(f"{what}: {path.name} names no base_model_name_or_path")
+    if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise UsageError(f"{what} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS[0]}")
+    return saved
+
+
+def check_config(folder: str | Path, what: str) -> None:
+    """Refuse a folder that does not say how large its model is: transformers would build one of billions.
+
+    A hub name is left to the hub.
+
+    Raises:
+        UsageError: A path that is not there, or a folder without a whole config.json.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        if looks_like_a_path(str(folder)):
+            raise UsageError(f"{what}: cannot load {str(folder)!r}: there is no such folder")
+        return
+    config = path / "config.json"
+    if not config.is_file():
+        raise UsageError(f"{what}: cannot load {str(folder)!r}: the folder has no config.json")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{what}: cannot load {str(folder)!r}: config.json is not valid JSON ({error})"
+        ) from error
+    sized = isinstance(values, dict) and "vision_config" in values
+    if not sized or not ("text_config" in values or "hidden_size" in values):
+        raise UsageError(
+            f"{what}: cannot load {str(folder)!r}: config.json has no vision_config and text_config, so the size of "
+            "the model is not known"
+        )
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether a name that is no folder can only have been meant as one: hub names have at most one slash."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or "\\" in name
+        or ("/" in name and Path(name).parent.is_dir())
+    )
+
+
+def _other_shapes(ours: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
+    return [name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

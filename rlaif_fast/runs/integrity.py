@@ -1,0 +1,152 @@
+"""What a checkpoint was written with, by SHA-256, and what of it is damaged when a run is resumed.
+
+Each checkpoint holds `manifest.json`, written last: the digests of its own files, how long the run's records were and
+their digest up to there, the configuration as text, and which checkpoints played which role. It carries a digest of
+itself, and so does the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+BLOCK = 2**20
+
+
+class Damage(Exception):
+    """Something is not as it was written; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint was written with.
+
+    Attributes:
+        order: Counts the checkpoints of the run; a later one has a larger number.
+        files: SHA-256 by the name of each file of the checkpoint but the manifest.
+        logs: (bytes, SHA-256 of as many) by the name of each record of the run; a missing one has 0 bytes.
+        config: The run's config.yaml.
+        roles: Checkpoint names by role, this one counted.
+    """
+
+    order: int
+    files: Mapping[str, str]
+    logs: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    config: str | None = None
+    roles: Mapping[str, str | None] = field(default_factory=dict)
+
+
+class LogDigests:
+    """Digests of files that only grow; each byte is read once.
+
+    Args:
+        folder: Where they are.
+        names: Their names.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder = folder
+        self._seen = {name: (0, hashlib.sha256()) for name in names}
+
+    def up_to_now(self) -> dict[str, tuple[int, str]]:
+        """(bytes, SHA-256) of each file."""
+        for name, (length, digest) in self._seen.items():
+            path = self.folder / name
+            if path.is_file():
+                with path.open("rb") as file:
+                    file.seek(length)
+                    while block := file.read(BLOCK):
+                        digest.update(block)
+                        length += len(block)
+                self._seen[name] = length, digest
+        return {name: (length, digest.hexdigest()) for name, (length, digest) in self._seen.items()}
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """A JSON object with a digest of itself."""
+    return json.dumps({**values, "sha256": _digest_of(values)}, indent=1) + "\n"
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """The object that `sealed` wrote.
+
+    Raises:
+        Damage: The file is missing or not as it was written.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        seal = values.pop("sha256")
+    except FileNotFoundError:
+        raise Damage(f"{path} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise Damage(f"{path} cannot be read") from None
+    if seal != _digest_of(values) or path.read_text(encoding="utf-8") != sealed(values):
+        raise Damage(f"{path} is not as it was written")
+    return values
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a checkpoint, whose other files are complete."""
+    (folder / MANIFEST).write_text(sealed(vars(manifest)), encoding="utf-8")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder but its manifest, by name."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files are all as they were written.
+
+    Raises:
+        Damage: One is not, is missing, or was added.
+    """
+    manifest = Manifest(**unseal(folder / MANIFEST))
+    found = digests(folder)
+    for name, digest in manifest.files.items():
+        if name not in found:
+            raise Damage(f"{folder / name} is missing")
+        if found[name] != digest:
+            raise Damage(f"{folder / name} is not as it was written")
+    for name in found.keys() - manifest.files.keys():
+        raise Damage(f"{folder / name} was added after the checkpoint was written")
+    return manifest
+
+
+def damaged_logs(folder: Path, manifest: Manifest) -> list[Path]:
+    """The records of a run that are not what they were when the checkpoint was written; they may have grown."""
+    damaged = []
+    for name, (length, digest) in manifest.logs.items():
+        path = folder / name
+        if length and not (path.is_file() and file_digest(path, length) == digest):
+            damaged.append(path)
+    return damaged
+
+
+def file_digest(path: Path, length: int | None = None) -> str:
+    """SHA-256 of a file, or of its first `length` bytes; of all there is where it is shorter."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = path.stat().st_size if length is None else length
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_of(values: Mapping[str, Any]) -> str:
+    return text_digest(json.dumps(values))

@@ -1,0 +1,120 @@
+"""What of a run is whole when it is resumed: the newest checkpoint that is, with the records that belong to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
+from rlaif_fast.runs.folder import RunDir, write_atomically
+from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, text_digest, unseal
+
+
+def recover(run_dir: RunDir) -> list[str]:
+    """Check everything that a run is resumed from; take the newest whole checkpoint; cut the records back to it.
+
+    Returns:
+        One line for each thing that is damaged, and one for the checkpoint that is used in place of a damaged one.
+
+    Raises:
+        RlaifFastError: Nothing whole is left to go on from; nothing was changed.
+    """
+    store = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
+    told: list[str] = []
+    index = _index(store, told)
+    whole = _whole(run_dir, index, told)
+    usable = [name for name in _newest_first(whole) if _is_complete(whole[name], whole)]
+    if not usable:
+        if told or index.last is not None:
+            reason = told[0] if told else f"{store.folder / str(index.last)} is missing"
+            raise RlaifFastError(f"resume: no whole checkpoint is left: {reason}; start a new run")
+        _check_config(run_dir, None, index, told)
+        run_dir.truncate_to({})
+        return told
+    name, manifest = usable[0], whole[usable[0]]
+    if index.last is not None and name != index.last:
+        told.append(
+            f"The run goes on from {run_dir.checkpoints / name}, the newest checkpoint that is whole."
+        )
+    _check_config(run_dir, manifest, index, told)
+    if told:
+        store = CheckpointStore(run_dir.checkpoints, {}, run=run_dir)
+        store.go_back_to(name, manifest, keep=usable)
+    run_dir.truncate_to({log: length for log, (length, _) in manifest.logs.items()})
+    return told
+
+
+def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
+    """The index; an empty one where it is damaged, or missing beside checkpoints."""
+    path = store.folder / "index.json"
+    if not path.exists() and not any(_folders(store.folder)):
+        return CheckpointIndex()
+    try:
+        return CheckpointIndex(**unseal(path))
+    except (Damage, TypeError) as error:
+        told.append(f"damaged: {error}")
+        return CheckpointIndex()
+
+
+def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str, Manifest]:
+    """The manifests of the checkpoints that are whole, and whose records are; the others are told."""
+    found: dict[str, Manifest] = {}
+    folders = {folder.name: folder for folder in _folders(run_dir.checkpoints)}
+    for name in sorted(index.kept() - folders.keys()):
+        told.append(f"damaged: {run_dir.checkpoints / name} is missing")
+    broken_logs: dict[Path, str] = {}  # and the first checkpoint that it was whole at
+    for name, folder in sorted(folders.items()):
+        try:
+            manifest = read_manifest(folder)
+        except (Damage, OSError, TypeError) as error:
+            told.append(f"damaged: {error}")
+            continue
+        broken = damaged_logs(run_dir.path, manifest)
+        for path in broken:
+            broken_logs.setdefault(path, name)
+        if not broken:
+            found[name] = manifest
+    told += [
+        f"damaged: {path} is not as it was written up to checkpoint {name}"
+        for path, name in broken_logs.items()
+    ]
+    return found
+
+
+def _check_config(
+    run_dir: RunDir, manifest: Manifest | None, index: CheckpointIndex, told: list[str]
+) -> None:
+    """Put config.yaml back from the checkpoint where it is damaged.
+
+    Raises:
+        RlaifFastError: It is damaged and no checkpoint has it.
+    """
+    try:
+        text = run_dir.config.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = None
+    saved = manifest.config if manifest else None
+    known = {index.config_sha256} if index.config_sha256 else {text_digest(saved)} if saved else set()
+    if text is not None and (not known or text_digest(text) in known):
+        return
+    if saved is None:
+        raise RlaifFastError(
+            f"resume: {run_dir.config} is damaged, and no checkpoint has a copy; start a new run"
+        )
+    told.append(f"damaged: {run_dir.config} is not as it was written; the checkpoint's copy takes its place")
+    write_atomically(run_dir.config, saved)
+
+
+def _newest_first(whole: dict[str, Manifest]) -> list[str]:
+    return sorted(whole, key=lambda name: whole[name].order, reverse=True)
+
+
+def _is_complete(manifest: Manifest, whole: dict[str, Manifest]) -> bool:
+    """Whether all that played a role beside this checkpoint is whole too."""
+    return all(name in whole for name in manifest.roles.values() if name is not None)
+
+
+def _folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]

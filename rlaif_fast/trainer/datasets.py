@@ -1,0 +1,198 @@
+"""The examples of a run: which files they come from, and what keeps the splits apart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
+from rlaif_fast.data.identity import contents, group_by_content, media_of
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.options import DataOptions, TrainConfig
+from rlaif_fast.trainer.run import Datasets
+from rlaif_fast.trainer.scoring import check_references, choose_metric, has_answer
+
+SPLITS = ("sft", "rl", "validation", "test")
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Where synthetic data and tiny models are kept."""
+    return Path(config.cache_dir).expanduser()
+
+
+def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
+    """The dataset that "synthetic" stands for."""
+    weights = {1: (1.0, 0.0, 0.0), 2: (0.5, 0.5, 0.0), 3: (0.34, 0.33, 0.33)}
+    return SyntheticConfig(
+        seed=seed,
+        sft_clips=config.synthetic_sft_clips,
+        rl_clips=config.synthetic_rl_clips,
+        validation_clips=config.synthetic_validation_clips,
+        test_clips=config.synthetic_test_clips,
+        difficulty=weights[config.synthetic_difficulty],
+        label_noise=config.label_noise,
+        label_confusion=config.label_confusion,
+        multiple_choice_fraction=config.multiple_choice_fraction,
+        questions_per_clip=config.synthetic_questions_per_clip,
+        codec=config.codec,
+    )
+
+
+def load_data(
+    config: TrainConfig,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Datasets:
+    """The rows of the four splits; the synthetic dataset is made on first use and kept in the cache.
+
+    Args:
+        config: Where the data is, or what to make.
+        workers: Processes that make synthetic clips.
+        progress: Called with the number of clips made and their total.
+        note: Called with what a reader of the figures has to know.
+
+    Raises:
+        UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
+    """
+    rows = read_splits(config, workers=workers, progress=progress)
+    rows["rl"] = rows["rl"] or rows["sft"]
+    if not rows["validation"] or not rows["test"]:
+        hold_out_missing(rows, config)
+    metric, why = choose_metric(
+        config.metric_for_best_model, config.oracle, config.oracle_options, rows["validation"]
+    )
+    check_references(config.oracle, config.oracle_options, rows["rl"])
+    if metric == "accuracy":
+        drop_unanswered(rows, note)
+    drop_evaluated_media(rows, note)
+    if note is not None and metric != "accuracy":
+        note(why)
+    return Datasets(**rows, metric=metric)
+
+
+def read_splits(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, list[Example]]:
+    """The rows of each split as they are on disk; a split without a file has none."""
+    rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    source, own = Path(config.data).expanduser(), own_files(config)
+    if config.data != "synthetic" and source.is_file():
+        everything = read_file(source, config)
+        rows |= {"sft": everything, "rl": everything}
+        found = own
+    else:
+        found = split_files(config, workers=workers, progress=progress) | own
+    for split, file in found.items():
+        rows[split] = read_file(file, config, require_answer=needs_answers(config, split))
+    return rows
+
+
+def needs_answers(config: TrainConfig, split: str) -> bool:
+    """Whether a row of the split is wrong where it has no answer."""
+    return split == "sft" and config.sft == "auto"
+
+
+def own_files(config: DataOptions) -> dict[str, Path]:
+    """The files that take the place of those in `data`, by split."""
+    given = {"sft": config.sft_data, "validation": config.validation_data, "test": config.test_data}
+    return {split: Path(path).expanduser() for split, path in given.items() if path is not None}
+
+
+def split_files(
+    config: TrainConfig, *, workers: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Path]:
+    """The files of the synthetic dataset or of the folder `data`, by split."""
+    if config.data == "synthetic":
+        synthetic = synthetic_config(config, config.seed)
+        folder = cache_folder(config) / "data" / synthetic.digest()[:16]
+        paths = make_dataset(folder, synthetic, workers=workers, progress=progress)
+        return {split: getattr(paths, split) for split in SPLITS}
+    source = Path(config.data).expanduser()
+    if not source.is_dir():
+        raise UsageError(
+            f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
+        )
+    found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
+    if "rl" not in found and "sft" not in found:
+        raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
+    return found
+
+
+def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
+    """Take the validation and test rows that no file has from the RL rows, in place."""
+    _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
+    held = {id(row) for row in (*validation, *test)}  # one file serves both stages with the same objects
+    for split in ("sft", "rl"):
+        rows[split] = [row for row in rows[split] if id(row) not in held]
+    rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+
+
+def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+    """Drop the validation and test rows that accuracy cannot be measured on, in place.
+
+    Raises:
+        UsageError: Nothing is left.
+    """
+    for split in ("validation", "test"):
+        kept = [row for row in rows[split] if has_answer(row)]
+        if not kept:
+            raise UsageError(
+                f"data: no row of the {split} split has an answer, so accuracy cannot be measured; add answers, or "
+                "set metric_for_best_model to oracle"
+            )
+        if len(kept) < len(rows[split]) and note is not None:
+            note(f"Left out: {len(rows[split]) - len(kept)} {split} rows without an answer.")
+        rows[split] = kept
+
+
+def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+    """Drop the rows to learn from that are about a video or picture of validation or test, in place.
+
+    Raises:
+        UsageError: Nothing is left for reinforcement learning.
+    """
+    held = (*rows["validation"], *rows["test"])
+    names = contents((*rows["sft"], *rows["rl"], *held))
+    evaluated = media_of(held, names)
+    for split in ("sft", "rl"):
+        kept = [row for row in rows[split] if media_of([row], names).isdisjoint(evaluated)]
+        dropped = len(rows[split]) - len(kept)
+        if dropped and not kept and split == "rl":
+            raise UsageError(
+                "data: every row of the rl split is about media of validation or test; "
+                "give validation_data and test_data of other media"
+            )
+        if dropped and note is not None:
+            note(f"Left out: {dropped} {split} rows about media of validation or test.")
+        rows[split] = kept
+
+
+def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
+    """The examples of a file, read as the configuration says."""
+    return read_examples(
+        path,
+        media_root=config.media_root,
+        require_answer=require_answer,
+        scored=config.scored_answer,
+        on_error=config.on_bad_row,
+    )
+
+
+def hold_out(
+    rows: list[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Split rows by their media into train, validation and test; the last two get `fraction` of the media each."""
+    groups = group_by_content(rows)
+    count = max(1, round(len(groups) * fraction))
+    if len(groups) < 2 * count + 1:
+        raise UsageError(
+            f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data"
+        )
+    random.Random(seed).shuffle(groups)
+    parts = groups[2 * count :], groups[:count], groups[count : 2 * count]
+    train, validation, test = ([row for group in part for row in group] for part in parts)
+    return train, validation, test

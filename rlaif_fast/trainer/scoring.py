@@ -1,0 +1,142 @@
+"""Who says whether an answer is right, and what the best checkpoint is chosen by.
+
+The run's own oracle answers both wherever it can, so that reward, selection and report measure one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Oracle, RankRequest
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.registry import build_oracle, find_oracle
+from rlaif_fast.oracle.scoring import answer_kind
+
+FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
+RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
+
+
+@runtime_checkable
+class AnswerScorer(Protocol):
+    """Says whether a response counts as right; what an oracle has that knows the answers."""
+
+    def is_correct(self, request: RankRequest, response: str) -> bool:
+        """Whether the response to a request with a reference answer is right."""
+        ...
+
+
+def scorer_of(oracle: Oracle, options: Mapping[str, Any]) -> AnswerScorer:
+    """The scorer of a run: the oracle itself or one inside it, else the rules with the options that it shares.
+
+    What disturbs an oracle for an experiment is looked through: accuracy is measured by the clean one.
+    """
+    return next((o for o in _inside(oracle) if isinstance(o, AnswerScorer)), None) or rules(options)
+
+
+def scorer_by_name(name: str, options: Mapping[str, Any]) -> AnswerScorer:
+    """The scorer that a run with this oracle has, without loading a judge."""
+    for inner, own in _named(name, options):
+        if hasattr(find_oracle(inner, own), "is_correct"):
+            plain = {key: value for key, value in own.items() if key not in ("cache", "window")}
+            oracle: Any = build_oracle(inner, max_invalid_fraction=None, **plain)
+            return oracle
+    return rules(options)
+
+
+def rules(options: Mapping[str, Any]) -> ReferenceOracle:
+    """The rules of the reference oracle, with `extract` and `tolerance` as the run's oracle has them."""
+    return ReferenceOracle(**{name: options[name] for name in RULE_OPTIONS if options.get(name) is not None})
+
+
+def choose_metric(
+    asked: str, oracle: str, options: Mapping[str, Any], rows: Sequence[Example]
+) -> tuple[str, str]:
+    """What the best checkpoint is chosen by, and why in a sentence.
+
+    Args:
+        asked: `metric_for_best_model`.
+        oracle: The oracle's name.
+        options: Its options.
+        rows: The validation rows.
+
+    Raises:
+        UsageError: Accuracy is asked for and no row has an answer.
+    """
+    answered = [row for row in rows if has_answer(row)]
+    if asked == "accuracy" and not answered:
+        raise UsageError(
+            "metric_for_best_model: accuracy needs answers, and no validation row has one; use auto, oracle or none"
+        )
+    if asked != "auto":
+        return asked, f"The best checkpoint is chosen by: {asked} (asked for)."
+    if 2 * len(answered) < len(rows) or not answered:
+        missing = len(rows) - len(answered)
+        return "oracle", f"{_BY_ORACLE}: {missing} of {len(rows)} validation rows have no answer."
+    knows = any(hasattr(find_oracle(name, own), "is_correct") for name, own in _named(oracle, options))
+    free = sum(_is_free_text(row, knows) for row in answered)
+    if 2 * free > len(answered):
+        return "oracle", f"{_BY_ORACLE}: {free} of {len(answered)} validation answers are free text."
+    return "accuracy", "The best checkpoint is chosen by: accuracy on validation."
+
+
+def check_references(oracle: str, options: Mapping[str, Any], rows: Sequence[Example]) -> None:
+    """Refuse rows to learn from of which the oracle could not rank one.
+
+    Raises:
+        UsageError: The oracle compares with reference answers, and no row has one.
+    """
+    needs = all(name == "reference" for name in _leaves(oracle, options))
+    if needs and rows and not any(has_answer(row) for row in rows):
+        raise UsageError(
+            f"oracle: {oracle} ranks by reference answers, and none of the {len(rows)} rl rows has one; "
+            "add answers, or use an oracle that needs none"
+        )
+
+
+def has_answer(row: Example) -> bool:
+    """Whether a row has a reference answer that says something."""
+    return row.answer is not None and bool(row.answer.strip())
+
+
+_BY_ORACLE = (
+    "The best checkpoint is chosen by: oracle (share of greedy answers to validation questions that the run's oracle "
+    "ranks above those where RL began, ties half)"
+)
+
+
+def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
+    """Whether the row's answer is a text that a right response need not repeat.
+
+    An oracle that is not made of the answers need not agree with a comparison of texts, however short.
+    """
+    answer = row.answer or ""
+    if answer_kind(answer, row.options, row.metadata.get("form")) != "text":
+        return False
+    return not oracle_knows_answers or len(answer.split()) >= FREE_TEXT_WORDS
+
+
+def _inside(oracle: Any) -> Iterator[Any]:
+    """An oracle and those that it is made of."""
+    yield oracle
+    for inner in (getattr(oracle, "inner", None), *(getattr(oracle, "members", None) or ())):
+        if inner is not None:
+            yield from _inside(inner)
+
+
+def _named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and options of an oracle and of those that its options name."""
+    yield name, dict(options)
+    members = options.get("members") or ()
+    for nested in (options.get("inner"), *(members if isinstance(members, (list, tuple)) else ())):
+        if isinstance(nested, str):
+            yield from _named(nested, {})
+        elif isinstance(nested, Mapping) and "name" in nested:
+            yield from _named(nested["name"], {key: nested[key] for key in nested if key != "name"})
+
+
+def _leaves(name: str, options: Mapping[str, Any]) -> list[str]:
+    """The names of the oracles that judge by themselves."""
+    return [inner for inner, own in _named(name, options) if not {"inner", "members"} & own.keys()]

@@ -1,0 +1,97 @@
+"""Flags win over files wherever they stand, and what both set is told."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from rlaif_fast import train as train_module
+from rlaif_fast.cli import given_values, parse_config
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.options import TrainConfig
+
+TEXTS = {"prog": "p", "description": "d"}
+
+
+@dataclass
+class Options:
+    """A few.
+
+    Attributes:
+        model: A name.
+        steps: A number.
+        names: A list.
+        more: Anything.
+    """
+
+    model: str = "default"
+    steps: int = 1
+    names: list[str] = field(default_factory=list)
+    more: dict = field(default_factory=dict)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "one.yaml").write_text("model: one\nsteps: 10\nmore: {a: 1}\n")
+    (tmp_path / "two.yaml").write_text("model: two\nnames: [x]\n")
+    return str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--model", "flag", "--config", "ONE"],
+        ["--config", "ONE", "--model", "flag"],
+        ["--model=flag", "--config=ONE"],
+        ["--config=ONE", "--model=flag"],
+        ["--model", "early", "--config", "ONE", "--model", "flag"],
+        ["--model", "flag", "--config", "TWO", "--config", "ONE"],
+    ],
+)
+def test_a_flag_wins_wherever_it_stands(files, order, capsys):
+    words = [word.replace("ONE", files[0]).replace("TWO", files[1]) for word in order]
+    config = parse_config(Options, words, **TEXTS)
+    assert (config.model, config.steps) == ("flag", 10)
+    assert given_values(Options, words, **TEXTS)["model"] == "flag"
+    err = capsys.readouterr().err
+    assert err == "model: 'flag' (the flag; the file says 'one')\n"
+
+
+def test_every_key_that_both_set_is_told(files, capsys):
+    words = ["--steps", "5", "--more", '{"b": 2}', "--config", files[0], "--names", '["y"]']
+    config = parse_config(Options, words, **TEXTS)
+    assert (config.model, config.steps, config.more, config.names) == ("one", 5, {"b": 2}, ["y"])
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "steps: 5 (the flag; the file says 10)",
+        "more: {'b': 2} (the flag; the file says {'a': 1})",
+    ]
+
+
+def test_of_two_files_the_later_wins_and_one_below_yields_to_both(files, tmp_path, capsys):
+    one, two = files
+    assert parse_config(Options, ["--config", one, "--config", two], **TEXTS).model == "two"
+    assert parse_config(Options, ["--config", two, "--config", one], **TEXTS).model == "one"
+    under = tmp_path / "under.yaml"
+    under.write_text("model: under\nsteps: 3\n")
+    assert parse_config(Options, ["--config", two], under=under, **TEXTS) == Options("two", 3, ["x"])
+    assert parse_config(Options, ["--steps", "4"], under=under, **TEXTS) == Options("under", 4)
+    assert capsys.readouterr().err == ""  # nothing that the user set twice
+
+
+def test_a_file_that_is_named_without_a_name_is_refused():
+    with pytest.raises(UsageError):
+        parse_config(Options, ["--steps", "1", "--config"], **TEXTS)
+
+
+def test_the_model_of_the_flag_is_trained_not_the_tiny_one(tmp_path, monkeypatch):
+    """`--model PATH --config tiny.yaml` trained the tiny model."""
+    tiny = tmp_path / "tiny.yaml"
+    tiny.write_text("model: tiny\nmax_steps: 7\n")
+    seen = []
+    monkeypatch.setattr(train_module, "train", lambda config, given: seen.append((config, given)))
+    assert train_module.main(["--model", "/some/model", "--config", str(tiny)]) == 0
+    config, given = seen[0]
+    assert (config.model, given["model"], config.max_steps) == ("/some/model", "/some/model", 7)
+    assert config.learning_rate == TrainConfig().learning_rate  # not that of the packaged toy
+    assert train_module.main(["--config", str(tiny)]) == 0
+    assert (seen[1][0].model, seen[1][0].learning_rate) == ("tiny", 4e-4)
