@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent / "rlaif_fast"
 # From the top down. Rooms of one floor do not import each other; modules of the package's root are rooms too.
 FLOORS = (
     ("__main__", "train", "evaluate", "compare", "doctor", "export", "plan"),
-    ("comparison", "checkup"),
+    ("comparison", "adapters", "checkup"),
     ("report",),
     ("evals",),
     ("trainer",),

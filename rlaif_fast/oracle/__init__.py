@@ -1,5 +1,6 @@
 """Oracles: anything that can order the responses of a group is a teacher."""
 
+from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
@@ -14,6 +15,7 @@ __all__ = [
     "Ranking",
     "ReferenceOracle",
     "ShuffledOracle",
+    "as_reward",
     "build_oracle",
     "oracle_names",
 ]

@@ -1,0 +1,133 @@
+"""A loss called as `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss` is; ms-swift's `liger_grpo_loss` too.
+
+Tested with liger-kernel 0.8.5, which it neither needs nor imports.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, token_logps
+
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
+OF_TOKENS = ("dapo", "cispo")  # what Liger divides by the tokens of all processes
+
+
+class FusedLinearGRPOLoss(nn.Module):
+    """Liger's GRPO loss by ours.
+
+    Args:
+        beta: As in `grpo_rank_loss`, like everything not listed here.
+        compiled: Said by Liger's callers; nothing here needs compiling, and no number depends on it.
+        use_ref_model: Whether `ref_input` and `ref_weight` may stand for `ref_per_token_logps`.
+        chunk_size: Sequences whose logits are in memory at once.
+        epsilon_low: `epsilon`.
+        loss_type: "grpo", "bnpo", "dapo", "dr_grpo", "cispo" or "sapo".
+        use_bias_correction_kl: `unbiased_kl`.
+
+    Raises:
+        ValueError: A loss type that is not the same thing here ("luspo": Liger's sums masked tokens too) or does not
+            exist here ("vespo"), or sequence level where Liger has none.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: str = "dapo",
+        max_completion_length: int | None = None,
+        importance_sampling_level: str = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+    ) -> None:
+        super().__init__()
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(
+                f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}; got {loss_type!r}"
+            )
+        if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo"):
+            raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
+        self.beta, self.loss_type, self.temperature = beta, loss_type, temperature
+        self.use_ref_model, self.chunk_size = use_ref_model, chunk_size
+        self.options = {
+            "epsilon": epsilon_low,
+            "epsilon_high": epsilon_high,
+            "delta": delta,
+            "unbiased_kl": use_bias_correction_kl,
+            "importance_sampling_level": importance_sampling_level,
+            "max_completion_length": max_completion_length,
+            "sapo_temperature_pos": sapo_temperature_pos,
+            "sapo_temperature_neg": sapo_temperature_neg,
+            "cispo_bound": "absolute",
+        }
+
+    def forward(
+        self,
+        _input: Tensor,  # (B, T, H)
+        lin_weight: Tensor,  # (V, H)
+        selected_token_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+        advantages: Tensor,  # (B,)
+        bias: Tensor | None = None,  # (V,)
+        ref_per_token_logps: Tensor | None = None,  # (B, T)
+        old_per_token_logps: Tensor | None = None,  # (B, T)
+        ref_input: Tensor | None = None,  # (B, T, H)
+        ref_weight: Tensor | None = None,  # (V, H)
+        ref_bias: Tensor | None = None,  # (V,)
+        vllm_is_ratio: Tensor | None = None,  # (B, T) or (B, 1)
+        num_items_in_batch: int | float | Tensor | None = None,  # tokens of all processes
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the loss and Liger's metrics: the KL where beta is not 0, the share of clipped tokens.
+
+        Raises:
+            ValueError: beta is not 0 and nothing says what the reference policy thinks (without
+                `use_ref_model` Liger takes the policy itself, whose KL is 0); or a shape or value does not fit.
+        """
+        if self.beta != 0.0 and ref_per_token_logps is None:
+            if ref_input is None or ref_weight is None or not self.use_ref_model:
+                raise ValueError(
+                    "ref_per_token_logps, or ref_input and ref_weight with use_ref_model=True, must be given "
+                    f"when beta is not 0; got neither with {self.beta}"
+                )
+            with torch.no_grad():
+                ref_per_token_logps = token_logps(
+                    ref_input, ref_weight, selected_token_ids, bias=ref_bias, temperature=self.temperature
+                )
+        items = self._items(attention_mask, num_items_in_batch) if self.loss_type in OF_TOKENS else None
+        out = fused_linear_grpo_rank_loss(
+            _input,
+            lin_weight,
+            selected_token_ids,
+            bias=bias,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size * selected_token_ids.shape[1],
+            advantages=advantages,
+            mask=attention_mask,
+            old_logps=old_per_token_logps,
+            ref_logps=ref_per_token_logps if self.beta != 0.0 else None,
+            sampling_ratio=vllm_is_ratio,
+            beta=self.beta,
+            loss_type=self.loss_type,
+            num_items_in_batch=items,
+            **self.options,
+        )
+        metrics = [out.stats["kl"]] if self.beta != 0.0 else []
+        return out.loss, (*metrics, out.stats["clip_ratio/region_mean"])
+
+    @staticmethod
+    def _items(mask: Tensor, given: int | float | Tensor | None) -> Tensor:
+        """Return what one process divides by: the tokens of all processes over their number, at least 1."""
+        shared = dist.is_available() and dist.is_initialized()
+        items = mask.sum(dtype=torch.float32) if given is None else torch.as_tensor(given, device=mask.device)
+        if shared and given is None:
+            dist.all_reduce(items)
+        return (items.float() / (dist.get_world_size() if shared else 1)).clamp(min=1.0)

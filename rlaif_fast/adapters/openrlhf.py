@@ -1,0 +1,64 @@
+"""OpenRLHF: a policy loss of the documented signature (0.11), in place of `actor_loss_fn` of the actor's trainer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlaif_fast.loss.api import grpo_rank_loss
+
+
+class PolicyLoss(nn.Module):
+    """The clipped loss.
+
+    Args:
+        clip_eps_low: `epsilon` of `grpo_rank_loss`.
+        clip_eps_high: `epsilon_high`.
+        dual_clip: As in `grpo_rank_loss`.
+        token_level_loss: Mean over the tokens of the batch, else over responses of the mean over tokens; a response
+            without a token is none.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        self.token_level_loss = token_level_loss
+        self.options = {"epsilon": clip_eps_low, "epsilon_high": clip_eps_high, "dual_clip": dual_clip}
+
+    def forward(
+        self,
+        log_probs: Tensor,  # (B, A)
+        old_log_probs: Tensor,  # (B, A)
+        advantages: Tensor,  # (B, A)
+        action_mask: Tensor | None = None,  # (B, A)
+        rollout_log_probs: Tensor | None = None,  # (B, A)
+        dp_size: int = 1,
+        batch_num_tokens: int | float | Tensor | None = None,
+        global_batch_size: int | float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return loss, share of clipped tokens, mean of old less new log-probability, and the same of the sampler's
+        less old, where `rollout_log_probs` are given: they are compared, no weight is made of them."""
+        items = batch_num_tokens if self.token_level_loss else global_batch_size
+        out = grpo_rank_loss(
+            log_probs,
+            old_logps=old_log_probs,
+            advantages=advantages,
+            mask=action_mask,
+            loss_type="dapo" if self.token_level_loss else "grpo",
+            empty_rows="skip",
+            num_items_in_batch=None if items is None else items / dp_size,
+            **self.options,
+        )
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        kl = _mean(old_log_probs - log_probs.detach(), mask)
+        sampler = None if rollout_log_probs is None else _mean(rollout_log_probs - old_log_probs, mask)
+        return out.loss, out.stats["clip_ratio/region_mean"], kl, sampler
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return x.masked_fill(~mask.bool(), 0.0).sum() / mask.sum().clamp(min=1)

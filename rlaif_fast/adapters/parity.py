@@ -1,0 +1,187 @@
+"""What our loss says of the same inputs as the losses of TRL and Liger, from the installed packages.
+
+    python -m rlaif_fast.adapters.parity
+
+Every loss is given the same advantages, and a temperature of 0.7; TRL accumulates two micro-batches. The error printed
+is the larger of two: that of the loss, relative, and that of the gradients, relative in the l2 norm.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+B, T, P, H, V = 6, 7, 3, 16, 32
+TEMPERATURE = 0.7
+BASE: dict[str, Any] = {"beta": 0.04, "loss_type": "grpo"}
+FEATURES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "bnpo": {"loss_type": "bnpo"},
+    "dapo": {"loss_type": "dapo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "luspo": {"loss_type": "luspo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "sapo": {"loss_type": "sapo"},
+    "sequence level": {"importance_sampling_level": "sequence"},
+    "beta 0": {"beta": 0.0},
+    "epsilon_high": {"epsilon_high": 0.28},
+    "delta": {"delta": 1.05},
+    "unbiased KL": {"use_bias_correction_kl": True},
+    "entropy bonus": {"entropy_coef": 0.01, "loss_type": "dapo"},
+}
+NOT_IN_LIGER = {"luspo": "differs: counts masked tokens", "entropy bonus": "has none"}
+Pair = tuple[Tensor, list[Tensor]]
+
+
+class Errors(NamedTuple):
+    """Relative errors: of the loss, and the largest of the gradients and metrics in the l2 norm."""
+
+    loss: float
+    gradients: float
+
+
+def liger_errors(feature: str) -> Errors:
+    """Return the errors of a feature against Liger's loss, in float32."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    from rlaif_fast.adapters.liger import FusedLinearGRPOLoss
+
+    options = {**BASE, **FEATURES[feature], "max_completion_length": T, "temperature": TEMPERATURE}
+    tokens = _tokens()
+    results = []
+    for make in (LigerFusedLinearGRPOLoss, FusedLinearGRPOLoss):
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randn(B, T, H, generator=generator).requires_grad_()
+        weight = (0.3 * torch.randn(V, H, generator=generator)).requires_grad_()
+        bias = torch.randn(V, generator=generator).requires_grad_()
+        kinds = ("ref_per_token_logps", "old_per_token_logps")
+        logps = torch.log_softmax((hidden @ weight.T + bias) / TEMPERATURE, -1).detach()
+        logps = logps.gather(-1, tokens["ids"][..., None])[..., 0]
+        others = {name: logps + 0.2 * torch.randn(B, T, generator=generator) for name in kinds}
+        loss, metrics = make(compiled=False, **options)(
+            hidden, weight, tokens["ids"], tokens["mask"], tokens["advantages"], bias=bias, **others
+        )
+        results.append((loss, [*torch.autograd.grad(loss, (hidden, weight, bias)), *metrics]))
+    return errors(*results)
+
+
+def trl_errors(feature: str, trainer: Any) -> Errors:
+    """Return the errors of a feature against TRL's `_compute_loss`, in float32.
+
+    Args:
+        feature: A name of `FEATURES`.
+        trainer: As `trl_trainer` makes it; its model's gradients are taken by both losses.
+    """
+    from trl import GRPOTrainer
+
+    _set(trainer, {"epsilon_high": 0.2, "delta": None, **BASE, **FEATURES[feature]})
+    tokens, model = _tokens(), trainer.model
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(0, V, (B, P), generator=generator)
+    inputs = {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": tokens["ids"],
+        "completion_mask": tokens["mask"],
+        "advantages": tokens["advantages"],
+        "num_items_in_batch": tokens["mask"].sum() * 2,
+    }
+    ids, attention = (
+        torch.cat([inputs[f"{part}_{x}"] for part in ("prompt", "completion")], 1) for x in ("ids", "mask")
+    )
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(model, ids, attention, T)
+    for name in ("old_per_token_logps", "ref_per_token_logps"):
+        inputs[name] = logps + 0.2 * torch.randn(B, T, generator=generator)
+    results = []
+    for compute in (GRPOTrainer._compute_loss, type(trainer)._compute_loss):
+        loss = compute(trainer, model, dict(inputs))
+        results.append((loss, list(torch.autograd.grad(loss, list(model.parameters())))))
+    return errors(*results)
+
+
+def trl_trainer(folder: str) -> Any:
+    """Return an `OracleGRPOTrainer` of a tiny Qwen3 of random weights, two accumulation steps of its batch."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from trl import GRPOConfig
+
+    from rlaif_fast.adapters.trl import OracleGRPOTrainer
+    from rlaif_fast.oracle.reference import ReferenceOracle
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=V, hidden_size=H, intermediate_size=32, num_hidden_layers=2, head_dim=8, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    args = GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=B, num_generations=B, gradient_accumulation_steps=2,
+        max_completion_length=T, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
+        entropy_coef=0.0, temperature=TEMPERATURE,
+    )  # fmt: skip
+    trainer = OracleGRPOTrainer(
+        Qwen3ForCausalLM(config),
+        ReferenceOracle(),
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": "1", "reference": "1"}] * B),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1"),
+    )
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    return trainer
+
+
+def errors(first: Pair, second: Pair) -> Errors:
+    """Return how far two losses and their tensors are apart."""
+    (loss, tensors), (other, others) = first, second
+    distances = [
+        ((x - y).norm() / x.norm().clamp(min=1e-12)).item() if x.any() or y.any() else 0.0
+        for x, y in zip(tensors, others)
+    ]
+    return Errors(((loss - other).abs() / loss.abs()).item(), max(distances))
+
+
+def _tokens() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([7, 3, 5, 1, 6, 4])
+    return {
+        "ids": torch.randint(0, V, (B, T), generator=generator),
+        "mask": (torch.arange(T) < lengths[:, None]).long(),
+        "advantages": torch.randn(B, generator=generator),
+    }
+
+
+def _set(trainer: Any, options: dict[str, Any]) -> None:
+    """Give a trainer other options of its loss, where it keeps them."""
+    options = {
+        "importance_sampling_level": "token",
+        "use_bias_correction_kl": False,
+        "entropy_coef": 0.0,
+        **options,
+    }
+    for name, value in options.items():
+        for holder in (trainer, trainer.args):
+            if hasattr(holder, name):
+                setattr(holder, name, value)
+    trainer._entropy_bonus_enabled = options["entropy_coef"] != 0.0
+
+
+def main() -> None:
+    """Print the table."""
+    versions = {name: importlib.metadata.version(name) for name in ("trl", "liger-kernel")}
+    print(f"| feature | TRL {versions['trl']} | Liger {versions['liger-kernel']} |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(folder)
+        for feature in FEATURES:
+            liger = NOT_IN_LIGER.get(feature) or f"{max(liger_errors(feature)):.1e}"
+            print(f"| {feature} | {max(trl_errors(feature, trainer)):.1e} | {liger} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""slime: rewards of whole groups and advantages of a rollout, of the documented signatures (0.3).
+
+In a module of yours, named by `--group-rm --custom-rm-path` and `--custom-reward-post-process-path`:
+
+    rank = group_rewards(oracle)
+    advantages = ranked_advantages(oracle)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import torch
+
+from rlaif_fast.loss.api import rank_advantages
+from rlaif_fast.oracle.as_reward import as_reward, gains, requests_of
+from rlaif_fast.oracle.base import Oracle
+
+
+def group_rewards(oracle: Oracle, failed: float = 0.0) -> Callable[..., Awaitable[list[float]]]:
+    """Return `async rm(args, samples, **options)`: the gains of the ranks of one group; see `as_reward`."""
+
+    async def rm(args: Any, samples: Sequence[Any], **options: Any) -> list[float]:
+        reward = as_reward(oracle, group_size=len(samples), failed=failed)
+        columns = {"reference": [sample.label for sample in samples]}
+        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+        return await asyncio.to_thread(reward, prompts, responses, **columns)
+
+    return rm
+
+
+def ranked_advantages(
+    oracle: Oracle, **options: Any
+) -> Callable[[Any, Sequence[Any]], tuple[list[float], list[float]]]:
+    """Return `post_process(args, samples) -> (raw, rewards)`: gains, and the advantages of `rank_advantages`.
+
+    The policy's own order is by the mean of `Sample.rollout_log_probs`; `Sample.group_index` says what is a group.
+
+    Args:
+        oracle: Ranks the groups.
+        options: `kind`, `penalty_weight` and `scale` of `rank_advantages`.
+    """
+
+    def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
+        rows: dict[int, list[int]] = {}
+        for row, sample in enumerate(samples):
+            rows.setdefault(sample.group_index, []).append(row)
+        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
+        columns = {"reference": [sample.label for sample in samples]}
+        rankings = oracle.rank(requests_of(list(rows.values()), prompts, responses, columns))
+        raw, ranks, judged = [0.0] * len(samples), [0.0] * len(samples), [False] * len(samples)
+        for group, ranking in zip(rows.values(), rankings):
+            for row, rank, gain in zip(group, ranking.ranks, gains(ranking)):
+                if rank is not None and gain is not None:
+                    raw[row], ranks[row], judged[row] = gain, float(rank), True
+        scores = [
+            sum(logps) / max(len(logps), 1) for logps in (sample.rollout_log_probs for sample in samples)
+        ]
+        ranked = rank_advantages(
+            torch.tensor(scores),
+            torch.tensor(ranks),
+            judged=torch.tensor(judged),
+            group_index=torch.tensor([sample.group_index for sample in samples]),
+            **options,
+        )
+        return raw, ranked.advantages.tolist()
+
+    return post_process

@@ -1,0 +1,148 @@
+"""TRL's loss by ours, inside the model's forward: there DDP, FSDP, ZeRO-3 and PEFT expect what uses parameters."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
+from rlaif_fast.loss.output import LossOutput
+
+MEDIA = (
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
+    *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
+)
+LOGGED = {  # our statistics under TRL's names
+    "kl": "kl",
+    "entropy": "entropy",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "clip_ratio/region_mean": "clip_ratio/region_mean",
+}
+OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
+
+
+def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput:
+    """Return the loss of a micro-batch of TRL's, scaled as TRL scales it for gradient accumulation."""
+    steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
+    of_tokens = trainer.loss_type in OF_TOKENS
+    ids, attention = whole(inputs)
+    media = {name: inputs[name] for name in MEDIA if name in inputs}
+    arguments = loss_arguments(trainer, inputs)
+    if of_tokens:
+        arguments["num_items_in_batch"] = _items(trainer, inputs)
+        arguments["entropy_coef"] /= steps
+    with trainer.accelerator.autocast():
+        out = LossOutput(*model(input_ids=ids, attention_mask=attention, rank_loss=arguments, **media))
+    return out if of_tokens else out._replace(loss=out.loss / steps)
+
+
+def loss_arguments(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's options and a micro-batch under the names of `fused_linear_grpo_rank_loss`."""
+    args = trainer.args
+    return {
+        "token_ids": inputs["completion_ids"],
+        "mask": mask_of(inputs),
+        "advantages": inputs["advantages"],
+        "old_logps": inputs.get("old_per_token_logps"),
+        "ref_logps": inputs.get("ref_per_token_logps"),
+        "sampling_ratio": inputs.get("importance_sampling_ratio"),
+        "temperature": trainer.temperature,
+        "loss_type": trainer.loss_type,
+        "importance_sampling_level": trainer.importance_sampling_level,
+        "epsilon": trainer.epsilon_low,
+        "epsilon_high": trainer.epsilon_high,
+        "delta": args.delta,
+        "beta": trainer.beta,
+        "unbiased_kl": args.use_bias_correction_kl,
+        "cispo_bound": "absolute",
+        "sapo_temperature_pos": args.sapo_temperature_pos,
+        "sapo_temperature_neg": args.sapo_temperature_neg,
+        "max_completion_length": trainer.max_completion_length,
+        "entropy_coef": trainer.entropy_coef,
+        "entropy_aggregate": "tokens",
+        "validate": False,
+    }
+
+
+def mask_of(batch: dict[str, Any]) -> Tensor:
+    """Return what the policy wrote itself (B, T), without what tools answered."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
+
+
+def whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return ids and attention mask of prompt and completion together, each (B, P + T)."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+
+
+def _items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
+    items = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    if not trainer.model.training:
+        return items
+    return items * trainer.current_gradient_accumulation_steps / trainer.args.steps_per_generation
+
+
+def add_rank_loss(model: Any, float32_head: bool = False) -> None:
+    """Let `model(input_ids=, attention_mask=, rank_loss=arguments)` return a `LossOutput`.
+
+    Args:
+        model: A causal language model of Transformers, plain or under PEFT.
+        float32_head: Whether the head is computed in float32.
+
+    `arguments` are those of `fused_linear_grpo_rank_loss` but `hidden` and `weight`; `token_ids` (B, T) are the last
+    T of `input_ids`. Soft-cap and scale of the logits are the configuration's.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain_forward, scaling = model.forward, logit_options(model.config.get_text_config())
+
+    @functools.wraps(type(model).forward)  # generate() reads the signature
+    def forward(self: Any, *args: Any, rank_loss: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        if rank_loss is None:
+            return plain_forward(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "use_cache")}
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        hidden = hidden[:, -rank_loss["token_ids"].shape[1] - 1 : -1]
+        head = self.get_output_embeddings()
+        weight, bias = _gathered(head.weight), _gathered(head.bias)
+        hidden = hidden.to(weight.device, torch.float32 if float32_head else hidden.dtype)
+        gather: AbstractContextManager = maybe_gather_lm_head_ctx(weight, bias)
+        with gather:
+            return fused_linear_grpo_rank_loss(
+                hidden, weight.to(hidden.dtype), bias=bias, **scaling, **rank_loss
+            )
+
+    model.forward = MethodType(forward, model)
+
+
+def logit_options(config: Any) -> dict[str, float | None]:
+    """Read soft-cap and scale of the logits from the configuration of a text model.
+
+    Cohere has `logit_scale`, Falcon-H1 `lm_head_multiplier`; Granite divides by `logits_scaling`, HyperCLOVA X
+    multiplies by it.
+    """
+    scale = next(
+        (
+            value
+            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
+            if (value := getattr(config, name, None)) is not None
+        ),
+        None,
+    )
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return {"logit_softcap": cap, "logit_scale": 1.0 if scale is None else scale}
+
+
+def _gathered(parameter: nn.Parameter | None) -> Any:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,153 @@
+"""An oracle as what other trainers call a reward function: one number a response, the gain of its rank."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+
+
+def as_reward(
+    oracle: Oracle,
+    *,
+    group_size: int | None = None,
+    reference: str = "reference",
+    failed: float | None = None,
+) -> OracleReward:
+    """Make a reward function of an oracle, for trainers that only take scalars.
+
+    The reward of a response is the gain of its rank among the responses to the same prompt: 1 for the best of a
+    group, less for each place below, the mean over the places of a tie. Less its mean over the group it is the
+    advantage of `kind="oracle"`. A trainer that hands over a slice that cuts a group has the slice ranked.
+
+    Args:
+        oracle: Ranks the groups.
+        group_size: G, where the responses of a group follow one another; None groups equal prompts.
+        reference: Name of the column that holds the reference answer, where there is one.
+        failed: Reward of a response without a verdict. TRL and ms-swift take None; verl needs a number.
+
+    Returns:
+        The function; see `OracleReward`.
+    """
+    return OracleReward(oracle, group_size, reference, failed)
+
+
+class OracleReward:
+    """Called as TRL, ms-swift and verl's batch reward manager call a reward function; see `as_reward`."""
+
+    def __init__(self, oracle: Oracle, group_size: int | None, reference: str, failed: float | None) -> None:
+        if group_size is not None and group_size < 2:
+            raise UsageError(f"group_size must be at least 2, got {group_size}")
+        self.oracle, self.group_size, self.reference, self.failed = oracle, group_size, reference, failed
+        self.__name__ = f"oracle_{oracle.name}"
+
+    def __call__(
+        self,
+        prompts: Sequence[Any] | None = None,
+        completions: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Return the rewards of B responses, in their order.
+
+        Args:
+            prompts: B prompts, texts or chats. ms-swift has `messages` in their place, verl none.
+            completions: B responses, texts or chats; verl has `solution_strs`.
+            columns: Whatever else the trainer passes. Lists of B become the metadata of a group, but
+                `ground_truths` (verl) is the reference answer and `extra_infos[i]["question"]` the prompt. Other
+                things, as TRL's callbacks, say nothing about a response.
+
+        Raises:
+            UsageError: No responses or prompts, or not as many of them.
+        """
+        names = dict(columns)
+        reference = self.reference
+        if completions is None:  # verl
+            completions, reference = names.pop("solution_strs", None), "ground_truths"
+            extras = names.get("extra_infos")
+            prompts = extras and [(extra or {}).get("question") for extra in extras]
+        elif prompts is None and "messages" in names:  # ms-swift; the last message is the response
+            prompts = [
+                chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in names.pop("messages")
+            ]
+        if completions is None or prompts is None or None in prompts:
+            raise UsageError(
+                "the reward of an oracle needs prompts and completions; the trainer passed "
+                f"{', '.join(sorted(columns)) or 'neither'}"
+            )
+        if len(prompts) != len(completions):
+            raise UsageError(f"expected a prompt a response, got {len(prompts)} for {len(completions)}")
+        columns_of_rows = {name: x for name, x in names.items() if _is_column(x, len(completions))}
+        rewards: list[float | None] = [self.failed] * len(completions)
+        groups = grouped(prompts, self.group_size)
+        requests = requests_of(groups, prompts, completions, columns_of_rows, reference)
+        for rows, ranking in zip(groups, self.oracle.rank(requests)):
+            for row, gain in zip(rows, gains(ranking)):
+                rewards[row] = self.failed if gain is None else gain
+        return rewards
+
+
+def gains(ranking: Ranking) -> list[float | None]:
+    """Return the gain of each response: 1 / ((1 + k) log2(2 + k)) at position k, ties share; None if not judged."""
+    if not ranking.valid:
+        return [None] * len(ranking.ranks)
+    judged = sorted(rank for rank in ranking.ranks if rank is not None)
+    places = [1.0 / ((1 + k) * math.log2(2 + k)) for k in range(len(judged))]
+    mean = {}
+    for rank in set(judged):
+        first, count = judged.index(rank), judged.count(rank)
+        mean[rank] = sum(places[first : first + count]) / count
+    return [None if rank is None else mean[rank] for rank in ranking.ranks]
+
+
+def grouped(prompts: Sequence[Any], group_size: int | None = None) -> list[list[int]]:
+    """Return the rows of each group: `group_size` neighbours, or where it is None the rows of equal prompts."""
+    count = len(prompts)
+    if group_size is not None:
+        if count % group_size:
+            raise UsageError(f"{count} responses are no whole groups of {group_size}")
+        return [list(range(first, first + group_size)) for first in range(0, count, group_size)]
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(json.dumps(prompt, sort_keys=True, default=repr), []).append(row)
+    return list(rows.values())
+
+
+def requests_of(
+    groups: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    reference: str = "reference",
+) -> list[RankRequest]:
+    """Return what an oracle is asked about each group of rows; the columns are those of its first row."""
+    requests = []
+    for number, rows in enumerate(groups):
+        metadata = {name: column[rows[0]] for name, column in columns.items()}
+        answer = metadata.pop(reference, None)
+        requests.append(
+            RankRequest(
+                id=str(number),
+                question=text_of(prompts[rows[0]]),
+                responses=tuple(text_of(completions[row]) for row in rows),
+                reference=None if answer is None else str(answer),
+                metadata=metadata,
+            )
+        )
+    return requests
+
+
+def text_of(message: Any) -> str:
+    """Return the text of a prompt or response that is a text, a message, parts of one, or a chat."""
+    if isinstance(message, str):
+        return message
+    if isinstance(message, Mapping):
+        return text_of(message.get("content") or message.get("text") or "")
+    return "\n".join(text for text in map(text_of, message) if text)
+
+
+def _is_column(value: Any, rows: int) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == rows

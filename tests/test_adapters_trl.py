@@ -1,0 +1,98 @@
+"""The oracle in TRL's real GRPO trainer, and our loss against TRL's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlaif-fast[adapters-test]'")
+
+
+from rlaif_fast import rank_advantages
+from rlaif_fast.adapters import parity
+from rlaif_fast.adapters.trl import OracleGRPOTrainer
+from rlaif_fast.oracle import ReferenceOracle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return parity.trl_trainer(str(tmp_path_factory.mktemp("trainer")))
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import trl_oracle
+
+    return trl_oracle
+
+
+@pytest.mark.parametrize("feature", parity.FEATURES)
+def test_the_loss_and_its_gradients_are_trls(tiny, feature):
+    errors = parity.trl_errors(feature, tiny)
+    assert errors.loss <= 1e-6
+    assert errors.gradients <= 2e-6
+
+
+def test_six_steps_with_advantages_of_the_ranks(example, tmp_path, monkeypatch):
+    rankings, batches = [], []
+    rank, generate = ReferenceOracle.rank, OracleGRPOTrainer._generate_and_score_completions
+
+    def rank_and_note(self, requests):
+        rankings.append(rank(self, requests))
+        return rankings[-1]
+
+    def generate_and_check(self, inputs):
+        output = generate(self, inputs)
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        with torch.no_grad():
+            logits = self.model(input_ids=ids, attention_mask=attention).logits
+        length = output["completion_ids"].shape[1]
+        logps = logits[:, -length - 1 : -1].log_softmax(-1)
+        logps = logps.gather(-1, output["completion_ids"][..., None])[..., 0]
+        mask = output["completion_mask"]
+        scores = ((logps * mask).sum(1) / mask.sum(1)).view(-1, self.num_generations)
+        ranks = torch.tensor([ranking.ranks for ranking in rankings[-1]])
+        batches.append((output["advantages"], rank_advantages(scores, ranks).advantages.flatten()))
+        return output
+
+    monkeypatch.setattr(ReferenceOracle, "rank", rank_and_note)
+    monkeypatch.setattr(OracleGRPOTrainer, "_generate_and_score_completions", generate_and_check)
+    trainer = example.main(str(tmp_path), steps=6)
+    assert trainer.state.global_step == 6
+    assert len(batches) == 6
+    for advantages, expected in batches:
+        assert advantages.any()
+        torch.testing.assert_close(advantages, expected, rtol=1e-4, atol=1e-5)
+    logs = [entry for entry in trainer.state.log_history if "rank/reference/ndcg" in entry]
+    assert len(logs) == 6
+    assert all(0.0 < entry["rank/reference/ndcg"] <= 1.0 + 1e-6 for entry in logs)
+    assert all(entry["rank/reference/judged"] == 1.0 and entry["kl"] >= 0.0 for entry in logs)
+    assert not any(name == "reward" or name.startswith("rewards/") for entry in logs for name in entry)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_group(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/trl_two_processes.py"), str(tmp_path)],
+        capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "two processes agree" in done.stdout
+
+
+def test_options_this_loss_has_not_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'zscore'"):
+        OracleGRPOTrainer(tiny.model, ReferenceOracle(), kind="zscore")
+    tiny.top_entropy_quantile = 0.5
+    with pytest.raises(ValueError, match="top_entropy_quantile"):
+        tiny._refuse()
+    tiny.top_entropy_quantile = 1.0
