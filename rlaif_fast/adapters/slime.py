@@ -19,14 +19,14 @@ from rlaif_fast.oracle.as_reward import as_reward, gains, requests_of
 from rlaif_fast.oracle.base import Oracle
 
 
-def group_rewards(oracle: Oracle, failed: float = 0.0) -> Callable[..., Awaitable[list[float]]]:
+def group_rewards(oracle: Oracle, failed: float = 0.0) -> Callable[..., Awaitable[list[float | None]]]:
     """Return `async rm(args, samples, **options)`: the gains of the ranks of one group; see `as_reward`."""
 
-    async def rm(args: Any, samples: Sequence[Any], **options: Any) -> list[float]:
+    async def rm(args: Any, samples: Sequence[Any], **options: Any) -> list[float | None]:
         reward = as_reward(oracle, group_size=len(samples), failed=failed)
         columns = {"reference": [sample.label for sample in samples]}
         prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
-        return await asyncio.to_thread(reward, prompts, responses, **columns)
+        return await asyncio.to_thread(lambda: reward(prompts, responses, **columns))
 
     return rm
 

@@ -123,7 +123,7 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
     model.forward = MethodType(forward, model)
 
 
-def logit_options(config: Any) -> dict[str, float | None]:
+def logit_options(config: Any) -> dict[str, Any]:
     """Read soft-cap and scale of the logits from the configuration of a text model.
 
     Cohere has `logit_scale`, Falcon-H1 `lm_head_multiplier`; Granite divides by `logits_scaling`, HyperCLOVA X
