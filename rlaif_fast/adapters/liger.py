@@ -5,6 +5,8 @@ Tested with liger-kernel 0.8.5, which it neither needs nor imports.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ class FusedLinearGRPOLoss(nn.Module):
             raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
         self.beta, self.loss_type, self.temperature = beta, loss_type, temperature
         self.use_ref_model, self.chunk_size = use_ref_model, chunk_size
-        self.options = {
+        self.options: dict[str, Any] = {
             "epsilon": epsilon_low,
             "epsilon_high": epsilon_high,
             "delta": delta,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,11 @@ class PolicyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.token_level_loss = token_level_loss
-        self.options = {"epsilon": clip_eps_low, "epsilon_high": clip_eps_high, "dual_clip": dual_clip}
+        self.options: dict[str, Any] = {
+            "epsilon": clip_eps_low,
+            "epsilon_high": clip_eps_high,
+            "dual_clip": dual_clip,
+        }
 
     def forward(
         self,

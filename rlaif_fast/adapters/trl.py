@@ -53,7 +53,7 @@ class OracleGRPOTrainer(GRPOTrainer):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
         self.oracles = list(oracles) if isinstance(oracles, Sequence) else [oracles]
-        self.ranking = {"kind": kind, "penalty_weight": penalty_weight, "scale": scale}
+        self.ranking: dict[str, Any] = {"kind": kind, "penalty_weight": penalty_weight, "scale": scale}
         self.reference = reference
         self._ranks: list[Tensor] = []
         super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)
