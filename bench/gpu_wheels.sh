@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Fetches beforehand what a GPU machine without a network lacks, into an ignored folder, in parts under 64 MiB:
+#
+#     bench/gpu_wheels.sh [FOLDER]        (default bench/.wheels; PYTHON_VERSION, default 3.12)
+#
+# bench/run_gpu.sh joins the parts and installs them there beside the checkout. flash-attn is taken where an index has a
+# wheel of it for that Python; else attention is PyTorch's own.
+set -euo pipefail
+folder=${1:-$(dirname "${BASH_SOURCE[0]}")/.wheels}
+version=${PYTHON_VERSION:-3.12}
+part_bytes=$((60 << 20))
+packages=(av jsonargparse typeshed-client docstring-parser httpx httpcore h11 anyio tenacity typing-inspection
+  nvidia-dali-cuda130 liger-kernel==0.8.5 "trl==1.16.*" accelerate peft sacrebleu portalocker tabulate colorama lxml)
+optional=(flash-attn)
+
+mkdir -p "$folder"
+fetch() {
+  python3 -m pip download --quiet --no-deps --only-binary :all: --python-version "$version" \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
+    --dest "$folder" "$1"
+}
+for package in "${packages[@]}"; do fetch "$package"; done
+for package in "${optional[@]}"; do fetch "$package" 2>/dev/null || echo "$package: no wheel for Python $version, left out"; done
+find "$folder" -name '*.whl' -size +"$part_bytes"c | while read -r wheel; do
+  split --bytes="$part_bytes" --numeric-suffixes --suffix-length=3 "$wheel" "$wheel.part"
+  rm "$wheel"
+done
+du -sh "$folder"
