@@ -9,8 +9,12 @@ set -euo pipefail
 folder=${1:-$(dirname "${BASH_SOURCE[0]}")/.wheels}
 version=${PYTHON_VERSION:-3.12}
 part_bytes=$((60 << 20))
-packages=(av jsonargparse typeshed-client docstring-parser httpx httpcore h11 anyio tenacity typing-inspection
-  nvidia-dali-cuda130 liger-kernel==0.8.5 "trl==1.16.*" accelerate peft sacrebleu portalocker tabulate colorama lxml)
+packages=(
+  av jsonargparse typeshed-client docstring-parser httpx httpcore h11 anyio idna certifi tenacity sacrebleu portalocker
+  tabulate colorama lxml
+  nvidia-dali-cuda130 nvidia-libnvcomp-cu13 nvidia-nvimgcodec-cu13 astunparse gast libcst makefun nvtx optree six
+  liger-kernel==0.8.5 "trl==1.16.*" accelerate peft datasets pyarrow pandas xxhash dill multiprocess psutil
+)
 optional=(flash-attn)
 
 mkdir -p "$folder"
