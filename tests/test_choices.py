@@ -32,7 +32,7 @@ def test_a_reply_is_read_as_a_careful_reader_reads_it(reply, options, read):
     assert letter == read
 
 
-def test_the_issue_s_replies_earn_what_they_pick():
+def test_replies_that_were_misread_earn_what_they_pick():
     oracle = ReferenceOracle()
     replies = (
         "Answer: **B**",
