@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from rlaif_fast.data import read_examples
+from rlaif_fast.data import read_examples, read_report
 from rlaif_fast.errors import UsageError
 
 
@@ -290,3 +290,26 @@ def test_a_damaged_table_is_told(folder, name, content):
     (folder / name).write_bytes(content)
     with pytest.raises(UsageError, match=name):
         read_examples(folder / name)
+
+
+def test_questions_and_answers_in_two_files_are_joined(folder):
+    questions = [
+        {"video_name": "abc", "question": "is he running", "question_id": f"v_abc_{k}"} for k in (1, 2, 3)
+    ]
+    answers = [
+        {"answer": "yes", "type": 3, "question_id": "v_abc_2"},
+        {"answer": "no", "type": 3, "question_id": "v_abc_1"},
+    ]
+    (folder / "test_q.json").write_text(json.dumps(questions))
+    (folder / "test_a.json").write_text(json.dumps(answers))
+    report = read_report(folder / "test_q.json")
+    assert [example.answer for example in report.examples] == ["no", "yes"]
+    assert report.rows == 3
+    [problem] = report.errors
+    assert "question_id 'v_abc_3' has no answer in test_a.json" in problem
+    (folder / "test_a.json").write_text(json.dumps([*answers, answers[0]]))
+    with pytest.raises(UsageError, match=r"test_a\.json:1: the question_id 'v_abc_2' stands twice"):
+        read_report(folder / "test_q.json")
+    (folder / "test_a.json").write_text(json.dumps([{"answer": "yes"}]))
+    with pytest.raises(UsageError, match="expected an answer with a question_id"):
+        read_report(folder / "test_q.json")

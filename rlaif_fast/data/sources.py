@@ -31,6 +31,9 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         source = _csv(path, "\t" if suffix == ".tsv" else ",")
     else:
         source = _json(path)
+        answers = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
+        if path.stem.endswith("_q") and answers.is_file():
+            source = _answered(source, answers)
     for number, row in source:
         yield number, row if isinstance(row, RowError) else _checked(row)
 
@@ -51,6 +54,24 @@ def _checked(row: Any) -> Any:
         elif isinstance(value, float) and not math.isfinite(value):
             return RowError(f"{value} is no number; leave the key out")
     return row
+
+
+def _answered(questions: Iterator[tuple[int, Any]], file: Path) -> Iterator[tuple[int, Any]]:
+    """The questions with what a second file says of each `question_id`: ActivityNet-QA ships test_q and test_a."""
+    answers: dict[Any, dict[str, Any]] = {}
+    for number, row in _json(file):
+        name = row.get("question_id") if isinstance(row, dict) else None
+        if not isinstance(name, (str, int)):
+            raise UsageError(f"{file}:{number}: expected an answer with a question_id, got {row!r:.60}")
+        if name in answers:
+            raise UsageError(f"{file}:{number}: the question_id {name!r:.60} stands twice")
+        answers[name] = row
+    for number, row in questions:
+        name = row.get("question_id") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or (isinstance(name, (str, int)) and name in answers):
+            yield number, row | answers[name] if isinstance(row, dict) else row
+        else:
+            yield number, RowError(f"question_id {name!r:.60} has no answer in {file.name}")
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
