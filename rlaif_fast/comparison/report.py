@@ -9,6 +9,7 @@ import numpy as np
 
 from rlaif_fast.comparison.plan import Plan, Table
 from rlaif_fast.comparison.results import Cell, read_table, write_results
+from rlaif_fast.comparison.runs import markdown_table
 from rlaif_fast.report.stats import Interval
 from rlaif_fast.runs.folder import write_atomically
 
@@ -57,7 +58,7 @@ def accuracy_table(table: Table, cells: Cells) -> str:
         rows.append(row)
     start = _mean(o.start_accuracy for cell in cells.values() for o in cell.outcomes.values())
     rows.append(["start", *[f"{start:.1%}"] * len(table.feedback)])
-    return markdown_table(["arm", *table.feedback], rows)
+    return markdown_table(["arm", *table.feedback], rows) + "\n"
 
 
 def category_table(table: Table, cells: Cells) -> str:
@@ -71,7 +72,7 @@ def category_table(table: Table, cells: Cells) -> str:
         [category, *(f"{100 * _category_change(cells[feedback, arm], category):+.1f}" for arm in arms)]
         for category in categories
     ]
-    return markdown_table([f"category ({feedback})", *arms], rows)
+    return markdown_table([f"category ({feedback})", *arms], rows) + "\n"
 
 
 def _category_change(cell: Cell, category: str) -> float:
@@ -98,7 +99,8 @@ def cost_table(table: Table, cells: Cells) -> str:
                     f"{max(o.peak_rss_bytes for o in outcomes) / 2**30:.2f} GiB",
                 ]
             )
-    return markdown_table(["arm", "sampled tokens", "groups ranked", "time", "most memory"], rows)
+    head = ["arm", "sampled tokens", "groups ranked", "time", "most memory"]
+    return markdown_table(head, rows) + "\n"
 
 
 def _cell(cell: Cell, seeds: int) -> str:
@@ -118,12 +120,6 @@ def _points(interval: Interval) -> str:
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return float(np.mean(found)) if found else float("nan")
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def draw_curves(table: Table, cells: Cells, file: Path) -> None:
