@@ -221,6 +221,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         loaded = load_model(options)
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
+        setup.shard(policy, config, world)
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
     notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size), *older_names(config))
     for note in notes:
