@@ -27,6 +27,8 @@ from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.trainer.datasets import read_file
+from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video.refs import Cut
 from rlaif_fast.video.testing import counter_frames, write_video
 
@@ -510,6 +512,52 @@ def test_videomme_scores_as_lmms_eval_does(monkeypatch, tmp_path):
     score = utils.videomme_aggregate_results(theirs)
     assert 15 < score < 35
     assert 100 * sum(ours) / len(ours) == pytest.approx(score, abs=1e-9)
+
+
+def test_checkpoints_can_be_chosen_by_a_benchmark(folder):
+    name = Path(f"videomme:{folder}")
+    with pytest.raises(UsageError, match="2 of 8 questions: no video 'gone'"):
+        read_file(name, TrainConfig())
+    rows = read_file(name, TrainConfig(on_bad_row="skip"))
+    assert [row.id for row in rows] == ["0-1", "0-2", "1-1", "1-2", "2-1", "2-2"]
+    assert all(row.asked and row.asked.endswith("The best answer is:") for row in rows)
+
+
+def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tmp_path):
+    """Through its own registry and its own kind of request."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    pytest.importorskip("lmms_eval.models", exc_type=ImportError)
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from rlaif_fast.evals.lmms_eval import manifest
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    played = registry.get_model_class("rlaif_fast").create_from_arg_string(
+        f"pretrained={model},fps=4", {"batch_size": 3, "device": "cpu", "max_batch_size": None}
+    )
+    items = [item for item in read_benchmark("videomme", folder) if "bad" not in str(item.example.seen)][:4]
+    played.task_dict = {"videomme": {"test": [{"path": item.example.seen[0].path} for item in items]}}
+
+    def asked(given, place=0, visuals=lambda doc: [doc["path"]]):
+        arguments = (items[place].example.asked, given, visuals, place, "videomme", "test")
+        return Instance(
+            "generate_until", arguments, place, {"task": "videomme", "doc_id": place, "repeats": 1}
+        )
+
+    texts = played.generate_until(
+        [asked({"max_new_tokens": 4, "temperature": 0}, place) for place in range(4)]
+    )
+    assert run(folder, model, tmp_path / "out") == 0
+    records = {record.id: record.prediction for record in read_records(tmp_path / "out/items.jsonl")}
+    assert texts == [records[item.example.id] for item in items]
+    [cut] = played.generate_until([asked({"max_new_tokens": 4, "until": [texts[0].split()[0]]})])
+    assert cut == ""
+    with pytest.raises(UsageError, match="greedily"):
+        played.generate_until([asked({"temperature": 0.7})])
+    with pytest.raises(UsageError, match="got ndarray"):
+        played.generate_until([asked({}, visuals=lambda doc: [np.zeros(3)])])
 
 
 def test_every_benchmark_is_named_in_the_help():
