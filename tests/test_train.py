@@ -106,6 +106,15 @@ def test_checkpoint_is_an_ordinary_model_folder(finished):
     assert list(best.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("algorithm", ["online_dpo", "rlrr", "odrpo", "lipo"])
+def test_other_algorithms_train(run, algorithm):
+    code, folder, err = run(algorithm=algorithm, max_steps=2, sft_steps=2)
+    assert code == 0, err
+    rows = [row for row in metrics(folder) if row["stage"] == "rl"]
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
+    assert ("rewards/margins" in rows[0]) == (algorithm in ("online_dpo", "lipo"))
+
+
 def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     figures = evaluate_command(EvaluateConfig(run=str(finished), output=str(tmp_path / "out.jsonl")))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.algorithms.group import Group, rank_rollout, verdicts_on
+from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
@@ -22,6 +22,12 @@ from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
+
+# The statistics of a loss that are logged, where it has them.
+LOGGED = (
+    *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
+    *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+)
 
 
 @dataclass
@@ -128,7 +134,7 @@ def sample_and_rank(
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups; those of them to learn from; and what the vision tower gave for their prompts before the
+        This process's groups; what of them is learned from; and what the vision tower gave for their prompts before the
         rollout, with its graph where the rollout is learned from once and whole.
     """
     config, logger, world = run.config, run.logger, run.world
@@ -171,7 +177,7 @@ def sample_and_rank(
             break
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
-    return sampled, learnable[:wanted], features
+    return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -268,9 +274,8 @@ def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None,
         validate=False,
     )
     output.loss.backward()
-    names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
     return {"loss": output.loss.detach()} | {
-        name: output.stats[name] for name in names if name in output.stats
+        name: output.stats[name] for name in LOGGED if name in output.stats
     }
 
 
