@@ -12,7 +12,7 @@ from rlaif_fast.trainer.options import TrainConfig
 
 REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
 RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
-PREFERENCES = ("online_dpo", "lipo")  # their losses take no advantages
+PREFERENCES = ("online_dpo", "dpo", "lipo")  # their losses take no advantages
 POLICY = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
 
 

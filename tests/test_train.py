@@ -191,6 +191,28 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, cal
     assert train_module.main(["--resume", str(folder)]) == 2  # nothing left to do
 
 
+def test_dpo_goes_on_with_the_start_it_began_with(run, monkeypatch):
+    changes = {"algorithm": "dpo", "sft_steps": 2, "learning_rate": 0.01}
+    code, whole, err = run("whole", **changes)
+    assert code == 0, err
+    original = rl.sample_and_rank
+
+    def killed(run, order, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(run, order, step)
+
+    monkeypatch.setattr(rl, "sample_and_rank", killed)
+    code, folder, err = run(**changes)
+    assert code == 130, err
+    monkeypatch.setattr(rl, "sample_and_rank", original)
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(whole)
+    steps = [row for row in metrics(whole) if row["stage"] == "rl"]
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # the policy is its own reference
+    assert abs(steps[-1]["rewards/margins"]) > 1e-3
+
+
 def test_passes_of_bounded_size_train_alike(finished, run):
     code, folder, err = run(max_packed_tokens=150, sft_steps=2, max_steps=1)
     assert code == 0, err

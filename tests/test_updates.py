@@ -23,7 +23,7 @@ from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import update_loss
+from rlaif_fast.trainer.rl import draw, update_loss
 from rlaif_fast.trainer.sft import accumulate
 
 G = 3
@@ -176,6 +176,30 @@ def test_preferences_are_learned_from_as_their_formulas_say(algorithm):
     policy.model.zero_grad()
     loss.backward()
     assert_same_gradients(ours, {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "online_dpo"])
+@pytest.mark.parametrize("tower_trains", [False, True])
+def test_only_fixed_pairs_are_drawn_from_the_start(algorithm, tower_trains):
+    policy = make_policy("qwen3_vl")
+    policy.vision.tower.requires_grad_(tower_trains)
+    policy.freeze_reference(copy=True)
+    config = TrainConfig(algorithm=algorithm, num_generations=G)
+    run = SimpleNamespace(
+        config=config, policy=policy, algorithm=make_algorithm(config), sampler=SharedPrefixSampler(policy)
+    )
+    prompts, params = prompts_about_clips("qwen3_vl"), SamplingParams(max_new_tokens=6, seed=1)
+    before, _ = draw(run, prompts, params)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    weights = [p.detach().clone() for p in policy.model.parameters()]
+    after, features = draw(run, prompts, params)
+    from_start = algorithm == "dpo"
+    assert torch.equal(before.logps, after.logps) == from_start
+    assert (features is None) == from_start
+    assert all(torch.equal(p, w) for p, w in zip(policy.model.parameters(), weights))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -18,16 +18,17 @@ class AlgorithmOptions:
     Attributes:
         algorithm: "grpo_rank" (the oracle's order), "grpo" (scores, normalised in the group), "rloo" (scores, against
             the other responses' mean), "gopo" (ranks, evenly spaced), "rlrr" (ranks as relative rewards), "odrpo"
-            (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "lipo" (every pair,
-            weighed by LambdaLoss), or one from the entry-point group `rlaif_fast.algorithms`.
+            (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "dpo" (the same
+            of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), or one from the entry-point
+            group `rlaif_fast.algorithms`.
         advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
             `algorithm: grpo`.
         penalty_weight: Weight w of the rank penalty in a directed advantage.
         scale: "none", or "group": divide by the group's root mean square (grpo_rank, grpo and rlrr).
         score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
         weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
-        beta: Weight of the KL to the reference policy (the start of this stage), 0.01 where null. For online_dpo and
-            lipo DPO's beta, 0.1 where null: how strongly the policy is held to the reference.
+        beta: Weight of the KL to the reference policy (the start of this stage), 0.01 where null. For online_dpo, dpo
+            and lipo DPO's beta, 0.1 where null: how strongly the policy is held to the reference.
         kl: KL estimator: "k1", "k2", "k3".
         epsilon: Lower (and, by default, upper) clip range.
         epsilon_high: Upper clip range.

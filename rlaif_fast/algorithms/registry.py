@@ -19,6 +19,7 @@ ALGORITHMS = {
     "rlrr": "rlaif_fast.algorithms.rlrr:Rlrr",
     "odrpo": "rlaif_fast.algorithms.odrpo:Odrpo",
     "online_dpo": "rlaif_fast.algorithms.online_dpo:OnlineDpo",
+    "dpo": "rlaif_fast.algorithms.dpo:Dpo",
     "lipo": "rlaif_fast.algorithms.lipo:Lipo",
 }
 
