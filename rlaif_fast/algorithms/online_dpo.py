@@ -12,6 +12,7 @@ from rlaif_fast import LossOutput, RankAdvantages, fused_linear_dpo_loss, rank_a
 from rlaif_fast.algorithms.preference import PreferenceAlgorithm, as_output
 from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.oracle.base import Ranking
+from rlaif_fast.oracle.pairs import best_and_worst
 
 
 class OnlineDpo(PreferenceAlgorithm):
@@ -19,9 +20,7 @@ class OnlineDpo(PreferenceAlgorithm):
 
     def learns_from(self, ranking: Ranking) -> Sequence[int]:
         """The best response and the worst."""
-        ranks = {place: rank for place, rank in enumerate(ranking.ranks) if rank is not None}
-        best, worst = min(ranks, key=lambda i: (ranks[i], i)), min(ranks, key=lambda i: (-ranks[i], i))
-        return (best, worst) if ranks[best] < ranks[worst] else ()
+        return best_and_worst(ranking.ranks) or ()
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """1 for the chosen response, -1 for the rejected one, for the log; the loss makes none of them."""
