@@ -106,6 +106,29 @@ def test_loss_and_gradients_are_those_of_plain_autograd(name):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_dpo_loss_is_liger_s():
+    peer = pytest.importorskip("liger_kernel.chunked_loss").LigerFusedLinearDPOLoss(beta=0.3, compiled=False)
+    problem = random_problem(N=4, G=2, V=65)
+    mask, ids = problem.tensors["mask"], problem.token_ids
+    start = 0.9 * problem.weight  # the reference's head
+    leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight, problem.bias)]
+    logps = (problem.hidden @ start.t() + problem.bias).log_softmax(-1)
+    reference = (logps.gather(-1, ids.where(mask, 0)[..., None])[..., 0] * mask).sum(-1)
+    out = fused_linear_dpo_loss(
+        *leaves[:2], ids, ref_logps_sum=reference, bias=leaves[2], mask=mask, beta=0.3
+    )
+    ours = torch.autograd.grad(out.loss, leaves)
+
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # Liger wants the chosen half first
+    targets = ids.where(mask, -100)[order]
+    loss, _ = peer(
+        leaves[1], leaves[0][order], targets, leaves[2], problem.hidden[order], start, problem.bias
+    )
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, torch.autograd.grad(loss, leaves)):
+        assert relative_l2(a, b) <= 1e-5
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck(backend):
     problem = random_problem(N=2, G=2, T=3, V=7, H=4, dtype=torch.float64)

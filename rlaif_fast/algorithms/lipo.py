@@ -49,5 +49,5 @@ def win_rates(verdicts: Verdicts) -> Tensor:
     better = (ranks[:, :, None] < ranks[:, None, :]) & pairs
     level = (ranks[:, :, None] == ranks[:, None, :]) & pairs  # the response itself included
     others = (members.sum(1, keepdim=True) - 1).clamp(min=1)
-    wins = better.sum(2) + (level.sum(2) - members.to(level.sum(2).dtype)) / 2
+    wins = better.sum(2) + (level.sum(2) - 1) / 2
     return (wins / others).where(members, 0.0)
