@@ -163,7 +163,7 @@ def train_in(world, config) -> None:
         else:
             load_weights(policy.model, run.store.path("sft"))
         if "reference" in run.algorithm.extra_models:
-            policy.freeze_reference()
+            policy.freeze_reference(copy=run.algorithm.samples_from == "start")
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
             load_weights(policy.model, run.store.path("last"))
