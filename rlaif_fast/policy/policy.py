@@ -26,7 +26,6 @@ from rlaif_fast.policy.families import (
     marker_token_ids,
     text_decoder,
     unwrap,
-    vision_tower,
 )
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, count_rows, pack
@@ -101,11 +100,13 @@ class Policy:
             family = family_of(model)
             self.decoder = text_decoder(model)
             self.embedding = self.decoder.get_input_embeddings()
-            self.vision = VisionEncoder(vision_tower(model), feature_cache_bytes)
+            self.vision = VisionEncoder(family.vision(model), feature_cache_bytes, family)
+            self.position_axes = family.axes
             self.layouts = PromptLayouts(model, family)
             self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
             attention.install(self.decoder)
-            vision_attention.install(self.vision.tower)
+            if family.batched_vision:
+                vision_attention.install(unwrap(model).get_submodule(family.tower))
 
     # --- the head -------------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class Policy:
                 options = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(media[1:])}
         output = self.decoder(
             inputs_embeds=embeds[None],
-            position_ids=positions[:, None],
+            position_ids=positions[:, None] if self.position_axes == 3 else positions[:1],
             attention_mask=embeds.new_zeros(attention.UNUSED_MASK_SHAPE),
             use_cache=False,
             shared_prefix=context,
@@ -341,7 +342,7 @@ class Policy:
         own_tower = self.shared_prefix and self.vision.trains
         with self.evaluating(), self.reference_weights():
             if own_tower:
-                features = VisionEncoder(self.vision.tower, cache_bytes=0)(prompts)
+                features = VisionEncoder(self.vision.tower, 0, self.vision.family)(prompts)
             logps = self.response_logps(
                 prompts,
                 token_ids,

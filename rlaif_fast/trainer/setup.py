@@ -23,16 +23,19 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
+from rlaif_fast.policy.families import check_shared_prefix
+from rlaif_fast.policy.frontend import load_frontend
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
-from rlaif_fast.policy.weights import adapter_config, check_config
+from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker
-from rlaif_fast.prompts.encoder import PromptEncoder, question_text
+from rlaif_fast.prompts.encoder import question_text
+from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
-from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
+from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
 
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
@@ -64,7 +67,7 @@ def preflight(config: TrainConfig) -> None:
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
     resolve_device(config.device)
-    check_model(config.model)
+    check_model(config.model, shared_prefix=config.shared_prefix)
     if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
         raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
     if config.resume is None and config.overwrite_output_dir:
@@ -77,21 +80,20 @@ def preflight(config: TrainConfig) -> None:
         load_data(config)
 
 
-def check_model(model: str) -> None:
-    """Refuse a model whose configuration cannot be read; its weights are not."""
-    from transformers import AutoConfig
+def check_model(model: str, *, shared_prefix: bool = False) -> None:
+    """Refuse a model that cannot be trained as far as that is known without its weights.
 
+    Its configuration is read, and a question about a generated clip is encoded.
+    """
     if is_tiny(model):
         return
     adapters = adapter_folder(model)
     if adapters is not None:
         model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
-    check_config(model, "model")
-    try:
-        AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"model: cannot load {model!r}: {reason}") from error
+    frontend = load_frontend(model)
+    if shared_prefix:
+        check_shared_prefix(frontend.config)
+    check_encoding(frontend)
 
 
 def check_overwrite(config: TrainConfig) -> None:
@@ -165,13 +167,9 @@ def make_batch_maker(
     """What turns rows into encoded prompts for this model; on a GPU frames are decoded, resized and cut there."""
     spec = loaded.patch_spec
     on_gpu = loaded.device.type == "cuda"
-    pixels = PixelBudget(
-        spec.factor, config.min_pixels, config.max_pixels, config.total_pixels, spec.temporal_patch_size
-    )
-    encoder = PromptEncoder(
-        loaded.tokenizer,
-        loaded.model_type,
-        spec,
+    pixels = spec.budget(config.min_pixels, config.max_pixels, config.total_pixels)
+    encoder = make_encoder(
+        loaded,
         pixels,
         system_prompt=config.system_prompt,
         device=loaded.device if on_gpu else None,
