@@ -47,7 +47,11 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     config = configuration(options)
     known = None
     if options.data is not None:
-        rows = read_examples(Path(options.data).expanduser(), media_root=config.media_root)
+        rows = read_examples(
+            Path(options.data).expanduser(),
+            media_root=config.media_root,
+            require_answer=options.output is None,  # answers are wanted, and may be all that is wanted
+        )
     else:
         data = datasets.load_data(config)
         rows, known = data.test, data.rl
@@ -66,7 +70,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             max_new_tokens=config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )
-    if not result.by_category():
+    if not result.by_category() and options.output is None:
         raise UsageError("evaluate: no row has a reference answer, so accuracy cannot be measured")
     chance = chance_by_category(rows, reference=known)
     if options.output is not None:
@@ -84,7 +88,12 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             ),
         )
     figures = {"accuracy": result.accuracy, "by_category": result.by_category(), "chance": chance}
-    print_table(figures)
+    if figures["by_category"]:
+        print_table(figures)
+    else:
+        print(
+            f"{options.output}: {len(result.predictions)} answers; no row has a reference answer to measure by"
+        )
     return figures
 
 
