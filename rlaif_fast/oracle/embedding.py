@@ -14,6 +14,7 @@ from torch import Tensor
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import show_responses
@@ -122,7 +123,10 @@ class EmbeddingOracle:
         if request.reference is None or not request.reference.strip():
             return None
         plain = []
-        for text in (request.reference, *request.responses):
+        answers = [
+            final_part(text) or "" for text in request.responses
+        ]  # behind the reasoning, where there is some
+        for text in (request.reference, *answers):
             option = parse_choice(text, request.options) if request.options else None
             plain.append(text if option is None else request.options[option])
         shown, places = show_responses(plain, self.max_response_chars)
