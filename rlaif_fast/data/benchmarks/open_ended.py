@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlaif_fast.data.benchmarks.base import Folder, Item, make_item, text_of
+from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.reader import read_report
 from rlaif_fast.errors import UsageError
 
@@ -25,10 +26,7 @@ _ACTIVITYNET_TYPES = (
 def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MSVD-QA: `vid12` is the twelfth line of `youtube_mapping.txt`, which names the clip's file."""
     mapping = folder.optional("**/youtube_mapping.txt")
-    names: dict[str, str] = {}
-    for line in mapping.read_text().splitlines() if mapping else ():
-        if len(words := line.split()) == 2:
-            names[words[1]] = words[0]
+    names = youtube_names(mapping) if mapping else {}
     for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
         number = text_of(row, "video_id", where)
         name = f"vid{number}" if number.isdecimal() else number
