@@ -301,15 +301,18 @@ class Policy:
         """Whether the model is wrapped by peft, so that switching the adapter off gives the reference."""
         return hasattr(self.model, "disable_adapter")
 
-    def freeze_reference(self) -> None:
+    def freeze_reference(self, *, copy: bool = False) -> None:
         """Make the present weights the reference.
 
         Kept is a copy of the weights that train, which takes their place while the reference is asked; nothing is
         kept where switching off a LoRA adapter that is still new gives the same.
+
+        Args:
+            copy: Keep one there too: captured CUDA graphs know weights by their place, not switches.
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._reference = None
-        if not (self.has_adapter and _is_new_lora(trained)):
+        if copy or not (self.has_adapter and _is_new_lora(trained)):
             self._reference = [(p, p.detach().clone()) for p in trained.values()]
 
     @torch.no_grad()
@@ -337,7 +340,7 @@ class Policy:
                 "reference_logps: no reference; call freeze_reference() where the policy starts"
             )
         own_tower = self.shared_prefix and self.vision.trains
-        with self.evaluating(), self._reference_weights():
+        with self.evaluating(), self.reference_weights():
             if own_tower:
                 features = VisionEncoder(self.vision.tower, 0, self.vision.family)(prompts)
             logps = self.response_logps(
@@ -352,7 +355,7 @@ class Policy:
         return logps
 
     @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
+    def reference_weights(self) -> Iterator[None]:
         """The model with the weights of the reference."""
         if self._reference is None:
             with self.model.disable_adapter():

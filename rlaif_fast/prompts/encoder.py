@@ -47,7 +47,7 @@ class Prompt(EncodedPrompt):
 
 def question_text(example: Example) -> str:
     """The user's turn without the media: the question, then the options with their letters."""
-    return with_options(example.question, example.options)
+    return with_options(example.question, example.options) if example.asked is None else example.asked
 
 
 def with_options(text: str, options: Sequence[str]) -> str:
@@ -154,7 +154,7 @@ class PromptEncoder:
         cuts = [ref.cut for ref in refs] if len(refs) == len(clips) else [Cut()] * len(clips)
         media = tuple(self._preprocess(clip, len(clips), cut) for clip, cut in zip(clips, cuts))
         grids = (str(item.grid_thw) for item in media)
-        text = (example.question, *example.options, example.system or "", *example.layout)
+        text = (question_text(example), *example.options, example.system or "", *example.layout)
         key = (*text, *(clip.key for clip in clips), *grids)
         ids = self._ids.get(key)
         if ids is None:
@@ -170,13 +170,14 @@ class PromptEncoder:
         pieces = (
             example.layout
             if len(example.layout) == len(clips) + 1
-            else ("",) * len(clips) + (example.question,)
+            else ("",) * len(clips) + (question_text(example),)
         )
         for piece, clip in zip(pieces, clips):
             if piece:
                 content.append({"type": "text", "text": self._plain(piece)})
             content.append(self.family.content(clip))
-        content.append({"type": "text", "text": self._plain(with_options(pieces[-1], example.options))})
+        last = with_options(pieces[-1], example.options) if pieces is example.layout else pieces[-1]
+        content.append({"type": "text", "text": self._plain(last)})
         messages: list[dict] = [{"role": "user", "content": content}]
         system = example.system or self.system_prompt
         if system:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,17 +12,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.algorithms.group import Group, rank_rollout, verdicts_on
+from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
-from rlaif_fast.rollout import SamplingParams
+from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.rollout import Rollout, SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
+
+# The statistics of a loss that are logged, where it has them.
+LOGGED = (
+    *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
+    *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+)
 
 
 @dataclass
@@ -128,7 +136,7 @@ def sample_and_rank(
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups; those of them to learn from; and what the vision tower gave for their prompts before the
+        This process's groups; what of them is learned from; and what the vision tower gave for their prompts before the
         rollout, with its graph where the rollout is learned from once and whole.
     """
     config, logger, world = run.config, run.logger, run.world
@@ -157,12 +165,7 @@ def sample_and_rank(
             seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
         )
         with logger.timer("rollout"):
-            with torch.set_grad_enabled(on_policy(config)):  # else the update runs the tower again
-                features = run.policy.encode_media(prompts)
-            shared = None if features is None else features.detach()
-            with torch.no_grad():
-                run.sampler.sync_weights(run.policy)
-                rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
+            rollout, features = draw(run, prompts, params)
         with logger.timer("oracle"):
             sampled += rank_rollout(prompts, rollout, run.oracle, run.algorithm)
         towers += [] if features is None else [features]
@@ -171,7 +174,26 @@ def sample_and_rank(
             break
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
-    return sampled, learnable[:wanted], features
+    return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
+
+
+def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
+    """Draw the responses to some prompts with the weights that the algorithm asks for.
+
+    Returns:
+        The rollout; and what the policy's own vision tower gave for it, where it ran.
+    """
+    config, policy = run.config, run.policy
+    from_start = run.algorithm.samples_from == "start"
+    with policy.reference_weights() if from_start else nullcontext():
+        keep_graph = on_policy(config) and not from_start  # else the update runs the tower again
+        with torch.set_grad_enabled(keep_graph):
+            features = policy.encode_media(prompts)
+        shared = None if features is None else features.detach()
+        with torch.no_grad():
+            run.sampler.sync_weights(policy)
+            rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
+    return rollout, None if from_start else features
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -268,9 +290,8 @@ def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None,
         validate=False,
     )
     output.loss.backward()
-    names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
     return {"loss": output.loss.detach()} | {
-        name: output.stats[name] for name in names if name in output.stats
+        name: output.stats[name] for name in LOGGED if name in output.stats
     }
 
 

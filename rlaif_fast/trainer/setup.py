@@ -16,7 +16,7 @@ import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
@@ -139,7 +139,8 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
     folder = cache_folder(config) / "models" / f"{config.model}-{key}"
     if not folder.exists():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        make_tiny(partial, words, family=family, seed=config.seed)
+        with writing(partial):
+            make_tiny(partial, words, family=family, seed=config.seed)
         try:
             partial.rename(folder)
         except OSError:
