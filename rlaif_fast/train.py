@@ -223,12 +223,19 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-    notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size), *older_names(config))
-    for note in notes:
-        logger.message(note)
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
+    config, reasoning = setup.for_reasoning(config, make_batch.encoder)
+    notes = (
+        *loaded.notes,
+        *reasoning,
+        *data_notes,
+        *uneven_steps(config, world.size),
+        *older_names(config),
+    )
+    for note in notes:
+        logger.message(note)
     files = read_processor_files(options.model)
     oracle = setup.make_oracle(config)
     run = Run(
