@@ -147,7 +147,7 @@ def check() -> int:
 def check_model(model: str) -> int:
     """Say how a model would be trained; returns 1 where it would be refused, else 0."""
     from rlaif_fast.errors import UsageError
-    from rlaif_fast.policy.describe import describe_model
+    from rlaif_fast.prompts.describe import describe_model
 
     try:
         lines = describe_model(model)
