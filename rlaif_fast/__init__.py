@@ -17,6 +17,7 @@ _HOMES = {
     "RankAdvantages": "rlaif_fast.loss.inputs",
     "fused_linear_dpo_loss": "rlaif_fast.loss.preference",
     "fused_linear_grpo_rank_loss": "rlaif_fast.loss.api",
+    "fused_linear_lipo_loss": "rlaif_fast.loss.preference",
     "grpo_rank_loss": "rlaif_fast.loss.api",
     "grpo_rank_loss_from_logits": "rlaif_fast.loss.api",
     "rank_advantages": "rlaif_fast.loss.api",
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from rlaif_fast.loss.inputs import RankAdvantages
     from rlaif_fast.loss.module import GRPORankLoss
     from rlaif_fast.loss.output import LossOutput
-    from rlaif_fast.loss.preference import PreferenceOutput, fused_linear_dpo_loss
+    from rlaif_fast.loss.preference import PreferenceOutput, fused_linear_dpo_loss, fused_linear_lipo_loss
 
 __all__ = [
     "GRPORankLoss",
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "fused_linear_dpo_loss",
     "fused_linear_grpo_rank_loss",
+    "fused_linear_lipo_loss",
     "grpo_rank_loss",
     "grpo_rank_loss_from_logits",
     "rank_advantages",

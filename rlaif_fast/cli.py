@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import itertools
 import re
 import sys
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from rlaif_fast.errors import RlaifFastError, UsageError, printable
+from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
 
 Config = TypeVar("Config")
@@ -193,15 +192,9 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
 
 def _os_reason(error: OSError) -> str:
     """What the system refused, where, and what to do."""
-    hints = {
-        errno.ENOSPC: "; free some space",
-        errno.EDQUOT: "; free some space",
-        errno.EMFILE: "; raise the limit of open files (ulimit -n)",
-        errno.ENFILE: "; raise the limit of open files of the machine",
-    }
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
     where = f"{' and '.join(paths)}: " if paths else ""
     reason = error.strerror or str(error) or type(error).__name__
     return printable(
-        f"{where}{reason}{hints.get(error.errno or 0, '')} (run with --debug true for the traceback)"
+        f"{where}{reason}{HINTS.get(error.errno or 0, '')} (run with --debug true for the traceback)"
     )

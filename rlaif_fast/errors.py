@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+# What to do about what the system refuses, by `OSError.errno`.
+HINTS = {
+    errno.ENOSPC: "; free some space",
+    errno.EDQUOT: "; free some space",
+    errno.EFBIG: "; raise the limit of file sizes (ulimit -f)",
+    errno.EMFILE: "; raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "; raise the limit of open files of the machine",
+}
 
 
 class RlaifFastError(Exception):
@@ -40,6 +54,37 @@ _UNPRINTED = {"Cc", "Cf", "Cs"}  # control, invisible format (bidi), surrogates
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file or folder that is written where the system refuses it.
+
+    Raises:
+        RlaifFastError: The system refused; libraries say it in errors of their own.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise RlaifFastError(f"cannot write {path}: {reason}") from error
+
+
+def refusal(error: Exception) -> str | None:
+    """Why the system refused to write, and what to do; None for an error of another kind.
+
+    Only Python says it by OSError. safetensors and tokenizers quote the system in errors of their own, and torch.save
+    reports where in the file it found itself.
+    """
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{HINTS.get(error.errno or 0, '')}"
+    if quoted := re.search(r"\(os error (\d+)\)", str(error)):
+        return f"{error}{HINTS.get(int(quoted.group(1)), '')}"
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return f"a file was not written to its end{HINTS[errno.ENOSPC]}"
+    return None
 
 
 def require(ok: bool, name: str, expected: str, got: Any) -> None:

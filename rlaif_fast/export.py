@@ -112,25 +112,21 @@ def dtype_of(source: Path) -> str:
 
 
 def probe(loaded: LoadedModel) -> torch.Tensor:
-    """(V,) log-probabilities of the token behind a short prompt with one picture."""
+    """(M, V) log-probabilities along a short answer about a generated clip."""
     import torch
 
-    from rlaif_fast.policy.families import unwrap
+    from rlaif_fast.data.schema import Example
+    from rlaif_fast.policy.policy import Policy
+    from rlaif_fast.prompts.make import TRIAL_PIXELS, make_encoder, trial_clip
 
-    model = cast(Any, loaded.model).eval()
-    config = unwrap(model).config
     spec = loaded.patch_spec
-    merge = spec.merge_size
-    width = 3 * spec.temporal_patch_size * spec.patch_size**2
-    pixels = torch.linspace(-1, 1, merge * merge * width, dtype=loaded.vision_dtype)
-    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-    ids += cast(Any, loaded.tokenizer)("What is shown?")["input_ids"]
-    inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels.view(merge * merge, width)}
-    kinds = (inputs["input_ids"] == config.image_token_id).int()
-    grid = torch.tensor([[1, merge, merge]])
-    with torch.no_grad():
-        logits = model(**inputs, image_grid_thw=grid, mm_token_type_ids=kinds, use_cache=False).logits
-    return logits[0, -1].float().log_softmax(-1)
+    encoder = make_encoder(loaded, spec.budget(spec.factor**2, max(spec.factor**2, TRIAL_PIXELS)))
+    prompt = encoder.encode(Example(id="probe", question="What is shown?", media=()), [trial_clip()])
+    answer = torch.tensor([encoder.encode_answer("Nothing.")])
+    policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
+    with torch.no_grad(), policy.evaluating():
+        hidden = policy.response_hidden([prompt], answer, torch.tensor([answer.shape[1]]))
+        return policy.logits(hidden).float().log_softmax(-1)
 
 
 def settings_of(source: Path) -> dict[str, dict]:

@@ -21,10 +21,12 @@ class Termination:
 
     Args:
         grace_seconds: How long the step and the checkpoint may take before the process ends without them.
+        announce: Say on stderr that the request was heard; one process of a run does.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
+    def __init__(self, grace_seconds: float, *, announce: bool = True) -> None:
         self.grace_seconds = grace_seconds
+        self.announce = announce
         self.requested = False
         self._saves = False
         self._timer: threading.Timer | None = None
@@ -61,4 +63,5 @@ class Termination:
         self._timer = threading.Timer(self.grace_seconds, os._exit, (EXIT_CODE,))
         self._timer.daemon = True
         self._timer.start()
-        print("SIGTERM: this step is finished and saved, then the run ends", file=sys.stderr, flush=True)
+        if self.announce:
+            print("SIGTERM: this step is finished and saved, then the run ends", file=sys.stderr, flush=True)

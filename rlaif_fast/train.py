@@ -71,7 +71,7 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
     else:
         config = setup.resolved(config)
     with contextlib.ExitStack() as held:
-        # The other processes start behind rank 0's, when the folder is as they are to find it.
+        # The other processes start once the folder is ready.
         if not rank_under_torchrun():
             setup.preflight(config)
             if config.resume is None:
@@ -142,9 +142,10 @@ def train_in(world, config) -> None:
             seconds=state["seconds"] if state else None,
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
-        termination = Termination(config.grace_seconds)
-        if world.is_main:
-            open_parts.enter_context(termination.installed())
+        # Schedulers and torchrun send SIGTERM to every process, and each has to finish the step.
+        termination = open_parts.enter_context(
+            Termination(config.grace_seconds, announce=world.is_main).installed()
+        )
         run, notes = build_run(world, config, run_dir, logger, open_parts, termination)
         policy, data = run.policy, run.data
         describe(run)
@@ -162,7 +163,7 @@ def train_in(world, config) -> None:
         else:
             load_weights(policy.model, run.store.path("sft"))
         if "reference" in run.algorithm.extra_models:
-            policy.freeze_reference()
+            policy.freeze_reference(copy=run.algorithm.samples_from == "start")
         in_rl = state is not None and state["stage"] == "rl"
         if in_rl:
             load_weights(policy.model, run.store.path("last"))
@@ -223,12 +224,19 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         world.broadcast([p.data for p in policy.model.parameters()])
         setup.shard(policy, config, world)
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-    notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size), *older_names(config))
-    for note in notes:
-        logger.message(note)
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
+    config, reasoning = setup.for_reasoning(config, make_batch.encoder)
+    notes = (
+        *loaded.notes,
+        *reasoning,
+        *data_notes,
+        *uneven_steps(config, world.size),
+        *older_names(config),
+    )
+    for note in notes:
+        logger.message(note)
     files = read_processor_files(options.model)
     oracle = setup.make_oracle(config)
     run = Run(

@@ -7,10 +7,12 @@ from rlaif_fast import rank_advantages
 from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, Verdicts, make_algorithm
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.trainer.options import TrainConfig
 
 REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
 RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
+PREFERENCES = ("online_dpo", "dpo", "lipo")  # their losses take no advantages
 POLICY = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
 
 
@@ -46,7 +48,7 @@ def test_the_judged_part_of_a_group_is_a_smaller_group_and_weights_multiply(name
     torch.testing.assert_close(part.kendall_tau[0], smaller.kendall_tau[0])
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in PREFERENCES])
 def test_the_loss_gets_the_advantages_that_are_logged(name):
     torch.manual_seed(0)
     algorithm = make_algorithm(AlgorithmOptions(algorithm=name, beta=0.0))
@@ -89,6 +91,63 @@ def test_gopo_spaces_ranks_evenly_and_ties_share():
     torch.testing.assert_close(shared, torch.tensor([[2.0, -2.0, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("scale", ["none", "group"])
+def test_rlrr_is_linear_in_the_level(scale):
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="rlrr", scale=scale))
+    got = algorithm.advantages(Verdicts(torch.tensor([[4, 0, 4, 1, 9]]), None, None, torch.zeros(1, 5)))
+    rewards = torch.tensor([1 / 3, 1.0, 1 / 3, 2 / 3, 0.0])  # of four levels
+    expected = rewards - rewards.mean()
+    if scale == "group":
+        expected = expected / rewards.std(correction=0)
+    torch.testing.assert_close(got.advantages[0], expected)
+
+
+def test_odrpo_adds_up_one_normalised_verdict_a_threshold():
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="odrpo"))
+    got = algorithm.advantages(Verdicts(torch.tensor([[4, 0, 4, 1, 9]]), None, None, torch.zeros(1, 5)))
+    expected = torch.zeros(5)
+    for threshold in (0, 1, 4):  # the ranks that a response can reach and another miss
+        reached = (torch.tensor([4, 0, 4, 1, 9]) <= threshold).float()
+        expected += (reached - reached.mean()) / reached.std(correction=0)
+    torch.testing.assert_close(got.advantages[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pair"),
+    [
+        ((1, 0, 2, 2), (1, 2)),
+        ((0, 0, 1, 1), (0, 2)),
+        ((None, 3, 0, None), (2, 1)),
+        ((0, 0, 0, 0), ()),
+        ((None, 1, 1, None), ()),
+    ],
+)
+def test_online_dpo_takes_the_best_and_the_worst(ranks, pair):
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="online_dpo"))
+    assert tuple(algorithm.learns_from(Ranking(ranks))) == pair
+    judged = torch.tensor([[rank is not None for rank in ranks]])
+    known = torch.tensor([[rank or 0 for rank in ranks]])
+    logged = algorithm.advantages(Verdicts(known, judged, None, POLICY[:1])).advantages[0]
+    assert logged.tolist() == [(i in pair[:1]) - float(i in pair[1:]) for i in range(4)]
+
+
+def test_lipo_labels_are_rates_of_wins():
+    algorithm = make_algorithm(AlgorithmOptions(algorithm="lipo"))
+    judged = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    given = Verdicts(torch.tensor([[3, 0, 3, 1], [2, 0, 1, 0]]), judged, None, POLICY)
+    expected = torch.tensor([[1 / 6, 1.0, 1 / 6, 2 / 3], [0.0, 0.0, 0.5, 1.0]])
+    torch.testing.assert_close(algorithm.loss_inputs(given)["labels"], expected)
+
+
+def test_beta_is_the_kl_s_or_dpo_s():
+    assert make_algorithm(AlgorithmOptions()).beta == 0.01
+    assert make_algorithm(AlgorithmOptions(algorithm="online_dpo")).beta == 0.1
+    assert make_algorithm(AlgorithmOptions(algorithm="lipo", beta=0.05)).beta == 0.05
+    assert make_algorithm(AlgorithmOptions(algorithm="lipo")).extra_models == ("reference",)
+    with pytest.raises(UsageError, match="beta: expected a positive number, got 0"):
+        TrainConfig(algorithm="online_dpo", beta=0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -98,6 +157,9 @@ def test_gopo_spaces_ranks_evenly_and_ties_share():
         ({"algorithm": "gopo", "advantage": "paper"}, "advantage: gopo"),
         ({"advantage": "oracle", "penalty_weight": 0.5}, "penalty_weight: grpo_rank with advantage oracle"),
         ({"advantage": "zscore", "penalty_weight": 0.5}, "penalty_weight: grpo_rank with advantage zscore"),
+        ({"algorithm": "odrpo", "scale": "none"}, "scale: odrpo does not read it, got 'none'"),
+        ({"algorithm": "online_dpo", "epsilon": 0.1}, "epsilon: online_dpo does not read it, got 0.1"),
+        ({"algorithm": "lipo", "mask_truncated_completions": True}, "mask_truncated_completions: lipo"),
         ({"algorithm": "grpo_rnk"}, "unknown algorithm 'grpo_rnk'; did you mean 'grpo_rank'"),
     ],
 )

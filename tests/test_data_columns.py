@@ -220,6 +220,17 @@ def test_published_layouts_are_read_as_they_ship(folder, name):
     assert (example.answer, len(example.options)) == (answer, options)
 
 
+def test_msvd_videos_are_found_by_their_mapping(folder):
+    """As the dataset ships: the rows number the videos, and the files bear YouTube's names."""
+    (folder / "youtube_mapping.txt").write_text("mv89psg6zh4_33_46 vid1\nother vid1451\n")
+    (folder / "YouTubeClips").mkdir()
+    (folder / "YouTubeClips/mv89psg6zh4_33_46.avi").write_bytes(b"x")
+    row = PUBLISHED["MSVD-QA"][0]
+    mapped, numbered = read(folder, row | {"video_id": 1}, row | {"id": 2})
+    assert mapped.videos == (str(folder / "YouTubeClips/mv89psg6zh4_33_46.avi"),)
+    assert numbered.videos == (str(folder / "vid1451.avi"),)  # where the mapped one is not there
+
+
 ROWS = [
     {"id": str(i), "question": f"what {i}?", "answer": "B", "video": "a.mp4", "options": ["x", "y"]}
     for i in range(3)

@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent / "rlaif_fast"
 # From the top down. Rooms of one floor do not import each other; modules of the package's root are rooms too.
 FLOORS = (
     ("__main__", "train", "evaluate", "compare", "doctor", "export", "plan"),
-    ("comparison", "adapters", "checkup"),
+    ("comparison", "adapters", "checkup", "evals"),
     ("report",),
-    ("evals",),
     ("trainer",),
     ("runs",),
     ("algorithms",),

@@ -197,6 +197,41 @@ def test_rank_then_agree(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_pairs_of_a_ranked_file(tmp_path, capsys):
+    source = write(
+        tmp_path / "v.jsonl",
+        {"id": "a", "question": "?", "responses": ["x", "y", "z"], "ranks": [1, 0, None], "verdicts": [7]},
+        {"id": "b", "question": "?", "responses": ["x", "y", "y", "z"], "ranks": [1, 0, 2, 0]},
+        {"example_id": "c", "question": "?", "responses": ["p", "q"], "oracle_ranks": [0, 0], "step": 3},
+    )
+    assert main(["pairs", str(source)]) == 0
+    out = capsys.readouterr()
+    assert out.out == f"{tmp_path / 'v.pairs.jsonl'}\n"
+    assert "1 pairs of 3 groups; 2 groups have none" in out.err  # the best and worst of b are one text
+    rows = [json.loads(line) for line in (tmp_path / "v.pairs.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"id": "a", "question": "?", "chosen": "y", "rejected": "x", "ranks": [0, 1], "source": f"{source}:1"}
+    ]
+    assert main(["pairs", str(source), "--pairs", "all", "--output", str(tmp_path / "all.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["chosen"], row["rejected"], *row["ranks"]) for row in rows] == [
+        ("a", "y", "x", 0, 1),
+        ("b", "x", "y", 1, 2),
+        ("b", "y", "x", 0, 1),
+        ("b", "z", "x", 0, 1),
+        ("b", "z", "y", 0, 2),
+    ]
+
+
+def test_pairs_refuse_a_file_without_any(tmp_path, capsys):
+    tied = write(tmp_path / "v.jsonl", {"question": "?", "responses": ["x", "y"], "ranks": [0, 0]})
+    assert main(["pairs", str(tied)]) == 2
+    assert "none of its 1 groups has two responses of different rank" in capsys.readouterr().err
+    assert main(["pairs", str(tied), "--output", str(tied)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["v.jsonl"]
+
+
 def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):
     base = {"responses": ["a", "b", "c"], "category": "c"}
     first = write(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+from transformers import AutoModel, PreTrainedTokenizerFast
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest
@@ -103,19 +106,26 @@ def test_embedding_needs_a_reference_and_a_model(encoder, tmp_path):
 
 
 def test_the_pooling_of_the_folder_is_obeyed(encoder, tmp_path):
-    import json
-    import shutil
-
     folder = tmp_path / "first"
     shutil.copytree(encoder, folder)
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 1}))
-    group = request(("a right right", "red"), reference="a left")
-    scores = scores_of(EmbeddingOracle(model=str(folder), device="cpu"), group)
-    assert scores[0] == pytest.approx(1.0, abs=1e-5)  # the first token alone is read
-    assert scores[1] < 0.999
-    assert scores_of(EmbeddingOracle(model=str(encoder), device="cpu"), group)[0] < 0.999
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    model = AutoModel.from_pretrained(encoder).eval()
+    with torch.no_grad():
+        response, reference = (
+            model(**word_tokenizer()(text, return_tensors="pt")).last_hidden_state[0]
+            for text in ("a right right", "a left")
+        )
+    group = request(("a right right",), reference="a left")
+    first = torch.cosine_similarity(response[0], reference[0], dim=0).item()
+    mean = torch.cosine_similarity(response.mean(0), reference.mean(0), dim=0).item()
+    assert scores_of(EmbeddingOracle(model=str(folder), device="cpu"), group)[0] == pytest.approx(
+        first, abs=1e-5
+    )
+    assert scores_of(EmbeddingOracle(model=str(encoder), device="cpu"), group)[0] == pytest.approx(
+        mean, abs=1e-5
+    )
+    assert abs(first - mean) > 0.01
 
 
 def test_a_real_sentence_encoder():
@@ -135,6 +145,37 @@ def test_a_real_sentence_encoder():
     assert min(scores[0], scores[2]) > 0.5 > 0.3 > max(scores[1], scores[3])
     [ranking] = oracle.rank([group])
     assert set(ranking.ranks[::2]) == {0, 1}
+
+
+def test_embedding_reads_texts_beyond_the_encoder_to_their_end(encoder, tmp_path):
+    """In pieces; texts that differ anywhere never tie because they were cut."""
+    folder = tmp_path / "short"
+    shutil.copytree(encoder, folder)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    oracle = EmbeddingOracle(model=str(folder), device="cpu")
+    long = "a square moves " * 8
+    group = request((long + "left", long + "right", long + "left"), reference="left")
+    scores = scores_of(oracle, group)
+    assert scores[0] == pytest.approx(scores[2]) and scores[0] - scores[1] > 1e-4
+    whole = EmbeddingOracle(model=str(encoder), device="cpu")  # what fits is read as before
+    assert scores_of(oracle, request(("red left", "a"))) == pytest.approx(
+        scores_of(whole, request(("red left", "a"))), abs=1e-6
+    )
+    # By hand: the mean over the tokens of all pieces.
+    pieces = ["a square moves a square moves a square", "moves left"]
+    model = AutoModel.from_pretrained(encoder).eval()
+    with torch.no_grad():
+        hidden = [model(**word_tokenizer()(p, return_tensors="pt")).last_hidden_state[0] for p in pieces]
+        reference = model(**word_tokenizer()("red", return_tensors="pt")).last_hidden_state[0].mean(0)
+    expected = torch.cosine_similarity(torch.cat(hidden).mean(0), reference, dim=0).clamp(0, 1).item()
+    [got] = scores_of(oracle, request((" ".join(pieces),), reference="red"))
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+def test_embedding_without_a_fast_tokenizer_is_refused(encoder, monkeypatch):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", property(lambda self: False))
+    with pytest.raises(UsageError, match="no fast tokenizer"):
+        EmbeddingOracle(model=str(encoder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +212,21 @@ def test_reward_model_ranks_by_its_scores(reward_model):
         assert scores[1] == pytest.approx(model(**encoded).logits.item(), abs=1e-4)
 
 
-def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tmp_path):
-    import shutil
+def test_reward_model_does_not_judge_what_it_was_cut_to(reward_model):
+    """Responses that differ only where they were cut get no rank; the others keep theirs."""
+    oracle = RewardModelOracle(model=str(reward_model), device="cpu", max_tokens=20)
+    long = "a square moves " * 10
+    middles = (f"{long}left {long}", f"{long}right {long}")
+    [ranking] = oracle.rank([request((*middles, "red", "left"), reference=None)])
+    assert ranking.ranks[:2] == (None, None) and set(ranking.ranks[2:]) == {0, 1}
+    assert ranking.scores[:2] == (None, None) and ranking.verdicts[:2] == (None, None)
+    [ranking] = oracle.rank([request((long + "left", long + "right", "red", long + "left"), reference=None)])
+    assert None not in ranking.ranks and ranking.ranks[0] == ranking.ranks[3] != ranking.ranks[1]
+    [ranking] = oracle.rank([request(("house", "tree"), reference=None)])  # unknown words, not cut
+    assert ranking.ranks == (0, 0)
 
+
+def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 
     chat = tmp_path / "chat"

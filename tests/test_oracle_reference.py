@@ -183,3 +183,38 @@ def test_scores_stay_in_range_and_the_reference_itself_wins(reference, response)
     scores = scores_of(oracle, request(reference, (response, reference)))
     assert 0.0 <= scores[0] <= scores[1] == 1.0
     assert oracle.is_correct(request(reference), reference)
+
+
+@pytest.mark.parametrize(
+    ("reference", "response"),
+    [
+        ("4", "<think>There are 3 on the left and 1 more.</think><answer>4</answer>"),
+        ("4", "<think>3 and 1</think>\n4"),
+        ("4", "Three and one make \\boxed{4}"),
+        ("a red ball", "<think>It is red, not blue.</think> <answer> A red ball. </answer>"),
+        ("a red ball", "<ANSWER>a red ball"),
+        ("a red ball", "a red ball"),
+        ("<think>x</think><answer>4</answer>", "<think>x</think><answer>4</answer>"),  # scored whole
+    ],
+)
+def test_the_answer_behind_reasoning_is_scored(reference, response):
+    oracle = ReferenceOracle()
+    asked = RankRequest("r", "q", (response, "something else"), reference=reference)
+    assert oracle.is_correct(asked, response)
+    [ranking] = oracle.rank([asked])
+    assert ranking.ranks == (0, 1) and ranking.scores[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "<think>It must be 4",  # reasoning that does not end
+        "<answer>4</answer> or <answer>5</answer>",
+        "<think>4</think><answer>5</answer>",
+        "\\boxed{4} \\boxed{5}",
+        "<think>4</think>",
+    ],
+)
+def test_reasoning_alone_is_no_answer(response):
+    asked = RankRequest("r", "q", (response,), reference="4")
+    assert not ReferenceOracle().is_correct(asked, response)

@@ -242,9 +242,9 @@ def file_limit():
 @pytest.mark.parametrize(
     ("weights", "words", "state", "reason"),
     [
-        (100_000, 1, 1, "File too large"),
-        (1, 100_000, 1, "File too large"),
-        (1, 1, 100_000, "trainer_state.pt was not written to its end"),
+        (100_000, 1, 1, "File too large.*; raise the limit of file sizes"),
+        (1, 100_000, 1, "File too large.*; raise the limit of file sizes"),
+        (1, 1, 100_000, "a file was not written to its end; free some space"),
     ],
     ids=["model", "tokenizer", "state"],
 )
@@ -252,9 +252,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, file_limit, weights
     store = CheckpointStore(tmp_path, {})
     store.save("rl-000001", Weights(10), Words(), {"step": 1}, last=True)
     file_limit(50_000)
-    with pytest.raises(
-        RlaifFastError, match=rf"cannot write checkpoint .*rl-000002: .*{reason}.*; free some"
-    ):
+    with pytest.raises(RlaifFastError, match=rf"cannot write checkpoint .*rl-000002: .*{reason}"):
         store.save("rl-000002", Weights(weights), Words(words), {"moments": torch.zeros(state)}, last=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index.json", "rl-000001"]
     assert store.last_state() == {"step": 1}

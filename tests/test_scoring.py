@@ -39,7 +39,8 @@ def longest(request):
     ("options", "reference", "response", "right"),
     [
         ({"extract": THINKING}, "red", "<think>blue?</think><answer>red</answer>", True),
-        ({}, "red", "<think>blue?</think><answer>red</answer>", False),
+        ({}, "red", "<think>blue?</think><answer>red</answer>", True),
+        ({}, "red", "<think>red</think><answer>blue</answer>", False),
         ({"extract": THINKING}, "12", "it is <answer>12</answer>", True),
         ({"tolerance": 0.1}, "100", "105", True),
         ({}, "100", "105", False),

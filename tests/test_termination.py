@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from test_train import SMALL, metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import run_command
+from rlaif_fast.errors import RlaifFastError, writing
 from rlaif_fast.runs.folder import read_jsonl
 from rlaif_fast.termination import EXIT_CODE, Terminated, Termination
 from rlaif_fast.trainer import rl
@@ -110,3 +112,48 @@ def test_what_the_system_refuses_is_one_line_with_its_place(error, words, capsys
     assert run_command(fail) == 1
     err = capsys.readouterr().err
     assert words in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some space"),
+        (OSError(errno.EFBIG, "File too large"), "File too large; raise the limit of file sizes"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:603]"),
+            "not written to its end; free some space",
+        ),
+        (Exception("I/O error: No space left on device (os error 28)"), r"\(os error 28\); free some space"),
+        (OSError("odd"), "odd"),
+    ],
+)
+def test_what_cannot_be_written_is_named(error, words):
+    with pytest.raises(RlaifFastError, match=f"^cannot write /a/b: .*{words}"), writing("/a/b"):
+        raise error
+    with pytest.raises(KeyError), writing("/a/b"):
+        raise KeyError("of another kind")
+
+
+def test_two_processes_finish_the_step_when_their_group_gets_sigterm(tmp_path, cache):
+    """As schedulers and terminals send it: to every process at once, also to those that decode."""
+    values = SMALL | {"output_dir": tmp_path, "cache_dir": cache, "sft_steps": 2, "num_processes": 2}
+    values |= {"max_steps": 500, "eval_steps": 1000, "lr_scheduler_type": "constant"}
+    command = [sys.executable, "-m", "rlaif_fast.train", *(f"--{k}={v}" for k, v in values.items())]
+    run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        while not any(row["stage"] == "rl" for row in metrics(tmp_path)):
+            assert run.poll() is None
+            time.sleep(0.1)
+        os.killpg(run.pid, signal.SIGTERM)
+        _, said = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    assert run.returncode == EXIT_CODE, said
+    assert said.count("SIGTERM: this step is finished and saved") == 1
+    assert "crashed" not in said and not (tmp_path / "quarantine.jsonl").exists()
+    steps = [row["step"] for row in metrics(tmp_path) if row["stage"] == "rl"]
+    assert json.loads((tmp_path / "checkpoints/index.json").read_text())["last"] == f"rl-{steps[-1]:06d}"
+    with pytest.raises(ProcessLookupError):  # every process of the group ends, the last ones a moment later
+        for _ in range(300):
+            os.killpg(run.pid, 0)
+            time.sleep(0.1)

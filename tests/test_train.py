@@ -106,6 +106,15 @@ def test_checkpoint_is_an_ordinary_model_folder(finished):
     assert list(best.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("algorithm", ["online_dpo", "rlrr", "odrpo", "lipo"])
+def test_other_algorithms_train(run, algorithm):
+    code, folder, err = run(algorithm=algorithm, max_steps=2, sft_steps=2)
+    assert code == 0, err
+    rows = [row for row in metrics(folder) if row["stage"] == "rl"]
+    assert len(rows) == 2 and all(row["grad_norm"] > 0 for row in rows)
+    assert ("rewards/margins" in rows[0]) == (algorithm in ("online_dpo", "lipo"))
+
+
 def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     figures = evaluate_command(EvaluateConfig(run=str(finished), output=str(tmp_path / "out.jsonl")))
@@ -180,6 +189,28 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, cal
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
     assert ours["by_category"] == theirs["by_category"]
     assert train_module.main(["--resume", str(folder)]) == 2  # nothing left to do
+
+
+def test_dpo_goes_on_with_the_start_it_began_with(run, monkeypatch):
+    changes = {"algorithm": "dpo", "sft_steps": 2, "learning_rate": 0.01}
+    code, whole, err = run("whole", **changes)
+    assert code == 0, err
+    original = rl.sample_and_rank
+
+    def killed(run, order, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(run, order, step)
+
+    monkeypatch.setattr(rl, "sample_and_rank", killed)
+    code, folder, err = run(**changes)
+    assert code == 130, err
+    monkeypatch.setattr(rl, "sample_and_rank", original)
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(whole)
+    steps = [row for row in metrics(whole) if row["stage"] == "rl"]
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)  # the policy is its own reference
+    assert abs(steps[-1]["rewards/margins"]) > 1e-3
 
 
 def test_passes_of_bounded_size_train_alike(finished, run):

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from rlaif_fast.algorithms import make_algorithm
-from rlaif_fast.algorithms.group import Group, rank_rollout
+from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from
 from rlaif_fast.algorithms.grpo_rank import GrpoRank
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.loss.reference.preference import lipo_loss
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.testing import FAMILIES, make_media, make_policy, make_prompt, words
@@ -22,7 +23,7 @@ from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import update_loss
+from rlaif_fast.trainer.rl import draw, update_loss, weights_to_draw_with
 from rlaif_fast.trainer.sft import accumulate
 
 G = 3
@@ -44,8 +45,8 @@ def ranked_groups(policy, prompts) -> list[Group]:
     ]
     rollout = sampler.sample(asked, G, SamplingParams(max_new_tokens=6, seed=1))
     groups = rank_rollout(asked, rollout, InOrder(), make_algorithm(TrainConfig()))
-    advantages = torch.randn(len(groups), G, generator=torch.Generator().manual_seed(2)).tolist()
-    return [replace(group, advantages=tuple(row)) for group, row in zip(groups, advantages)]
+    advantages = torch.randn(len(groups), G, generator=torch.Generator().manual_seed(2))
+    return [replace(group, advantages=row) for group, row in zip(groups, advantages)]
 
 
 class InOrder:
@@ -131,6 +132,76 @@ def test_truncated_responses_are_left_out_where_asked(monkeypatch):
     _, expected = updated(policy, groups, **options)
     share = (G - 1) / G  # the mean is over the responses that are left
     assert_same_gradients({name: share * gradient for name, gradient in ours.items()}, expected)
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "lipo"])
+def test_preferences_are_learned_from_as_their_formulas_say(algorithm):
+    policy = make_policy("qwen3_vl")
+    policy.freeze_reference()
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    prompts = prompts_about_clips("qwen3_vl")
+    groups = ranked_groups(policy, prompts)
+    tied = replace(groups[2], ranking=Ranking((0,) * G))
+    learned = to_learn_from([*groups[:2], tied], make_algorithm(TrainConfig(algorithm=algorithm)))
+    assert [group.texts for group in learned[:2]] == [
+        group.texts if algorithm == "lipo" else (group.texts[0], group.texts[-1]) for group in groups[:2]
+    ]
+    assert len(learned) == (2 if algorithm == "online_dpo" else 3)
+    _, ours = updated(policy, learned, algorithm=algorithm, beta=0.1, max_packed_tokens=40)
+
+    rows = [tokens for group in groups[:3] for tokens in group.token_ids]
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    s = []
+    for logps in (policy.response_logps, policy.reference_logps):
+        each = logps(prompts[:3], padded, lengths).split(lengths.tolist())
+        s.append(torch.stack([row.sum() for row in each]).view(3, G))
+    s = 0.1 * (s[0] - s[1])
+    if algorithm == "online_dpo":
+        loss = -nn.functional.logsigmoid(s[:2, 0] - s[:2, -1]).mean()
+    else:
+        labels = torch.tensor([[1.0, 0.5, 0.0]] * 2 + [[0.5] * 3])
+        loss = lipo_loss(
+            s.view(-1, 1) / 0.1,
+            torch.ones(9, 1, dtype=torch.bool),
+            torch.zeros(9),
+            0.1,
+            labels,
+            None,
+            None,
+            3,
+        )[0]
+    policy.model.zero_grad()
+    loss.backward()
+    assert_same_gradients(ours, {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "online_dpo"])
+@pytest.mark.parametrize("tower_trains", [False, True])
+def test_only_fixed_pairs_are_drawn_from_the_start(algorithm, tower_trains):
+    policy = make_policy("qwen3_vl")
+    policy.vision.tower.requires_grad_(tower_trains)
+    policy.freeze_reference(copy=True)
+    config = TrainConfig(algorithm=algorithm, num_generations=G)
+    run = SimpleNamespace(
+        config=config, policy=policy, algorithm=make_algorithm(config), sampler=SharedPrefixSampler(policy)
+    )
+    prompts, params = prompts_about_clips("qwen3_vl"), SamplingParams(max_new_tokens=6, seed=1)
+    with weights_to_draw_with(run):
+        before, _ = draw(run, prompts, params)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    weights = [p.detach().clone() for p in policy.model.parameters()]
+    with weights_to_draw_with(run):
+        after, features = draw(run, prompts, params)
+    from_start = algorithm == "dpo"
+    assert torch.equal(before.logps, after.logps) == from_start
+    assert (features is None) == from_start
+    assert all(torch.equal(p, w) for p, w in zip(policy.model.parameters(), weights))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

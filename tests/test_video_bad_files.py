@@ -1,10 +1,12 @@
 """Every kind of file that a dataset holds sooner or later: it decodes exactly or it says why not."""
 
 import contextlib
+import errno
 import json
 import os
 import random
 import shutil
+import signal
 import struct
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import av
 import numpy as np
 import pytest
 
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import (
     ClipStore,
     PatchSpec,
@@ -480,3 +483,21 @@ def test_too_many_bad_files_stop_with_a_summary(tmp_path, monkeypatch):
         for number in range(5):
             with contextlib.suppress(VideoError):
                 store.load(str(tmp_path / f"gone{number}.mp4"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_group_makes_no_file_bad(good, process, name):
+    """Schedulers and terminals send it to every process; this one ends when its channel closes."""
+    first = load_clip(good["mp4"], process=process)
+    os.kill(process.pid, getattr(signal, name))
+    assert (load_clip(good["mp4"], process=process).frames == first.frames).all()
+
+
+def test_no_memory_for_frames_is_not_the_fault_of_the_file(good, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(RlaifFastError, match="no memory for decoded frames") as caught:
+        load_clip(good["mp4"], process=DecodeProcess())
+    assert not isinstance(caught.value, VideoError)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from rlaif_fast import LossOutput, RankAdvantages, fused_linear_grpo_rank_loss, rank_advantages
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
+from rlaif_fast.oracle.base import Ranking
 
 Feedback = Literal["ranks", "scores"]  # pairs are made from ranks
 
@@ -22,11 +23,13 @@ class Algorithm(Protocol):
         options: Its hyper-parameters.
         feedback: What the oracle has to give: "ranks", or "scores" (from an oracle that `gives_scores`).
         extra_models: Models held beside the policy: "reference", the policy as this stage began.
+        samples_from: Whose weights draw the responses: the "policy" as it is, or as this stage began: "start".
     """
 
     options: AlgorithmOptions
     feedback: Feedback
     extra_models: tuple[str, ...]
+    samples_from: Literal["policy", "start"]
 
     def __init__(self, options: AlgorithmOptions) -> None: ...
 
@@ -37,6 +40,10 @@ class Algorithm(Protocol):
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """Turn what the oracle said of N groups of G responses into advantages; responses not judged get 0."""
+        ...
+
+    def learns_from(self, ranking: Ranking) -> Sequence[int]:
+        """Places of the responses of a group that the loss takes, in its order; none leaves the group out."""
         ...
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
@@ -57,13 +64,21 @@ class Algorithm(Protocol):
 class GroupAlgorithm(ABC):
     """What algorithms that compare the responses of a group have in common: the clipped loss with its KL."""
 
+    default_beta: ClassVar[float] = 0.01  # where the options leave it open
+    samples_from: Literal["policy", "start"] = "policy"
+
     def __init__(self, options: AlgorithmOptions) -> None:
         self.options = options
-        self.extra_models: tuple[str, ...] = ("reference",) if options.beta > 0 else ()
+        self.beta = self.default_beta if options.beta is None else options.beta
+        self.extra_models: tuple[str, ...] = ("reference",) if self.beta > 0 else ()
 
     @abstractmethod
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
+
+    def learns_from(self, ranking: Ranking) -> Sequence[int]:
+        """All of them; see `Algorithm.learns_from`."""
+        return range(len(ranking.ranks))
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
         """The advantages, made here; an algorithm whose advantages the loss knows hands it the ranks instead."""
@@ -85,7 +100,7 @@ class GroupAlgorithm(ABC):
             epsilon=options.epsilon,
             epsilon_high=options.epsilon_high,
             delta=options.delta,
-            beta=options.beta,
+            beta=self.beta,
             kl=options.kl,
             entropy_coef=options.entropy_coef,
             loss_type=options.loss_type,

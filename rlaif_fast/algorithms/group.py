@@ -55,6 +55,38 @@ class Group:
         return sum(map(len, self.token_ids))
 
 
+def to_learn_from(groups: Sequence[Group], algorithm: Algorithm) -> list[Group]:
+    """The groups with only the responses that the algorithm's loss takes; those of which it takes none are left out."""
+    chosen = [(group, algorithm.learns_from(group.ranking)) for group in groups]
+    return [part_of(group, places) for group, places in chosen if len(places)]
+
+
+def part_of(group: Group, places: Sequence[int]) -> Group:
+    """The group with only the responses at these places, in their order."""
+    if list(places) == list(range(len(group.texts))):
+        return group
+    index = torch.tensor(places, device=group.scores.device)
+    lengths = [len(tokens) for tokens in group.token_ids]
+
+    def tokens_of(x: Tensor) -> Tensor:  # (M,)
+        pieces = x.split(lengths)
+        return torch.cat([pieces[i] for i in places])
+
+    ranking, ratio = group.ranking, group.sampling_ratio
+    scores = None if ranking.scores is None else tuple(ranking.scores[i] for i in places)
+    return replace(
+        group,
+        texts=tuple(group.texts[i] for i in places),
+        token_ids=tuple(group.token_ids[i] for i in places),
+        finished=tuple(group.finished[i] for i in places),
+        logps=tokens_of(group.logps),
+        sampling_ratio=None if ratio is None else tokens_of(ratio),
+        ranking=replace(ranking, ranks=tuple(ranking.ranks[i] for i in places), scores=scores),
+        scores=group.scores[index],
+        advantages=group.advantages[index],
+    )
+
+
 def for_the_log(groups: Sequence[Group]) -> list[Group]:
     """Copies for another process, which logs them and does not learn: in main memory, without frames or pixels."""
     if not groups:

@@ -17,15 +17,18 @@ class AlgorithmOptions:
 
     Attributes:
         algorithm: "grpo_rank" (the oracle's order), "grpo" (scores, normalised in the group), "rloo" (scores, against
-            the other responses' mean), "gopo" (ranks, evenly spaced), or one from the entry-point group
-            `rlaif_fast.algorithms`.
+            the other responses' mean), "gopo" (ranks, evenly spaced), "rlrr" (ranks as relative rewards), "odrpo"
+            (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "dpo" (the same
+            of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), or one from the entry-point
+            group `rlaif_fast.algorithms`.
         advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
             `algorithm: grpo`.
         penalty_weight: Weight w of the rank penalty in a directed advantage.
-        scale: "none", or "group": divide by the group's root mean square (grpo_rank and grpo).
+        scale: "none", or "group": divide by the group's root mean square (grpo_rank, grpo and rlrr).
         score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
         weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
-        beta: Weight of the KL to the reference policy (the start of this stage).
+        beta: Weight of the KL to the reference policy (the start of this stage), 0.01 where null. For online_dpo, dpo
+            and lipo DPO's beta, 0.1 where null: how strongly the policy is held to the reference.
         kl: KL estimator: "k1", "k2", "k3".
         epsilon: Lower (and, by default, upper) clip range.
         epsilon_high: Upper clip range.
@@ -44,7 +47,7 @@ class AlgorithmOptions:
     scale: Literal["none", "group"] = "group"
     score: Literal["mean", "sum"] = "mean"
     weight_by_confidence: bool = False
-    beta: float = 0.01
+    beta: float | None = None
     kl: Literal["k1", "k2", "k3"] = "k3"
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -67,7 +70,7 @@ class AlgorithmOptions:
                 epsilon_low=self.epsilon,
                 epsilon_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
                 delta=self.delta,
-                beta=self.beta,
+                beta=0.0 if self.beta is None else self.beta,
                 kl=self.kl,
                 entropy_coef=self.entropy_coef,
                 loss_type=self.loss_type,
@@ -78,11 +81,11 @@ class AlgorithmOptions:
             raise UsageError(str(error)) from error
         require_positive("temperature", self.temperature)
         require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
-        ignored = find_algorithm(self).ignores(self)
-        for option in fields(AlgorithmOptions):
+        ignored = find_algorithm(self)(self).ignores(self)
+        for option in fields(self):  # those of other sections too, where this is a part of a configuration
             value = getattr(self, option.name)
             if option.name in ignored and value != option.default:
-                raise UsageError(
-                    f"{option.name}: {self.algorithm} with advantage {self.advantage} does not read it, "
-                    f"got {value!r}; leave it out"
-                )
+                named = f"{self.algorithm} with advantage {self.advantage}"
+                if "advantage" in ignored:
+                    named = self.algorithm
+                raise UsageError(f"{option.name}: {named} does not read it, got {value!r}; leave it out")

@@ -16,6 +16,11 @@ ALGORITHMS = {
     "grpo": "rlaif_fast.algorithms.grpo:Grpo",
     "rloo": "rlaif_fast.algorithms.rloo:Rloo",
     "gopo": "rlaif_fast.algorithms.gopo:Gopo",
+    "rlrr": "rlaif_fast.algorithms.rlrr:Rlrr",
+    "odrpo": "rlaif_fast.algorithms.odrpo:Odrpo",
+    "online_dpo": "rlaif_fast.algorithms.online_dpo:OnlineDpo",
+    "dpo": "rlaif_fast.algorithms.dpo:Dpo",
+    "lipo": "rlaif_fast.algorithms.lipo:Lipo",
 }
 
 

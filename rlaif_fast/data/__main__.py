@@ -1,4 +1,4 @@
-"""`python -m rlaif_fast.data make|check|preview`: make the embedded dataset, check one's own, draw either."""
+"""`python -m rlaif_fast.data make|check|preview|label`: make the embedded dataset; check, draw or relabel any."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
     parser = argparse.ArgumentParser("rlaif_fast.data", description=__doc__, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="make|check|preview")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="make|check|preview|label")
 
     make = commands.add_parser(
         "make", help="Make the embedded dataset; --help shows every option.", add_help=False
@@ -43,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     preview.add_argument("--clips", type=int, default=8, help="Number of clips.")
     preview.add_argument("--frames", type=int, default=6, help="Frames of each, evenly spread.")
 
+    relabel = commands.add_parser("label", help="Put a model's answers in place of the reference ones.")
+    relabel.add_argument("file", type=Path, help="JSONL, one question a row.")
+    relabel.add_argument("out", type=Path, help="JSONL to write.")
+    relabel.add_argument(
+        "--predictions", type=Path, required=True, help="What rlaif_fast.evaluate --output wrote for FILE."
+    )
+
     options, rest = parser.parse_known_args(argv)
     if rest and options.command != "make":
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "make": lambda: _make(options, rest),
         "check": lambda: _check(options),
         "preview": lambda: _preview(options),
+        "label": lambda: _label(options),
     }
     return run_command(command[options.command], debug=options.debug)
 
@@ -161,6 +169,14 @@ def _preview(options: argparse.Namespace) -> int:
         raise UsageError(report.describe_errors() if report.errors else f"{report.path}: no row to draw")
     drawn = draw_preview(report.examples, options.out, clips=options.clips, frames=options.frames)
     print(f"{options.out}: {drawn} clips")
+    return 0
+
+
+def _label(options: argparse.Namespace) -> int:
+    from rlaif_fast.data.label import label
+
+    written, missing = label(options.file, options.predictions, options.out)
+    print(f"{options.out}: {written} rows, {missing} without a prediction left out")
     return 0
 
 

@@ -6,7 +6,7 @@
 | Video-MME      | `videoID`                           | `{videoID}`               | `options`, letter           |
 | ActivityNet-QA | `video_name`                        | `{video_name}`, `v_...`   | text                        |
 | MSRVTT-QA      | `video_id`, `category_id`           | `video{video_id}`         | text                        |
-| MSVD-QA        | `video_id`                          | `vid{video_id}`           | text                        |
+| MSVD-QA        | `video_id`                          | `vid{video_id}`, or as `youtube_mapping.txt` says | text |
 
 The suffix is looked up: .mp4, .avi, .mkv, .webm, .mov, beside the file or in `videos/`, `video/`, `data/`.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
@@ -76,6 +77,12 @@ def named_video(row: Row) -> Medium | None:
         prefix = "video" if "category_id" in row else "vid"
         stem = f"{prefix}{name}" if name.isdecimal() else name
     return None if stem is None else _medium(stem, row)
+
+
+def youtube_names(file: Path) -> dict[str, str]:
+    """What MSVD's `youtube_mapping.txt` calls the files of its videos, by their number ("vid12")."""
+    pairs = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
 def _medium(stem: str, row: Row) -> Medium:

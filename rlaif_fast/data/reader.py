@@ -7,12 +7,14 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from rlaif_fast.data.converters import Fields, convert
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import Medium
+from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.schema import Example
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, printable
@@ -22,7 +24,13 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-VIDEO_FOLDERS = (Path(), Path("videos"), Path("video"), Path("data"))  # as published datasets unpack
+VIDEO_FOLDERS = (
+    Path(),
+    Path("videos"),
+    Path("video"),
+    Path("data"),
+    Path("YouTubeClips"),
+)  # as published datasets unpack
 _SHOWN = 10  # wrong rows that a message names
 
 
@@ -162,11 +170,23 @@ class _Media:
 
     def find(self, stem: str) -> str:
         """The video of that name, whatever its suffix, in the folder or in one where published datasets keep them."""
-        tried = [folder / f"{stem}{suffix}" for folder in VIDEO_FOLDERS for suffix in VIDEO_SUFFIXES]
+        stems = [self._youtube[stem], stem] if stem in self._youtube else [stem]
+        tried = [
+            folder / f"{name}{suffix}"
+            for name in stems
+            for folder in VIDEO_FOLDERS
+            for suffix in VIDEO_SUFFIXES
+        ]
         for name in tried:
             if (self.root / name).exists():
                 return str(name)
         return str(tried[0])
+
+    @cached_property
+    def _youtube(self) -> dict[str, str]:
+        """The names of MSVD's files by the numbers of its rows."""
+        file = self.root / "youtube_mapping.txt"
+        return youtube_names(file) if file.is_file() else {}
 
     def resolve(self, medium: Medium) -> MediaRef:
         if medium.by_name:

@@ -49,6 +49,7 @@ class Example:
         media: Every medium in the order the prompt shows it; empty where that is `videos`, then `images`, whole.
         layout: The pieces of `question` before, between and after the media, one more than there are media; empty
             where all media stand before it.
+        asked: The user's turn word for word, options included, where it is not `question` and then `options`.
         target: What supervised fine-tuning teaches, where that is more than `answer` (reasoning around it).
     """
 
@@ -64,6 +65,7 @@ class Example:
     source: str = ""
     media: tuple[MediaRef, ...] = ()
     layout: tuple[str, ...] = ()
+    asked: str | None = None
     target: str | None = None
 
     @property

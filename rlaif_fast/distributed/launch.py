@@ -132,10 +132,7 @@ class _Others:
         """End those that are still there."""
         self._over.set()
         for process in self._processes:
-            process.terminate()
-        self._watcher.join(timeout=PATIENCE)
-        for process in self._processes:
-            process.kill()
+            process.kill()  # rank 0 alone writes, so nothing of theirs is lost; SIGTERM would let them finish a step
         self._watcher.join(timeout=PATIENCE)
 
     def wait_until_joined(self, store: dist.Store) -> None:
@@ -151,8 +148,8 @@ class _Others:
     def blamed(self) -> Iterator[None]:
         """Name the process that failed where the block breaks because of it, and end the others on any error.
 
-        An error of this process's own stays as it is. That the others end before this process leaves the group
-        keeps them from reporting a connection that they lost because of it.
+        An error of this process's own stays as it is. The others end first, or they would report spurious lost
+        connections.
 
         Raises:
             RlaifFastError: Another process failed before.
@@ -225,6 +222,8 @@ def _exit_code(process: Any) -> int:
 
 def _describe_end(rank: int, exit_code: int) -> str:
     """What is known of a process that failed."""
+    if exit_code == EXIT_CODE:
+        return f"process {rank} of the run was ended by SIGTERM"
     if exit_code >= 0:
         return f"process {rank} of the run failed with exit code {exit_code}; its message is above"
     try:

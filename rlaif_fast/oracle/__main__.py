@@ -1,4 +1,4 @@
-"""`python -m rlaif_fast.oracle rank|agree`: rank a file of responses, compare two files of rankings."""
+"""`python -m rlaif_fast.oracle rank|agree|pairs`: rank a file of responses, compare rankings, make pairs of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import counters, oracle_stats
+from rlaif_fast.oracle.pairs import pair_rows
 from rlaif_fast.oracle.records import (
     ranking_to_json,
     read_rows,
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
     parser = argparse.ArgumentParser("rlaif_fast.oracle", description=__doc__, allow_abbrev=False)
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="rank|agree|list")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="rank|agree|pairs|list")
 
     rank = commands.add_parser("rank", help="Rank the responses of each row of a file.")
     rank.add_argument("file", type=Path, help="JSONL: dataset rows, each with `responses`, a list of texts.")
@@ -59,10 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     agree.add_argument("first", type=Path, help="JSONL with `responses` and `ranks`.")
     agree.add_argument("second", type=Path, help="The same groups, ranked otherwise.")
 
+    pairs = commands.add_parser("pairs", help="Make preference pairs of a file of rankings.")
+    pairs.add_argument("file", type=Path, help="JSONL with `responses` and `ranks`: what `rank` wrote.")
+    pairs.add_argument(
+        "--pairs",
+        choices=("best_worst", "all"),
+        default="best_worst",
+        help="One pair a group, the best response against the worst; or every two of different rank.",
+    )
+    pairs.add_argument("--output", type=Path, help="File to write; FILE.pairs.jsonl without it.")
+
     commands.add_parser("list", help="Name the oracles there are.")
 
     options = parser.parse_args(argv)
-    command = {"rank": _rank, "agree": _agree, "list": _list}[options.command]
+    command = {"rank": _rank, "agree": _agree, "pairs": _pairs, "list": _list}[options.command]
     return run_command(lambda: command(options), debug=options.debug)
 
 
@@ -79,9 +90,7 @@ def _rank(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.file} holds no rows")
     for where, row in rows:
         row_request(row, where)  # a wrong row is reported before anything is paid for
-    output = options.output or options.file.with_name(f"{options.file.stem}.ranked.jsonl")
-    if output.resolve() == options.file.resolve():
-        raise UsageError(f"--output would overwrite {options.file}")
+    output = _output(options, "ranked")
     oracle = build_oracle(
         options.oracle,
         cache=options.cache,
@@ -99,6 +108,24 @@ def _rank(options: argparse.Namespace) -> int:
     return 0
 
 
+def _output(options: argparse.Namespace, suffix: str) -> Path:
+    """The file to write."""
+    output: Path = options.output or options.file.with_name(f"{options.file.stem}.{suffix}.jsonl")
+    if output.resolve() == options.file.resolve():
+        raise UsageError(f"--output would overwrite {options.file}")
+    return output
+
+
+def _writer(output: Path) -> Any:
+    """A new file beside the output, which takes its name when all of it is there."""
+    try:
+        return tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
+        )
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+
+
 def _rank_rows(
     oracle: Oracle, rows: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespace, output: Path
 ) -> tuple[list[RankRequest], list[Ranking]]:
@@ -112,12 +139,7 @@ def _rank_rows(
     requests: list[RankRequest] = []
     rankings: list[Ranking] = []
     columns = ("ranking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        partial = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
-        )
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+    partial = _writer(output)
     try:
         with partial, Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("ranking", total=len(rows))
@@ -164,6 +186,28 @@ def _option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    groups, written, without = 0, 0, 0
+    output = _output(options, "pairs")
+    partial = _writer(output)
+    try:
+        with partial:
+            for where, row in read_rows(options.file):
+                found = list(pair_rows(row, where, options.pairs))
+                groups, written, without = groups + 1, written + len(found), without + (not found)
+                partial.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+        if not written:
+            raise UsageError(
+                f"{options.file}: none of its {groups} groups has two responses of different rank"
+            )
+        Path(partial.name).replace(output)
+    finally:
+        Path(partial.name).unlink(missing_ok=True)
+    print(f"{written} pairs of {groups} groups; {without} groups have none", file=sys.stderr)
+    print(output)
+    return 0
 
 
 def _agree(options: argparse.Namespace) -> int:

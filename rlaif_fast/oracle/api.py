@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.oracle.base import RankRequest
+from rlaif_fast.oracle.grading import Grade, grade_ask
 from rlaif_fast.oracle.images import encode_frames
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
@@ -137,9 +139,14 @@ class ApiOracle(Judge):
 
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
         """Ask about every showing, many at a time, and be back within the deadline."""
-        return _run_in_loop(self._run_all(showings))
+        return _run_in_loop(self._in_session(lambda session: [session.run(s) for s in showings]))
 
-    async def _run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
+    def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
+        """Grade the one response of each request against its reference answer; None where there was no verdict."""
+        return _run_in_loop(self._in_session(lambda session: [session.grade(r) for r in requests]))
+
+    async def _in_session(self, calls: Callable[[_Session], list[Coroutine[Any, Any, T]]]) -> list[T]:
+        """Make all calls at once in one session."""
         httpx = _import_httpx()
         key = os.environ.get(self.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
@@ -153,8 +160,7 @@ class ApiOracle(Judge):
                 client = httpx.AsyncClient(headers=headers, timeout=self.timeout, verify=tls)
                 return await clients.enter_async_context(client)
 
-            session = _Session(self, connect, key)
-            return list(await asyncio.gather(*(session.run(showing) for showing in showings)))
+            return list(await asyncio.gather(*calls(_Session(self, connect, key))))
 
 
 @dataclass
@@ -190,7 +196,7 @@ class _Session:
         run = protocol(showing.request, showing.texts, showing.order, showing.salt)
         asks = next(run)
         while True:
-            answers = await asyncio.gather(*(self.answer(showing, ask, tally) for ask in asks))
+            answers = await asyncio.gather(*(self.answer(showing.request.clips, ask, tally) for ask in asks))
             try:
                 asks = run.send(answers)
             except StopIteration as end:
@@ -200,17 +206,21 @@ class _Session:
         error = None if judged >= 2 else str(tally.fault or "the judge declined")
         return Outcome(ranks, tuple(tally.raw), tally.tokens, tally.seconds, error)
 
-    async def answer(self, showing: Showing, ask: Ask, tally: _Tally) -> Any:
+    async def grade(self, request: RankRequest) -> Grade | None:
+        ask = grade_ask(request, self.oracle.options.max_response_chars)
+        return await self.answer((), ask, _Tally())
+
+    async def answer(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:
         """The parsed reply; None where none could be had in the tries and the time there are."""
         left = self.end - asyncio.get_running_loop().time()
         try:
-            return await asyncio.wait_for(self._tries(showing, ask, tally), timeout=left)
+            return await asyncio.wait_for(self._tries(clips, ask, tally), timeout=left)
         except asyncio.TimeoutError:
             last = f"; last: {tally.fault}" if tally.fault else ""
             self._note(Fault("deadline", f"the deadline of {self.oracle.deadline:g} s passed{last}"), tally)
             return None
 
-    async def _tries(self, showing: Showing, ask: Ask, tally: _Tally) -> Any:
+    async def _tries(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:
         tenacity = _import_tenacity()
         jitter = tenacity.wait_random_exponential(multiplier=self.oracle.backoff, max=self.oracle.max_backoff)
 
@@ -223,7 +233,7 @@ class _Session:
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Fault) and error.retry),
             reraise=True,
         )
-        content = [*self._images(showing.request.clips), {"type": "text", "text": ask.text}]
+        content = [*self._images(clips), {"type": "text", "text": ask.text}]
         messages = [{"role": "system", "content": ask.system}, {"role": "user", "content": content}]
         body = {
             "model": self.oracle.model,

@@ -28,17 +28,11 @@ from rlaif_fast.oracle.choice_texts import (
     contained_option,
     ends_with,
     names_another,
-    plain,
     same_text,
     skip_text,
 )
+from rlaif_fast.oracle.extract import MARKUP, final_part
 
-_MARKUP = re.compile(r"\*\*|__|[*`_~#>]|\$|\\\(|\\\)|\\\[|\\\]|<\|[^<>|]{0,40}\|>|</?s>")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\s*\{([^{}]*)\}")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|\s(\w))")
-_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
-_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
-_UNFINISHED = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
 _MOST_LABELS = 200  # a reply of more picks nothing, and would take long to read
 _NUMBER = re.compile(r"\W*[-+]?\d+(?:[.,]\d+)?\W*")
 
@@ -80,23 +74,10 @@ def parse_choice(response: str, options: Sequence[str], num_letters: int = 26) -
 
 def _final_part(response: str, options: Sequence[str], count: int) -> str | None:
     """The part of the reply that is the answer, without markup; None where it has none."""
-    text = unicodedata.normalize("NFKC", response)
-    answers = _ANSWER.findall(text)
-    if len({plain(_MARKUP.sub("", answer)) for answer in answers}) > 1:
-        return None  # two answers are none
-    if answers:
-        text = answers[-1]
-    elif "</think" in text.casefold():
-        text = _THOUGHT.sub("", text)
-    elif _UNFINISHED.match(text):
+    text = final_part(unicodedata.normalize("NFKC", response))
+    if text is None:
         return None
-    text = _LATEX_TEXT.sub(r"\1", text)
-    boxed = [braced or bare for braced, bare in _BOXED.findall(text)]
-    if len(set(map(plain, boxed))) > 1:
-        return None
-    if boxed:
-        text = boxed[-1]
-    text = _MARKUP.sub("", text).strip()
+    text = MARKUP.sub("", text).strip()
     text = "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
     return _without_list(text, options, count)
 

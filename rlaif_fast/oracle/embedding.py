@@ -14,9 +14,10 @@ from torch import Tensor
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import normalise
-from rlaif_fast.oracle.untrusted import clean_text
+from rlaif_fast.oracle.untrusted import show_responses
 
 _TIE = 1e-4  # what padding to another batch changes in a cosine of float32
 
@@ -26,13 +27,14 @@ class EmbeddingOracle:
 
     A letter of a multiple-choice answer is replaced by its option's text. Embeddings measure likeness of
     topic before truth ("left" and "right" are close), so check `oracle/reference_tau` before trusting one.
+    A text of more tokens than the encoder takes is embedded in pieces, whose mean stands for it.
 
     Args:
         model: A folder with a transformers encoder (its `1_Pooling/config.json` is obeyed where there is
             one), the name of an installed package that holds such a folder, or a hub name.
         device: "auto", "cpu", "cuda", ...
         batch_size: Texts in one forward pass.
-        max_response_chars: Length a response is cut to.
+        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
     """
 
     name = "embedding"
@@ -65,12 +67,17 @@ class EmbeddingOracle:
             raise UsageError(
                 f"oracle option 'model': cannot load an encoder from {model!r}: {reason}"
             ) from None
+        if not self._tokenizer.is_fast:
+            raise UsageError(
+                f"oracle option 'model': {model!r} has no fast tokenizer (tokenizer.json), which texts longer than "
+                "the encoder takes need"
+            )
         self._use_first, self._max_tokens = _pooling(folder)
 
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"embedding/2 model={self.model_name} max_chars={self.max_response_chars}"
+        return f"embedding/3 model={self.model_name} max_chars={self.max_response_chars}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -115,12 +122,15 @@ class EmbeddingOracle:
         """The reference, then the responses, as they are compared; None without a reference."""
         if request.reference is None or not request.reference.strip():
             return None
-        texts = []
-        for text in (request.reference, *request.responses):
+        plain = []
+        answers = [
+            final_part(text) or "" for text in request.responses
+        ]  # behind the reasoning, where there is some
+        for text in (request.reference, *answers):
             option = parse_choice(text, request.options) if request.options else None
-            plain = text if option is None else request.options[option]
-            texts.append(normalise(clean_text(plain, self.max_response_chars)))
-        return texts
+            plain.append(text if option is None else request.options[option])
+        shown, places = show_responses(plain, self.max_response_chars)
+        return [normalise(shown[place]) for place in places]
 
     @torch.inference_mode()
     def _embed(self, texts: Sequence[str]) -> list[Tensor]:
@@ -133,15 +143,18 @@ class EmbeddingOracle:
                 padding=True,
                 truncation=True,
                 max_length=self._max_tokens,
+                return_overflowing_tokens=True,  # what does not fit is a piece of its own
                 return_tensors="pt",
             ).to(self._model.device)
-            hidden = self._model(**batch).last_hidden_state  # (b, t, H)
+            owner = batch.pop("overflow_to_sample_mapping")  # (pieces,)
+            hidden = self._model(**batch).last_hidden_state  # (pieces, t, H)
+            mask = batch["attention_mask"].to(hidden.dtype)  # (pieces, t)
             if self._use_first:
-                pooled = hidden[:, 0]
-            else:
-                mask = batch["attention_mask"][..., None].to(hidden.dtype)
-                pooled = (hidden * mask).sum(1) / mask.sum(1)
-            embeddings.update(zip(part, torch.nn.functional.normalize(pooled, dim=-1).cpu()))
+                mask = torch.zeros_like(mask).index_fill_(1, torch.tensor(0, device=mask.device), 1.0)
+            total = hidden.new_zeros(len(part), hidden.shape[-1])
+            total.index_add_(0, owner, (hidden * mask[..., None]).sum(1))
+            # Normalised, a sum is a mean.
+            embeddings.update(zip(part, torch.nn.functional.normalize(total, dim=-1).cpu()))
         return [embeddings[i] for i in range(len(texts))]
 
 

@@ -1,4 +1,4 @@
-"""The option `extract`: how the answer is found inside a longer response."""
+"""Where the answer stands inside a longer response: as the option `extract` says, or as reasoning is usually marked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,37 @@ import functools
 import re
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.choice_texts import plain
+
+MARKUP = re.compile(r"\*\*|__|[*`_~#>]|\$|\\\(|\\\)|\\\[|\\\]|<\|[^<>|]{0,40}\|>|</?s>")
+_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_UNFINISHED = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|\s(\w))")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\s*\{([^{}]*)\}")
+
+
+def final_part(response: str) -> str | None:
+    """What a reply says behind its reasoning; None where it says nothing, or two things.
+
+    That is its last `<answer>` block, else what follows `</think>`, else all of it; and of that what is `\\boxed`. Two
+    blocks or boxes that differ are no answer, and neither is reasoning that does not end.
+    """
+    text = response
+    answers = _ANSWER.findall(text)
+    if len({plain(MARKUP.sub("", answer)) for answer in answers}) > 1:
+        return None
+    if answers:
+        text = answers[-1]
+    elif "</think" in text.casefold():
+        text = _THOUGHT.sub("", text)
+    elif _UNFINISHED.match(text):
+        return None
+    text = _LATEX_TEXT.sub(r"\1", text)
+    boxed = [braced or bare for braced, bare in _BOXED.findall(text)]
+    if len(set(map(plain, boxed))) > 1:
+        return None
+    return boxed[-1] if boxed else text
 
 
 @functools.cache

@@ -273,8 +273,7 @@ def _load(
     try:
         from rlaif_fast.policy.loading import ModelOptions, load_model
         from rlaif_fast.policy.policy import Policy
-        from rlaif_fast.prompts.encoder import PromptEncoder
-        from rlaif_fast.video import PixelBudget
+        from rlaif_fast.prompts.make import make_encoder
     except ImportError as error:
         raise RlaifFastError(
             f"the local oracle needs {error.name}, which is not installed; "
@@ -294,5 +293,5 @@ def _load(
         loaded.model, loaded.tokenizer, shared_prefix=shared_prefix, max_packed_tokens=max_packed_tokens
     )
     spec = loaded.patch_spec
-    pixels = PixelBudget(spec.factor, min_pixels, max_pixels, None, spec.temporal_patch_size)
-    return policy, PromptEncoder(loaded.tokenizer, loaded.model_type, spec, pixels)
+    pixels = spec.budget(min_pixels, max_pixels)
+    return policy, make_encoder(loaded, pixels)

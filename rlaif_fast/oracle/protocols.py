@@ -150,7 +150,7 @@ def network(request: RankRequest, texts: Sequence[str], order: Sequence[int], sa
 def pointwise(request: RankRequest, texts: Sequence[str], order: Sequence[int], salt: str) -> Run:
     """Score every text on its own; no slot, so no position bias."""
     labels = draw_labels(len(texts), salt, *texts)
-    schema = _object_schema(score={"type": "integer", "minimum": 0, "maximum": MAX_SCORE})
+    schema = object_schema(score={"type": "integer", "minimum": 0, "maximum": MAX_SCORE})
     replies = yield [
         Ask(
             POINTWISE_RULES,
@@ -194,7 +194,7 @@ def merge_exchange(size: int) -> list[list[tuple[int, int]]]:
 
 def parse_listwise(reply: str, labels: Sequence[str]) -> Tiers:
     """Read a listwise reply; every label must stand in it exactly once."""
-    value = _parse_object(reply, {"ranking", "cannot_judge"})
+    value = parse_object(reply, {"ranking", "cannot_judge"})
     ranking, declined = value["ranking"], value["cannot_judge"]
     if not (
         isinstance(ranking, list)
@@ -218,7 +218,7 @@ def parse_listwise(reply: str, labels: Sequence[str]) -> Tiers:
 
 def parse_pairwise(reply: str, first: str, second: str) -> int:
     """Read a pairwise reply: 1 where the first is better, -1 where the second is, 0 for a tie."""
-    better = _parse_object(reply, {"better"})["better"]
+    better = parse_object(reply, {"better"})["better"]
     if better not in (first, second, "tie"):
         raise MalformedVerdict("unknown_ids", "'better' must be one of the two ids or 'tie'")
     return {first: 1, second: -1, "tie": 0}[better]
@@ -226,13 +226,13 @@ def parse_pairwise(reply: str, first: str, second: str) -> int:
 
 def parse_pointwise(reply: str) -> float:
     """Read a pointwise reply."""
-    score = _parse_object(reply, {"score"})["score"]
+    score = parse_object(reply, {"score"})["score"]
     if isinstance(score, bool) or not isinstance(score, int) or not 0 <= score <= MAX_SCORE:
         raise MalformedVerdict("malformed", f"'score' must be an integer from 0 to {MAX_SCORE}")
     return float(score)
 
 
-def _parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
+def parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
     """The reply as an object of exactly these keys."""
     try:
         value = json.loads(_body(reply), object_pairs_hook=_unique, parse_constant=_refuse)
@@ -273,7 +273,7 @@ def _pair_ask(request: RankRequest, texts: Sequence[str], pair: tuple[int, int],
     return Ask(
         PAIRWISE_RULES,
         question_block(request) + answers_block([(labels[0], texts[first]), (labels[1], texts[second])]),
-        _object_schema(better={"type": "string", "enum": [*labels, "tie"]}),
+        object_schema(better={"type": "string", "enum": [*labels, "tie"]}),
         lambda reply: parse_pairwise(reply, *labels),
     )
 
@@ -303,10 +303,11 @@ def _labelled(label: str, text: str) -> dict[str, str]:
 def _listwise_schema(labels: Sequence[str]) -> dict[str, Any]:
     # In the order of the hash, not of appearance.
     ids = {"type": "array", "items": {"type": "string", "enum": sorted(labels)}}
-    return _object_schema(ranking={"type": "array", "items": ids}, cannot_judge=ids)
+    return object_schema(ranking={"type": "array", "items": ids}, cannot_judge=ids)
 
 
-def _object_schema(**properties: Any) -> dict[str, Any]:
+def object_schema(**properties: Any) -> dict[str, Any]:
+    """The JSON schema of an object with exactly these properties."""
     return {
         "type": "object",
         "properties": properties,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.choices import parse_choice
-from rlaif_fast.oracle.extract import compile_extract
+from rlaif_fast.oracle.extract import compile_extract, final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import (
     answer_kind,
@@ -30,7 +30,8 @@ class ReferenceOracle:
     Args:
         tolerance: Relative tolerance of a numeric answer.
         extract: Regular expression whose first group is the answer inside a longer response, for instance
-            r"<answer>(.*?)</answer>"; a response that it does not match is scored as it stands, halved.
+            r"Answer: (.*)"; a response that it does not match is scored as it stands, halved. None reads what stands
+            in the last `<answer>` block, behind `</think>` or in `\\boxed{}`, unless the reference has such marks too.
     """
 
     name = "reference"
@@ -46,7 +47,7 @@ class ReferenceOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         extract = self._extract.pattern if self._extract else None
-        return f"reference/2 tolerance={self.tolerance} extract={extract}"
+        return f"reference/3 tolerance={self.tolerance} extract={extract}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -55,7 +56,7 @@ class ReferenceOracle:
     def is_correct(self, request: RankRequest, response: str) -> bool:
         """Whether a response counts as right: exact, the right option or number, or every key fact right."""
         reference, kind = _reference_of(request)
-        text, _ = self._answer_of(response)
+        text, _ = self._answer_of(response, reference)
         if normalise(text) == normalise(reference):
             return True
         if kind == "text":
@@ -86,7 +87,7 @@ class ReferenceOracle:
         return tuple(scores[text] for text in request.responses)
 
     def _score_one(self, response: str, reference: str, kind: str, request: RankRequest) -> float:
-        text, factor = self._answer_of(response)
+        text, factor = self._answer_of(response, reference)
         return factor * self._score_by_kind(text, reference, kind, request)
 
     def _score_by_kind(self, text: str, reference: str, kind: str, request: RankRequest) -> float:
@@ -100,9 +101,10 @@ class ReferenceOracle:
             return score_number(text, reference, self.tolerance)
         return score_text(text, reference)
 
-    def _answer_of(self, response: str) -> tuple[str, float]:
+    def _answer_of(self, response: str, reference: str) -> tuple[str, float]:
         if self._extract is None:
-            return response, 1.0
+            marked = final_part(reference) != reference
+            return response if marked else final_part(response) or "", 1.0
         match = self._extract.search(response)
         return (match.group(1) or "", 1.0) if match else (response, 0.5)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ class RewardModelOracle:
         model: A folder or a hub name.
         device: "auto", "cpu", "cuda", ...
         batch_size: Responses in one forward pass.
-        max_tokens: Longest input.
+        max_tokens: Longest input; the middle of a longer one goes. Responses that differ there alone are not judged.
         max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
         tie: Scores closer than this tie.
     """
@@ -83,7 +85,7 @@ class RewardModelOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return (
-            f"reward_model/2 model={self.model_name} max_tokens={self.max_tokens} "
+            f"reward_model/3 model={self.model_name} max_tokens={self.max_tokens} "
             f"max_chars={self.max_response_chars} tie={self.tie}"
         )
 
@@ -94,19 +96,19 @@ class RewardModelOracle:
         seconds = (time.perf_counter() - start) / max(1, len(requests))
         rankings = []
         for request, scores in zip(requests, scored):
-            if any(score != score for score in scores):
+            if any(score is not None and math.isnan(score) for score in scores):
                 none: tuple[None, ...] = (None,) * len(request.responses)
                 rankings.append(
                     Ranking(none, 0.0, scores, seconds=seconds, error="the reward model gave NaN")
                 )
             else:
                 ranks = ranks_from_scores(scores, self.tie)
-                verdicts = tuple(round(score, 6) for score in scores)
+                verdicts = tuple(None if score is None else round(score, 6) for score in scores)
                 rankings.append(Ranking(ranks, scores=scores, verdicts=verdicts, seconds=seconds))
         return rankings
 
     @torch.inference_mode()
-    def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float, ...]]:
+    def _score_all(self, requests: Sequence[RankRequest]) -> list[tuple[float | None, ...]]:
         inputs: list[list[int]] = []
         places = []
         for request in requests:
@@ -121,7 +123,12 @@ class RewardModelOracle:
             logits = self._model(**batch.to(self._model.device)).logits[:, 0].float().tolist()
             for i, value in zip(part, logits):
                 values[i] = value
-        return [tuple(values[i] for i in own) for own in places]
+        scored = []
+        for own in places:
+            cut = Counter(tuple(inputs[i]) for i in set(own) if len(inputs[i]) == self.max_tokens)
+            # Of equal input, distinct responses were cut where they differ: no verdict is better than a tie.
+            scored.append(tuple(values[i] if cut[tuple(inputs[i])] < 2 else None for i in own))
+        return scored
 
     def _encode(self, request: RankRequest, text: str) -> list[int]:
         question = request.question

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlaif_fast.policy.cut import cut
+from rlaif_fast.policy.families.base import Family
 from rlaif_fast.policy.packing import ranges
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.media import Media
@@ -86,13 +87,14 @@ class VisionEncoder:
     """Runs a vision tower once for each distinct medium.
 
     Args:
-        tower: A module that takes (patches, grid_thw=...) and gives `pooler_output` and maybe
-            `deepstack_features`.
+        tower: The modules that make features (`Family.vision`).
         cache_bytes: Budget of features remembered while no parameter of the tower trains; 0 remembers none.
+        family: How it makes them of patches; None for patches behind grids.
     """
 
-    def __init__(self, tower: nn.Module, cache_bytes: int) -> None:
+    def __init__(self, tower: nn.Module, cache_bytes: int, family: Family | None = None) -> None:
         self.tower = tower
+        self.family = family or Family()
         self.cache_bytes = cache_bytes
         self.calls = 0  # media encoded so far
         self._cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
@@ -131,15 +133,8 @@ class VisionEncoder:
         return MediaFeatures(levels, dict(zip(media, zip(begins, lengths))))
 
     def _encode(self, media: Sequence[Media]) -> list[tuple[Tensor, ...]]:
-        parameter = next(self.tower.parameters())
-        patches = torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
-        grids = torch.tensor([m.grid_thw for m in media], device=parameter.device)
-        output = self.tower(patches, grid_thw=grids, return_dict=True)
         self.calls += len(media)
-        merge = len(patches) // len(output.pooler_output)
-        lengths = [t * h * w // merge for t, h, w in (m.grid_thw for m in media)]
-        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
-        return list(zip(*(level.split(lengths) for level in levels)))
+        return self.family.features(self.tower, media)
 
     def _forget_if_changed(self) -> None:
         fingerprint = tuple((p.data_ptr(), p._version) for p in self.tower.parameters())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,22 +10,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from rlaif_fast.errors import RlaifFastError, UsageError, require
+from rlaif_fast.errors import UsageError, require
+from rlaif_fast.policy.families import find_family
+from rlaif_fast.policy.families.base import PARTS
 from rlaif_fast.policy.flash import refuses_flash
-from rlaif_fast.policy.weights import (
-    ADAPTER_CONFIG,
-    adapter_config,
-    check_config,
-    load_adapters,
-    load_strictly,
-)
+from rlaif_fast.policy.frontend import load_frontend, read_config
+from rlaif_fast.policy.parts import FREEZING, add_lora, apply_freezing, check_parts
+from rlaif_fast.policy.weights import ADAPTER_CONFIG, adapter_config, load_adapters, load_strictly
 from rlaif_fast.video import PatchSpec
 
-PREPROCESSOR_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FREEZING = ("freeze_vision_tower", "freeze_projector", "freeze_language_model")
-PROJECTOR_PARTS = (".merger.", ".deepstack_merger_list.")
 
 
 @dataclass
@@ -44,10 +36,13 @@ class ModelOptions:
             which leave nothing else to train.
         freeze_projector: Do not train the projector between vision tower and language model; null likewise.
         freeze_language_model: Do not train the language model; null likewise.
-        lora_r: Rank of LoRA adapters on the language model's linear layers; 0 trains the weights themselves.
+        train_router: Train the router of a mixture of experts too; false freezes it.
+        lora_r: Rank of LoRA adapters on linear layers; 0 trains the weights themselves.
         lora_alpha: LoRA scale.
         lora_dropout: Dropout in front of the adapters.
-        lora_target_modules: Names of the linear layers of the language model that get an adapter.
+        lora_modules: Parts that get adapters: "decoder", "tower", "projector".
+        lora_target_modules: Names of the linear layers that get an adapter; null is the family's own in the decoder,
+            and all in the tower and the projector.
         shared_prefix: Compute each prompt once a group. false is the plain path of other trainers (any family).
         attention_backend: How the shared prefix is attended to: "auto", "flash", "torch_flash", "sdpa", "flex",
             "reference".
@@ -68,10 +63,12 @@ class ModelOptions:
     freeze_vision_tower: bool | None = None
     freeze_projector: bool | None = None
     freeze_language_model: bool | None = None
+    train_router: bool = False
     lora_r: int = 0
     lora_alpha: int = 32
     lora_dropout: float = 0.0
-    lora_target_modules: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    lora_modules: list[str] = field(default_factory=lambda: ["decoder"])
+    lora_target_modules: list[str] | None = None
     shared_prefix: bool = True
     attention_backend: str = "auto"
     max_packed_tokens: int = 16384
@@ -85,20 +82,25 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what is needed to feed it; `notes` says which choices "auto" made."""
+    """A model with what is needed to feed it; `notes` says which choices "auto" made.
+
+    `processor` is the model's own where its family is not in the table.
+    """
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     model_type: str
     patch_spec: PatchSpec
     device: torch.device
     notes: tuple[str, ...]
+    processor: Any = None
 
     @property
     def vision_dtype(self) -> torch.dtype:
         """What the vision tower computes in."""
-        visual = next(p for name, p in self.model.named_parameters() if "visual" in name or "vision" in name)
-        return visual.dtype
+        named = self.model.named_parameters()
+        visual = next((p for name, p in named if "visual" in name or "vision" in name), None)
+        return next(self.model.parameters()).dtype if visual is None else visual.dtype
 
 
 def resolve_device(device: str) -> torch.device:
@@ -141,7 +143,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     Raises:
         UsageError: The folder or name cannot be loaded, or an option does not fit the model.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -151,10 +153,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
     adapters = adapter_folder(options.model)
     if adapters is not None:
         return load_adapted(options, adapters)
-    check_config(options.model, "model")
+    config = read_config(options.model)
+    frontend = load_frontend(options.model, config)
     try:
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
         loaded = load_strictly(
             AutoModelForImageTextToText,
             options.model,
@@ -166,10 +167,6 @@ def load_model(options: ModelOptions) -> LoadedModel:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"model: cannot load {options.model!r}: {reason}") from error
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = read_chat_template(options.model)
-    if tokenizer.chat_template is None:
-        raise UsageError(f"model: {options.model!r} has no chat template; use an instruct checkpoint")
     model: nn.Module = cast(nn.Module, loaded).to(device)
     apply_freezing(model, options)
     if options.lora_r > 0:
@@ -180,9 +177,21 @@ def load_model(options: ModelOptions) -> LoadedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not options.lora_r:
             module.p = 0.0
-    notes = (f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note)
+    notes = [f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note]
+    family = find_family(config.model_type)
+    if family is not None:
+        notes += family.notes(config, options.lora_r > 0)
+    if frontend.patch_spec.tokens_a_frame is not None:
+        side = frontend.patch_spec.factor
+        notes.append(f"frames: {side}x{side}, as its tower takes them, whatever *_pixels say")
     return LoadedModel(
-        model, tokenizer, config.model_type, read_patch_spec(options.model, config), device, notes
+        model,
+        frontend.tokenizer,
+        config.model_type,
+        frontend.patch_spec,
+        device,
+        tuple(notes),
+        frontend.processor,
     )
 
 
@@ -207,10 +216,11 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     alpha = options.lora_alpha if options.lora_r else saved.get("lora_alpha", 0)
     scaled = dataclasses.replace(options, model=base, lora_r=r, lora_alpha=alpha)
     if not options.lora_r:
-        freezing: dict[str, Any] = dict.fromkeys(FREEZING)
+        freezing: dict[str, Any] = dict.fromkeys(FREEZING.values())
         targets = saved.get("target_modules")
-        names = list(targets) if isinstance(targets, list) else list(LORA_TARGETS)
-        scaled = dataclasses.replace(scaled, lora_target_modules=names, **freezing)
+        names = list(targets) if isinstance(targets, list) else None
+        parts = list(PARTS) if names else ["decoder"]
+        scaled = dataclasses.replace(scaled, lora_target_modules=names, lora_modules=parts, **freezing)
     try:
         loaded = load_model(scaled)
     except UsageError as error:
@@ -232,112 +242,17 @@ def check_lora(options: ModelOptions) -> None:
         UsageError: A part is to be trained beside adapters, or adapters are described and there are none.
     """
     if options.lora_r:
-        asked = [name for name in FREEZING if getattr(options, name) is False]
+        asked = [name for name in FREEZING.values() if getattr(options, name) is False]
         if asked:
             raise UsageError(
                 f"{asked[0]}: false has no effect beside lora_r {options.lora_r}, which trains the adapters alone; "
                 "leave it out, or set lora_r to 0"
             )
         require(options.lora_alpha > 0, "lora_alpha", "1 or more", options.lora_alpha)
-        require(bool(options.lora_target_modules), "lora_target_modules", "at least one name", [])
+        require(options.lora_target_modules != [], "lora_target_modules", "at least one name", [])
+        check_parts(options.lora_modules)
         return
     usual = ModelOptions()
-    for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+    for name in ("lora_alpha", "lora_dropout", "lora_modules", "lora_target_modules"):
         if getattr(options, name) != getattr(usual, name):
             raise UsageError(f"{name}: {getattr(options, name)} has no effect where lora_r is 0; set lora_r")
-
-
-def apply_freezing(model: nn.Module, options: ModelOptions) -> None:
-    """Switch off the gradient of the parts that are not to be trained.
-
-    Raises:
-        UsageError: Nothing is left to train.
-    """
-    for name, parameter in model.named_parameters():
-        in_vision = ".visual." in f".{name}"
-        in_projector = in_vision and any(part in name for part in PROJECTOR_PARTS)
-        if in_projector:
-            parameter.requires_grad_(not options.freeze_projector)
-        elif in_vision:
-            parameter.requires_grad_(not options.freeze_vision_tower)
-        else:
-            parameter.requires_grad_(not options.freeze_language_model)
-    if not any(parameter.requires_grad for parameter in model.parameters()) and not options.lora_r:
-        raise UsageError(
-            "freeze_*: every part is frozen, nothing is left to train; unfreeze one or set lora_r"
-        )
-
-
-def add_lora(model: nn.Module, options: ModelOptions) -> nn.Module:
-    """Put LoRA adapters on the language model's linear layers; the rest of the model is then frozen by peft."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UsageError('lora_r: LoRA needs peft: pip install "rlaif-fast[train]"') from None
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".language_model." in f".{name}"
-    }
-    unknown = [name for name in options.lora_target_modules if name not in linear]
-    if unknown:
-        raise UsageError(
-            f"lora_target_modules: no linear layer of the language model is named {', '.join(unknown)}; "
-            f"there are {', '.join(sorted(linear))}"
-        )
-    names = "|".join(map(re.escape, options.lora_target_modules))
-    config = LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=rf".*language_model.*\.({names})",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise UsageError(f"lora_target_modules: {error}") from error
-
-
-def read_patch_spec(model: str, config) -> PatchSpec:
-    """Patch sizes from the model config, mean and deviation from its preprocessor file."""
-    vision = config.vision_config
-    means = None
-    whole = _read_json(model, "processor_config.json") or {}
-    candidates = [_read_json(model, name) for name in PREPROCESSOR_FILES]
-    for settings in (*candidates, whole.get("video_processor"), whole.get("image_processor")):
-        if settings and "image_mean" in settings:
-            means = tuple(settings["image_mean"]), tuple(settings["image_std"])
-            break
-    if means is None:
-        raise RlaifFastError(
-            f"model: {model!r} has no preprocessor_config.json or processor_config.json with image_mean and "
-            "image_std; copy it from the checkpoint it was trained from"
-        )
-    return PatchSpec(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        mean=means[0],
-        std=means[1],
-    )
-
-
-def read_chat_template(model: str) -> str | None:
-    """The chat template beside a model whose tokenizer has none: chat_template.jinja or chat_template.json."""
-    from transformers.utils import cached_file
-
-    path = cached_file(model, "chat_template.jinja", _raise_exceptions_for_missing_entries=False)
-    if path is not None:
-        return Path(path).read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        template = (_read_json(model, name) or {}).get("chat_template")
-        if isinstance(template, str):
-            return template
-    return None
-
-
-def _read_json(model: str, name: str) -> dict | None:
-    from transformers.utils import cached_file
-
-    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return None if path is None else json.loads(Path(path).read_text())

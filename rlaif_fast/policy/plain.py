@@ -6,13 +6,13 @@ it is what the shared-prefix path is compared with.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rlaif_fast.policy.families import IMAGE, VIDEO, unwrap
+from rlaif_fast.policy.families import find_family, unwrap
+from rlaif_fast.policy.families.processor import processor_inputs
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 
@@ -36,7 +36,6 @@ def model_inputs(
         group_sizes: Responses of each prompt; needed with `token_ids`.
         padding_side: "right" to train, "left" to generate.
     """
-    config = unwrap(model).config
     device = next(model.parameters()).device
     sequences = []
     repeated: list[EncodedPrompt] = []
@@ -56,27 +55,12 @@ def model_inputs(
         input_ids[row, place] = sequence
         attention_mask[row, place] = 1
     inputs: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    media = [m for p in repeated for m in p.media]
-    if not media:
-        return inputs
-    accepted = inspect.signature(unwrap(model).forward).parameters
+    family = find_family(unwrap(model).config.model_type)
+    if family is not None:
+        return inputs | family.plain_inputs(model, repeated, input_ids)
     dtype = next(model.parameters()).dtype
-    for is_video, pixels, grid in (
-        (False, "pixel_values", "image_grid_thw"),
-        (True, "pixel_values_videos", "video_grid_thw"),
-    ):
-        chosen = [m for m in media if m.is_video == is_video]
-        if chosen:
-            inputs[pixels] = torch.cat([m.patches for m in chosen]).to(device, dtype)
-            inputs[grid] = torch.tensor([m.grid_thw for m in chosen], device=device)
-    if "second_per_grid_ts" in accepted and "video_grid_thw" in inputs:
-        seconds = [m.seconds_per_grid for m in media if m.is_video]
-        inputs["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device=device)
-    if "mm_token_type_ids" in accepted:
-        types = torch.zeros_like(input_ids, dtype=torch.int32)
-        types[input_ids == config.image_token_id] = IMAGE
-        types[input_ids == config.video_token_id] = VIDEO
-        inputs["mm_token_type_ids"] = types
+    for name, value in processor_inputs(repeated, width, padding_side).items():
+        inputs[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
     return inputs
 
 

@@ -26,13 +26,12 @@ from rlaif_fast.policy.families import (
     marker_token_ids,
     text_decoder,
     unwrap,
-    vision_tower,
 )
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, count_rows, pack
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.policy.reference import Pairs, copies_of, exchange, is_new_lora
+from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
 from rlaif_fast.policy.shard import Shards
 
 T = TypeVar("T")
@@ -107,11 +106,13 @@ class Policy:
             family = family_of(model)
             self.decoder = text_decoder(model)
             self.embedding = self.decoder.get_input_embeddings()
-            self.vision = VisionEncoder(vision_tower(model), feature_cache_bytes)
+            self.vision = VisionEncoder(family.vision(model), feature_cache_bytes, family)
+            self.position_axes = family.axes
             self.layouts = PromptLayouts(model, family)
             self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
             attention.install(self.decoder)
-            vision_attention.install(self.vision.tower)
+            if family.batched_vision:
+                vision_attention.install(unwrap(model).get_submodule(family.tower))
 
     # --- the head -------------------------------------------------------------------------------------------
 
@@ -170,9 +171,7 @@ class Policy:
         """
         if not self.shared_prefix:
             return None
-        if self.shards is not None and self.vision.trains:
-            return self.shards.encode(self.vision, prompts)
-        return self.vision(prompts)
+        return self.vision(prompts) if self.shards is None else self.shards.encode(self.vision, prompts)
 
     def response_hidden(
         self,
@@ -268,7 +267,7 @@ class Policy:
                 options = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(media[1:])}
         output = self.decoder(
             inputs_embeds=embeds[None],
-            position_ids=positions[:, None],
+            position_ids=positions[:, None] if self.position_axes == 3 else positions[:1],
             attention_mask=embeds.new_zeros(attention.UNUSED_MASK_SHAPE),
             use_cache=False,
             shared_prefix=context,
@@ -320,15 +319,18 @@ class Policy:
         """Whether the model is wrapped by peft, so that switching the adapter off gives the reference."""
         return hasattr(self.model, "disable_adapter")
 
-    def freeze_reference(self) -> None:
+    def freeze_reference(self, *, copy: bool = False) -> None:
         """Make the present weights the reference.
 
         Kept is a copy of the weights that train, which takes their place while the reference is asked; nothing is
         kept where switching off a LoRA adapter that is still new gives the same.
+
+        Args:
+            copy: Keep one there too: captured CUDA graphs know weights by their place, not switches.
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._reference = None
-        if not (self.has_adapter and is_new_lora(trained)):
+        if copy or not (self.has_adapter and is_new_lora(trained)):
             self._reference = copies_of(trained)
 
     @torch.no_grad()
@@ -352,13 +354,11 @@ class Policy:
             RuntimeError: There is no adapter and `freeze_reference` was not called.
         """
         if self._reference is None and not self.has_adapter:
-            raise RuntimeError(
-                "reference_logps: no reference; call freeze_reference() where the policy starts"
-            )
+            raise RuntimeError("reference_logps: call freeze_reference() where the policy starts")
         own_tower = self.shared_prefix and self.vision.trains
         with self.evaluating(), self.reference_weights():
             if own_tower:
-                features = VisionEncoder(self.vision.tower, cache_bytes=0)(prompts)
+                features = VisionEncoder(self.vision.tower, 0, self.vision.family)(prompts)
             logps = self.response_logps(
                 prompts,
                 token_ids,
@@ -377,12 +377,8 @@ class Policy:
             with self.gathered(), self.model.disable_adapter():
                 yield
             return
-        exchange(self._reference)
-        try:
-            with self.gathered():
-                yield
-        finally:
-            exchange(self._reference)
+        with exchanged(self._reference), self.gathered():
+            yield
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

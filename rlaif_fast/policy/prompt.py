@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,7 +17,9 @@ class EncodedPrompt:
     Attributes:
         input_ids: (P,) int64, media tokens expanded, generation prompt included.
         media: The media in order of appearance.
+        inputs: What the model's own processor made besides, each (n, ...) or (1, P); None where `media` is all.
     """
 
     input_ids: Tensor  # (P,) int64
     media: tuple[Media, ...] = ()
+    inputs: Mapping[str, Tensor] | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,26 @@ def copies_of(parameters: Mapping[str, nn.Parameter]) -> Pairs:
     return [(p, own_part(p.detach()).clone()) for p in parameters.values()]
 
 
-def exchange(pairs: Pairs) -> None:
+@contextlib.contextmanager
+def exchanged(pairs: Pairs) -> Iterator[None]:
+    """Each copy in its parameter's place for a while."""
+    _exchange(pairs)
+    try:
+        yield
+    finally:
+        _exchange(pairs)
+
+
+def is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
+    """Whether all that trains is LoRA of which nothing has been learned: every B is zero."""
+    return all(".lora_" in name for name in trained) and not any(
+        bool(whole(p.detach()).any())
+        for name, p in trained.items()
+        if ".lora_B." in name or ".lora_embedding_B." in name
+    )
+
+
+def _exchange(pairs: Pairs) -> None:
     """Let each parameter and its copy trade places; nothing is copied but the parts of sharded weights."""
     for parameter, other in pairs:
         if isinstance(parameter, DTensor):
@@ -29,12 +49,3 @@ def exchange(pairs: Pairs) -> None:
             mine = parameter.data
             parameter.data = other.data
             other.data = mine
-
-
-def is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
-    """Whether all that trains is LoRA of which nothing has been learned: every B is zero."""
-    return all(".lora_" in name for name in trained) and not any(
-        bool(whole(p.detach()).any())
-        for name, p in trained.items()
-        if ".lora_B." in name or ".lora_embedding_B." in name
-    )

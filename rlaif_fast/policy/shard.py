@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rlaif_fast.policy.policy import Policy
 
 T = TypeVar("T")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # whose layers and towers are known here
 
 
 class Shards(nn.Module):
@@ -73,7 +75,9 @@ class Shards(nn.Module):
         return work()
 
     def encode(self, vision: VisionEncoder, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
-        """What a sharded tower gives for the media of some prompts, which must have any unless all is gathered."""
+        """What the tower gives for the media of some prompts; a sharded one needs some, unless all is gathered."""
+        if not vision.trains:
+            return vision(prompts)
         spans: dict[str, tuple[int, int]] = {}
 
         def work() -> tuple[Tensor, ...]:
@@ -116,11 +120,20 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     Args:
         policy: With `shared_prefix`; every process holds the same weights.
         mesh: Of one dimension; or of two, weights being cut over the second and repeated over the first.
+
+    Raises:
+        UsageError: The model is of another family than `FAMILIES`.
     """
+    model_type = unwrap(policy.model).config.model_type
+    if model_type not in FAMILIES:
+        raise UsageError(
+            f"sharding: expected none for the model family {model_type!r}; fsdp2 knows {FAMILIES}"
+        )
     compute = MixedPrecisionPolicy(
         param_dtype=policy.head_weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    tower, layers = policy.vision.tower, policy.decoder.layers
+    tower: Any = policy.vision.tower
+    layers = policy.decoder.layers
     trains = policy.vision.trains
     root = Shards(policy.model, _filler(policy))
     stacks = [list(layers), list(tower.blocks)] if trains else [list(layers)]
@@ -196,8 +209,9 @@ def _filler(policy: Policy) -> EncodedPrompt:
     if not policy.vision.trains:
         return EncodedPrompt(torch.tensor([end, end]))
     config: Any = unwrap(policy.model).config
+    tower: Any = policy.vision.tower
     merge = config.vision_config.spatial_merge_size
-    width = math.prod(policy.vision.tower.patch_embed.proj.weight.shape[1:])
+    width = math.prod(tower.patch_embed.proj.weight.shape[1:])
     picture = Media(torch.zeros(merge * merge, width), (1, merge, merge), False, 0.0, "empty pass")
     ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, end]
     return EncodedPrompt(torch.tensor(ids), (picture,))

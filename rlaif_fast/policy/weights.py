@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import FAMILIES
 from rlaif_fast.policy.shard import cut_like
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -132,6 +133,8 @@ def check_config(folder: str | Path, what: str) -> None:
         raise UsageError(
             f"{what}: cannot load {str(folder)!r}: config.json is not valid JSON ({error})"
         ) from error
+    if isinstance(values, dict) and values.get("model_type") not in (None, *FAMILIES):
+        return  # laid out in a way of its own
     sized = isinstance(values, dict) and "vision_config" in values
     if not sized or not ("text_config" in values or "hidden_size" in values):
         raise UsageError(

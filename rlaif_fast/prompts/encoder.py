@@ -1,8 +1,8 @@
 """From a dataset row and its clips to the token ids and patches the policy reads.
 
 The text follows the model's own chat template; each media placeholder is then expanded to as many media tokens as the
-vision tower emits, the way the Hugging Face processor of the family does it (Qwen3-VL: one timestamp and one vision
-block per temporal patch; Qwen2.5-VL: one block a video).
+vision tower emits, the way the Hugging Face processor of the family does it (`policy/families`). An answer goes behind
+the reasoning where the template leaves the prompt inside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 
 import torch
@@ -18,18 +19,17 @@ from torch import Tensor
 
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.video import PatchSpec, PixelBudget, grid_timestamps, preprocess
+from rlaif_fast.video import PatchSpec, PixelBudget, preprocess
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.refs import Cut
 
-VIDEO_BLOCK = "<|vision_start|><|video_pad|><|vision_end|>"
-IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
 # An answer may reason; a question may not put reasoning into the policy's mouth.
-THINKING = {"<think>", "</think>"}
-_BLOCKS = re.compile(f"({re.escape(VIDEO_BLOCK)}|{re.escape(IMAGE_BLOCK)})")
+OPENS, CLOSES = "<think>", "</think>"
+THINKING = {OPENS, CLOSES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Prompt(EncodedPrompt):
 
 def question_text(example: Example) -> str:
     """The user's turn without the media: the question, then the options with their letters."""
-    return with_options(example.question, example.options)
+    return with_options(example.question, example.options) if example.asked is None else example.asked
 
 
 def with_options(text: str, options: Sequence[str]) -> str:
@@ -76,6 +76,11 @@ def markup_of(tokenizer) -> set[str]:
 def _any_of(marks: set[str]) -> re.Pattern[str]:
     """Matches any of `marks`, the longest first, since one may be part of another."""
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+
+
+def ends_in_reasoning(prompt: str) -> bool:
+    """Whether a prompt opens the reasoning and leaves it open."""
+    return prompt.rfind(OPENS) > prompt.rfind(CLOSES)
 
 
 class PromptEncoder:
@@ -107,7 +112,7 @@ class PromptEncoder:
         patchify: str = "auto",
     ) -> None:
         self.tokenizer = tokenizer
-        self.timestamped = model_type.startswith("qwen3_vl")
+        self.family = self._family(model_type)
         self.patch_spec = patch_spec
         self.pixels = pixels
         self.system_prompt = system_prompt
@@ -119,6 +124,21 @@ class PromptEncoder:
         marks = markup_of(tokenizer)
         self._markup = _any_of(marks)
         self._markup_in_answers = _any_of(marks - THINKING)
+        self._marks = _any_of({self.family.video_mark, self.family.image_mark})
+
+    def _family(self, model_type: str) -> Family:
+        family = find_family(model_type)
+        if family is None:
+            raise UsageError(f"model: {model_type!r} has no prompt layout here; use ProcessorEncoder for it")
+        return family
+
+    @cached_property
+    def reasons(self) -> bool:
+        """Whether the template leaves a prompt inside the reasoning, which an answer then has to close."""
+        messages = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        return ends_in_reasoning(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
 
     def encode(self, example: Example, clips: Sequence[Clip]) -> Prompt:
         """Encode one prompt.
@@ -134,7 +154,7 @@ class PromptEncoder:
         cuts = [ref.cut for ref in refs] if len(refs) == len(clips) else [Cut()] * len(clips)
         media = tuple(self._preprocess(clip, len(clips), cut) for clip, cut in zip(clips, cuts))
         grids = (str(item.grid_thw) for item in media)
-        text = (example.question, *example.options, example.system or "", *example.layout)
+        text = (question_text(example), *example.options, example.system or "", *example.layout)
         key = (*text, *(clip.key for clip in clips), *grids)
         ids = self._ids.get(key)
         if ids is None:
@@ -144,53 +164,74 @@ class PromptEncoder:
             self._ids.popitem(last=False)
         return Prompt(input_ids=ids, media=media, example=example, clips=tuple(clips))
 
-    def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
+    def _messages(self, example: Example, clips: Sequence[Clip]) -> list[dict]:
+        """The conversation as the chat template takes it."""
         content: list[dict[str, str]] = []
         pieces = (
             example.layout
             if len(example.layout) == len(clips) + 1
-            else ("",) * len(clips) + (example.question,)
+            else ("",) * len(clips) + (question_text(example),)
         )
         for piece, clip in zip(pieces, clips):
             if piece:
                 content.append({"type": "text", "text": self._plain(piece)})
-            content.append({"type": "image" if clip.is_image else "video"})
-        content.append({"type": "text", "text": self._plain(with_options(pieces[-1], example.options))})
+            content.append(self.family.content(clip))
+        last = with_options(pieces[-1], example.options) if pieces is example.layout else pieces[-1]
+        content.append({"type": "text", "text": self._plain(last)})
         messages: list[dict] = [{"role": "user", "content": content}]
         system = example.system or self.system_prompt
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._plain(system)}]})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = _BLOCKS.split(text)
-        blocks = [IMAGE_BLOCK if clip.is_image else VIDEO_BLOCK for clip in clips]
-        for clip, block, found in zip_longest(clips, blocks, parts[1::2]):
+        return messages
+
+    def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
+        family = self.family
+        if not family.pictures and any(clip.is_image for clip in clips):
+            raise UsageError(
+                f"{example.source or example.id}: {family.name} is trained on videos alone here, and the row shows a "
+                "picture; leave such rows out"
+            )
+        text = self.tokenizer.apply_chat_template(
+            self._messages(example, clips),
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=family.chat_template(self.tokenizer, clips),
+        )
+        found_marks = self._marks.findall(text)
+        parts = self._marks.split(text)
+        for clip, block, found in zip_longest(clips, map(family.mark, clips), found_marks):
             if block != found:
                 kind = "medium" if clip is None else "picture" if clip.is_image else "video"
                 raise UsageError(
                     f"{example.source or example.id}: the chat template of this model leaves out or moves a {kind}; "
                     "use a model with a vision chat template"
                 )
-        parts[1::2] = [self._expand(clip, item) for clip, item in zip(clips, media)]
-        text = "".join(parts)
+        pieces = [self._expand(clip, item) for clip, item in zip(clips, media)]
+        text = "".join(piece for pair in zip_longest(parts, pieces, fillvalue="") for piece in pair)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of an answer, the end-of-sequence token last."""
-        ids = self.tokenizer(self._plain(answer, answer=True), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        """Token ids of an answer, the token that ends it last.
+
+        Behind a prompt that ends inside the reasoning, an answer without reasoning closes it first; one that brings
+        its own is not opened twice.
+        """
+        text = self._plain(answer, answer=True)
+        if self.reasons:
+            _, opened, behind = text.partition(OPENS)
+            text = behind.lstrip() if opened and CLOSES in behind else f"{CLOSES}\n\n{text}"
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self.family.turn_end
+        return [
+            *ids,
+            self.tokenizer.eos_token_id if end is None else self.tokenizer.convert_tokens_to_ids(end),
+        ]
 
     def _expand(self, clip: Clip, media: Media) -> str:
-        t, h, w = media.grid_thw
-        tokens = h * w // self.patch_spec.merge_size**2  # in one temporal patch
         if clip.is_image:
-            return f"<|vision_start|>{'<|image_pad|>' * (t * tokens)}<|vision_end|>"
-        if not self.timestamped:
-            return f"<|vision_start|>{'<|video_pad|>' * (t * tokens)}<|vision_end|>"
-        return "".join(
-            f"<{seconds:.1f} seconds><|vision_start|>{'<|video_pad|>' * tokens}<|vision_end|>"
-            for seconds in grid_timestamps(clip.timestamps, self.patch_spec.temporal_patch_size)
-        )
+            return self.family.image_text(media, self.patch_spec)
+        return self.family.video_text(clip, media, self.patch_spec)
 
     def _preprocess(self, clip: Clip, share: int, cut: Cut) -> Media:
         pixels = self.pixels.cut(cut)

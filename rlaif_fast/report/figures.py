@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,10 +265,8 @@ def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
                     color=MUTED,
                     fontsize=9.5,
                 )
-        names = [
-            shortened(score.name, 18) if narrow else f"{shortened(score.name, 32)}  (n={score.n})"
-            for score in scores
-        ]
+        break_at, count = (16, "\nn={}") if narrow else (40, "  (n={})")
+        names = [textwrap.fill(score.name, break_at) + count.format(score.n) for score in scores]
         axes.set_yticks([top + 0.35, *range(top - 1, -1, -1)], names)
         axes.tick_params(axis="y", labelsize=9.5 if narrow else 10.5, labelcolor=INK, length=0)
         axes.set_ylim(-0.6, top + 0.35 + 0.6)

@@ -184,7 +184,7 @@ def _svg_figures(comparison: Comparison | None, seconds: Mapping[str, float]) ->
             lambda narrow: figures.categories(scores, narrow=narrow),
             "Test accuracy by category before and after RL with 95% intervals",
             (WIDE, height),
-            height,
+            70 + 62 * len(scores),
         )
     if seconds:
         height = 20 + 28 * len(seconds)

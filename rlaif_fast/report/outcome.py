@@ -14,6 +14,7 @@ import torch
 
 from rlaif_fast.algorithms.group import rank_rollout
 from rlaif_fast.data import chance_by_category
+from rlaif_fast.errors import writing
 from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.prompts.batches import by_media
 from rlaif_fast.report.html import write_report
@@ -134,7 +135,7 @@ def _write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
         rollout = run.sampler.sample(prompts, config.num_generations, params)
         groups = rank_rollout(prompts, rollout, run.oracle, run.algorithm)
         greedy = run.sampler.sample(prompts, 1, dataclasses.replace(params, temperature=0.0)).texts
-    with run_dir.samples.open("a", encoding="utf-8") as lines:
+    with writing(run_dir.samples), run_dir.samples.open("a", encoding="utf-8") as lines:
         for record, text in zip(rollout_records(groups, 0), greedy):
             lines.write(json_line({"phase": phase, **record, "greedy": text}))
 
@@ -165,7 +166,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         "notes": [*notes, *notes_on_data(run)],
     }
     if config.report:
-        with logger.timer("report"):
+        with logger.timer("report"), writing(run_dir.path):
             path = write_report(run_dir, summary=summary)
         logger.message(f"report: {path}")
     summary["seconds"] = logger.elapsed()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.families import unwrap
+from rlaif_fast.policy.families import find_family, unwrap
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.policy import Policy
@@ -36,10 +36,14 @@ class PlainSampler(ReadsPolicy):
         check_params(params, num_generations, prompts)
         policy = self.policy
         draw = _Draw(policy, params, uniforms(len(prompts) * num_generations, params))
-        inputs = model_inputs(policy.model, prompts, padding_side="left")
+        family = find_family(unwrap(policy.model).config.model_type)
+        # Where `generate` would repeat media wrongly for several responses, each response gets a prompt of its own.
+        expands = family is not None and family.expands
+        rows = prompts if expands else [prompt for prompt in prompts for _ in range(num_generations)]
+        inputs = model_inputs(policy.model, rows, padding_side="left")
         # The checkpoint's own settings (a repetition penalty, say) would change what is drawn.
         settings = GenerationConfig(
-            num_return_sequences=num_generations,
+            num_return_sequences=num_generations if expands else 1,
             do_sample=True,
             temperature=1.0,
             top_k=0,

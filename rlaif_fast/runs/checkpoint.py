@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, refusal
 from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
     ADAPTER_CONFIG,
@@ -151,11 +151,11 @@ class CheckpointStore:
             partial.rename(target)
             self._write_index(index)
         except Exception as error:
-            reason = _disk_reason(error)
+            reason = refusal(error)
             if reason is None:
                 raise
             self._remove_unlisted()
-            raise RlaifFastError(f"cannot write checkpoint {target}: {reason}; free some space") from error
+            raise RlaifFastError(f"cannot write checkpoint {target}: {reason}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
@@ -237,21 +237,6 @@ class CheckpointStore:
 
 def _needs(roles: Mapping[str, str | None]) -> list[str]:
     return sorted({name for name in roles.values() if name is not None})
-
-
-def _disk_reason(error: Exception) -> str | None:
-    """Why the disk refused, or None for an error of another kind.
-
-    Only Python says it by OSError. safetensors and tokenizers quote the system in errors of their own, and
-    torch.save reports where in the file it found itself.
-    """
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if "(os error " in str(error):
-        return str(error)
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return f"{STATE} was not written to its end"
-    return None
 
 
 def _flush(folder: Path) -> None:

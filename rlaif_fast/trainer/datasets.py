@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
+from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.identity import contents, group_by_content, media_of
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
@@ -172,7 +173,18 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
 
 
 def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
-    """The examples of a file, read as the configuration says."""
+    """The examples of a file, or of a published benchmark ("videomme:FOLDER"), read as the configuration says.
+
+    Raises:
+        UsageError: One is wrong, or its media are missing, and `on_bad_row` does not say "skip".
+    """
+    name, _, folder = str(path).partition(":")
+    if name in BENCHMARKS and folder and not path.exists():
+        items = read_benchmark(name, folder)
+        missing = [item for item in items if item.trouble]
+        if missing and (config.on_bad_row == "raise" or len(missing) == len(items)):
+            raise UsageError(f"{path}: {len(missing)} of {len(items)} questions: {missing[0].trouble}")
+        return [item.example for item in items if not item.trouble]
     return read_examples(
         path,
         media_root=config.media_root,

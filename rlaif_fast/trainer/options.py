@@ -23,7 +23,8 @@ class DataOptions:
         data: "synthetic" (clips made on the spot), a JSONL file, or a folder with sft, rl, validation and test .jsonl.
             A single file serves SFT and RL, and `holdout_fraction` of its videos is held out twice (validation, test).
         sft_data: JSONL for supervised fine-tuning, in place of the one in `data`.
-        validation_data: JSONL that checkpoints are chosen by, in place of the one in `data`.
+        validation_data: JSONL that checkpoints are chosen by, in place of the one in `data`; or a published benchmark,
+            as "videomme:FOLDER" (see `rlaif_fast.evaluate --benchmark`).
         test_data: JSONL that the final figures are measured on, in place of the one in `data`.
         media_root: Folder that relative media paths start from; null is the folder of the JSONL file.
         holdout_fraction: Share of the videos held out for validation, and as many again for the test.

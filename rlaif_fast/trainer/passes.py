@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -51,12 +52,12 @@ def backward_in_parts(
     leaves = features.leaves() if features is not None and features.requires_grad else None
     results = []
     for part in parts:
-        loss, result = policy.call(lambda part=part: loss_of(part, leaves or features))
+        loss, result = policy.call(partial(loss_of, part, leaves or features))
         loss.backward()
         del loss  # and what its graph still holds
         results.append(result)
     for _ in range(empty):
-        policy.call(lambda: empty_loss(policy, leaves or features)).backward()
+        policy.call(partial(empty_loss, policy, leaves or features)).backward()
     if leaves is not None:
         assert features is not None
         if policy.shards is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.algorithms.group import Group, rank_rollout, verdicts_on
+from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, take_turns
-from rlaif_fast.rollout import SamplingParams
+from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.rollout import Rollout, SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
@@ -23,6 +25,12 @@ from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
+
+# The statistics of a loss that are logged, where it has them.
+LOGGED = (
+    *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
+    *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+)
 
 
 @dataclass
@@ -85,7 +93,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            with policy.gathered():
+            with weights_to_draw_with(run):
                 sampled, groups, features = sample_and_rank(run, order, progress.step)
             loss_stats: dict = {}
             for _ in range(config.num_iterations):
@@ -130,7 +138,7 @@ def sample_and_rank(
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups; those of them to learn from; and what the vision tower gave for their prompts before the
+        This process's groups; what of them is learned from; and what the vision tower gave for their prompts before the
         rollout, with its graph where the rollout is learned from once and whole.
     """
     config, logger, world = run.config, run.logger, run.world
@@ -159,12 +167,7 @@ def sample_and_rank(
             seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
         )
         with logger.timer("rollout"):
-            with torch.set_grad_enabled(keeps_graph(run)):  # else the update runs the tower again
-                features = run.policy.encode_media(prompts)
-            shared = None if features is None else features.detach()
-            with torch.no_grad():
-                run.sampler.sync_weights(run.policy)
-                rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
+            rollout, features = draw(run, prompts, params)
         with logger.timer("oracle"):
             sampled += rank_rollout(prompts, rollout, run.oracle, run.algorithm)
         towers += [] if features is None else [features]
@@ -173,7 +176,30 @@ def sample_and_rank(
             break
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
-    return sampled, learnable[:wanted], features
+    return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
+
+
+def weights_to_draw_with(run: Run) -> AbstractContextManager[None]:
+    """The model with the weights that the algorithm draws with, whole; all processes enter together."""
+    policy = run.policy
+    return policy.reference_weights() if run.algorithm.samples_from == "start" else policy.gathered()
+
+
+def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
+    """Draw the responses to some prompts, inside `weights_to_draw_with`.
+
+    Returns:
+        The rollout; and what the vision tower gave for it, where its weights are the policy's.
+    """
+    config, policy = run.config, run.policy
+    from_start = run.algorithm.samples_from == "start"
+    with torch.set_grad_enabled(keeps_graph(run) and not from_start):  # else the update runs the tower again
+        features = policy.encode_media(prompts)
+    shared = None if features is None else features.detach()
+    with torch.no_grad():
+        run.sampler.sync_weights(policy)
+        rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
+    return rollout, None if from_start else features
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -214,7 +240,7 @@ def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
     prompts, tokens = [group.prompt for group in groups], [group.tokens for group in groups]
     if features is not None and run.policy.vision.trains and not keeps_graph(run):
         features = None
-    known: Sequence[Tensor] | None = None
+    known: list[Tensor] | None = None
     if run.policy.shards is not None and "reference" in run.algorithm.extra_models:
         known = gathered_reference(run, groups, features)
 
@@ -292,8 +318,7 @@ def _loss(
         num_items_in_batch=items,
         validate=False,
     )
-    names = ("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens")
-    stats = {name: output.stats[name] for name in names if name in output.stats}
+    stats = {name: output.stats[name] for name in LOGGED if name in output.stats}
     return output.loss, {"loss": output.loss.detach()} | stats
 
 

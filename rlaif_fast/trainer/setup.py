@@ -17,24 +17,29 @@ import torch
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY
 from rlaif_fast.distributed.world import World
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
+from rlaif_fast.policy.families import check_shared_prefix
+from rlaif_fast.policy.frontend import load_frontend
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
-from rlaif_fast.policy.weights import adapter_config, check_config
+from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
+from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
-from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget
+from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
 
+TAKES_EXTRACT = ("reference", "api", "local")
+BEHIND_REASONING = r"</think>\s*(.*)"
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
@@ -66,7 +71,7 @@ def preflight(config: TrainConfig) -> None:
     """
     resolve_device(config.device)
     shards_together(config, config.num_processes, config.num_processes)
-    check_model(config.model)
+    check_model(config.model, shared_prefix=config.shared_prefix)
     if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
         raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
     if config.resume is None and config.overwrite_output_dir:
@@ -79,21 +84,20 @@ def preflight(config: TrainConfig) -> None:
         load_data(config)
 
 
-def check_model(model: str) -> None:
-    """Refuse a model whose configuration cannot be read; its weights are not."""
-    from transformers import AutoConfig
+def check_model(model: str, *, shared_prefix: bool = False) -> None:
+    """Refuse a model that cannot be trained as far as that is known without its weights.
 
+    Its configuration is read, and a question about a generated clip is encoded.
+    """
     if is_tiny(model):
         return
     adapters = adapter_folder(model)
     if adapters is not None:
         model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
-    check_config(model, "model")
-    try:
-        AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"model: cannot load {model!r}: {reason}") from error
+    frontend = load_frontend(model)
+    if shared_prefix:
+        check_shared_prefix(frontend.config)
+    check_encoding(frontend)
 
 
 def check_overwrite(config: TrainConfig) -> None:
@@ -137,7 +141,8 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
     folder = cache_folder(config) / "models" / f"{config.model}-{key}"
     if not folder.exists():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        make_tiny(partial, words, family=family, seed=config.seed)
+        with writing(partial):
+            make_tiny(partial, words, family=family, seed=config.seed)
         try:
             partial.rename(folder)
         except OSError:
@@ -202,13 +207,9 @@ def make_batch_maker(
     """What turns rows into encoded prompts for this model; on a GPU frames are decoded, resized and cut there."""
     spec = loaded.patch_spec
     on_gpu = loaded.device.type == "cuda"
-    pixels = PixelBudget(
-        spec.factor, config.min_pixels, config.max_pixels, config.total_pixels, spec.temporal_patch_size
-    )
-    encoder = PromptEncoder(
-        loaded.tokenizer,
-        loaded.model_type,
-        spec,
+    pixels = spec.budget(config.min_pixels, config.max_pixels, config.total_pixels)
+    encoder = make_encoder(
+        loaded,
         pixels,
         system_prompt=config.system_prompt,
         device=loaded.device if on_gpu else None,
@@ -232,6 +233,24 @@ def make_batch_maker(
         max_bad_fraction=config.max_bad_fraction,
     )
     return BatchMaker(encoder, store, blank_frames=blank_frames)
+
+
+def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The configuration of a model that reasons before it answers, and what a reader has to know.
+
+    Where the chat template leaves the prompt inside the reasoning, what stands behind it is the answer, unless
+    `extract` says otherwise.
+    """
+    if not encoder.reasons:
+        return config, ()
+    note = "reasoning: the template opens it, so taught answers close it first"
+    if "extract" in config.oracle_options:
+        return config, (note,)
+    if config.oracle not in TAKES_EXTRACT:
+        return config, (f"{note}; the oracle {config.oracle!r} sees responses whole, reasoning included",)
+    options = config.oracle_options | {"extract": BEHIND_REASONING}
+    notes = (f"{note}; the oracle sees what stands behind it (extract: {BEHIND_REASONING})",)
+    return dataclasses.replace(config, oracle_options=options), notes
 
 
 def make_oracle(config: TrainConfig) -> Oracle:

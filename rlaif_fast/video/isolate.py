@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.errors import RlaifFastError, refusal
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.ffmpeg import Scan
 
@@ -107,12 +108,13 @@ class DecodeProcess:
         ours, theirs = Pipe()
         worker = str(Path(__file__).with_name("worker.py"))
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, worker, str(theirs.fileno()), str(self._memory)],
-                pass_fds=(theirs.fileno(), self._memory),
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
+            with _signals_for_the_group_blocked():
+                self._process = subprocess.Popen(
+                    [sys.executable, worker, str(theirs.fileno()), str(self._memory)],
+                    pass_fds=(theirs.fileno(), self._memory),
+                    stdin=subprocess.DEVNULL,
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                )
         except OSError as error:
             ours.close()
             raise RlaifFastError(f"no decoding process could be started: {error.strerror}") from None
@@ -138,13 +140,22 @@ class DecodeProcess:
     def _exit_words(self) -> str:
         if self._process is None:
             return "it was stopped"
-        code = self._process.wait(timeout=5)
+        try:
+            code = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return "it stopped answering"
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _grow(self, capacity: int) -> None:
-        if capacity != self._capacity:
+        if capacity == self._capacity:
+            return
+        try:
             os.ftruncate(self._memory, capacity)
-            self._capacity = capacity
+        except OSError as error:  # not the file's fault
+            raise RlaifFastError(
+                f"no memory for decoded frames ({capacity:,} bytes): {refusal(error)}"
+            ) from error
+        self._capacity = capacity
 
     def _send(self, message: tuple[Any, ...]) -> None:
         if self._channel is None:
@@ -205,6 +216,19 @@ class DecodePool:
 
 class _Refused(Exception):
     """The process answered that the file is bad."""
+
+
+@contextmanager
+def _signals_for_the_group_blocked() -> Iterator[None]:
+    """What is started here never sees SIGINT and SIGTERM, which terminals and schedulers send to whole groups.
+
+    A file would be bad because its process was ended by one. The process ends when the channel closes.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _anonymous_file() -> int:

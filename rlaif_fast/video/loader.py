@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip
@@ -186,7 +186,7 @@ class ClipStore:
             if self.quarantine is not None:
                 line = json.dumps({"path": error.path, "reason": error.reason}, ensure_ascii=False)
                 if line not in _lines(self.quarantine):  # of another process, or before the run was resumed
-                    with self.quarantine.open("a", encoding="utf-8") as file:
+                    with writing(self.quarantine), self.quarantine.open("a", encoding="utf-8") as file:
                         file.write(line + "\n")
             bad = len(self.stats.bad_files)
             total = max(len(self._seen), MIN_FILES_JUDGED)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,19 @@ class PatchSpec:
         merge_size: Patches along a side of one language-model token.
         mean: Per channel, of values in [0, 1].
         std: Per channel, of values in [0, 1].
+        tokens_a_frame: Features of a frame where the tower takes whole frames of one size, which is then
+            `patch_size`; None where it takes patches.
+        kept: Which features a video's prompt holds: None says nothing of it, "all", or "changed", those that differ
+            from the same place of the frame before.
     """
 
     patch_size: int
     temporal_patch_size: int = 2
     merge_size: int = 2
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    tokens_a_frame: int | None = None
+    kept: Literal["all", "changed"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -55,6 +61,16 @@ class PatchSpec:
         """Height and width of a preprocessed frame are multiples of this."""
         return self.patch_size * self.merge_size
 
+    def tokens(self, media: Media) -> int:
+        """Language-model tokens of a medium, before any are dropped."""
+        t, h, w = media.grid_thw
+        return t * (h * w // self.merge_size**2 if self.tokens_a_frame is None else self.tokens_a_frame)
+
+    def budget(self, min_pixels: int, max_pixels: int, total_pixels: int | None = None) -> PixelBudget:
+        """How large this tower's frames may be."""
+        fixed = self.tokens_a_frame is not None
+        return PixelBudget(self.factor, min_pixels, max_pixels, total_pixels, self.temporal_patch_size, fixed)
+
 
 @dataclass(frozen=True)
 class PixelBudget:
@@ -67,6 +83,7 @@ class PixelBudget:
         total_pixels: Most pixels of a video, counted per temporal patch of `frame_factor` frames; None for no
             limit.
         frame_factor: Frames in a temporal patch.
+        fixed: Whether every frame becomes `factor` x `factor` whatever the other limits are.
     """
 
     factor: int
@@ -74,6 +91,7 @@ class PixelBudget:
     max_pixels: int
     total_pixels: int | None = None
     frame_factor: int = 2
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_pixels <= self.max_pixels:
@@ -92,6 +110,8 @@ class PixelBudget:
 
     def size(self, path: str, frames: int, height: int, width: int) -> tuple[int, int]:
         """Return the (height, width) that `frames` frames of a video are resized to."""
+        if self.fixed:
+            return self.factor, self.factor
         most: float = self.max_pixels
         if self.total_pixels is not None:
             share = max(self.total_pixels / frames * self.frame_factor, int(self.min_pixels * 1.05))
@@ -193,9 +213,7 @@ def preprocess(
     """
     frames = used_here(clip.frames if device is None else clip.frames.to(device))
     count, height, width, _ = frames.shape
-    budget = PixelBudget(
-        spec.factor, min_pixels, max_pixels, None if clip.is_image else total_pixels, spec.temporal_patch_size
-    )
+    budget = spec.budget(min_pixels, max_pixels, None if clip.is_image else total_pixels)
     size = budget.size(clip.path, count, height, width)
     patches = patchify(resize_frames(frames, size), spec, dtype, backend)
     grid = (-(-count // spec.temporal_patch_size), size[0] // spec.patch_size, size[1] // spec.patch_size)
@@ -207,7 +225,26 @@ def preprocess(
         seconds_per_grid=spec.temporal_patch_size / clip.sample_fps if clip.sample_fps else 0.0,
         key=hashlib.blake2b(described.encode(), digest_size=20).hexdigest(),
         timestamps=() if clip.is_image else grid_timestamps(clip.timestamps, spec.temporal_patch_size),
+        kept=None if spec.kept is None else kept_features(patches, grid, spec),
     )
+
+
+CHANGED = 0.1  # mean distance of normalised patches, times 255, above which a place has changed
+
+
+def kept_features(patches: Tensor, grid: tuple[int, int, int], spec: PatchSpec) -> Tensor:
+    """Return which features stay, (t * h * w / merge**2,) bool: VideoLLaMA3's token compression.
+
+    The first frame stays whole; of the others the places that changed, and at least the first place.
+    """
+    t, h, w = grid
+    places = patches.view(t, h * w // spec.merge_size**2, -1)
+    if spec.kept == "all" or t == 1:
+        return torch.ones(places.shape[:2], dtype=torch.bool, device=patches.device).flatten()
+    kept = torch.ones(places.shape[:2], dtype=torch.bool, device=patches.device)
+    kept[1:] = (places[1:] - places[:-1]).abs().mean(-1) * 255 > CHANGED
+    kept[:, 0] |= ~kept.any(1)
+    return kept.flatten()
 
 
 def grid_timestamps(timestamps: tuple[float, ...], temporal_patch_size: int) -> tuple[float, ...]:

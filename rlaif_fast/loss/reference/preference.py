@@ -1,10 +1,11 @@
-"""The sigmoid DPO loss of pairs of responses from their log-probabilities.
+"""Losses of preferences from log-probabilities, in plain PyTorch.
 
     r_i  = beta (sum_t logp_it - sum_t ref_logp_it)                     implicit reward of a response
-    loss = -mean over pairs of log sigmoid(r_chosen - r_rejected)
+    DPO  = -mean over pairs of w log sigmoid(r_chosen - r_rejected)                      arXiv 2305.18290
+    LiPO = -mean over groups of w sum_{i before j} D_ij log sigmoid(r_i - r_j)           arXiv 2402.01878
 
-Letters: P pairs, B = 2 P responses (each chosen one before its rejected one), T tokens. Source: arXiv
-2305.18290.
+Letters: P pairs, N groups, G responses a group, B responses (2 P, each chosen one before its rejected one; or N * G),
+T tokens.
 """
 
 from __future__ import annotations
@@ -16,19 +17,77 @@ from torch.nn.functional import logsigmoid
 PREFERENCE_STATS = ("margin", "accuracy", "reward_chosen", "reward_rejected")
 
 
+def implicit_rewards(
+    logps: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    ref_logps_sum: Tensor,  # (B,)
+    beta: float,
+) -> Tensor:
+    """Return r (B,)."""
+    total = logps.where(mask, 0.0).sum(-1)
+    return beta * (total - ref_logps_sum.to(total.dtype))
+
+
 def dpo_loss(
     logps: Tensor,  # (B, T) differentiable
     mask: Tensor,  # (B, T) bool
     ref_logps_sum: Tensor,  # (B,)
     beta: float,
+    pair_weights: Tensor | None,  # (P,)
+    items: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the implicit rewards (B,), and the statistics in the order of PREFERENCE_STATS."""
-    total = logps.where(mask, 0.0).sum(-1)
-    rewards = beta * (total - ref_logps_sum.to(total.dtype))
+    rewards = implicit_rewards(logps, mask, ref_logps_sum, beta)
     chosen, rejected = rewards[0::2], rewards[1::2]
     margin = chosen - rejected
-    pairs = max(1, len(margin))
-    loss = -logsigmoid(margin).sum() / pairs
+    cost = -logsigmoid(margin)
+    loss = (cost if pair_weights is None else cost * pair_weights).sum() / items
     wins = (margin > 0).to(margin.dtype)
+    pairs = max(1, len(margin))
     stats = torch.stack([x.detach().sum() / pairs for x in (margin, wins, chosen, rejected)])
     return loss, rewards.detach(), stats
+
+
+def lambda_weights(
+    labels: Tensor,  # (N, G)
+    rewards: Tensor,  # (N, G)
+    judged: Tensor | None,  # (N, G) bool
+    group_weights: Tensor | None,  # (N,)
+) -> Tensor:
+    """Return the weight (N, G, G) of each pair [i, j], 0 but where label i is the higher one."""
+    rewards = rewards.detach()
+    if judged is not None:
+        rewards = rewards.masked_fill(~judged, -torch.inf)  # behind the others: no place is theirs
+    place = rewards.argsort(stable=True, dim=-1, descending=True).argsort(-1) + 1
+    gain = torch.exp2(labels.to(rewards.dtype))
+    discount = 1 / torch.log1p(place.to(rewards.dtype))
+    weights = (gain[:, :, None] - gain[:, None, :]).clamp(min=0)
+    weights = weights * (discount[:, :, None] - discount[:, None, :]).abs()
+    if judged is not None:
+        weights = weights.where(judged[:, :, None] & judged[:, None, :], 0.0)
+    return weights if group_weights is None else weights * group_weights[:, None, None]
+
+
+def lipo_loss(
+    logps: Tensor,  # (B, T) differentiable
+    mask: Tensor,  # (B, T) bool
+    ref_logps_sum: Tensor,  # (B,)
+    beta: float,
+    labels: Tensor,  # (N, G)
+    judged: Tensor | None,  # (N, G) bool
+    group_weights: Tensor | None,  # (N,)
+    items: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the implicit rewards (B,), and the statistics in the order of PREFERENCE_STATS."""
+    rewards = implicit_rewards(logps, mask, ref_logps_sum, beta).view(labels.shape)
+    weights = lambda_weights(labels, rewards, judged, group_weights)
+    margin = rewards[:, :, None] - rewards[:, None, :]
+    loss = -(weights * logsigmoid(margin)).sum() / items
+    pairs = labels[:, :, None] > labels[:, None, :]
+    if judged is not None:
+        pairs = pairs & judged[:, :, None] & judged[:, None, :]
+    first, second = rewards[:, :, None].expand_as(margin), rewards[:, None, :].expand_as(margin)
+    wins = (margin > 0).to(margin.dtype)
+    count = pairs.sum().clamp(min=1)
+    stats = torch.stack([x.detach().where(pairs, 0.0).sum() / count for x in (margin, wins, first, second)])
+    return loss, rewards.detach().flatten(), stats

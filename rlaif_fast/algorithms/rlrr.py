@@ -1,0 +1,54 @@
+"""RLRR: relative rewards, linear in the rank from 1 for the best to 0 for the worst (arXiv 2601.23058)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
+from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.verdicts import Verdicts
+
+
+class Rlrr(GroupAlgorithm):
+    """A = s - mean s, with s_i = (r_max - r_i) / (r_max - 1) over the levels r = 1 .. r_max of the group.
+
+    The paper's reward for tasks without a verifier; where there is one it adds the rank to the verifier's 0 or 1, which
+    no ranking has. Responses that tie share a level. The paper leaves open whether to divide by the standard deviation:
+    `scale`. Without ties the advantages are those of GOPO up to a factor.
+    """
+
+    feedback: Feedback = "ranks"
+
+    @classmethod
+    def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
+        """The advantage is fixed."""
+        return "advantage", "penalty_weight"
+
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
+        """See `Algorithm.advantages`."""
+        members = verdicts.members
+        agreement = rank_advantages(
+            verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
+        )
+        worse = levels_below(verdicts).to(verdicts.scores.dtype)
+        rewards = worse / worse.amax(1, keepdim=True).clamp(min=1)
+        count = members.sum(1, keepdim=True).clamp(min=1)
+        centred = (rewards - rewards.sum(1, keepdim=True) / count).where(members, 0.0)
+        if self.options.scale == "group":
+            spread = (centred.square().sum(1, keepdim=True) / count).sqrt()
+            centred = centred / spread.where(spread > 0, 1.0)
+        centred = centred.masked_fill(~agreement.has_signal[:, None], 0.0)
+        return agreement._replace(advantages=verdicts.weigh(centred))
+
+
+def levels_below(verdicts: Verdicts) -> Tensor:
+    """(N, G) how many distinct ranks of its group are worse than a response's; 0 where it was not judged."""
+    ranks = verdicts.feedback.masked_fill(~verdicts.members, -1)
+    ordered = ranks.sort(1).values
+    is_first = ordered >= 0
+    is_first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    worse = (ordered[:, None, :] > ranks[:, :, None]) & is_first[:, None, :]
+    return worse.sum(2).where(verdicts.members, 0)

@@ -1,0 +1,179 @@
+"""What a benchmark is, and the folder that its files are found in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.schema import Example, option_letters
+from rlaif_fast.data.sources import rows_of
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video.refs import Cut, MediaRef
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_LABEL = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark.
+
+    Attributes:
+        example: The question; its `asked` is the prompt as the benchmark's authors put it.
+        groups: What it is reported by beside its category, such as {"duration": "long"}.
+        trouble: Why it cannot be asked; empty where it can. It counts as unanswered.
+    """
+
+    example: Example
+    groups: Mapping[str, str] = field(default_factory=dict)
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published benchmark.
+
+    Attributes:
+        name: Its name on the command line.
+        category: What `Example.category` is called in its tables.
+        read: Reads the items from a folder; the second argument asks for subtitles.
+        subtitles: Whether it has some.
+    """
+
+    name: str
+    category: str
+    read: Callable[[Folder, bool], Iterator[Item]]
+    subtitles: bool = False
+
+
+class Folder:
+    """A benchmark's folder: its tables by pattern, its videos by name.
+
+    Raises:
+        UsageError: There is no such folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_dir():
+            raise UsageError(
+                f"data: {self.path} is no folder; give the folder that holds the benchmark's files"
+            )
+
+    def files(self, *patterns: str) -> list[Path]:
+        """The files of the first pattern that finds any, in order.
+
+        Raises:
+            UsageError: None does.
+        """
+        for pattern in patterns:
+            if found := sorted(self.path.glob(pattern)):
+                return found
+        raise UsageError(f"data: {self.path} holds none of {', '.join(patterns)}")
+
+    def rows(self, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """("file:line", row) of the files that `files` finds.
+
+        Raises:
+            UsageError: There is no such file, or one has a row that cannot be read.
+        """
+        for file in self.files(*patterns):
+            for line, row in rows_of(file):
+                if isinstance(row, RowError) or not isinstance(row, dict):
+                    raise UsageError(f"{file}:{line}: {row if isinstance(row, RowError) else 'no object'}")
+                yield f"{file}:{line}", row
+
+    def optional(self, pattern: str) -> Path | None:
+        """The first file that matches, where there is one."""
+        return next(iter(sorted(self.path.glob(pattern))), None)
+
+    @cached_property
+    def _videos(self) -> dict[str, Path]:
+        """Every video below the folder, and every folder of pictures, by its name without suffix."""
+        found: dict[str, Path] = {}
+        for path in sorted(self.path.rglob("*")):
+            if path.suffix.casefold() in VIDEO_SUFFIXES:
+                found.setdefault(path.stem, path)
+            elif path.suffix.casefold() in PICTURE_SUFFIXES:
+                found.setdefault(path.parent.name, path.parent)
+        return found
+
+    def video(self, *names: str, cut: Cut | None = None) -> tuple[MediaRef | None, str]:
+        """The video of the first name that there is one of; else None, and why.
+
+        Args:
+            names: Names with or without suffix, or paths below the folder, without which they are found too.
+            cut: What part of it is seen.
+        """
+        for name in names:
+            direct, own = self.path / name, Path(name)
+            stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
+            path = direct if direct.is_file() else self._videos.get(stem)
+            if path is not None:
+                return MediaRef(str(path), cut=cut or Cut(), frames=_frames(path)), ""
+        return None, f"no video {' or '.join(map(repr, names))} below {self.path}"
+
+
+def _frames(path: Path) -> tuple[str, ...]:
+    """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+    if not path.is_dir():
+        return ()
+    found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
+    return tuple(map(str, sorted(found, key=lambda file: _by_number(file.name))))
+
+
+def make_item(
+    found: tuple[MediaRef | None, str],
+    *,
+    groups: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> Item:
+    """An item about the video that `Folder.video` found; `fields` are those of `Example`."""
+    media, trouble = found
+    example = Example(media=() if media is None else (media,), **fields)
+    return Item(example, dict(groups or {}), trouble)
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """A text, or a number as one.
+
+    Raises:
+        UsageError: It is missing or of another kind.
+    """
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise UsageError(
+            f"{where}: expected {key!r} to be a text, got {value!r:.60}; is this the benchmark named?"
+        )
+    return str(value).strip()
+
+
+def letter_of(place: int | None, options: Sequence[str], where: str, answer: Any) -> str:
+    """The letter of the option at `place`.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if place is None or not 0 <= place < len(options):
+        raise UsageError(f"{where}: the answer {answer!r:.60} is none of the {len(options)} options")
+    return option_letters(len(options))[place]
+
+
+def lettered(options: Sequence[str], form: str = "{}. {}") -> str:
+    """The options with their letters, one a line."""
+    return "\n".join(form.format(letter, text) for letter, text in zip(option_letters(len(options)), options))
+
+
+def without_label(option: str) -> str:
+    """An option without the letter that its file writes before it."""
+    return _LABEL.sub("", option).strip()
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

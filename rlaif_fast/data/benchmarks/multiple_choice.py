@@ -1,0 +1,147 @@
+"""Benchmarks of multiple choice: Video-MME, NExT-QA, MVBench."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rlaif_fast.data.benchmarks.base import (
+    Folder,
+    Item,
+    letter_of,
+    lettered,
+    make_item,
+    text_of,
+    without_label,
+)
+from rlaif_fast.data.schema import index_of_letter
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video.refs import Cut
+
+# As its authors ask (arXiv 2405.21075, "Evaluation Pipeline" of their repository).
+_VIDEOMME = (
+    "Select the best answer to the following multiple-choice question based on the video{and_subtitles}. "
+    "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+    "{question}\n{options}\nThe best answer is:"
+)
+_LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
+_FONT = re.compile(r"<[^>]*>")
+_TIMES = re.compile(r"^\d+$|-->")
+
+NEXTQA_TYPES = {
+    "CW": "causal why",
+    "CH": "causal how",
+    "TN": "temporal next",
+    "TC": "temporal current",
+    "TP": "temporal previous",
+    "DC": "descriptive counting",
+    "DL": "descriptive location",
+    "DO": "descriptive other",
+    "DB": "descriptive binary",
+}
+
+
+def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """Video-MME: one row a question, or one a video with its `questions`."""
+    for where, row in folder.rows("**/test-*.parquet", "**/*.parquet", "**/*.jsonl", "**/*.json"):
+        for question in row.get("questions") or [row]:
+            shared = {**row, **question}
+            options = [without_label(str(option)) for option in _list(shared, "options", where)]
+            answer = text_of(shared, "answer", where)
+            name = text_of(shared, "videoID" if shared.get("videoID") else "video_id", where)
+            text = text_of(shared, "question", where)
+            spoken = _subtitle(folder, name) if subtitles else None
+            asked = _VIDEOMME.format(
+                and_subtitles=" and the subtitles" if subtitles else "",
+                question=text,
+                options=lettered(options),
+            )
+            if spoken is not None:
+                asked = f"This video's subtitles are listed below:\n{spoken}\n{asked}"
+            yield make_item(
+                folder.video(name),
+                groups={
+                    "duration": text_of(shared, "duration", where),
+                    "domain": text_of(shared, "domain", where),
+                },
+                id=text_of(shared, "question_id", where),
+                question=text,
+                asked=asked,
+                options=tuple(options),
+                answer=letter_of(index_of_letter(answer, len(options)), options, where, answer),
+                category=text_of(shared, "task_type", where),
+                source=where,
+            )
+
+
+def _subtitle(folder: Folder, name: str) -> str:
+    file = folder.optional(f"**/{name}.srt")
+    if file is None:
+        return "No subtitles available"
+    lines = (line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
+    return "\n".join(_FONT.sub("", line) for line in lines if line and not _TIMES.search(line))
+
+
+def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """NExT-QA, multiple choice."""
+    mapping = folder.optional("**/map_vid_vidorID.json")
+    places = json.loads(mapping.read_text()) if mapping else {}
+    patterns = ("**/MC/test-*.parquet", "**/mc*.csv", "**/test.csv", "**/test-*.parquet", "**/val.csv")
+    for where, row in folder.rows(*patterns):
+        video = text_of(row, "video", where)
+        options = [text_of(row, f"a{i}", where) for i in range(5)]
+        question = text_of(row, "question", where)
+        place = row.get("answer")
+        known = str(place).isdecimal()
+        kind = str(row.get("type") or "all")
+        yield make_item(
+            folder.video(*([f"{places[video]}.mp4"] if video in places else []), video),
+            groups={"kind": {"C": "causal", "T": "temporal", "D": "descriptive"}.get(kind[0], kind)},
+            id=f"{video}_{row.get('qid', where)}",
+            question=question,
+            asked=f"{question}\n{lettered(options)}{_LETTER}",
+            options=tuple(options),
+            answer=letter_of(int(str(place)) if known else None, options, where, place),
+            category=NEXTQA_TYPES.get(kind, kind),
+            source=where,
+        )
+
+
+def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
+    for file in folder.files("json/*.json", "**/json/*.json"):
+        task = file.stem
+        for where, row in folder.rows(str(file.relative_to(folder.path))):
+            options = [str(option) for option in _list(row, "candidates", where)]
+            answer, question = text_of(row, "answer", where), text_of(row, "question", where)
+            place = options.index(answer) if answer in options else None
+            cut = Cut(video_start=row.get("start"), video_end=row.get("end"))
+            found, trouble = folder.video(text_of(row, "video", where), cut=cut)
+            if found is not None and "segment" in found.path:
+                found, trouble = folder.video(text_of(row, "video", where))
+            yield make_item(
+                (found, trouble),
+                id=f"{task}:{where.rpartition(':')[2]}",
+                question=question,
+                asked=f"Question:{question}\nOption:\n{lettered(options, '({}) {}')}\nOnly give the best option.",
+                options=tuple(options),
+                answer=letter_of(place, options, where, answer),
+                category=task.replace("_", " "),
+                source=where,
+            )
+
+
+def _list(row: dict[str, Any], key: str, where: str) -> list[Any]:
+    value = row.get(key)
+    if (
+        value is not None
+        and not isinstance(value, (str, dict))
+        and hasattr(value, "__len__")
+        and len(value) > 1
+    ):
+        return list(value)
+    raise UsageError(
+        f"{where}: expected {key!r} to list the options, got {value!r:.60}; is this the benchmark named?"
+    )

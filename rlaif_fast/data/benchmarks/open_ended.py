@@ -1,0 +1,77 @@
+"""Benchmarks of open questions: MSVD-QA, MSRVTT-QA, ActivityNet-QA; and files of our own formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlaif_fast.data.benchmarks.base import Folder, Item, make_item, text_of
+from rlaif_fast.data.published import youtube_names
+from rlaif_fast.data.reader import read_report
+from rlaif_fast.errors import UsageError
+
+_BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
+_ACTIVITYNET_TYPES = (
+    "motion",
+    "spatial relation",
+    "temporal relation",
+    "yes/no",
+    "color",
+    "object",
+    "location",
+    "number",
+    "other",
+)
+
+
+def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """MSVD-QA: `vid12` is the twelfth line of `youtube_mapping.txt`, which names the clip's file."""
+    mapping = folder.optional("**/youtube_mapping.txt")
+    names = youtube_names(mapping) if mapping else {}
+    for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
+        number = text_of(row, "video_id", where)
+        name = f"vid{number}" if number.isdecimal() else number
+        yield _brief(folder, [*([names[name]] if name in names else []), name], row, where)
+
+
+def msrvtt_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """MSRVTT-QA."""
+    for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
+        number = text_of(row, "video_id", where)
+        yield _brief(folder, [f"video{number}" if number.isdecimal() else number], row, where)
+
+
+def activitynet_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """ActivityNet-QA; the answers stand in a file of their own."""
+    for where, row in folder.rows("**/test_q.json", "**/test-*.parquet", "**/*test*.json"):
+        kind = str(row.get("type", ""))
+        name = text_of(row, "video_name", where)
+        category = _ACTIVITYNET_TYPES[int(kind)] if kind.isdecimal() and int(kind) < 9 else "all"
+        question = text_of(row, "question", where).capitalize().rstrip("?") + "?"
+        yield _brief(folder, [f"v_{name}", name], {**row, "question": question}, where, category)
+
+
+def _brief(folder: Folder, names: list[str], row: dict, where: str, category: str | None = None) -> Item:
+    question = text_of(row, "question", where)
+    word = question.split()[0].casefold().rstrip("?")
+    identity = row.get("question_id", row.get("id"))
+    return make_item(
+        folder.video(*names),
+        id=where if identity is None else str(identity),
+        question=question,
+        asked=question + _BRIEFLY,
+        answer=text_of(row, "answer", where),
+        category=category or (word if word in ("what", "who", "how", "when", "where") else "other"),
+        source=where,
+    )
+
+
+def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
+    """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not."""
+    for file in folder.files("*.jsonl", "*.json", "*.parquet", "*.csv"):
+        report = read_report(file, check_files=False)
+        if report.errors:
+            raise UsageError(report.describe_errors())
+        for example in report.examples:
+            missing = [medium.path for medium in example.seen if folder.video(medium.path)[0] is None]
+            trouble = f"no video {missing[0]!r}" if missing else ""
+            yield Item(example, {}, trouble)

@@ -1,0 +1,68 @@
+"""Rows with a model's answers in place of the reference ones: to learn from what another model says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.sources import rows_of
+from rlaif_fast.errors import UsageError, writing
+
+_PATHS = ("video", "videos", "image", "images")
+
+
+def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
+    """Write the rows of `file` that have a prediction, with it as their `answer`.
+
+    Args:
+        file: JSONL in the native format, one question a row; media are named by `video(s)` and `image(s)`.
+        predictions: What `rlaif_fast.evaluate --output` wrote for the same file.
+        out: JSONL to write; relative media paths are made to start from its folder.
+
+    Returns:
+        Rows written, and rows without a prediction, which are left out.
+
+    Raises:
+        UsageError: A file cannot be read, a row asks more than one question, or no row has a prediction.
+    """
+    said = {
+        row["example_id"]: row["prediction"] for _, row in _objects(predictions, "example_id", "prediction")
+    }
+    lines, missing = [], 0
+    for number, row in _objects(file, "question"):
+        text = said.get(str(row.get("id", f"{file.stem}:{number}")))
+        if text is None or not text.strip():
+            missing += 1
+            continue
+        for key in _PATHS:
+            if key in row:
+                row[key] = _moved(row[key], file.parent, out.parent)
+        lines.append(json.dumps({**row, "answer": text}, ensure_ascii=False) + "\n")
+    if not lines:
+        raise UsageError(f"{predictions}: it holds no prediction for a row of {file}")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(lines), encoding="utf-8")
+    return len(lines), missing
+
+
+def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, row in rows_of(file):
+        if isinstance(row, RowError):
+            raise UsageError(f"{file}:{number}: {row}")
+        if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in keys):
+            raise UsageError(f"{file}:{number}: expected an object with the texts {', '.join(keys)}")
+        yield number, dict(row)
+
+
+def _moved(value: Any, source: Path, target: Path) -> Any:
+    """Relative paths from another folder on; anything but texts and lists of them stays as it is."""
+    if isinstance(value, list):
+        return [_moved(item, source, target) for item in value]
+    if not isinstance(value, str) or Path(value).is_absolute():
+        return value
+    return os.path.relpath(source.resolve() / value, target.resolve())

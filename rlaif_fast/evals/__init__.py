@@ -1,0 +1,1 @@
+"""Published benchmarks answered by a policy: choices, open answers, judges, tables."""

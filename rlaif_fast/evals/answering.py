@@ -1,0 +1,78 @@
+"""How a policy answers: written out greedily, or as the option it holds most likely."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from rlaif_fast.data.schema import option_letters
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
+from rlaif_fast.rollout.base import Sampler, SamplingParams
+
+Answering = Literal["generate", "letter", "likelihood"]
+
+
+def answer(
+    policy: Policy,
+    encoder: PromptEncoder,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    how: Answering,
+    max_new_tokens: int,
+) -> list[str]:
+    """One answer to each prompt; what has no options is always written out.
+
+    Args:
+        policy: The policy.
+        encoder: Encodes answers.
+        sampler: Writes answers out.
+        prompts: The prompts.
+        how: "generate"; "letter", the letter of highest probability; "likelihood", the letter of the option whose
+            text has the highest mean log-probability a token.
+        max_new_tokens: Most tokens of an answer that is written out.
+    """
+    answers = [""] * len(prompts)
+    chosen = [i for i, prompt in enumerate(prompts) if how != "generate" and prompt.example.options]
+    written = sorted(set(range(len(prompts))) - set(chosen))
+    if written:
+        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        for i, text in zip(written, sampler.sample([prompts[i] for i in written], 1, params).texts):
+            answers[i] = text
+    if chosen:
+        asked = [prompts[i] for i in chosen]
+        letters = [option_letters(len(p.example.options)) for p in asked]
+        candidates = letters if how == "letter" else [list(p.example.options) for p in asked]
+        for i, labels, place in zip(chosen, letters, likeliest(policy, encoder, asked, candidates)):
+            answers[i] = labels[place]
+    return answers
+
+
+def likeliest(
+    policy: Policy, encoder: PromptEncoder, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
+) -> list[int]:
+    """The place of the text of highest mean log-probability a token, for each prompt; the first of equal ones.
+
+    Args:
+        policy: The policy.
+        encoder: Encodes the texts.
+        prompts: N prompts.
+        candidates: Texts to choose from, for each prompt.
+    """
+    tokens = [
+        encoder.encode_answer(text)[:-1] for texts in candidates for text in texts
+    ]  # the end is no part of it
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    padded = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.int64)
+    for row, ids in zip(padded, tokens):
+        row[: len(ids)] = torch.tensor(ids)
+    sizes = [len(texts) for texts in candidates]
+    logps = policy.response_logps(prompts, padded, lengths, group_sizes=sizes)
+    assert isinstance(logps, torch.Tensor)
+    row_of = torch.repeat_interleave(torch.arange(len(tokens)), lengths)
+    means = (
+        torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, row_of, logps.double().cpu()) / lengths
+    )
+    return [int(part.argmax()) for part in means.split(sizes)]

@@ -1,0 +1,126 @@
+"""`python -m rlaif_fast.evaluate --benchmark NAME`: a published benchmark, its tables and its bars."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint
+
+
+def evaluate_benchmark(options: EvaluateConfig) -> Path:
+    """Answer the benchmark, print its table, and return the folder of the results.
+
+    Raises:
+        UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
+    """
+    from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+    from rlaif_fast.distributed.launch import launch, rank_under_torchrun
+    from rlaif_fast.evals.records import EvalFolder, read_records
+    from rlaif_fast.evals.tables import as_text, table_of, write_tables
+    from rlaif_fast.policy.loading import resolve_device
+
+    assert options.benchmark is not None and options.data is not None
+    items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    before = None if options.before is None else read_records(options.before)
+    path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
+    if not rank_under_torchrun():
+        EvalFolder.open(path, settings_of(options))
+    launch(_evaluate_in, options, options.num_processes, resolve_device(options.device))
+    if rank_under_torchrun():
+        return path
+    known = EvalFolder.open(path, settings_of(options)).records
+    records = [known[item.example.id] for item in items]
+    lines = table_of(records, before)
+    write_tables(
+        path, lines, records, f"{options.benchmark}: accuracy by {BENCHMARKS[options.benchmark].category}"
+    )
+    print(as_text(lines))
+    unanswered = [record for record in records if record.prediction is None]
+    for record in unanswered[:10]:
+        print(f"unanswered, counted as wrong: {record.id}: {record.trouble}")
+    if len(unanswered) > 10:
+        print(f"... and {len(unanswered) - 10} more; all are in {path / 'summary.json'}")
+    print(
+        json.dumps({"accuracy": lines[0].accuracy.mean, "n": lines[0].n, "unanswered": lines[0].unanswered})
+    )
+    return path
+
+
+def settings_of(options: EvaluateConfig) -> dict[str, Any]:
+    """What an answer depends on; an evaluation goes on only where all of it is the same."""
+    names = (
+        "benchmark",
+        "data",
+        "run",
+        "model",
+        "answering",
+        "subtitles",
+        "judge",
+        "judge_options",
+        "blank_frames",
+    )
+    config = configuration(options)
+    return {name: getattr(options, name) for name in names} | {
+        "model": config.model,
+        **{name: getattr(config, name) for name in FROM_RUN},
+    }
+
+
+def _evaluate_in(world, options: EvaluateConfig) -> None:
+    """One process's part of an evaluation."""
+    import torch
+
+    from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+    from rlaif_fast.evals.answering import answer
+    from rlaif_fast.evals.grading import make_grader
+    from rlaif_fast.evals.records import EvalFolder
+    from rlaif_fast.evals.runner import run_items
+    from rlaif_fast.rollout import make_sampler
+    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer.scoring import rules
+
+    assert options.benchmark is not None and options.data is not None
+    # A bad file is an unanswered question, however many there are.
+    config = dataclasses.replace(configuration(options), max_bad_fraction=1.0)
+    setup.set_threads(config.threads, world.local_size)
+    path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
+    folder = EvalFolder.open(path, settings_of(options)) if world.is_main else None
+    items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    grader = None if options.judge is None else make_grader(options.judge, options.judge_options)
+    loaded = load_checkpoint(config)
+    policy = setup.make_policy(loaded, config)
+    policy.model.eval()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if world.is_main:
+            print(f"{options.benchmark}: {done}/{len(items)} questions", flush=True)
+
+    with (
+        torch.no_grad(),
+        setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch,
+    ):
+        sampler = make_sampler(policy)
+
+        def answers(prompts):
+            return answer(
+                policy, make_batch.encoder, sampler, prompts, options.answering, config.max_completion_length
+            )
+
+        run_items(
+            items,
+            folder,
+            make_batch,
+            answers,
+            category=BENCHMARKS[options.benchmark].category,
+            rules=rules(config.oracle_options),
+            grader=grader,
+            videos_per_step=options.videos_per_step,
+            world=world,
+            advance=advance,
+        )

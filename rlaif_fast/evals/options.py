@@ -1,0 +1,169 @@
+"""What an evaluation is told, and the checkpoint that it loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlaif_fast.errors import UsageError, require, require_least
+from rlaif_fast.evals.answering import Answering
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
+from rlaif_fast.trainer.options import TrainConfig
+
+BENCHMARK_ONLY = (
+    "output_dir",
+    "answering",
+    "subtitles",
+    "judge",
+    "judge_options",
+    "before",
+    "limit",
+    "num_processes",
+)
+FROM_RUN = (
+    "media_root",
+    "fps",
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "min_pixels",
+    "max_pixels",
+    "total_pixels",
+    "max_completion_length",
+)
+
+
+@dataclass
+class EvaluateConfig:
+    """What to evaluate.
+
+    From `media_root` on, null takes the run's value, or without a run what training takes unless told otherwise.
+
+    Attributes:
+        run: A run's folder: its best checkpoint is evaluated, with its configuration.
+        model: A checkpoint folder, a folder of LoRA adapters or a hub name, in place of the run's.
+        data: A JSONL file, in place of the run's test split; with `benchmark` the folder with its files.
+        benchmark: "videomme", "msvd_qa", "msrvtt_qa", "activitynet_qa", "nextqa", "mvbench" or "jsonl": answer it, and
+            write every answer, tables and bars to `output_dir`.
+        output_dir: A benchmark's results; an interrupted evaluation goes on there. null is `evals/BENCHMARK`.
+        answering: How multiple choice is answered in a benchmark: "generate" writes the answer out, "letter" takes the
+            most likely letter, "likelihood" the option of the most likely text.
+        subtitles: Show what is said in the video (Video-MME).
+        judge: Oracle that grades the answers to open questions, yes or no and 0 to 5; null asks none.
+        judge_options: Its options.
+        before: The `items.jsonl` of another evaluation on the same questions, which this one is compared with.
+        limit: The first questions of a benchmark alone; null takes all.
+        num_processes: Processes that share a benchmark on this machine; under torchrun those that it started.
+        blank_frames: Replace every frame by grey: what a policy answers that cannot see.
+        output: JSONL file for the predictions; null writes none.
+        device: "auto", "cpu", "cuda".
+        videos_per_step: Videos answered at once.
+        debug: Show tracebacks.
+        media_root: Folder that relative media paths start from.
+        fps: Frames sampled a second.
+        nframes: Frames sampled a video, in place of `fps`.
+        min_frames: Fewest frames sampled.
+        max_frames: Most frames sampled.
+        min_pixels: Fewest pixels of a resized frame or image.
+        max_pixels: Most pixels of a resized frame or image.
+        total_pixels: Most pixels of all frames of a prompt together.
+        max_completion_length: Most tokens in an answer.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    data: str | None = None
+    benchmark: str | None = None
+    output_dir: str | None = None
+    answering: Answering = "generate"
+    subtitles: bool = False
+    judge: str | None = None
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    before: str | None = None
+    limit: int | None = None
+    num_processes: int = 1
+    blank_frames: bool = False
+    output: str | None = None
+    device: str = "auto"
+    videos_per_step: int = 64
+    debug: bool = False
+    media_root: str | None = None
+    fps: float | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.benchmark is None:
+            self._check_plain()
+            return
+        if (self.run is None and self.model is None) or self.data is None:
+            raise UsageError(
+                "evaluate: a benchmark needs --data FOLDER, and --model CHECKPOINT or --run RUN_DIR"
+            )
+        if self.output is not None:
+            raise UsageError("output: a benchmark writes its answers to output_dir; leave output out")
+        require(
+            self.answering in ("generate", "letter", "likelihood"),
+            "answering",
+            "generate, letter or likelihood",
+            self.answering,
+        )
+        require_least("limit", self.limit, 1)
+        require_least("num_processes", self.num_processes, 1)
+        if self.judge is None and self.judge_options:
+            raise UsageError("judge_options: there is no judge; name one, or leave them out")
+
+    def _check_plain(self) -> None:
+        if self.run is None and (self.model is None or self.data is None):
+            raise UsageError("evaluate: give --run RUN_DIR, or --model CHECKPOINT and --data FILE.jsonl")
+        for name in BENCHMARK_ONLY:
+            if (
+                getattr(self, name) != EvaluateConfig.__dataclass_fields__[name].default
+                and getattr(self, name) != {}
+            ):
+                raise UsageError(f"{name}: only a benchmark takes it; add --benchmark, or leave it out")
+
+
+def configuration(options: EvaluateConfig) -> TrainConfig:
+    """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate."""
+    from rlaif_fast.runs.checkpoint import CheckpointStore
+    from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.trainer.resume import saved_config
+
+    config = TrainConfig()
+    given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}
+    if options.run is not None:
+        run_dir = RunDir.open(options.run)
+        config = saved_config(run_dir)
+        best = CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")
+        given = {"model": str(best)} | given
+    return dataclasses.replace(config, device=options.device, **given)
+
+
+def load_checkpoint(config: TrainConfig) -> LoadedModel:
+    """Load the model of the configuration; LoRA adapters are merged into the model they were trained on.
+
+    Raises:
+        UsageError: It cannot be loaded, or the adapters' base model cannot.
+    """
+    usual = ModelOptions()
+    config = dataclasses.replace(
+        config,
+        lora_r=0,
+        lora_alpha=usual.lora_alpha,
+        lora_dropout=usual.lora_dropout,
+        lora_modules=usual.lora_modules,
+        lora_target_modules=usual.lora_target_modules,
+        train_router=False,
+        gradient_checkpointing=False,
+        freeze_vision_tower=None,
+        freeze_projector=None,
+        freeze_language_model=None,
+    )
+    return load_model(config)

@@ -1,0 +1,114 @@
+"""What is kept of each answer, and the folder that an evaluation goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import RlaifFastError, UsageError, writing
+from rlaif_fast.runs.folder import json_line, read_jsonl, write_atomically
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item and what came of it.
+
+    Attributes:
+        id: The item's.
+        video: What it is about; the bootstrap draws whole videos.
+        groups: What it is reported by, its category first.
+        question: The question.
+        answer: The reference answer.
+        prediction: The policy's; None where the item could not be asked, which counts as wrong.
+        correct: Whether the prediction is right by the rules.
+        trouble: Why it could not be asked.
+        pred: A judge's yes or no; None where it gave none, or was not asked.
+        score: A judge's grade, 0 to 5.
+    """
+
+    id: str
+    video: str
+    groups: Mapping[str, str]
+    question: str
+    answer: str | None
+    prediction: str | None
+    correct: bool
+    trouble: str = ""
+    pred: bool | None = None
+    score: int | None = None
+
+
+@dataclass
+class EvalFolder:
+    """The folder of one evaluation: `settings.json`, `items.jsonl`, then the tables.
+
+    Attributes:
+        path: Where it is.
+        records: What is answered already, by id.
+    """
+
+    path: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    @property
+    def items(self) -> Path:
+        """One record a line."""
+        return self.path / "items.jsonl"
+
+    @classmethod
+    def open(cls, path: str | Path, settings: Mapping[str, Any]) -> EvalFolder:
+        """Make the folder, or go on in one of the same settings; a line that was cut off is answered again.
+
+        Raises:
+            UsageError: It holds an evaluation of other settings, or something else.
+        """
+        folder = cls(Path(path).expanduser())
+        file = folder.path / "settings.json"
+        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        if not file.exists():
+            if folder.path.is_dir() and any(folder.path.iterdir()):
+                raise UsageError(f"output_dir: {folder.path} is not empty and holds no evaluation")
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, text)
+            return folder
+        if file.read_text(encoding="utf-8") != text:
+            was, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+            other = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
+            raise UsageError(
+                f"output_dir: {folder.path} holds an evaluation with other {', '.join(other)}; give another folder"
+            )
+        if folder.items.exists():
+            folder.records = {record.id: record for record in read_records(folder.items, cut_off=True)}
+            write_atomically(folder.items, "".join(json_line(asdict(r)) for r in folder.records.values()))
+        return folder
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Note some answers."""
+        self.records.update((record.id, record) for record in records)
+        with writing(self.items), self.items.open("a", encoding="utf-8") as lines:
+            lines.writelines(json_line(asdict(record)) for record in records)
+
+
+def read_records(path: str | Path, *, cut_off: bool = False) -> list[Record]:
+    """The records of an `items.jsonl`.
+
+    Args:
+        path: The file.
+        cut_off: Leave out a last line that was not written to its end.
+
+    Raises:
+        UsageError: There is no such file, or it is no list of records.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist; give the items.jsonl of an evaluation")
+    data = path.read_bytes()
+    if cut_off and not data.endswith(b"\n"):
+        write_atomically(path, data[: data.rfind(b"\n") + 1].decode())
+    try:
+        return [Record(**row) for row in read_jsonl(path)]
+    except (TypeError, RlaifFastError) as error:
+        raise UsageError(f"{path} is not the items.jsonl of an evaluation: {error}") from None

@@ -1,0 +1,128 @@
+"""Answers a benchmark chunk by chunk; what is answered is kept, so an interrupted evaluation goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rlaif_fast.algorithms.group import rank_request
+from rlaif_fast.data.benchmarks import Item
+from rlaif_fast.data.schema import Example
+from rlaif_fast.distributed.world import World
+from rlaif_fast.evals.grading import Grader
+from rlaif_fast.evals.records import EvalFolder, Record
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.prompts.batches import BatchMaker
+from rlaif_fast.prompts.encoder import Prompt
+
+
+class Answers(Protocol):
+    """Gives one answer to each prompt."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[str]: ...
+
+
+def run_items(
+    items: Sequence[Item],
+    folder: EvalFolder | None,
+    make_batch: BatchMaker,
+    answers: Answers,
+    *,
+    category: str,
+    rules: ReferenceOracle,
+    grader: Grader | None = None,
+    videos_per_step: int = 64,
+    world: World | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Answer every item that the folder does not hold yet, and note it there.
+
+    Args:
+        items: The benchmark.
+        folder: Where answers are kept, in rank 0; the others have none and follow it.
+        make_batch: Loads and encodes rows; those with bad media are missing from the result.
+        answers: Answers prompts.
+        category: What the category is called among the groups of a record.
+        rules: Say whether an answer is right.
+        grader: Grades the answers to open questions too; None grades none.
+        videos_per_step: Videos answered at once, in each process.
+        world: The processes that share the items.
+        advance: Called with the number of items done.
+    """
+    world = world or World()
+    done = set().union(*world.gather(set(folder.records) if folder is not None else set()))
+    left = [item for item in items if item.example.id not in done]
+    advance(len(items) - len(left))
+    chunks = _by_video(left)
+    step = videos_per_step * world.size
+    for start in range(0, len(chunks), step):
+        mine = [item for chunk in world.share(chunks[start : start + step]) for item in chunk]
+        records = _answer_chunk(mine, make_batch, answers, category, rules, grader)
+        everyone = [record for part in world.gather(records) for record in part]
+        if folder is not None:
+            folder.add(everyone)
+        advance(len(everyone))
+
+
+def _answer_chunk(
+    items: Sequence[Item],
+    make_batch: BatchMaker,
+    answers: Answers,
+    category: str,
+    rules: ReferenceOracle,
+    grader: Grader | None,
+) -> list[Record]:
+    asked = {item.example.id: item for item in items if not item.trouble}
+    prompts = make_batch([item.example for item in asked.values()]) if asked else []
+    texts = answers(prompts) if prompts else []
+    requests = [rank_request(prompt, [text], 0) for prompt, text in zip(prompts, texts)]
+    grades: dict[str, tuple[bool, int]] = {}
+    if grader is not None:
+        open_ended = [i for i, prompt in enumerate(prompts) if not prompt.example.options]
+        # The grade is of the words alone, as published: the frames are not shown.
+        graded = (
+            grader.grade([dataclasses.replace(requests[i], clips=()) for i in open_ended])
+            if open_ended
+            else []
+        )
+        grades = {
+            prompts[i].example.id: (g.correct, g.score) for i, g in zip(open_ended, graded) if g is not None
+        }
+    found = {
+        prompt.example.id: (text, rules.is_correct(request, text))
+        for prompt, text, request in zip(prompts, texts, requests)
+    }
+    return [
+        _record(item, category, found.get(item.example.id), grades.get(item.example.id)) for item in items
+    ]
+
+
+def _record(
+    item: Item, category: str, found: tuple[str, bool] | None, grade: tuple[bool, int] | None
+) -> Record:
+    example = item.example
+    return Record(
+        id=example.id,
+        video=_video(example) or example.id,
+        groups={category: example.category, **item.groups},
+        question=example.question,
+        answer=example.answer,
+        prediction=None if found is None else found[0],
+        correct=found is not None and found[1],
+        trouble=item.trouble or ("" if found is not None else f"{_video(example)} cannot be read"),
+        pred=None if grade is None else grade[0],
+        score=None if grade is None else grade[1],
+    )
+
+
+def _video(example: Example) -> str:
+    return " ".join(medium.path for medium in example.seen)
+
+
+def _by_video(items: Sequence[Item]) -> list[list[Item]]:
+    """Items about the same video together, so that it is decoded once; those without one stand alone."""
+    groups: dict[object, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.example.seen or item.example.id, []).append(item)
+    return list(groups.values())

@@ -1,0 +1,175 @@
+"""The model families that the engine knows, one file each, and what it asks of a model of any of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import (
+    gemma3,
+    glm4v,
+    internvl,
+    llava_onevision,
+    qwen_vl,
+    smolvlm,
+    video_llama_3,
+)
+from rlaif_fast.policy.families.base import IMAGE, TEXT, VIDEO, Family, unwrap
+from rlaif_fast.policy.prompt import EncodedPrompt
+
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "TEXT",
+    "VIDEO",
+    "Family",
+    "PromptLayout",
+    "PromptLayouts",
+    "eos_token_ids",
+    "family_of",
+    "find_family",
+    "marker_token_ids",
+    "text_decoder",
+    "unwrap",
+]
+
+_FILES = (qwen_vl, glm4v, internvl, llava_onevision, smolvlm, video_llama_3, gemma3)
+FAMILIES: dict[str, Family] = {
+    model_type: family for file in _FILES for family in file.FAMILIES for model_type in family.model_types
+}
+MARKERS = tuple(
+    f"{kind}_{role}"
+    for kind in ("image", "video", "vision")
+    for role in ("token_id", "start_token_id", "end_token_id")
+)
+
+
+def find_family(model_type: str) -> Family | None:
+    """The family of a `config.model_type`; None for one that is not in the table."""
+    return FAMILIES.get(model_type)
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model whose prompts are to be computed once a group.
+
+    Raises:
+        UsageError: The packed path does not know the model, or cannot take it.
+    """
+    config = unwrap(model).config
+    check_shared_prefix(config)
+    return FAMILIES[config.model_type]
+
+
+def check_shared_prefix(config: Any) -> None:
+    """Refuse a configuration whose model cannot compute each prompt once a group.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(f"{f.name} ({name})" for name, f in FAMILIES.items() if f.unshared is None)
+        raise UsageError(
+            f"shared_prefix: the model family {config.model_type!r} is not supported; supported: {known}; "
+            "set shared_prefix: false to train it the plain way"
+        )
+    reason = family.refuses_shared_prefix(config)
+    if reason is not None:
+        raise UsageError(
+            f"shared_prefix: {family.name} ({config.model_type}) is not supported: {reason}; "
+            "set shared_prefix: false to train it the plain way"
+        )
+
+
+def text_decoder(model: nn.Module) -> Any:
+    """The decoder: embeddings to normalised last hidden states."""
+    whole = unwrap(model)
+    return whole.get_submodule(FAMILIES[whole.config.model_type].decoder)
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What the packed path needs to know of one prompt besides its tokens.
+
+    Attributes:
+        positions: (3, P) int64 position ids, as the model gives them to the prompt alone; equal rows for a model
+            with one axis.
+        next_position: Position of the first response token, the same on the three axes.
+        media_index: (n,) int64 positions of the media tokens in the prompt, ascending.
+    """
+
+    positions: np.ndarray  # (3, P)
+    next_position: int
+    media_index: np.ndarray  # (n,)
+
+
+class PromptLayouts:
+    """Layouts of prompts, remembered by what they depend on: where the media tokens are, the grids, the
+    seconds.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, size: int = 512) -> None:
+        self._model = model
+        self._family = family
+        self._size = size
+        self._known: OrderedDict[tuple, PromptLayout] = OrderedDict()
+
+    def __call__(self, prompt: EncodedPrompt) -> PromptLayout:
+        ids = prompt.input_ids.numpy(force=True)
+        if ids.ndim != 1 or ids.size == 0:
+            raise ValueError(f"prompt.input_ids: expected shape (P,) with P >= 1, got {tuple(ids.shape)}")
+        types = self._family.token_types(unwrap(self._model).config, ids)
+        media = tuple((m.grid_thw, m.is_video, m.seconds_per_grid) for m in prompt.media)
+        key = (types.tobytes(), media)
+        layout = self._known.get(key)
+        if layout is None:
+            layout = self._known[key] = self._build(prompt, types)
+            if len(self._known) > self._size:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(key)
+        return layout
+
+    def _build(self, prompt: EncodedPrompt, types: np.ndarray) -> PromptLayout:
+        self._check_counts(prompt, types)
+        # One text token more than the prompt: its position is where a response starts.
+        positions = self._family.positions(self._model, prompt, types)
+        return PromptLayout(
+            positions=np.ascontiguousarray(positions[:, :-1]),
+            next_position=int(positions[0, -1]),
+            media_index=np.flatnonzero(types != TEXT),
+        )
+
+    def _check_counts(self, prompt: EncodedPrompt, types: np.ndarray) -> None:
+        """Each kind of media has as many tokens as features; where one token stands for both, together."""
+        family, config = self._family, unwrap(self._model).config
+        counts = {kind: int((types == kind).sum()) for kind in (IMAGE, VIDEO)}
+        kinds: dict[str, tuple[int, ...]] = {"image": (IMAGE,), "video": (VIDEO,)}
+        if family.axes == 1:  # nothing else tells them apart
+            kinds = {"media": (IMAGE, VIDEO)}
+        for name, members in kinds.items():
+            chosen = [m for m in prompt.media if (VIDEO if m.is_video else IMAGE) in members]
+            wanted = sum(family.count(config, m) for m in chosen)
+            found = sum(counts[kind] for kind in members)
+            if wanted != found:
+                raise ValueError(
+                    f"prompt: its {name} grids make {wanted} features, input_ids holds {found} tokens"
+                )
+
+
+def eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
+    """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
+    configured = unwrap(model).generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
+
+
+def marker_token_ids(model: nn.Module) -> list[int]:
+    """Tokens that stand for media: a sampled one would ask for features that are not there."""
+    config = unwrap(model).config
+    return [getattr(config, name) for name in MARKERS if isinstance(getattr(config, name, None), int)]

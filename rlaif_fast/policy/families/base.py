@@ -1,0 +1,325 @@
+"""What the engine asks of a family of Video-LLMs: one class, one file a family.
+
+No model code is forked. A family names the submodules of its Hugging Face class, lays out a prompt's media as its
+Hugging Face processor does, and says how features and position ids are made, by the model's own methods.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.media import Media
+from rlaif_fast.video.preprocess import PatchSpec
+
+TEXT, IMAGE, VIDEO = 0, 1, 2  # token types, as `mm_token_type_ids` numbers them
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+MLP_LAYERS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+PARTS = ("decoder", "tower", "projector")
+ROUTER = ".mlp.gate."  # what the names of a mixture's routers contain, in every family of the table
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+Features = tuple[Tensor, ...]  # of one medium: the projector's output, then each deepstack level, each (F, H)
+
+
+def unwrap(model: Any) -> Any:
+    """The Hugging Face model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_mixture(config: Any) -> bool:
+    """Whether the decoder is a mixture of experts."""
+    text = config.get_text_config()
+    return any(getattr(text, name, None) for name in EXPERTS)
+
+
+class Family:
+    """A family whose tower reads patches behind grids, as the Qwen-VL models do; others override what differs.
+
+    Attributes:
+        name: Its usual name.
+        model_types: `config.model_type` of its Hugging Face classes.
+        tower: Where the vision tower is in the model.
+        projector: Where the modules between tower and decoder are.
+        decoder: Where the text decoder is: embeddings to normalised last hidden states.
+        lora_targets: Names of the linear layers that get an adapter unless others are asked for.
+        unshared: Why its prompts cannot be computed once a group; None where they can.
+        axes: Axes of its position ids: 3 (time, height, width) or 1.
+        pictures: Whether still pictures can be shown to it.
+        batched_vision: Whether its tower attends within pieces of one packed row (see `vision_attention`).
+        expands: Whether `generate` repeats media rightly for several responses to a prompt.
+        video_mark: What the chat template writes for a video.
+        image_mark: What the chat template writes for a picture.
+        turn_end: The token that ends an answer; None is the tokenizer's end of sequence.
+    """
+
+    name = ""
+    model_types: tuple[str, ...] = ()
+    tower = "model.visual"
+    projector: tuple[str, ...] = ("model.visual.merger", "model.visual.deepstack_merger_list")
+    decoder = "model.language_model"
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    unshared: str | None = None
+    axes = 3
+    pictures = True
+    batched_vision = True
+    expands = False
+    video_mark = "<|vision_start|><|video_pad|><|vision_end|>"
+    image_mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    turn_end: str | None = None
+
+    # --- the prompt -----------------------------------------------------------------------------------------
+
+    def patch_spec(self, config: Any, settings: Mapping[str, Any]) -> PatchSpec:
+        """Patch sizes of the tower.
+
+        Args:
+            config: The model's configuration.
+            settings: Its processor's settings for video, with `image_mean` and `image_std`.
+        """
+        vision = config.vision_config
+        return PatchSpec(
+            patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+            merge_size=vision.spatial_merge_size,
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+        )
+
+    def content(self, clip: Clip) -> dict[str, str]:
+        """The part of the user's message that stands for a clip."""
+        return {"type": "image" if clip.is_image else "video"}
+
+    def chat_template(self, tokenizer: Any, clips: Sequence[Clip]) -> str | None:
+        """The template that lays out `clips`; None for the tokenizer's own."""
+        return None
+
+    def mark(self, clip: Clip) -> str:
+        """What the chat template writes for a clip."""
+        return self.image_mark if clip.is_image else self.video_mark
+
+    def image_text(self, media: Media, spec: PatchSpec) -> str:
+        """What takes the place of a picture's mark: as many media tokens as it has features."""
+        return self.image_mark.replace("<|image_pad|>", "<|image_pad|>" * spec.tokens(media))
+
+    def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
+        """What takes the place of a video's mark, timestamps included."""
+        return self.video_mark.replace("<|video_pad|>", "<|video_pad|>" * spec.tokens(media))
+
+    def token_types(self, config: Any, input_ids: np.ndarray) -> np.ndarray:
+        """`mm_token_type_ids` (P,) of one prompt: 0 text, 1 image, 2 video."""
+        image, video = config.image_token_id, getattr(config, "video_token_id", None)
+        return np.where(input_ids == image, IMAGE, np.where(input_ids == video, VIDEO, TEXT))
+
+    def count(self, config: Any, media: Media) -> int:
+        """Features of a medium, which is how many media tokens stand for it."""
+        return int(np.prod(media.grid_thw)) // config.vision_config.spatial_merge_size**2
+
+    # --- the model ------------------------------------------------------------------------------------------
+
+    def part_of(self, parameter: str) -> str:
+        """Which of `PARTS` a parameter or module belongs to, by its name in the model without adapters."""
+        if _under(parameter, self.projector):
+            return "projector"
+        return "tower" if _under(parameter, (self.tower,)) else "decoder"
+
+    def vision(self, model: nn.Module) -> Any:
+        """The modules that make features: tower and projector."""
+        return unwrap(model).get_submodule(self.tower)
+
+    def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
+        """Features of each medium, with the graph of `vision`."""
+        parameter = next(vision.parameters())
+        patches = torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
+        grids = torch.tensor([m.grid_thw for m in media], device=parameter.device)
+        output = vision(patches, grid_thw=grids, return_dict=True)
+        merge = len(patches) // len(output.pooler_output)
+        lengths = [t * h * w // merge for t, h, w in (m.grid_thw for m in media)]
+        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        return list(zip(*(level.split(lengths) for level in levels)))
+
+    def positions(self, model: Any, prompt: EncodedPrompt, types: np.ndarray) -> np.ndarray:
+        """(3, P + 1) position ids of a prompt and one text token behind it; equal rows where `axes` is 1."""
+        length = types.size + 1
+        if self.axes == 1 or not prompt.media:
+            return np.broadcast_to(np.arange(length), (3, length))
+        grids = {
+            kind: torch.tensor([m.grid_thw for m in prompt.media if m.is_video == (kind == VIDEO)])
+            for kind in (IMAGE, VIDEO)
+        }
+        found, _ = unwrap(model).model.get_rope_index(
+            torch.zeros(1, length, dtype=torch.int64),
+            mm_token_type_ids=torch.from_numpy(np.append(types, TEXT)).int()[None],
+            image_grid_thw=grids[IMAGE] if len(grids[IMAGE]) else None,
+            video_grid_thw=grids[VIDEO] if len(grids[VIDEO]) else None,
+            **self.position_options(prompt),
+        )
+        return found[:, 0].numpy()
+
+    def position_options(self, prompt: EncodedPrompt) -> dict[str, Tensor]:
+        """What else the positions of a prompt depend on."""
+        return {}
+
+    def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
+        """Inputs of the model's own forward besides tokens and mask.
+
+        Args:
+            model: The Hugging Face model.
+            rows: The prompt of each row.
+            input_ids: (B, L) tokens of the padded rows.
+        """
+        parameter = next(model.parameters())
+        media = [m for row in rows for m in row.media]
+        inputs: dict[str, Tensor] = {}
+        if not media:
+            return inputs
+        for is_video, pixels, grid in (
+            (False, "pixel_values", "image_grid_thw"),
+            (True, "pixel_values_videos", "video_grid_thw"),
+        ):
+            chosen = [m for m in media if m.is_video == is_video]
+            if chosen:
+                patches = torch.cat([m.patches for m in chosen])
+                inputs[pixels] = patches.to(parameter.device, parameter.dtype)
+                inputs[grid] = torch.tensor([m.grid_thw for m in chosen], device=parameter.device)
+        config = unwrap(model).config
+        types = [self.token_types(config, row) for row in input_ids.numpy(force=True)]
+        inputs["mm_token_type_ids"] = torch.from_numpy(np.stack(types)).int().to(parameter.device)
+        return inputs
+
+    def notes(self, config: Any, lora: bool) -> list[str]:
+        """What a user of such a model should know."""
+        if not is_mixture(config):
+            return []
+        adapters = "; its experts get no adapters" if lora else ""
+        return [
+            "mixture of experts: the router is frozen unless train_router is set, and no auxiliary loss is added"
+            + adapters
+        ]
+
+    def lora_names(self, config: Any) -> tuple[str, ...]:
+        """Names of the decoder's linear layers that get an adapter unless others are asked for.
+
+        The experts of a mixture are one fused weight, no linear layers, so only its attention gets adapters.
+        """
+        return tuple(n for n in self.lora_targets if n not in MLP_LAYERS or not is_mixture(config))
+
+    def refuses_shared_prefix(self, config: Any) -> str | None:
+        """Why a model of this family cannot compute each prompt once a group; None where it can."""
+        text = config.get_text_config()
+        if self.unshared is not None:
+            return self.unshared
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            return "its sliding-window attention layers are not supported"
+        if getattr(text, "attention_dropout", 0.0):
+            return "it has attention_dropout; set that to 0 in the model's config.json"
+        return None
+
+
+def _under(name: str, places: Sequence[str]) -> bool:
+    return any(name == place or name.startswith(place + ".") for place in places)
+
+
+class FrameFamily(Family):
+    """A family whose tower reads whole frames of one size and gives as many features for each.
+
+    The tower, the projector and what else makes features are separate members of the model.
+
+    Attributes:
+        feature_parts: The members of the model that make features.
+        image_token: The token that stands for a feature of a frame.
+    """
+
+    tower = "model.vision_tower"
+    projector: tuple[str, ...] = ("model.multi_modal_projector",)
+    axes = 1
+    batched_vision = False
+    feature_parts: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
+    image_token = "<image>"
+
+    def tokens_a_frame(self, config: Any) -> int:
+        """Features of one frame."""
+        raise NotImplementedError
+
+    def count(self, config: Any, media: Media) -> int:
+        """Features of all its frames."""
+        return media.grid_thw[0] * self.tokens_a_frame(config)
+
+    def patch_spec(self, config: Any, settings: Mapping[str, Any]) -> PatchSpec:
+        """One patch is one frame."""
+        size = config.vision_config.image_size
+        return PatchSpec(
+            patch_size=size if isinstance(size, int) else size[0],
+            temporal_patch_size=1,
+            merge_size=1,
+            mean=tuple(settings["image_mean"]),
+            std=tuple(settings["image_std"]),
+            tokens_a_frame=self.tokens_a_frame(config),
+        )
+
+    def vision(self, model: nn.Module) -> Any:
+        """The members in `feature_parts`, and the model itself out of reach of `parameters()`."""
+        whole = unwrap(model)
+        return VisionParts(whole, [whole.get_submodule(part) for part in self.feature_parts])
+
+    def frames(self, media: Sequence[Media]) -> Tensor:
+        """(F, 3, S, S) frames of some media."""
+        patches = torch.cat([m.patches for m in media])
+        side = round((patches.shape[1] // 3) ** 0.5)
+        return patches.view(-1, 3, side, side)
+
+    def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
+        """Features of each medium by the model's own `get_image_features`."""
+        parameter = next(vision.parameters())
+        frames = self.frames(media).to(parameter.device, parameter.dtype)
+        output = vision.model.get_image_features(frames, return_dict=True).pooler_output  # (F, n, H)
+        return [(part.flatten(0, 1),) for part in output.split([m.grid_thw[0] for m in media])]
+
+    def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
+        """All frames of all rows, one behind the other."""
+        media = [m for row in rows for m in row.media]
+        parameter = next(model.parameters())
+        return {"pixel_values": self.frames(media).to(parameter.device, parameter.dtype)} if media else {}
+
+
+class VisionParts(nn.Module):
+    """Those members of a model that make features, as one module.
+
+    Args:
+        model: Whose `get_..._features` are called.
+        parts: Its members that take part; `parameters()` gives theirs.
+        extra: Parameters of the model itself that take part.
+    """
+
+    def __init__(self, model: Any, parts: Sequence[nn.Module], extra: Sequence[nn.Parameter] = ()) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.extra = nn.ParameterList(extra)
+        self._whole = (model,)  # in a tuple: no member, so that `parameters()` does not give the decoder's
+
+    @property
+    def model(self) -> Any:
+        """The model inside `...ForConditionalGeneration`."""
+        return self._whole[0].model
+
+
+def guess_part(parameter: str) -> str:
+    """Which of `PARTS` a parameter belongs to in a model that is not in the table, by the usual names."""
+    if re.search(
+        r"projector|connector|merger|multi_modal|perceiver|resampler|image_newline|embed_vision", parameter
+    ):
+        return "projector"
+    return "tower" if re.search(r"visual|vision|image_encoder|vit\.", parameter) else "decoder"
+
+
+def refuse(message: str) -> UsageError:
+    """A refusal of a model, in the form that every check of one uses."""
+    return UsageError(f"model: {message}")

@@ -1,0 +1,140 @@
+"""What stands in front of a model: its configuration, tokenizer, chat template, and how frames become its inputs.
+
+All of it is read before any weight is, so that a model that cannot be fed is refused in a second.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.policy.families import find_family
+from rlaif_fast.policy.families.base import refuse
+from rlaif_fast.policy.families.processor import check_head, load_processor
+from rlaif_fast.policy.weights import check_config
+from rlaif_fast.video import PatchSpec
+
+VIDEO_SETTINGS = "video_preprocessor_config.json"
+IMAGE_SETTINGS = "preprocessor_config.json"
+# Of a model whose own processor cuts frames: they are handed over nearly as they are, in pairs.
+WHOLE_FRAMES = PatchSpec(patch_size=2, temporal_patch_size=2, merge_size=1)
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """What makes a model's prompts.
+
+    Attributes:
+        config: The model's configuration.
+        tokenizer: With a chat template.
+        patch_spec: How frames are cut.
+        processor: The model's own processor where the family is not in the table; else None.
+    """
+
+    config: Any
+    tokenizer: Any
+    patch_spec: PatchSpec
+    processor: Any = None
+
+
+def read_config(model: str) -> Any:
+    """The configuration of a folder or hub name, of a class that can be trained here.
+
+    Raises:
+        UsageError: It cannot be read, or is of another kind of model.
+    """
+    from transformers import AutoConfig
+    from transformers import __version__ as version
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    check_config(model, "model")
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise refuse(f"cannot load {model!r}: {_first_line(error)}") from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise refuse(
+            f"{model!r} is of the type {config.model_type!r}, which AutoModelForImageTextToText of transformers "
+            f"{version} does not load"
+        )
+    if config.is_encoder_decoder:
+        raise refuse(f"{model!r} ({config.model_type}) is an encoder-decoder, which is not supported")
+    check_head(config)
+    return config
+
+
+def load_frontend(model: str, config: Any = None) -> Frontend:
+    """Read what makes the prompts of a folder or hub name.
+
+    Args:
+        model: The folder or name.
+        config: Its configuration, where it has been read.
+
+    Raises:
+        UsageError: Something is missing; the message says what.
+    """
+    config = read_config(model) if config is None else config
+    family = find_family(config.model_type)
+    if family is None:
+        processor = load_processor(model, config.model_type)
+        return Frontend(config, processor.tokenizer, WHOLE_FRAMES, processor)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise refuse(f"cannot load {model!r}: {_first_line(error)}") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_chat_template(model)
+    if tokenizer.chat_template is None:
+        raise refuse(f"{model!r} has no chat template; use an instruct checkpoint")
+    return Frontend(config, tokenizer, read_patch_spec(model, config))
+
+
+def read_patch_spec(model: str, config: Any) -> PatchSpec:
+    """Patch sizes from the model config, mean and deviation from its preprocessor file."""
+    family = find_family(config.model_type)
+    if family is None:
+        raise refuse(f"{config.model_type!r} is not in the table of families")
+    whole = _read_json(model, "processor_config.json") or {}
+    video, image = (_read_json(model, name) for name in (VIDEO_SETTINGS, IMAGE_SETTINGS))
+    for settings in (video, image, whole.get("video_processor"), whole.get("image_processor")):
+        if settings and "image_mean" in settings:
+            return family.patch_spec(config, settings)
+    raise RlaifFastError(
+        f"model: {model!r} has no preprocessor_config.json or processor_config.json with image_mean and "
+        "image_std; copy it from the checkpoint it was trained from"
+    )
+
+
+def read_chat_template(model: str) -> str | None:
+    """The chat template beside a model whose tokenizer has none: chat_template.jinja or chat_template.json."""
+    from transformers.utils import cached_file
+
+    path = cached_file(model, "chat_template.jinja", _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        return Path(path).read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        template = (_read_json(model, name) or {}).get("chat_template")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def _read_json(model: str, name: str) -> dict | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"model: {model!r}: {name} is not valid JSON ({error})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)

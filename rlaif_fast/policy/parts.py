@@ -1,0 +1,127 @@
+"""Which parts of a model train: tower, projector and decoder, as weights or through LoRA adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import find_family, unwrap
+from rlaif_fast.policy.families.base import PARTS, ROUTER, guess_part
+
+FREEZING = {
+    "tower": "freeze_vision_tower",
+    "projector": "freeze_projector",
+    "decoder": "freeze_language_model",
+}
+NAMES = {"tower": "vision tower", "projector": "projector", "decoder": "language model"}
+
+
+def part_of(model: nn.Module) -> Callable[[str], str]:
+    """What says which of `PARTS` a parameter or module of the model belongs to, by its name."""
+    family = find_family(unwrap(model).config.model_type)
+    return guess_part if family is None else family.part_of
+
+
+def apply_freezing(model: nn.Module, options: Any) -> None:
+    """Switch off the gradient of the parts that are not to be trained.
+
+    Args:
+        model: Without adapters.
+        options: `ModelOptions`.
+
+    Raises:
+        UsageError: Nothing is left to train, or a router is asked for that is not there.
+    """
+    part, routers = part_of(model), 0
+    for name, parameter in model.named_parameters():
+        is_router = ROUTER in name
+        routers += is_router
+        frozen = getattr(options, FREEZING[part(name)]) or (is_router and not options.train_router)
+        parameter.requires_grad_(not frozen)
+    if options.train_router and not routers:
+        raise UsageError("train_router: true has no effect: the model has no router")
+    if not any(parameter.requires_grad for parameter in model.parameters()) and not options.lora_r:
+        raise UsageError(
+            "freeze_*: every part is frozen, nothing is left to train; unfreeze one or set lora_r"
+        )
+
+
+def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] | None) -> list[str]:
+    """The full names of the linear layers that get an adapter.
+
+    Args:
+        model: Without adapters.
+        parts: Some of `PARTS`.
+        targets: Names of layers, or ends of their full names; None for the family's own in the decoder, and every
+            linear layer of the other parts.
+
+    Raises:
+        UsageError: A target names no linear layer of these parts, or there is none at all.
+    """
+    part = part_of(model)
+    head = unwrap(model).get_output_embeddings()
+    layers = {
+        name: part(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and part(name) in parts
+    }
+    if targets is None:
+        family = find_family(unwrap(model).config.model_type)
+        usual = None if family is None else set(family.lora_names(unwrap(model).config))
+        chosen = [
+            name
+            for name, own in layers.items()
+            if own != "decoder" or usual is None or name.rpartition(".")[2] in usual
+        ]
+    else:
+        ends = tuple(f".{target}" for target in targets)
+        unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+        if unknown:
+            there = sorted({name.rpartition(".")[2] for name in layers})
+            raise UsageError(
+                f"lora_target_modules: no linear layer of the {_named(parts)} is named {', '.join(unknown)}; "
+                f"there are {', '.join(there)}"
+            )
+        chosen = [name for name in layers if f".{name}".endswith(ends)]
+    if not chosen:
+        raise UsageError(f"lora_modules: there is no linear layer in the {_named(parts)}")
+    return chosen
+
+
+def add_lora(model: nn.Module, options: Any) -> nn.Module:
+    """Put LoRA adapters on linear layers; the rest of the model is then frozen by peft.
+
+    The layers are a list of names, not a regular expression, so that vLLM takes the adapters.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UsageError('lora_r: LoRA needs peft: pip install "rlaif-fast[train]"') from None
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=lora_layers(model, options.lora_modules, options.lora_target_modules),
+    )
+    try:
+        return get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules: {error}") from error
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Refuse parts that are none.
+
+    Raises:
+        UsageError: With their names.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise UsageError(f"lora_modules: expected some of {', '.join(PARTS)}, got {list(parts)}")
+
+
+def _named(parts: Sequence[str]) -> str:
+    return " and ".join(NAMES[part] for part in parts)

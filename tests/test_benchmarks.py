@@ -1,0 +1,566 @@
+"""Published benchmarks: their files as they ship, answers by a tiny policy, judges over HTTP, tables."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rlaif_fast import evaluate
+from rlaif_fast.data import VOCABULARY
+from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+from rlaif_fast.errors import UsageError
+from rlaif_fast.evals.answering import likeliest
+from rlaif_fast.evals.grading import RankingGrader, make_grader
+from rlaif_fast.evals.records import EvalFolder, Record, read_records
+from rlaif_fast.evals.tables import as_text, table_of
+from rlaif_fast.oracle import RankRequest, build_oracle
+from rlaif_fast.oracle.grading import Grade, parse_grade
+from rlaif_fast.oracle.protocols import MalformedVerdict
+from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.trainer.datasets import read_file
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.video.refs import Cut
+from rlaif_fast.video.testing import counter_frames, write_video
+
+VIDEOMME_ROW = {
+    "video_id": "001",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Humanity & History",
+    "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
+    "videoID": "fFjv93ACGo8",
+    "question_id": "001-1",
+    "task_type": "Counting Problem",
+    "question": "How many candles are on the tree?",
+    "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
+    "answer": "C",
+}
+
+
+def put(path: Path, content) -> Path:
+    """Write a text, or an object as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", counter_frames(8, 32, 32), codec="mpeg4")
+
+
+@pytest.fixture
+def video(clip, tmp_path):
+    """Puts a video of that name, below the folder of the benchmark, and returns its path."""
+
+    def copy(name: str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(clip, path))
+
+    return copy
+
+
+# The files as they ship
+
+
+def test_videomme_from_parquet_with_subtitles(tmp_path, video):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    second = VIDEOMME_ROW | {"question_id": "001-2", "task_type": "OCR Problems", "answer": "A"}
+    missing = VIDEOMME_ROW | {"question_id": "002-1", "videoID": "gone", "duration": "long"}
+    (tmp_path / "videomme").mkdir()
+    table = pyarrow.Table.from_pylist([VIDEOMME_ROW, second, missing])
+    parquet.write_table(table, tmp_path / "videomme/test-00000-of-00001.parquet")
+    path = video("data/fFjv93ACGo8.mp4")
+    put(
+        tmp_path / "subtitle/fFjv93ACGo8.srt",
+        '1\n00:00:00,000 --> 00:00:02,000\n<font color="white" size=".72c">Hello there.</font>\n\n'
+        "2\n00:00:02,000 --> 00:00:04,000\n3 candles\n",
+    )
+    first, _, gone = read_benchmark("videomme", tmp_path)
+    example = first.example
+    assert (example.id, example.answer, example.category) == ("001-1", "C", "Counting Problem")
+    assert example.options == ("One.", "Two.", "Three.", "Four.")
+    assert [medium.path for medium in example.seen] == [path] and first.trouble == ""
+    assert first.groups == {"duration": "short", "domain": "Knowledge"}
+    assert example.asked == (
+        "Select the best answer to the following multiple-choice question based on the video. Respond with only the "
+        "letter (A, B, C, or D) of the correct option.\nHow many candles are on the tree?\n"
+        "A. One.\nB. Two.\nC. Three.\nD. Four.\nThe best answer is:"
+    )
+    assert "gone" in gone.trouble and not gone.example.seen
+    spoken = read_benchmark("videomme", tmp_path, subtitles=True)
+    assert spoken[0].example.asked.startswith(
+        "This video's subtitles are listed below:\nHello there.\n3 candles\nSelect the best answer"
+    )
+    assert "based on the video and the subtitles." in spoken[0].example.asked
+    assert "No subtitles available" in spoken[2].example.asked
+    assert len(read_benchmark("videomme", tmp_path, limit=2)) == 2
+
+
+def test_videomme_from_its_template(tmp_path, video):
+    """The file that its authors give for results: one row a video."""
+    video("videos/fFjv93ACGo8.mp4")
+    shared = {key: VIDEOMME_ROW[key] for key in ("video_id", "duration", "domain", "sub_category", "videoID")}
+    questions = [{**VIDEOMME_ROW, "question_id": f"001-{i}", "response": ""} for i in (1, 2, 3)]
+    put(tmp_path / "output_test_template.json", [shared | {"questions": questions}])
+    assert [item.example.id for item in read_benchmark("videomme", tmp_path)] == ["001-1", "001-2", "001-3"]
+
+
+def test_nextqa(tmp_path, video):
+    head = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+    put(
+        tmp_path / "nextqa/test.csv",
+        head + "4010069381,369,640,480,how do the two man play,0,6,CH,roll the ball,tap,strum,hit,pat\n"
+        "123,10,640,480,what happens,4,1,TN,a,b,c,d,e\n",
+    )
+    put(tmp_path / "map_vid_vidorID.json", {"4010069381": "1164/4010069381"})
+    path = video("NExTVideo/1164/4010069381.mp4")
+    first, second = read_benchmark("nextqa", tmp_path)
+    assert [medium.path for medium in first.example.seen] == [path]
+    assert (first.example.id, first.example.answer, first.example.category) == (
+        "4010069381_6",
+        "A",
+        "causal how",
+    )
+    assert first.example.asked.endswith(
+        "E. pat\nAnswer with the option's letter from the given choices directly."
+    )
+    assert first.groups == {"kind": "causal"} and second.groups == {"kind": "temporal"}
+    assert second.example.answer == "E" and "123" in second.trouble
+
+
+def test_mvbench(tmp_path, video, clip):
+    row = {
+        "video": "ZS9XR.mp4",
+        "question": "What happened?",
+        "candidates": ["Put.", "Took."],
+        "answer": "Took.",
+    }
+    put(tmp_path / "json/action_sequence.json", [row | {"start": 0.0, "end": 0.2}])
+    put(tmp_path / "json/episodic_reasoning.json", [row | {"video": "friends_s1"}])
+    put(tmp_path / "json/state_change.json", [row | {"video": "s.mp4", "start": 0.0, "end": 0.2}])
+    video("video/star/Charades_v1_480/ZS9XR.mp4")
+    video("video/perception/segment/s.mp4")
+    frames = tmp_path / "video/tvqa/frames_fps3_hq/friends_s1"
+    for number in (10, 2, 1):
+        put(frames / f"{number}.jpg", "")
+    sequence, episodes, change = read_benchmark("mvbench", tmp_path)
+    assert sequence.example.seen[0].cut == Cut(video_start=0.0, video_end=0.2)
+    assert change.example.seen[0].cut == Cut()  # cut already
+    assert [Path(p).name for p in episodes.example.seen[0].frames] == ["1.jpg", "2.jpg", "10.jpg"]
+    assert sequence.example.asked == (
+        "Question:What happened?\nOption:\n(A) Put.\n(B) Took.\nOnly give the best option."
+    )
+    assert (sequence.example.answer, sequence.example.category) == ("B", "action sequence")
+
+
+def test_msvd_qa_by_its_mapping(tmp_path, video):
+    rows = [
+        {"answer": "someone", "id": 37203, "question": "who pours liquid?", "video_id": 1301},
+        {"answer": "two", "id": 37204, "question": "how many dance?", "video_id": 1302},
+    ]
+    put(tmp_path / "test_qa.json", rows)
+    put(tmp_path / "youtube_mapping.txt", "-4wsuPCjDBc_5_15 vid1301\nxyz_1_2 vid9\n")
+    named, numbered = video("YouTubeClips/-4wsuPCjDBc_5_15.avi"), video("YouTubeClips/vid1302.avi")
+    first, second = read_benchmark("msvd_qa", tmp_path)
+    assert [first.example.seen[0].path, second.example.seen[0].path] == [named, numbered]
+    assert (first.example.id, first.example.answer, first.example.category) == ("37203", "someone", "who")
+    assert second.example.asked == "how many dance? Answer the question using a single word or phrase."
+
+
+def test_msrvtt_and_activitynet(tmp_path, video):
+    row = {"answer": "man", "category_id": 8, "id": 158581, "question": "who is driving?", "video_id": 7010}
+    put(tmp_path / "msrvtt/test_qa.json", [row])
+    path = video("msrvtt/TestVideo/video7010.mp4")
+    [item] = read_benchmark("msrvtt_qa", tmp_path / "msrvtt")
+    assert item.example.seen[0].path == path and item.example.category == "who"
+    question = {"question": "does the car park", "video_name": "--abc", "question_id": "v_--abc_1"}
+    put(tmp_path / "anet/test_q.json", [question])
+    put(tmp_path / "anet/test_a.json", [{"answer": "no", "type": 3, "question_id": "v_--abc_1"}])
+    path = video("anet/all_test/v_--abc.mkv")
+    [item] = read_benchmark("activitynet_qa", tmp_path / "anet")
+    assert item.example.seen[0].path == path
+    assert (item.example.category, item.example.answer, item.example.id) == ("yes/no", "no", "v_--abc_1")
+    assert item.example.asked.startswith("Does the car park? Answer")
+
+
+def test_jsonl_keeps_what_its_rows_say(tmp_path, video):
+    path = video("a.mp4")
+    rows = [{"question": "What moves?", "answer": "a ball", "video": "a.mp4", "category": "motion"}]
+    rows += [{"question": "What?", "answer": "x", "video": "gone.mp4"}]
+    put(tmp_path / "test.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+    first, second = read_benchmark("jsonl", tmp_path)
+    assert first.example.seen[0].path == path and first.example.category == "motion"
+    assert "gone.mp4" in second.trouble
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "words"),
+    [
+        ("videomme", {}, "holds none of"),
+        ("videomme", {"test-1.json": [VIDEOMME_ROW, VIDEOMME_ROW]}, "stands twice"),
+        ("videomme", {"t.json": [VIDEOMME_ROW | {"answer": "E"}]}, "none of the 4 options"),
+        ("videomme", {"t.json": [VIDEOMME_ROW | {"options": "A. x B. y"}]}, "is this the benchmark named"),
+        ("msvd_qa", {"test_qa.json": [{"question": "q"}]}, "video_id.*is this the benchmark named"),
+        (
+            "mvbench",
+            {"json/a.json": [{"video": "v", "question": "q", "candidates": ["a", "b"], "answer": "c"}]},
+            "none",
+        ),
+        ("jsonl", {"a.jsonl": '{"question": 5}\n'}, "question"),
+        ("activitynet_qa", {"test_q.json": "["}, "test_q.json"),
+    ],
+)
+def test_files_of_another_layout_are_refused(tmp_path, name, files, words):
+    for file, content in files.items():
+        put(tmp_path / file, content)
+    with pytest.raises(UsageError, match=words):
+        read_benchmark(name, tmp_path)
+
+
+def test_a_name_or_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match="videomme, msvd_qa"):
+        read_benchmark("mme", tmp_path)
+    with pytest.raises(UsageError, match="is no folder"):
+        read_benchmark("videomme", tmp_path / "none")
+    with pytest.raises(UsageError, match="nextqa has none"):
+        read_benchmark("nextqa", tmp_path, subtitles=True)
+
+
+# Answers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    words = set(VOCABULARY) | set(words_of(("A B C D . one two man who is driving ? ball",)))
+    return str(make_tiny(tmp_path_factory.mktemp("model") / "tiny", words, seed=3))
+
+
+@pytest.fixture
+def folder(tmp_path, video) -> Path:
+    """A Video-MME folder: two videos that can be read, one that is damaged, one that is missing."""
+    rows = []
+    for number, (name, duration) in enumerate(
+        (("one", "short"), ("two", "long"), ("bad", "long"), ("gone", "short"))
+    ):
+        for turn in (1, 2):
+            identity = {"question_id": f"{number}-{turn}", "videoID": name, "duration": duration}
+            rows.append(VIDEOMME_ROW | identity | {"answer": "ABCD"[number]})
+    put(tmp_path / "bench/test-0.json", rows)
+    for name in ("one", "two"):
+        video(f"bench/data/{name}.mp4")
+    put(tmp_path / "bench/data/bad.mp4", "no video\n" * 50)
+    return tmp_path / "bench"
+
+
+def run(folder, model, out, *more) -> int:
+    words = ["--benchmark=videomme", f"--data={folder}", f"--model={model}", f"--output_dir={out}", "--fps=4"]
+    return evaluate.main([*words, "--max_completion_length=4", *more])
+
+
+def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(folder, model, out) == 0
+    said = capsys.readouterr().out
+    assert "unanswered, counted as wrong: 2-1" in said and "duration" in said
+    records = {record.id: record for record in read_records(out / "items.jsonl")}
+    assert len(records) == 8
+    assert [records[f"{n}-1"].prediction is None for n in range(4)] == [False, False, True, True]
+    assert "bad.mp4" in records["2-1"].trouble and "gone" in records["3-1"].trouble
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert rows[0]["n"] == "8" and rows[0]["unanswered"] == "4"
+    assert float(rows[0]["accuracy"]) == sum(record.correct for record in records.values()) / 8
+    assert (out / "accuracy.png").stat().st_size > 5000
+    # Cut off in the middle of a line, it answers what is missing, alike.
+    whole = (out / "items.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (out / "items.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    assert run(folder, model, out) == 0
+    assert sorted((out / "items.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
+    # Other settings do not go into the same folder.
+    assert run(folder, model, out, "--answering=letter") == 2
+    assert "other answering" in capsys.readouterr().err
+
+
+def test_two_processes_answer_as_one_does(folder, model, tmp_path):
+    for out, processes in (("one", 1), ("two", 2)):
+        assert run(folder, model, tmp_path / out, f"--num_processes={processes}", "--answering=letter") == 0
+    first, second = (
+        sorted((tmp_path / out / "items.jsonl").read_text().splitlines()) for out in ("one", "two")
+    )
+    assert first == second
+
+
+def test_letters_and_likelihoods_are_the_most_likely(folder, model, tmp_path):
+    """Against a plain forward pass of the model for every option."""
+    from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
+    from rlaif_fast.trainer import setup
+
+    options = EvaluateConfig(benchmark="videomme", data=str(folder), model=model, fps=4.0)
+    config = configuration(options)
+    loaded = load_checkpoint(config)
+    policy = setup.make_policy(loaded, config)
+    items = [item for item in read_benchmark("videomme", folder) if not item.trouble][:4]
+    with torch.no_grad(), setup.make_batch_maker(loaded, config) as make_batch:
+        prompts = make_batch([item.example for item in items])
+        candidates = [
+            ["red ball", "two", "a man is driving"],
+            ["A", "B"],
+            ["ball", "one two", "who"],
+            ["two", "two"],
+        ]
+        places = likeliest(policy, make_batch.encoder, prompts, candidates)
+        for prompt, texts, place in zip(prompts, candidates, places):
+            means = []
+            for text in texts:
+                ids = make_batch.encoder.encode_answer(text)[:-1]
+                logps = policy.response_logps([prompt], torch.tensor([ids]), torch.tensor([len(ids)]))
+                means.append(logps.double().mean().item())
+            assert place == int(np.argmax(np.round(means, 5)))
+    assert places[3] == 0  # the first of equal ones
+
+
+class JudgeServer(http.server.BaseHTTPRequestHandler):
+    """Says yes where the answer has a word of the reference."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = body["messages"][1]["content"][-1]["text"]
+        reference = json.loads(text.split("Reference answer: ")[1].splitlines()[0])
+        answer = json.loads(text.split("<answers>\n")[1].splitlines()[0])["text"]
+        self.server.seen.append(body)
+        right = reference in answer.split()
+        reply = json.dumps({"pred": "yes" if right else "no", "score": 4 if right else 1})
+        if "nonsense" in answer:
+            reply = "yes, I think"
+        content = json.dumps(
+            {"choices": [{"message": {"content": reply}, "finish_reason": "stop"}], "usage": {}}
+        )
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
+    server.seen = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def request(response, reference="man"):
+    return RankRequest("r", "who is driving ?", (response,), reference=reference)
+
+
+def test_a_judge_grades_answers_over_http(judge):
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    grader = make_grader("api", {"model": "m", "base_url": url, "max_attempts": 1})
+    grades = grader.grade([request("a man"), request("a dog"), request("nonsense")])
+    assert grades == [Grade(True, 4), Grade(False, 1), None]
+    assert all("image" not in json.dumps(body) for body in judge.seen)
+
+
+def test_any_oracle_grades_by_ranking():
+    grader = make_grader("reference", {})
+    grades = grader.grade([request("man"), request("dog"), request("x", None)])
+    assert isinstance(grader, RankingGrader)
+    assert grades == [Grade(True, 5), Grade(False, 0), None]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"pred": "Yes", "score": 3}',
+        '{"pred": "yes"}',
+        '{"pred": "yes", "score": 6}',
+        '{"pred": "no", "score": 1.5}',
+        "yes",
+        '{"pred": "yes", "score": true}',
+        "{'pred': 'yes', 'score': 4}",
+    ],
+)
+def test_a_grade_is_what_was_declared_or_nothing(reply):
+    assert parse_grade('```json\n{"pred": "no", "score": 0}\n```') == Grade(False, 0)
+    with pytest.raises(MalformedVerdict):
+        parse_grade(reply)
+
+
+def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video):
+    row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7010}
+    put(tmp_path / "msrvtt/test_qa.json", [row, row | {"id": 2, "video_id": 9}])
+    video("msrvtt/video7010.mp4")
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    words = [
+        f"--data={tmp_path / 'msrvtt'}",
+        f"--model={model}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--fps=4",
+    ]
+    words += ["--judge=api", "--judge_options", json.dumps({"model": "m", "base_url": url})]
+    assert evaluate.main(["--benchmark=msrvtt_qa", *words]) == 0
+    answered, missing = read_records(tmp_path / "out/items.jsonl")
+    assert answered.score in (1, 4) and answered.pred == (answered.score == 4) and missing.pred is None
+    assert len(judge.seen) == 1
+
+
+# Tables
+
+
+def record(number, video, correct, **groups):
+    return Record(
+        str(number), video, {"task type": "counting", **groups}, "q", "A", "A" if correct else "B", correct
+    )
+
+
+def test_the_table_by_hand():
+    records = [record(i, f"v{i // 3}", i % 2 == 0, duration="short" if i < 6 else "long") for i in range(9)]
+    before = [record(i, f"v{i // 3}", False, duration="x") for i in range(9)]
+    lines = {(line.group, line.value): line for line in table_of(records, before)}
+    assert [lines[key].n for key in (("all", "all"), ("task type", "counting"), ("duration", "long"))] == [
+        9,
+        9,
+        3,
+    ]
+    assert lines["all", "all"].accuracy.mean == pytest.approx(5 / 9)
+    assert lines["duration", "long"].change.mean == pytest.approx(2 / 3)
+    assert lines["duration", "long"].accuracy.low == lines["duration", "long"].accuracy.high  # one video
+    low, high = lines["all", "all"].accuracy.low, lines["all", "all"].accuracy.high
+    assert (
+        low < 5 / 9 < high and low == pytest.approx(1 / 3) and high == pytest.approx(2 / 3)
+    )  # videos: 2, 1, 2 of 3
+    assert "duration" in as_text(list(lines.values()))
+    with pytest.raises(UsageError, match="same questions"):
+        table_of(records, before[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--benchmark=videomme", "--model=m"], "--data FOLDER"),
+        (["--benchmark=videomme", "--model=m", "--data=d", "--output=o"], "leave output out"),
+        (["--benchmark=videomme", "--model=m", "--data=d", "--answering=guess"], "answering"),
+        (["--benchmark=videomme", "--model=m", "--data=d", "--limit=0"], "limit"),
+        (["--benchmark=videomme", "--model=m", "--data=d", '--judge_options={"a": 1}'], "there is no judge"),
+        (["--model=m", "--data=d", "--subtitles=true"], "subtitles: only a benchmark"),
+        (["--model=m", "--data=d", "--limit=5"], "limit: only a benchmark"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words, said, capsys):
+    assert evaluate.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    put(tmp_path / "out/notes.txt", "mine")
+    with pytest.raises(UsageError, match="holds no evaluation"):
+        EvalFolder.open(tmp_path / "out", {})
+    put(tmp_path / "items.jsonl", '{"id": 1}\n')
+    with pytest.raises(UsageError, match=r"is not the items\.jsonl"):
+        read_records(tmp_path / "items.jsonl")
+
+
+def made_up_replies(count: int) -> list[tuple[str, str]]:
+    """(reply, right letter) as models write to Video-MME's prompt: a letter, with or without its text."""
+    draw = random.Random(0)
+    forms = (
+        "{0}",
+        "{0}.",
+        "({0})",
+        "{0}. {1}",
+        "The answer is {0}.",
+        "The best answer is: {0}",
+        "Answer: {0}",
+        "{0}: {1}",
+    )
+    texts = dict(zip("ABCD", ("One.", "Two.", "Three.", "Four.")))
+    letters = [(draw.choice("ABCD"), draw.choice("ABCD")) for _ in range(count)]
+    return [(draw.choice(forms).format(said, texts[said]), right) for said, right in letters]
+
+
+def test_videomme_scores_as_lmms_eval_does(monkeypatch, tmp_path):
+    """On 200 made-up replies, through its own functions, where it is installed."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    utils = pytest.importorskip("lmms_eval.tasks.videomme.utils", exc_type=ImportError)
+    rules = build_oracle("reference", max_invalid_fraction=None)
+    theirs, ours = [], []
+    for number, (reply, right) in enumerate(made_up_replies(200)):
+        row = VIDEOMME_ROW | {"answer": right, "question_id": str(number)}
+        theirs.append(utils.videomme_process_results(row, [reply])["videomme_perception_score"])
+        options = tuple(option[3:] for option in row["options"])
+        asked = RankRequest("r", row["question"], (reply,), reference=right, options=options)
+        ours.append(rules.is_correct(asked, reply))
+    score = utils.videomme_aggregate_results(theirs)
+    assert 15 < score < 35
+    assert 100 * sum(ours) / len(ours) == pytest.approx(score, abs=1e-9)
+
+
+def test_checkpoints_can_be_chosen_by_a_benchmark(folder):
+    name = Path(f"videomme:{folder}")
+    with pytest.raises(UsageError, match="2 of 8 questions: no video 'gone'"):
+        read_file(name, TrainConfig())
+    rows = read_file(name, TrainConfig(on_bad_row="skip"))
+    assert [row.id for row in rows] == ["0-1", "0-2", "1-1", "1-2", "2-1", "2-2"]
+    assert all(row.asked and row.asked.endswith("The best answer is:") for row in rows)
+
+
+def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tmp_path):
+    """Through its own registry and its own kind of request."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    pytest.importorskip("lmms_eval.models", exc_type=ImportError)
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.registry_v2 import ModelRegistryV2
+
+    from rlaif_fast.evals.lmms_eval import manifest
+
+    registry = ModelRegistryV2()
+    registry.register_manifest(manifest())
+    played = registry.get_model_class("rlaif_fast").create_from_arg_string(
+        f"pretrained={model},fps=4", {"batch_size": 3, "device": "cpu", "max_batch_size": None}
+    )
+    items = [item for item in read_benchmark("videomme", folder) if "bad" not in str(item.example.seen)][:4]
+    played.task_dict = {"videomme": {"test": [{"path": item.example.seen[0].path} for item in items]}}
+
+    def asked(given, place=0, visuals=lambda doc: [doc["path"]]):
+        arguments = (items[place].example.asked, given, visuals, place, "videomme", "test")
+        return Instance(
+            "generate_until", arguments, place, {"task": "videomme", "doc_id": place, "repeats": 1}
+        )
+
+    texts = played.generate_until(
+        [asked({"max_new_tokens": 4, "temperature": 0}, place) for place in range(4)]
+    )
+    assert run(folder, model, tmp_path / "out") == 0
+    records = {record.id: record.prediction for record in read_records(tmp_path / "out/items.jsonl")}
+    assert texts == [records[item.example.id] for item in items]
+    [cut] = played.generate_until([asked({"max_new_tokens": 4, "until": [texts[0].split()[0]]})])
+    assert cut == ""
+    with pytest.raises(UsageError, match="greedily"):
+        played.generate_until([asked({"temperature": 0.7})])
+    with pytest.raises(UsageError, match="got ndarray"):
+        played.generate_until([asked({}, visuals=lambda doc: [np.zeros(3)])])
+
+
+def test_every_benchmark_is_named_in_the_help():
+    text = evaluate.EvaluateConfig.__doc__ or ""
+    assert all(f'"{name}"' in text for name in BENCHMARKS)
+    assert os.environ.get("OMP_WAIT_POLICY") == "PASSIVE"

@@ -1,0 +1,68 @@
+"""A model's answers in place of the reference ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlaif_fast import evaluate
+from rlaif_fast.data import VOCABULARY, read_examples
+from rlaif_fast.data.__main__ import main
+from rlaif_fast.policy.tiny import make_tiny
+from rlaif_fast.video.testing import counter_frames, write_video
+
+
+def lines(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ROWS = [
+    {"question": "What moves?", "video": "v/a.mp4", "category": "motion", "id": "one"},
+    {"question": "What is red?", "videos": ["v/a.mp4"], "answer": "a ball"},
+    {"question": "What else?", "video": "/data/b.mp4"},
+]
+
+
+def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
+    file = lines(tmp_path / "in/rl.jsonl", ROWS)
+    said = [{"example_id": "one", "prediction": "a cat"}, {"example_id": "rl:2", "prediction": "a dog"}]
+    said += [{"example_id": "rl:3", "prediction": " "}]
+    predictions = lines(tmp_path / "p.jsonl", said)
+    out = tmp_path / "out/labelled.jsonl"
+    assert main(["label", str(file), str(out), "--predictions", str(predictions)]) == 0
+    assert "2 rows, 1 without a prediction left out" in capsys.readouterr().out
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert first == ROWS[0] | {"answer": "a cat", "video": "../in/v/a.mp4"}
+    assert second == ROWS[1] | {"answer": "a dog", "videos": ["../in/v/a.mp4"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "said", "words"),
+    [
+        (ROWS, [{"example_id": "other", "prediction": "x"}], "no prediction for a row"),
+        (ROWS, [{"id": "one"}], "example_id, prediction"),
+        ([{"messages": []}], [{"example_id": "one", "prediction": "x"}], "the texts question"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(tmp_path, rows, said, words, capsys):
+    file, predictions = lines(tmp_path / "rl.jsonl", rows), lines(tmp_path / "p.jsonl", said)
+    assert main(["label", str(file), str(tmp_path / "o.jsonl"), "--predictions", str(predictions)]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_rows_without_answers_are_answered_and_labelled(tmp_path, capsys):
+    (tmp_path / "v").mkdir()
+    write_video(tmp_path / "v/a.mp4", counter_frames(8, 32, 32), codec="mpeg4")
+    model = make_tiny(tmp_path / "tiny", set(VOCABULARY), seed=1)
+    file = lines(tmp_path / "rl.jsonl", ROWS[:1])
+    words = ["--model", str(model), "--data", str(file), "--max_completion_length", "4"]
+    assert evaluate.main(words) == 2
+    assert "no answer" in capsys.readouterr().err
+    assert evaluate.main([*words, "--output", str(tmp_path / "p.jsonl")]) == 0
+    out = tmp_path / "labelled.jsonl"
+    assert main(["label", str(file), str(out), "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    [example] = read_examples(out)
+    [prediction] = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert example.answer == prediction["prediction"].strip() and prediction["correct"] is None
