@@ -61,8 +61,11 @@ class Outcome:
 
     losses: list[float]
     norms: list[float]
+    gradients: list[dict[str, torch.Tensor]]  # before clipping
     weights: dict[str, torch.Tensor]
     sampled: list[list[int]]
+    drawn_at_start: list[list[int]]
+    drawn_by_reference: list[list[int]]  # after the steps
     kept: float  # numbers that this process holds, as a share of all
     dtypes: set[torch.dtype]  # of what the optimizer updates and of its moments
 
@@ -121,8 +124,7 @@ def begin(world: World, case: Case) -> tuple[SimpleNamespace, Updater]:
     updater = Updater(
         policy.model,
         world,
-        # AdamW divides by a gradient that is nearly zero for a weight in ten thousand: its sign is rounding.
-        learning_rate=3e-4,
+        learning_rate=1e-3,
         weight_decay=0.0,
         betas=(0.9, 0.999),
         max_grad_norm=1.0,
@@ -131,16 +133,25 @@ def begin(world: World, case: Case) -> tuple[SimpleNamespace, Updater]:
         total_steps=10,
         min_lr_ratio=0.1,
     )
+    # AdamW divides a gradient by its size, so where one is nearly zero its rounding alone would decide the update.
+    updater._optimizer.param_groups[0]["eps"] = 1e-3
     return run, updater
 
 
-def update(run: SimpleNamespace, updater: Updater, case: Case, split: Split) -> tuple[float, float]:
-    """One step: the loss and the norm of the gradient."""
+def update(
+    run: SimpleNamespace, updater: Updater, case: Case, split: Split
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """One step: the loss, the norm of the gradient and the gradient."""
     world, groups = run.world, make_groups(case.family)
     shares = split if world.size > 1 else [sorted(sum(map(tuple, split), ()))]
     mine = [groups[k] for k in shares[world.rank]]
     loss = supervised(run, mine) if case.supervised else update_loss(run, mine, None)["loss"]
-    return float(loss), float(updater.step())
+    gradients = {
+        name: torch.zeros(p.shape) if p.grad is None else whole(p.grad).clone()
+        for name, p in run.policy.model.named_parameters()
+        if p.requires_grad
+    }
+    return float(loss), float(updater.step()), gradients
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
@@ -150,18 +161,24 @@ def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
 def train(world: World, case: Case) -> Outcome:
     """Some updates of a policy, and what is drawn from it then."""
     run, updater = begin(world, case)
-    policy = run.policy
+    policy, prompts = run.policy, make_groups(case.family)[: 2 + world.rank]
+    drawn_at_start = sample(policy, prompts)
     with updater:
-        losses, norms = zip(*(update(run, updater, case, split) for split in case.splits))
+        losses, norms, gradients = zip(*(update(run, updater, case, split) for split in case.splits))
         updated = [*updater._updated, *(state["exp_avg"] for state in updater._optimizer.state.values())]
     if case.supervised:
         losses = world.sum(*losses)
+    with policy.reference_weights():
+        drawn_by_reference = sample(policy, prompts)
     parameters = list(policy.model.parameters())
     return Outcome(
         losses=list(losses),
         norms=list(norms),
+        gradients=list(gradients),
         weights=weights_of(policy),
-        sampled=sample(policy, make_groups(case.family)[: 2 + world.rank]),
+        sampled=sample(policy, prompts),
+        drawn_at_start=drawn_at_start,
+        drawn_by_reference=drawn_by_reference,
         kept=sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
         dtypes={tensor.dtype for tensor in updated},
     )

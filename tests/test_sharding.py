@@ -23,6 +23,7 @@ TRAINED = {
     "off policy": Case("qwen2_5_vl", "lora", num_iterations=2, beta=0.0),
     "supervised": Case("qwen2_5_vl", supervised=True, splits=SPLITS[:3]),
 }
+BFLOAT16 = Case("qwen3_vl", dtype=torch.bfloat16, splits=SPLITS[:3])
 RESUMED = {"all": Case(), "lora": Case("qwen2_5_vl", "lora")}
 
 
@@ -36,9 +37,9 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory) -> Pair:
     """Every case in the same two processes, which take a few seconds to start."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    argument = list(TRAINED.values()), [(case, folder / name) for name, case in RESUMED.items()]
+    argument = [*TRAINED.values(), BFLOAT16], [(case, folder / name) for name, case in RESUMED.items()]
     trained, resumed = launch(work_of_two, argument, 2)
-    return Pair(dict(zip(TRAINED, trained)), dict(zip(RESUMED, resumed)), folder)
+    return Pair(dict(zip([*TRAINED, "bfloat16"], trained)), dict(zip(RESUMED, resumed)), folder)
 
 
 def assert_close(ours, expected, tolerance: float) -> None:
@@ -53,10 +54,22 @@ def test_two_processes_equal_one(name, pair):
     assert len(two.losses) == len(TRAINED[name].splits)
     assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)
     assert two.norms == pytest.approx(one.norms, rel=1e-5)
+    for ours, expected, norm in zip(two.gradients, one.gradients, one.norms):
+        assert ours.keys() == expected.keys()
+        for key, gradient in expected.items():
+            assert (ours[key] - gradient).norm() <= 1e-5 * norm, key
     assert_close(two.weights, one.weights, 1e-5)
     assert two.sampled == one.sampled
+    assert two.drawn_by_reference == two.drawn_at_start == one.drawn_at_start
     assert one.kept == 1.0
     assert two.kept < (0.51 if TRAINED[name].trains == "all" else 0.9)
+
+
+def test_a_bfloat16_model_is_updated_in_float32(pair):
+    one, two = train(World(), BFLOAT16), pair.trained["bfloat16"]
+    assert two.dtypes == {torch.float32}
+    assert two.losses == pytest.approx(one.losses, abs=2e-2)
+    assert two.norms == pytest.approx(one.norms, rel=5e-2)
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -99,7 +112,7 @@ def test_processes_that_cannot_share_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sharding": "zero3"}, "sharding: expected none or fsdp2, got zero3"),
+        ({"sharding": "zero3"}, "sharding: expected none or fsdp2, got 'zero3'"),
         (
             {"sharding": "fsdp2", "shared_prefix": False},
             "sharding: expected none where shared_prefix is false",
