@@ -11,7 +11,8 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.export import BOTH, IMAGE, VIDEO, export, main, probe, settings_of, write_settings
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import make_tiny
-from rlaif_fast.runs.checkpoint import read_processor_files, save_model
+from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, save_model
+from rlaif_fast.runs.folder import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,23 @@ def test_the_older_layout_is_made_from_the_current_one(tmp_path):
     write_settings(tmp_path, {BOTH: both}, None)
     expected = {IMAGE: both["image_processor"], VIDEO: both["video_processor"], BOTH: both}
     assert settings_of(tmp_path) == expected
+
+
+def test_the_best_checkpoint_of_a_run_is_taken_and_has_to_be_whole(base, tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    loaded = load_model(ModelOptions(model=str(base)))
+    store = CheckpointStore(run.checkpoints, read_processor_files(str(base)))
+    store.save("sft", loaded.model, loaded.tokenizer, {"step": 0}, sft=True, best=True)
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1.0)
+    store.save("rl-000001", loaded.model, loaded.tokenizer, {"step": 1}, last=True)
+    ours = load_file(export(run.path, tmp_path / "out") / "model.safetensors")
+    theirs = load_file(base / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    weights = run.checkpoints / "sft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(RlaifFastError, match="model.safetensors"):
+        export(run.path, tmp_path / "again")
 
 
 def test_what_is_refused(base, adapted, tmp_path):
