@@ -140,6 +140,8 @@ def train_in(world, config) -> None:
             tensorboard=config.tensorboard,
             log_every=config.logging_steps,
             seconds=state["seconds"] if state else None,
+            report_to=config.report_to,
+            config=dataclasses.asdict(config),
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
         # Schedulers and torchrun send SIGTERM to every process, and each has to finish the step.
