@@ -90,7 +90,7 @@ def test_the_best_checkpoint_of_a_run_is_taken_and_has_to_be_whole(base, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     weights = run.checkpoints / "sft" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    with pytest.raises(RlaifFastError, match="model.safetensors"):
+    with pytest.raises(RlaifFastError, match=r"model\.safetensors"):
         export(run.path, tmp_path / "again")
 
 
