@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.policy.weights import save_quietly
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
         for path in source.glob("adapter_*"):
             shutil.copy2(path, out / path.name)
     else:
-        cast(Any, loaded.model).save_pretrained(out)
+        save_quietly(loaded.model, out)
     tokenizer = cast(Any, loaded.tokenizer)
     tokenizer.save_pretrained(out)
     write_settings(out, settings_of(source), tokenizer.chat_template)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlaif_fast.policy.weights import save_quietly
+
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (
     END_OF_TEXT,
@@ -198,7 +200,7 @@ def make_tiny(
             position.weight.mul_(size.vision_position_scale)
     model.generation_config.eos_token_id = token_ids["<|im_end|>"]
     model.generation_config.pad_token_id = token_ids[END_OF_TEXT]
-    model.save_pretrained(folder)
+    save_quietly(model, folder)
     tokenizer.save_pretrained(folder)
     processor = {
         "patch_size": size.patch_size,

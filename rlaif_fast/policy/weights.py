@@ -16,6 +16,19 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SHOWN = 4  # names in a message
 
 
+def save_quietly(model: Any, folder: Path, **options: Any) -> None:
+    """`model.save_pretrained` without a progress bar, which would tear a run's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, **options)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def refuse_partial(
     what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str] = ()
 ) -> None:

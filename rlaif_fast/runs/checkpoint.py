@@ -21,6 +21,7 @@ from rlaif_fast.policy.weights import (
     load_adapters,
     load_strictly,
     refuse_partial,
+    save_quietly,
 )
 from rlaif_fast.runs.folder import RunDir, write_atomically
 from rlaif_fast.runs.integrity import (
@@ -254,7 +255,7 @@ def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str
     """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any."""
     folder.mkdir(parents=True, exist_ok=True)  # before the first exchange: the other processes write there
     weights = {"state_dict": whole_weights(model)} if is_sharded(model) else {}
-    model.save_pretrained(folder, **weights)
+    save_quietly(model, folder, **weights)
     tokenizer.save_pretrained(folder)
     for name, text in processor_files.items():
         (folder / name).write_text(text)

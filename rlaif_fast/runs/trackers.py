@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -114,6 +115,10 @@ MAKERS: dict[str, Callable[[Any, RunDir, dict[str, Any]], Tracker]] = {
 }
 
 
+def _make(name: str, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
+    return MAKERS[name](importlib.import_module(name), run_dir, config)
+
+
 def check_trackers(names: list[str]) -> None:
     """Refuse trackers that are not known or not installed.
 
@@ -145,9 +150,7 @@ class Trackers:
         self._before = 0  # steps of the stages before this one
         self._last: tuple[str, int] = ("", 0)
         for name in names:
-            made = self._guarded(
-                name, lambda name=name: MAKERS[name](importlib.import_module(name), run_dir, dict(config))
-            )
+            made = self._guarded(name, partial(_make, name, run_dir, dict(config)))
             if made is not None:
                 self._live[name] = made
 
@@ -159,7 +162,7 @@ class Trackers:
         """Hand a record of `metrics.jsonl` to every tracker."""
         values, step = metrics_of(record), self._step_of(record)
         for name, tracker in list(self._live.items()):
-            self._guarded(name, lambda tracker=tracker: tracker.log(values, step))
+            self._guarded(name, partial(tracker.log, values, step))
 
     def finish(self) -> None:
         """The run is over, or interrupted."""
