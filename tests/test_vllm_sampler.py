@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.families import unwrap
@@ -26,6 +28,7 @@ from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import score
 from rlaif_fast.rollout.vllm import sampler as module
 from rlaif_fast.rollout.vllm.engine import Answer
+from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.guard import check_agreement
 from rlaif_fast.rollout.vllm.requests import (
     check_lengths,
@@ -162,6 +165,17 @@ def test_no_two_responses_of_two_steps_share_a_seed():
 
 
 # --- weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_the_engine_s_folder_names_its_model_and_processor(family, tmp_path):
+    policy = make_policy(family, model=make_model(family))
+    write_model_files(policy, tmp_path, 512)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [type(policy.model).__name__]
+    video = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert video["size"]["longest_edge"] == 512 * (2 * policy.model.config.vision_config.patch_size) ** 2
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == policy.tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("tied", [True, False])

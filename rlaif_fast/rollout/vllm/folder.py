@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ def write_model_files(policy: Policy, folder: Path, max_model_len: int) -> None:
         max_model_len: Tokens of the longest prompt and response; no frame is taken to have more.
     """
     model = unwrap(policy.model)
-    config = model.config
+    config = copy.deepcopy(model.config)
+    # A model that was made from a configuration has not written it there.
+    config.architectures = [type(model).__name__]
     with writing(folder):
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
