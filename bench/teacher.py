@@ -39,7 +39,7 @@ TEACHER = {
     "eval_steps": 75,
     "max_steps": 0,
 }
-DISTILL_STEPS = 450
+RL_STEPS, DISTILL_STEPS = 300, 800
 
 
 def run(module: str, *words: str) -> None:
@@ -71,6 +71,7 @@ def arms(teacher: Path, start: Path, labels: Path) -> dict[str, dict[str, Any]]:
             "oracle": "local",
             "oracle_options": options,
             "metric_for_best_model": "accuracy",
+            "max_steps": RL_STEPS,
             **more,
         }
 

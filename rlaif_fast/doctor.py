@@ -1,4 +1,7 @@
-"""`python -m rlaif_fast.doctor`: what can run on this machine, and why the rest cannot; `--check` runs it."""
+"""`python -m rlaif_fast.doctor`: what can run on this machine, and why the rest cannot; `--check` runs it.
+
+`--model PATH` says how a model would be trained, or why not, without reading its weights.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="run every kernel and wire of this machine against its reference"
     )
-    if parser.parse_args(argv).check:
+    parser.add_argument(
+        "--model", metavar="PATH", help="say how this model would be trained, or why not, without its weights"
+    )
+    options = parser.parse_args(argv)
+    if options.check:
         return check()
+    if options.model is not None:
+        return check_model(options.model)
     findings = [*machine(), built_extension(), *packages()]
     statuses = backends.report()
     try:
@@ -133,6 +142,21 @@ def check() -> int:
     seconds = time.perf_counter() - start
     print(f"{ran} checks ran, {failed} failed, in {seconds:.0f} s")
     return 1 if failed else 0
+
+
+def check_model(model: str) -> int:
+    """Say how a model would be trained; returns 1 where it would be refused, else 0."""
+    from rlaif_fast.errors import UsageError
+    from rlaif_fast.prompts.describe import describe_model
+
+    try:
+        lines = describe_model(model)
+    except UsageError as error:
+        print(f"refused: {error}")
+        return 1
+    for name, detail in lines:
+        print(f"{name:<14} {detail}")
+    return 0
 
 
 def _print_tables(findings: list[Finding], statuses: list[backends.BackendStatus]) -> None:

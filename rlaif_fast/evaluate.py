@@ -66,7 +66,9 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             rows,
             make_batch,
             make_sampler(policy),
-            scorer=scorer_by_name(config.oracle, config.oracle_options),
+            scorer=scorer_by_name(
+                config.oracle, setup.for_reasoning(config, make_batch.encoder)[0].oracle_options
+            ),
             max_new_tokens=config.max_completion_length,
             videos_per_step=options.videos_per_step,
         )

@@ -140,6 +140,8 @@ def train_in(world, config) -> None:
             tensorboard=config.tensorboard,
             log_every=config.logging_steps,
             seconds=state["seconds"] if state else None,
+            report_to=config.report_to,
+            config=dataclasses.asdict(config),
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
         # Schedulers and torchrun send SIGTERM to every process, and each has to finish the step.
@@ -223,12 +225,19 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
-    notes = (*loaded.notes, *data_notes, *uneven_steps(config, world.size), *older_names(config))
-    for note in notes:
-        logger.message(note)
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
+    config, reasoning = setup.for_reasoning(config, make_batch.encoder)
+    notes = (
+        *loaded.notes,
+        *reasoning,
+        *data_notes,
+        *uneven_steps(config, world.size),
+        *older_names(config),
+    )
+    for note in notes:
+        logger.message(note)
     files = read_processor_files(options.model)
     oracle = setup.make_oracle(config)
     sampler = make_sampler(policy, config.sampler, config.sampler_options)

@@ -28,6 +28,7 @@ NOT_COMPARED = frozenset(
         "resume",
         "seed",
         "tensorboard",
+        "report_to",
         "threads",
     }
 )

@@ -98,8 +98,9 @@ class LoadedModel:
     @property
     def vision_dtype(self) -> torch.dtype:
         """What the vision tower computes in."""
-        visual = next(p for name, p in self.model.named_parameters() if "visual" in name or "vision" in name)
-        return visual.dtype
+        named = self.model.named_parameters()
+        visual = next((p for name, p in named if "visual" in name or "vision" in name), None)
+        return next(self.model.parameters()).dtype if visual is None else visual.dtype
 
 
 def resolve_device(device: str) -> torch.device:

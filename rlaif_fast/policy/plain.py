@@ -56,10 +56,12 @@ def model_inputs(
         attention_mask[row, place] = 1
     inputs: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": attention_mask}
     family = find_family(unwrap(model).config.model_type)
-    own = processor_inputs(repeated, width, padding_side) if family is None else {}
     if family is not None:
-        own = family.plain_inputs(model, repeated, input_ids)
-    return inputs | {name: value.to(device) for name, value in own.items()}
+        return inputs | family.plain_inputs(model, repeated, input_ids)
+    dtype = next(model.parameters()).dtype
+    for name, value in processor_inputs(repeated, width, padding_side).items():
+        inputs[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    return inputs
 
 
 def plain_hidden(

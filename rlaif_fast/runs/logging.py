@@ -25,6 +25,7 @@ from rich.progress import (
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.runs.folder import RunDir, json_line, plain, read_jsonl
+from rlaif_fast.runs.trackers import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -53,6 +54,8 @@ class RunLogger:
         log_every: Record every so many steps; the last step of a stage and evaluations are always recorded.
         stream: Where progress goes, standard output by default: a bar on a terminal, plain lines elsewhere.
         seconds: Timings to continue from, as `seconds()` gave them before the run was interrupted.
+        report_to: Trackers that get the metrics too (`runs.trackers`).
+        config: The run's configuration, for the trackers.
 
     Raises:
         UsageError: `tensorboard` is set and the package is not installed.
@@ -66,6 +69,8 @@ class RunLogger:
         log_every: int = 1,
         stream: TextIO | None = None,
         seconds: Mapping[str, float] | None = None,
+        report_to: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         if log_every < 1:
             raise ValueError(f"log_every: expected at least 1, got {log_every}")
@@ -83,8 +88,10 @@ class RunLogger:
         self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
         self._created = run_dir.created
         self._events = _event_writer(run_dir) if tensorboard else None
+        self._trackers = Trackers(list(report_to), run_dir, config or {}, self.message)
         for record in earlier:
             self._write_events(record)
+            self._trackers.replay(record)
         # Unbuffered: a line is with the system once written, and a full disk is met there, not at the end.
         self._metrics = run_dir.metrics.open("ab", buffering=0)
         self._rollouts = run_dir.rollouts.open("ab", buffering=0)
@@ -101,6 +108,7 @@ class RunLogger:
         self._rollouts.close()
         if self._events is not None:
             self._events.close()
+        self._trackers.finish()
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
@@ -143,6 +151,7 @@ class RunLogger:
             record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
             _append(self._metrics, json_line(record))
             self._write_events(record)
+            self._trackers.log(record)
             if stage == "eval":
                 self.message(_evaluation_line(record))
                 self._show("held-out", record.get("accuracy"))

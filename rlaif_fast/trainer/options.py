@@ -11,6 +11,7 @@ from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 from rlaif_fast.oracle.registry import refuse_secrets
 from rlaif_fast.policy.loading import ModelOptions, check_lora
+from rlaif_fast.runs.trackers import check_trackers
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
@@ -311,6 +312,7 @@ class RunOptions:
         eval_videos_per_step: Videos evaluated at once.
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
+        report_to: Trackers that get the metrics too, each by its own library: trackio, wandb, swanlab, mlflow.
         report: Write report.html and its figures at the end.
         grace_seconds: How long a run that gets SIGTERM may take to finish its step and save before it ends without.
         debug: Show tracebacks.
@@ -327,6 +329,7 @@ class RunOptions:
     eval_videos_per_step: int = 16
     gallery_clips: int = 12
     tensorboard: bool = True
+    report_to: list[str] = field(default_factory=list)
     report: bool = True
     grace_seconds: float = 25.0
     debug: bool = False
@@ -339,6 +342,7 @@ class RunOptions:
         require_least("logging_steps", self.logging_steps, 1)
         require_least("eval_videos_per_step", self.eval_videos_per_step, 1)
         require_least("gallery_clips", self.gallery_clips, 0)
+        check_trackers(self.report_to)
 
 
 @dataclass

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "threads",
     "logging_steps",
     "tensorboard",
+    "report_to",
     "report",
     "debug",
     "keep_checkpoints",

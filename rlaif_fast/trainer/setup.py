@@ -30,13 +30,15 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker
-from rlaif_fast.prompts.encoder import question_text
+from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
 
+TAKES_EXTRACT = ("reference", "api", "local")
+BEHIND_REASONING = r"</think>\s*(.*)"
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
@@ -193,6 +195,24 @@ def make_batch_maker(
         max_bad_fraction=config.max_bad_fraction,
     )
     return BatchMaker(encoder, store, blank_frames=blank_frames)
+
+
+def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The configuration of a model that reasons before it answers, and what a reader has to know.
+
+    Where the chat template leaves the prompt inside the reasoning, what stands behind it is the answer, unless
+    `extract` says otherwise.
+    """
+    if not encoder.reasons:
+        return config, ()
+    note = "reasoning: the template opens it, so taught answers close it first"
+    if "extract" in config.oracle_options:
+        return config, (note,)
+    if config.oracle not in TAKES_EXTRACT:
+        return config, (f"{note}; the oracle {config.oracle!r} sees responses whole, reasoning included",)
+    options = config.oracle_options | {"extract": BEHIND_REASONING}
+    notes = (f"{note}; the oracle sees what stands behind it (extract: {BEHIND_REASONING})",)
+    return dataclasses.replace(config, oracle_options=options), notes
 
 
 def make_oracle(config: TrainConfig) -> Oracle:

@@ -1,0 +1,212 @@
+"""A run's metrics in the trackers that people keep them in: Trackio, Weights & Biases, SwanLab, MLflow.
+
+Each goes through its own library, which is optional and configured as its documentation says (keys, projects, offline
+modes: by its environment variables). Metrics bear TRL's names where TRL has them. A resumed run goes on in its tracker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.folder import RunDir
+
+PROJECT = "rlaif_fast"
+
+# Ours -> TRL's (`GRPOTrainer`), where the two mean the same.
+TRL_NAMES = {
+    "completion_length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+    "no_signal": "frac_reward_zero_std",
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "tokens": "num_tokens",
+}
+
+
+class Tracker(Protocol):
+    """Takes the metrics of one run."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record the metrics of a step; steps never fall."""
+        ...
+
+    def finish(self) -> None:
+        """The run is over."""
+        ...
+
+
+class _Module:
+    """Trackers whose module has `log(values, step=)` and `finish()`: Trackio, Weights & Biases, SwanLab."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(values), step=step)
+
+    def finish(self) -> None:
+        self._module.finish()
+
+
+class _Mlflow:
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._module.log_metrics(dict(values), step=step)
+
+    def finish(self) -> None:
+        self._module.end_run()
+
+
+def _trackio(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
+    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+    module.init(project=project, name=_name(run_dir), config=config, resume="allow")
+    return _Module(module)
+
+
+def _wandb(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
+    module.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT),
+        name=_name(run_dir),
+        id=_identity(run_dir),
+        resume="allow",
+        dir=str(run_dir.path),
+        config=config,
+    )
+    return _Module(module)
+
+
+def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
+    module.init(
+        project=os.environ.get("SWANLAB_PROJECT", PROJECT),
+        name=_name(run_dir),
+        id=_identity(run_dir),
+        resume="allow",
+        log_dir=str(run_dir.path / "swanlab"),
+        config=config,
+    )
+    return _Module(module)
+
+
+def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
+    module.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+    identity = _identity(run_dir)
+    found = module.search_runs(filter_string=f"tags.rlaif_fast = '{identity}'", output_format="list")
+    earlier = found[0].info.run_id if found else None
+    module.start_run(run_id=earlier, run_name=_name(run_dir), tags={"rlaif_fast": identity})
+    if earlier is None:
+        module.log_params({key: str(value)[:500] for key, value in config.items()})
+    return _Mlflow(module)
+
+
+MAKERS: dict[str, Callable[[Any, RunDir, dict[str, Any]], Tracker]] = {
+    "trackio": _trackio,
+    "wandb": _wandb,
+    "swanlab": _swanlab,
+    "mlflow": _mlflow,
+}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers that are not known or not installed.
+
+    Raises:
+        UsageError: One is not.
+    """
+    for name in names:
+        if name not in MAKERS:
+            raise UsageError(f"report_to: expected names among {', '.join(MAKERS)}, got {name!r}")
+        if find_spec(name) is None:
+            raise UsageError(f"report_to: {name} is not installed; pip install {name}, or leave it out")
+
+
+class Trackers:
+    """All trackers of a run. One that fails is told of and left out from then on: it never ends the run.
+
+    Args:
+        names: Keys of `MAKERS`.
+        run_dir: The run; its folder's name is the run's.
+        config: Its configuration.
+        tell: Prints a line.
+    """
+
+    def __init__(
+        self, names: list[str], run_dir: RunDir, config: Mapping[str, Any], tell: Callable[[str], None]
+    ) -> None:
+        self._tell = tell
+        self._live: dict[str, Tracker] = {}
+        self._before = 0  # steps of the stages before this one
+        self._last: tuple[str, int] = ("", 0)
+        for name in names:
+            made = self._guarded(
+                name, lambda name=name: MAKERS[name](importlib.import_module(name), run_dir, dict(config))
+            )
+            if made is not None:
+                self._live[name] = made
+
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Take note of a record from before a resume, which the trackers have."""
+        self._step_of(record)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Hand a record of `metrics.jsonl` to every tracker."""
+        values, step = metrics_of(record), self._step_of(record)
+        for name, tracker in list(self._live.items()):
+            self._guarded(name, lambda tracker=tracker: tracker.log(values, step))
+
+    def finish(self) -> None:
+        """The run is over, or interrupted."""
+        for name, tracker in list(self._live.items()):
+            self._guarded(name, tracker.finish)
+
+    def _step_of(self, record: Mapping[str, Any]) -> int:
+        """One count for all stages, since trackers want steps that never fall."""
+        stage = record.get("phase", record["stage"]) if record["stage"] == "eval" else record["stage"]
+        known, last = self._last
+        if stage in ("sft", "rl") and stage != known:
+            self._before, last = self._before + last, 0
+            self._last = stage, 0
+        if stage in ("sft", "rl"):
+            self._last = stage, max(last, record["step"])
+        return self._before + self._last[1]
+
+    def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:  # a library of others, often over a network
+            self._live.pop(name, None)
+            reason = (str(error).strip().splitlines() or [""])[0]
+            self._tell(f"{name}: no longer reported to ({type(error).__name__}: {reason})")
+            return None
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record under the names that trackers get: TRL's, and `eval_` and `sft/` in front."""
+    stage = record["stage"]
+    place = (
+        f"eval_{record.get('split', 'validation')}_" if stage == "eval" else "sft/" if stage == "sft" else ""
+    )
+    values = {
+        f"{place}{TRL_NAMES.get(key, key) if stage == 'rl' else key}": float(value)
+        for key, value in record.items()
+        if key not in ("time", "step") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    for category, row in record.get("by_category", {}).items():
+        values[f"{place}accuracy/{category}"] = float(row["accuracy"])
+    return values
+
+
+def _name(run_dir: RunDir) -> str:
+    return run_dir.path.resolve().name
+
+
+def _identity(run_dir: RunDir) -> str:
+    """The same for a run and its resumed self, another one for a new run in the same folder."""
+    return hashlib.sha256(f"{run_dir.path.resolve()} {run_dir.created}".encode()).hexdigest()[:16]

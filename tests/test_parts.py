@@ -1,0 +1,54 @@
+"""Which parts of a model train, in families whose parts have different names."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import family_checkpoints
+import pytest
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import FAMILIES
+from rlaif_fast.policy.families.base import PARTS
+from rlaif_fast.policy.loading import ModelOptions
+from rlaif_fast.policy.parts import FREEZING, add_lora, apply_freezing, lora_layers
+
+
+@pytest.mark.parametrize("model_type", ["internvl", "smolvlm", "glm4v"])
+def test_each_part_is_frozen_alone(model_type) -> None:
+    model, _ = family_checkpoints.make_model(model_type)
+    part_of = FAMILIES[model_type].part_of
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
+    for part in PARTS:
+        apply_freezing(model, dataclasses.replace(ModelOptions(), **{FREEZING[part]: True}))
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad == (part_of(name) != part), name
+
+
+def test_adapters_go_where_they_are_asked_for_by_a_list_of_names() -> None:
+    model, _ = family_checkpoints.make_model("internvl")
+    part_of = FAMILIES["internvl"].part_of
+    assert {part_of(name) for name in lora_layers(model, ["decoder"], None)} == {"decoder"}
+    assert {part_of(name) for name in lora_layers(model, list(PARTS), None)} == set(PARTS)
+    assert all(name.endswith("q_proj") for name in lora_layers(model, ["tower"], ["q_proj"]))
+    with pytest.raises(UsageError, match="projector is named q_proj"):
+        lora_layers(model, ["projector"], ["q_proj"])
+    adapted = add_lora(model, ModelOptions(lora_r=2, lora_modules=["decoder"]))
+    assert not isinstance(adapted.peft_config["default"].target_modules, str)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("language_model" in name and ".lora_" in name for name in trained)
+
+
+def test_the_router_is_frozen_unless_asked_for() -> None:
+    model, _ = family_checkpoints.make_model("qwen3_vl_moe")
+    routers = [p for name, p in model.named_parameters() if ".mlp.gate." in name]
+    for asked in (False, True):
+        apply_freezing(model, ModelOptions(train_router=asked))
+        assert [p.requires_grad for p in routers] == [asked] * len(routers)
+    assert len(routers) == 2
+    layers = lora_layers(model, ["decoder"], None)
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    dense, _ = family_checkpoints.make_model("qwen3_vl")
+    with pytest.raises(UsageError, match="train_router: true has no effect"):
+        apply_freezing(dense, ModelOptions(train_router=True))

@@ -1,0 +1,137 @@
+"""Metrics in other people's trackers: names, steps, faults; and the real libraries where they are installed."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import io
+import sys
+import types
+
+import pytest
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.runs import trackers
+from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.logging import RunLogger
+from rlaif_fast.runs.trackers import MAKERS, check_trackers, metrics_of
+from rlaif_fast.trainer.options import TrainConfig
+
+RL = {"completion_length": 7.5, "truncated": 0.25, "no_signal": 0.5, "clip_low": 0.1, "loss": 1.0, "kl": 0.2}
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """A module that stands where Weights & Biases would, to make it fail."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    module.given, module.logged, module.finished = [], [], 0
+
+    def finish():
+        module.finished += 1
+
+    module.init = lambda **options: module.given.append(options)
+    module.log = lambda values, step: module.logged.append((step, values))
+    module.finish = finish
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name in MAKERS or None)
+    return module
+
+
+def logger(folder, said=None) -> RunLogger:
+    return RunLogger(
+        folder, tensorboard=False, stream=said or io.StringIO(), report_to=["wandb"], config={"seed": 3}
+    )
+
+
+def test_names_are_trls_and_steps_never_fall(played, tmp_path):
+    folder = RunDir.create(tmp_path / "mine")
+    with logger(folder) as log:
+        log.log("sft", 1, loss=2.0, tokens=100)
+        log.log("sft", 2, loss=1.5)
+        log.log(
+            "eval",
+            2,
+            phase="sft",
+            split="test",
+            accuracy=0.4,
+            by_category={"counting": {"accuracy": 0.5, "n": 4}},
+        )
+        log.log("eval", 0, phase="rl", split="validation", accuracy=0.45)
+        log.log("rl", 1, **RL)
+        log.log("eval", 1, phase="rl", split="validation", accuracy=0.5)
+    assert played.finished == 1
+    [given] = played.given
+    assert given["name"] == "mine" and given["resume"] == "allow" and given["config"] == {"seed": 3}
+    assert [step for step, _ in played.logged] == [1, 2, 2, 2, 3, 3]
+    assert played.logged[0][1] == {"sft/loss": 2.0, "sft/tokens": 100.0}
+    assert played.logged[2][1] == {"eval_test_accuracy": 0.4, "eval_test_accuracy/counting": 0.5}
+    assert played.logged[4][1] == {
+        "completions/mean_length": 7.5,
+        "completions/clipped_ratio": 0.25,
+        "frac_reward_zero_std": 0.5,
+        "clip_ratio/low_mean": 0.1,
+        "loss": 1.0,
+        "kl": 0.2,
+    }
+    # Resumed, it goes on under the same identity, behind the steps that are there.
+    with logger(folder) as log:
+        log.log("rl", 2, **RL)
+    assert played.given[1]["id"] == given["id"] and played.logged[-1][0] == 4
+
+
+def test_trl_has_these_names():
+    import inspect
+
+    grpo = pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)
+    source = inspect.getsource(grpo)
+    for name in trackers.TRL_NAMES.values():
+        assert name in source, name
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(played, tmp_path):
+    def fail(values, step):
+        raise ConnectionError("gone\nmore")
+
+    played.log = fail
+    said = io.StringIO()
+    folder = RunDir.create(tmp_path / "run")
+    with logger(folder, said) as log:
+        log.log("rl", 1, loss=1.0)
+        log.log("rl", 2, loss=1.0)
+    assert said.getvalue().count("wandb: no longer reported to (ConnectionError: gone)") == 1
+    assert folder.metrics.read_text().count("\n") == 2 and played.finished == 0
+
+
+def test_trackers_that_are_not_there_are_refused(monkeypatch):
+    with pytest.raises(UsageError, match="trackio, wandb, swanlab, mlflow, got 'comet'"):
+        TrainConfig(report_to=["comet"])
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install wandb"):
+        check_trackers(["wandb"])
+    check_trackers([])
+
+
+def test_text_and_truth_are_no_metrics():
+    record = {"stage": "rl", "step": 1, "time": 3.0, "loss": 1, "note": "x", "flag": True, "none": None}
+    assert metrics_of(record) == {"loss": 1.0}
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_the_real_library(name, tmp_path, monkeypatch):
+    """Offline, where it is installed: it takes what it is given, and a resumed run."""
+    pytest.importorskip(name, exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    for variable, value in (
+        ("WANDB_MODE", "offline"),
+        ("WANDB_SILENT", "true"),
+        ("SWANLAB_MODE", "offline"),
+        ("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db"),
+        ("TRACKIO_DIR", str(tmp_path / "trackio")),
+    ):
+        monkeypatch.setenv(variable, value)
+    folder = RunDir.create(tmp_path / "run")
+    for step in (1, 2):
+        said = io.StringIO()
+        with RunLogger(folder, tensorboard=False, stream=said, report_to=[name], config={"seed": 3}) as log:
+            log.log("rl", step, **RL)
+        assert "no longer reported to" not in said.getvalue()
