@@ -224,6 +224,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         loaded = load_model(options)
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
+        setup.shard(policy, config, world)
         torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")

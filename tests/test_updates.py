@@ -23,7 +23,7 @@ from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import draw, update_loss
+from rlaif_fast.trainer.rl import draw, update_loss, weights_to_draw_with
 from rlaif_fast.trainer.sft import accumulate
 
 G = 3
@@ -200,13 +200,15 @@ def test_only_fixed_pairs_are_drawn_from_the_start(algorithm, tower_trains):
         config=config, policy=policy, algorithm=make_algorithm(config), sampler=SharedPrefixSampler(policy)
     )
     prompts, params = prompts_about_clips("qwen3_vl"), SamplingParams(max_new_tokens=6, seed=1)
-    before, _ = draw(run, prompts, params)
+    with weights_to_draw_with(run):
+        before, _ = draw(run, prompts, params)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     weights = [p.detach().clone() for p in policy.model.parameters()]
-    after, features = draw(run, prompts, params)
+    with weights_to_draw_with(run):
+        after, features = draw(run, prompts, params)
     from_start = algorithm == "dpo"
     assert torch.equal(before.logps, after.logps) == from_start
     assert (features is None) == from_start

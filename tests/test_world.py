@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,7 +156,8 @@ def test_a_process_checks_the_folder_and_shares_the_cores_of_its_machine(monkeyp
 
 
 def test_only_rank_0_samples_for_the_gallery():
-    write_samples(None, "sft", SimpleNamespace(world=World(1, 2)))
+    policy = SimpleNamespace(gathered=nullcontext)
+    write_samples(None, "sft", SimpleNamespace(world=World(1, 2), policy=policy))
 
 
 def test_steps_that_do_not_divide_evenly_are_told():

@@ -74,6 +74,15 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
+    def max(self, number: float) -> float:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, dtype=torch.float64)
+        with self._exchange():
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.item()
+
     def gather(self, item: T) -> list[T]:
         """Everyone's `item`, by rank; it is pickled."""
         if self.size == 1:

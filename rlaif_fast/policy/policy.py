@@ -8,8 +8,8 @@ group (`packing`, `attention`); without it the plain padded path runs (`plain`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, count_rows, pack
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
+from rlaif_fast.policy.shard import Shards
+
+T = TypeVar("T")
 
 # The logit bias of a forbidden token. Finite, so that p * log p is 0 and not NaN; exp(FORBIDDEN - any logit)
 # is exactly 0 in float32 at every temperature up to 100; within the range of float16.
@@ -57,6 +61,7 @@ class Policy:
         eos_token_ids: The tokens that end a response.
         pad_token_id: What fills a rollout behind the end of a response.
         media_token_ids: The tokens that stand for media or mark where they begin and end.
+        shards: How its weights are cut over the processes (`shard_policy`); None where each holds them whole.
 
     Raises:
         UsageError: `shared_prefix` with a family it does not know.
@@ -85,7 +90,8 @@ class Policy:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_token_ids[0]
         )
         self.media_token_ids = set(marker_token_ids(model))
-        self._reference: list[tuple[nn.Parameter, Tensor]] | None = None
+        self._reference: Pairs | None = None
+        self.shards: Shards | None = None
         head = self._head()
         forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
         forbidden[len(tokenizer) :] = True  # rows of the embedding that no token uses
@@ -143,6 +149,16 @@ class Policy:
             )
         return head
 
+    # --- where the weights are ------------------------------------------------------------------------------
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work`, which reads weights to train them; with sharded ones all processes call it together."""
+        return work() if self.shards is None else self.shards.call(work)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Hold sharded weights whole, so that each process may run the model as often as it likes."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.gathered()
+
     # --- the passes -----------------------------------------------------------------------------------------
 
     def encode_media(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
@@ -153,7 +169,9 @@ class Policy:
         come from the cache where it has them. None where no prompt has media, or on the plain path, which
         encodes by itself.
         """
-        return self.vision(prompts) if self.shared_prefix else None
+        if not self.shared_prefix:
+            return None
+        return self.vision(prompts) if self.shards is None else self.shards.encode(self.vision, prompts)
 
     def response_hidden(
         self,
@@ -312,8 +330,8 @@ class Policy:
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._reference = None
-        if copy or not (self.has_adapter and _is_new_lora(trained)):
-            self._reference = [(p, p.detach().clone()) for p in trained.values()]
+        if copy or not (self.has_adapter and is_new_lora(trained)):
+            self._reference = copies_of(trained)
 
     @torch.no_grad()
     def reference_logps(
@@ -336,9 +354,7 @@ class Policy:
             RuntimeError: There is no adapter and `freeze_reference` was not called.
         """
         if self._reference is None and not self.has_adapter:
-            raise RuntimeError(
-                "reference_logps: no reference; call freeze_reference() where the policy starts"
-            )
+            raise RuntimeError("reference_logps: call freeze_reference() where the policy starts")
         own_tower = self.shared_prefix and self.vision.trains
         with self.evaluating(), self.reference_weights():
             if own_tower:
@@ -356,16 +372,13 @@ class Policy:
 
     @contextlib.contextmanager
     def reference_weights(self) -> Iterator[None]:
-        """The model with the weights of the reference."""
+        """The model with the weights of the reference; a sharded one is gathered, so all processes enter together."""
         if self._reference is None:
-            with self.model.disable_adapter():
+            with self.gathered(), self.model.disable_adapter():
                 yield
             return
-        _exchange(self._reference)
-        try:
+        with exchanged(self._reference), self.gathered():
             yield
-        finally:
-            _exchange(self._reference)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -377,18 +390,3 @@ class Policy:
         finally:
             for module in training:
                 module.training = True
-
-
-def _exchange(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Let each parameter and its counterpart trade places; nothing is copied."""
-    for parameter, other in pairs:
-        mine = parameter.data
-        parameter.data = other.data
-        other.data = mine
-
-
-def _is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
-    """Whether all that trains is LoRA of which nothing has been learned: every B is zero."""
-    return all(".lora_" in name for name in trained) and not any(
-        bool(p.any()) for name, p in trained.items() if ".lora_B." in name or ".lora_embedding_B." in name
-    )

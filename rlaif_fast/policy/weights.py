@@ -9,6 +9,7 @@ from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
+from rlaif_fast.policy.shard import cut_like
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -87,7 +88,7 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
     refuse_partial(
         what, own.keys() - weights.keys(), weights.keys() - own.keys(), _other_shapes(own, weights)
     )
-    set_peft_model_state_dict(model, weights)
+    set_peft_model_state_dict(model, cut_like(weights, own))
 
 
 def adapter_config(folder: Path, what: str) -> dict[str, Any]:

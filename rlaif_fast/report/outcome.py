@@ -116,9 +116,12 @@ def write_predictions(run_dir: RunDir, phase: str, result: EvalResult, run: Run)
 
 def write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
     """samples.jsonl: what the policy samples for a few test clips, with the oracle's ranks, for the gallery."""
+    with run.policy.gathered():  # by all processes
+        if run.world.is_main:
+            _write_samples(run_dir, phase, run)
 
-    if not run.world.is_main:
-        return
+
+def _write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
     config = run.config
     clips = by_media(run.data.test)[: config.gallery_clips]
     rows = [clip[i % len(clip)] for i, clip in enumerate(clips)]

@@ -39,7 +39,7 @@ def _chosen(policy: Policy) -> str:
     """The sampler that "auto" stands for; says in one line of the log why it is not the captured one on a GPU."""
     if not policy.shared_prefix:
         return "plain"
-    if policy.device.type != "cuda":
+    if policy.device.type != "cuda" or policy.shards is not None:
         return "shared_prefix"
     start = time.perf_counter()
     reason = check_graphs(policy)
@@ -53,7 +53,8 @@ def make_sampler(policy: Policy, name: str = "auto", options: Mapping[str, Any] 
     """Make a sampler by its name.
 
     "auto" is plain where the policy has shared_prefix switched off; else cuda_graphs on a GPU where a captured step
-    equals an eager one there (`check_graphs`), and shared_prefix elsewhere.
+    equals an eager one there (`check_graphs`), and shared_prefix elsewhere. Sharded weights are in another place after
+    each gathering, so a captured step could not read them.
 
     Args:
         policy: Whose responses it draws.
@@ -67,6 +68,8 @@ def make_sampler(policy: Policy, name: str = "auto", options: Mapping[str, Any] 
         name = _chosen(policy)
     if name in ("shared_prefix", "cuda_graphs") and not policy.shared_prefix:
         raise UsageError(f"sampler: {name} needs shared_prefix: true")
+    if name == "cuda_graphs" and policy.shards is not None:
+        raise UsageError("sampler: cuda_graphs needs sharding: none; use auto or shared_prefix")
     if name == "cuda_graphs" and policy.device.type != "cuda":
         raise UsageError(f"sampler: cuda_graphs needs a model on a GPU, this one is on {policy.device}")
     if name in READS_POLICY and options:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rlaif_fast.errors import RlaifFastError, UsageError, refusal
+from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
     ADAPTER_CONFIG,
     check_config,
@@ -33,6 +34,7 @@ from rlaif_fast.runs.integrity import (
     unseal,
     write_manifest,
 )
+from rlaif_fast.runs.sharded import is_sharded, whole_weights, write_shards
 
 STATE = "trainer_state.pt"
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -118,19 +120,29 @@ class CheckpointStore:
     def save(self, name: str, model: nn.Module, tokenizer, state: Mapping[str, Any], **roles: bool) -> Path:
         """Write checkpoint `name` and let it play the given roles (`last=True`, `best=True`, `sft=True`).
 
+        With sharded weights all processes of the run call it: each writes its part of `state["shards"]`.
+
         Raises:
             RlaifFastError: The disk is full or not writable, or the run's folder is gone; the checkpoints written
                 before are untouched.
         """
         target, partial = self.folder / name, self.folder / f".{name}.partial"
+        state = dict(state)
+        tensors = state.pop("shards", None)
         if self.read_only:
+            if is_sharded(model):
+                whole_weights(model)
+            if tensors:
+                write_shards(partial, tensors)
             return target
         if not self.folder.is_dir():
             raise RlaifFastError(f"the folder {self.folder} was removed while the run went on")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             save_model(partial, model, tokenizer, self.processor_files)
-            torch.save(dict(state), partial / STATE)
+            if tensors:
+                write_shards(partial, tensors)
+            torch.save(state, partial / STATE)
             index = self._index_with({role: name for role, plays in roles.items() if plays})
             logs = self._logs.up_to_now() if self._logs else {}
             write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
@@ -240,8 +252,9 @@ def _flush(folder: Path) -> None:
 
 def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str, str]) -> None:
     """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)  # before the first exchange: the other processes write there
+    weights = {"state_dict": whole_weights(model)} if is_sharded(model) else {}
+    model.save_pretrained(folder, **weights)
     tokenizer.save_pretrained(folder)
     for name, text in processor_files.items():
         (folder / name).write_text(text)
@@ -266,7 +279,7 @@ def load_weights(model: Any, folder: Path) -> None:
     saved, own = load_strictly(type(model), folder, what, dtype=dtype).state_dict(), model.state_dict()
     shapes = [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
     refuse_partial(what, own.keys() - saved.keys(), saved.keys() - own.keys(), shapes)
-    model.load_state_dict(saved)
+    model.load_state_dict(cut_like(saved, own))
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.policy.shard import whole
+from rlaif_fast.runs.sharded import read_shards
 
 
 class Updater:
@@ -17,7 +21,8 @@ class Updater:
 
     A bfloat16 weight has 8 significant bits, so an update of a usual learning rate is lost in its rounding. Such
     weights get a float32 copy each, which collects their gradients and is what the optimizer updates; the weight is
-    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight.
+    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight. Sharded
+    weights are float32 themselves, and their gradients come averaged.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -53,9 +58,11 @@ class Updater:
 
         self._world = world
         self._max_grad_norm = max_grad_norm
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters, self._names = list(trained.values()), list(trained)
         if any(p.dtype == torch.float16 for p in parameters):
             raise UsageError("dtype: float16 weights cannot be trained; use bfloat16 or float32")
+        self._sharded = any(isinstance(p, DTensor) for p in parameters)
         self._copies = [(p, _float32_copy(p)) for p in parameters if p.dtype == torch.bfloat16]
         self._hooks = [p.register_post_accumulate_grad_hook(_collect(copy)) for p, copy in self._copies]
         copy_of = dict(self._copies)
@@ -94,8 +101,9 @@ class Updater:
         Raises:
             RlaifFastError: The gradient is not finite; the weights are as they were.
         """
-        self._world.average_gradients(self._updated)
-        norm = torch.nn.utils.clip_grad_norm_(self._updated, self._max_grad_norm)
+        if not self._sharded:
+            self._world.average_gradients(self._updated)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._updated, self._max_grad_norm))
         if not torch.isfinite(norm):
             raise RlaifFastError(
                 "the gradient is not finite; lower the learning rate, or set dtype float32, and start from the last "
@@ -109,16 +117,29 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on, the float32 copies of the weights included."""
+        scheduler = self._scheduler.state_dict()
+        if self._sharded:
+            return {"scheduler": scheduler, "shards": self._tensors()}
         return {
             "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
+            "scheduler": scheduler,
             "float32_weights": [copy.detach() for _, copy in self._copies],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, at the same update, with this updater's schedule and rate."""
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """Go on from a checkpoint, at the same update, with this updater's schedule and rate.
+
+        Args:
+            state: Of `state_dict`, as it was read from the checkpoint.
+            folder: The checkpoint, which holds the rest of the state of sharded weights.
+        """
         rates = [group["initial_lr"] for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(state["optimizer"])
+        in_shards = "optimizer" not in state
+        if in_shards or self._sharded:
+            assert folder is not None
+            read_shards(folder, self._tensors())
+        else:
+            self._optimizer.load_state_dict(state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         share = [at(self._scheduler.last_epoch) for at in self._scheduler.lr_lambdas]
         for group, rate, part in zip(self._optimizer.param_groups, rates, share):
@@ -126,6 +147,9 @@ class Updater:
             group["lr"] = rate * part  # of this schedule, which may be longer than the one before
         self._scheduler.base_lrs = rates
         self._scheduler._last_lr = [group["lr"] for group in self._optimizer.param_groups]
+        if in_shards:
+            self._round()
+            return
         # Copies of bfloat16 weights, or those weights themselves where the run goes on in float32.
         weights = [copy for _, copy in self._copies] or self._updated
         saved = state["float32_weights"]
@@ -134,6 +158,18 @@ class Updater:
                 for weight, value in zip(weights, saved):
                     weight.copy_(value)
         self._round()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the optimizer updates, and its moments, by name; moments that are not there yet are made, zero."""
+        tensors = {}
+        for name, parameter in zip(self._names, self._updated):
+            moments = self._optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments |= {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+            tensors[f"weight.{name}"] = parameter.detach()
+            tensors |= {f"{kind}.{name}": value for kind, value in moments.items()}
+        return tensors
 
     @torch.no_grad()
     def _round(self) -> None:

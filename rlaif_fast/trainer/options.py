@@ -307,6 +307,10 @@ class RunOptions:
         seed: Seed of weights, data, order and sampling.
         num_processes: Processes on this machine that share every step; 0 is one, or two where there is no GPU and
             more than one core. Under torchrun its processes are used instead.
+        sharding: "fsdp2" cuts weights, gradients and the optimizer's moments over the processes (PyTorch's FSDP2), so
+            that each holds its part of them; "none" leaves each process the whole model.
+        sharding_size: With fsdp2 the processes that hold the weights together once; 0 is all of a machine's. With more
+            processes than that, each such row holds the weights.
         threads: CPU threads a process; 0 leaves it to torch, and divides the cores among several processes.
         logging_steps: Steps between two lines in metrics.jsonl.
         eval_videos_per_step: Videos evaluated at once.
@@ -324,6 +328,8 @@ class RunOptions:
     cache_dir: str = "~/.cache/rlaif_fast"
     seed: int = 0
     num_processes: int = 1
+    sharding: Literal["none", "fsdp2"] = "none"
+    sharding_size: int = 0
     threads: int = 0
     logging_steps: int = 1
     eval_videos_per_step: int = 16
@@ -337,6 +343,10 @@ class RunOptions:
     def check_run(self) -> None:
         """Raise `UsageError` for values that cannot work."""
         require_least("num_processes", self.num_processes, 0)
+        require(self.sharding in ("none", "fsdp2"), "sharding", "none or fsdp2", self.sharding)
+        require_least("sharding_size", self.sharding_size, 0)
+        unused = self.sharding == "none" and self.sharding_size > 0
+        require(not unused, "sharding_size", "0 where sharding is none", self.sharding_size)
         require_least("threads", self.threads, 0)
         require_positive("grace_seconds", self.grace_seconds)
         require_least("logging_steps", self.logging_steps, 1)
@@ -363,6 +373,13 @@ class TrainConfig(
         self.check_algorithm()
         self.check_oracle()
         self.check_run()
+        if self.sharding == "fsdp2":
+            self.check_sharding()
+
+    def check_sharding(self) -> None:
+        """Refuse what cannot work with sharded weights."""
+        require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
+        require(self.sampler != "cuda_graphs", "sharding", "none where sampler is cuda_graphs", self.sharding)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""

@@ -22,6 +22,8 @@ CHANGEABLE = (
     "sft_learning_rate",
     "dtype",
     "num_processes",
+    "sharding",
+    "sharding_size",
     "threads",
     "logging_steps",
     "tensorboard",

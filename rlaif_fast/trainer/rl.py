@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.policy.features import MediaFeatures
-from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
-from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens, take_turns
+from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
+from rlaif_fast.prompts.batches import EpochOrder, by_media, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import Rollout, SamplingParams
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
+from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
 
@@ -66,7 +67,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     progress, start_answers = Progress(), None
     if resume_from is not None:
         state = load_state(resume_from)
-        updater.load_state_dict(state)
+        updater.load_state_dict(state, resume_from)
         progress, start_answers = Progress(**state["progress"]), state["start_answers"]
 
     def save(name: str, **roles: bool) -> None:
@@ -92,7 +93,8 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            sampled, groups, features = sample_and_rank(run, order, progress.step)
+            with weights_to_draw_with(run):
+                sampled, groups, features = sample_and_rank(run, order, progress.step)
             loss_stats: dict = {}
             for _ in range(config.num_iterations):
                 for part in minibatches(groups, config.steps_per_generation):
@@ -177,22 +179,26 @@ def sample_and_rank(
     return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
 
 
+def weights_to_draw_with(run: Run) -> AbstractContextManager[None]:
+    """The model with the weights that the algorithm draws with, whole; all processes enter together."""
+    policy = run.policy
+    return policy.reference_weights() if run.algorithm.samples_from == "start" else policy.gathered()
+
+
 def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
-    """Draw the responses to some prompts with the weights that the algorithm asks for.
+    """Draw the responses to some prompts, inside `weights_to_draw_with`.
 
     Returns:
-        The rollout; and what the policy's own vision tower gave for it, where it ran.
+        The rollout; and what the vision tower gave for it, where its weights are the policy's.
     """
     config, policy = run.config, run.policy
     from_start = run.algorithm.samples_from == "start"
-    with policy.reference_weights() if from_start else nullcontext():
-        keep_graph = on_policy(config) and not from_start  # else the update runs the tower again
-        with torch.set_grad_enabled(keep_graph):
-            features = policy.encode_media(prompts)
-        shared = None if features is None else features.detach()
-        with torch.no_grad():
-            run.sampler.sync_weights(policy)
-            rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
+    with torch.set_grad_enabled(keeps_graph(run) and not from_start):  # else the update runs the tower again
+        features = policy.encode_media(prompts)
+    shared = None if features is None else features.detach()
+    with torch.no_grad():
+        run.sampler.sync_weights(policy)
+        rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
     return rollout, None if from_start else features
 
 
@@ -220,7 +226,7 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
         return None
     # The gradients are averaged over the processes, so each divides by its part of the whole.
     items = max(all_tokens if config.loss_type == "dapo" else all_responses, 1.0) / world.size
-    stats = _accumulate(run, groups, features, items) if groups else {}
+    stats = _accumulate(run, groups, features, items)
     if world.size == 1:
         return stats
     mine = {
@@ -230,46 +236,69 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
 
 
 def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | None, items: float) -> dict:
-    """Accumulate the gradient of the loss of the groups, divided by `items`, and return the loss's statistics.
+    """Accumulate the gradient of the loss of the groups, divided by `items`, and return the loss's statistics."""
+    prompts, tokens = [group.prompt for group in groups], [group.tokens for group in groups]
+    if features is not None and run.policy.vision.trains and not keeps_graph(run):
+        features = None
+    known: list[Tensor] | None = None
+    if run.policy.shards is not None and "reference" in run.algorithm.extra_models:
+        known = gathered_reference(run, groups, features)
 
-    At most `max_packed_tokens` go through the model at once, forward and backward; the vision tower runs once all
-    the same, forward and backward.
-    """
-    config, policy = run.config, run.policy
-    prompts = [group.prompt for group in groups]
-    if features is None or (policy.vision.trains and not on_policy(config)):
-        features = policy.encode_media(prompts)
-    leaves = features.leaves() if features is not None and features.requires_grad else None
-    tokens = [group.tokens for group in groups]
-    parts = []
-    for part in cut_by_tokens(prompts, tokens, config.max_packed_tokens):
-        parts.append((sum(tokens[part]), _backward(run, groups[part], leaves or features, items)))
-    if leaves is not None:
-        assert features is not None
-        features.backward_from(leaves)
+    def loss_of(part: slice, features: MediaFeatures | None) -> tuple[Tensor, tuple[int, dict]]:
+        ref_logps = None if known is None else torch.cat(known[part])
+        loss, stats = _loss(run, groups[part], features, items, ref_logps)
+        return loss, (sum(tokens[part]), stats)
+
+    parts = backward_in_parts(run, prompts, tokens, features, loss_of)
     if len(parts) == 1:
         return parts[0][1]
     return combine_stats([(weight, {n: float(v) for n, v in stats.items()}) for weight, stats in parts])
 
 
-def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None, items: float) -> dict:
-    """One forward and backward pass; the statistics stay on the device."""
+def gathered_reference(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> list[Tensor]:
+    """The reference's log-probabilities of each group, asked before the passes, whose numbers must be equal."""
+    if not groups:
+        with run.policy.reference_weights():  # the others gather theirs
+            return []
+    logps = reference_logps(run, rows_of(run, groups), features)
+    return list(logps.split([group.tokens for group in groups]))
+
+
+@torch.no_grad()
+def reference_logps(run: Run, rows: ForwardRows, features: MediaFeatures | None) -> Tensor:
+    """(M,) log-probabilities of the response tokens under the reference."""
+    logps = run.policy.reference_logps(
+        rows.prompts,
+        rows.token_ids,
+        rows.lengths,
+        group_sizes=rows.group_sizes,
+        temperature=run.config.temperature,
+        features=features,
+    )
+    return logps[rows.token_index.to(logps.device)]
+
+
+def rows_of(run: Run, groups: Sequence[Group]) -> ForwardRows:
+    """The responses of some groups as the policy computes them."""
+    rows = response_rows([group.prompt for group in groups], [group.token_ids for group in groups])
+    return for_policy(rows, run.policy)
+
+
+def _loss(
+    run: Run,
+    groups: Sequence[Group],
+    features: MediaFeatures | None,
+    items: float,
+    ref_logps: Tensor | None,  # (M,); None to ask the reference here where there is one
+) -> tuple[Tensor, dict]:
+    """The loss of some groups and its statistics, which stay on the device."""
     config, policy = run.config, run.policy
-    prompts, responses = [group.prompt for group in groups], [group.token_ids for group in groups]
-    rows = for_policy(response_rows(prompts, responses), policy)
+    rows = rows_of(run, groups)
     device = policy.device
-    row_lengths = torch.tensor([len(tokens) for group in responses for tokens in group], device=device)
-    ref_logps: Tensor | None = None
-    if "reference" in run.algorithm.extra_models:
-        with torch.no_grad():
-            ref_logps = policy.reference_logps(
-                rows.prompts,
-                rows.token_ids,
-                rows.lengths,
-                group_sizes=rows.group_sizes,
-                temperature=config.temperature,
-                features=features,
-            )[rows.token_index.to(device)]
+    lengths = [len(tokens) for group in groups for tokens in group.token_ids]
+    row_lengths = torch.tensor(lengths, device=device)
+    if ref_logps is None and "reference" in run.algorithm.extra_models:
+        ref_logps = reference_logps(run, rows, features)
     finished = torch.tensor([done for group in groups for done in group.finished])
     token_mask: Tensor | None = None
     if config.mask_truncated_completions and not bool(finished.all()):
@@ -289,12 +318,15 @@ def _backward(run: Run, groups: Sequence[Group], features: MediaFeatures | None,
         num_items_in_batch=items,
         validate=False,
     )
-    output.loss.backward()
-    return {"loss": output.loss.detach()} | {
-        name: output.stats[name] for name in LOGGED if name in output.stats
-    }
+    stats = {name: output.stats[name] for name in LOGGED if name in output.stats}
+    return output.loss, {"loss": output.loss.detach()} | stats
 
 
 def on_policy(config: RlOptions) -> bool:
     """Whether each rollout is learned from once and whole, so that nothing is updated before it is used up."""
     return config.num_iterations == 1 and config.steps_per_generation == 1
+
+
+def keeps_graph(run: Run) -> bool:
+    """Whether the update uses the tower's pass before the rollout; processes share no pass of sharded weights there."""
+    return on_policy(run.config) and run.policy.shards is None

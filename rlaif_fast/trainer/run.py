@@ -68,8 +68,9 @@ class Run:
 
         With `opponents` (answers by example id), each answer is ranked against the other by the run's oracle.
         """
-        with self.logger.timer("evaluation"), torch.no_grad(), self.policy.evaluating():
-            self.sampler.sync_weights(self.policy)
+        policy = self.policy
+        with self.logger.timer("evaluation"), torch.no_grad(), policy.evaluating(), policy.gathered():
+            self.sampler.sync_weights(policy)
             result = evaluate(
                 examples,
                 self.make_batch,

@@ -16,6 +16,7 @@ import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
@@ -69,6 +70,7 @@ def preflight(config: TrainConfig) -> None:
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
     resolve_device(config.device)
+    shards_together(config, config.num_processes, config.num_processes)
     check_model(config.model, shared_prefix=config.shared_prefix)
     if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
         raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
@@ -161,6 +163,42 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
         max_cached_tokens=options.max_cached_tokens,
         feature_cache_bytes=options.feature_cache_bytes,
     )
+
+
+def shards_together(config: TrainConfig, processes: int, on_machine: int) -> int:
+    """How many processes hold the weights together once: 1 without sharding.
+
+    Args:
+        config: The configuration.
+        processes: Of the run.
+        on_machine: Those of them on this machine.
+
+    Raises:
+        UsageError: Sharding is asked for, and the processes cannot be divided so.
+    """
+    if config.sharding == "none":
+        return 1
+    together = config.sharding_size or on_machine
+    if processes == 1:
+        raise UsageError(
+            "sharding: fsdp2 needs several processes, and this run has one; use torchrun, --num_processes N, or "
+            "sharding: none"
+        )
+    if together == 1 or processes % together:
+        raise UsageError(
+            f"sharding_size: expected a divisor of the {processes} processes larger than 1, got {together}"
+        )
+    return together
+
+
+def shard(policy: Policy, config: TrainConfig, world: World) -> None:
+    """Cut the policy's weights over the processes, where that is asked for."""
+    together = shards_together(config, world.size, world.local_size)
+    if together > 1:
+        from rlaif_fast.policy.shard import make_mesh, shard_policy
+
+        world.connect()
+        shard_policy(policy, make_mesh(policy.device, world.size, together))
 
 
 def make_batch_maker(

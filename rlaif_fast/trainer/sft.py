@@ -13,11 +13,12 @@ from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.prompts.batches import EpochOrder, by_media, cut_by_tokens
+from rlaif_fast.prompts.batches import EpochOrder, by_media
 from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
+from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.run import Run
 
 
@@ -40,18 +41,15 @@ def accumulate(
     run: Run, prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]], scale: float
 ) -> float:
     """Accumulate `scale` times the gradient of the loss of all answers, `max_packed_tokens` at a time; the loss."""
-    policy, total = run.policy, 0.0
-    features = policy.encode_media(prompts) if prompts else None
-    leaves = features.leaves() if features is not None and features.requires_grad else None
-    for part in cut_by_tokens(prompts, [len(answer) for answer in answers], run.config.max_packed_tokens):
+    policy = run.policy
+
+    def loss_of(part: slice, features: MediaFeatures | None) -> tuple[Tensor, Tensor]:
         rows = for_policy(answer_rows(prompts[part], answers[part]), policy)
-        loss = sft_loss(policy, rows, run.config.backend, features=leaves or features)
-        (loss * scale).backward()
-        total += loss.item()
-    if leaves is not None:
-        assert features is not None
-        features.backward_from(leaves)
-    return total
+        loss = sft_loss(policy, rows, run.config.backend, features=features)
+        return loss * scale, loss.detach()
+
+    losses = backward_in_parts(run, prompts, [len(answer) for answer in answers], None, loss_of)
+    return sum((loss.item() for loss in losses), 0.0)
 
 
 def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:
@@ -100,7 +98,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
     done = 0
     if resume_from is not None:
         state = load_state(resume_from)
-        updater.load_state_dict(state)
+        updater.load_state_dict(state, resume_from)
         done = state["step"]
 
     with updater, run.termination.saving(), logger.stage("sft", total=config.sft_steps, start=done):

@@ -1,0 +1,169 @@
+"""`python -m rlaif_fast.export RUN --out DIR`: the best checkpoint of a run as a folder that other programs load.
+
+The folder holds safetensors, tokenizer, chat template and processor settings, each of the last two under its older and
+its current name. It is loaded once more, and its log-probabilities are compared with the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rlaif_fast.cli import run_command
+from rlaif_fast.errors import RlaifFastError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlaif_fast.policy.loading import LoadedModel
+
+# Largest difference of a log-probability before and after; the same weights on the same device give none.
+TOLERANCE = 1e-5
+IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="rlaif_fast.export", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new or empty")
+    parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into their base model")
+    parser.add_argument(
+        "--push", metavar="NAME", help="also upload to this repository of the Hugging Face hub"
+    )
+    options = parser.parse_args(argv)
+
+    def command() -> int:
+        folder = export(Path(options.run), Path(options.out), merge=options.merge)
+        if options.push is not None:
+            push(folder, options.push)
+        return 0
+
+    return run_command(command)
+
+
+def export(run: Path, out: Path, *, merge: bool = False) -> Path:
+    """Write a folder that `from_pretrained` loads.
+
+    Args:
+        run: A run's folder, whose best checkpoint is taken, or a checkpoint.
+        out: New or empty.
+        merge: Merge LoRA adapters into the model they were trained on; else they are written as they are, and name it.
+
+    Raises:
+        UsageError: There is no such checkpoint, `out` holds something, or there is nothing to merge.
+        RlaifFastError: What was written does not compute what the checkpoint does.
+    """
+    from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
+
+    source = checkpoint_of(run.expanduser())
+    adapters = adapter_folder(str(source)) is not None
+    if merge and not adapters:
+        raise UsageError(f"merge: {source} holds no LoRA adapters; leave --merge out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"out: {out} is not empty; choose another folder")
+    loaded = load_model(ModelOptions(model=str(source), dtype=cast(Any, dtype_of(source)), device="cpu"))
+    before = probe(loaded)
+    out.mkdir(parents=True, exist_ok=True)
+    if adapters and not merge:
+        for path in source.glob("adapter_*"):
+            shutil.copy2(path, out / path.name)
+    else:
+        cast(Any, loaded.model).save_pretrained(out)
+    tokenizer = cast(Any, loaded.tokenizer)
+    tokenizer.save_pretrained(out)
+    write_settings(out, settings_of(source), tokenizer.chat_template)
+    again = load_model(ModelOptions(model=str(out), dtype=cast(Any, dtype_of(source)), device="cpu"))
+    difference = float((probe(again) - before).abs().max())
+    if not difference <= TOLERANCE:
+        raise RlaifFastError(
+            f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
+        )
+    print(f"{out}: loaded again, log-probabilities differ by at most {difference:.1e}")
+    return out
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The best checkpoint of a run, known to be whole, or `run` itself where that is a checkpoint.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    from rlaif_fast.policy.weights import ADAPTER_CONFIG
+    from rlaif_fast.runs.checkpoint import CheckpointStore
+    from rlaif_fast.runs.folder import RunDir
+
+    if any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        return run
+    run_dir = RunDir.open(str(run))
+    return CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")
+
+
+def dtype_of(source: Path) -> str:
+    """What the weights of a checkpoint are written in, by its config.json; adapters are merged in float32."""
+    path = source / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return config.get("dtype") or config.get("torch_dtype") or "float32"
+
+
+def probe(loaded: LoadedModel) -> torch.Tensor:
+    """(M, V) log-probabilities along a short answer about a generated clip."""
+    import torch
+
+    from rlaif_fast.data.schema import Example
+    from rlaif_fast.policy.policy import Policy
+    from rlaif_fast.prompts.make import TRIAL_PIXELS, make_encoder, trial_clip
+
+    spec = loaded.patch_spec
+    encoder = make_encoder(loaded, spec.budget(spec.factor**2, max(spec.factor**2, TRIAL_PIXELS)))
+    prompt = encoder.encode(Example(id="probe", question="What is shown?", media=()), [trial_clip()])
+    answer = torch.tensor([encoder.encode_answer("Nothing.")])
+    policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
+    with torch.no_grad(), policy.evaluating():
+        hidden = policy.response_hidden([prompt], answer, torch.tensor([answer.shape[1]]))
+        return policy.logits(hidden).float().log_softmax(-1)
+
+
+def settings_of(source: Path) -> dict[str, dict]:
+    """The processor settings beside a checkpoint, by file name."""
+    paths = [source / name for name in (IMAGE, VIDEO, BOTH)]
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
+
+
+def write_settings(out: Path, settings: dict[str, dict], chat_template: str | None) -> None:
+    """Write processor settings and chat template in the older layout and in the current one.
+
+    The older has a file for each kind of medium and chat_template.json; the current one processor_config.json and
+    chat_template.jinja.
+    """
+    both = settings.get(BOTH, {})
+    image = settings.get(IMAGE) or both.get("image_processor") or settings.get(VIDEO)
+    video = settings.get(VIDEO) or both.get("video_processor") or image
+    files: dict[str, Any] = {}
+    if image is not None:
+        files[IMAGE], files[VIDEO] = image, video
+        files[BOTH] = {"image_processor": image, "video_processor": video} | both
+    if chat_template is not None:
+        files["chat_template.json"] = {"chat_template": chat_template}
+        (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    for name, values in files.items():
+        (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload an exported folder to a private repository of the Hugging Face hub; it is made where there is none."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, private=True, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=str(folder))
+    print(f"uploaded to {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""A policy whose weights are cut over the processes, by PyTorch's FSDP2.
+
+Every layer holds its part of the weights and gathers the rest while it runs, forward and backward. A gathering is an
+exchange, so all processes must make the same passes in the same order; three rules follow:
+
+- What reads weights outside a layer (the embedding, the fused head) runs inside `Shards.call`, a forward method of the
+  root module.
+- A process with fewer passes than another fills up with `empty_loss`, whose gradient is zero.
+- Where the numbers cannot be made equal (a rollout, an evaluation, the reference), `Shards.gathered` holds all weights
+  for a while, and nothing is exchanged inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import unwrap
+from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
+from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.video.media import Media
+
+if TYPE_CHECKING:
+    from rlaif_fast.policy.policy import Policy
+
+T = TypeVar("T")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # whose layers and towers are known here
+
+
+class Shards(nn.Module):
+    """The root of a sharded model.
+
+    Args:
+        model: The model, whose layers are sharded already.
+        filler: A short prompt; it has a picture where the vision tower is sharded.
+
+    Attributes:
+        filler: As given.
+        is_whole: Whether every weight is gathered at the moment.
+    """
+
+    def __init__(self, model: nn.Module, filler: EncodedPrompt) -> None:
+        super().__init__()
+        self.model = model
+        self.filler = filler
+        self.is_whole = False
+        self._calling = False
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work`, which reads weights; its tensors may be sent backward. All processes call it together."""
+        if self._calling or self.is_whole:
+            return work()
+        self._calling = True
+        try:
+            return self._forward(work)
+        finally:
+            self._calling = False
+
+    def _forward(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def encode(self, vision: VisionEncoder, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
+        """What the tower gives for the media of some prompts; a sharded one needs some, unless all is gathered."""
+        if not vision.trains:
+            return vision(prompts)
+        spans: dict[str, tuple[int, int]] = {}
+
+        def work() -> tuple[Tensor, ...]:
+            features = vision(prompts)
+            if features is None:
+                return ()
+            spans.update(features.spans)
+            return features.levels
+
+        levels = self.call(work)  # FSDP looks for the graph in tuples, not in our class
+        return MediaFeatures(levels, spans) if levels else None
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold every weight, in the dtype that the model computes in. All processes enter together."""
+        if self.is_whole:
+            yield
+            return
+        units = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+            for unit in units:
+                unit.reshard()
+                unit.set_reshard_after_forward(unit is not self, recurse=False)
+
+
+def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
+    """Cut the weights of a policy over the processes of `mesh`, in place: by layer, and the rest together.
+
+    Weights that train become float32 shards, which the optimizer updates and keeps its moments beside; each pass rounds
+    them to the dtype that the model computes in. A vision tower that does not train stays whole in every process, so
+    that each can keep the features it has seen.
+
+    Args:
+        policy: With `shared_prefix`; every process holds the same weights.
+        mesh: Of one dimension; or of two, weights being cut over the second and repeated over the first.
+
+    Raises:
+        UsageError: The model is of another family than `FAMILIES`.
+    """
+    model_type = unwrap(policy.model).config.model_type
+    if model_type not in FAMILIES:
+        raise UsageError(
+            f"sharding: expected none for the model family {model_type!r}; fsdp2 knows {FAMILIES}"
+        )
+    compute = MixedPrecisionPolicy(
+        param_dtype=policy.head_weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    tower: Any = policy.vision.tower
+    layers = policy.decoder.layers
+    trains = policy.vision.trains
+    root = Shards(policy.model, _filler(policy))
+    stacks = [list(layers), list(tower.blocks)] if trains else [list(layers)]
+    for layer in itertools.chain(*stacks):
+        _widen(layer)
+        fully_shard(layer, mesh=mesh, mp_policy=compute)
+    _widen(root)
+    ignored = None if trains else set(tower.parameters())
+    fully_shard(root, mesh=mesh, mp_policy=compute, ignored_params=ignored)
+    # Left to itself, FSDP gathers ahead in the order of the forward passes it saw, and in a rollout or an evaluation
+    # each process makes others. The first of a stack and the root have nothing to gather ahead.
+    for unit, following in [(root, root), *((s[i], s[max(i - 1, 0)]) for s in stacks for i in range(len(s)))]:
+        unit.set_modules_to_backward_prefetch([following])
+    register_fsdp_forward_method(root, "_forward")
+    root.call(lambda: None)  # the first module that runs becomes the root
+    root.reshard()  # type: ignore[operator]
+    policy.shards = root
+
+
+def make_mesh(device: torch.device, processes: int, together: int) -> DeviceMesh:
+    """The processes of a run in rows of `together`, each of which holds the weights once."""
+    if together == processes:
+        return init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",))
+    shape = (processes // together, together)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+
+
+def empty_loss(policy: Policy, features: MediaFeatures | None) -> Tensor:
+    """A loss whose backward pass makes the exchanges of any other and whose gradient is zero."""
+    from rlaif_fast.loss.api import token_logps
+
+    assert policy.shards is not None
+    prompt, device = policy.shards.filler, policy.device
+    response = torch.full((1, 2), policy.eos_token_ids[0])
+    hidden = policy.response_hidden([prompt], response, torch.tensor([2]), features=features)
+    logps = token_logps(hidden, policy.head_weight, response[0].to(device), bias=policy.head_bias)
+    assert isinstance(logps, Tensor)
+    return 0.0 * logps.sum()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor that all processes hold together; each gets a copy of it. A plain tensor is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(values: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that every process has whole, each cut as the one of that name in `held` is."""
+    return {name: _cut(value, held.get(name)) for name, value in values.items()}
+
+
+def _cut(value: Tensor, held: Tensor | None) -> Tensor:
+    if not isinstance(held, DTensor):
+        return value
+    value = value.to(held.device, held.dtype)
+    return distribute_tensor(value, held.device_mesh, held.placements, src_data_rank=None)
+
+
+def _widen(module: nn.Module) -> None:
+    """Make weights that train, and are not sharded yet, float32."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
+
+
+def _filler(policy: Policy) -> EncodedPrompt:
+    """The shortest prompt that passes through everything that is sharded."""
+    end = policy.eos_token_ids[0]
+    if not policy.vision.trains:
+        return EncodedPrompt(torch.tensor([end, end]))
+    config: Any = unwrap(policy.model).config
+    tower: Any = policy.vision.tower
+    merge = config.vision_config.spatial_merge_size
+    width = math.prod(tower.patch_embed.proj.weight.shape[1:])
+    picture = Media(torch.zeros(merge * merge, width), (1, merge, merge), False, 0.0, "empty pass")
+    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, end]
+    return EncodedPrompt(torch.tensor(ids), (picture,))

@@ -1,0 +1,61 @@
+"""Checkpoints of sharded weights: each process writes its part, and any number of processes reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.tensor import DTensor
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.shard import whole
+
+FOLDER = "shards"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes hold the weights together."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as one process would hold them, on the CPU, gathered one after the other; of LoRA, the adapters.
+
+    All processes call it; those besides process 0 get nothing.
+    """
+    adapters, main = hasattr(model, "peft_config"), dist.get_rank() == 0
+    weights: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}  # tied weights are gathered, and written, once
+    for name, value in model.state_dict(keep_vars=True).items():
+        if adapters and not value.requires_grad:
+            continue
+        if id(value) not in gathered:
+            full = whole(value.detach())
+            gathered[id(value)] = full.cpu() if main else full.new_empty(0)
+        if main:
+            weights[name] = gathered[id(value)]
+    return weights
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what the processes hold together beside the rest of a checkpoint; all of them call it."""
+    checkpoint.save(dict(tensors), checkpoint_id=folder / FOLDER)
+
+
+def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded over any number of processes, from a checkpoint.
+
+    Raises:
+        UsageError: The checkpoint has none of them, or not all.
+    """
+    if not (folder / FOLDER).is_dir():
+        raise UsageError(
+            f"{folder} was written without sharding, and a sharded run cannot go on from it; add --sharding none"
+        )
+    try:
+        checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
+    except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
+        raise UsageError(f"{folder / FOLDER} does not fit what is trained: {error}") from error

@@ -1,0 +1,131 @@
+"""A checkpoint as a folder for other programs: what it computes, what it holds, what is refused."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.export import BOTH, IMAGE, VIDEO, export, main, probe, settings_of, write_settings
+from rlaif_fast.policy.loading import ModelOptions, load_model
+from rlaif_fast.policy.tiny import make_tiny
+from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, save_model
+from rlaif_fast.runs.folder import RunDir
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("base") / "tiny", ["What", "is", "shown"])
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    """A checkpoint of adapters that have learned something, and the log-probabilities with them in place."""
+    folder = tmp_path_factory.mktemp("adapted") / "checkpoint"
+    loaded = load_model(ModelOptions(model=str(base), lora_r=4))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    save_model(folder, loaded.model, loaded.tokenizer, read_processor_files(str(base)))
+    return folder, probe(loaded)
+
+
+def test_weights_are_exported_as_they_are(base, tmp_path, capsys):
+    out = export(base, tmp_path / "out")
+    ours, theirs = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "differ by at most 0.0e+00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters(adapted, base, tmp_path, merge):
+    from transformers import AutoModelForImageTextToText
+
+    folder, expected = adapted
+    out = export(folder, tmp_path / "out", merge=merge)
+    assert (out / "adapter_config.json").is_file() != merge
+    assert (out / "model.safetensors").is_file() == merge
+    torch.testing.assert_close(probe(load_model(ModelOptions(model=str(out)))), expected, atol=1e-4, rtol=0)
+    assert (probe(load_model(ModelOptions(model=str(base)))) - expected).abs().max() > 1e-2
+    if merge:
+        _, told = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_both_layouts(base, tmp_path):
+    out = export(base, tmp_path / "out")
+    template = (out / "chat_template.jinja").read_text()
+    assert json.loads((out / "chat_template.json").read_text()) == {"chat_template": template}
+    both = json.loads((out / BOTH).read_text())
+    assert both["image_processor"] == json.loads((out / IMAGE).read_text())
+    assert both["video_processor"] == json.loads((out / VIDEO).read_text())
+
+
+def test_the_older_layout_is_made_from_the_current_one(tmp_path):
+    both = {
+        "image_processor": {"patch_size": 4},
+        "video_processor": {"patch_size": 8},
+        "processor_class": "P",
+    }
+    write_settings(tmp_path, {BOTH: both}, None)
+    expected = {IMAGE: both["image_processor"], VIDEO: both["video_processor"], BOTH: both}
+    assert settings_of(tmp_path) == expected
+
+
+def test_the_best_checkpoint_of_a_run_is_taken_and_has_to_be_whole(base, tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    loaded = load_model(ModelOptions(model=str(base)))
+    store = CheckpointStore(run.checkpoints, read_processor_files(str(base)))
+    store.save("sft", loaded.model, loaded.tokenizer, {"step": 0}, sft=True, best=True)
+    with torch.no_grad():
+        next(loaded.model.parameters()).add_(1.0)
+    store.save("rl-000001", loaded.model, loaded.tokenizer, {"step": 1}, last=True)
+    ours = load_file(export(run.path, tmp_path / "out") / "model.safetensors")
+    theirs = load_file(base / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    weights = run.checkpoints / "sft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(RlaifFastError, match=r"model\.safetensors"):
+        export(run.path, tmp_path / "again")
+
+
+def test_what_is_refused(base, adapted, tmp_path):
+    with pytest.raises(UsageError, match=r"merge: .* holds no LoRA adapters"):
+        export(base, tmp_path / "out", merge=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(UsageError, match=r"out: .* is not empty"):
+        export(base, tmp_path / "full")
+    with pytest.raises(UsageError):
+        export(tmp_path / "nothing", tmp_path / "out")
+
+
+def test_a_folder_that_computes_something_else_is_told(base, tmp_path, monkeypatch):
+    from rlaif_fast import export as module
+
+    def spoil(out, settings, template):
+        weights = load_file(out / "model.safetensors")
+        save_file({k: v * 1.01 for k, v in weights.items()}, out / "model.safetensors", {"format": "pt"})
+        write_settings(out, settings, template)
+
+    monkeypatch.setattr(module, "write_settings", spoil)
+    with pytest.raises(RlaifFastError, match="log-probabilities differ from the checkpoint's by"):
+        export(base, tmp_path / "out")
+
+
+def test_the_name_reaches_the_hub(base, tmp_path, monkeypatch):
+    calls = []
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, name, lambda _, *a, _name=name, **k: calls.append((_name, a, k))
+        )
+    assert main([str(base), "--out", str(tmp_path / "out"), "--push", "me/mine"]) == 0
+    assert calls == [
+        ("create_repo", ("me/mine",), {"private": True, "exist_ok": True}),
+        ("upload_folder", (), {"repo_id": "me/mine", "folder_path": str(tmp_path / "out")}),
+    ]
