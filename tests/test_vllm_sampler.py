@@ -38,6 +38,7 @@ from rlaif_fast.rollout.vllm.requests import (
     seeds,
 )
 from rlaif_fast.rollout.vllm.weights import WeightsFolder, fingerprint, merged_weights
+from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rollout_log import ratio_stats
 
 EOS = IDS["<|im_end|>"]
@@ -393,3 +394,8 @@ def test_without_vllm_the_sampler_says_what_is_missing(policy, monkeypatch):
 def test_options_of_a_sampler_that_has_none_are_refused(policy):
     with pytest.raises(UsageError, match="sampler_options: the sampler shared_prefix has none, got urls"):
         make_sampler(policy, "shared_prefix", {"urls": []})
+
+
+def test_sharded_weights_are_not_handed_over():
+    with pytest.raises(UsageError, match="sharding: expected none where sampler is vllm"):
+        TrainConfig(sharding="fsdp2", sampler="vllm")

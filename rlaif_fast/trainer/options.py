@@ -379,7 +379,8 @@ class TrainConfig(
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        require(self.sampler != "cuda_graphs", "sharding", "none where sampler is cuda_graphs", self.sharding)
+        fits = self.sampler not in ("cuda_graphs", "vllm")
+        require(fits, "sharding", f"none where sampler is {self.sampler}", self.sharding)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""
