@@ -15,9 +15,14 @@ import torch
 
 from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_prompt
+from rlaif_fast.policy.tiny import TinySize
 from rlaif_fast.rollout import SamplingParams, VllmSampler
 
 UPDATES = 2
+# vLLM's attention on a CPU wants heads of 32 or more.
+SIZE = TinySize(
+    hidden_size=128, layers=3, heads=4, intermediate_size=96, vision_hidden_size=32, initializer_range=0.1
+)
 LORA = SimpleNamespace(
     lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_modules=["decoder", "tower"], lora_target_modules=None
 )
@@ -30,7 +35,7 @@ DRAWS = {
 
 def make(family: str, kind: str):
     """The policy of a case."""
-    model = make_model(family)
+    model = make_model(family, size=SIZE, mrope_section=[8, 4, 4])
     if kind == "untied":
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.1)
