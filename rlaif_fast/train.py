@@ -241,10 +241,13 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         logger.message(note)
     files = read_processor_files(options.model)
     oracle = setup.make_oracle(config)
+    sampler = make_sampler(policy, config.sampler, config.sampler_options)
+    if hasattr(sampler, "close"):
+        open_parts.callback(sampler.close)
     run = Run(
         config=config,
         policy=policy,
-        sampler=make_sampler(policy, config.sampler),
+        sampler=sampler,
         make_batch=make_batch,
         oracle=oracle,
         scorer=scorer_of(oracle, config.oracle_options),

@@ -116,6 +116,17 @@ def test_the_sampling_ratio_weighs_the_loss(num_iterations):
     assert_same_gradients({name: 2 * gradient for name, gradient in ours.items()}, expected)
 
 
+def test_the_sampling_ratio_is_cut_at_its_cap():
+    policy = make_policy("qwen3_vl")
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])
+
+    def gradients(ratio: float, cap: float):
+        weighed = [replace(group, sampling_ratio=torch.full_like(group.logps, ratio)) for group in groups]
+        return updated(policy, weighed, beta=0.0, num_generations=G, sampling_ratio_cap=cap)[1]
+
+    assert_same_gradients(gradients(8.0, 1.5), gradients(1.5, 2.0))
+
+
 def test_truncated_responses_are_left_out_where_asked(monkeypatch):
     policy = make_policy("qwen3_vl")
     groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])

@@ -102,7 +102,7 @@ def for_the_log(groups: Sequence[Group]) -> list[Group]:
                 group,
                 prompt=bare,
                 logps=torch.empty(0),
-                sampling_ratio=None,
+                sampling_ratio=None if group.sampling_ratio is None else group.sampling_ratio.cpu(),
                 scores=row[:g],
                 advantages=row[g : 2 * g],
                 agreement=row[2 * g :],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,12 +21,20 @@ SIZE = TinySize(
 )
 
 
-def make_model(family: str, *, dtype: torch.dtype = torch.float32, kv_heads: int = 2, seed: int = 0):
+def make_model(
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int = 2,
+    seed: int = 0,
+    size: TinySize = SIZE,
+    mrope_section: Sequence[int] = (4, 2, 2),
+):
     from transformers import AutoModelForImageTextToText
 
-    config = tiny_config(family, len(IDS), IDS, SIZE)
+    config = tiny_config(family, len(IDS), IDS, size)
     config.text_config.num_key_value_heads = kv_heads
-    config.text_config.rope_parameters["mrope_section"] = [4, 2, 2]
+    config.text_config.rope_parameters["mrope_section"] = list(mrope_section)
     config.vision_config.patch_size = 4
     if family == "qwen2_5_vl":
         config.vision_config.window_size = 16

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.plugins import find
@@ -10,6 +12,7 @@ from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.graphs import GraphSampler, check_graphs
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+from rlaif_fast.rollout.vllm.sampler import VllmSampler
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +24,15 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "SharedPrefixSampler",
+    "VllmSampler",
     "make_sampler",
 ]
 
 
-# Name -> a callable that takes the policy. Other packages add theirs by the entry-point group `rlaif_fast.samplers`.
-SAMPLERS = {"shared_prefix": SharedPrefixSampler, "cuda_graphs": GraphSampler, "plain": PlainSampler}
+# Name -> a callable that takes the policy, and options where it has any. Other packages add theirs by the entry-point
+# group `rlaif_fast.samplers`.
+READS_POLICY = {"shared_prefix": SharedPrefixSampler, "cuda_graphs": GraphSampler, "plain": PlainSampler}
+SAMPLERS = {**READS_POLICY, "vllm": VllmSampler}
 
 
 def _chosen(policy: Policy) -> str:
@@ -43,15 +49,20 @@ def _chosen(policy: Policy) -> str:
     return "cuda_graphs" if reason is None else "shared_prefix"
 
 
-def make_sampler(policy: Policy, name: str = "auto") -> Sampler:
+def make_sampler(policy: Policy, name: str = "auto", options: Mapping[str, Any] | None = None) -> Sampler:
     """Make a sampler by its name.
 
     "auto" is plain where the policy has shared_prefix switched off; else cuda_graphs on a GPU where a captured step
     equals an eager one there (`check_graphs`), and shared_prefix elsewhere. Sharded weights are in another place after
     each gathering, so a captured step could not read them.
 
+    Args:
+        policy: Whose responses it draws.
+        name: Its name.
+        options: Its keyword arguments.
+
     Raises:
-        UsageError: There is none of that name, or it does not fit the policy.
+        UsageError: There is none of that name, it has no options, or it does not fit the policy.
     """
     if name == "auto":
         name = _chosen(policy)
@@ -61,4 +72,6 @@ def make_sampler(policy: Policy, name: str = "auto") -> Sampler:
         raise UsageError("sampler: cuda_graphs needs sharding: none; use auto or shared_prefix")
     if name == "cuda_graphs" and policy.device.type != "cuda":
         raise UsageError(f"sampler: cuda_graphs needs a model on a GPU, this one is on {policy.device}")
-    return find("samplers", name, SAMPLERS, also=["auto"])(policy)
+    if name in READS_POLICY and options:
+        raise UsageError(f"sampler_options: the sampler {name} has none, got {', '.join(options)}")
+    return find("samplers", name, SAMPLERS, also=["auto"])(policy, **(options or {}))

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import FORBIDDEN, Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
+
+SCORED_LOGITS = 1 << 25  # held at once: 128 MiB in float32
 
 
 def check_params(params: SamplingParams, num_generations: int, prompts: Sequence[EncodedPrompt]) -> None:
@@ -62,18 +65,11 @@ class TokenSampler:
         step: int,
     ) -> tuple[Tensor, Tensor]:
         """Return tokens (B,) and their float32 log-probabilities before top-k, top-p and min_new_tokens."""
-        params = self.params
-        logps = (logits / params.temperature if params.temperature not in (0.0, 1.0) else logits).log_softmax(
-            -1
-        )
-        kept = logps
-        if step < params.min_new_tokens:
-            kept = kept.index_fill(-1, self._eos, FORBIDDEN)
-        if params.temperature == 0:
+        logps, kept = self.distributions(logits, early=step < self.params.min_new_tokens)
+        if self.params.temperature == 0:
             tokens = kept.argmax(-1)
             tokens = tokens if rows is None else tokens[rows]
         else:
-            kept = _nucleus(kept, params.top_k, params.top_p)
             mass = kept.softmax(-1).cumsum(-1, dtype=torch.float64)  # (A, V)
             mass = mass if rows is None else mass[rows]
             total = mass[:, -1:]
@@ -84,6 +80,60 @@ class TokenSampler:
             tokens = tokens.clamp(max=mass.shape[-1] - 1)  # among NaN there is none; `make_rollout` says so
         logps = logps.gather(-1, tokens[:, None])[:, 0] if rows is None else logps[rows, tokens]
         return tokens, logps
+
+    def distributions(self, logits: Tensor, *, early: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (A, V) of the policy, and those left to draw from, which need not add up to 1.
+
+        Args:
+            logits: (A, V) float32.
+            early: Whether the responses have fewer than `min_new_tokens` tokens, so that none may end.
+        """
+        params = self.params
+        logps = (logits / params.temperature if params.temperature not in (0.0, 1.0) else logits).log_softmax(
+            -1
+        )
+        kept = logps.index_fill(-1, self._eos, FORBIDDEN) if early else logps
+        if params.temperature > 0:
+            kept = _nucleus(kept, params.top_k, params.top_p)
+        return logps, kept
+
+
+def score(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    token_ids: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    params: SamplingParams,
+    features: MediaFeatures | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a sampler that draws like ours would have said of responses drawn elsewhere.
+
+    Args:
+        policy: Whose probabilities they are.
+        prompts: N prompts.
+        token_ids: The responses, those of a prompt adjacent.
+        mask: True on their tokens.
+        params: How they were drawn.
+        features: From `Policy.encode_media` of the prompts; None to encode here.
+
+    Returns:
+        Float32 (M,), response after response: the log-probabilities of `Rollout.logps`; and those of the distribution
+        drawn from, behind top-k, top-p and min_new_tokens, -inf on a token that was cut.
+    """
+    sampler = TokenSampler(policy, params)
+    hidden = policy.response_hidden(prompts, token_ids, mask.sum(1), features=features)
+    tokens = token_ids.to(hidden.device)[mask]
+    steps = torch.arange(mask.shape[1], device=hidden.device).expand(mask.shape)[mask]
+    is_early = steps < params.min_new_tokens
+    before, drawn = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+    at_once = max(1, SCORED_LOGITS // policy.head_weight.shape[0])
+    for early in (True, False):
+        for rows in (is_early == early).nonzero()[:, 0].split(at_once):
+            logps, kept = sampler.distributions(policy.logits(hidden[rows]), early=early)
+            chosen = tokens[rows, None]
+            before[rows] = logps.gather(-1, chosen)[:, 0]
+            drawn[rows] = (kept.gather(-1, chosen) - kept.logsumexp(-1, keepdim=True))[:, 0]
+    return before, drawn
 
 
 def _nucleus(logps: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -153,7 +153,9 @@ class RlOptions:
         top_p: Nucleus mass kept when sampling.
         top_k: Tokens kept when sampling; 0 keeps all.
         sampler: What draws responses: "auto", "shared_prefix", "cuda_graphs" (decode steps captured on a GPU), "plain",
-            or one from the entry-point group `rlaif_fast.samplers`.
+            "vllm", or one from the entry-point group `rlaif_fast.samplers`.
+        sampler_options: Keyword arguments of that sampler, as YAML or JSON (see docs/engines.md).
+        sampling_ratio_cap: Most that a token weighs where a sampler's probabilities are not quite the policy's.
         num_iterations: Passes over each rollout; more than 1 makes the clipping matter.
         steps_per_generation: Optimizer steps a pass (the rollout is cut into as many parts, by group).
         learning_rate: Peak learning rate.
@@ -183,6 +185,8 @@ class RlOptions:
     top_p: float = 1.0
     top_k: int = 0
     sampler: str = "auto"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    sampling_ratio_cap: float = 2.0
     num_iterations: int = 1
     steps_per_generation: int = 1
     learning_rate: float = 1e-6
@@ -214,6 +218,7 @@ class RlOptions:
         require_least("questions_per_video", self.questions_per_video, 1)
         require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
         require_least("top_k", self.top_k, 0)
+        require_least("sampling_ratio_cap", self.sampling_ratio_cap, 1)
         require_least("num_iterations", self.num_iterations, 1)
         require(
             self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
@@ -374,7 +379,8 @@ class TrainConfig(
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        require(self.sampler != "cuda_graphs", "sharding", "none where sampler is cuda_graphs", self.sharding)
+        fits = self.sampler not in ("cuda_graphs", "vllm")
+        require(fits, "sharding", f"none where sampler is {self.sampler}", self.sharding)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""

@@ -314,7 +314,7 @@ def _loss(
         mask=token_mask,
         old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),
         ref_logps=ref_logps,
-        sampling_ratio=torch.cat(ratios) if ratios else None,
+        sampling_ratio=torch.cat(ratios).clamp(max=config.sampling_ratio_cap) if ratios else None,
         num_items_in_batch=items,
         validate=False,
     )

@@ -25,7 +25,7 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     stats: dict = {}
     if everything:
         logger.rollouts(step + 1, rollout_records(everything, step + 1))
-        stats |= rollout_stats(everything, run.scorer)
+        stats |= rollout_stats(everything, run.scorer) | ratio_stats(everything, config.sampling_ratio_cap)
     for _, counted in shards:
         stats |= {name: stats.get(name, 0.0) + count for name, count in counted.items()}
     if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and groups:
@@ -65,6 +65,19 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer) -> dict:
         "truncated": 1.0 - _mean([done for group in groups for done in group.finished]),
         # Another oracle's ranks would be asked for again, and say nothing about this one.
         **oracle_stats(requests, rankings, reference=scorer if isinstance(scorer, ReferenceOracle) else None),
+    }
+
+
+def ratio_stats(groups: Sequence[Group], cap: float) -> dict:
+    """How far the sampler's probabilities are from the policy's; nothing where it is the policy that draws."""
+    ratios = [group.sampling_ratio for group in groups if group.sampling_ratio is not None]
+    if not ratios:
+        return {}
+    ratio = torch.cat(ratios)
+    return {
+        "sampling_ratio": ratio.mean(),
+        "sampling_ratio_max": ratio.max(),
+        "sampling_ratio_capped": (ratio > cap).float().mean(),
     }
 
 
