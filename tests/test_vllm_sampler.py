@@ -143,9 +143,11 @@ def test_what_an_engine_is_not_given_is_refused(policy):
         media_items(kept, config)
     with pytest.raises(UsageError, match="max_model_len 20 is too small for a prompt of 16"):
         check_lengths([make_prompt("qwen3_vl", (), before=8, after=8)], SamplingParams(5), 20)
-    policy.model.config.model_type = "glm4v"
-    with pytest.raises(UsageError, match=r"qwen3_vl.*not for glm4v"):
-        check_model(policy)
+    check_model(policy)
+    for family in ("glm4v", "qwen2_5_vl"):
+        policy.model.config.model_type = family
+        with pytest.raises(UsageError, match=rf"qwen3_vl, not for {family}"):
+            check_model(policy)
 
 
 def test_forbidden_tokens_are_not_allowed_and_end_tokens_stop(policy):
