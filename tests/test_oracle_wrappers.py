@@ -139,7 +139,7 @@ def test_build_by_name():
     oracle = build_oracle("noisy", inner={"name": "reference", "tolerance": 0.1}, flip=0.2, seed=4)
     assert isinstance(oracle, Oracle)
     assert oracle.name == "noisy"
-    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/2 tolerance=0.1 extract=None)"
+    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/3 tolerance=0.1 extract=None)"
     assert isinstance(build_oracle("reference", max_invalid_fraction=None), ReferenceOracle)
     assert {"reference", "noisy", "shuffled"} <= set(oracle_names())
 
