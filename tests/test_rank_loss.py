@@ -34,8 +34,11 @@ def assert_matches(problem: Problem, backend: str, **options):
     assert relative(got.loss, want.loss) <= bound.value
     assert relative(got.advantages, want.advantages) <= bound.value
     assert got.stats.keys() == want.stats.keys()
+    # Shares of clipped tokens go by the sign of the advantage, which rounding decides where one is exactly zero.
+    rounded = bool(((got.advantages == 0) != (want.advantages == 0)).any())
     for name, value in want.stats.items():
-        assert relative(got.stats[name], value) <= bound.value, name
+        if not (rounded and name.startswith("clip")):
+            assert relative(got.stats[name], value) <= bound.value, name
     for a, b in zip(got_grads, want_grads):
         assert relative_l2(a, b) <= bound.gradient
 
