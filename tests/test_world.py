@@ -31,7 +31,7 @@ from rlaif_fast.distributed.world import World, buckets
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.report.outcome import uneven_steps, write_samples
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches
@@ -155,9 +155,11 @@ def test_a_process_checks_the_folder_and_shares_the_cores_of_its_machine(monkeyp
     assert launch_module._local_size(16) == 8
 
 
-def test_only_rank_0_samples_for_the_gallery():
+def test_only_rank_0_samples_for_the_gallery(tmp_path):
+    run_dir = RunDir(tmp_path)
     policy = SimpleNamespace(gathered=nullcontext)
-    write_samples(None, "sft", SimpleNamespace(world=World(1, 2), policy=policy))
+    write_samples(run_dir, "sft", SimpleNamespace(world=World(1, 2), policy=policy))
+    assert not run_dir.samples.exists()
 
 
 def test_steps_that_do_not_divide_evenly_are_told():

@@ -206,7 +206,7 @@ class _Media:
         """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
         if path not in self.folders:
             found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
-            self.folders[path] = tuple(map(str, sorted(found, key=_by_number)))
+            self.folders[path] = tuple(map(str, sorted(found, key=by_number)))
         if not self.folders[path]:
             raise RowError(f"{path} is a folder without pictures; give a video file, or a folder of frames")
         return self.folders[path]
@@ -226,7 +226,7 @@ class _Media:
             return f"{path} cannot be read: {error.strerror}"
 
 
-def _by_number(path: Path) -> list[tuple[int, int, str]]:
+def by_number(path: Path) -> list[tuple[int, int, str]]:
     """Sorts frame2 before frame10."""
     parts = re.split(r"(\d+)", path.name)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

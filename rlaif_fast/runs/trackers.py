@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -42,34 +43,24 @@ class Tracker(Protocol):
         ...
 
 
-class _Module:
-    """Trackers whose module has `log(values, step=)` and `finish()`: Trackio, Weights & Biases, SwanLab."""
+@dataclass(frozen=True)
+class _Calls:
+    """A tracker made of two functions of its library."""
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._module.log(dict(values), step=step)
-
-    def finish(self) -> None:
-        self._module.finish()
-
-
-class _Mlflow:
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    send: Callable[..., Any]
+    end: Callable[[], Any]
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._module.log_metrics(dict(values), step=step)
+        self.send(dict(values), step=step)
 
     def finish(self) -> None:
-        self._module.end_run()
+        self.end()
 
 
 def _trackio(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
     module.init(project=project, name=_name(run_dir), config=config, resume="allow")
-    return _Module(module)
+    return _Calls(module.log, module.finish)
 
 
 def _wandb(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
@@ -81,7 +72,7 @@ def _wandb(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
         dir=str(run_dir.path),
         config=config,
     )
-    return _Module(module)
+    return _Calls(module.log, module.finish)
 
 
 def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
@@ -93,7 +84,7 @@ def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
         log_dir=str(run_dir.path / "swanlab"),
         config=config,
     )
-    return _Module(module)
+    return _Calls(module.log, module.finish)
 
 
 def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
@@ -104,7 +95,7 @@ def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     module.start_run(run_id=earlier, run_name=_name(run_dir), tags={"rlaif_fast": identity})
     if earlier is None:
         module.log_params({key: str(value)[:500] for key, value in config.items()})
-    return _Mlflow(module)
+    return _Calls(module.log_metrics, module.end_run)
 
 
 MAKERS: dict[str, Callable[[Any, RunDir, dict[str, Any]], Tracker]] = {

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, by_number
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut, MediaRef
 
-VIDEO_SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mov"}
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _LABEL = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
 
 
@@ -125,7 +124,7 @@ def _frames(path: Path) -> tuple[str, ...]:
     if not path.is_dir():
         return ()
     found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
-    return tuple(map(str, sorted(found, key=lambda file: _by_number(file.name))))
+    return tuple(map(str, sorted(found, key=by_number)))
 
 
 def make_item(
@@ -173,7 +172,3 @@ def lettered(options: Sequence[str], form: str = "{}. {}") -> str:
 def without_label(option: str) -> str:
     """An option without the letter that its file writes before it."""
     return _LABEL.sub("", option).strip()
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

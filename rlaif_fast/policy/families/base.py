@@ -7,6 +7,7 @@ Hugging Face processor does, and says how features and position ids are made, by
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -228,7 +229,7 @@ def _under(name: str, places: Sequence[str]) -> bool:
     return any(name == place or name.startswith(place + ".") for place in places)
 
 
-class FrameFamily(Family):
+class FrameFamily(Family, ABC):
     """A family whose tower reads whole frames of one size and gives as many features for each.
 
     The tower, the projector and what else makes features are separate members of the model.
@@ -245,9 +246,9 @@ class FrameFamily(Family):
     feature_parts: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")
     image_token = "<image>"
 
+    @abstractmethod
     def tokens_a_frame(self, config: Any) -> int:
         """Features of one frame."""
-        raise NotImplementedError
 
     def count(self, config: Any, media: Media) -> int:
         """Features of all its frames."""
