@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_run_dir import Weights, Words
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir, json_line
+from rlaif_fast.runs.folder import RunDir, json_line, write_atomically
 from rlaif_fast.runs.integrity import Damage, sealed, unseal
 from rlaif_fast.runs.recovery import recover
 
@@ -258,3 +259,23 @@ def test_every_bit_of_a_seal_counts(tmp_path):
             unseal(path)
     path.write_bytes(text)
     assert unseal(path) == {"last": "rl-000001", "order": 3}
+
+
+def test_an_index_that_is_replaced_while_it_is_read_is_not_damaged(tmp_path):
+    path = tmp_path / "index.json"
+    orders = itertools.count()
+    write_atomically(path, sealed({"order": next(orders)}))
+    over = threading.Event()
+
+    def replace_again_and_again():
+        while not over.is_set():
+            write_atomically(path, sealed({"order": next(orders)}))
+
+    writer = threading.Thread(target=replace_again_and_again)
+    writer.start()
+    try:
+        seen = [unseal(path)["order"] for _ in range(2000)]
+    finally:
+        over.set()
+        writer.join()
+    assert seen == sorted(seen) and len(set(seen)) > 2

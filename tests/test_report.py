@@ -16,7 +16,7 @@ from rlaif_fast.report.html import compare_predictions, main, write_report
 from rlaif_fast.report.panels import learning_panels
 from rlaif_fast.runs.folder import RunDir, write_jsonl
 
-ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 7*7 }}'
+ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 777*777 }}'
 
 CATEGORIES = {  # accuracy before, after, and of guessing
     "action recognition": (0.41, 0.72, 0.21),
@@ -410,7 +410,7 @@ def test_no_text_of_a_model_or_a_dataset_becomes_markup(hostile):
         attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)
     ]
     assert page.text.count(ATTACK) >= 20
-    assert "49" not in page.text  # what {{ 7*7 }} would have become
+    assert "603729" not in page.text  # what {{ 777*777 }} would have become
     assert "a & <b>" in page.text
 
 

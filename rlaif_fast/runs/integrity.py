@@ -79,13 +79,14 @@ def unseal(path: Path) -> dict[str, Any]:
         Damage: The file is missing or not as it was written.
     """
     try:
-        values = json.loads(path.read_bytes())
+        content = path.read_bytes()  # once: another process may put a newer file in its place
+        values = json.loads(content)
         seal = values.pop("sha256")
     except FileNotFoundError:
         raise Damage(f"{path} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise Damage(f"{path} cannot be read") from None
-    if seal != _digest_of(values) or path.read_text(encoding="utf-8") != sealed(values):
+    if seal != _digest_of(values) or content != sealed(values).encode():
         raise Damage(f"{path} is not as it was written")
     return values
 
