@@ -155,6 +155,19 @@ class Head(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     scaling: Scaling = Scaling()
+    float32_weight: Tensor | None = None  # (V, H) of which `weight` is the rounding
+
+    @property
+    def leaf(self) -> Tensor:
+        """Return what the gradient of the weight belongs to, and has the dtype of."""
+        return self.weight if self.float32_weight is None else self.float32_weight
+
+    def detach(self) -> Head:
+        """Return it without a graph."""
+        parts = (self.weight, self.bias, self.float32_weight)
+        weight, bias, wide = (None if x is None else x.detach() for x in parts)
+        assert weight is not None
+        return Head(weight, bias, self.scaling, wide)
 
     def like(self, hidden: Tensor) -> Head:
         """Return the head with a bias of the dtype of `hidden`: the one place where it is cast."""

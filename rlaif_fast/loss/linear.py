@@ -126,12 +126,11 @@ def linear_loss_from_rows(
     chunk_size: int | None,
     needs: Needs,
     shard: VocabularyShard | None = None,
-    weight_dtype: torch.dtype | None = None,  # of the weight's gradient, where not its own
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias."""
     layout = _layout(close.mask, padding)
     job = _Job(kernels, hidden, head, token_ids, layout, close, chunk_size, shard)
-    gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step, weight_dtype)
+    gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step)
     rows = close.rows() if needs.any and shard is None else None
     if not needs.any:
         job.statistics()

@@ -54,6 +54,7 @@ class PreferenceArguments(TypedDict, total=False):
     lengths: Tensor | None
     num_items_in_batch: float | Tensor | None
     chunk_size: int | None
+    float32_weight: Tensor | None
     validate: bool
     backend: str
 
@@ -172,6 +173,8 @@ def fused_linear_dpo_loss(
         num_items_in_batch: Above 0; what the sum over the pairs is divided by, where this is a part of a larger
             batch. None is P.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
+        float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding: the weight's gradient is its
+            gradient, and `weight` gets none.
         validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         backend: "auto", "triton", "cpu" or "reference".
 
@@ -263,11 +266,12 @@ class _Call:
         if unknown:
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         bias, lengths = arguments.get("bias"), arguments.get("lengths")
+        float32_weight = arguments.get("float32_weight")
         self.chunk_size, self.backend = arguments.get("chunk_size"), arguments.get("backend", "auto")
         self.validate, self.beta = arguments.get("validate", True), arguments.get("beta", 0.1)
         self.num_items = arguments.get("num_items_in_batch")
         checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
-        checks.head(hidden, weight, bias, self.chunk_size)
+        checks.head(hidden, weight, bias, self.chunk_size, float32_weight)
         shape = tuple(hidden.shape[:-1])
         self.responses = (
             shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, self.validate)
@@ -290,7 +294,7 @@ class _Call:
             hidden,
             self.validate,
         )
-        self.head = Head(weight, bias, scaling)
+        self.head = Head(weight, bias, scaling, float32_weight)
 
     def check_reference(self) -> None:
         """Check the reference's log-probabilities against the number of responses."""

@@ -33,6 +33,7 @@ from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
 from rlaif_fast.policy.shard import Shards
+from rlaif_fast.policy.weights import float32_copy
 
 T = TypeVar("T")
 
@@ -125,6 +126,11 @@ class Policy:
     def head_weight(self) -> Tensor:
         """(V, H) the output embedding."""
         return self._head().weight
+
+    @property
+    def head_float32(self) -> Tensor | None:
+        """(V, H) the optimizer's float32 copy of a bfloat16 head while it trains; what the head's gradient goes to."""
+        return float32_copy(self._head().weight)
 
     @property
     def head_bias(self) -> Tensor:

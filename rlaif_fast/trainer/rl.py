@@ -310,6 +310,7 @@ def _loss(
         rows.target_ids.to(device),
         **run.algorithm.loss_inputs(verdicts_on(groups, run.algorithm)),
         bias=policy.head_bias,
+        float32_weight=policy.head_float32,
         lengths=row_lengths,
         mask=token_mask,
         old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),

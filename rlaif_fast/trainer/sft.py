@@ -31,6 +31,7 @@ def sft_loss(
         policy.head_weight,
         rows.target_ids.to(policy.device),
         bias=policy.head_bias,
+        float32_weight=policy.head_float32,
         backend=backend,
     )
     assert isinstance(logps, Tensor)
