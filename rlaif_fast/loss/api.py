@@ -279,7 +279,9 @@ def fused_linear_grpo_rank_loss(
     shape, wide, validate = tuple(hidden.shape[:-1]), _wide(hidden), arguments.get("validate", True)
     responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
-    padding = None if lengths is None or arguments.get("group_index") is None else Padding(lengths)
+    padding = None
+    if lengths is not None and arguments.get("group_index") is not None:
+        padding = Padding(lengths, shape[0])
     oracle_ranks, arguments, extra = close_groups(wide, None, oracle_ranks, arguments, padding, backend)
     inputs, options = checks.loss_inputs(wide, shape, responses, oracle_ranks, arguments)
     checks.token_ids("token_ids", token_ids, shape, like=hidden)

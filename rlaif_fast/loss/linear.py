@@ -171,13 +171,13 @@ class _Layout(NamedTuple):
 
 def _layout(mask: Tensor, padding: Padding | None) -> _Layout:  # mask (B, T) bool
     shape = (mask.shape[0], mask.shape[1])
-    at = mask.reshape(-1).nonzero().squeeze(1)
     if padding is None:
-        rows = None if len(at) == mask.numel() else at
-    else:
-        kept = padding.pack(mask)  # (M,)
-        rows = None if len(at) == len(kept) else kept.nonzero().squeeze(1)
-    return _Layout(shape, rows, at)
+        at = mask.reshape(-1).nonzero().squeeze(1)
+        return _Layout(shape, None if len(at) == mask.numel() else at, at)
+    if mask is padding.mask:  # every token counts: nothing has to be looked for
+        return _Layout(shape, None, padding.at)
+    kept = padding.pack(mask).nonzero().squeeze(1)  # (m,)
+    return _Layout(shape, None if len(kept) == len(padding.at) else kept, padding.at[kept])
 
 
 class _Job:

@@ -251,6 +251,13 @@ def fused_linear_lipo_loss(
     return call.run(close)
 
 
+def _grid(mask: Tensor | None, padding: Padding | None, hidden: Tensor) -> Tensor:
+    """(B, T) bool, the tokens that count."""
+    if padding is not None:
+        return padding.mask if mask is None else padding.pad(mask)
+    return hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
+
+
 class _Call:
     """The checked arguments that every loss of preferences takes."""
 
@@ -282,10 +289,8 @@ class _Call:
         checks.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
         self.hidden, self.lengths, self.ref_logps_sum = hidden, lengths, ref_logps_sum
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
-        self.padding = None if lengths is None else Padding(lengths)
-        if mask is None:
-            mask = hidden.new_ones(shape, dtype=torch.bool)
-        self.grid = mask if self.padding is None else self.padding.pad(mask)  # (B, T)
+        self.padding = None if lengths is None else Padding(lengths, shape[0])
+        self.grid = _grid(mask, self.padding, hidden)  # (B, T)
         scaling = checks.scaling(
             arguments.get("temperature", 1.0),
             arguments.get("logit_softcap"),

@@ -76,7 +76,7 @@ def _rank_close(inputs: TokenInputs, options: LossOptions, padding: Padding | No
 def _linear_loss(hidden, weight, bias, float32_weight, token_ids, lengths, chunk_size, *arguments):
     needs = Needs(*arguments[:3])
     scaling, inputs, options, backend = unflatten(arguments[3:], Scaling, TokenInputs, LossOptions)
-    padding = None if lengths is None else Padding(lengths)
+    padding = None if lengths is None else Padding(lengths, hidden.shape[0])
     head = Head(weight, bias, scaling, float32_weight)
     make_close = _rank_close(inputs, options, padding)
     closed, gradients = _run(hidden, head, token_ids, padding, make_close, chunk_size, needs, backend)
@@ -137,7 +137,7 @@ def linear_loss(
         padded = inputs if padding is None else padding.pad_inputs(inputs)
         return reference.rank_loss(logps, entropy, padded, options)
     if group is not None:
-        padding = None if lengths is None else Padding(lengths)
+        padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
         loss, ranked, stats = with_close(
             hidden, head, token_ids, padding, make_close, chunk_size, backend, group

@@ -38,5 +38,5 @@ def padded_logps(
     logps, entropy = linear_logps(hidden, head, token_ids.long())
     if lengths is None:
         return logps, entropy, None
-    padding = Padding(lengths)
+    padding = Padding(lengths, hidden.shape[0])
     return padding.pad(logps), padding.pad(entropy), padding
