@@ -20,8 +20,10 @@ from simulated_gpu import DEVICE, DeviceMix, DeviceTensor, counting, put, simula
 
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import rank_rollout
+from rlaif_fast.comparison.terminal import gpu_count
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
+from rlaif_fast.errors import UsageError
 from rlaif_fast.loss import backends, cuda
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy import flash, loading
@@ -207,6 +209,8 @@ def test_what_auto_stands_for_on_a_gpu(gpu, monkeypatch, caplog):
     assert "float64" in (cuda.supports("rank_penalty", "cuda", torch.float64, G) or "")
     assert "above" in (cuda.supports("rank_penalty", "cuda", torch.float32, 10_000) or "")
     assert loading.resolve_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert gpu_count() == 3
     assert loading.resolve_dtype("auto", DEVICE) == torch.bfloat16
     monkeypatch.setattr(flash, "missing_flash_attn", lambda: "flash-attn is not installed")
     assert loading.resolve_attention("auto", DEVICE, torch.bfloat16)[0] == "sdpa"
@@ -221,6 +225,9 @@ def test_what_auto_stands_for_on_a_gpu(gpu, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert flash.refuses_kernels(DEVICE, torch.bfloat16) == "it needs compute capability 8.0"
     assert launch.unavailable() == "needs compute capability 8.0 or later; got 7.5"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="torch sees no GPU; use --device cpu"):
+        loading.resolve_device("cuda")
 
 
 def test_frames_travel_beside_what_is_computed(gpu):
