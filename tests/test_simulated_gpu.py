@@ -24,7 +24,7 @@ from rlaif_fast.comparison.terminal import gpu_count
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
-from rlaif_fast.loss import backends, cuda
+from rlaif_fast.loss import backends, cuda, cuda_rows
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy import flash, loading
 from rlaif_fast.policy.attention import ATTENTION_BACKENDS
@@ -225,6 +225,10 @@ def test_what_auto_stands_for_on_a_gpu(gpu, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert flash.refuses_kernels(DEVICE, torch.bfloat16) == "it needs compute capability 8.0"
     assert launch.unavailable() == "needs compute capability 8.0 or later; got 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert cuda_rows.unavailable() == "needs compute capability 9.0 or later"
+    assert "float32" in (cuda_rows.supports("linear_loss", "cuda", torch.float32, None) or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="torch sees no GPU; use --device cpu"):
         loading.resolve_device("cuda")
