@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.feedback import CORRUPTIONS
@@ -104,12 +105,8 @@ class DataOptions:
             0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
         )
         require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        require(
-            1 <= self.synthetic_difficulty <= 3,
-            "synthetic_difficulty",
-            "1, 2 or 3",
-            self.synthetic_difficulty,
-        )
+        level = self.synthetic_difficulty
+        require(1 <= level <= 3, "synthetic_difficulty", "1, 2 or 3", level)
 
 
 @dataclass
@@ -240,13 +237,9 @@ class RlOptions:
             ", ".join(metrics),
             self.metric_for_best_model,
         )
-        stops_by_nothing = self.metric_for_best_model == "none" and self.early_stopping_patience > 0
-        require(
-            not stops_by_nothing,
-            "early_stopping_patience",
-            "0 where metric_for_best_model is none",
-            self.early_stopping_patience,
-        )
+        patience = self.early_stopping_patience
+        ends = patience == 0 or self.metric_for_best_model != "none"
+        require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
 
@@ -375,12 +368,16 @@ class TrainConfig(
         self.check_run()
         if self.sharding == "fsdp2":
             self.check_sharding()
+        late = find_algorithm(self).has_critic and 0 < self.max_steps <= self.reward_model_steps
+        require(not late, "reward_model_steps", f"less than {self.max_steps}", self.reward_model_steps)
 
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        fits = self.sampler not in ("cuda_graphs", "vllm")
-        require(fits, "sharding", f"none where sampler is {self.sampler}", self.sharding)
+        fits = {"sampler": self.sampler not in ("cuda_graphs", "vllm")}
+        fits["algorithm"] = not find_algorithm(self).has_critic
+        for name, ok in fits.items():
+            require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""
