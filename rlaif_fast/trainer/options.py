@@ -46,6 +46,7 @@ class DataOptions:
         synthetic_test_clips: Clips made for the test.
         synthetic_questions_per_clip: Most questions about one synthetic clip, of distinct categories.
         synthetic_difficulty: 1 to 3: more objects, noise and distractors.
+        synthetic_ocr_fraction: Share of the synthetic clips whose objects show digits, with questions about them.
         label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one at random.
         label_confusion: Share of the synthetic SFT answers with an easily confused value ("blue", "moves left", about a
             third of all) that have the value it is confused with: an annotator's systematic error.
@@ -75,6 +76,7 @@ class DataOptions:
     synthetic_test_clips: int = 192
     synthetic_questions_per_clip: int = 4
     synthetic_difficulty: int = 1
+    synthetic_ocr_fraction: float = 0.0
     label_noise: float = 0.0
     label_confusion: float = 0.65
     multiple_choice_fraction: float = 0.1
@@ -105,8 +107,9 @@ class DataOptions:
             0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
         )
         require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        level = self.synthetic_difficulty
+        level, ocr = self.synthetic_difficulty, self.synthetic_ocr_fraction
         require(1 <= level <= 3, "synthetic_difficulty", "1, 2 or 3", level)
+        require(0 <= ocr <= 1, "synthetic_ocr_fraction", "a share in [0, 1]", ocr)
 
 
 @dataclass
@@ -252,7 +255,7 @@ class OracleOptions:
             "replay", or one from the entry-point group `rlaif_fast.oracles`.
         oracle_options: Keyword arguments of that oracle, as YAML or JSON.
         feedback: "exact", or how the oracle's scores are corrupted before they are ranked (an experiment): "gaussian",
-            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "outliers".
+            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "listwise", "outliers".
         feedback_strength: How much; null is the usual strength of the kind (see `rlaif_fast.oracle.feedback`).
         oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
