@@ -366,11 +366,7 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool =
 
 
 def head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    chunk_size: int | None,
-    float32_weight: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None, float32: Tensor | None = None
 ) -> None:
     """Raise unless hidden states (..., H), a weight (V, H), what it is rounded from, and a bias (V,) fit together."""
     if not isinstance(hidden, Tensor):
@@ -383,10 +379,10 @@ def head(
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {describe(weight)}")
     if bias is not None:
         floating("bias", bias, (weight.shape[0],), like=hidden)
-    if float32_weight is not None:
-        floating("float32_weight", float32_weight, tuple(weight.shape), like=hidden)
-        if float32_weight.dtype != torch.promote_types(weight.dtype, torch.float32):
-            raise TypeError(f"float32_weight must be float32; got {describe(float32_weight)}")
+    if float32 is not None:
+        floating("float32_weight", float32, tuple(weight.shape), like=hidden)
+        if float32.dtype != torch.promote_types(weight.dtype, torch.float32):
+            raise TypeError(f"float32_weight must be float32; got {describe(float32)}")
     if chunk_size is not None:
         check_number("chunk_size", chunk_size, minimum=1)
 
