@@ -102,6 +102,7 @@ TABLE = (
     Backend("cpu", "rank_loss", "rlaif_fast.loss.cpu", 10),
     Backend("cpu", "logits_loss", "rlaif_fast.loss.cpu", 10),
     Backend("cpu", "linear_loss", "rlaif_fast.loss.cpu", 10),
+    Backend("cuda", "linear_loss", "rlaif_fast.loss.cuda_rows", -1),  # only where it is asked for
     *(Backend("reference", op, "rlaif_fast.loss.reference.backend", 0) for op in OPS),
 )
 
