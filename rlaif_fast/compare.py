@@ -61,7 +61,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from rlaif_fast.comparison import read_plan, write_report
-    from rlaif_fast.comparison.runner import check_all_finished
+    from rlaif_fast.comparison.runner import check_all_finished, refuse_changed
     from rlaif_fast.comparison.terminal import run_with_bar
 
     plan = read_plan(arguments.config, arguments.output_dir)
@@ -71,6 +71,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             raise UsageError(f"tables: there is no {', '.join(unknown)} in {arguments.config}")
         chosen = tuple(table for table in plan.tables if table.name in arguments.tables)
         plan = dataclasses.replace(plan, tables=chosen)
+    refuse_changed(plan.jobs())
     progress = None
     if not arguments.report_only:
         progress = run_with_bar(plan, workers=arguments.workers)

@@ -55,29 +55,31 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
         UsageError: The configuration, the data or the output folder is wrong.
         RlaifFastError: The run failed; its last checkpoint can be resumed.
     """
-    from rlaif_fast.distributed.launch import launch, rank_under_torchrun
+    from rlaif_fast.distributed.launch import RankZeroFirst, launch
     from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.resume import resumed_config
 
-    if config.resume is not None:
-        run_dir = RunDir.open(config.resume)
-        if run_dir.finished and "max_steps" not in (given or {}):
-            resumed_config(run_dir, given or {})  # what the command may not change is said first
-        if not rank_under_torchrun():
-            recover_all(run_dir, extends="max_steps" in (given or {}))
-        config = resumed_config(run_dir, given or {})
-    else:
-        config = setup.resolved(config)
+    first = RankZeroFirst()
     with contextlib.ExitStack() as held:
-        # The other processes start once the folder is ready.
-        if not rank_under_torchrun():
-            setup.preflight(config)
-            if config.resume is None:
-                run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
-            held.enter_context(run_dir.lock())
-            prepare(run_dir, config)
+        # The other processes start, or under torchrun go on, once the folder is ready.
+        with first.turn():
+            if config.resume is not None:
+                run_dir = RunDir.open(config.resume)
+                if run_dir.finished and "max_steps" not in (given or {}):
+                    resumed_config(run_dir, given or {})  # what the command may not change is said first
+                if first.rank == 0:
+                    recover_all(run_dir, extends="max_steps" in (given or {}))
+                config = resumed_config(run_dir, given or {})
+            else:
+                config = setup.resolved(config)
+            if first.rank == 0:
+                setup.preflight(config)
+                if config.resume is None:
+                    run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
+                held.enter_context(run_dir.lock())
+                prepare(run_dir, config)
         launch(train_in, config, config.num_processes, resolve_device(config.device))
     return Path(config.output_dir)
 

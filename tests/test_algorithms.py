@@ -12,7 +12,7 @@ from rlaif_fast.trainer.options import TrainConfig
 
 REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
 RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
-PREFERENCES = ("online_dpo", "dpo", "lipo")  # their losses take no advantages
+OWN_LOSS = ("online_dpo", "dpo", "lipo", "ppo_rm")  # their losses do not take the advantages that are logged
 POLICY = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]])
 
 
@@ -48,7 +48,7 @@ def test_the_judged_part_of_a_group_is_a_smaller_group_and_weights_multiply(name
     torch.testing.assert_close(part.kendall_tau[0], smaller.kendall_tau[0])
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in PREFERENCES])
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in OWN_LOSS])
 def test_the_loss_gets_the_advantages_that_are_logged(name):
     torch.manual_seed(0)
     algorithm = make_algorithm(AlgorithmOptions(algorithm=name, beta=0.0))

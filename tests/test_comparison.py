@@ -129,6 +129,23 @@ def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
     assert summary.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("words", [[], ["--report_only"]])
+@pytest.mark.parametrize("left", ["summary.json", "checkpoints/index.json"])
+def test_a_run_that_was_made_otherwise_is_refused_by_name(tmp_path, capsys, left, words):
+    file = write_config(tmp_path)
+    job = read_plan(file).jobs()[-1]
+    (job.folder / left).parent.mkdir(parents=True)
+    (job.folder / left).write_text("{}")
+    assert main(["--config", str(file), *words]) == 2
+    assert "oracle.yaml, which says how" in capsys.readouterr().err
+    made = dict(job.values) | {"learning_rate": 0.5, "output_dir": "moved", "sft": "moved/start"}
+    job.folder.with_name("oracle.yaml").write_text(yaml.safe_dump(made))
+    assert main(["--config", str(file), *words]) == 2
+    message = capsys.readouterr().err
+    assert "learning_rate 0.5 (now 'unset')" in message and "moved" not in message
+    assert str(job.folder) in message and "choose another output_dir" in message
+
+
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     tables = {"main": {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}
     file = write_config(tmp_path, tables=tables, feedback={"exact": {}}, start={"sft_steps": -1})

@@ -148,3 +148,20 @@ def test_what_the_oracle_could_not_judge_stays_so():
     partial, failed = CorruptedOracle(Partial(), kind="gaussian").rank(two)
     assert partial.ranks[1] is None and partial.scores[1] is None and partial.scores[0] is not None
     assert failed.error == "no answer"
+
+
+def test_a_listwise_judge_gets_better_with_orders_and_two_cancel_its_slots():
+    def right(strength):  # share of the pairs of distinct scores that are ordered as they are
+        pairs = [(i, j) for i in range(len(SCORES)) for j in range(len(SCORES)) if SCORES[i] > SCORES[j]]
+        rankings = corrupted("listwise", strength)
+        return statistics.fmean(
+            (r.scores[i] > r.scores[j]) + 0.5 * (r.scores[i] == r.scores[j])
+            for r in rankings
+            for i, j in pairs
+        )
+
+    one, two, four = right(1), right(2), right(4)
+    assert 0.7 < one < two < four < 1.0
+    assert two - one > right(3) - two  # the third has no reverse
+    for ranking in corrupted("listwise", 1, count=20):
+        assert sorted(ranking.scores) == pytest.approx([i / 5 for i in range(6)])  # the shares of one order

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -286,14 +287,17 @@ def test_resumed_run_equals_an_uninterrupted_one(pair, cache, tmp_path):
     assert metrics(folder) == metrics(pair)
 
 
-def test_torchrun(pair, cache, tmp_path):
-    values = SMALL | {"output_dir": tmp_path / "run", "cache_dir": cache, "loss_type": "dapo"}
+def torchrun(words: list[str]) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [f"--{key}={value}" for key, value in values.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "rlaif_fast.train", *words], env=environment, capture_output=True, text=True
     )
+
+
+def test_torchrun(pair, cache, tmp_path):
+    values = SMALL | {"output_dir": tmp_path / "run", "cache_dir": cache, "loss_type": "dapo"}
+    process = torchrun([f"--{key}={value}" for key, value in values.items()])
     assert process.returncode == 0, process.stderr[-2000:]
     assert metrics(tmp_path / "run") == metrics(pair)
     weights = [
@@ -302,6 +306,17 @@ def test_torchrun(pair, cache, tmp_path):
         if (folder / "checkpoints" / "rl-000004").exists()
     ]
     assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
+
+
+def test_torchrun_waits_for_the_repair_of_a_damaged_configuration(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    (folder / "summary.json").unlink()
+    (folder / "config.yaml").write_text("model: [")
+    process = torchrun([f"--resume={folder}"])
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "config.yaml is not as it was written; the checkpoint's copy takes its place" in process.stderr
+    assert metrics(folder) == metrics(pair)
 
 
 def test_more_processes_than_videos(cache, tmp_path):
@@ -320,3 +335,24 @@ def test_number_of_processes():
 
 def test_minibatches_of_a_process_without_groups():
     assert minibatches([], 3) == [[], [], []]
+
+
+def test_a_process_that_still_imports_ends_with_its_parent(tmp_path):
+    (tmp_path / "parent.py").write_text(
+        "import multiprocessing, os, pickle, time\n"
+        "from rlaif_fast.distributed import child\n"
+        "class Slow:  # as long to unpickle as an import may take\n"
+        "    def __reduce__(self):\n"
+        "        return time.sleep, (600,)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    process = context.Process(target=child.run, args=(pickle.dumps((print, Slow())),), daemon=True)\n"
+        "    process.start()\n"
+        "    print(process.pid, flush=True)\n"
+        "    os._exit(0)\n"
+    )
+    # The child has this pipe too: it is read to its end only once both are gone.
+    parent = subprocess.run(
+        [sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert parent.returncode == 0 and parent.stdout.strip().isdigit()

@@ -1,6 +1,6 @@
 """Algorithms: what a group's feedback is worth, and which loss learns from it. One file each."""
 
-from rlaif_fast.algorithms.base import Algorithm, GroupAlgorithm, KernelAlgorithm
+from rlaif_fast.algorithms.base import Algorithm, Critic, GroupAlgorithm, KernelAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.registry import ALGORITHMS, make_algorithm
 from rlaif_fast.algorithms.verdicts import Verdicts
@@ -9,6 +9,7 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AlgorithmOptions",
+    "Critic",
     "GroupAlgorithm",
     "KernelAlgorithm",
     "Verdicts",

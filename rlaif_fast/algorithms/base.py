@@ -4,16 +4,97 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlaif_fast import LossOutput, RankAdvantages, fused_linear_grpo_rank_loss, rank_advantages
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
-from rlaif_fast.oracle.base import Ranking
+from rlaif_fast.distributed.world import World
+from rlaif_fast.oracle.base import Oracle, Ranking
+from rlaif_fast.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from rlaif_fast.algorithms.group import Group
+    from rlaif_fast.prompts.encoder import Prompt
+    from rlaif_fast.rollout.base import Rollout
 
 Feedback = Literal["ranks", "scores"]  # pairs are made from ranks
+
+
+class Updates(Protocol):
+    """What trains a model: `step` after the gradients are there, and its part of a checkpoint."""
+
+    def step(self) -> Tensor:
+        """Update the weights by the gradients of all processes and clear them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+
+class MakeUpdater(Protocol):
+    """Makes the optimizer of a model beside the policy, with the schedule of the stage."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        learning_rate: float | None,
+        *,
+        begin: int = 0,
+        end: int | None = None,
+        once: bool = False,
+    ) -> Updates:
+        """The optimizer of `model`.
+
+        Args:
+            model: What it trains.
+            learning_rate: Its peak; None is the policy's.
+            begin: The first rollout that it learns from.
+            end: The rollout before which it ends; None is the stage's end.
+            once: It is updated once a rollout, and not as often as the policy.
+        """
+        ...
+
+
+class Critic(Protocol):
+    """Models that learn beside the policy and say what its responses are worth.
+
+    Attributes:
+        first_policy_step: The rollout (from 0) that the policy learns from first.
+    """
+
+    first_policy_step: int
+
+    def asks_oracle(self, step: int) -> bool:
+        """Whether the oracle orders the rollout of this step, from 0."""
+        ...
+
+    def judge(self, oracle: Oracle, prompts: Sequence[Prompt], rollout: Rollout, step: int) -> Oracle:
+        """Who orders the rollout of this step: the run's oracle, or a model of the critic."""
+        ...
+
+    def appraise(self, groups: Sequence[Group], step: int) -> tuple[list[Group], dict[str, float]]:
+        """The groups that the policy learns from, with what each token is worth; and figures for the log."""
+        ...
+
+    def update(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Learn beside an update of the policy from the same groups; figures for the log."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        ...
 
 
 class Algorithm(Protocol):
@@ -22,20 +103,26 @@ class Algorithm(Protocol):
     Attributes:
         options: Its hyper-parameters.
         feedback: What the oracle has to give: "ranks", or "scores" (from an oracle that `gives_scores`).
-        extra_models: Models held beside the policy: "reference", the policy as this stage began.
+        extra_models: Models held beside the policy: "reference", the policy as this stage began; those of a critic.
         samples_from: Whose weights draw the responses: the "policy" as it is, or as this stage began: "start".
+        has_critic: Whether `make_critic` makes one.
     """
 
     options: AlgorithmOptions
     feedback: Feedback
     extra_models: tuple[str, ...]
     samples_from: Literal["policy", "start"]
+    has_critic: ClassVar[bool]
 
     def __init__(self, options: AlgorithmOptions) -> None: ...
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
         """Names of the options that it would not read; one of them set by hand is refused."""
+        ...
+
+    def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> Critic | None:
+        """The critic, with the policy where the stage begins; None for an algorithm without one."""
         ...
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
@@ -66,11 +153,16 @@ class GroupAlgorithm(ABC):
 
     default_beta: ClassVar[float] = 0.01  # where the options leave it open
     samples_from: Literal["policy", "start"] = "policy"
+    has_critic: ClassVar[bool] = False
 
     def __init__(self, options: AlgorithmOptions) -> None:
         self.options = options
         self.beta = self.default_beta if options.beta is None else options.beta
         self.extra_models: tuple[str, ...] = ("reference",) if self.beta > 0 else ()
+
+    def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> Critic | None:
+        """None; see `Algorithm.make_critic`."""
+        return None
 
     @abstractmethod
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:

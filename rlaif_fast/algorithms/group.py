@@ -17,6 +17,21 @@ from rlaif_fast.rollout.base import Rollout
 
 
 @dataclass(frozen=True)
+class Appraisal:
+    """What a critic says of the M tokens of a group, each (M,) float32.
+
+    Attributes:
+        advantages: What the policy learns from.
+        values: The value of the state that each token was drawn in, before the update.
+        returns: What the value model is to predict.
+    """
+
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
 class Group:
     """One prompt, the G responses sampled for it, the oracle's verdict on them and what that is worth.
 
@@ -35,6 +50,7 @@ class Group:
         advantages: (G,) float32; 0 on responses that were not judged.
         agreement: (2,) float32, nDCG and Kendall's tau of the policy's order with the oracle's; NaN where the group was
             not ranked.
+        appraisal: Of a critic, made last; None without one.
     """
 
     prompt: Prompt
@@ -48,6 +64,7 @@ class Group:
     scores: Tensor  # (G,)
     advantages: Tensor  # (G,)
     agreement: Tensor  # (2,)
+    appraisal: Appraisal | None = None
 
     @property
     def tokens(self) -> int:

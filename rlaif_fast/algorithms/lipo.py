@@ -20,13 +20,7 @@ class Lipo(PreferenceAlgorithm):
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """The labels, centred, for the log; the loss makes weights of pairs from them and the policy's own order."""
-        agreement = rank_advantages(
-            verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
-        )
-        labels = win_rates(verdicts)
-        mean = labels.sum(1, keepdim=True) / verdicts.members.sum(1, keepdim=True).clamp(min=1)
-        centred = (labels - mean).masked_fill(~agreement.has_signal[:, None], 0.0)
-        return agreement._replace(advantages=verdicts.weigh(centred))
+        return centred_win_rates(verdicts)
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
         """The labels, who has one, and how much each group counts."""
@@ -51,3 +45,14 @@ def win_rates(verdicts: Verdicts) -> Tensor:
     others = (members.sum(1, keepdim=True) - 1).clamp(min=1)
     wins = better.sum(2) + (level.sum(2) - 1) / 2
     return (wins / others).where(members, 0.0)
+
+
+def centred_win_rates(verdicts: Verdicts) -> RankAdvantages:
+    """The rates of wins against their mean in the group, and how far the policy's order agrees with the oracle's."""
+    agreement = rank_advantages(
+        verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
+    )
+    rates = win_rates(verdicts)
+    mean = rates.sum(1, keepdim=True) / verdicts.members.sum(1, keepdim=True).clamp(min=1)
+    centred = (rates - mean).masked_fill(~agreement.has_signal[:, None], 0.0)
+    return agreement._replace(advantages=verdicts.weigh(centred))

@@ -6,9 +6,20 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.errors import UsageError, require, require_positive
+from rlaif_fast.errors import UsageError, require, require_least, require_positive
 from rlaif_fast.loss.backends import NAMES as BACKENDS
 from rlaif_fast.loss.options import LossOptions
+
+# Options that only an algorithm with a critic reads.
+OF_A_CRITIC = (
+    *(
+        "reward_model_steps",
+        "reward_model_refresh",
+        "reward_model_learning_rate",
+        "center_rewards_coefficient",
+    ),
+    *("value_learning_rate", "gamma", "lam", "cliprange_value"),
+)
 
 
 @dataclass
@@ -19,8 +30,8 @@ class AlgorithmOptions:
         algorithm: "grpo_rank" (the oracle's order), "grpo" (scores, normalised in the group), "rloo" (scores, against
             the other responses' mean), "gopo" (ranks, evenly spaced), "rlrr" (ranks as relative rewards), "odrpo"
             (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "dpo" (the same
-            of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), or one from the entry-point
-            group `rlaif_fast.algorithms`.
+            of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), "ppo_rm" (a reward model from
+            the rankings, then PPO), or one from the entry-point group `rlaif_fast.algorithms`.
         advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
             `algorithm: grpo`.
         penalty_weight: Weight w of the rank penalty in a directed advantage.
@@ -39,6 +50,16 @@ class AlgorithmOptions:
         temperature: Sampling temperature; the loss uses the same.
         max_completion_length: Most tokens in a response, the end-of-sequence token counted; "dr_grpo" divides by it.
         backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
+        reward_model_steps: Rollouts, of `max_steps`, that the start draws, the oracle ranks and the reward model learns
+            from before PPO begins (ppo_rm, like all options below).
+        reward_model_refresh: Let the oracle rank PPO's rollouts too, and the reward model learn from each before it
+            scores it; else the reward model stays as it is and PPO asks no oracle.
+        reward_model_learning_rate: Peak learning rate of the reward model; null is `learning_rate`.
+        center_rewards_coefficient: Weight of the squared sum of two scores, which holds them near zero.
+        value_learning_rate: Peak learning rate of the value model; null is `learning_rate`.
+        gamma: Discount of later rewards, in [0, 1].
+        lam: How far the advantage looks ahead, in [0, 1] (GAE): 0 trusts the next value, 1 no value.
+        cliprange_value: How far a value moves from that of the rollout before its loss is clipped.
     """
 
     algorithm: str = "grpo_rank"
@@ -58,6 +79,14 @@ class AlgorithmOptions:
     temperature: float = 1.0
     max_completion_length: int = 256
     backend: str = "auto"
+    reward_model_steps: int = 50
+    reward_model_refresh: bool = False
+    reward_model_learning_rate: float | None = None
+    center_rewards_coefficient: float = 0.01
+    value_learning_rate: float | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange_value: float = 0.2
 
     def check_algorithm(self) -> None:
         """Raise `UsageError` for values that cannot work, and for those that the algorithm would ignore."""
@@ -81,7 +110,9 @@ class AlgorithmOptions:
             raise UsageError(str(error)) from error
         require_positive("temperature", self.temperature)
         require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
-        ignored = find_algorithm(self)(self).ignores(self)
+        self._check_critic()
+        algorithm = find_algorithm(self)
+        ignored = {*algorithm(self).ignores(self), *(() if algorithm.has_critic else OF_A_CRITIC)}
         for option in fields(self):  # those of other sections too, where this is a part of a configuration
             value = getattr(self, option.name)
             if option.name in ignored and value != option.default:
@@ -89,3 +120,12 @@ class AlgorithmOptions:
                 if "advantage" in ignored:
                     named = self.algorithm
                 raise UsageError(f"{option.name}: {named} does not read it, got {value!r}; leave it out")
+
+    def _check_critic(self) -> None:
+        require_least("reward_model_steps", self.reward_model_steps, 1)
+        require_least("center_rewards_coefficient", self.center_rewards_coefficient, 0)
+        require_positive("cliprange_value", self.cliprange_value)
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]", getattr(self, name))
+        for name in ("reward_model_learning_rate", "value_learning_rate"):
+            require_positive(name, getattr(self, name))

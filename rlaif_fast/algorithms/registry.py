@@ -21,6 +21,7 @@ ALGORITHMS = {
     "online_dpo": "rlaif_fast.algorithms.online_dpo:OnlineDpo",
     "dpo": "rlaif_fast.algorithms.dpo:Dpo",
     "lipo": "rlaif_fast.algorithms.lipo:Lipo",
+    "ppo_rm": "rlaif_fast.algorithms.ppo_rm:PpoRm",
 }
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import yaml
 
 from rlaif_fast.comparison.plan import Job
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.runs.folder import RunDir, write_atomically
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # that a stopped run has to save
+PLACES = ("output_dir", "sft", "cache_dir")  # keys that say where something lies, not what it is
 
 
 @dataclass
@@ -95,14 +96,48 @@ def _start_ready(
             running.append(_Running(job, _launch(job, environment(slot)), slot))
 
 
+def refuse_changed(jobs: Sequence[Job]) -> None:
+    """See to it that every run that is there was made with the values that the comparison asks for now.
+
+    Raises:
+        UsageError: One was made with others, or nothing tells with which; the first is named, with its keys.
+    """
+    for job in jobs:
+        if not (RunDir(job.folder).finished or _has_checkpoint(job)):
+            continue
+        way_out = "choose another output_dir, or remove that folder"
+        try:
+            made = yaml.safe_load(_config_file(job).read_text())
+        except FileNotFoundError:
+            raise UsageError(
+                f"config: {_config_file(job)}, which says how {job.folder} was made, is missing; {way_out}"
+            ) from None
+        now = yaml.safe_load(yaml.safe_dump(dict(job.values)))
+        changes = [
+            f"{key} {made.get(key, 'unset')!r} (now {now.get(key, 'unset')!r})"
+            for key in sorted((made.keys() | now.keys()) - set(PLACES))
+            if made.get(key, "unset") != now.get(key, "unset")
+        ]
+        if changes:
+            raise UsageError(f"config: {job.folder} was made with {', '.join(changes)}; {way_out}")
+
+
+def _config_file(job: Job) -> Path:
+    return job.folder.with_name(f"{job.folder.name}.yaml")
+
+
+def _has_checkpoint(job: Job) -> bool:
+    return (job.folder / "checkpoints" / "index.json").exists()
+
+
 def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:
-    """Start one run, or go on with it; what it prints goes to `log.txt` beside its folder."""
+    """Start one run, or go on with it; what it prints goes to `NAME.log` beside its folder."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    config = job.folder.with_name(f"{job.folder.name}.yaml")
+    config = _config_file(job)
     log = job.folder.with_name(f"{job.folder.name}.log")
     write_atomically(config, yaml.safe_dump(dict(job.values), sort_keys=True))
     words = ["--config", str(config)]
-    if (job.folder / "checkpoints" / "index.json").exists():
+    if _has_checkpoint(job):
         words = ["--resume", str(job.folder)]
     elif job.folder.exists():
         words += ["--overwrite_output_dir", "true"]

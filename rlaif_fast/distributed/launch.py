@@ -7,7 +7,6 @@ that failed first, and leaves none behind.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,11 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rlaif_fast.distributed import child
 from rlaif_fast.distributed.world import ConnectionLost, World
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.termination import EXIT_CODE, Terminated
@@ -34,12 +35,28 @@ TIMEOUT = timedelta(hours=2)
 # process that failed before it is interrupted.
 PATIENCE = 10.0
 
-_LOST = 76  # exit code of a process that ended because another one did: EX_PROTOCOL of sysexits.h
 
+class RankZeroFirst:
+    """Lets rank 0 prepare a run's folder before the other processes of torchrun look at it.
 
-def rank_under_torchrun() -> int:
-    """The rank torchrun gave this process; 0 elsewhere."""
-    return int(os.environ.get("RANK", "0"))
+    Elsewhere there is only one process yet, which is rank 0.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self._store: dist.Store | None = None
+        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            self._store = dist.PrefixStore("rank zero first", rendezvous)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Rank 0 does the block at once, the others once it has done so; where it fails, torchrun ends them."""
+        if self._store is not None and self.rank != 0:
+            self._store.wait(["ready"], TIMEOUT)
+        yield
+        if self._store is not None and self.rank == 0:
+            self._store.set("ready", "")
 
 
 def launch(
@@ -73,12 +90,13 @@ def launch(
         "127.0.0.1", 0, num_processes, is_master=True, wait_for_workers=False, timeout=TIMEOUT
     )
     context = torch.multiprocessing.get_context("spawn")
+    calls = [
+        (_other, work, argument, rank, num_processes, device, store.port) for rank in range(1, num_processes)
+    ]
     others = _Others(
         [
-            context.Process(
-                target=_other, args=(work, argument, rank, num_processes, device, store.port), daemon=True
-            )
-            for rank in range(1, num_processes)
+            context.Process(target=child.run, args=(bytes(ForkingPickler.dumps(call)),), daemon=True)
+            for call in calls
         ]
     )
     with others, _membership(0, num_processes, 0, device, store, others) as world, others.blamed():
@@ -171,8 +189,8 @@ class _Others:
         One that only lost its connection is named where no other failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failed(besides=_LOST), patience)
-            ranks = self._failed(besides=_LOST) or self._failed()
+            self._changed.wait_for(lambda: self._failed(besides=child.LOST), patience)
+            ranks = self._failed(besides=child.LOST) or self._failed()
             return _describe_end(ranks[0], self._exit_codes[ranks[0]]) if ranks else None
 
     def _failed(self, besides: int = 0) -> list[int]:
@@ -278,8 +296,6 @@ def _other(
     port: int,
 ) -> None:
     """The life of a process that `launch` started."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         store = dist.TCPStore(
             "127.0.0.1", port, size, is_master=False, wait_for_workers=False, timeout=TIMEOUT
@@ -294,14 +310,6 @@ def _other(
         _fail(rank, error)
 
 
-def _end_with_parent() -> None:
-    """Wait for the end of the process that started this one, and end at once."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(_LOST)
-
-
 def _fail(rank: int, error: BaseException) -> NoReturn:
     """Say what went wrong in this process and end it, without the leave that the others would have to wait for."""
     if isinstance(error, Terminated):
@@ -314,7 +322,7 @@ def _fail(rank: int, error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if isinstance(error, ConnectionLost):
-        os._exit(_LOST)
+        os._exit(child.LOST)
     os._exit(error.exit_code if isinstance(error, RlaifFastError) else RlaifFastError.exit_code)
 
 

@@ -17,7 +17,7 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
     """
     from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
-    from rlaif_fast.distributed.launch import launch, rank_under_torchrun
+    from rlaif_fast.distributed.launch import RankZeroFirst, launch
     from rlaif_fast.evals.records import EvalFolder, read_records
     from rlaif_fast.evals.tables import as_text, table_of, write_tables
     from rlaif_fast.policy.loading import resolve_device
@@ -26,10 +26,11 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
     before = None if options.before is None else read_records(options.before)
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
-    if not rank_under_torchrun():
+    first = RankZeroFirst()
+    with first.turn():
         EvalFolder.open(path, settings_of(options))
     launch(_evaluate_in, options, options.num_processes, resolve_device(options.device))
-    if rank_under_torchrun():
+    if first.rank != 0:
         return path
     known = EvalFolder.open(path, settings_of(options)).records
     records = [known[item.example.id] for item in items]

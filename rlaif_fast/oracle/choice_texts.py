@@ -67,7 +67,9 @@ def contained_option(text: str, options: Sequence[str], rejected: set[int]) -> i
         inside = end <= reach and (start, end) != longest
         if end > reach:
             reach, longest = end, (start, end)
-        if not inside and not _negated(found, start) and not _only_a_word(found, start, end):
+        if inside or _negated(found, start) or _only_a_word(found, start, end):
+            continue
+        if not _is_a_place(found, start, end):
             kept.add(index)
     if len(kept) != 1 or kept & rejected:
         return None
@@ -77,6 +79,8 @@ def contained_option(text: str, options: Sequence[str], rejected: set[int]) -> i
 def _negated(found: Sequence[str], start: int) -> bool:
     """Whether a negation stands within three words before an option's text that does not begin with one itself."""
     before = found[max(0, start - 3) : start]
+    if words.SMALL_WORD.fullmatch(found[start]) and before and before[-1] in words.JOINS:
+        return False  # "no, but yes" says both
     return not words.NEGATION.fullmatch(found[start]) and any(map(words.NEGATION.fullmatch, before))
 
 
@@ -84,7 +88,20 @@ def _only_a_word(found: Sequence[str], start: int, end: int) -> bool:
     """Whether an option such as "no" stands in the middle of a sentence ("I have no idea")."""
     if end - start > 1 or not words.SMALL_WORD.fullmatch(found[start]) or start == 0:
         return False
-    return found[start - 1] not in ("and", "or") and words.CUE.search(" ".join(found[:start]) + " ") is None
+    return (
+        found[start - 1] not in ("and", "or", "but")
+        and words.CUE.search(" ".join(found[:start]) + " ") is None
+    )
+
+
+def _is_a_place(found: Sequence[str], start: int, end: int) -> bool:
+    """Whether an option such as "3" may be the place of an option ("option 3"), which counts from 0 or from 1."""
+    return (
+        end - start == 1
+        and start > 0
+        and found[start].isdecimal()
+        and words.PLACE_NOUN.fullmatch(found[start - 1]) is not None
+    )
 
 
 def tokens(text: str) -> list[str]:

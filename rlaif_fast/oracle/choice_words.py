@@ -30,6 +30,10 @@ LABEL_NOUN = (
     r"reponse|antwort|risposta|resposta|antwoord|вариант|ответ|选项|選項|选|選|答案|答|選択肢|答え|정답|답|cevap|seçenek|"
     r"đáp án|jawaban|pilihan|उत्तर|विकल्प|الإجابة|الجواب|الخيار|คําตอบ|ข้อ)"
 )
+PLACE_NOUN = re.compile(  # "option 3" may be the third
+    r"option|choice|alternative|number|no|nr|opción|opcion|opção|opcao|opzione|вариант|seçenek|pilihan|विकल्प|الخيار"
+)
+JOINS = ("and", "or", "but")
 LABEL_LEAD = re.compile(rf"{LABEL_NOUN}\s*[:.\-]?\s*$", re.IGNORECASE)
 JOINED = re.compile(
     r"\s*(?:[,/&+|、，]|(?:[,、，]\s*)?(?:and/or|or|and|nor|as well as|und|oder|y|o|u|et|ou|e|ed|od|и|или|і|або|"

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
-from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.fusion import preferences, ranks_from_scores
 from rlaif_fast.oracle.wrappers import identity_of, request_generator
 
 Corruption = Callable[[list[float], float, random.Random], list[float]]
 TAIL_FREEDOM = 1.5  # degrees of freedom of the heavy tails: the variance is infinite
 OUTLIER_SIZE = 10.0
+LISTWISE_NOISE = 0.3  # of each reading; the pull of the first slot is as large
 
 
 def gaussian(scores: list[float], strength: float, rng: random.Random) -> list[float]:
@@ -80,6 +81,23 @@ def slot_bias_debiased(scores: list[float], strength: float, rng: random.Random)
     return [score + (one + two) / 2 for score, one, two in zip(scores, biases, reversed_biases)]
 
 
+def listwise(scores: list[float], strength: float, rng: random.Random) -> list[float]:
+    """A listwise judge that reads the group in `strength` orders, every second one the reverse of the one before.
+
+    Each reading adds noise of deviation 0.3 and the pull of `slot_bias`, and gives ranks alone. The score is the share
+    of comparisons won over all readings (Borda).
+    """
+    readings: list[tuple[int | None, ...]] = []
+    pull: list[float] = []
+    for number in range(round(strength)):
+        reverse = number % 2 == 1
+        pull = [-bias for bias in pull] if reverse else _biases(len(scores), LISTWISE_NOISE, rng)
+        noisy = [score + bias + rng.gauss(0.0, LISTWISE_NOISE) for score, bias in zip(scores, pull)]
+        readings.append(ranks_from_scores(noisy))
+    wins, _ = preferences(readings)
+    return [sum(own) / (len(readings) * max(1, len(scores) - 1)) for own in wins]
+
+
 def outliers(scores: list[float], strength: float, rng: random.Random) -> list[float]:
     """Replace a share `strength` of the scores by values of +-10, far outside of [0, 1]."""
     return [
@@ -101,6 +119,7 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
     "flips": (flips, 0.3),
     "slot_bias": (slot_bias, 0.3),
     "slot_bias_debiased": (slot_bias_debiased, 0.3),
+    "listwise": (listwise, 2.0),
     "outliers": (outliers, 0.05),
 }
 
@@ -131,11 +150,19 @@ class CorruptedOracle:
             )
         self._corrupt, usual = CORRUPTIONS[kind]
         strength = usual if strength is None else strength
-        least, most = {"flips": (0.0, 0.5), "outliers": (0.0, 1.0), "grades": (2.0, 100.0)}.get(
-            kind, (0.0, math.inf)
-        )
+        bounds = {
+            "flips": (0.0, 0.5),
+            "outliers": (0.0, 1.0),
+            "grades": (2.0, 100.0),
+            "listwise": (1.0, 16.0),
+        }
+        least, most = bounds.get(kind, (0.0, math.inf))
         if not (math.isfinite(strength) and least <= strength <= most):
             raise UsageError(f"feedback_strength: expected {least:g} to {most:g} for {kind}, got {strength}")
+        if kind == "listwise" and strength != round(strength):
+            raise UsageError(
+                f"feedback_strength: expected a whole number of orders for listwise, got {strength}"
+            )
         self.inner = inner
         self.kind = kind
         self.strength = strength

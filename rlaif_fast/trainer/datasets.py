@@ -37,6 +37,7 @@ def synthetic_config(config: DataOptions, seed: int) -> SyntheticConfig:
         label_confusion=config.label_confusion,
         multiple_choice_fraction=config.multiple_choice_fraction,
         questions_per_clip=config.synthetic_questions_per_clip,
+        ocr_fraction=config.synthetic_ocr_fraction,
         codec=config.codec,
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.feedback import CORRUPTIONS
@@ -45,6 +46,7 @@ class DataOptions:
         synthetic_test_clips: Clips made for the test.
         synthetic_questions_per_clip: Most questions about one synthetic clip, of distinct categories.
         synthetic_difficulty: 1 to 3: more objects, noise and distractors.
+        synthetic_ocr_fraction: Share of the synthetic clips whose objects show digits, with questions about them.
         label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one at random.
         label_confusion: Share of the synthetic SFT answers with an easily confused value ("blue", "moves left", about a
             third of all) that have the value it is confused with: an annotator's systematic error.
@@ -74,6 +76,7 @@ class DataOptions:
     synthetic_test_clips: int = 192
     synthetic_questions_per_clip: int = 4
     synthetic_difficulty: int = 1
+    synthetic_ocr_fraction: float = 0.0
     label_noise: float = 0.0
     label_confusion: float = 0.65
     multiple_choice_fraction: float = 0.1
@@ -104,12 +107,9 @@ class DataOptions:
             0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
         )
         require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        require(
-            1 <= self.synthetic_difficulty <= 3,
-            "synthetic_difficulty",
-            "1, 2 or 3",
-            self.synthetic_difficulty,
-        )
+        level, ocr = self.synthetic_difficulty, self.synthetic_ocr_fraction
+        require(1 <= level <= 3, "synthetic_difficulty", "1, 2 or 3", level)
+        require(0 <= ocr <= 1, "synthetic_ocr_fraction", "a share in [0, 1]", ocr)
 
 
 @dataclass
@@ -240,13 +240,9 @@ class RlOptions:
             ", ".join(metrics),
             self.metric_for_best_model,
         )
-        stops_by_nothing = self.metric_for_best_model == "none" and self.early_stopping_patience > 0
-        require(
-            not stops_by_nothing,
-            "early_stopping_patience",
-            "0 where metric_for_best_model is none",
-            self.early_stopping_patience,
-        )
+        patience = self.early_stopping_patience
+        ends = patience == 0 or self.metric_for_best_model != "none"
+        require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
 
@@ -259,7 +255,7 @@ class OracleOptions:
             "replay", or one from the entry-point group `rlaif_fast.oracles`.
         oracle_options: Keyword arguments of that oracle, as YAML or JSON.
         feedback: "exact", or how the oracle's scores are corrupted before they are ranked (an experiment): "gaussian",
-            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "outliers".
+            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "listwise", "outliers".
         feedback_strength: How much; null is the usual strength of the kind (see `rlaif_fast.oracle.feedback`).
         oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
@@ -375,12 +371,16 @@ class TrainConfig(
         self.check_run()
         if self.sharding == "fsdp2":
             self.check_sharding()
+        late = find_algorithm(self).has_critic and 0 < self.max_steps <= self.reward_model_steps
+        require(not late, "reward_model_steps", f"less than {self.max_steps}", self.reward_model_steps)
 
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        fits = self.sampler not in ("cuda_graphs", "vllm")
-        require(fits, "sharding", f"none where sampler is {self.sampler}", self.sharding)
+        fits = {"sampler": self.sampler not in ("cuda_graphs", "vllm")}
+        fits["algorithm"] = not find_algorithm(self).has_critic
+        for name, ok in fits.items():
+            require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""

@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
+from rlaif_fast.distributed.world import World
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media, take_turns
@@ -51,23 +53,15 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     config, policy, logger, world = run.config, run.policy, run.logger, run.world
     clips = by_media(run.data.rl)
     order = EpochOrder(clips, config.videos_per_step, config.seed + 1)
-    updates_per_rollout = config.num_iterations * config.steps_per_generation
-    updater = Updater(
-        policy.model,
-        world,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        max_grad_norm=config.max_grad_norm,
-        schedule=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps * updates_per_rollout,
-        total_steps=config.max_steps * updates_per_rollout,
-        min_lr_ratio=config.min_lr_ratio,
-    )
+    run.critic = critic = run.algorithm.make_critic(policy, world, partial(make_updater, config, world))
+    begin = 0 if critic is None else critic.first_policy_step
+    updater = make_updater(config, world, policy.model, begin=begin)
     progress, start_answers = Progress(), None
     if resume_from is not None:
         state = load_state(resume_from)
         updater.load_state_dict(state, resume_from)
+        if critic is not None:
+            critic.load_state_dict(state["critic"])
         progress, start_answers = Progress(**state["progress"]), state["start_answers"]
 
     def save(name: str, **roles: bool) -> None:
@@ -78,6 +72,8 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             "start_answers": start_answers,
             "seconds": logger.seconds(),
         } | updater.state_dict()
+        if critic is not None:
+            state["critic"] = critic.state_dict()
         with logger.timer("checkpoint"):
             run.store.save(name, policy.model, policy.tokenizer, state, **roles)
 
@@ -96,12 +92,18 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             with weights_to_draw_with(run):
                 sampled, groups, features = sample_and_rank(run, order, progress.step)
             loss_stats: dict = {}
+            if critic is not None:
+                with logger.timer("critic"):
+                    groups, loss_stats = critic.appraise(groups, progress.step)
             for _ in range(config.num_iterations):
                 for part in minibatches(groups, config.steps_per_generation):
                     with logger.timer("update"):
                         update_stats = update_loss(run, part, features)
                         if update_stats is not None:
                             loss_stats |= update_stats | {"grad_norm": updater.step()}
+                    if critic is not None:
+                        with logger.timer("critic"):
+                            loss_stats |= critic.update(part)
             # Behind the update: what is logged is read on the host, and until here nothing had to be.
             stats = log_rollouts(run, sampled, progress.step) | loss_stats
             progress.step += 1
@@ -130,6 +132,33 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"
         )
     return progress
+
+
+def make_updater(
+    config: RlOptions,
+    world: World,
+    model: nn.Module,
+    learning_rate: float | None = None,
+    *,
+    begin: int = 0,
+    end: int | None = None,
+    once: bool = False,
+) -> Updater:
+    """The optimizer of a model that learns from the rollouts `begin` to `end`; see `MakeUpdater`."""
+    updates_per_rollout = 1 if once else config.num_iterations * config.steps_per_generation
+    rollouts = (config.max_steps if end is None else end) - begin
+    return Updater(
+        model,
+        world,
+        learning_rate=config.learning_rate if learning_rate is None else learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        max_grad_norm=config.max_grad_norm,
+        schedule=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps * updates_per_rollout,
+        total_steps=rollouts * updates_per_rollout,
+        min_lr_ratio=config.min_lr_ratio,
+    )
 
 
 def sample_and_rank(
@@ -169,7 +198,8 @@ def sample_and_rank(
         with logger.timer("rollout"):
             rollout, features = draw(run, prompts, params)
         with logger.timer("oracle"):
-            sampled += rank_rollout(prompts, rollout, run.oracle, run.algorithm)
+            judge = run.oracle if run.critic is None else run.critic.judge(run.oracle, prompts, rollout, step)
+            sampled += rank_rollout(prompts, rollout, judge, run.algorithm)
         towers += [] if features is None else [features]
         wanted = wanted or len(prompts)
         if sum(group.has_signal for group in sampled) >= wanted:
@@ -309,6 +339,7 @@ def _loss(
         policy.head_weight,
         rows.target_ids.to(device),
         **run.algorithm.loss_inputs(verdicts_on(groups, run.algorithm)),
+        **appraised(groups),
         bias=policy.head_bias,
         lengths=row_lengths,
         mask=token_mask,
@@ -320,6 +351,12 @@ def _loss(
     )
     stats = {name: output.stats[name] for name in LOGGED if name in output.stats}
     return output.loss, {"loss": output.loss.detach()} | stats
+
+
+def appraised(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """The advantages (M,) of a critic; nothing without one."""
+    advantages = [group.appraisal.advantages for group in groups if group.appraisal is not None]
+    return {"advantages": torch.cat(advantages)} if advantages else {}
 
 
 def on_policy(config: RlOptions) -> bool:

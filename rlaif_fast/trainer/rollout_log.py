@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rlaif_fast.algorithms.group import Group, for_the_log, requests_of
+from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.trainer.records import rollout_records
@@ -23,12 +24,15 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
         return {}
     everything = [group for shard, _ in shards for group in shard]
     stats: dict = {}
+    asked = run.critic is None or run.critic.asks_oracle(step)
     if everything:
         logger.rollouts(step + 1, rollout_records(everything, step + 1))
-        stats |= rollout_stats(everything, run.scorer) | ratio_stats(everything, config.sampling_ratio_cap)
+        stats |= rollout_stats(everything, run.scorer, asked) | ratio_stats(
+            everything, config.sampling_ratio_cap
+        )
     for _, counted in shards:
         stats |= {name: stats.get(name, 0.0) + count for name, count in counted.items()}
-    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and groups:
+    if config.blind_control > 0 and (step + 1) % config.eval_steps == 0 and groups and asked:
         rankings = [group.ranking for group in groups]
         with logger.timer("oracle"):
             stats |= blind_control(
@@ -41,8 +45,14 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     return stats
 
 
-def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer) -> dict:
-    """What is logged of a rollout before anything is learned from it; `scorer` says which responses are right."""
+def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer, asked: bool = True) -> dict:
+    """What is logged of a rollout before anything is learned from it.
+
+    Args:
+        groups: Of the rollout.
+        scorer: Says which responses are right.
+        asked: Whether the run's oracle ranked them; else their ranks are a model's, and its figures are left out.
+    """
     requests, rankings = requests_of(groups), [group.ranking for group in groups]
     right = [
         scorer.is_correct(request, text)
@@ -63,9 +73,15 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer) -> dict:
         "groups": len(groups),
         "completion_length": _mean([len(tokens) for group in groups for tokens in group.token_ids]),
         "truncated": 1.0 - _mean([done for group in groups for done in group.finished]),
-        # Another oracle's ranks would be asked for again, and say nothing about this one.
-        **oracle_stats(requests, rankings, reference=scorer if isinstance(scorer, ReferenceOracle) else None),
+        **(_of_the_oracle(requests, rankings, scorer) if asked else {"oracle/groups": 0.0}),
     }
+
+
+def _of_the_oracle(
+    requests: Sequence[RankRequest], rankings: Sequence[Ranking], scorer: AnswerScorer
+) -> dict[str, float]:
+    # Another oracle's ranks would be asked for again, and say nothing about this one.
+    return oracle_stats(requests, rankings, reference=scorer if isinstance(scorer, ReferenceOracle) else None)
 
 
 def ratio_stats(groups: Sequence[Group], cap: float) -> dict:

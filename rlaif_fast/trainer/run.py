@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlaif_fast.algorithms import Algorithm
+from rlaif_fast.algorithms import Algorithm, Critic
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Oracle
@@ -50,6 +50,7 @@ class Run:
     store: CheckpointStore
     world: World
     termination: Termination
+    critic: Critic | None = None  # of the RL stage
 
     def asked_to_end(self) -> bool:
         """Whether the run got SIGTERM; all processes agree."""

@@ -25,7 +25,7 @@ from typing import Any
 from rlaif_fast.data.synthetic.encode import CODECS, CONTAINERS, encode_video
 from rlaif_fast.data.synthetic.questions import LETTERS, VOCABULARY, drafts
 from rlaif_fast.data.synthetic.render import render
-from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world
+from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world, with_digits
 from rlaif_fast.errors import RlaifFastError, UsageError
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
@@ -55,6 +55,7 @@ class SyntheticConfig:
         multiple_choice_fraction: Probability that a question is put as multiple choice, in [0, 1].
         num_options: Most options of a multiple-choice question, 2 to 4.
         questions_per_clip: Most questions about one clip, of distinct categories.
+        ocr_fraction: Probability that the objects of a clip show digits, which it can then be asked about, in [0, 1].
         width: Pixels, even, at least 32.
         height: Pixels, even, at least 32.
         num_frames: Frames a clip, at least 8.
@@ -74,6 +75,7 @@ class SyntheticConfig:
     multiple_choice_fraction: float = 0.0
     num_options: int = 4
     questions_per_clip: int = 8
+    ocr_fraction: float = 0.0
     width: int = 64
     height: int = 64
     num_frames: int = 12
@@ -96,6 +98,7 @@ class SyntheticConfig:
             "label_noise": (0 <= self.label_noise <= 1, "in [0, 1]"),
             "label_confusion": (0 <= self.label_confusion <= 1, "in [0, 1]"),
             "multiple_choice_fraction": (0 <= self.multiple_choice_fraction <= 1, "in [0, 1]"),
+            "ocr_fraction": (0 <= self.ocr_fraction <= 1, "in [0, 1]"),
             "num_options": (2 <= self.num_options <= len(LETTERS), f"2 to {len(LETTERS)}"),
             "questions_per_clip": (self.questions_per_clip >= 1, "at least 1"),
             "width, height": (
@@ -121,7 +124,10 @@ class SyntheticConfig:
 
     def digest(self) -> str:
         """Names the dataset: equal for equal files."""
-        text = json.dumps([_FORMAT, dataclasses.asdict(self)], sort_keys=True)
+        values = dataclasses.asdict(self)
+        if not self.ocr_fraction:
+            del values["ocr_fraction"]  # the files are those of before there was a choice
+        text = json.dumps([_FORMAT, values], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -262,7 +268,8 @@ def _make_clip(
 def _world(config: SyntheticConfig, split: str, index: int) -> World:
     name = f"{config.seed}/{split}/{index}"
     difficulty = random.Random(f"{name}/difficulty").choices(list(LEVELS), config.difficulty)[0]
-    return sample_world(name, difficulty, SPLITS[split])
+    world = sample_world(name, difficulty, SPLITS[split])
+    return with_digits(world) if random.Random(f"{name}/ocr").random() < config.ocr_fraction else world
 
 
 def _rows(

@@ -23,6 +23,7 @@ CATEGORIES = (
     "spatial reasoning",
     "action reasoning",
     "information synopsis",
+    "OCR problems",
 )
 NUMBERS = ("zero", "one", "two", "three", "four")
 LETTERS = "ABCD"

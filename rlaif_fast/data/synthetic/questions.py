@@ -25,6 +25,7 @@ from rlaif_fast.data.synthetic.drafts import (
 )
 from rlaif_fast.data.synthetic.worlds import (
     COLORS,
+    DIGITS,
     DIRECTIONS,
     LEVELS,
     SHAPES,
@@ -57,6 +58,7 @@ class _Asker:
         self.travellers = moves if level.long_moves else []  # they leave their quadrant
         self.colors = domain_of(COLORS[: level.colors])
         self.shapes = domain_of(SHAPES[: level.shapes])
+        self.digits = domain_of(DIGITS[: level.digits])
         lasting = [FINITE[kind] for kind in dict.fromkeys(level.lasting) if kind not in ("move", "hit")]
         plain = [*lasting, "appears", "vanishes", *(["stays"] if world.difficulty > 1 else [])]
         self.deeds = domain_of(
@@ -138,6 +140,7 @@ def _all(ask: _Asker) -> Iterator[Draft]:
             "a ",
             (*ask.look(actor), " ", Slot(_deed(world.events[0]), ask.deeds)),
         )
+    yield from _about_digits(ask, order)
 
 
 def _about_looks(ask: _Asker, order: list[int]) -> Iterator[Draft]:
@@ -294,8 +297,20 @@ def _about_time(ask: _Asker) -> Iterator[Draft]:
             yield Draft(f"order_{word}", "temporal reasoning", question, f"{word} the ", (slot,))
 
 
+def _about_digits(ask: _Asker, order: list[int]) -> Iterator[Draft]:
+    for k in order:
+        digit, name = ask.things[k].digit, ask.name(k)
+        if not digit or any(e.kind == "change" and e.actor == k for e in ask.world.events):
+            continue
+        if name is not None:
+            question = f"what number does {name} show?"
+            yield Draft("read", "OCR problems", question, "it shows ", (Slot(digit, ask.digits),))
+        question = f"which object shows {digit}?"
+        yield Draft("find", "OCR problems", question, "the ", ask.look(k), f" shows {digit}.")
+
+
 def _vocabulary() -> tuple[str, ...]:
-    """Every token that a question, an answer or an option can hold."""
+    """Every token that a question, an answer or an option can hold where no object shows a digit."""
     text = " ".join(
         [
             *SHAPES,

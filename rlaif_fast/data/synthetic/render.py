@@ -29,6 +29,19 @@ FLASH_AT = ((1 / 12, 5 / 12), (5 / 12, 8 / 12), (9 / 12, 1.0))
 _FLASH = 0.6  # how far a flash pulls the picture to white
 _TRAVEL = 0.25  # length of a move within a quadrant, as a fraction of the frame; twice that into the next
 _SMALL, _LARGE = 0.09, 0.22  # radii between which an object grows and shrinks
+_CELL = 0.24  # of a digit of 3 by 5 cells, as a fraction of the radius of the object that shows it
+_GLYPHS = {  # rows of three bits, top first
+    "0": (7, 5, 5, 5, 7),
+    "1": (2, 6, 2, 2, 7),
+    "2": (7, 1, 7, 4, 7),
+    "3": (7, 1, 3, 1, 7),
+    "4": (5, 5, 7, 1, 1),
+    "5": (7, 4, 7, 1, 7),
+    "6": (7, 4, 7, 5, 7),
+    "7": (7, 1, 2, 2, 2),
+    "8": (7, 5, 7, 5, 7),
+    "9": (7, 5, 7, 1, 7),
+}
 _STEP = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -68,6 +81,8 @@ def render(world: World, *, width: int = 64, height: int = 64, num_frames: int =
             pose = pose_at(world, index, moment, f / (num_frames - 1))
             if pose.visible:
                 _paint(frame, thing, pose)
+                if thing.digit:
+                    _write(frame, thing.digit, pose)
         if any(begin - 1e-9 <= moment < end - 1e-9 for begin, end in flashes):
             frame += (250.0 - frame) * np.float32(_FLASH)
         frames[f] = frame
@@ -177,6 +192,21 @@ def _paint(frame: NDArray[np.float32], thing: Thing, pose: Pose) -> None:
     color = color + (np.float32(255) - color) * rim
     window = frame[top:bottom, left:right]
     window += (color - window) * cover
+
+
+def _write(frame: NDArray[np.float32], digit: str, pose: Pose) -> None:
+    """Draw a digit in white on a dark plate in the middle of an object."""
+    height, width, _ = frame.shape
+    cell = _CELL * pose.radius * min(width, height)
+    rows = np.array([[row >> bit & 1 for bit in (2, 1, 0)] for row in _GLYPHS[digit]])
+    plate = np.pad(rows, 1)  # (7, 5), a margin of one cell
+    # The cell of each pixel centre, counted from the plate's corner.
+    x = np.floor((np.arange(width) + 0.5 - pose.x * width) / cell + plate.shape[1] / 2).astype(int)
+    y = np.floor((np.arange(height) + 0.5 - pose.y * height) / cell + plate.shape[0] / 2).astype(int)
+    columns = np.nonzero((x >= 0) & (x < plate.shape[1]))[0]
+    lines = np.nonzero((y >= 0) & (y < plate.shape[0]))[0]
+    inside = plate[np.ix_(y[lines], x[columns])]
+    frame[np.ix_(lines, columns)] = np.where(inside, np.float32(250), np.float32(20))[..., None]
 
 
 # Distances in pixels to the outline of a shape of about the size of the circle, negative inside.

@@ -12,6 +12,7 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = ("left", "right", "up", "down")
 TIMES = ("at the start", "in the middle", "at the end")
+DIGITS = ("1", "7", "4", "0", "2", "5", "3", "8", "6", "9")  # the most distinct first
 
 # Kinds of event: those that fill the clip, and those that happen at one of TIMES.
 LASTING = ("move", "grow", "shrink", "bounce", "turn", "hit")
@@ -35,6 +36,7 @@ class Level:
         radius: Smallest and largest radius, as a fraction of the shorter side.
         noise: Standard deviation of the noise of each frame, in grey levels.
         texture: Contrast of the background, in grey levels.
+        digits: Number of digits in use where objects show one, the first of DIGITS.
     """
 
     shapes: int
@@ -47,6 +49,7 @@ class Level:
     radius: tuple[float, float]
     noise: float
     texture: float
+    digits: int
 
 
 LEVELS = {
@@ -61,6 +64,7 @@ LEVELS = {
         radius=(0.2, 0.22),
         noise=3.0,
         texture=8.0,
+        digits=4,
     ),
     2: Level(
         shapes=4,
@@ -73,6 +77,7 @@ LEVELS = {
         radius=(0.14, 0.17),
         noise=5.0,
         texture=14.0,
+        digits=7,
     ),
     3: Level(
         shapes=4,
@@ -85,6 +90,7 @@ LEVELS = {
         radius=(0.11, 0.13),
         noise=9.0,
         texture=20.0,
+        digits=10,
     ),
 }
 
@@ -99,6 +105,7 @@ class Thing:
         quadrant: One of QUADRANTS; where it is at the start.
         radius: Fraction of the shorter side of the frame.
         jitter: Offset of its centre from the centre of the quadrant, as fractions of the frame.
+        digit: One of DIGITS that it shows; "" for none. No part of the story (`World.signature`).
     """
 
     shape: str
@@ -106,6 +113,7 @@ class Thing:
     quadrant: str
     radius: float
     jitter: tuple[float, float]
+    digit: str = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,14 @@ def sample_world(name: str, difficulty: int, interval: tuple[float, float] = (0.
             if interval[0] <= share(world.signature) < interval[1]:
                 return world
     raise AssertionError(f"no world of difficulty {difficulty} in {interval} after {_TRIES**2} tries")
+
+
+def with_digits(world: World) -> World:
+    """The same world with a digit on each object, no two alike; drawn apart from everything else in it."""
+    digits = DIGITS[: LEVELS[world.difficulty].digits]
+    drawn = random.Random(f"{world.name}/digits").sample(digits, len(world.things))
+    things = [dataclasses.replace(thing, digit=digit) for thing, digit in zip(world.things, drawn)]
+    return dataclasses.replace(world, things=tuple(things))
 
 
 def _sample_things(rng: random.Random, difficulty: int, count: int) -> tuple[Thing, ...]:

@@ -1,0 +1,47 @@
+"""PPO on a reward model's scores: the pipeline that rankings without a reward model replace (arXiv 2203.02155)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from rlaif_fast import RankAdvantages
+from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm, MakeUpdater
+from rlaif_fast.algorithms.critic import RewardAndValue
+from rlaif_fast.algorithms.lipo import centred_win_rates
+from rlaif_fast.algorithms.options import AlgorithmOptions
+from rlaif_fast.algorithms.verdicts import Verdicts
+from rlaif_fast.distributed.world import World
+from rlaif_fast.policy.policy import Policy
+
+
+class PpoRm(GroupAlgorithm):
+    """The oracle's rankings train a reward model; the policy learns from its scores, token by token.
+
+    The KL to the reference stands in the loss, as in every other algorithm here (and in GRPO, arXiv 2402.03300), so
+    that the arms of a comparison differ in what they learn from; InstructGPT subtracts it from each token's reward.
+    """
+
+    feedback: Feedback = "ranks"
+    has_critic = True
+
+    def __init__(self, options: AlgorithmOptions) -> None:
+        super().__init__(options)
+        self.extra_models = (*self.extra_models, "reward", "value")
+
+    @classmethod
+    def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
+        """Advantages come of the value model."""
+        return "advantage", "penalty_weight", "scale"
+
+    def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> RewardAndValue:
+        """See `GroupAlgorithm.make_critic`."""
+        return RewardAndValue(policy, world, self, make_updater)
+
+    def advantages(self, verdicts: Verdicts) -> RankAdvantages:
+        """The rates of wins, centred, for the log; the loss takes the critic's, of each token."""
+        return centred_win_rates(verdicts)
+
+    def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
+        """Nothing: the loop adds the advantages of the critic."""
+        return {}

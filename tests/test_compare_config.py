@@ -1,0 +1,76 @@
+"""The comparison that ships: every run can begin, and runs of a table get the same data, samples and judge."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from rlaif_fast.comparison.plan import read_plan
+from rlaif_fast.trainer.options import TrainConfig
+
+FILE = Path(__file__).parents[1] / "configs" / "compare.yaml"
+# What arms may set: how they learn, and how the samples of a step are cut into groups.
+OF_AN_ARM = {"algorithm", "advantage", "beta", "num_generations", "videos_per_step", "reward_model_steps"}
+OF_AN_ARM |= {"reward_model_refresh"}
+OF_FEEDBACK = {"feedback", "feedback_strength", "learning_rate"}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return read_plan(FILE)
+
+
+def test_every_run_is_a_configuration_that_can_begin(plan):
+    jobs = plan.jobs()
+    assert len(jobs) > 100
+    seen = set()
+    for job in jobs:
+        key = tuple(
+            sorted((k, str(v)) for k, v in job.values.items() if k not in ("seed", "sft", "output_dir"))
+        )
+        if key not in seen:  # seeds differ in nothing that is checked
+            seen.add(key)
+            TrainConfig(**job.values)
+
+
+def test_arms_of_a_table_draw_as_many_samples_from_the_same_data(plan):
+    common = plan.common
+    assert all(set(keys) <= OF_AN_ARM for keys in plan.arms.values())
+    assert all(set(keys) <= OF_FEEDBACK for keys in plan.feedback.values())
+    samples = common["videos_per_step"] * common["num_generations"]
+    for name, keys in plan.arms.items():
+        drawn = keys.get("videos_per_step", common["videos_per_step"])
+        drawn *= keys.get("num_generations", common["num_generations"])
+        assert drawn == samples, name
+    groups = {table.name: table for table in plan.tables}["groups"]
+    sizes = defaultdict(set)
+    for arm in groups.arms:
+        keys = plan.arms[arm]
+        sizes[keys["algorithm"]].add(keys.get("num_generations", common["num_generations"]))
+    assert sizes == {"grpo": {2, 4, 8, 16}, "grpo_rank": {2, 4, 8, 16}}
+
+
+def test_judges_are_asked_in_one_to_four_orders(plan):
+    (table,) = [table for table in plan.tables if table.name == "orders"]
+    kinds = [plan.feedback[name] for name in table.feedback]
+    assert [kind["feedback_strength"] for kind in kinds] == [1, 2, 3, 4]
+    assert {kind["feedback"] for kind in kinds} == {"listwise"}
+
+
+def test_every_arm_is_searched_alike_on_seeds_of_no_other_table(plan):
+    tables = {table.name: table for table in plan.tables}
+    search = tables.pop("search")
+    assert not set(search.seeds) & {seed for table in tables.values() for seed in table.seeds}
+    assert set(tables["main"].arms) | {"rlrr", "odrpo", "lipo"} == set(search.arms)
+    rates = defaultdict(list)
+    for name in search.feedback:
+        keys = plan.feedback[name]
+        rates[keys.get("feedback", "exact")].append(keys["learning_rate"])
+    assert len(rates) == 2 and rates["exact"] == rates["heavy_tails"] == [1e-4, 2e-4, 4e-4]
+    assert not any("learning_rate" in plan.arms[arm] for arm in search.arms)  # else a column would not hold
+
+
+def test_the_whole_budget_of_ppo_is_that_of_the_others(plan):
+    arm = plan.arms["ppo_rm"]
+    assert arm["reward_model_refresh"] is True  # the oracle ranks every rollout, as it does for the others
+    assert arm["reward_model_steps"] < plan.common["max_steps"]

@@ -1,0 +1,119 @@
+"""Damages to a run that really trained: every one told, none used, and the run that goes on ends alike."""
+
+import os
+import random
+import shutil
+from collections import Counter
+
+import pytest
+from test_recovery import KINDS, files_of, flip
+from test_train import SMALL, metrics
+
+from rlaif_fast import train as train_module
+from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.integrity import unseal
+from rlaif_fast.runs.recovery import recover
+from rlaif_fast.trainer import rl
+
+SEED = int(os.environ.get("RLAIF_FAST_FUZZ_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache) -> RunDir:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    values = SMALL | {
+        "output_dir": folder,
+        "cache_dir": cache,
+        "sft_steps": 2,
+        "eval_steps": 1,
+        "max_steps": 4,
+    }
+    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    return RunDir(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, cache, whole) -> RunDir:
+    """The same run, killed behind its third step of RL."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    values = SMALL | {
+        "output_dir": folder,
+        "cache_dir": cache,
+        "sft_steps": 2,
+        "eval_steps": 1,
+        "max_steps": 4,
+    }
+
+    class Killed(BaseException):
+        pass
+
+    sample, calls = rl.sample_and_rank, []
+
+    def sample_or_die(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise Killed
+        return sample(*args)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(rl, "sample_and_rank", sample_or_die)
+        train_module.main([f"--{key}={value}" for key, value in values.items()])
+    return RunDir(folder)
+
+
+def last(run: RunDir) -> str | None:
+    return CheckpointStore(run.checkpoints, {}, read_only=True).index.last
+
+
+def test_random_damages_of_a_real_run(stopped, tmp_path):
+    """200 damages: none silent, each told in a line, an earlier whole checkpoint used wherever there is one."""
+    print(f"RLAIF_FAST_FUZZ_SEED={SEED}")
+    newest = last(stopped)
+    assert newest == "rl-000003"
+    logs = unseal(stopped.checkpoints / newest / "manifest.json")["logs"]
+    rng = random.Random(SEED)
+    outcomes: Counter[str] = Counter()
+    for number in range(200):
+        run = RunDir(shutil.copytree(stopped.path, tmp_path / f"run-{number}"))
+        path, damage = rng.choice(files_of(run)), rng.choice(KINDS)
+        limit = logs.get(path.name, (None,))[0] if path.parent == run.path else None
+        if limit == 0:  # a record that nothing vouches for: what it holds is dropped
+            shutil.rmtree(run.path)
+            outcomes["not part of a checkpoint"] += 1
+            continue
+        before = path.read_bytes()
+        damage(path, rng, limit)
+        where = f"{number}: {damage.__name__} {path.relative_to(run.path)}"
+        assert not path.exists() or path.read_bytes() != before, where
+        try:
+            told = recover(run)
+        except RlaifFastError as error:
+            assert str(path) in str(error) and "\n" not in str(error), where
+            assert path.parent.name == "sft" or path.parent == run.path, where
+            outcomes["refused"] += 1
+        else:
+            lines = [line for line in told if line.startswith("damaged: ")]
+            assert len(lines) == 1 and str(path) in lines[0] and "\n" not in lines[0], (where, told)
+            assert last(run) != newest or newest not in path.parts, where
+            assert recover(run) == [], where  # and what is left is whole
+            outcomes["an earlier checkpoint" if last(run) != newest else "the newest"] += 1
+        shutil.rmtree(run.path)
+    print(dict(outcomes))
+    assert sum(outcomes.values()) == 200
+    assert outcomes["an earlier checkpoint"] > 40
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "manifest.json"])
+def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_alike(whole, stopped, name, tmp_path, capsys):
+    run = RunDir(shutil.copytree(stopped.path, tmp_path / "run"))
+    flip(run.checkpoints / "rl-000003" / name, random.Random(SEED))
+    assert train_module.main(["--resume", str(run.path)]) == 0
+    assert f"damaged: {run.checkpoints / 'rl-000003' / name} " in capsys.readouterr().err
+    assert metrics(run.path) == metrics(whole.path)
