@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent / "rlaif_fast"
 
 # From the top down. Rooms of one floor do not import each other; modules of the package's root are rooms too.
 FLOORS = (
-    ("__main__", "train", "evaluate", "compare", "doctor", "export", "plan"),
-    ("comparison", "adapters", "checkup", "evals"),
+    ("__main__", "train", "evaluate", "compare", "doctor", "export"),
+    ("comparison", "adapters", "checkup", "evals", "plan"),
     ("report",),
     ("trainer",),
     ("runs",),
