@@ -1,5 +1,4 @@
-"""Checks of the arguments of the public functions: each failure names the argument, what was expected and
-what came.
+"""Checks of the arguments of the public functions: each failure names the argument, what was expected and what came.
 
 Checks of values read the data. On an accelerator that is one synchronisation a call; they are skipped while
 torch.compile traces and while a CUDA graph is captured, where the kernels still guard every read by id.
