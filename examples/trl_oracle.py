@@ -28,8 +28,11 @@ def main(output_dir: str = "trl_oracle_run", steps: int = 6, **options) -> Oracl
         "save_strategy": "no", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
     }  # fmt: skip
     args = GRPOConfig(output_dir=output_dir, max_steps=steps, **{**tiny, **options})
+    start = Path(output_dir) / "start"
+    with args.main_process_first():
+        model = str(start) if start.exists() else tiny_text_model.save(start)
     trainer = OracleGRPOTrainer(
-        tiny_text_model.save(Path(output_dir) / "start"),
+        model,
         ReferenceOracle(),
         args=args,
         train_dataset=Dataset.from_list(sums),

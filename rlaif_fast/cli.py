@@ -116,10 +116,10 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
 
     parser = Parser(prog=prog, description=description, print_config="--print-config", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
-    for base in (config_class, *config_class.__bases__):
+    for base in config_class.__mro__:
         own = set(vars(base).get("__annotations__", {}))
-        if base is config_class:  # what it inherits and sets anew keeps the place and the words of the base
-            own -= {name for parent in base.__bases__ if is_dataclass(parent) for name in _names(parent)}
+        # What it inherits and sets anew keeps the place and the words of the base.
+        own -= {name for parent in base.__bases__ if is_dataclass(parent) for name in _names(parent)}
         if is_dataclass(base) and own:
             inherited = {field.name for field in fields(base)} - own
             parser.add_class_arguments(base, skip=inherited, as_group=True)

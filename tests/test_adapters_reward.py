@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import Ranking, ReferenceOracle, as_reward
-from rlaif_fast.oracle.as_reward import gains
+from rlaif_fast.oracle.as_reward import gains, grouped
+from rlaif_fast.video.testing import counter_frames, write_video
 
 ANSWERS = ["7", "9", "no number", "7"]
 CHAT = [[{"role": "user", "content": "How many?"}]] * 4
@@ -84,3 +86,92 @@ def test_nothing_is_imported_unless_asked_for():
         [sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True
     )
     assert done.stdout.strip() == "[]"
+
+
+class Seer:
+    """Notes what it is shown."""
+
+    name = "seer"
+
+    def __init__(self):
+        self.requests = []
+
+    def rank(self, requests):
+        self.requests += requests
+        return [Ranking(tuple(range(len(request.responses)))) for request in requests]
+
+
+def chat(*parts):
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "How many?"}]}]
+
+
+def picture(value: int):
+    from PIL import Image
+
+    return Image.new("RGB", (8, 6), (value, value, value))
+
+
+def test_an_oracle_sees_the_media_of_a_prompt(tmp_path):
+    film = write_video(tmp_path / "film.mp4", counter_frames(6, 32, 32), fps=2)
+    picture(9).save(tmp_path / "still.png")
+    frames = np.zeros((4, 6, 8, 3), np.uint8)
+    prompts = [
+        chat({"type": "video", "video": str(film), "image": None}),
+        chat({"type": "video", "video": str(film), "nframes": 2}),
+        chat({"type": "image", "image": picture(7)}, {"type": "video", "video": frames}),
+        chat({"type": "video", "video": [picture(1), picture(2)]}),
+        chat({"type": "image", "path": str(tmp_path / "still.png")}),
+        chat(),
+    ]
+    for prompt in prompts:
+        seer = Seer()
+        as_reward(seer)(prompts=[prompt] * 2, completions=["7", "9"])
+        [request] = seer.requests
+        assert request.question == "How many?"
+        prompt.append(request.clips)
+    shown = [[(len(clip.frames), clip.is_image) for clip in prompt[-1]] for prompt in prompts]
+    assert shown == [
+        [(6, False)], [(2, False)], [(1, True), (4, False)], [(2, False)], [(1, True)], [],
+    ]  # fmt: skip
+    assert prompts[2][-1][0].frames.unique().tolist() == [7]
+
+
+def test_media_in_columns_and_no_media(tmp_path):
+    film = str(write_video(tmp_path / "film.mp4", counter_frames(6, 32, 32), fps=2))
+    seer = Seer()
+    as_reward(seer)(prompts=["<video> How many?"] * 2, completions=["7", "9"], videos=[[film]] * 2)
+    as_reward(seer, media=False)(prompts=[chat({"type": "video", "video": film})] * 2, completions=["7", "9"])
+    assert [len(request.clips) for request in seer.requests] == [1, 0]
+
+
+def test_pictures_are_told_apart_by_their_content():
+    rows = [chat({"type": "image", "image": picture(value)}) for value in (1, 2, 1, 2)]
+    assert grouped(rows) == [[0, 2], [1, 3]]
+    arrays = [
+        chat({"type": "video", "video": np.full((50, 64, 64, 3), value, np.uint8)}) for value in (1, 2, 1)
+    ]
+    arrays[1][0]["content"][0]["video"][:] = 1
+    arrays[1][0]["content"][0]["video"][25, 30, 30] = 2  # where a printed array has its dots
+    assert grouped(arrays) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "video", "video": "https://host/film.mp4"}, "is not a local file"),
+        ({"type": "video", "video": "film.mp4", "speed": 2}, "the key 'speed' of a video is not used"),
+        ({"type": "image", "image": "a.png", "fps": 2.0}, "fps: a picture has none"),
+        (
+            {"type": "video", "video": np.zeros((4, 3, 8, 8), np.float32)},
+            r"expected frames \(F, H, W, 3\) uint8",
+        ),
+        (
+            {"type": "video", "video": np.zeros((4, 8, 8, 3), np.uint8), "nframes": 2},
+            "nframes cannot be applied",
+        ),
+        ({"type": "video", "video": 7}, "expected the path of a file, got 7"),
+    ],
+)
+def test_media_that_are_not_read_are_refused_by_name(part, message):
+    with pytest.raises(UsageError, match=message):
+        as_reward(Seer())(prompts=[chat(part)] * 2, completions=["7", "9"])

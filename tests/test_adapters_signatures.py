@@ -77,7 +77,7 @@ def test_verl_refuses_what_it_does_not_know(batch):
 @pytest.mark.parametrize("whole", [{}, {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 10}])
 def test_openrlhf(batch, token_level, whole):
     loss_fn = openrlhf.PolicyLoss(0.1, 0.3, dual_clip=2.0, token_level_loss=token_level)
-    loss, clip, kl, sampler = loss_fn(
+    loss, clip, kl, sampler, left_out = loss_fn(
         batch.logps, batch.old, batch.advantages, batch.mask, rollout_log_probs=batch.old + 0.25, **whole
     )
     tokens = clipped(batch, 0.1, 0.3, 2.0)
@@ -88,7 +88,7 @@ def test_openrlhf(batch, token_level, whole):
     same(loss, rows.sum() / count, batch)
     assert 0.0 < clip < 1.0
     torch.testing.assert_close(kl, ((batch.old - batch.logps) * batch.mask).sum() / LENGTHS.sum())
-    assert sampler.item() == pytest.approx(0.25)
+    assert sampler.item() == pytest.approx(0.25) and left_out.item() == 0.0
 
 
 def test_skyrl(batch):

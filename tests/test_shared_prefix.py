@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlaif_fast.policy.attention import ATTENTION_BACKENDS, ReferenceContext, choose_backend
 from rlaif_fast.policy.flash import Call, FlashContext, Sequences, TorchFlash, refuses_torch_flash
@@ -465,6 +466,22 @@ def test_flash_merges_two_calls_exactly(family: str, monkeypatch) -> None:
     ids[1] = ids[0]  # a whole response twice; prefixes in common are not shared on this backend
     lengths[1] = lengths[0]
     assert_same(ours, make_policy(family, model=model, shared_prefix=False), (prompts, ids, lengths, sizes))
+
+
+def test_flash_attends_inside_a_gradient_checkpoint() -> None:
+    """A checkpoint makes the layer again, and hands out each tensor that it saved once."""
+    policy = make_policy("qwen3_vl")
+    row = pack(np.array([[1, 2, 3], [4, 5, 0]]), np.array([3, 2]), np.array([4]), np.array([2]), "duplicates")
+    context = FlashContext(row, policy.device, TorchVarlen())
+    leaves = [torch.randn(1, 2, row.tokens, 8, requires_grad=True) for _ in range(3)]
+
+    def attended() -> Tensor:
+        return context.attend(0, *leaves, 0.3).square().sum()
+
+    expected = torch.autograd.grad(attended(), leaves)
+    again = checkpoint(attended, use_reentrant=False)
+    for ours, wanted in zip(torch.autograd.grad(again, leaves), expected):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_flash_merge_against_autograd_in_float64() -> None:

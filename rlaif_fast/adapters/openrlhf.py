@@ -1,4 +1,4 @@
-"""OpenRLHF: a policy loss of the documented signature (0.11), in place of `actor_loss_fn` of the actor's trainer."""
+"""OpenRLHF (0.11.2): a policy loss in place of `actor_loss_fn` of the actor's trainer."""
 
 from __future__ import annotations
 
@@ -46,9 +46,12 @@ class PolicyLoss(nn.Module):
         dp_size: int = 1,
         batch_num_tokens: int | float | Tensor | None = None,
         global_batch_size: int | float | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return loss, share of clipped tokens, mean of old less new log-probability, and the same of the sampler's
-        less old, where `rollout_log_probs` are given: they are compared, no weight is made of them."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return loss, share of clipped tokens, mean of old less new log-probability, the same of the sampler's less
+        old, and the share of tokens that are left out because of it, which is 0.
+
+        The last two are None without `rollout_log_probs`. These are compared, and no weight is made of them.
+        """
         items = batch_num_tokens if self.token_level_loss else global_batch_size
         out = grpo_rank_loss(
             log_probs,
@@ -63,7 +66,8 @@ class PolicyLoss(nn.Module):
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         kl = _mean(old_log_probs - log_probs.detach(), mask)
         sampler = None if rollout_log_probs is None else _mean(rollout_log_probs - old_log_probs, mask)
-        return out.loss, out.stats["clip_ratio/region_mean"], kl, sampler
+        left_out = None if sampler is None else torch.zeros_like(sampler)
+        return out.loss, out.stats["clip_ratio/region_mean"], kl, sampler, left_out
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:

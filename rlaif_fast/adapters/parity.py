@@ -1,15 +1,21 @@
-"""What our loss says of the same inputs as the losses of TRL and Liger, from the installed packages.
+"""What our loss says of the same inputs as the losses of TRL, Liger, verl and OpenRLHF, from the installed packages.
 
     python -m rlaif_fast.adapters.parity
 
-Every loss is given the same advantages, and a temperature of 0.7; TRL accumulates two micro-batches. The error printed
-is the larger of two: that of the loss, relative, and that of the gradients, relative in the l2 norm.
+Every loss is given the same advantages; TRL and Liger a temperature of 0.7, and TRL accumulates two micro-batches. verl
+and OpenRLHF add the KL outside of their losses. The error printed is the larger of two: that of the loss, relative, and
+that of the gradients, relative in the l2 norm.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +40,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "entropy bonus": {"entropy_coef": 0.01, "loss_type": "dapo"},
 }
 NOT_IN_LIGER = {"luspo": "differs: counts masked tokens", "entropy bonus": "has none"}
+CLIPPED: dict[str, dict[str, Any]] = {  # features that verl and OpenRLHF have; their losses hold no KL
+    "grpo": {},
+    "dapo": {"loss_type": "dapo"},
+    "luspo": {"loss_type": "luspo"},
+    "beta 0": {},
+    "epsilon_high": {"epsilon_high": 0.28},
+    "dual clip": {"dual_clip": 1.5},
+}
 Pair = tuple[Tensor, list[Tensor]]
 
 
@@ -102,6 +116,75 @@ def trl_errors(feature: str, trainer: Any) -> Errors:
         loss = compute(trainer, model, dict(inputs))
         results.append((loss, list(torch.autograd.grad(loss, list(model.parameters())))))
     return errors(*results)
+
+
+def verl_errors(feature: str) -> Errors:
+    """Return the errors of a feature against verl's loss, both as its registry gives them."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import ActorConfig
+
+    from rlaif_fast.adapters import verl, verl_plugin  # noqa: F401  # registers ours
+
+    options = CLIPPED[feature]
+    modes = {loss_type: mode for mode, loss_type in verl.LOSS_TYPES.items()}
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_mini_batch_size=B, ppo_micro_batch_size_per_gpu=B,
+        clip_ratio_high=options.get("epsilon_high", 0.2), clip_ratio_c=options.get("dual_clip", verl.DUAL_CLIP),
+    )  # fmt: skip
+    mode = modes[options.get("loss_type", "grpo")]
+
+    def loss(name: str, new: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        function = get_policy_loss_fn(name)
+        return function(batch["old"], new, batch["advantages"], batch["mask"], mode, config)[0]
+
+    return errors(*(_clipped(lambda *x, name=name: loss(name, *x)) for name in ("vanilla", "rlaif_fast")))
+
+
+def openrlhf_errors(feature: str) -> Errors:
+    """Return the errors of a feature against OpenRLHF's loss."""
+    from rlaif_fast.adapters import openrlhf
+
+    options = CLIPPED[feature]
+    if options.get("loss_type") == "luspo":
+        raise KeyError(feature)
+    arguments = {
+        "clip_eps_high": options.get("epsilon_high", 0.2),
+        "dual_clip": options.get("dual_clip"),
+        "token_level_loss": options.get("loss_type") == "dapo",
+    }
+
+    def loss(kind: Any, new: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return kind(**arguments)(new, batch["old"], batch["advantages"], batch["mask"])[0]
+
+    kinds = (openrlhf_loss(), openrlhf.PolicyLoss)
+    return errors(*(_clipped(lambda *x, kind=kind: loss(kind, *x)) for kind in kinds))
+
+
+def openrlhf_loss() -> Any:
+    """Return OpenRLHF's own `PolicyLoss`; its package imports flash-attn, which its file of losses does not need."""
+    found = importlib.util.find_spec("openrlhf")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'openrlhf'", name="openrlhf")
+    package = ModuleType("openrlhf.models")
+    package.__path__ = [str(Path(found.origin).parent / "models")]
+    known = sys.modules.get(package.__name__)
+    sys.modules[package.__name__] = package
+    try:
+        return importlib.import_module("openrlhf.models.loss").PolicyLoss
+    finally:
+        del sys.modules[package.__name__]
+        if known is not None:
+            sys.modules[package.__name__] = known
+
+
+def _clipped(loss: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Pair:
+    """A loss of log-probabilities (B, T), and its gradient."""
+    tokens, generator = _tokens(), torch.Generator().manual_seed(3)
+    old = -2.0 * torch.rand(B, T, generator=generator)
+    new = (old + 0.4 * torch.randn(B, T, generator=generator)).requires_grad_()
+    advantages = tokens["advantages"][:, None].expand(B, T)
+    value = loss(new, {"old": old, "advantages": advantages, "mask": tokens["mask"].float()})
+    return value, list(torch.autograd.grad(value, new))
 
 
 def trl_trainer(folder: str) -> Any:
@@ -174,13 +257,34 @@ def _set(trainer: Any, options: dict[str, Any]) -> None:
 
 def main() -> None:
     """Print the table."""
-    versions = {name: importlib.metadata.version(name) for name in ("trl", "liger-kernel")}
-    print(f"| feature | TRL {versions['trl']} | Liger {versions['liger-kernel']} |\n|---|---|---|")
+    packages = {"TRL": "trl", "Liger": "liger-kernel", "verl": "verl", "OpenRLHF": "openrlhf"}
+    titles = [f"{name} {_version(package)}" for name, package in packages.items()]
+    print(f"| feature | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(folder)
-        for feature in FEATURES:
-            liger = NOT_IN_LIGER.get(feature) or f"{max(liger_errors(feature)):.1e}"
-            print(f"| {feature} | {max(trl_errors(feature, trainer)):.1e} | {liger} |")
+        for feature in dict.fromkeys((*FEATURES, *CLIPPED)):
+            cells = [
+                _cell(lambda feature: trl_errors(feature, trainer), feature),
+                NOT_IN_LIGER.get(feature) or _cell(liger_errors, feature),
+                _cell(verl_errors, feature),
+                _cell(openrlhf_errors, feature),
+            ]
+            print(f"| {feature} | {' | '.join(cells)} |")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _cell(errors_of: Callable[[str], Errors], feature: str) -> str:
+    """The error; nothing where the package is not installed, or has no such feature."""
+    try:
+        return f"{max(errors_of(feature)):.1e}"
+    except (ModuleNotFoundError, KeyError):
+        return ""
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from rlaif_fast.loss.api import rank_advantages
 from rlaif_fast.oracle.as_reward import as_reward, gains, requests_of
 from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.oracle.prompt_media import PromptMedia
 
 
 def group_rewards(oracle: Oracle, failed: float = 0.0) -> Callable[..., Awaitable[list[float | None]]]:
@@ -49,7 +50,8 @@ def ranked_advantages(
             rows.setdefault(sample.group_index, []).append(row)
         prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
         columns = {"reference": [sample.label for sample in samples]}
-        rankings = oracle.rank(requests_of(list(rows.values()), prompts, responses, columns))
+        asked = requests_of(list(rows.values()), prompts, responses, columns, media=PromptMedia())
+        rankings = oracle.rank(asked)
         raw, ranks, judged = [0.0] * len(samples), [0.0] * len(samples), [False] * len(samples)
         for group, ranking in zip(rows.values(), rankings):
             for row, rank, gain in zip(group, ranking.ranks, gains(ranking)):

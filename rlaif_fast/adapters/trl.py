@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from trl import GRPOTrainer
 
-from rlaif_fast.adapters.trl_loss import LOGGED, MEDIA, add_rank_loss, forward_loss, mask_of, whole
+from rlaif_fast.adapters.trl_loss import LOGGED, add_rank_loss, forward_loss
+from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
 from rlaif_fast.loss.api import rank_advantages
-from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, requests_of
+from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, prompt_media, requests_of
 from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.video import ClipStore
 
 KINDS = ("directed", "oracle", "paper", "paper_swapped")
 
 
-class OracleGRPOTrainer(GRPOTrainer):
+class OracleGRPOTrainer(VideoPrompts):
     """GRPO_rank in TRL: oracles stand where reward functions stand.
 
     Whole groups are ranked on the main process, also where processes share a group, and advantages are made
@@ -33,6 +34,7 @@ class OracleGRPOTrainer(GRPOTrainer):
         penalty_weight: w of the directed advantage.
         scale: "none" or "group"; stands in place of `args.scale_rewards`.
         reference: The column of the data set that holds the reference answer, where there is one.
+        media: Show the oracles the pictures and videos of the prompts, decoded by a store of one's own where given.
         options: Of `GRPOTrainer`.
 
     Raises:
@@ -48,13 +50,14 @@ class OracleGRPOTrainer(GRPOTrainer):
         penalty_weight: float = 1.0,
         scale: str = "none",
         reference: str = "reference",
+        media: bool | ClipStore = True,
         **options: Any,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
         self.oracles = list(oracles) if isinstance(oracles, Sequence) else [oracles]
         self.ranking: dict[str, Any] = {"kind": kind, "penalty_weight": penalty_weight, "scale": scale}
-        self.reference = reference
+        self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
         super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)
         self._refuse()
@@ -80,7 +83,8 @@ class OracleGRPOTrainer(GRPOTrainer):
         size = self.num_generations if self.model.training else self.num_generations_eval
         rankings: list[Any] = [None] * len(self.oracles)
         if self.accelerator.is_main_process:
-            requests = requests_of(grouped(prompts, size), prompts, completions, columns, self.reference)
+            asked = grouped(prompts, size), prompts, completions, columns, self.reference, self.prompt_media
+            requests = requests_of(*asked)
             rankings = [oracle.rank(requests) for oracle in self.oracles]
         broadcast_object_list(rankings)
         first, device = self.accelerator.process_index * len(inputs), self.accelerator.device
@@ -125,14 +129,7 @@ class OracleGRPOTrainer(GRPOTrainer):
         logps, mask = output.get("old_per_token_logps"), mask_of(output)
         if logps is None and self.ranking["kind"] == "oracle":
             return None
-        if logps is None:
-            names = (*MEDIA, "num_images", "num_tiles")
-            ids, attention = whole(output)
-            with torch.no_grad():
-                logps, _, _ = self._get_per_token_logps_and_entropies(
-                    self.model, ids, attention, mask.shape[1], self.args.per_device_train_batch_size,
-                    **{name: output[name] for name in names if name in output},
-                )  # fmt: skip
+        logps = self.policy_logps(output) if logps is None else logps
         return (logps * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _compute_loss(self, model, inputs):

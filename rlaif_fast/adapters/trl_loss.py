@@ -12,13 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from rlaif_fast.adapters.trl_media import MEDIA, joined, mask_of, whole
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
 from rlaif_fast.loss.output import LossOutput
 
-MEDIA = (
-    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
-    *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
-)
 LOGGED = {  # our statistics under TRL's names
     "kl": "kl",
     "entropy": "entropy",
@@ -35,6 +32,8 @@ def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput
     of_tokens = trainer.loss_type in OF_TOKENS
     ids, attention = whole(inputs)
     media = {name: inputs[name] for name in MEDIA if name in inputs}
+    if "videos" in inputs:
+        media |= joined(inputs["videos"], ids, trainer._video_pad_token_id)
     arguments = loss_arguments(trainer, inputs)
     if of_tokens:
         arguments["num_items_in_batch"] = _items(trainer, inputs)
@@ -70,18 +69,6 @@ def loss_arguments(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         "entropy_aggregate": "tokens",
         "validate": False,
     }
-
-
-def mask_of(batch: dict[str, Any]) -> Tensor:
-    """Return what the policy wrote itself (B, T), without what tools answered."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-def whole(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return ids and attention mask of prompt and completion together, each (B, P + T)."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    return ids, torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
 
 def _items(trainer: Any, inputs: dict[str, Any]) -> Tensor:

@@ -14,6 +14,8 @@ from rlaif_fast.loss.api import grpo_rank_loss
 
 LOSS_TYPES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo"}
 
+DUAL_CLIP = 3.0  # verl's, where a configuration names none
+
 
 def policy_loss(
     old_log_prob: Tensor,  # (bs, T)
@@ -46,7 +48,7 @@ def policy_loss(
             f"loss_agg_mode must be one of {', '.join(map(repr, LOSS_TYPES))}; got {loss_agg_mode!r}"
         )
     low, high = _of(config, "clip_ratio_low"), _of(config, "clip_ratio_high")
-    info = _of(config, "global_batch_info") or {}
+    dual_clip, info = _of(config, "clip_ratio_c"), _of(config, "global_batch_info") or {}
     items = info.get("batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size")
     out = grpo_rank_loss(
         log_prob,
@@ -56,7 +58,7 @@ def policy_loss(
         sampling_ratio=rollout_is_weights,
         epsilon=_of(config, "clip_ratio") if low is None else low,
         epsilon_high=_of(config, "clip_ratio") if high is None else high,
-        dual_clip=_of(config, "clip_ratio_c"),
+        dual_clip=DUAL_CLIP if dual_clip is None else dual_clip,
         loss_type=LOSS_TYPES[loss_agg_mode],
         empty_rows="skip",
         num_items_in_batch=None if items is None else items / info.get("dp_size", 1),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
+from rlaif_fast.video import ClipStore
 
 
 def as_reward(
@@ -17,6 +22,7 @@ def as_reward(
     group_size: int | None = None,
     reference: str = "reference",
     failed: float | None = None,
+    media: bool | ClipStore = True,
 ) -> OracleReward:
     """Make a reward function of an oracle, for trainers that only take scalars.
 
@@ -29,20 +35,30 @@ def as_reward(
         group_size: G, where the responses of a group follow one another; None groups equal prompts.
         reference: Name of the column that holds the reference answer, where there is one.
         failed: Reward of a response without a verdict. TRL and ms-swift take None; verl needs a number.
+        media: Show the oracle the pictures and videos of the prompts, by a store of one's own where frames are chosen
+            otherwise. False spares an oracle that only reads the decoding.
 
     Returns:
         The function; see `OracleReward`.
     """
-    return OracleReward(oracle, group_size, reference, failed)
+    return OracleReward(oracle, group_size, reference, failed, media)
 
 
 class OracleReward:
     """Called as TRL, ms-swift and verl's batch reward manager call a reward function; see `as_reward`."""
 
-    def __init__(self, oracle: Oracle, group_size: int | None, reference: str, failed: float | None) -> None:
+    def __init__(
+        self,
+        oracle: Oracle,
+        group_size: int | None,
+        reference: str,
+        failed: float | None,
+        media: bool | ClipStore = True,
+    ) -> None:
         if group_size is not None and group_size < 2:
             raise UsageError(f"group_size must be at least 2, got {group_size}")
         self.oracle, self.group_size, self.reference, self.failed = oracle, group_size, reference, failed
+        self.media = prompt_media(media)
         self.__name__ = f"oracle_{oracle.name}"
 
     def __call__(
@@ -83,11 +99,16 @@ class OracleReward:
         columns_of_rows = {name: x for name, x in names.items() if _is_column(x, len(completions))}
         rewards: list[float | None] = [self.failed] * len(completions)
         groups = grouped(prompts, self.group_size)
-        requests = requests_of(groups, prompts, completions, columns_of_rows, reference)
+        requests = requests_of(groups, prompts, completions, columns_of_rows, reference, self.media)
         for rows, ranking in zip(groups, self.oracle.rank(requests)):
             for row, gain in zip(rows, gains(ranking)):
                 rewards[row] = self.failed if gain is None else gain
         return rewards
+
+
+def prompt_media(media: bool | ClipStore) -> PromptMedia | None:
+    """Return what turns the media of prompts into clips; None for an oracle that is shown none."""
+    return None if media is False else PromptMedia(None if media is True else media)
 
 
 def gains(ranking: Ranking) -> list[float | None]:
@@ -112,8 +133,18 @@ def grouped(prompts: Sequence[Any], group_size: int | None = None) -> list[list[
         return [list(range(first, first + group_size)) for first in range(0, count, group_size)]
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
-        rows.setdefault(json.dumps(prompt, sort_keys=True, default=repr), []).append(row)
+        rows.setdefault(json.dumps(prompt, sort_keys=True, default=_content), []).append(row)
     return list(rows.values())
+
+
+def _content(value: Any) -> str:
+    """A picture or an array by its content: trainers decode it anew for every row."""
+    if isinstance(value, Tensor):
+        value = value.cpu().numpy()
+    if not hasattr(value, "tobytes"):
+        return repr(value)
+    shape = getattr(value, "shape", None) or getattr(value, "size", None)
+    return f"{shape} {hashlib.blake2b(value.tobytes(), digest_size=20).hexdigest()}"
 
 
 def requests_of(
@@ -122,17 +153,20 @@ def requests_of(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     reference: str = "reference",
+    media: PromptMedia | None = None,
 ) -> list[RankRequest]:
-    """Return what an oracle is asked about each group of rows; the columns are those of its first row."""
+    """Return what an oracle is asked about each group of rows; columns and media are those of its first row."""
     requests = []
     for number, rows in enumerate(groups):
         metadata = {name: column[rows[0]] for name, column in columns.items()}
         answer = metadata.pop(reference, None)
+        clips = () if media is None else media.clips(prompts[rows[0]], metadata)
         requests.append(
             RankRequest(
                 id=str(number),
                 question=text_of(prompts[rows[0]]),
                 responses=tuple(text_of(completions[row]) for row in rows),
+                clips=clips,
                 reference=None if answer is None else str(answer),
                 metadata=metadata,
             )
@@ -144,6 +178,8 @@ def text_of(message: Any) -> str:
     """Return the text of a prompt or response that is a text, a message, parts of one, or a chat."""
     if isinstance(message, str):
         return message
+    if isinstance(message, Mapping) and message.get("type") in PARTS:
+        return ""
     if isinstance(message, Mapping):
         return text_of(message.get("content") or message.get("text") or "")
     return "\n".join(text for text in map(text_of, message) if text)

@@ -204,13 +204,14 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor):  # type: ignore[override]
         layout, scale, kernel = ctx.layout, ctx.scale, ctx.kernel
-        q_p, k_p, v_p, out_p, lse_p = ctx.saved_tensors[:5]
+        saved = ctx.saved_tensors  # read once: a gradient checkpoint hands each of them out once
+        q_p, k_p, v_p, out_p, lse_p = saved[:5]
         dout_p = dout.index_select(0, layout.prompt_index)
         dq_p, dk_p, dv_p = kernel.backward(layout.prompt_call(q_p, k_p, v_p, scale), dout_p, out_p, lse_p)
         dq = dout.new_zeros(len(dout), *q_p.shape[1:])
         dk, dv = (dout.new_zeros(len(dout), *k_p.shape[1:]) for _ in range(2))
-        if len(ctx.saved_tensors) > 5:
-            q_r, k_r, v_r, out_r, lse_r = ctx.saved_tensors[5:]
+        if len(saved) > 5:
+            q_r, k_r, v_r, out_r, lse_r = saved[5:]
             dout_r = dout.index_select(0, layout.node_index)
             dq_1, dk_1, dv_1 = kernel.backward(layout.prefix_call(q_r, k_p, v_p, scale), dout_r, out_r, lse_r)
             dq_2, dk_r, dv_r = kernel.backward(

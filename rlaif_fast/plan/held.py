@@ -1,0 +1,71 @@
+"""What a process holds from step to step: weights, their float32 copies, moments, the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from rlaif_fast.algorithms.registry import make_algorithm
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.trainer.options import TrainConfig
+
+MOMENTS = 8  # bytes a weight that trains, of AdamW in float32
+
+
+def held_parts(policy: Policy, config: TrainConfig, together: int) -> dict[str, int]:
+    """Bytes by part that are there in every step.
+
+    Args:
+        policy: On the meta device.
+        config: Of the run.
+        together: Processes that hold the weights together; 1 without sharding.
+    """
+    parameters = list(policy.model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    numbers = sum(p.numel() for p in trained)
+    algorithm = make_algorithm(config)
+    asks_reference = "reference" in algorithm.extra_models or algorithm.samples_from == "start"
+    width = 4 if together > 1 else next(iter(trained)).element_size()
+    parts = {
+        "weights": weight_bytes(policy, together),
+        "moments": numbers * MOMENTS // together,
+    }
+    if together == 1 and any(p.dtype == torch.bfloat16 for p in trained):
+        parts["float32 copies"] = 4 * numbers
+    if asks_reference and not policy.has_adapter:
+        parts["reference"] = numbers * width // together
+    if not policy.vision.trains and config.feature_cache_bytes:
+        parts["remembered features (at most)"] = config.feature_cache_bytes
+    return parts
+
+
+def weight_bytes(policy: Policy, together: int) -> int:
+    """Bytes of the weights that a process holds: its part, float32 where they train, and a frozen tower whole."""
+    whole = set() if policy.vision.trains else set(policy.vision.tower.parameters())
+    total = 0
+    for parameter in policy.model.parameters():
+        sharded = together > 1 and parameter not in whole
+        width = 4 if together > 1 and parameter.requires_grad else parameter.element_size()
+        total += -(-parameter.numel() // together) * width if sharded else parameter.numel() * width
+    return total
+
+
+def gathered_bytes(policy: Policy, together: int) -> tuple[int, int]:
+    """Bytes of sharded weights that a process gathers: in a rollout all, in a pass two layers and the rest."""
+    if together == 1:
+        return 0, 0
+    stacks = [list(policy.decoder.layers)]
+    if policy.vision.trains:
+        tower = policy.vision.tower
+        stacks.append(list(tower.blocks))
+        everything = _bytes(policy.model.parameters())
+    else:
+        everything = _bytes(policy.model.parameters()) - _bytes(policy.vision.tower.parameters())
+    layers = [_bytes(layer.parameters()) for stack in stacks for layer in stack]
+    return everything, 2 * max(layers) + everything - sum(layers)
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
