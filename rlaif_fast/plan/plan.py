@@ -16,6 +16,7 @@ from rlaif_fast.plan.options import GPUS, PlanConfig
 from rlaif_fast.plan.step import Step, run_on_meta
 from rlaif_fast.plan.timing import seconds_of
 from rlaif_fast.plan.workload import prompts_of_a_process
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.loading import DTYPES
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -62,8 +63,12 @@ def make_plan(config: PlanConfig) -> Plan:
     """Foretell a step.
 
     Raises:
-        UsageError: The model cannot be read, or is of a family that is not foretold.
+        UsageError: The model cannot be read, or it or the algorithm is not foretold.
     """
+    if make_algorithm(config).has_critic:
+        raise UsageError(
+            f"algorithm: the models that {config.algorithm} holds beside the policy are not foretold"
+        )
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
     model = shape_of(config.model)
     policy = policy_on_meta(config, model, dtype)
