@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from rlaif_fast.algorithms.registry import make_algorithm
+from rlaif_fast.errors import UsageError
 from rlaif_fast.plan.held import gathered_bytes, held_parts
 from rlaif_fast.plan.model import policy_on_meta, shape_of, with_layers
 from rlaif_fast.plan.options import GPUS, PlanConfig
 from rlaif_fast.plan.step import Step, run_on_meta
 from rlaif_fast.plan.timing import seconds_of
 from rlaif_fast.plan.workload import prompts_of_a_process
-from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.loading import DTYPES
 from rlaif_fast.policy.prompt import EncodedPrompt
 
