@@ -330,6 +330,7 @@ SMALL = {
     "num_generations": 4,
     "learning_rate": 0.003,
     "warmup_steps": 0,
+    "early_stopping_patience": 2,  # counted from the first PPO step
     "eval_steps": 1,
     "gallery_clips": 0,
     "report": "false",

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from rlaif_fast import LossOutput, RankAdvantages, fused_linear_grpo_rank_loss, rank_advantages
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
-from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Oracle, Ranking
-from rlaif_fast.policy.policy import Policy
 
 if TYPE_CHECKING:
     from rlaif_fast.algorithms.group import Group
+    from rlaif_fast.distributed.world import World
+    from rlaif_fast.policy.policy import Policy
     from rlaif_fast.prompts.encoder import Prompt
     from rlaif_fast.rollout.base import Rollout
 
@@ -49,7 +49,7 @@ class MakeUpdater(Protocol):
         *,
         begin: int = 0,
         end: int | None = None,
-        once: bool = False,
+        updates: int | None = None,
     ) -> Updates:
         """The optimizer of `model`.
 
@@ -58,7 +58,7 @@ class MakeUpdater(Protocol):
             learning_rate: Its peak; None is the policy's.
             begin: The first rollout that it learns from.
             end: The rollout before which it ends; None is the stage's end.
-            once: It is updated once a rollout, and not as often as the policy.
+            updates: How often it is updated a rollout; None is as often as the policy.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class RewardAndValue:
         self.value: ScalarModel | None = None
         end = None if options.reward_model_refresh else options.reward_model_steps
         rate = options.reward_model_learning_rate
-        self._reward_updates: Updates | None = make_updater(self.reward, rate, end=end, once=True)
+        updates = options.reward_model_updates
+        self._reward_updates: Updates | None = make_updater(self.reward, rate, end=end, updates=updates)
         self._value_updates: Updates | None = None
 
     # --- who judges -----------------------------------------------------------------------------------------
@@ -101,10 +103,24 @@ class RewardAndValue:
         return self._appraised(groups, scores, figures), figures
 
     def _learn_order(self, groups: Sequence[Group]) -> dict[str, float]:
-        """One update of the reward model; the accuracy is that on these pairs before it learned from them."""
-        (judged,) = self._world.sum(len(groups))
+        """Updates of the reward model, each from a part of the groups, whose pairs it orders before it learns them."""
+        parts = self.options.reward_model_updates
+        bounds = [len(groups) * i // parts for i in range(parts + 1)]
+        sums = [self._learn_part(groups[low:high]) for low, high in pairwise(bounds)]
+        loss, ordered, pairs, judged = map(sum, zip(*sums))
         if not judged:
             return {}
+        return {
+            "reward_model/loss": loss / judged,
+            "reward_model/accuracy": ordered / pairs if pairs else float("nan"),
+            "reward_model/pairs": pairs,
+        }
+
+    def _learn_part(self, groups: Sequence[Group]) -> list[float]:
+        """One update; of all processes the loss, the pairs ordered as preferred, the pairs, and the groups."""
+        (judged,) = self._world.sum(len(groups))
+        if not judged:
+            return [0.0] * 4
         ordered = pairs = loss = 0.0
         with self.reward.in_place():
             for part in parts_of(groups, self._policy.max_packed_tokens):
@@ -117,16 +133,11 @@ class RewardAndValue:
                 center = self.options.center_rewards_coefficient
                 found = bradley_terry_loss(scores, preferred, center=center, weights=weights)
                 self.reward.backward(found.loss * self._world.size / judged)
-                loss += found.loss.item() / judged
+                loss += found.loss.item()
                 ordered, pairs = ordered + found.ordered.item(), pairs + found.pairs.item()
         assert self._reward_updates is not None
         self._reward_updates.step()
-        loss, ordered, pairs = self._world.sum(loss, ordered, pairs)
-        return {
-            "reward_model/loss": loss,
-            "reward_model/accuracy": ordered / pairs if pairs else float("nan"),
-            "reward_model/pairs": pairs,
-        }
+        return [*self._world.sum(loss, ordered, pairs), judged]
 
     def _begin_ppo(self) -> None:
         """Let the value model begin as the reward model; one that learns no more needs no optimizer."""

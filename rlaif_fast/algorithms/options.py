@@ -12,13 +12,8 @@ from rlaif_fast.loss.options import LossOptions
 
 # Options that only an algorithm with a critic reads.
 OF_A_CRITIC = (
-    *(
-        "reward_model_steps",
-        "reward_model_refresh",
-        "reward_model_learning_rate",
-        "center_rewards_coefficient",
-    ),
-    *("value_learning_rate", "gamma", "lam", "cliprange_value"),
+    *("reward_model_steps", "reward_model_refresh", "reward_model_updates", "reward_model_learning_rate"),
+    *("center_rewards_coefficient", "value_learning_rate", "gamma", "lam", "cliprange_value"),
 )
 
 
@@ -54,6 +49,7 @@ class AlgorithmOptions:
             from before PPO begins (ppo_rm, like all options below).
         reward_model_refresh: Let the oracle rank PPO's rollouts too, and the reward model learn from each before it
             scores it; else the reward model stays as it is and PPO asks no oracle.
+        reward_model_updates: Updates of the reward model from a rollout, each from a part of its groups.
         reward_model_learning_rate: Peak learning rate of the reward model; null is `learning_rate`.
         center_rewards_coefficient: Weight of the squared sum of two scores, which holds them near zero.
         value_learning_rate: Peak learning rate of the value model; null is `learning_rate`.
@@ -81,6 +77,7 @@ class AlgorithmOptions:
     backend: str = "auto"
     reward_model_steps: int = 50
     reward_model_refresh: bool = False
+    reward_model_updates: int = 4
     reward_model_learning_rate: float | None = None
     center_rewards_coefficient: float = 0.01
     value_learning_rate: float | None = None
@@ -123,6 +120,7 @@ class AlgorithmOptions:
 
     def _check_critic(self) -> None:
         require_least("reward_model_steps", self.reward_model_steps, 1)
+        require_least("reward_model_updates", self.reward_model_updates, 1)
         require_least("center_rewards_coefficient", self.center_rewards_coefficient, 0)
         require_positive("cliprange_value", self.cliprange_value)
         for name in ("gamma", "lam"):

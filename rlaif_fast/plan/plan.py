@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rlaif_fast.algorithms.registry import make_algorithm
+from rlaif_fast.errors import UsageError
 from rlaif_fast.plan.held import gathered_bytes, held_parts
 from rlaif_fast.plan.model import policy_on_meta, shape_of, with_layers
 from rlaif_fast.plan.options import GPUS, PlanConfig
@@ -62,8 +63,12 @@ def make_plan(config: PlanConfig) -> Plan:
     """Foretell a step.
 
     Raises:
-        UsageError: The model cannot be read, or is of a family that is not foretold.
+        UsageError: The model cannot be read, or it or the algorithm is not foretold.
     """
+    if make_algorithm(config).has_critic:
+        raise UsageError(
+            f"algorithm: the models that {config.algorithm} holds beside the policy are not foretold"
+        )
     dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
     model = shape_of(config.model)
     policy = policy_on_meta(config, model, dtype)

@@ -62,6 +62,12 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> l
         curve("rl", "no_signal"),
         percent=True,
     )
+    add(
+        "Reward model",
+        "Share of the pairs of a rollout that it orders as the oracle does, before it learns from them.",
+        curve("rl", "reward_model/accuracy"),
+        percent=True,
+    )
     add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
     add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
     if oracle == "reference":  # it is the reference, and looks at no frame: both taus are 1 by design

@@ -119,7 +119,10 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 )
                 score = run.score(result)
                 improved = score > progress.best_score or run.data.metric == "none"
-                progress.evals_without_gain = 0 if improved else progress.evals_without_gain + 1
+                if improved or progress.step <= begin:  # the policy has not begun to learn
+                    progress.evals_without_gain = 0
+                else:
+                    progress.evals_without_gain += 1
                 progress.best_score = max(score, progress.best_score)
                 save(f"rl-{progress.step:06d}", last=True, best=improved)
                 saved = progress.step
@@ -142,10 +145,10 @@ def make_updater(
     *,
     begin: int = 0,
     end: int | None = None,
-    once: bool = False,
+    updates: int | None = None,
 ) -> Updater:
     """The optimizer of a model that learns from the rollouts `begin` to `end`; see `MakeUpdater`."""
-    updates_per_rollout = 1 if once else config.num_iterations * config.steps_per_generation
+    updates = config.num_iterations * config.steps_per_generation if updates is None else updates
     rollouts = (config.max_steps if end is None else end) - begin
     return Updater(
         model,
@@ -155,8 +158,8 @@ def make_updater(
         betas=(config.adam_beta1, config.adam_beta2),
         max_grad_norm=config.max_grad_norm,
         schedule=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps * updates_per_rollout,
-        total_steps=rollouts * updates_per_rollout,
+        warmup_steps=config.warmup_steps * updates,
+        total_steps=rollouts * updates,
         min_lr_ratio=config.min_lr_ratio,
     )
 
