@@ -67,7 +67,7 @@ def build_arguments() -> dict:
     ]
     if with_cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        sources.append("csrc/cuda/rank_penalty.cu")
+        sources += ["csrc/cuda/rank_penalty.cu", "csrc/cuda/row_loss.cu"]
         macros += [
             ("RLAIF_WITH_CUDA", None),
             ("RLAIF_CUDA_VERSION", torch.version.cuda),

@@ -12,6 +12,7 @@ pytest-benchmark's own columns come from one more run of the arm. `RLAIF_FAST_BE
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import statistics
@@ -86,6 +87,7 @@ class Case:
         floor: The arm that the others are set against.
         failed: What an arm raised instead; its test raises it again.
         skipped: Why an arm is not here.
+        device: "cpu" or "cuda".
     """
 
     arms: dict[str, Arm]
@@ -93,6 +95,7 @@ class Case:
     floor: str
     failed: dict[str, Exception] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
 
     def ratio(self, arm: str, over: str) -> float:
         """Return time over time, at the 20th percentile: what shares the machine only ever adds to either."""
@@ -179,7 +182,38 @@ def measure(
             results[name].seconds.append(clock() - start)
         if done >= (0 if SMOKE else 2) and time.perf_counter() - started > seconds:
             break
-    return Case(arms, results, floor, failed, skipped or {})
+    return Case(arms, results, floor, failed, skipped or {}, device)
+
+
+def append_line(**figures: Any) -> None:
+    """Append figures as one line of JSON to the file that RLAIF_FAST_BENCH_LINES names, as soon as they are there: a
+    session that is stopped leaves what it has measured."""
+    path = os.environ.get("RLAIF_FAST_BENCH_LINES")
+    if path:
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures | {"torch": torch.__version__, "commit": commit()}) + "\n")
+
+
+def append_case(name: str, case: Case) -> None:
+    """Append a line for each arm of a case: its figures, or why it has none."""
+    for arm, result in case.results.items():
+        append_line(
+            case=name,
+            arm=arm,
+            device=device_name(case.device),
+            median_s=result.median,
+            p20_s=result.quantile(0.2),
+            p80_s=result.quantile(0.8),
+            samples=len(result.seconds),
+            over_floor=case.ratio(arm, case.floor),
+            floor=case.floor,
+            peak_bytes=result.peak_bytes,
+            bytes=case.arms[arm].bytes,
+            flops=case.arms[arm].flops,
+        )
+    reasons = {arm: f"{type(error).__name__}: {error}" for arm, error in case.failed.items()} | case.skipped
+    for arm, reason in reasons.items():
+        append_line(case=name, arm=arm, not_measured=reason)
 
 
 class Arena:
@@ -195,6 +229,7 @@ class Arena:
             self._case = None
             gc.collect()
             self._case = build()
+            append_case(name, self._case)
             self._name = name
         return self._case
 

@@ -13,7 +13,7 @@ packages=(
   av jsonargparse typeshed-client docstring-parser httpx httpcore h11 anyio idna certifi tenacity sacrebleu portalocker
   tabulate colorama lxml
   nvidia-dali-cuda130 nvidia-libnvcomp-cu13 nvidia-nvimgcodec-cu13 astunparse gast libcst makefun nvtx optree six
-  liger-kernel==0.8.5 "trl==1.16.*" accelerate peft datasets pyarrow pandas xxhash dill multiprocess psutil
+  "setuptools>=77" liger-kernel==0.8.5 "trl==1.16.*" accelerate peft datasets pyarrow pandas xxhash dill multiprocess psutil
 )
 optional=(flash-attn)
 

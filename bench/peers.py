@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Peer:
         compiled: It goes through torch.compile.
         exact: Its gradient is that of its log-probabilities, up to rounding.
         matmuls: Products of M, H and V that a head makes.
+        attribute: What the module has since some release.
     """
 
     label: str
@@ -53,6 +55,7 @@ class Peer:
     compiled: bool = False
     exact: bool = True
     matmuls: int = 4
+    attribute: str = ""
 
     def refuses(self, device: str, dtype: torch.dtype) -> str | None:
         """Return why it is not measured here, or None."""
@@ -67,7 +70,10 @@ class Peer:
         modules = [self.module]
         if device == "cuda" and self.hopper and torch.cuda.get_device_capability() == (9, 0):
             modules.append(self.hopper)
-        return next(filter(None, (missing(self.package, module) for module in modules)), None)
+        reason = next(filter(None, (missing(self.package, module) for module in modules)), None)
+        if reason is None and not hasattr(importlib.import_module(self.module), self.attribute or "__name__"):
+            return f"{self.package} {version(self.package)} has no {self.module}.{self.attribute}"
+        return reason
 
     def __call__(self, *inputs: Tensor) -> Logps:
         return self.logps(importlib.import_module(self.module), *inputs)
@@ -124,6 +130,11 @@ def _trl_head(trl: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Logps:
 
 def _trl_logits(trl: Any, logits: Tensor, ids: Tensor) -> Logps:
     return trl.selective_log_softmax_and_entropy(logits, ids)
+
+
+def _torch_chunked(functional: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Logps:
+    chunks = torch.nn.LinearCrossEntropyOptions()  # without them the logits are kept
+    return -functional.linear_cross_entropy(hidden, weight, ids, reduction="mean", options=chunks), None
 
 
 def _liger(liger: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Logps:
@@ -222,6 +233,15 @@ HEADS = (
         HALF,
         (9, 0),
         matmuls=3,
+    ),
+    Peer(
+        "torch linear_cross_entropy chunked, mean NLL only",
+        "torch",
+        "torch.nn.functional",
+        _torch_chunked,
+        capability=None,
+        matmuls=3,
+        attribute="linear_cross_entropy",
     ),
     Peer("verl linear_cross_entropy", "verl", "verl.utils.kernel.linear_cross_entropy", _verl_head),
     Peer(

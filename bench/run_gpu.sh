@@ -53,6 +53,7 @@ pack() { # one file with everything but links, caches and packages
 }
 trap pack EXIT
 export TRITON_CACHE_DIR="$out/triton-cache" PYTHONUNBUFFERED=1
+export RLAIF_FAST_BENCH_LINES="$out/figures.jsonl" # an arm's figures as soon as they are there
 if [[ $dry -eq 1 ]]; then
   export TRITON_INTERPRET=1
   collect=(--collect-only -q)

@@ -11,6 +11,12 @@
 #include <cmath>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define RLAIF_TERM __host__ __device__ inline
+#else
+#define RLAIF_TERM inline
+#endif
+
 namespace rlaif {
 
 // The same as `LOG_RATIO_LIMIT` in rlaif_fast/loss/options.py.
@@ -57,17 +63,17 @@ struct KlTerm {
 
 // std::clamp and std::min would drop a NaN; these keep it.
 template <typename T>
-inline T at_most(T x, T limit) {
+RLAIF_TERM T at_most(T x, T limit) {
   return x > limit ? limit : x;
 }
 
 template <typename T>
-inline T at_least(T x, T limit) {
+RLAIF_TERM T at_least(T x, T limit) {
   return x < limit ? limit : x;
 }
 
 template <typename T>
-inline PolicyTerm<T> policy_term(T log_ratio, T logp, T advantage, const TokenOptions<T>& options) {
+RLAIF_TERM PolicyTerm<T> policy_term(T log_ratio, T logp, T advantage, const TokenOptions<T>& options) {
   const T limit = T(kLogRatioLimit);
   const bool moves = !(log_ratio > limit || log_ratio < -limit);
   const T ratio = std::exp(at_least(at_most(log_ratio, limit), -limit));
@@ -102,7 +108,7 @@ inline PolicyTerm<T> policy_term(T log_ratio, T logp, T advantage, const TokenOp
 }
 
 template <typename T>
-inline KlTerm<T> kl_estimate(T x, Kl estimator) {
+RLAIF_TERM KlTerm<T> kl_estimate(T x, Kl estimator) {
   if (estimator == Kl::K1) {
     return {-x, T(1)};
   }
@@ -117,7 +123,7 @@ inline KlTerm<T> kl_estimate(T x, Kl estimator) {
 }
 
 template <typename T>
-inline KlTerm<T> kl_term(T x, const PolicyTerm<T>& policy, const TokenOptions<T>& options) {
+RLAIF_TERM KlTerm<T> kl_term(T x, const PolicyTerm<T>& policy, const TokenOptions<T>& options) {
   KlTerm<T> term = kl_estimate(x, options.kl);
   if (term.value > options.kl_clamp || term.value < -options.kl_clamp) {
     term = {at_least(at_most(term.value, options.kl_clamp), -options.kl_clamp), T(0)};

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -129,6 +131,23 @@ def test_the_loss_imports_nothing_else_of_ours():
         if room(target) != "loss" and target != "rlaif_fast._C"
     }
     assert outside == set()
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import rlaif_fast", ["torch", "transformers", "av", "jsonargparse"]),
+        (
+            "from rlaif_fast import fused_linear_grpo_rank_loss",
+            ["torch._dynamo", "sympy", "transformers", "av"],
+        ),
+        ("import rlaif_fast.train", ["torch", "transformers", "av", "jsonargparse"]),
+    ],
+)
+def test_what_is_imported_is_light(statement, heavy):
+    command = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -414,19 +415,51 @@ def test_upstream_gradients_are_not_rounded_to_the_gradient_s_dtype():
 
 
 @pytest.mark.parametrize("chunk_size", [5, None])
-def test_weight_grad_receives_the_gradient_in_float32(chunk_size):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float32_weight_gets_the_gradient_in_float32(chunk_size, backend):
     problem = random_problem(dtype=torch.bfloat16)
-    arguments = {"bias": problem.bias, "chunk_size": chunk_size, "backend": "cpu", **problem.tensors}
+    arguments = {"bias": problem.bias, "chunk_size": chunk_size, "backend": backend, **problem.tensors}
     leaves = [x.clone().requires_grad_() for x in (problem.hidden, problem.weight)]
-    target = torch.zeros(problem.weight.shape)
+    copy = torch.randn(problem.weight.shape, requires_grad=True)  # its values are not read
     for _ in range(2):
         out = fused_linear_grpo_rank_loss(
-            *leaves, problem.token_ids, problem.oracle_ranks, weight_grad=target, **arguments
+            *leaves, problem.token_ids, problem.oracle_ranks, float32_weight=copy, **arguments
         )
         (out.loss / 3).backward()
     _, grads = evaluate(problem.double(), "reference")
     assert leaves[1].grad is None and leaves[0].grad is not None
-    assert relative_l2(target, grads[1] * (2 / 3)) <= TOLERANCES[torch.float32].gradient
+    assert relative_l2(copy.grad, grads[1] * (2 / 3)) <= TOLERANCES[torch.float32].gradient
+
+
+@pytest.mark.parametrize("chunk_size", [5, None])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_float32_weight_gets_the_gradient_of_log_probabilities(chunk_size, backend):
+    problem = random_problem(dtype=torch.bfloat16)
+    hidden, weight = (x.clone().requires_grad_() for x in (problem.hidden, problem.weight))
+    copy = torch.zeros(weight.shape, requires_grad=True)
+    options = {"bias": problem.bias, "chunk_size": chunk_size, "backend": backend}
+    logps = token_logps(hidden, weight, problem.token_ids, float32_weight=copy, **options)
+    (logps * logps.detach()).sum().backward()
+    exact = problem.double()
+    wide = exact.weight.clone().requires_grad_()
+    options |= {"bias": exact.bias, "backend": "reference"}
+    expected = token_logps(exact.hidden, wide, exact.token_ids, **options)
+    (expected * expected.detach()).sum().backward()
+    assert weight.grad is None and hidden.grad is not None
+    assert relative_l2(copy.grad, wide.grad) <= TOLERANCES[torch.float32].gradient
+
+
+def test_float32_weight_of_another_shape_or_dtype_is_refused():
+    problem = random_problem(dtype=torch.bfloat16)
+    call = partial(
+        fused_linear_grpo_rank_loss,
+        *(problem.hidden, problem.weight, problem.token_ids, problem.oracle_ranks),
+        **problem.tensors,
+    )
+    with pytest.raises(TypeError, match="float32_weight must be float32; got"):
+        call(float32_weight=problem.weight.clone())
+    with pytest.raises(ValueError, match="float32_weight must be"):
+        call(float32_weight=problem.weight[1:].float())
 
 
 @pytest.mark.parametrize("chunk_size", [3, 10_000])

@@ -75,11 +75,14 @@ def test_differentiable_operators(backend):
 
     hidden, weight, bias = (x.requires_grad_() for x in (problem.hidden, problem.weight, problem.bias))
     rows, ids = hidden.detach().view(-1, 16).requires_grad_(), problem.token_ids.flatten()
-    opcheck(OPS.linear_stats.default, (rows, weight, bias, ids, *scaling, 5, backend))
+    opcheck(OPS.linear_stats.default, (rows, weight, bias, None, ids, *scaling, 5, backend))
+    copy = weight.detach().double().requires_grad_()
+    opcheck(OPS.linear_stats.default, (rows, weight, bias, copy, ids, *scaling, 5, backend))
     needs = (True, True, True)
-    head = (weight, bias, problem.token_ids, None, None)
-    opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *head, *needs, *scaling, *arguments, backend))
-    frozen = (weight.detach(), None, problem.token_ids, None, 7, True, False, False)
+    for wide in (None, copy):
+        head = (weight, bias, wide, problem.token_ids, None, None)
+        opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *head, *needs, *scaling, *arguments, backend))
+    frozen = (weight.detach(), None, None, problem.token_ids, None, 7, True, False, False)
     opcheck(OPS.linear_grpo_rank_loss.default, (hidden, *frozen, *scaling, *arguments, backend))
 
 

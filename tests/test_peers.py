@@ -6,12 +6,13 @@ rounding costs.
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import peers
 import pytest
 import torch
-from benchmarking import Arm, measure, record
+from benchmarking import Arena, Arm, measure, record
 from torch import Tensor
 
 from rlaif_fast.loss.inputs import Head
@@ -102,3 +103,19 @@ def test_a_peer_that_raises_fails_its_own_arm_only() -> None:
         record(benchmark, case, "broken", "none", "1", "cpu")
     with pytest.raises(pytest.skip.Exception, match="absent: why"):
         record(benchmark, case, "absent", "none", "1", "cpu")
+
+
+def test_figures_are_written_as_soon_as_a_case_is_measured(tmp_path, monkeypatch):
+    path = tmp_path / "figures.jsonl"
+    monkeypatch.setenv("RLAIF_FAST_BENCH_LINES", str(path))
+    monkeypatch.setattr("benchmarking.SMOKE", True)
+
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    arms = {"floor": Arm(lambda: None, flops=6), "other": Arm(fails)}
+    Arena().case("a case", lambda: measure(arms, "floor", "cpu", 0.0, {"peer": "not installed"}))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["arm"] for line in lines] == ["floor", "other", "peer"]
+    assert lines[0]["case"] == "a case" and lines[0]["flops"] == 6 and lines[0]["samples"] >= 1
+    assert [line["not_measured"] for line in lines[1:]] == ["RuntimeError: out of memory", "not installed"]

@@ -196,18 +196,18 @@ def test_a_bias_of_another_dtype_is_cast_once(dtype: torch.dtype, bias_dtype: to
 
 
 def test_float32_gradients_of_a_bfloat16_weight() -> None:
-    """`weight_grad` holds what a float32 optimizer copy needs; in bfloat16 the same gradient is rounded."""
+    """`float32_weight` gets what an optimizer's copy needs; in bfloat16 the same gradient is rounded."""
     t = tensors()
     hidden, weight = t["hidden"].bfloat16().requires_grad_(), t["weight"].bfloat16().requires_grad_()
     rest = {"old_logps": t["old"], "chunk_size": 4, "backend": "triton"}
-    target = torch.ones(V, H, device=DEVICE)
+    copy = torch.zeros(V, H, device=DEVICE, requires_grad=True)
     for upstream in (1 / 3, 1.0):
         out = rlaif_fast.fused_linear_grpo_rank_loss(
-            hidden, weight, t["ids"], t["ranks"], weight_grad=target, **rest
+            hidden, weight, t["ids"], t["ranks"], float32_weight=copy, **rest
         )
         (out.loss * upstream).backward()
     assert weight.grad is None and hidden.grad is not None
     plain = rlaif_fast.fused_linear_grpo_rank_loss(hidden, weight, t["ids"], t["ranks"], **rest)
     (rounded,) = torch.autograd.grad(plain.loss, weight)
-    assert error((target - 1) * 3 / 4, rounded) < 8e-3
-    assert not torch.equal((target - 1).bfloat16().float(), target - 1)
+    assert error(copy.grad * 3 / 4, rounded) < 8e-3
+    assert not torch.equal(copy.grad.bfloat16().float(), copy.grad)

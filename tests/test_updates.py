@@ -8,19 +8,24 @@ import pytest
 import torch
 from torch import nn
 
+from rlaif_fast import token_logps
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from
 from rlaif_fast.algorithms.grpo_rank import GrpoRank
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.loss import linear
 from rlaif_fast.loss.reference.preference import lipo_loss
+from rlaif_fast.loss.testing import relative_l2
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.testing import FAMILIES, make_media, make_policy, make_prompt, words
+from rlaif_fast.policy.weights import float32_copy
 from rlaif_fast.prompts.batches import cut_by_tokens, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
+from rlaif_fast.trainer import sft
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import draw, update_loss, weights_to_draw_with
@@ -313,6 +318,94 @@ def test_gradients_of_several_passes_are_summed_in_float32():
         assert updater.step().item() == pytest.approx(257 * 8**0.5)
     model.weight.sum().backward()
     assert model.weight.grad is not None  # the hooks are gone
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of logits a pass."""
+    monkeypatch.setattr(linear, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", ["sft", "grpo_rank", "online_dpo", "lipo"])
+def test_the_head_s_gradient_reaches_the_optimizer_unrounded(stage, tied, small_chunks, monkeypatch):
+    """In bfloat16 it would be off by 2e-3, and more with every chunk and pass."""
+    policy = make_policy("qwen3_vl", dtype=torch.bfloat16)
+    head = policy.model.get_output_embeddings()
+    if not tied:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    policy.freeze_reference()
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    prompts = prompts_about_clips("qwen3_vl")
+    groups = ranked_groups(policy, prompts)
+    config = TrainConfig(
+        algorithm="grpo_rank" if stage == "sft" else stage, beta=0.1, max_packed_tokens=40, num_generations=G
+    )
+    run = SimpleNamespace(config=config, policy=policy, world=World(), algorithm=make_algorithm(config))
+    exact = torch.zeros(head.weight.shape, dtype=torch.float64)
+    monkeypatch.setattr(run.algorithm, "loss", in_float64_too(run.algorithm.loss, exact))
+    monkeypatch.setattr(sft, "token_logps", sft_in_float64_too(token_logps, exact, 0.1))
+    with make_updater(policy.model) as updater:
+        if stage == "sft":
+            accumulate(run, prompts, [words(k, k) for k in range(1, 7)], 0.1)
+            fed = [words(k, k) for k in range(1, 7)]
+        else:
+            update_loss(run, to_learn_from(groups, run.algorithm), None)
+            fed = [tokens for group in groups for tokens in group.token_ids]
+        copy = float32_copy(head.weight)
+        assert copy is not None and copy.dtype == torch.float32 and head.weight.grad is None
+        rows = torch.ones(len(exact), dtype=torch.bool)
+        if tied:  # the embedding's part comes through bfloat16, and only to tokens that are fed
+            rows[[token for tokens in fed for token in tokens]] = False
+            rows[torch.cat([prompt.input_ids for prompt in prompts])] = False
+        assert rows.sum() > 10 and relative_l2(copy.grad[rows], exact[rows]) < 1e-5
+        gradients = [p.grad for p in updater._updated if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert updater.step() == pytest.approx(float(norm), rel=1e-6)
+        assert torch.equal(head.weight, copy.bfloat16())
+    assert policy.head_float32 is None  # the copy is let go with the updater
+
+
+def in_float64_too(loss, total):
+    """A loss that also adds the exact gradient of the head to `total`."""
+
+    def both(hidden, weight, token_ids, *, float32_weight, **inputs):
+        leaf = weight.detach().double().requires_grad_()
+        wide = {name: x.double() if is_float(x) else x for name, x in inputs.items()}
+        loss(hidden.detach().double(), leaf, token_ids, **wide).loss.backward()
+        total.add_(leaf.grad)
+        return loss(hidden, weight, token_ids, float32_weight=float32_weight, **inputs)
+
+    return both
+
+
+def sft_in_float64_too(logps, total, scale):
+    def both(hidden, weight, token_ids, *, bias, **options):
+        leaf = weight.detach().double().requires_grad_()
+        (-scale * logps(hidden.detach().double(), leaf, token_ids, bias=bias.double()).sum()).backward()
+        total.add_(leaf.grad)
+        return logps(hidden, weight, token_ids, bias=bias, **options)
+
+    return both
+
+
+def is_float(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def test_a_frozen_head_has_no_copy():
+    policy = make_policy("qwen3_vl", dtype=torch.bfloat16)
+    policy.head_weight.requires_grad_(False)
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])
+    config = TrainConfig(beta=0.0, num_generations=G)
+    run = SimpleNamespace(config=config, policy=policy, world=World(), algorithm=make_algorithm(config))
+    with make_updater(policy.model) as updater:
+        assert policy.head_float32 is None
+        update_loss(run, groups, None)
+        assert updater.step() > 0 and policy.head_weight.grad is None
 
 
 def test_a_checkpoint_holds_the_float32_weights():

@@ -149,7 +149,7 @@ class RewardAndValue:
         """The groups with advantages, whitened over all processes, and what the value model is to predict."""
         assert self.value is not None
         lengths = torch.tensor([len(tokens) for g in groups for tokens in g.token_ids], dtype=torch.int64)
-        padding = Padding(lengths.to(scores.device))
+        padding = Padding(lengths.to(scores.device), int(lengths.sum()))
         values = scores.new_zeros(0)
         if groups:
             prompts, responses, _ = _responses_of(groups)

@@ -236,7 +236,7 @@ def fused_linear_grpo_rank_loss(
     lengths: Tensor | None = None,  # (B,)
     chunk_size: int | None = None,
     process_group: ProcessGroup | None = None,
-    weight_grad: Tensor | None = None,  # (V, H)
+    float32_weight: Tensor | None = None,  # (V, H)
     backend: str = "auto",
     **arguments: Unpack[LossArguments],
 ) -> LossOutput:
@@ -263,9 +263,8 @@ def fused_linear_grpo_rank_loss(
         process_group: Ranks that hold the head's vocabulary in consecutive shards, in their order: `weight`
             (and `bias`) is this rank's shard, everything else the same on every rank, and so are the loss and
             the gradient of `hidden`. Not under torch.compile.
-        weight_grad: (V, H), float32 beside a bfloat16 weight: the backward pass adds the weight's gradient to
-            it, summed and scaled in its dtype, and the weight's own `.grad` gets nothing from this loss. Not
-            under torch.compile.
+        float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding, as an optimizer keeps
+            it: the weight's gradient is its gradient, summed and scaled in float32, and `weight` gets none.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -276,27 +275,26 @@ def fused_linear_grpo_rank_loss(
         TypeError: A dtype or type does not fit.
     """
     checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
-    checks.head(hidden, weight, bias, chunk_size)
+    checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape, wide, validate = tuple(hidden.shape[:-1]), _wide(hidden), arguments.get("validate", True)
     responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
-    padding = None if lengths is None or arguments.get("group_index") is None else Padding(lengths)
+    padding = None
+    if lengths is not None and arguments.get("group_index") is not None:
+        padding = Padding(lengths, shape[0])
     oracle_ranks, arguments, extra = close_groups(wide, None, oracle_ranks, arguments, padding, backend)
     inputs, options = checks.loss_inputs(wide, shape, responses, oracle_ranks, arguments)
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
-    for name, given in (("process_group", process_group), ("weight_grad", weight_grad)):
-        if given is not None and backend == "reference":
-            raise ValueError(f"{name} must be None with backend='reference'")
-    if weight_grad is not None:
-        checks.floating("weight_grad", weight_grad, tuple(weight.shape), like=hidden)
+    if process_group is not None and backend == "reference":
+        raise ValueError("process_group must be None with backend='reference'")
     vocabulary = weight.shape[0]
     if process_group is not None:
         vocabulary = VocabularyShard(process_group, vocabulary, weight.device).vocabulary
     checks.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
-    rest = (token_ids, lengths, inputs, options, chunk_size, process_group, weight_grad, backend)
-    closed = ops.linear_loss(hidden, Head(weight, bias, scaling), *rest)
+    rest = (token_ids, lengths, inputs, options, chunk_size, process_group, backend)
+    closed = ops.linear_loss(hidden, Head(weight, bias, scaling, float32_weight), *rest)
     return named(closed, inputs, options, True, extra)
 
 
@@ -350,6 +348,7 @@ def token_logps(
     return_entropy: bool = False,
     validate: bool = True,
     chunk_size: int | None = None,
+    float32_weight: Tensor | None = None,  # (V, H)
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return log-probabilities of tokens from hidden states, a chunk of rows at a time; logits are never
@@ -366,6 +365,7 @@ def token_logps(
         return_entropy: Also return the entropy.
         validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
+        float32_weight: As in `fused_linear_grpo_rank_loss`.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -375,13 +375,12 @@ def token_logps(
         ValueError: A shape, device or value does not fit (the message names the argument).
         TypeError: A dtype or type does not fit.
     """
-    checks.head(hidden, weight, bias, chunk_size)
+    checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape = tuple(hidden.shape[:-1])
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
     checks.ids_in_range("token_ids", token_ids, weight.shape[0], None, validate)
-    head = Head(
-        weight, bias, checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
-    )
+    scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
+    head = Head(weight, bias, scaling, float32_weight)
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
     logps, entropy = ops.linear_logps(rows, head, ids, chunk_size, backend)
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)

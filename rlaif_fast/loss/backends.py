@@ -102,6 +102,7 @@ TABLE = (
     Backend("cpu", "rank_loss", "rlaif_fast.loss.cpu", 10),
     Backend("cpu", "logits_loss", "rlaif_fast.loss.cpu", 10),
     Backend("cpu", "linear_loss", "rlaif_fast.loss.cpu", 10),
+    Backend("cuda", "linear_loss", "rlaif_fast.loss.cuda_rows", -1),  # only where it is asked for
     *(Backend("reference", op, "rlaif_fast.loss.reference.backend", 0) for op in OPS),
 )
 
@@ -136,7 +137,6 @@ def select(op: str, name: str, x: Tensor, group_size: int | None = None) -> str:
     return _select(op, name, x.device.type, x.dtype, group_size)
 
 
-@torch.compiler.assume_constant_result
 def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str:
     call = (device_type, dtype, group_size)
     if name == "auto":
@@ -156,6 +156,10 @@ def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size
                 return name
             raise ValueError(f"backend={name!r} cannot run {op}: {reason}")
     raise ValueError(f"backend={name!r} does not implement {op}; {[row.name for row in rows(op)]} do")
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo: seconds that a user may never need.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

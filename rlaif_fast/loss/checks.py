@@ -365,8 +365,14 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool =
     ids_in_range("token_ids", ids, value.shape[-1], mask, validate)
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None) -> None:
-    """Raise unless hidden states (..., H), a weight (V, H) and a bias (V,) fit together."""
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk_size: int | None,
+    float32_weight: Tensor | None = None,
+) -> None:
+    """Raise unless hidden states (..., H), a weight (V, H), what it is rounded from, and a bias (V,) fit together."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a tensor of shape (..., H); got {describe(hidden)}")
     floating("hidden", hidden, tuple(hidden.shape))
@@ -377,6 +383,10 @@ def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | 
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {describe(weight)}")
     if bias is not None:
         floating("bias", bias, (weight.shape[0],), like=hidden)
+    if float32_weight is not None:
+        floating("float32_weight", float32_weight, tuple(weight.shape), like=hidden)
+        if float32_weight.dtype != torch.promote_types(weight.dtype, torch.float32):
+            raise TypeError(f"float32_weight must be float32; got {describe(float32_weight)}")
     if chunk_size is not None:
         check_number("chunk_size", chunk_size, minimum=1)
 

@@ -155,6 +155,19 @@ class Head(NamedTuple):
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     scaling: Scaling = Scaling()
+    float32_weight: Tensor | None = None  # (V, H) of which `weight` is the rounding
+
+    @property
+    def leaf(self) -> Tensor:
+        """Return what the gradient of the weight belongs to, and has the dtype of."""
+        return self.weight if self.float32_weight is None else self.float32_weight
+
+    def detach(self) -> Head:
+        """Return it without a graph."""
+        parts = (self.weight, self.bias, self.float32_weight)
+        weight, bias, wide = (None if x is None else x.detach() for x in parts)
+        assert weight is not None
+        return Head(weight, bias, self.scaling, wide)
 
     def like(self, hidden: Tensor) -> Head:
         """Return the head with a bias of the dtype of `hidden`: the one place where it is cast."""
@@ -175,19 +188,29 @@ class Needs(NamedTuple):
 
 
 class Padding:
-    """Moves tokens between the packed layout (M,) and the padded one (B, T), T the longest response."""
+    """Moves tokens between the packed layout (M,) and the padded one (B, T), T the longest response.
 
-    def __init__(self, lengths: Tensor) -> None:  # (B,)
+    T is read on the host; M is given, so that nothing else is.
+    """
+
+    def __init__(self, lengths: Tensor, packed: int) -> None:  # (B,), M
         longest = int(lengths.max()) if lengths.numel() else 0
-        self.mask = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (B, T) bool
+        place = torch.arange(longest, device=lengths.device)
+        self.mask = place < lengths[:, None]  # (B, T) bool
+        rows = torch.arange(len(lengths), device=lengths.device)
+        owner = torch.repeat_interleave(rows, lengths, output_size=packed)
+        begins = lengths.cumsum(0) - lengths
+        # (M,) where each token is in the flattened rows, ascending
+        self.at = torch.arange(packed, device=lengths.device) + owner * longest - begins[owner]
 
     def pad(self, packed: Tensor) -> Tensor:  # (M,) -> (B, T)
         """Lay the tokens out in rows; what is not a token is 0."""
-        return packed.new_zeros(self.mask.shape).masked_scatter(self.mask, packed)
+        grid = packed.new_zeros(self.mask.numel())
+        return grid.index_copy(0, self.at, packed).view(self.mask.shape)
 
     def pack(self, padded: Tensor) -> Tensor:  # (B, T) -> (M,)
         """Take the tokens out of rows again."""
-        return padded[self.mask]
+        return padded.reshape(-1)[self.at]
 
     def pad_inputs(self, inputs: TokenInputs) -> TokenInputs:
         """Lay every per-token tensor out in rows; the mask is then never None."""

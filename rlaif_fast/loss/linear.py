@@ -126,12 +126,11 @@ def linear_loss_from_rows(
     chunk_size: int | None,
     needs: Needs,
     shard: VocabularyShard | None = None,
-    weight_dtype: torch.dtype | None = None,  # of the weight's gradient, where not its own
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias."""
     layout = _layout(close.mask, padding)
     job = _Job(kernels, hidden, head, token_ids, layout, close, chunk_size, shard)
-    gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step, weight_dtype)
+    gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step)
     rows = close.rows() if needs.any and shard is None else None
     if not needs.any:
         job.statistics()
@@ -172,13 +171,13 @@ class _Layout(NamedTuple):
 
 def _layout(mask: Tensor, padding: Padding | None) -> _Layout:  # mask (B, T) bool
     shape = (mask.shape[0], mask.shape[1])
-    at = mask.reshape(-1).nonzero().squeeze(1)
     if padding is None:
-        rows = None if len(at) == mask.numel() else at
-    else:
-        kept = padding.pack(mask)  # (M,)
-        rows = None if len(at) == len(kept) else kept.nonzero().squeeze(1)
-    return _Layout(shape, rows, at)
+        at = mask.reshape(-1).nonzero().squeeze(1)
+        return _Layout(shape, None if len(at) == mask.numel() else at, at)
+    if mask is padding.mask:  # every token counts: nothing has to be looked for
+        return _Layout(shape, None, padding.at)
+    kept = padding.pack(mask).nonzero().squeeze(1)  # (m,)
+    return _Layout(shape, None if len(kept) == len(padding.at) else kept, padding.at[kept])
 
 
 class _Job:

@@ -40,10 +40,9 @@ class Gradients:
         head: Head,
         needs: Needs,
         one_chunk: bool,
-        weight_dtype: torch.dtype | None = None,  # final, where not that of the weight
     ) -> None:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        of_weight = (weight_dtype or head.weight.dtype) if one_chunk else wide
+        of_weight = head.leaf.dtype if one_chunk else wide
         self.kernels = kernels
         self.head = head
         self.hidden = torch.zeros_like(hidden) if needs.hidden else None

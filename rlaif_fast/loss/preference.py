@@ -54,6 +54,7 @@ class PreferenceArguments(TypedDict, total=False):
     lengths: Tensor | None
     num_items_in_batch: float | Tensor | None
     chunk_size: int | None
+    float32_weight: Tensor | None
     validate: bool
     backend: str
 
@@ -172,6 +173,8 @@ def fused_linear_dpo_loss(
         num_items_in_batch: Above 0; what the sum over the pairs is divided by, where this is a part of a larger
             batch. None is P.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
+        float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding: the weight's gradient is its
+            gradient, and `weight` gets none.
         validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
         backend: "auto", "triton", "cpu" or "reference".
 
@@ -248,6 +251,13 @@ def fused_linear_lipo_loss(
     return call.run(close)
 
 
+def _grid(mask: Tensor | None, padding: Padding | None, hidden: Tensor) -> Tensor:
+    """(B, T) bool, the tokens that count."""
+    if padding is not None:
+        return padding.mask if mask is None else padding.pad(mask)
+    return hidden.new_ones(hidden.shape[:-1], dtype=torch.bool) if mask is None else mask
+
+
 class _Call:
     """The checked arguments that every loss of preferences takes."""
 
@@ -263,11 +273,12 @@ class _Call:
         if unknown:
             raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
         bias, lengths = arguments.get("bias"), arguments.get("lengths")
+        float32_weight = arguments.get("float32_weight")
         self.chunk_size, self.backend = arguments.get("chunk_size"), arguments.get("backend", "auto")
         self.validate, self.beta = arguments.get("validate", True), arguments.get("beta", 0.1)
         self.num_items = arguments.get("num_items_in_batch")
         checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
-        checks.head(hidden, weight, bias, self.chunk_size)
+        checks.head(hidden, weight, bias, self.chunk_size, float32_weight)
         shape = tuple(hidden.shape[:-1])
         self.responses = (
             shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, self.validate)
@@ -278,10 +289,8 @@ class _Call:
         checks.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
         self.hidden, self.lengths, self.ref_logps_sum = hidden, lengths, ref_logps_sum
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
-        self.padding = None if lengths is None else Padding(lengths)
-        if mask is None:
-            mask = hidden.new_ones(shape, dtype=torch.bool)
-        self.grid = mask if self.padding is None else self.padding.pad(mask)  # (B, T)
+        self.padding = None if lengths is None else Padding(lengths, shape[0])
+        self.grid = _grid(mask, self.padding, hidden)  # (B, T)
         scaling = checks.scaling(
             arguments.get("temperature", 1.0),
             arguments.get("logit_softcap"),
@@ -290,7 +299,7 @@ class _Call:
             hidden,
             self.validate,
         )
-        self.head = Head(weight, bias, scaling)
+        self.head = Head(weight, bias, scaling, float32_weight)
 
     def check_reference(self) -> None:
         """Check the reference's log-probabilities against the number of responses."""

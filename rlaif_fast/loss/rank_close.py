@@ -39,7 +39,9 @@ class RankClose:
     def mask(self) -> Tensor:  # (B, T) bool
         """The tokens that count."""
         mask = self.inputs.mask
-        return self.valid[:, None].expand(self.shape) if mask is None else mask & self.valid[:, None]
+        if mask is None:
+            return self.valid[:, None].expand(self.shape)
+        return mask if self.inputs.valid is None else mask & self.valid[:, None]
 
     @property
     def unit(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.loss.api import token_logps
-from rlaif_fast.policy import attention, vision_attention
+from rlaif_fast.policy import attention, deepstack, vision_attention
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families import (
     PromptLayouts,
@@ -33,6 +33,7 @@ from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
 from rlaif_fast.policy.shard import Shards
+from rlaif_fast.policy.weights import float32_copy
 
 T = TypeVar("T")
 
@@ -111,6 +112,7 @@ class Policy:
             self.layouts = PromptLayouts(model, family)
             self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
             attention.install(self.decoder)
+            deepstack.install(self.decoder)
             if family.batched_vision:
                 vision_attention.install(unwrap(model).get_submodule(family.tower))
 
@@ -125,6 +127,11 @@ class Policy:
     def head_weight(self) -> Tensor:
         """(V, H) the output embedding."""
         return self._head().weight
+
+    @property
+    def head_float32(self) -> Tensor | None:
+        """(V, H) the optimizer's float32 copy of a bfloat16 head while it trains; what the head's gradient goes to."""
+        return float32_copy(self._head().weight)
 
     @property
     def head_bias(self) -> Tensor:
@@ -262,9 +269,7 @@ class Policy:
             index = torch.from_numpy(media_index).to(embeds.device)
             embeds = embeds.index_copy(0, index, media[0].to(embeds.dtype))
             if len(media) > 1:
-                mask = torch.zeros(1, len(ids), dtype=torch.bool, device=embeds.device)
-                mask[0, index] = True
-                options = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(media[1:])}
+                options = {"visual_pos_masks": index, "deepstack_visual_embeds": list(media[1:])}
         output = self.decoder(
             inputs_embeds=embeds[None],
             position_ids=positions[:, None] if self.position_axes == 3 else positions[:1],
@@ -300,16 +305,17 @@ class Policy:
             Float32 (M,), packed as `response_hidden`; with `return_entropy` a pair of them.
         """
         hidden = self.response_hidden(prompts, token_ids, lengths, group_sizes=group_sizes, features=features)
-        place = torch.arange(token_ids.shape[1], device=hidden.device)
-        targets = token_ids.to(hidden.device)[place < lengths.to(hidden.device)[:, None]]
+        host_ids, host_lengths = (x.numpy(force=True) for x in (token_ids, lengths))
+        targets = host_ids[np.arange(host_ids.shape[1]) < host_lengths[:, None]]
         return token_logps(
             hidden,
             self.head_weight,
-            targets,
+            torch.from_numpy(targets).to(hidden.device),
             bias=self.head_bias,
             temperature=temperature,
             return_entropy=return_entropy,
             chunk_size=chunk_size,
+            validate=False,
         )
 
     # --- the reference --------------------------------------------------------------------------------------

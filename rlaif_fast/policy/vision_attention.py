@@ -28,6 +28,12 @@ def install(tower: Any) -> None:
         tower.config._attn_implementation = NAME
 
 
+def is_installed(tower: Any) -> bool:
+    """Whether the tower attends by `batched_sdpa`, which reads on the host where pieces end."""
+    config = getattr(tower, "config", None)
+    return getattr(config, "_attn_implementation", None) == NAME
+
+
 def _lengths(ends: Tensor) -> list[int]:  # (pieces + 1,)
     """Lengths of the pieces; read from the device once a batch, since every layer hands over the same tensor."""
     version = 0 if ends.is_inference() else ends._version  # inference tensors keep none

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
 from rlaif_fast.policy.shard import cut_like
@@ -14,6 +16,20 @@ from rlaif_fast.policy.shard import cut_like
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SHOWN = 4  # names in a message
+FLOAT32_COPY = "float32_copy"  # the attribute of a parameter
+
+
+def set_float32_copy(parameter: nn.Parameter, copy: Tensor | None) -> None:
+    """Tell a 16-bit parameter of the float32 copy that an optimizer updates in its place; None ends that.
+
+    A loss that sums a gradient in float32 can then hand it over unrounded; `parameter.grad` has 16 bits.
+    """
+    vars(parameter)[FLOAT32_COPY] = copy
+
+
+def float32_copy(parameter: Tensor) -> Tensor | None:
+    """The float32 copy of a parameter, where an optimizer keeps one."""
+    return vars(parameter).get(FLOAT32_COPY)
 
 
 def save_quietly(model: Any, folder: Path, **options: Any) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.shard import whole
+from rlaif_fast.policy.weights import set_float32_copy
 from rlaif_fast.runs.sharded import read_shards
 
 
@@ -21,8 +22,9 @@ class Updater:
 
     A bfloat16 weight has 8 significant bits, so an update of a usual learning rate is lost in its rounding. Such
     weights get a float32 copy each, which collects their gradients and is what the optimizer updates; the weight is
-    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight. Sharded
-    weights are float32 themselves, and their gradients come averaged.
+    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight. The fused
+    losses give the head's gradient to its copy as they summed it, in float32. Sharded weights are float32 themselves,
+    and their gradients come averaged.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -65,6 +67,8 @@ class Updater:
         self._sharded = any(isinstance(p, DTensor) for p in parameters)
         self._copies = [(p, _float32_copy(p)) for p in parameters if p.dtype == torch.bfloat16]
         self._hooks = [p.register_post_accumulate_grad_hook(_collect(copy)) for p, copy in self._copies]
+        for parameter, copy in self._copies:
+            set_float32_copy(parameter, copy)
         copy_of = dict(self._copies)
         self._updated = [copy_of.get(p, p) for p in parameters]
         self._optimizer = torch.optim.AdamW(
@@ -89,6 +93,8 @@ class Updater:
     def __exit__(self, *exc: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for parameter, _ in self._copies:
+            set_float32_copy(parameter, None)
 
     @property
     def learning_rate(self) -> float:

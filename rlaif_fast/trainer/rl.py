@@ -282,7 +282,11 @@ def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
     parts = backward_in_parts(run, prompts, tokens, features, loss_of)
     if len(parts) == 1:
         return parts[0][1]
-    return combine_stats([(weight, {n: float(v) for n, v in stats.items()}) for weight, stats in parts])
+    names = list(parts[0][1]) if parts else []
+    # One read on the host for all of them.
+    figures = [torch.stack([torch.as_tensor(stats[name]) for name in names]) for _, stats in parts]
+    values = torch.stack(figures).tolist() if figures else []
+    return combine_stats([(weight, dict(zip(names, row))) for (weight, _), row in zip(parts, values)])
 
 
 def gathered_reference(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> list[Tensor]:
@@ -341,6 +345,7 @@ def _loss(
         **run.algorithm.loss_inputs(verdicts_on(groups, run.algorithm)),
         **appraised(groups),
         bias=policy.head_bias,
+        float32_weight=policy.head_float32,
         lengths=row_lengths,
         mask=token_mask,
         old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlaif_fast import token_logps
@@ -31,6 +32,8 @@ def sft_loss(
         policy.head_weight,
         rows.target_ids.to(policy.device),
         bias=policy.head_bias,
+        float32_weight=policy.head_float32,
+        validate=False,
         backend=backend,
     )
     assert isinstance(logps, Tensor)
@@ -49,7 +52,7 @@ def accumulate(
         return loss * scale, loss.detach()
 
     losses = backward_in_parts(run, prompts, [len(answer) for answer in answers], None, loss_of)
-    return sum((loss.item() for loss in losses), 0.0)
+    return torch.stack(losses).sum().item() if losses else 0.0
 
 
 def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:

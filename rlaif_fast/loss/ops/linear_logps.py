@@ -16,13 +16,15 @@ from rlaif_fast.loss.inputs import Head, Needs, RowStats, Scaling
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as autocast would for the matmul of the head."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Cast as autocast would for the matmul of the head; of two weights only the leaf stays in the graph."""
+    device, (weight, bias) = hidden.device.type, (head.weight, head.bias)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if head.float32_weight is not None:
+        weight = weight.detach()
+    return hidden, head._replace(weight=weight, bias=bias)
 
 
 def in_dtype(gradients: Any, of: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -48,10 +50,10 @@ def fake_gradients(*pairs: tuple[Tensor | None, bool]) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "rlaif_fast::linear_stats",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, {declare(Scaling)}, "
-    "int? chunk_size, str backend) -> (Tensor logps, Tensor lse, Tensor entropy)",
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? float32_weight, Tensor token_ids, "
+    f"{declare(Scaling)}, int? chunk_size, str backend) -> (Tensor logps, Tensor lse, Tensor entropy)",
 )
-def _linear_stats(hidden, weight, bias, token_ids, *arguments):
+def _linear_stats(hidden, weight, bias, float32_weight, token_ids, *arguments):
     scaling, chunk_size, backend = unflatten(arguments, Scaling)
     module = backends.get("linear_loss", backend)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -59,7 +61,7 @@ def _linear_stats(hidden, weight, bias, token_ids, *arguments):
 
 
 @_linear_stats.register_fake
-def _(hidden, weight, bias, token_ids, *_):
+def _(hidden, weight, bias, float32_weight, token_ids, *_):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return tuple(hidden.new_empty(token_ids.shape, dtype=wide) for _ in range(3))
 
@@ -67,20 +69,20 @@ def _(hidden, weight, bias, token_ids, *_):
 @torch.library.custom_op(
     "rlaif_fast::linear_grad",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, {declare(Scaling)}, "
-    "int? chunk_size, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy, bool need_hidden, "
-    "bool need_weight, bool need_bias, str backend) "
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? float32_weight, Tensor token_ids, "
+    f"{declare(Scaling)}, int? chunk_size, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy, "
+    "bool need_hidden, bool need_weight, bool need_bias, str backend) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
-def _linear_grad(hidden, weight, bias, token_ids, *arguments):
+def _linear_grad(hidden, weight, bias, float32_weight, token_ids, *arguments):
     scaling, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend = unflatten(
         arguments, Scaling
     )
-    module = backends.get("linear_loss", backend)
+    module, head = backends.get("linear_loss", backend), Head(weight, bias, scaling, float32_weight)
     with torch.autocast(hidden.device.type, enabled=False):
         gradients = module.linear_grad(
             hidden,
-            Head(weight, bias, scaling),
+            head,
             token_ids,
             RowStats(lse, lse, entropy),
             grad_logps.contiguous(),
@@ -88,31 +90,37 @@ def _linear_grad(hidden, weight, bias, token_ids, *arguments):
             chunk_size,
             Needs(*needs),
         )
-    return in_dtype(gradients, (hidden, weight, bias))
+    return in_dtype(gradients, (hidden, head.leaf, bias))
 
 
 @_linear_grad.register_fake
-def _(hidden, weight, bias, *rest):
+def _(hidden, weight, bias, float32_weight, *rest):
     need_hidden, need_weight, need_bias = rest[-4:-1]
-    return fake_gradients((hidden, need_hidden), (weight, need_weight), (bias, need_bias))
+    leaf = weight if float32_weight is None else float32_weight
+    return fake_gradients((hidden, need_hidden), (leaf, need_weight), (bias, need_bias))
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, bias, token_ids, temperature, temperatures, softcap, scale, chunk_size, backend = inputs
+    *tensors, temperature, temperatures, softcap, scale, chunk_size, backend = inputs
     _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, bias, token_ids, temperatures, lse, entropy)
+    ctx.save_for_backward(*tensors, temperatures, lse, entropy)
     ctx.rest = temperature, softcap, scale, chunk_size, backend
+    ctx.leaf_at, ctx.count = (1 if tensors[3] is None else 3), len(inputs)
 
 
 def _backward(ctx, grad_logps, _, grad_entropy):
     *head_inputs, temperatures, lse, entropy = ctx.saved_tensors
     temperature, softcap, scale, chunk_size, backend = ctx.rest
     scaling = (temperature, temperatures, softcap, scale)
-    needs = ctx.needs_input_grad[:3]
+    places = (0, ctx.leaf_at, 2)
+    needs = [ctx.needs_input_grad[at] for at in places]
     gradients = _linear_grad(
         *head_inputs, *scaling, chunk_size, lse, entropy, grad_logps, grad_entropy, *needs, backend
     )
-    return *(grad if need else None for grad, need in zip(gradients, needs)), *[None] * 7
+    results = [None] * ctx.count
+    for at, grad, need in zip(places, gradients, needs):
+        results[at] = grad if need else None
+    return tuple(results)
 
 
 torch.library.register_autograd("rlaif_fast::linear_stats", _backward, setup_context=_setup)
@@ -125,11 +133,11 @@ def linear_logps(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return logps and entropy (M,), differentiable in hidden, weight and bias."""
+    """Return logps and entropy (M,), differentiable in hidden, the head's leaf and bias."""
     backend = backends.select("linear_loss", backend, hidden)
     if backend == "reference":
         return reference.linear_logps(hidden, head, token_ids.long())
-    hidden, weight, bias = autocast(hidden, head.weight, head.bias)
-    rest = (token_ids, *flatten(head.scaling), chunk_size, backend)
-    logps, _, entropy = _linear_stats(hidden, weight, bias, *rest)
+    hidden, (weight, bias, scaling, wide) = autocast(hidden, head)
+    rest = (token_ids, *flatten(scaling), chunk_size, backend)
+    logps, _, entropy = _linear_stats(hidden, weight, bias, wide, *rest)
     return logps, entropy

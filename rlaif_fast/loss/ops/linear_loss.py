@@ -38,10 +38,9 @@ def _run(
     needs: Needs,
     backend: str,
     shard: VocabularyShard | None = None,
-    weight_dtype: torch.dtype | None = None,  # of the weight's gradient, where not its own
 ) -> tuple[TokenGradients, tuple[Tensor, ...]]:
-    """Return the closed loss and the gradients of hidden, weight and bias; an empty tensor for what is not
-    there."""
+    """Return the closed loss and the gradients of hidden, the head's leaf and bias; an empty tensor for what is
+    not there."""
     kernels = backends.get("linear_loss", backend)
     like = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     B, T = token_ids.shape if padding is None else padding.mask.shape
@@ -55,10 +54,8 @@ def _run(
             chunk_size,
             needs,
             shard,
-            weight_dtype,
         )
-    weight = gradients[1] if weight_dtype is not None and needs.weight else head.weight
-    grad_hidden, *grad_head = in_dtype(gradients, (hidden, weight, head.bias))
+    grad_hidden, *grad_head = in_dtype(gradients, (hidden, head.leaf, head.bias))
     return closed, (grad_hidden.view(hidden.shape) if needs.hidden else grad_hidden, *grad_head)
 
 
@@ -70,17 +67,17 @@ def _rank_close(inputs: TokenInputs, options: LossOptions, padding: Padding | No
 @torch.library.custom_op(
     "rlaif_fast::linear_grpo_rank_loss",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? lengths, "
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor? float32_weight, Tensor token_ids, Tensor? lengths, "
     "int? chunk_size, bool need_hidden, bool need_weight, bool need_bias, "
     f"{declare(Scaling, TokenInputs, LossOptions)}, str backend) "
     "-> (Tensor loss, Tensor advantages, Tensor stats, Tensor grad_hidden, Tensor grad_weight, "
     "Tensor grad_bias)",
 )
-def _linear_loss(hidden, weight, bias, token_ids, lengths, chunk_size, *arguments):
+def _linear_loss(hidden, weight, bias, float32_weight, token_ids, lengths, chunk_size, *arguments):
     needs = Needs(*arguments[:3])
     scaling, inputs, options, backend = unflatten(arguments[3:], Scaling, TokenInputs, LossOptions)
-    padding = None if lengths is None else Padding(lengths)
-    head = Head(weight, bias, scaling)
+    padding = None if lengths is None else Padding(lengths, hidden.shape[0])
+    head = Head(weight, bias, scaling, float32_weight)
     make_close = _rank_close(inputs, options, padding)
     closed, gradients = _run(hidden, head, token_ids, padding, make_close, chunk_size, needs, backend)
     ranked = closed.advantages if inputs.advantages is None else closed.loss.new_empty(0)
@@ -88,16 +85,17 @@ def _linear_loss(hidden, weight, bias, token_ids, lengths, chunk_size, *argument
 
 
 @_linear_loss.register_fake
-def _(hidden, weight, bias, token_ids, lengths, chunk_size, *arguments):
+def _(hidden, weight, bias, float32_weight, token_ids, lengths, chunk_size, *arguments):
     need_hidden, need_weight, need_bias = arguments[:3]
     _, inputs, _, _ = unflatten(arguments[3:], Scaling, TokenInputs, LossOptions)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     responses = (token_ids if lengths is None else lengths).shape[0]
+    leaf = weight if float32_weight is None else float32_weight
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(responses if inputs.advantages is None else 0, dtype=wide),
         hidden.new_empty(len(STATS), dtype=wide),
-        *fake_gradients((hidden, need_hidden), (weight, need_weight), (bias, need_bias)),
+        *fake_gradients((hidden, need_hidden), (leaf, need_weight), (bias, need_bias)),
     )
 
 
@@ -105,16 +103,17 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[3:])
-    ctx.needs = inputs[6:9]
+    ctx.needs = inputs[7:10]
+    ctx.leaf_at = 1 if inputs[3] is None else 3
     ctx.count, ctx.backend = len(inputs), inputs[-1]
 
 
 def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return tuple(None for _ in range(ctx.count))
-    grads = zip(ctx.saved_tensors, ctx.needs)
-    results = [scaled(grad, grad_loss, ctx.backend) if need else None for grad, need in grads]
-    return *results, *(None for _ in range(ctx.count - len(results)))
+    results = [None] * ctx.count
+    if grad_loss is not None:
+        for at, grad, need in zip((0, ctx.leaf_at, 2), ctx.saved_tensors, ctx.needs):
+            results[at] = scaled(grad, grad_loss, ctx.backend) if need else None
+    return tuple(results)
 
 
 torch.library.register_autograd("rlaif_fast::linear_grpo_rank_loss", _backward, setup_context=_setup)
@@ -129,26 +128,26 @@ def linear_loss(
     options: LossOptions,
     chunk_size: int | None,
     group: ProcessGroup | None,
-    weight_grad: Tensor | None,  # (V, H)
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, advantages and statistics; differentiable in hidden, weight and bias."""
+    """Return loss, advantages and statistics; differentiable in hidden, the head's leaf and bias."""
     backend = backends.select("linear_loss", backend, hidden, inputs.group_size)
     if backend == "reference":
         logps, entropy, padding = reference.padded_logps(hidden, head, token_ids, lengths)
         padded = inputs if padding is None else padding.pad_inputs(inputs)
         return reference.rank_loss(logps, entropy, padded, options)
-    if group is not None or weight_grad is not None:
-        padding = None if lengths is None else Padding(lengths)
+    if group is not None:
+        padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
         loss, ranked, stats = with_close(
-            hidden, head, token_ids, padding, make_close, chunk_size, backend, group, weight_grad
+            hidden, head, token_ids, padding, make_close, chunk_size, backend, group
         )
         return loss, ranked if inputs.advantages is None else inputs.advantages, stats
-    hidden, weight, bias = autocast(hidden, head.weight, head.bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    hidden, head = autocast(hidden, head)
+    leaves = (hidden, head.leaf, head.bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
-    loss, ranked, stats, *_ = _linear_loss(hidden, weight, bias, *rest)
+    loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
 
 
@@ -161,30 +160,25 @@ def with_close(
     chunk_size: int | None,
     backend: str,
     group: ProcessGroup | None = None,
-    weight_grad: Tensor | None = None,  # (V, H)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
-    hidden, weight and bias. The gradient of the weight is added to `weight_grad` where that is given. Not under
-    torch.compile."""
-    hidden, weight, bias = autocast(hidden, head.weight, head.bias)
-    weight_dtype = None if weight_grad is None else weight_grad.dtype
+    hidden, the head's leaf and bias. Not under torch.compile."""
+    hidden, head = autocast(hidden, head)
 
     def run(needs: Needs) -> tuple[TokenGradients, tuple[Tensor, ...]]:
-        shard = None if group is None else VocabularyShard(group, weight.shape[0], weight.device)
-        plain = Head(weight.detach(), None if bias is None else bias.detach(), head.scaling)
-        rest = (padding, make_close, chunk_size, needs, backend, shard, weight_dtype)
-        return _run(hidden.detach(), plain, token_ids, *rest)
+        shard = None if group is None else VocabularyShard(group, head.weight.shape[0], head.weight.device)
+        rest = (padding, make_close, chunk_size, needs, backend, shard)
+        return _run(hidden.detach(), head.detach(), token_ids, *rest)
 
-    return _InForward.apply(hidden, weight, bias, run, weight_grad, backend)
+    return _InForward.apply(hidden, head.leaf, head.bias, run, backend)
 
 
 class _InForward(torch.autograd.Function):
     """A loss whose gradients are made with it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, run, weight_grad, backend):
-        ctx.needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.weight_grad, ctx.backend = weight_grad, backend
+    def forward(ctx, hidden, leaf, bias, run, backend):
+        ctx.needs, ctx.backend = Needs(*ctx.needs_input_grad[:3]), backend
         closed, gradients = run(ctx.needs)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(closed.advantages, closed.stats)
@@ -193,11 +187,9 @@ class _InForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        results: list[Tensor | None] = [None] * 6
+        results: list[Tensor | None] = [None] * 5
         if grad_loss is not None:
             for place, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs)):
-                if need and place == 1 and ctx.weight_grad is not None:
-                    ctx.weight_grad.addcmul_(grad, grad_loss.to(grad.dtype))
-                elif need:
+                if need:
                     results[place] = scaled(grad, grad_loss, ctx.backend)
         return tuple(results)

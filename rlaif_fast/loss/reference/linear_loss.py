@@ -19,7 +19,10 @@ def linear_logps(
 ) -> tuple[Tensor, Tensor]:
     """Return logps and entropy (...), in float32 or wider, with the logits materialised."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ head.weight.to(wide).t()
+    weight, leaf = head.weight.to(wide), head.float32_weight
+    if leaf is not None:
+        weight = weight.detach() + (leaf - leaf.detach())  # the values of the one, the gradient of the other
+    logits = hidden.to(wide) @ weight.t()
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
     return selective_log_softmax(logits, token_ids, head.scaling)
@@ -35,5 +38,5 @@ def padded_logps(
     logps, entropy = linear_logps(hidden, head, token_ids.long())
     if lengths is None:
         return logps, entropy, None
-    padding = Padding(lengths)
+    padding = Padding(lengths, hidden.shape[0])
     return padding.pad(logps), padding.pad(entropy), padding

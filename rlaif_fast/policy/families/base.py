@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy import vision_attention
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
@@ -139,13 +140,24 @@ class Family:
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each medium, with the graph of `vision`."""
         parameter = next(vision.parameters())
-        patches = torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
-        grids = torch.tensor([m.grid_thw for m in media], device=parameter.device)
-        output = vision(patches, grid_thw=grids, return_dict=True)
+        device = parameter.device
+        patches = torch.cat([m.patches for m in media]).to(device, parameter.dtype)
+        grids = torch.tensor([m.grid_thw for m in media])
+        made = {
+            # Where pieces end is read on the host, by attention that cuts at them.
+            name: x if name.startswith("cu_") and vision_attention.is_installed(vision) else x.to(device)
+            for name, x in self.of_grids(vision, grids).items()
+        }
+        output = vision(patches, grid_thw=grids.to(device), return_dict=True, **made)
         merge = len(patches) // len(output.pooler_output)
         lengths = [t * h * w // merge for t, h, w in (m.grid_thw for m in media)]
         levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
         return list(zip(*(level.split(lengths) for level in levels)))
+
+    def of_grids(self, vision: Any, grids: Tensor) -> dict[str, Tensor]:
+        """What the tower makes of grids (n, 3) alone, made on the host, where it costs no wait for the device; by the
+        name of the argument under which the tower takes it."""
+        return {}
 
     def positions(self, model: Any, prompt: EncodedPrompt, types: np.ndarray) -> np.ndarray:
         """(3, P + 1) position ids of a prompt and one text token behind it; equal rows where `axes` is 1."""

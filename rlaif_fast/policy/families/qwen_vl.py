@@ -29,6 +29,18 @@ class Qwen25VL(Family):
     model_types: tuple[str, ...] = ("qwen2_5_vl",)
     expands = True
 
+    def of_grids(self, vision: Any, grids: Tensor) -> dict[str, Tensor]:
+        """Positions, and where frames and windows end."""
+        from transformers import vision_utils
+
+        index, ends = vision_utils.get_vision_window_index(
+            grids,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return _of_frames(vision, grids) | {"window_index": index, "cu_window_seqlens": ends}
+
     def position_options(self, prompt: EncodedPrompt) -> dict[str, Tensor]:
         """Seconds between two temporal patches of each video."""
         seconds = [m.seconds_per_grid for m in prompt.media if m.is_video]
@@ -51,6 +63,19 @@ class Qwen3VL(Family):
     name = "Qwen3-VL"
     model_types: tuple[str, ...] = ("qwen3_vl",)
     expands = True
+
+    def of_grids(self, vision: Any, grids: Tensor) -> dict[str, Tensor]:
+        """Positions, where frames end, and how the learned positions are interpolated."""
+        from transformers import vision_utils
+
+        taps, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=vision.num_grid_per_side,
+            mode=vision.interpolation_mode,
+            align_corners=vision.interpolation_align_corners,
+            spatial_merge_size=vision.config.spatial_merge_size,
+        )
+        return _of_frames(vision, grids) | {"interp_indices": taps, "interp_weights": weights}
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
         """`<1.5 seconds>` in front of each temporal patch."""
@@ -82,3 +107,12 @@ class Qwen35(Qwen3VL):
 
 
 FAMILIES = (Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe(), Qwen35())
+
+
+def _of_frames(vision: Any, grids: Tensor) -> dict[str, Tensor]:
+    from transformers import vision_utils
+
+    return {
+        "position_ids": vision_utils.get_vision_position_ids(grids, vision.spatial_merge_size),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grids),
+    }
