@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlaif_fast.algorithms.registry import make_algorithm
 from rlaif_fast.policy.policy import Policy
@@ -56,10 +57,10 @@ def gathered_bytes(policy: Policy, together: int) -> tuple[int, int]:
     """Bytes of sharded weights that a process gathers: in a rollout all, in a pass two layers and the rest."""
     if together == 1:
         return 0, 0
-    stacks = [list(policy.decoder.layers)]
+    stacks = [list(cast(nn.ModuleList, policy.decoder.layers))]
     if policy.vision.trains:
         tower = policy.vision.tower
-        stacks.append(list(tower.blocks))
+        stacks.append(list(cast(nn.ModuleList, tower.blocks)))
         everything = _bytes(policy.model.parameters())
     else:
         everything = _bytes(policy.model.parameters()) - _bytes(policy.vision.tower.parameters())

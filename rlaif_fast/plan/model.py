@@ -36,7 +36,7 @@ PUBLISHED = {
     **{f"Qwen/Qwen3-VL-{size}-Instruct": ("qwen3_vl", shape) for size, shape in _QWEN3.items()},
     **{f"Qwen/Qwen2.5-VL-{size}-Instruct": ("qwen2_5_vl", shape) for size, shape in _QWEN25.items()},
 }
-MEDIA_TOKENS = {
+MEDIA_TOKENS: dict[str, Any] = {
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
     "image_token_id": 151655,

@@ -100,22 +100,15 @@ def step_of(config: PlanConfig, model: Any, dtype: torch.dtype, prompts: Sequenc
         prompts: What one process rolls out.
     """
     layers = model.get_text_config().num_hidden_layers
-    depths = SHALLOW if layers > max(SHALLOW) else (layers,)
-    steps = [
-        run_on_meta(
-            policy_on_meta(config, with_layers(model, depth), dtype),
-            config,
-            prompts,
-            together=config.together,
-            on_gpu=True,
-        )
-        for depth in depths
-    ]
-    return (
-        steps[0]
-        if len(steps) == 1
-        else steps[0].drawn_on(steps[1], (layers - depths[0]) / (depths[1] - depths[0]))
-    )
+
+    def with_depth(depth: int) -> Step:
+        policy = policy_on_meta(config, with_layers(model, depth), dtype)
+        return run_on_meta(policy, config, prompts, together=config.together, on_gpu=True)
+
+    few, more = SHALLOW
+    if layers <= more:
+        return with_depth(layers)
+    return with_depth(few).drawn_on(with_depth(more), (layers - few) / (more - few))
 
 
 def changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
