@@ -182,7 +182,7 @@ def test_a_deep_model_is_drawn_on_from_shallow_ones(monkeypatch):
     model = with_layers(shape_of("tiny"), 11)
     prompts = prompts_of_a_process(config, model)
     drawn = step_of(config, model, torch.bfloat16, prompts)
-    monkeypatch.setattr("rlaif_fast.plan.plan.SHALLOW", (11,))
+    monkeypatch.setattr("rlaif_fast.plan.plan.SHALLOW", (4, 11))
     whole = step_of(config, model, torch.bfloat16, prompts)
     assert drawn.flops == pytest.approx(whole.flops, rel=1e-6)
     for mine, theirs in ((drawn.rollout, whole.rollout), (drawn.update, whole.update)):

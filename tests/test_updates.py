@@ -383,11 +383,11 @@ def in_float64_too(loss, total):
 
 
 def sft_in_float64_too(logps, total, scale):
-    def both(hidden, weight, token_ids, *, bias, float32_weight, backend):
+    def both(hidden, weight, token_ids, *, bias, **options):
         leaf = weight.detach().double().requires_grad_()
         (-scale * logps(hidden.detach().double(), leaf, token_ids, bias=bias.double()).sum()).backward()
         total.add_(leaf.grad)
-        return logps(hidden, weight, token_ids, bias=bias, float32_weight=float32_weight, backend=backend)
+        return logps(hidden, weight, token_ids, bias=bias, **options)
 
     return both
 
