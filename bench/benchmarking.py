@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first custom operator of a process loads it: memory and seconds that are not a kernel's
 
 FULL = os.environ.get("RLAIF_FAST_BENCH") == "full"
 SMOKE = os.environ.get("RLAIF_FAST_BENCH_SMOKE") == "1"
