@@ -27,7 +27,7 @@ VALUE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}  # 2^-8 of logits up to 4, a
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def compare(
+def assert_same(
     peer: peers.Peer, expected: peers.Logps, leaves: list[Tensor], wide: list[Tensor], *inputs
 ) -> None:
     """Compare log-probabilities, entropy and the gradients of a random weighing of both."""
@@ -67,7 +67,7 @@ def test_a_head_agrees_with_the_reference(peer: peers.Peer, device: str) -> None
     ids = torch.randint(0, V, (B * T,), device=device)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = linear_logps(wide[0], Head(wide[1], None), ids)
-    compare(peer, expected, [hidden, weight], wide, hidden, weight, ids)
+    assert_same(peer, expected, [hidden, weight], wide, hidden, weight, ids)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -77,7 +77,7 @@ def test_log_probs_of_logits_agree_with_the_reference(peer: peers.Peer, device: 
     logits = (2 * torch.randn(B, T, V, device=device, dtype=dtype)).requires_grad_()
     ids = torch.randint(0, V, (B, T), device=device)
     wide = logits.detach().double().requires_grad_()
-    compare(peer, selective_log_softmax(wide, ids), [logits], [wide], logits, ids)
+    assert_same(peer, selective_log_softmax(wide, ids), [logits], [wide], logits, ids)
 
 
 def test_why_a_peer_is_missing_is_said(monkeypatch, tmp_path) -> None:

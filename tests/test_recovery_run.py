@@ -25,17 +25,16 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+def train(folder, cache) -> int:
+    """Four steps of RL with a checkpoint after each; the exit code."""
+    values = {"output_dir": folder, "cache_dir": cache, "sft_steps": 2, "eval_steps": 1, "max_steps": 4}
+    return train_module.main([f"--{key}={value}" for key, value in (SMALL | values).items()])
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache) -> RunDir:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    values = SMALL | {
-        "output_dir": folder,
-        "cache_dir": cache,
-        "sft_steps": 2,
-        "eval_steps": 1,
-        "max_steps": 4,
-    }
-    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    assert train(folder, cache) == 0
     return RunDir(folder)
 
 
@@ -43,13 +42,6 @@ def whole(tmp_path_factory, cache) -> RunDir:
 def stopped(tmp_path_factory, cache, whole) -> RunDir:
     """The same run, killed behind its third step of RL."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    values = SMALL | {
-        "output_dir": folder,
-        "cache_dir": cache,
-        "sft_steps": 2,
-        "eval_steps": 1,
-        "max_steps": 4,
-    }
 
     class Killed(BaseException):
         pass
@@ -64,7 +56,7 @@ def stopped(tmp_path_factory, cache, whole) -> RunDir:
 
     with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
         patched.setattr(rl, "sample_and_rank", sample_or_die)
-        train_module.main([f"--{key}={value}" for key, value in values.items()])
+        train(folder, cache)
     return RunDir(folder)
 
 

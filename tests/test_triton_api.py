@@ -49,7 +49,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def compare(loss: Any, leaves: list[Tensor]) -> None:
+def assert_same(loss: Any, leaves: list[Tensor]) -> None:
     """Run one closure over both backends and compare all that comes back."""
     results = {}
     for backend in ("triton", "reference"):
@@ -79,7 +79,7 @@ def test_from_logps(case: str) -> None:
     t = tensors()
     logps, entropy = t["old"] + 0.1, t["ref"] + 9.0
     arguments = options(case, t)
-    compare(
+    assert_same(
         lambda backend: rlaif_fast.grpo_rank_loss(
             logps, t["ranks"], entropy=entropy, backend=backend, **arguments
         ),
@@ -93,7 +93,7 @@ def test_from_logits(case: str, inplace: bool) -> None:
     t = tensors()
     logits = t["hidden"] @ t["weight"].t()
     arguments = options(case, t)
-    compare(
+    assert_same(
         lambda backend: rlaif_fast.grpo_rank_loss_from_logits(
             logits * 1.0, t["ids"], t["ranks"], inplace_backward=inplace, backend=backend, **arguments
         ),
@@ -105,7 +105,7 @@ def test_from_logits(case: str, inplace: bool) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_from_hidden_states(case: str, chunk_size: int | None) -> None:
     t = tensors()
-    compare(
+    assert_same(
         lambda backend: rlaif_fast.fused_linear_grpo_rank_loss(
             t["hidden"], t["weight"], t["ids"], t["ranks"], bias=t["bias"], temperature=1.3,
             chunk_size=chunk_size, backend=backend, **options(case, t),
@@ -117,7 +117,7 @@ def test_from_hidden_states(case: str, chunk_size: int | None) -> None:
 def test_rows_without_gradient_drop_out() -> None:
     t = tensors()
     advantages = torch.tensor([0.0, 1.0, 0.0, -1.0], device=DEVICE)
-    compare(
+    assert_same(
         lambda backend: rlaif_fast.fused_linear_grpo_rank_loss(
             t["hidden"], t["weight"], t["ids"], advantages=advantages, old_logps=t["old"], chunk_size=8,
             backend=backend,
@@ -131,7 +131,7 @@ def test_packed_hidden_states() -> None:
     lengths = torch.tensor([5, 1, 4, 2], device=DEVICE)
     held = torch.arange(T, device=DEVICE) < lengths[:, None]
     hidden, ids, old = t["hidden"][held], t["ids"][held], t["old"][held]
-    compare(
+    assert_same(
         lambda backend: rlaif_fast.fused_linear_grpo_rank_loss(
             hidden,
             t["weight"],

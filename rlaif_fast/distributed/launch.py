@@ -45,7 +45,7 @@ class RankZeroFirst:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self._store: dist.Store | None = None
-        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _under_torchrun():
             rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             self._store = dist.PrefixStore("rank zero first", rendezvous)
 
@@ -57,6 +57,11 @@ class RankZeroFirst:
         yield
         if self._store is not None and self.rank == 0:
             self._store.set("ready", "")
+
+
+def _under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def launch(
@@ -78,7 +83,7 @@ def launch(
         UsageError: There are several processes, and too few GPUs or `device` names one of them.
         RlaifFastError: Another process failed; it has printed why, unless it was killed.
     """
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _under_torchrun():
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank)), device) as world:
             world.connect()  # torchrun started them together: none begins before rank 0 is ready
