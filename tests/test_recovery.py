@@ -135,6 +135,20 @@ def files_of(run: RunDir) -> list[Path]:
     return sorted([*checkpoints, run.config, *(path for path in run.records if path.is_file())])
 
 
+def recovers(run: RunDir, path: Path, where: str) -> bool:
+    """Whether a whole checkpoint is left; either way the damage is told in one line that names the file."""
+    try:
+        told = recover(run)
+    except RlaifFastError as error:
+        assert str(path) in str(error) and "\n" not in str(error), where
+        # Only what every checkpoint needs leaves none: the start of RL, or records from before it.
+        assert path.parent.name == "sft" or path.parent == run.path, where
+        return False
+    lines = [line for line in told if line.startswith("damaged: ")]
+    assert len(lines) == 1 and str(path) in lines[0] and "\n" not in lines[0], (where, told)
+    return True
+
+
 def test_random_damages_are_told_and_gone_back_from(written, tmp_path):
     """200 damages: none silent, each told in a line, an earlier whole checkpoint used wherever there is one."""
     print(f"RLAIF_FAST_FUZZ_SEED={SEED}")
@@ -147,16 +161,9 @@ def test_random_damages_are_told_and_gone_back_from(written, tmp_path):
         damage(path, rng, sealed_length(run, path))
         where = f"{number}: {damage.__name__} {path.relative_to(run.path)}"
         assert not path.exists() or path.read_bytes() != before, where
-        try:
-            told = recover(run)
-        except RlaifFastError as error:
-            assert str(path) in str(error) and "\n" not in str(error), where
-            # Only what every checkpoint needs leaves none: the start of RL, or records from before it.
-            assert path.parent.name == "sft" or path.parent == run.path, where
+        if not recovers(run, path, where):
             outcomes["refused"] += 1
         else:
-            lines = [line for line in told if line.startswith("damaged: ")]
-            assert len(lines) == 1 and str(path) in lines[0] and "\n" not in lines[0], (where, told)
             used = last(run)
             expected = {
                 "rl-000006": "sft",
