@@ -20,6 +20,7 @@ from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hid
 from rlaif_fast.prompts.batches import EpochOrder, by_media, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import Rollout, SamplingParams
+from rlaif_fast.rollout.base import EngineLost
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
@@ -89,8 +90,13 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            with weights_to_draw_with(run):
-                sampled, groups, features = sample_and_rank(run, order, progress.step)
+            try:
+                with weights_to_draw_with(run):
+                    sampled, groups, features = sample_and_rank(run, order, progress.step)
+            except EngineLost:
+                if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
+                    save(f"rl-{progress.step:06d}", last=True)
+                raise
             loss_stats: dict = {}
             if critic is not None:
                 with logger.timer("critic"):

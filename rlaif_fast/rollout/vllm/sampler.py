@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -18,8 +19,10 @@ from rlaif_fast.rollout.generate import check_params, make_rollout, score
 from rlaif_fast.rollout.vllm.engine import Answer, Engine, LocalEngine
 from rlaif_fast.rollout.vllm.guard import TOKENS, check_agreement
 from rlaif_fast.rollout.vllm.requests import check_lengths, check_model, sampling_options, seeds
+from rlaif_fast.rollout.vllm.served import ServedEngine, share_of
 from rlaif_fast.rollout.vllm.weights import WeightsFolder
 
+SILENCE = 1800.0  # seconds; a rollout of long responses is one reply
 GUARDED_VERSIONS = 2  # the start and the first update
 GUARDED_PROMPTS = 4
 GUARD_TEMPERATURE = 0.7  # not 1, so that log-probabilities before the temperature show
@@ -33,19 +36,39 @@ class VllmSampler:
 
     Args:
         policy: Whose responses they are.
-        weights_folder: Where weights are handed over; None is shared memory where the system has it.
-        **options: Arguments of `vllm.LLM`, such as `max_model_len` and `gpu_memory_utilization`.
+        urls: Running `vllm serve` servers that draw; none draws in this process. Of several processes each has its
+            own.
+        weights_folder: Where weights are handed over; None is shared memory where the system has it. Servers have to
+            see it.
+        timeout: Seconds that a server may be silent.
+        **options: Arguments of `vllm.LLM` in this process, such as `max_model_len` and `gpu_memory_utilization`.
 
     Raises:
-        UsageError: vLLM is not installed, or does not fit the policy or the run.
+        UsageError: vLLM is not installed, or an engine does not fit the policy or the run.
+        EngineLost: A server does not answer.
     """
 
-    def __init__(self, policy: Policy, *, weights_folder: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        urls: Sequence[str] = (),
+        weights_folder: str | Path | None = None,
+        timeout: float = SILENCE,
+        **options: Any,
+    ) -> None:
         check_model(policy)
-        LocalEngine.check_available()
-        self._folder = WeightsFolder(weights_folder)
         self._options = options
         self._engine: Engine | None = None
+        if urls:
+            if options:
+                raise UsageError(
+                    f"sampler_options: {', '.join(options)}: expected at the start of the servers where there are urls"
+                )
+            self._engine = ServedEngine(policy, share_of(urls), timeout)
+        else:
+            LocalEngine.check_available()
+        self._folder = WeightsFolder(weights_folder)
         self._guard: _Guard | None = None
         self.policy = policy
 
@@ -73,8 +96,14 @@ class VllmSampler:
         features: MediaFeatures | None = None,
     ) -> Rollout:
         """Return one rollout; see `Sampler`."""
+        self._check(prompts, num_generations, params)
+        with self.policy.evaluating():
+            return self._draw(prompts, num_generations, params, features)
+
+    def _check(self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams) -> None:
+        """Refuse what cannot be drawn, and compare new weights where that is due."""
         check_params(params, num_generations, prompts)
-        if self._engine is None:
+        if self.version == 0:
             self.sync_weights(self.policy)
         assert self._engine is not None
         check_lengths(prompts, params, self._engine.max_model_len)
@@ -82,7 +111,6 @@ class VllmSampler:
             if self._guard is None:
                 self._guard = _Guard(prompts[:GUARDED_PROMPTS])
             self._guard.check(self)
-            return self._draw(prompts, num_generations, params, features)
 
     def _draw(
         self,
