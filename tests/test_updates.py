@@ -26,9 +26,10 @@ from rlaif_fast.prompts.batches import cut_by_tokens, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer import sft
+from rlaif_fast.trainer.drawing import draw, weights_to_draw_with
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import draw, update_loss, weights_to_draw_with
+from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
 
 G = 3

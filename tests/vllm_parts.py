@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlaif_fast.policy.families import unwrap
-from rlaif_fast.policy.testing import make_policy
+from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout import SharedPrefixSampler
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import score
@@ -33,7 +33,7 @@ class PolicyEngine:
         self.options = options
         base = copy.deepcopy(unwrap(policy.model))
         assert not any(".lora_" in name for name in base.state_dict())
-        self.policy = make_policy("qwen3_vl", model=base)
+        self.policy = Policy(base, policy.tokenizer)
         self.loads = 0
         self.load_weights(folder)
 
