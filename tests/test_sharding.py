@@ -24,7 +24,12 @@ TRAINED = {
     "supervised": Case("qwen2_5_vl", supervised=True, splits=SPLITS[:3]),
 }
 BFLOAT16 = Case("qwen3_vl", dtype=torch.bfloat16, splits=SPLITS[:3])
-RESUMED = {"all": Case(), "lora": Case("qwen2_5_vl", "lora")}
+RESUMED = {
+    "all": Case(),
+    "lora": Case("qwen2_5_vl", "lora"),
+    "written meanwhile": Case(asynchronous=True),
+    "lora, written meanwhile": Case("qwen3_vl", "lora", asynchronous=True),
+}
 
 
 class Pair(NamedTuple):

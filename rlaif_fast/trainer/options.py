@@ -175,6 +175,8 @@ class RlOptions:
         metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
             greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
             oracle where answers are free text or missing, else accuracy.
+        async_checkpoints: Copy what a checkpoint holds and write it while the run goes on. It takes main memory for the
+            copy; a run that is killed meanwhile goes on from the checkpoint before.
         keep_checkpoints: Newest checkpoints that are kept, at least 2, so that a run goes on where one is damaged.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
@@ -204,6 +206,7 @@ class RlOptions:
     dynamic_sampling_rounds: int = 2
     eval_steps: int = 50
     metric_for_best_model: Literal["auto", "accuracy", "oracle", "none"] = "auto"
+    async_checkpoints: bool = False
     keep_checkpoints: int = 2
     early_stopping_patience: int = 0
 

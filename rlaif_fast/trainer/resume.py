@@ -31,6 +31,7 @@ CHANGEABLE = (
     "report_to",
     "report",
     "debug",
+    "async_checkpoints",
     "keep_checkpoints",
     "grace_seconds",
 )

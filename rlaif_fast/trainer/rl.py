@@ -102,6 +102,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             except EngineLost:
                 if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
                     save(f"rl-{progress.step:06d}", last=True)
+                    run.store.wait()
                 raise
             loss_stats: dict = {}
             if critic is not None:
@@ -141,6 +142,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             if progress.step < config.max_steps and run.asked_to_end():
                 if saved != progress.step:
                     save(f"rl-{progress.step:06d}", last=True)
+                run.store.wait()
                 raise Terminated
     if progress.is_over(config.early_stopping_patience):
         logger.message(

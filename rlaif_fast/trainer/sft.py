@@ -140,4 +140,5 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 with logger.timer("checkpoint"):
                     run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)
             if ends:
+                run.store.wait()
                 raise Terminated
