@@ -126,6 +126,10 @@ def test_processes_that_cannot_share_are_refused(options, message):
             {"sharding": "fsdp2", "sampler": "cuda_graphs"},
             "sharding: expected none where sampler is cuda_graphs",
         ),
+        (
+            {"sharding": "fsdp2", "optimizer_offload": True},
+            "sharding: expected none where optimizer_offload is True",
+        ),
         ({"sharding_size": 2}, "sharding_size: expected 0 where sharding is none, got 2"),
     ],
 )

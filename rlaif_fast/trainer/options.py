@@ -167,6 +167,8 @@ class RlOptions:
         adam_beta1: AdamW beta 1.
         adam_beta2: AdamW beta 2.
         max_grad_norm: Gradient clipping.
+        optimizer_offload: Keep float32 weights, gradients and moments in main memory, and update there: of 18 bytes a
+            bfloat16 weight that trains, 2 stay on the GPU. Each gradient and each new weight crosses the bus.
         mask_truncated_completions: Leave responses without an end of sequence out of the loss.
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
         dynamic_sampling_rounds: Most extra rollouts a step for that.
@@ -201,6 +203,7 @@ class RlOptions:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
+    optimizer_offload: bool = False
     mask_truncated_completions: bool = False
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
@@ -352,6 +355,7 @@ class TrainConfig(
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
         fits = {"sampler": self.sampler not in ("cuda_graphs", "vllm")}
+        fits["optimizer_offload"] = not self.optimizer_offload
         fits["algorithm"] = not find_algorithm(self).has_critic
         for name, ok in fits.items():
             require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)

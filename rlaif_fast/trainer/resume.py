@@ -25,6 +25,7 @@ CHANGEABLE = (
     "num_processes",
     "sharding",
     "sharding_size",
+    "optimizer_offload",
     "threads",
     "logging_steps",
     "tensorboard",

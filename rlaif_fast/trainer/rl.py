@@ -175,6 +175,7 @@ def make_updater(
         warmup_steps=config.warmup_steps * updates,
         total_steps=rollouts * updates,
         min_lr_ratio=config.min_lr_ratio,
+        offload=config.optimizer_offload,
     )
 
 
