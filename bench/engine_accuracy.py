@@ -1,10 +1,11 @@
 """The tiny run's RL stage with responses drawn by vLLM, beside the default sampler's: is the accuracy the same?
 
-    python bench/engine_accuracy.py OUT [--max_steps N] [--seed S] [--urls URL ...]
+    python bench/engine_accuracy.py OUT [--max_steps N] [--seed S] [--sft FOLDER] [--urls URL ...]
 
-In the environment of bench/engine_env.sh. Both stages start from one supervised checkpoint, on one seed and in one
-process; only what draws differs. With `--urls` servers draw (docs/engines.md says how they start), else vLLM in the
-process. Runs that are there are read. Exits with 1 where the two are more than 3 points apart.
+In the environment of bench/engine_env.sh. Both stages start from one supervised checkpoint (that of `--sft`, else one
+is made), on one seed and in one process; only what draws differs. With `--urls` servers draw (docs/engines.md says how
+they start), else vLLM in the process. Runs that are there are read. Exits with 1 where the two are more than 3 points
+apart.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--max_steps", type=int, default=330)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sft", default="auto")
     parser.add_argument("--urls", nargs="*", default=[])
     given = parser.parse_args()
     same = {"max_steps": given.max_steps, "seed": given.seed, "cache_dir": given.out / "cache"}
     options = {"urls": given.urls} if given.urls else OPTIONS
-    start, ours = accuracy(given.out / "default", **same)
+    start, ours = accuracy(given.out / "default", **same, sft=given.sft)
     _, theirs = accuracy(
         given.out / ("served" if given.urls else "vllm"),
         **same,
-        sft=given.out / "default/checkpoints/sft",
+        sft=given.out / "default/checkpoints/sft" if given.sft == "auto" else given.sft,
         sampler="vllm",
         sampler_options=json.dumps(options),
     )
