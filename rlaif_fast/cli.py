@@ -29,8 +29,8 @@ def parse_config(
 ) -> Config:
     """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, in any order.
 
-    Keys that a flag and a file both set are named on standard error. `--print-config` prints the result as YAML and exits;
-    `--help` documents every field.
+    Keys that a flag and a file both set are named on standard error. `--print-config` prints the result as YAML and
+    exits; `--help` documents every field.
 
     Args:
         config_class: The dataclass.
