@@ -231,9 +231,11 @@ def make_model(model_type: str, *, dtype: torch.dtype = torch.float32, seed: int
     if dtype == torch.float64:  # the fused experts have no float64
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        for parameter in model.parameters():  # at the usual 0.02 two layers hardly differ from none
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # at the usual 0.02 two layers hardly differ from none
                 parameter.mul_(5)
+            elif name.endswith("A_log"):  # a recurrent state that lasts for some tokens
+                parameter.fill_(-1.0)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
