@@ -192,7 +192,7 @@ class SharedPrefixSampler(ReadsPolicy):
         with policy.evaluating():
             if features is None:
                 features = policy.encode_media(prompts)
-            # Parts of one size, as far as it goes: a captured step is of one size.
+            # Parts of equal size where possible: a captured step has one size.
             for groups in np.array_split(np.arange(len(prompts)), -(-len(prompts) // at_once)):
                 span = slice(groups[0], groups[-1] + 1)
                 rows = uniform[span.start * num_generations : span.stop * num_generations]

@@ -44,7 +44,7 @@ class Progress:
     evals_without_gain: int = 0
 
     def is_over(self, patience: int) -> bool:
-        """Whether as many evaluations in a row brought no better score; 0 never ends the stage."""
+        """Whether the last `patience` evaluations brought no better score; 0 never ends the stage."""
         return 0 < patience <= self.evals_without_gain
 
 
@@ -236,7 +236,7 @@ def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[R
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """The groups cut into `parts` as evenly as it goes; some may be empty."""
+    """The groups cut into `parts` as evenly as possible; some may be empty."""
     bounds = [len(groups) * i // parts for i in range(parts + 1)]
     return [groups[low:high] for low, high in pairwise(bounds)]
 

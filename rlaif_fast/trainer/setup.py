@@ -19,7 +19,7 @@ from rlaif_fast.data import VOCABULARY
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.machine import cores
-from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
@@ -271,7 +271,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
             oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
         )
     if config.oracle_noise > 0:
-        oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
+        oracle = CorruptedOracle(oracle, kind="gaussian", strength=config.oracle_noise, seed=config.seed)
     if config.oracle_shuffle:
         oracle = ShuffledOracle(oracle, seed=config.seed)
     return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction)
