@@ -1,8 +1,9 @@
-"""Prompts and pixels of each family, against its real Hugging Face processor; these need torchvision."""
+"""Real Hugging Face processors, which need torchvision: what each makes of a clip, and models outside the table."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import family_checkpoints
@@ -20,7 +21,13 @@ from transformers.video_utils import VideoMetadata
 from rlaif_fast.data.schema import Example
 from rlaif_fast.policy.families import FAMILIES
 from rlaif_fast.policy.families.smolvlm import in_words
+from rlaif_fast.policy.loading import ModelOptions, load_model
+from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import PromptEncoder
+from rlaif_fast.prompts.make import make_encoder
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout.plain import PlainSampler
+from rlaif_fast.video import PixelBudget
 from rlaif_fast.video.base import Clip
 
 FPS, FRAMES = 2.0, 6
@@ -162,3 +169,65 @@ def test_a_prompt_is_the_processors(model_type, monkeypatch) -> None:
     assert difference <= MAX_DIFFERENCE.get(model_type, 1e-6)
     if model_type in MAX_DIFFERENCE:
         assert difference > 1e-3  # it is another resize
+
+
+# --- families outside the table -----------------------------------------------------------------------------
+
+CROPPED = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "width": 16}}
+IMAGES = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+OTHERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "llava_next_video": (
+        "LlavaNextVideoProcessor",
+        "LlavaNextVideoVideoProcessor",
+        "LlavaNextImageProcessor",
+        {"image_grid_pinpoints": [[16, 16]]},
+    ),
+    "video_llava": ("VideoLlavaProcessor", "VideoLlavaVideoProcessor", "VideoLlavaImageProcessor", {}),
+}
+
+
+def write_other_checkpoint(model_type: str, folder: Path) -> Path:
+    processor, video, image, more = OTHERS[model_type]
+    model, tokenizer = family_checkpoints.make_model(model_type)
+    model.save_pretrained(folder)
+    getattr(transformers, processor)(
+        video_processor=getattr(transformers, video)(**CROPPED, **NORMALISED),
+        image_processor=getattr(transformers, image)(**IMAGES, **NORMALISED, **more),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", sorted(OTHERS))
+def test_a_family_outside_the_table_trains_through_its_processor(model_type, tmp_path) -> None:
+    folder = write_other_checkpoint(model_type, tmp_path / "model")
+    frames = 8 if model_type == "video_llava" else 4  # what its forward is written for
+    output = tmp_path / "run"
+    options = {"shared_prefix": "false", "nframes": frames}
+    assert family_checkpoints.train_a_little(folder, output, tmp_path / "cache", **options) == 0
+    family_checkpoints.assert_trained(folder, output)
+
+
+@pytest.mark.parametrize("model_type", sorted(OTHERS))
+def test_a_family_outside_the_table_sees_the_frames(model_type, tmp_path) -> None:
+    loaded = load_model(ModelOptions(model=str(write_other_checkpoint(model_type, tmp_path))))
+    encoder = make_encoder(loaded, PixelBudget(16, 256, 1024))
+    policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
+    question = Example(id="0", question="what color")
+    frames = make_clip().frames[torch.arange(8) % FRAMES]
+    times = tuple(index / FPS for index in range(len(frames)))
+    clips = [
+        Clip(shown, times, key=key, sample_fps=FPS) for key, shown in (("a", frames), ("b", frames.flip(0)))
+    ]
+    prompts = [encoder.encode(question, [clip]) for clip in clips]
+    assert prompts[0].input_ids.tolist() == prompts[1].input_ids.tolist()
+    rollout = PlainSampler(policy).sample(prompts, 2, SamplingParams(max_new_tokens=4, seed=0))
+    lengths = rollout.mask.sum(1)
+    logps = policy.response_logps(prompts, rollout.token_ids, lengths)
+    torch.testing.assert_close(logps, rollout.logps[rollout.mask], rtol=1e-4, atol=1e-4)
+    other = policy.response_logps(prompts[::-1], rollout.token_ids, lengths)
+    assert float((logps - other).abs().max()) > 1e-3
