@@ -235,11 +235,12 @@ def make_tokenizer(model_type: str):
     return tokenizer
 
 
-def make_config(model_type: str, tokenizer):
-    """The config of a recipe."""
+def make_config(model_type: str, tokenizer, values: dict[str, Any] | None = None):
+    """The config of a recipe, or of other `values` than its own."""
     from transformers import AutoConfig
 
-    values, marks, *_ = recipe(model_type)
+    own, marks, *_ = recipe(model_type)
+    values = own if values is None else values
     ids = tokenizer.get_vocab()
     ends = {"eos_token_id": ids["<|im_end|>"], "bos_token_id": None, "pad_token_id": ids[END_OF_TEXT]}
     text = values["text_config"] | {"vocab_size": len(tokenizer), "tie_word_embeddings": True} | ends
@@ -250,13 +251,19 @@ def make_config(model_type: str, tokenizer):
     )
 
 
-def make_model(model_type: str, *, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random model of a recipe and its tokenizer."""
+def make_model(
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    values: dict[str, Any] | None = None,
+):
+    """A random model of a recipe, or of other `values` than its own, and its tokenizer."""
     from transformers import AutoModelForImageTextToText
 
     tokenizer = make_tokenizer(model_type)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(make_config(model_type, tokenizer), dtype=dtype)
+    model = AutoModelForImageTextToText.from_config(make_config(model_type, tokenizer, values), dtype=dtype)
     if dtype == torch.float64:  # the fused experts have no float64
         model.set_experts_implementation("eager")
     with torch.no_grad():
