@@ -217,7 +217,7 @@ class GraphSampler(SharedPrefixSampler):
         group = torch.arange(responses, device=device) // num_generations
         first = [policy.layouts(prompt).next_position for prompt in prompts]
         next_position = torch.tensor(first, device=device)[group]
-        draw = TokenSampler(policy, params)
+        draw = TokenSampler(policy, params, responses)
         eos = torch.tensor(policy.eos_token_ids, device=device)
         token_ids = torch.zeros(responses, params.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(responses, params.max_new_tokens, device=device)
@@ -232,5 +232,5 @@ class GraphSampler(SharedPrefixSampler):
             if step + 1 == params.max_new_tokens or (step % STOP_CHECK == STOP_CHECK - 1 and finished.all()):
                 break
             hidden = feed(tokens, next_position + step, step)
-        arrays = (x.numpy(force=True) for x in (token_ids, logps, lengths, finished))
-        return make_rollout(policy, prompts, num_generations, *arrays)
+        ids, drawn, ends, done = (x.numpy(force=True) for x in (token_ids, logps, lengths, finished))
+        return make_rollout(policy, prompts, num_generations, ids, drawn, ends, done, draw.forced)

@@ -249,7 +249,7 @@ class SharedPrefixSampler(ReadsPolicy):
         groups, responses = len(prompts), len(prompts) * num_generations
         next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
         vocabulary = policy.head_weight.shape[0]
-        draw = TokenSampler(policy, params)
+        draw = TokenSampler(policy, params, responses)
         drawn = Drawn(policy, responses, params.max_new_tokens)
 
         live = np.arange(responses)  # responses that still draw
@@ -259,8 +259,8 @@ class SharedPrefixSampler(ReadsPolicy):
         for step in range(params.max_new_tokens):
             own_node = len(node) == len(node_group) and bool((node == np.arange(len(node))).all())
             rows = None if own_node else torch.from_numpy(node).to(device)
-            draws = uniform[torch.from_numpy(live).to(device), step]
-            tokens, logp = draw(policy.logits(hidden), rows, draws, step)
+            who = torch.from_numpy(live).to(device)
+            tokens, logp = draw(policy.logits(hidden), rows, uniform[who, step], step, who)
             new = tokens.numpy(force=True)
             ended = drawn.record(live, step, new, logp.numpy(force=True))
             live, node, new = live[~ended], node[~ended], new[~ended]
@@ -287,4 +287,4 @@ class SharedPrefixSampler(ReadsPolicy):
                 _Step(cache, node_group, columns, allowed, hidden),
                 states=cache.states,
             )
-        return drawn.rollout(policy, prompts, num_generations)
+        return drawn.rollout(policy, prompts, num_generations, draw.forced)
