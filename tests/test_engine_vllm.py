@@ -75,3 +75,11 @@ def test_a_tiny_run_learns_from_what_vllm_draws(tmp_path):
         assert row["sampling_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert row["sampling_ratio_capped"] == 0
     assert "final_accuracy" in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_an_adapter_is_loaded_as_it_is_saved(tmp_path):
+    """vLLM finds every layer of `adapter_config.json` and gives the policy's log-probabilities with it."""
+    found = json.loads(run(str(HERE / "engine_lora.py"), str(tmp_path)).strip().splitlines()[-1])
+    assert found["apart"] > 0.1  # the adapter changes them
+    assert found["worst"]["base"] < 1e-3
+    assert found["worst"]["adapter"] < 1e-3
