@@ -45,13 +45,6 @@ def main() -> int:
         assert closed.loss.isfinite(), f"rank_loss N={N} G={G} T={T}"
         print(f"rank_loss N={N} G={G} T={T}: {closed.loss.item():.4f}")
 
-    lengths = torch.tensor([7, 0, 129, 2], device=device)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    packed, A = torch.rand(int(lengths.sum()), device=device), torch.rand(4, device=device)
-    inputs = TokenInputs(advantages=A, old_logps=packed)
-    closed = rank_loss.rank_loss(packed, None, inputs, LossOptions(), cu_seqlens=cu_seqlens)
-    print(f"rank_loss packed: {closed.loss.item():.4f}")
-
     for V in (1, 257, 20_001):
         for dtype in (torch.float32, torch.bfloat16):
             M = 5

@@ -15,9 +15,8 @@ finished programs are atomic; all sums run in a fixed order, so equal inputs giv
 is a second launch, elementwise (`rank_loss_grad`). Never materialised: ratios, clipped ratios, KL, ranks,
 (G, G) comparisons. Any float dtype in, float32 inside and out.
 
-Letters: N groups, G responses a group (the last may be short where there are no ranks), B rows, T tokens, M
-packed tokens. Token arrays are (B, T), or (M,) with cu_seqlens (B + 1,). Suffixes: _i response of a group,
-_t token.
+Letters: N groups, G responses a group (the last may be short where there are no ranks), B rows, T tokens.
+Suffixes: _i response of a group, _t token.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ from rlaif_fast_kernels.token_terms import (
     load_float,
     one_sided,
     policy_arguments,
-    response_span,
 )
 
 __all__ = ["aot_configs", "rank_loss", "supports", "unavailable"]
@@ -71,7 +69,6 @@ def rank_loss_kernel(
     valid,  # (N,) uint8 or None
     num_items,  # scalar or None
     num_tokens,  # scalar or None
-    cu_seqlens,  # (B + 1,) or None
     advantages,  # (B,) out, where there are ranks
     row_slopes,  # (B,) out, dJ/dlogp of every token of a response, SEQUENCE only
     row_weights,  # (B,) out, w
@@ -112,16 +109,14 @@ def rank_loss_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     group = row // G
-    start, length = response_span(row, T, cu_seqlens)
-    if valid is not None:
-        length = tl.where(tl.load(valid + group) != 0, length, 0)
+    length = T if valid is None else tl.where(tl.load(valid + group) != 0, T, 0)
 
     zero = tl.zeros((BLOCK_T,), tl.float32)
     tokens, score, upper_sum, lower_sum, kl_sum, entropy_sum = zero, zero, zero, zero, zero, zero
     low_count, high_count, rho_sum, rho_max, log_ratio_sum = zero, zero, zero, zero, zero
     for t in tl.range(0, length, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
-        at = start + offs_t
+        at = row * T + offs_t
         live = offs_t < length
         if mask is not None:
             live = live & (tl.load(mask + at, mask=live, other=0) != 0)
@@ -192,28 +187,21 @@ def rank_loss_kernel(
 
 
 def rank_loss(
-    logps: Tensor,  # (B, T), or (M,) with cu_seqlens
+    logps: Tensor,  # (B, T)
     entropy: Tensor | None,  # like logps
     inputs: TokenInputs,
     options: LossOptions,
-    *,
-    cu_seqlens: Tensor
-    | None = None,  # (B + 1,) int32 or int64: responses one behind the other, without padding
 ) -> TokenGradients:
     """Return the loss of `reference.rank_loss` and its gradient, in two launches."""
     advantages, oracle_ranks, sampling_ratio = inputs.advantages, inputs.oracle_ranks, inputs.sampling_ratio
-    packed = cu_seqlens is not None
-    B = cu_seqlens.numel() - 1 if cu_seqlens is not None else logps.shape[0]
-    T = logps.shape[-1]
+    B, T = logps.shape
     device = logps.device
-    per_token = advantages is not None and advantages.shape == logps.shape and (packed or logps.dim() == 2)
+    per_token = advantages is not None and advantages.shape == logps.shape
     if oracle_ranks is not None:
         N, G = oracle_ranks.shape
     else:
         G = max(1, min(MAX_GROUP_SIZE, B))
         N = triton.cdiv(B, G)
-    if sampling_ratio is not None and packed and sampling_ratio.dim() == 2:
-        raise ValueError("sampling_ratio must be (M,) with cu_seqlens; got one value a response")
 
     def flat(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().expand(logps.shape).contiguous()
@@ -244,7 +232,7 @@ def rank_loss(
     entropy_coef = options.entropy_coef if entropy is not None else 0.0
     beta = options.beta if inputs.ref_logps is not None else 0.0
     if B:
-        config = launch_config(T if not packed else triton.cdiv(T, B), G)
+        config = launch_config(T, G)
         with torch.cuda.device_of(logps):
             rank_loss_kernel[(B,)](
                 *tokens,
@@ -252,7 +240,6 @@ def rank_loss(
                 given,
                 *(ranks, scores, bits(inputs.judged), weights, valid),
                 *(inputs.num_items, inputs.num_tokens),
-                cu_seqlens,
                 *(computed, row_slopes, row_weights, entropy_weight),
                 torch.empty((ROW_SUMS, B), dtype=torch.float32, device=device),
                 torch.empty((GROUP_SUMS.value, N), dtype=torch.float32, device=device),
@@ -277,7 +264,6 @@ def rank_loss(
         write_gradient(
             tokens,
             valid,
-            cu_seqlens,
             computed if given is None else given,
             row_slopes,
             row_weights,
@@ -312,7 +298,7 @@ def aot_configs() -> list[AotConfig]:
     types |= dict.fromkeys(numbers, "fp32")
     scratch = dict.fromkeys(("advantages", "row_sums", "group_sums", "loss_out", "stats_out"), "*fp32:16")
     outputs = dict.fromkeys(("A", "grad_logps", "grad_entropy"), "*fp32:16")
-    absent = dict.fromkeys(("given", "cu_seqlens", "delta", "dual_clip", "kl_clamp"))
+    absent = dict.fromkeys(("given", "delta", "dual_clip", "kl_clamp"))
     kinds = {"KIND": "directed", "SCALE": "none", "SCORE": "mean", "AGGREGATE": "length", "SKIP_EMPTY": False}
     kinds |= {"KL": "k3", "UNBIASED": False, "SURROGATE": "clip", "ENTROPY_TOKENS": False}
     configs = []

@@ -23,7 +23,6 @@ from rlaif_fast_kernels.token_terms import (
     load_float,
     policy_arguments,
     policy_slope,
-    response_span,
 )
 
 SPLITS = 8  # programs a response
@@ -37,7 +36,6 @@ def rank_loss_grad_kernel(
     mask,  # (B, T) uint8 or None
     sampling_ratio,  # (B, T) or None
     valid,  # (N,) uint8 or None
-    cu_seqlens,  # (B + 1,) or None
     A,  # (B,) or, PER_TOKEN, (B, T)
     row_slopes,  # (B,), SEQUENCE only
     row_weights,  # (B,)
@@ -64,16 +62,13 @@ def rank_loss_grad_kernel(
     BLOCK_T: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start, length = response_span(row, T, cu_seqlens)
-    counted = length
-    if valid is not None:
-        counted = tl.where(tl.load(valid + row // G) != 0, length, 0)
+    counted = T if valid is None else tl.where(tl.load(valid + row // G) != 0, T, 0)
     weight = tl.load(row_weights + row)
     entropy_share = tl.load(entropy_weight) if ENTROPY_TOKENS else weight
-    for t in tl.range(tl.program_id(1) * BLOCK_T, length, BLOCK_T * tl.num_programs(1)):
+    for t in tl.range(tl.program_id(1) * BLOCK_T, T, BLOCK_T * tl.num_programs(1)):
         offs_t = t + tl.arange(0, BLOCK_T)
-        at = start + offs_t
-        inside = offs_t < length
+        at = row * T + offs_t
+        inside = offs_t < T
         live = offs_t < counted
         if mask is not None:
             live = live & (tl.load(mask + at, mask=live, other=0) != 0)
@@ -101,7 +96,6 @@ def rank_loss_grad_kernel(
 def write_gradient(
     tokens: list[Tensor | None],  # logps, old_logps, ref_logps, mask, sampling_ratio: (B, T) or None
     valid: Tensor | None,  # (N,) uint8
-    cu_seqlens: Tensor | None,  # (B + 1,)
     A: Tensor,  # (B,), or (B, T) with per_token
     row_slopes: Tensor,  # (B,)
     row_weights: Tensor,  # (B,)
@@ -122,7 +116,7 @@ def write_gradient(
         with torch.cuda.device_of(grad_logps):
             rank_loss_grad_kernel[(row_weights.numel(), splits)](
                 *tokens,
-                *(valid, cu_seqlens, A, row_slopes, row_weights, entropy_weight, grad_logps, grad_entropy),
+                *(valid, A, row_slopes, row_weights, entropy_weight, grad_logps, grad_entropy),
                 *(G, T),
                 *policy_arguments(options),
                 *(beta, options.kl_clamp, entropy_coef),

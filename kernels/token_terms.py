@@ -1,5 +1,4 @@
-"""How the tokens of a response are read, and the terms of one in the loss with their derivatives: device functions
-that the fused kernels share.
+"""The terms of one token in the loss, with their derivatives: device functions that the fused kernels share.
 
     rho      = exp(clamp(logp - old_logp))          clamp to +-LOG_RATIO_LIMIT, no gradient beyond
     J        = A * upper where A >= 0, A * lower where A < 0
@@ -41,17 +40,6 @@ def kl_and_surrogate(options: LossOptions) -> dict[str, object]:
 @triton.jit
 def load_float(x, at, live):
     return tl.load(x + at, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def response_span(row, T, cu_seqlens):
-    """First element and length of a response."""
-    if cu_seqlens is None:
-        start, length = row * T, T
-    else:
-        start = tl.load(cu_seqlens + row).to(tl.int64)
-        length = (tl.load(cu_seqlens + row + 1).to(tl.int64) - start).to(tl.int32)
-    return start, length
 
 
 @triton.jit

@@ -27,10 +27,10 @@ def parse_config(
     description: str,
     under: Path | None = None,
 ) -> Config:
-    """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, wherever the two stand.
+    """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, in any order.
 
-    What a flag and a file both set is told on standard error. `--print-config` prints the result as YAML and exits;
-    `--help` documents every field.
+    Keys that a flag and a file both set are named on standard error. `--print-config` prints the result as YAML and
+    exits; `--help` documents every field.
 
     Args:
         config_class: The dataclass.

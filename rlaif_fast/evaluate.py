@@ -70,6 +70,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
                 config.oracle, setup.for_reasoning(config, make_batch.encoder)[0].oracle_options
             ),
             max_new_tokens=config.max_completion_length,
+            max_reasoning_tokens=config.max_reasoning_tokens,
             videos_per_step=options.videos_per_step,
         )
     if not result.by_category() and options.output is None:

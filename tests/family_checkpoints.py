@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from rlaif_fast.data import VOCABULARY
+from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import END_OF_TEXT, build_tokenizer
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.folder import RunDir, read_jsonl
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = ROPE | {"mrope_section": [2, 1, 1]}
@@ -179,6 +182,32 @@ RECIPES |= {
     ),
 }
 
+# Of families outside the table, for which their own processors make the prompts.
+_LLAMA = {"model_type": "llama"} | TEXT
+_CLIP = SIGLIP | {"model_type": "clip_vision_model", "projection_dim": 32}
+_LLAVA_MARKS = (
+    {"image_token_index": "<image>", "video_token_index": "<video>"},
+    ("<image>\n", "<video>\n"),
+    (),
+)
+OTHER_RECIPES = {
+    "llava_next_video": (
+        {
+            "text_config": _LLAMA,
+            "vision_config": _CLIP,
+            "image_grid_pinpoints": [[16, 16]],
+            "vision_feature_layer": -1,
+        },
+        *_LLAVA_MARKS,
+    ),
+    "video_llava": ({"text_config": _LLAMA, "vision_config": _CLIP}, *_LLAVA_MARKS),
+}
+
+
+def recipe(model_type: str):
+    """Of a family in the table or outside it."""
+    return (RECIPES | OTHER_RECIPES)[model_type]
+
 
 def chat_template(picture: str, video: str, generation: str = "<|im_start|>assistant\n") -> str:
     """A template of the usual form that writes these marks."""
@@ -197,7 +226,7 @@ def chat_template(picture: str, video: str, generation: str = "<|im_start|>assis
 
 def make_tokenizer(model_type: str):
     """The tokenizer of a recipe, with the marks of its family."""
-    _, marks, (picture, video), more = RECIPES[model_type]
+    _, marks, (picture, video), more = recipe(model_type)
     tokenizer = build_tokenizer(VOCABULARY)
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys((*marks.values(), *more)) if token not in known]
@@ -206,11 +235,12 @@ def make_tokenizer(model_type: str):
     return tokenizer
 
 
-def make_config(model_type: str, tokenizer):
-    """The config of a recipe."""
+def make_config(model_type: str, tokenizer, values: dict[str, Any] | None = None):
+    """The config of a recipe, or of other `values` than its own."""
     from transformers import AutoConfig
 
-    values, marks, *_ = RECIPES[model_type]
+    own, marks, *_ = recipe(model_type)
+    values = own if values is None else values
     ids = tokenizer.get_vocab()
     ends = {"eos_token_id": ids["<|im_end|>"], "bos_token_id": None, "pad_token_id": ids[END_OF_TEXT]}
     text = values["text_config"] | {"vocab_size": len(tokenizer), "tie_word_embeddings": True} | ends
@@ -221,19 +251,27 @@ def make_config(model_type: str, tokenizer):
     )
 
 
-def make_model(model_type: str, *, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random model of a recipe and its tokenizer."""
+def make_model(
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    values: dict[str, Any] | None = None,
+):
+    """A random model of a recipe, or of other `values` than its own, and its tokenizer."""
     from transformers import AutoModelForImageTextToText
 
     tokenizer = make_tokenizer(model_type)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(make_config(model_type, tokenizer), dtype=dtype)
+    model = AutoModelForImageTextToText.from_config(make_config(model_type, tokenizer, values), dtype=dtype)
     if dtype == torch.float64:  # the fused experts have no float64
         model.set_experts_implementation("eager")
     with torch.no_grad():
-        for parameter in model.parameters():  # at the usual 0.02 two layers hardly differ from none
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # at the usual 0.02 two layers hardly differ from none
                 parameter.mul_(5)
+            elif name.endswith("A_log"):  # a recurrent state that lasts for some tokens
+                parameter.fill_(-1.0)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
@@ -253,3 +291,49 @@ def write_processor(folder: Path) -> None:
     settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "merge_size": 2}
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         (folder / name).write_text(json.dumps(settings))
+
+
+def train_a_little(model: Path, output: Path, cache: Path, **more: Any) -> int:
+    """Two supervised and two RL steps with evaluations; returns the command's exit status."""
+    from rlaif_fast import train
+
+    values: dict[str, Any] = {
+        "model": model,
+        "output_dir": output,
+        "cache_dir": cache,
+        "synthetic_sft_clips": 4,
+        "synthetic_rl_clips": 4,
+        "synthetic_validation_clips": 2,
+        "synthetic_test_clips": 2,
+        "nframes": 4,
+        "sft_steps": 2,
+        "sft_videos_per_step": 2,
+        "max_steps": 2,
+        "videos_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 24,
+        "eval_steps": 1,
+        "gallery_clips": 0,
+        "min_pixels": 256,
+        "max_pixels": 1024,
+        "blind_control": 0,
+        "sft_learning_rate": 1e-3,
+        "learning_rate": 1e-3,
+        "report": "false",
+        "tensorboard": "false",
+        "num_processes": 1,
+        "threads": 1,
+    }
+    return train.main([f"--{key}={value}" for key, value in (values | more).items()])
+
+
+def assert_trained(model: Path, output: Path) -> None:
+    """Both stages took their steps, the run was evaluated, and its checkpoint reloads with other weights."""
+    run = RunDir.open(output)
+    steps = [(row["stage"], row["step"]) for row in read_jsonl(run.path / "metrics.jsonl")]
+    assert {("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)} <= set(steps)
+    assert 0 <= json.loads((run.path / "summary.json").read_text())["final_accuracy"] <= 1
+    trained = CheckpointStore(run.checkpoints, {}, read_only=True).checked("sft")
+    before, after = (load_model(ModelOptions(model=str(f))).model.state_dict() for f in (model, trained))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)

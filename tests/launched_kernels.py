@@ -105,12 +105,6 @@ def rank_losses() -> None:
             entropy_coef=0.1, empty_rows="skip", dual_clip=3.0 if loss_type in ("bnpo", "luspo") else None,
         )  # fmt: skip
         rank_loss.rank_loss(x, x, TokenInputs(oracle_ranks=ranks, old_logps=x, ref_logps=x), options)
-    cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32)
-    flat = x.float().reshape(-1)
-    for level in ("token", "sequence"):
-        options = LossOptions(importance_sampling_level=level)
-        inputs = TokenInputs(oracle_ranks=ranks, valid=valid, old_logps=flat)
-        rank_loss.rank_loss(flat, None, inputs, options, cu_seqlens=cu_seqlens)
 
 
 def rows() -> None:

@@ -169,3 +169,11 @@ def test_vllm_reads_the_tensors_that_we_pack(rows, seconds):
             )
             assert type(found[name].field) is type(element.field)
             assert found[name].field.keep_on_cpu == element.field.keep_on_cpu
+
+
+def test_an_adapter_is_loaded_as_it_is_saved(tmp_path):
+    """vLLM finds every layer of `adapter_config.json` and gives the policy's log-probabilities with it."""
+    found = json.loads(run(str(HERE / "engine_lora.py"), str(tmp_path)).strip().splitlines()[-1])
+    assert found["apart"] > 0.1  # the adapter changes them
+    assert found["worst"]["base"] < 1e-3
+    assert found["worst"]["adapter"] < 1e-3

@@ -120,7 +120,7 @@ def test_outliers_are_as_many_as_asked_for():
     ("options", "message"),
     [
         ({"kind": "nois"}, "feedback: expected exact"),
-        ({"kind": "flips", "strength": 0.7}, "feedback_strength: expected 0 to 0.5 for flips, got 0.7"),
+        ({"kind": "flips", "strength": 1.7}, "feedback_strength: expected 0 to 1 for flips, got 1.7"),
         ({"kind": "grades", "strength": 1}, "expected 2 to 100"),
         ({"kind": "warp", "strength": float("nan")}, "got nan"),
     ],
@@ -130,12 +130,22 @@ def test_impossible_options_are_refused(options, message):
         CorruptedOracle(Scored(), **options)
 
 
-def test_an_oracle_without_scores_is_refused_by_name():
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_of_an_oracle_that_only_orders_the_order_is_corrupted(kind):
     class Unscored(Scored):
         gives_scores = False
 
-    with pytest.raises(UsageError, match="'scored' gives none"):
-        CorruptedOracle(Unscored(), kind="warp")
+        def rank(self, requests):
+            return [Ranking(ranks=(2, 0, 1, 1)) for _ in requests]
+
+    oracle = CorruptedOracle(Unscored(), kind=kind)
+    rankings = oracle.rank(
+        [RankRequest(id=str(n), question="q", responses=("a", "b", "c", "d")) for n in range(50)]
+    )
+    assert not oracle.gives_scores
+    assert all(ranking.valid and ranking.scores is None for ranking in rankings)
+    orders = {ranking.ranks for ranking in rankings}
+    assert orders == {(2, 0, 1, 1)} if kind in ("warp", "grades", "slot_bias_debiased") else len(orders) > 1
 
 
 def test_what_the_oracle_could_not_judge_stays_so():

@@ -170,11 +170,13 @@ def test_rank_then_agree(tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     noisy = [
         "--oracle",
-        "noisy",
+        "corrupted",
         "--option",
         "inner=reference",
         "--option",
-        "flip=1.0",
+        "kind=flips",
+        "--option",
+        "strength=1.0",
         "--output",
         str(other),
     ]

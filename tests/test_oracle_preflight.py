@@ -74,8 +74,10 @@ def test_no_server_is_told_at_once():
     [
         lambda api, cache: build_oracle(**api),
         lambda api, cache: build_oracle(**api, cache=cache),
-        lambda api, cache: build_oracle("noisy", inner=api, flip=0.1),
-        lambda api, cache: build_oracle("shuffled", inner={"name": "noisy", "inner": api}),
+        lambda api, cache: build_oracle("corrupted", inner=api, kind="flips", strength=0.1),
+        lambda api, cache: build_oracle(
+            "shuffled", inner={"name": "corrupted", "inner": api, "kind": "gaussian"}
+        ),
         lambda api, cache: build_oracle("ensemble", members=["reference", api]),
     ],
 )

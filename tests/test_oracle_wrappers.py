@@ -7,7 +7,6 @@ import pytest
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import (
     CircuitBreaker,
-    NoisyOracle,
     Oracle,
     OracleFailedError,
     Ranking,
@@ -18,6 +17,7 @@ from rlaif_fast.oracle import (
     oracle_names,
 )
 from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import kendall_tau, ranks_from_scores
 
 
@@ -34,6 +34,10 @@ def groups(count, size=5):
     ]
 
 
+def corrupted(kind, strength, seed=0):
+    return CorruptedOracle(ReferenceOracle(), kind=kind, strength=strength, seed=seed)
+
+
 def mean_tau(oracle, requests):
     truth = tuple(range(len(requests[0].responses)))
     taus = [kendall_tau(ranking.ranks, truth) for ranking in oracle.rank(requests)]
@@ -42,21 +46,19 @@ def mean_tau(oracle, requests):
 
 def test_noise_lowers_agreement_and_is_deterministic():
     requests = groups(200)
-    exact, mild, strong = (
-        mean_tau(NoisyOracle(ReferenceOracle(), flip=flip), requests) for flip in (0.0, 0.1, 0.4)
-    )
+    exact, mild, strong = (mean_tau(corrupted("flips", flip), requests) for flip in (0.0, 0.1, 0.4))
     assert exact == pytest.approx(1.0)
     assert exact > mild > strong > 0.0
-    first = NoisyOracle(ReferenceOracle(), score_sd=0.5, seed=1)
+    first = corrupted("gaussian", 0.5, seed=1)
     whole = first.rank(requests)
     assert [r.ranks for r in whole] == [first.rank([request])[0].ranks for request in requests]
-    other = NoisyOracle(ReferenceOracle(), score_sd=0.5, seed=2).rank(requests)
+    other = corrupted("gaussian", 0.5, seed=2).rank(requests)
     assert [r.ranks for r in whole] != [r.ranks for r in other]
     assert 0.2 < mean_tau(first, requests) < 0.95
 
 
 def test_flipping_everything_reverses_the_order():
-    assert mean_tau(NoisyOracle(ReferenceOracle(), flip=1.0), groups(5)) == pytest.approx(-1.0)
+    assert mean_tau(corrupted("flips", 1.0), groups(5)) == pytest.approx(-1.0)
 
 
 def test_shuffled_ranks_keep_their_counts_and_teach_nothing():
@@ -69,7 +71,9 @@ def test_shuffled_ranks_keep_their_counts_and_teach_nothing():
     assert [r.ranks for r in ranked] == [r.ranks for r in oracle.rank(requests)]
 
 
-@pytest.mark.parametrize("wrap", [NoisyOracle, lambda inner: NoisyOracle(inner, flip=0.5), ShuffledOracle])
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: CorruptedOracle(inner, kind="flips", strength=0.5), ShuffledOracle]
+)
 def test_wrapped_scores_tell_the_order_that_the_ranks_tell(wrap):
     requests = groups(20)
     oracle = CircuitBreaker(wrap(ReferenceOracle()))
@@ -81,7 +85,7 @@ def test_wrapped_scores_tell_the_order_that_the_ranks_tell(wrap):
 
 
 def test_noise_on_an_oracle_that_only_orders_gives_no_scores():
-    oracle = NoisyOracle(_Failing(lambda request: False), score_sd=1.0)
+    oracle = CorruptedOracle(_Failing(lambda request: False), kind="gaussian", strength=1.0)
     assert not gives_scores(oracle)
     [ranking] = oracle.rank([RankRequest("r", "?", ("a", "b"))])
     assert ranking.valid
@@ -136,12 +140,17 @@ def test_a_breaker_that_allows_every_failure_never_stops():
 
 
 def test_build_by_name():
-    oracle = build_oracle("noisy", inner={"name": "reference", "tolerance": 0.1}, flip=0.2, seed=4)
+    oracle = build_oracle(
+        "corrupted", inner={"name": "reference", "tolerance": 0.1}, kind="flips", strength=0.2, seed=4
+    )
     assert isinstance(oracle, Oracle)
-    assert oracle.name == "noisy"
-    assert oracle.identity == "noisy/1 flip=0.2 sd=0.0 seed=4 (reference/3 tolerance=0.1 extract=None)"
+    assert oracle.name == "corrupted"
+    assert (
+        oracle.identity
+        == "corrupted/1 kind=flips strength=0.2 seed=4 (reference/3 tolerance=0.1 extract=None)"
+    )
     assert isinstance(build_oracle("reference", max_invalid_fraction=None), ReferenceOracle)
-    assert {"reference", "noisy", "shuffled"} <= set(oracle_names())
+    assert {"reference", "corrupted", "shuffled"} <= set(oracle_names())
 
 
 @pytest.mark.parametrize(
@@ -150,9 +159,9 @@ def test_build_by_name():
         ("referense", {}, "did you mean 'reference'"),
         ("reference", {"tolerence": 1}, "did you mean 'tolerance'"),
         ("reference", {"inner": "reference"}, "no option .inner."),
-        ("noisy", {}, "needs option .inner."),
-        ("noisy", {"inner": 3}, "must be an oracle.s name or a mapping"),
-        ("noisy", {"inner": "reference", "flip": 2.0}, "must be in"),
+        ("corrupted", {"kind": "flips"}, "needs option .inner."),
+        ("corrupted", {"inner": 3, "kind": "flips"}, "must be an oracle.s name or a mapping"),
+        ("corrupted", {"inner": "reference", "kind": "flips", "strength": 2.0}, "expected 0 to 1"),
         ("reference", {"max_invalid_fraction": 3.0}, "must be in"),
     ],
 )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import family_checkpoints
 import pytest
+from safetensors import safe_open
+from torch import nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
@@ -52,3 +55,37 @@ def test_the_router_is_frozen_unless_asked_for() -> None:
     dense, _ = family_checkpoints.make_model("qwen3_vl")
     with pytest.raises(UsageError, match="train_router: true has no effect"):
         apply_freezing(dense, ModelOptions(train_router=True))
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("parts", [["decoder"], list(PARTS)], ids=["decoder", "every part"])
+def test_an_adapter_is_saved_in_the_form_that_vllm_reads(model_type, parts, tmp_path) -> None:
+    """Plain LoRA, layers by a list of names, and weights under the base model's own names of them."""
+    model, _ = family_checkpoints.make_model(model_type)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = lora_layers(model, parts, None)
+    add_lora(model, ModelOptions(lora_r=2, lora_modules=parts)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert isinstance(config["target_modules"], list)
+    assert all(any(name.endswith(target) for target in config["target_modules"]) for name in chosen)
+    for feature in ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "rank_pattern"):
+        assert not config.get(feature), feature
+    assert config["bias"] == "none"
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    expected = {f"base_model.model.{name}.lora_{x}.weight" for name in chosen for x in "AB"}
+    assert names == expected
+    assert set(chosen) <= layers
+
+
+def test_layers_that_peft_takes_for_experts_are_left_out_or_refused() -> None:
+    model, _ = family_checkpoints.make_model("glm4v_moe")
+    layers = {name.rpartition(".")[2] for name in lora_layers(model, ["tower"], None)}
+    assert layers == {"qkv", "proj"}  # its tower has gate_proj, up_proj and down_proj too
+    asked = ModelOptions(lora_r=2, lora_modules=["tower"], lora_target_modules=["gate_proj", "up_proj"])
+    with pytest.raises(UsageError, match="peft takes gate_proj, up_proj for the experts"):
+        add_lora(model, asked)
+    dense, _ = family_checkpoints.make_model("glm4v")
+    asked = ModelOptions(lora_r=2, lora_modules=["tower"], lora_target_modules=["gate_proj", "up_proj"])
+    adapted = add_lora(dense, asked)
+    assert any("visual.blocks.0.mlp.gate_proj.lora_A" in name for name, _ in adapted.named_parameters())

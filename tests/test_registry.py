@@ -8,17 +8,12 @@ from pathlib import Path
 
 import family_checkpoints
 import pytest
-import torch
 import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from rlaif_fast import train as train_module
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
-from rlaif_fast.policy.loading import ModelOptions, load_model
-from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.trainer.setup import check_model
 
 REASONS = (
@@ -65,43 +60,10 @@ def cache(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_family_trains_evaluates_and_reloads(model_type, tmp_path, cache) -> None:
     folder = family_checkpoints.write_checkpoint(model_type, tmp_path / "model")
-    values = {
-        "model": folder,
-        "output_dir": tmp_path / "run",
-        "cache_dir": cache,
-        "synthetic_sft_clips": 4,
-        "synthetic_rl_clips": 4,
-        "synthetic_validation_clips": 2,
-        "synthetic_test_clips": 2,
-        "nframes": 4,
-        "sft_steps": 2,
-        "sft_videos_per_step": 2,
-        "max_steps": 2,
-        "videos_per_step": 2,
-        "num_generations": 2,
-        "max_completion_length": 24,
-        "eval_steps": 1,
-        "gallery_clips": 0,
-        "min_pixels": 256,
-        "max_pixels": 1024,
-        "blind_control": 0,
-        "shared_prefix": str(FAMILIES[model_type].unshared is None).lower(),
-        "sft_learning_rate": 1e-3,
-        "learning_rate": 1e-3,
-        "report": "false",
-        "tensorboard": "false",
-        "num_processes": 1,
-        "threads": 1,
-    }
-    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
-    run = RunDir.open(tmp_path / "run")
-    steps = [(row["stage"], row["step"]) for row in read_jsonl(run.path / "metrics.jsonl")]
-    assert {("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)} <= set(steps)
-    assert 0 <= json.loads((run.path / "summary.json").read_text())["final_accuracy"] <= 1
-    trained = CheckpointStore(run.checkpoints, {}, read_only=True).checked("sft")
-    before, after = (load_model(ModelOptions(model=str(f))).model.state_dict() for f in (folder, trained))
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    shared = str(FAMILIES[model_type].unshared is None).lower()
+    output = tmp_path / "run"
+    assert family_checkpoints.train_a_little(folder, output, cache, shared_prefix=shared) == 0
+    family_checkpoints.assert_trained(folder, output)
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

@@ -10,7 +10,7 @@ from test_train import SMALL
 from rlaif_fast import train as train_module
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle import CircuitBreaker, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.reference import ReferenceOracle
@@ -47,14 +47,13 @@ def longest(request):
         ({"tolerance": 0.1, "extract": r"= (\S+)"}, "100", "x = 95", True),
     ],
 )
-@pytest.mark.parametrize("wrapped", ["bare", "breaker", "noisy", "shuffled", "corrupted"])
+@pytest.mark.parametrize("wrapped", ["bare", "breaker", "shuffled", "corrupted"])
 def test_the_runs_own_oracle_says_what_is_right(options, reference, response, right, wrapped):
     own = build_oracle("reference", max_invalid_fraction=None, **options)
     around = {
         "bare": lambda o: o,
         "breaker": CircuitBreaker,
-        "noisy": lambda o: CircuitBreaker(NoisyOracle(o, score_sd=1.0)),
-        "shuffled": lambda o: CircuitBreaker(ShuffledOracle(NoisyOracle(o, flip=0.5))),
+        "shuffled": lambda o: CircuitBreaker(ShuffledOracle(CorruptedOracle(o, kind="gaussian"))),
         "corrupted": lambda o: CircuitBreaker(CorruptedOracle(o, kind="flips")),
     }[wrapped](own)
     scorer = scorer_of(around, options)
@@ -124,8 +123,8 @@ FUNCTION = {"function": "test_scoring:longest"}
         ("callable", FUNCTION, [BLANK, BLANK], "oracle"),
         ("callable", FUNCTION, [NOTHING, NOTHING, LETTER], "oracle"),
         ("callable", FUNCTION, [NOTHING, LETTER, LETTER], "accuracy"),
-        ("noisy", {"inner": "reference"}, [SHORT], "accuracy"),
-        ("noisy", {"inner": {"name": "callable", **FUNCTION}}, [SHORT], "oracle"),
+        ("corrupted", {"inner": "reference", "kind": "flips"}, [SHORT], "accuracy"),
+        ("corrupted", {"inner": {"name": "callable", **FUNCTION}, "kind": "flips"}, [SHORT], "oracle"),
     ],
 )
 def test_the_metric_follows_the_answers(oracle, options, rows, metric):

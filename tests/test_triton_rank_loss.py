@@ -280,24 +280,6 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     assert result.grad_logps.shape == (shape[0] * shape[1], shape[2])
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_packed_equals_padded(level: str) -> None:
-    inputs = batch(2, 3, 9)
-    lengths = torch.tensor([9, 1, 0, 4, 7, 2], device=DEVICE)
-    held = torch.arange(9, device=DEVICE) < lengths[:, None]
-    inputs["mask"] &= held
-    options = LossOptions(**FULL, importance_sampling_level=level)
-    padded = run(rank_loss, inputs, options)
-    for name in ("logps", "old_logps", "ref_logps", "mask", "sampling_ratio", "entropy"):
-        inputs[name] = inputs[name][held]
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    packed = run(rank_loss, inputs, options, cu_seqlens=cu_seqlens)
-    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(packed.stats, padded.stats, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(packed.grad_logps, padded.grad_logps[held], rtol=1e-6, atol=0)
-    assert not padded.grad_logps[~held].any()
-
-
 def test_equal_inputs_give_equal_bits() -> None:
     inputs = batch(4, 3, 5)
     first, second = (run(rank_loss, inputs, LossOptions(**FULL)) for _ in range(2))

@@ -55,7 +55,7 @@ class MakeUpdater(Protocol):
 
         Args:
             model: What it trains.
-            learning_rate: Its peak; None is the policy's.
+            learning_rate: Peak learning rate; None takes the policy's.
             begin: The first rollout that it learns from.
             end: The rollout before which it ends; None is the stage's end.
             updates: How often it is updated a rollout; None is as often as the policy.

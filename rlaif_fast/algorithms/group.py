@@ -44,6 +44,7 @@ class Group:
         finished: G entries, whether the response drew its end-of-sequence token within the budget.
         logps: (M,) float32 log-probability of each token when it was drawn, response after response.
         sampling_ratio: (M,) float32, see `Rollout`; None where the sampler is the policy.
+        forced: (M,) bool, see `Rollout`; None where every token was drawn.
         ranking: The oracle's verdict.
         has_signal: Whether the group can teach anything (ranked, and not all tied).
         scores: (G,) float32, the policy's own score of each response; higher is more likely.
@@ -65,6 +66,7 @@ class Group:
     advantages: Tensor  # (G,)
     agreement: Tensor  # (2,)
     appraisal: Appraisal | None = None
+    forced: Tensor | None = None  # (M,)
 
     @property
     def tokens(self) -> int:
@@ -89,7 +91,7 @@ def part_of(group: Group, places: Sequence[int]) -> Group:
         pieces = x.split(lengths)
         return torch.cat([pieces[i] for i in places])
 
-    ranking, ratio = group.ranking, group.sampling_ratio
+    ranking, ratio, forced = group.ranking, group.sampling_ratio, group.forced
     scores = None if ranking.scores is None else tuple(ranking.scores[i] for i in places)
     return replace(
         group,
@@ -98,6 +100,7 @@ def part_of(group: Group, places: Sequence[int]) -> Group:
         finished=tuple(group.finished[i] for i in places),
         logps=tokens_of(group.logps),
         sampling_ratio=None if ratio is None else tokens_of(ratio),
+        forced=None if forced is None else tokens_of(forced),
         ranking=replace(ranking, ranks=tuple(ranking.ranks[i] for i in places), scores=scores),
         scores=group.scores[index],
         advantages=group.advantages[index],
@@ -120,6 +123,7 @@ def for_the_log(groups: Sequence[Group]) -> list[Group]:
                 prompt=bare,
                 logps=torch.empty(0),
                 sampling_ratio=None if group.sampling_ratio is None else group.sampling_ratio.cpu(),
+                forced=None,
                 scores=row[:g],
                 advantages=row[g : 2 * g],
                 agreement=row[2 * g :],
@@ -173,6 +177,9 @@ def rank_rollout(
     ratios: Sequence[Tensor | None] = [None] * len(prompts)
     if rollout.sampling_ratio is not None:
         ratios = rollout.sampling_ratio[rollout.mask].split(sizes)
+    forced: Sequence[Tensor | None] = [None] * len(prompts)
+    if rollout.forced is not None:
+        forced = rollout.forced[rollout.mask].split(sizes)
     return [
         Group(
             prompt=prompt,
@@ -186,14 +193,16 @@ def rank_rollout(
             scores=verdicts.scores[i],
             advantages=worth.advantages[i].float(),
             agreement=agreement[i],
+            forced=forced[i],
         )
         for i, (prompt, span) in enumerate(zip(prompts, spans))
     ]
 
 
 def policy_scores(rollout: Rollout, score: str) -> Tensor:
-    """(N, G) log-probability of each response, per token ("mean") or in all ("sum")."""
-    mask = rollout.mask.to(torch.float32)
+    """(N, G) log-probability of each response, per token ("mean") or in all ("sum"), of the tokens it chose."""
+    chosen = rollout.mask if rollout.forced is None else rollout.mask & ~rollout.forced
+    mask = chosen.to(torch.float32)
     total = (rollout.logps * mask).sum(1)
     if score == "mean":
         total = total / mask.sum(1).clamp(min=1.0)

@@ -44,6 +44,8 @@ class AlgorithmOptions:
         importance_sampling_level: "token" or "sequence".
         temperature: Sampling temperature; the loss uses the same.
         max_completion_length: Most tokens in a response, the end-of-sequence token counted; "dr_grpo" divides by it.
+        max_reasoning_tokens: Tokens of reasoning behind which it is closed, for a model whose chat template opens it;
+            the closing tokens are left out of the loss. null sets no bound of its own.
         backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
         reward_model_steps: Rollouts, of `max_steps`, that the start draws, the oracle ranks and the reward model learns
             from before PPO begins (ppo_rm, like all options below).
@@ -74,6 +76,7 @@ class AlgorithmOptions:
     importance_sampling_level: Literal["token", "sequence"] = "token"
     temperature: float = 1.0
     max_completion_length: int = 256
+    max_reasoning_tokens: int | None = None
     backend: str = "auto"
     reward_model_steps: int = 50
     reward_model_refresh: bool = False

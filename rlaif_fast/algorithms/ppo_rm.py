@@ -31,8 +31,8 @@ class PpoRm(GroupAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """Advantages come of the value model."""
-        return "advantage", "penalty_weight", "scale"
+        """Advantages come of the value model, which takes every token for the policy's own."""
+        return "advantage", "penalty_weight", "scale", "max_reasoning_tokens"
 
     def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> RewardAndValue:
         """See `GroupAlgorithm.make_critic`."""

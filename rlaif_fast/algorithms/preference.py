@@ -28,7 +28,10 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """There is no advantage, no ratio to clip and no mean over tokens; the reference is held by beta alone."""
+        """There is no advantage, no ratio to clip and no mean over tokens; the reference is held by beta alone.
+
+        Tokens that were not drawn cannot be left out of the reference's sums.
+        """
         return (
             "advantage",
             "penalty_weight",
@@ -41,6 +44,7 @@ class PreferenceAlgorithm(GroupAlgorithm):
             "loss_type",
             "importance_sampling_level",
             "mask_truncated_completions",
+            "max_reasoning_tokens",
         )
 
     def arguments(self, inputs: dict[str, Any], group_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Turns rows of the formats in use into the fields of an `Example`; the format is told by the row's keys.
+"""Turns rows of the formats in use into the fields of an `Example`; the row's keys decide which.
 
 | format                | told by         | published by                                      |
 |-----------------------|-----------------|---------------------------------------------------|

@@ -65,9 +65,9 @@ def _walk(tree: Any, inside: bool) -> tuple[int, str | None]:
             many = most is _codes.MAXREPEAT or most >= _MANY
             single = len(body) == 1 and body[0][0] in _SINGLE
             if many and inside:
-                return wide, "a repeat inside a repeat may take for ever"
+                return wide, "a repeat inside a repeat may take forever"
             if many and not single:
-                return wide, "a repeat of a group may take for ever; write it out"
+                return wide, "a repeat of a group may take forever; write it out"
             wide += many and _is_wide(body[0])
             if not single:
                 count, problem = _walk(body, inside or most > 1)

@@ -71,7 +71,7 @@ def read_examples(
     scored: Literal["answer", "whole"] = "answer",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> list[Example]:
-    """Read a dataset in any of the formats of `converters`, told row by row.
+    """Read a dataset in any of the formats of `converters`, detected per row.
 
     Args:
         path: A file with one JSON object a line, or with one JSON array; a CSV or parquet file; a `datasets` folder.
@@ -143,7 +143,7 @@ def read_report(
         except RowError as error:
             report.errors.append(printable(f"{path}:{line}: {error}"))
             continue
-        except Exception as error:  # no row may end a run; what was not foreseen is told like the rest
+        except Exception as error:  # no row may end a run; an unforeseen error is reported like the others
             report.errors.append(
                 printable(f"{path}:{line}: cannot be read ({type(error).__name__}: {error})")
             )

@@ -22,6 +22,7 @@ def answer(
     prompts: Sequence[Prompt],
     how: Answering,
     max_new_tokens: int,
+    max_reasoning_tokens: int | None = None,
 ) -> list[str]:
     """One answer to each prompt; what has no options is always written out.
 
@@ -33,12 +34,15 @@ def answer(
         how: "generate"; "letter", the letter of highest probability; "likelihood", the letter of the option whose
             text has the highest mean log-probability a token.
         max_new_tokens: Most tokens of an answer that is written out.
+        max_reasoning_tokens: See `SamplingParams`.
     """
     answers = [""] * len(prompts)
     chosen = [i for i, prompt in enumerate(prompts) if how != "generate" and prompt.example.options]
     written = sorted(set(range(len(prompts))) - set(chosen))
     if written:
-        params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+        params = SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=0.0, max_reasoning_tokens=max_reasoning_tokens
+        )
         for i, text in zip(written, sampler.sample([prompts[i] for i in written], 1, params).texts):
             answers[i] = text
     if chosen:

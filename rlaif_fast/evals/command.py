@@ -109,9 +109,8 @@ def _evaluate_in(world, options: EvaluateConfig) -> None:
         sampler = make_sampler(policy)
 
         def answers(prompts):
-            return answer(
-                policy, make_batch.encoder, sampler, prompts, options.answering, config.max_completion_length
-            )
+            lengths = (config.max_completion_length, config.max_reasoning_tokens)
+            return answer(policy, make_batch.encoder, sampler, prompts, options.answering, *lengths)
 
         run_items(
             items,

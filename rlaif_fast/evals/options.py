@@ -1,4 +1,4 @@
-"""What an evaluation is told, and the checkpoint that it loads."""
+"""The options of an evaluation, and the checkpoint that it loads."""
 
 from __future__ import annotations
 

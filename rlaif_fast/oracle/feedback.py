@@ -1,4 +1,4 @@
-"""Feedback that is not perfect: another oracle's scores, corrupted in the ways that judges and reward models are.
+"""Feedback that is not perfect: another oracle's verdicts, corrupted in the ways that judges and reward models are.
 
 Scores and ranks come from the same corrupted values, so that two algorithms differ in nothing but how they use them.
 Every draw depends on the seed, the request's id and its responses alone, not on batches; equal responses stay equal.
@@ -125,33 +125,30 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
 
 
 class CorruptedOracle:
-    """A scored oracle whose scores are corrupted; the ranks follow the corrupted scores.
+    """Another oracle whose scores are corrupted; the ranks follow the corrupted scores.
+
+    Where it gives no scores, its ranks are corrupted in their place, the best as 1 and the worst as 0, and the
+    verdict has no scores either.
 
     Args:
-        inner: An oracle that gives scores.
+        inner: The oracle to corrupt.
         kind: One of `CORRUPTIONS`.
         strength: How much; None is the usual strength of the kind.
         seed: Seed of the draws.
 
     Raises:
-        UsageError: The kind is unknown, the strength is not possible, or the oracle gives no scores.
+        UsageError: The kind is unknown, or the strength is not possible.
     """
 
     name = "corrupted"
-    gives_scores = True
 
     def __init__(self, inner: Oracle, *, kind: str, strength: float | None = None, seed: int = 0) -> None:
         if kind not in CORRUPTIONS:
             raise UsageError(f"feedback: expected exact, {', '.join(CORRUPTIONS)}, got {kind!r}")
-        if not gives_scores(inner):
-            raise UsageError(
-                f"feedback: {kind} corrupts scores, and the oracle {inner.name!r} gives none; use exact, or an oracle "
-                "with scores such as reference or reward_model"
-            )
         self._corrupt, usual = CORRUPTIONS[kind]
         strength = usual if strength is None else strength
         bounds = {
-            "flips": (0.0, 0.5),
+            "flips": (0.0, 1.0),
             "outliers": (0.0, 1.0),
             "grades": (2.0, 100.0),
             "listwise": (1.0, 16.0),
@@ -173,6 +170,11 @@ class CorruptedOracle:
         """What a cached verdict depends on beside the request."""
         return f"corrupted/1 kind={self.kind} strength={self.strength} seed={self.seed} ({identity_of(self.inner)})"
 
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores; they come back corrupted."""
+        return gives_scores(self.inner)
+
     def stats(self) -> dict[str, float]:
         """The inner oracle's own figures."""
         return getattr(self.inner, "stats", dict)()
@@ -182,18 +184,24 @@ class CorruptedOracle:
         return [self._rank_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
 
     def _rank_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
-        if not ranking.valid or ranking.scores is None:
+        if not ranking.valid:
             return ranking
-        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
-        clean: dict[str, float] = {}
-        for i in judged:
-            score = ranking.scores[i]
-            assert score is not None
-            clean[request.responses[i]] = score
+        clean = {
+            text: score
+            for text, score in zip(request.responses, ranking.scores or _scores_of(ranking.ranks))
+            if score is not None
+        }
         rng = request_generator(self.seed, request)
         corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))
         scores = tuple(
             corrupted[text] if rank is not None else None
             for text, rank in zip(request.responses, ranking.ranks)
         )
-        return dataclasses.replace(ranking, ranks=ranks_from_scores(scores), scores=scores)
+        given = None if ranking.scores is None else scores
+        return dataclasses.replace(ranking, ranks=ranks_from_scores(scores), scores=given)
+
+
+def _scores_of(ranks: Sequence[int | None]) -> list[float | None]:
+    """Ranks as scores: 1 for the best, 0 for the worst."""
+    worst = max(rank for rank in ranks if rank is not None) or 1
+    return [None if rank is None else 1.0 - rank / worst for rank in ranks]

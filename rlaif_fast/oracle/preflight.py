@@ -1,4 +1,4 @@
-"""Asks a remote judge once before anything is trained: a wrong key, address or model is told in seconds."""
+"""Asks a remote judge once before anything is trained: a wrong key, address or model shows within seconds."""
 
 from __future__ import annotations
 

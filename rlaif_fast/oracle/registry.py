@@ -29,7 +29,7 @@ _BUILTIN = {
     "callable": "rlaif_fast.oracle.callable:CallableOracle",
     "replay": "rlaif_fast.oracle.replay:ReplayOracle",
     "ensemble": "rlaif_fast.oracle.ensemble:EnsembleOracle",
-    "noisy": "rlaif_fast.oracle.wrappers:NoisyOracle",
+    "corrupted": "rlaif_fast.oracle.feedback:CorruptedOracle",
     "shuffled": "rlaif_fast.oracle.wrappers:ShuffledOracle",
 }
 
@@ -75,7 +75,7 @@ def build_oracle(
         max_invalid_fraction: Stop the run when more of the last `window` groups could not be ranked; None
             never does.
         window: How many groups the circuit breaker looks back.
-        **options: The oracle's own; see its class. An option `inner` (of "noisy" and "shuffled") is another
+        **options: The oracle's own; see its class. An option `inner` (of "corrupted" and "shuffled") is another
             oracle's name, or a mapping of `name` and its options; `members` (of "ensemble") is a list of
             such.
 

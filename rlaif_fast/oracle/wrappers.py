@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
-from rlaif_fast.oracle.fusion import ranks_from_scores
 
 T = TypeVar("T")
 
@@ -20,79 +19,6 @@ FIRST_GROUPS = 8  # a judge that failed all of so many at the start is not waite
 
 class OracleFailedError(RlaifFastError):
     """Too many groups could not be ranked; the run stops rather than learn from what is left."""
-
-
-class NoisyOracle:
-    """Another oracle's ranking, disturbed: for experiments on how much noise a run survives.
-
-    The noise is drawn from the seed, the request's id and its responses, so it does not depend on batches;
-    equal responses get equal noise.
-
-    Args:
-        inner: The oracle to disturb.
-        flip: Probability with which each pairwise comparison is turned round; the ranking is then by wins.
-        score_sd: Standard deviation of Gaussian noise on the inner oracle's scores; where it has none, on its
-            ranks scaled to [0, 1].
-        seed: Seed of the noise.
-    """
-
-    name = "noisy"
-
-    def __init__(self, inner: Oracle, *, flip: float = 0.0, score_sd: float = 0.0, seed: int = 0) -> None:
-        if not 0.0 <= flip <= 1.0:
-            raise UsageError(f"oracle option 'flip' must be in [0, 1], got {flip}")
-        if score_sd < 0.0:
-            raise UsageError(f"oracle option 'score_sd' must be at least 0, got {score_sd}")
-        self.inner = inner
-        self.flip = flip
-        self.score_sd = score_sd
-        self.seed = seed
-
-    @property
-    def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
-        return f"noisy/1 flip={self.flip} sd={self.score_sd} seed={self.seed} ({identity_of(self.inner)})"
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores; they come back disturbed."""
-        return gives_scores(self.inner)
-
-    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
-        """Rank every request; the result is in the order of the requests."""
-        return [self._rank_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
-
-    def _rank_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
-        if not ranking.valid:
-            return ranking
-        judged = [i for i, rank in enumerate(ranking.ranks) if rank is not None]
-        if ranking.scores is not None:
-            clean = [ranking.scores[i] or 0.0 for i in judged]
-        else:
-            ranks = [rank for rank in ranking.ranks if rank is not None]
-            clean = [-rank / (max(ranks) or 1) for rank in ranks]
-        texts = [request.responses[i] for i in judged]
-        disturbed = dict(zip(judged, self._disturb(request, texts, clean)))
-        noisy = tuple(disturbed.get(i) for i in range(len(ranking.ranks)))
-        scores = None if ranking.scores is None else noisy
-        return dataclasses.replace(ranking, ranks=ranks_from_scores(noisy), scores=scores)
-
-    def _disturb(self, request: RankRequest, texts: Sequence[str], scores: Sequence[float]) -> list[float]:
-        generator = request_generator(self.seed, request)
-        noise = {text: generator.gauss(0.0, self.score_sd) for text in dict.fromkeys(texts)}
-        noisy = [score + noise[text] for text, score in zip(texts, scores)]
-        if self.flip == 0.0:
-            return noisy
-        wins = [0.0] * len(noisy)
-        for i in range(len(noisy)):
-            for j in range(i):
-                flipped = generator.random() < self.flip
-                if noisy[i] == noisy[j]:
-                    wins[i] += 0.5
-                    wins[j] += 0.5
-                else:
-                    wins[i if (noisy[i] > noisy[j]) != flipped else j] += 1.0
-        return [win / max(1, len(noisy) - 1) for win in wins]
 
 
 class ShuffledOracle:

@@ -1,4 +1,4 @@
-"""What a plan is told besides the run's configuration, and the GPUs that it knows."""
+"""A plan's own options, besides the run's configuration, and the GPUs that it knows."""
 
 from __future__ import annotations
 

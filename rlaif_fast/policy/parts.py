@@ -9,7 +9,7 @@ from torch import nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import find_family, unwrap
-from rlaif_fast.policy.families.base import PARTS, ROUTER, guess_part
+from rlaif_fast.policy.families.base import MLP_LAYERS, PARTS, ROUTER, guess_part, is_mixture
 
 FREEZING = {
     "tower": "freeze_vision_tower",
@@ -76,6 +76,10 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
             for name, own in layers.items()
             if own != "decoder" or usual is None or name.rpartition(".")[2] in usual
         ]
+        if is_mixture(
+            unwrap(model).config
+        ):  # peft takes these names for the experts, wherever the layers are
+            chosen = [name for name in chosen if name.rpartition(".")[2] not in MLP_LAYERS]
     else:
         ends = tuple(f".{target}" for target in targets)
         unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
@@ -95,21 +99,32 @@ def add_lora(model: nn.Module, options: Any) -> nn.Module:
     """Put LoRA adapters on linear layers; the rest of the model is then frozen by peft.
 
     The layers are a list of names, not a regular expression, so that vLLM takes the adapters.
+
+    Raises:
+        UsageError: peft is missing, or does not put adapters on those layers and no others.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UsageError('lora_r: LoRA needs peft: pip install "rlaif-fast[train]"') from None
+    chosen = lora_layers(model, options.lora_modules, options.lora_target_modules)
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=lora_layers(model, options.lora_modules, options.lora_target_modules),
+        target_modules=chosen,
     )
     try:
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(f"lora_target_modules: {error}") from error
+    found = {name for name, module in unwrap(adapted).named_modules() if hasattr(module, "lora_A")}
+    if found != set(chosen):
+        moved = sorted({name.rpartition(".")[2] for name in set(chosen) - found})
+        raise UsageError(
+            f"lora_target_modules: peft takes {', '.join(moved)} for the experts of this mixture; leave them out"
+        )
+    return adapted
 
 
 def check_parts(parts: Sequence[str]) -> None:

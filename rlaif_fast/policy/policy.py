@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.loss.api import token_logps
-from rlaif_fast.policy import attention, deepstack, vision_attention
+from rlaif_fast.policy import attention, deepstack, linear_attention, vision_attention
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families import (
     PromptLayouts,
@@ -87,19 +87,16 @@ class Policy:
         self.max_cached_tokens = max_cached_tokens
         self.feature_cache_bytes = feature_cache_bytes
         self.eos_token_ids = eos_token_ids(model, tokenizer)
-        self.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_token_ids[0]
-        )
+        pad = tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_ids[0] if pad is None else pad
         self.media_token_ids = set(marker_token_ids(model))
         self._reference: Pairs | None = None
         self.shards: Shards | None = None
         head = self._head()
         forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
         forbidden[len(tokenizer) :] = True  # rows of the embedding that no token uses
-        forbidden[[i for i in (*tokenizer.all_special_ids, *forbidden_token_ids) if i < len(forbidden)]] = (
-            True
-        )
-        forbidden[[i for i in self.media_token_ids if i < len(forbidden)]] = True
+        never = (*tokenizer.all_special_ids, *forbidden_token_ids, *self.media_token_ids)
+        forbidden[[i for i in never if i < len(forbidden)]] = True
         forbidden[list(self.eos_token_ids)] = False
         self.token_ids_allowed = (~forbidden).to(head.weight.device)  # (V,)
         self.forbidden_bias = torch.where(self.token_ids_allowed, 0.0, FORBIDDEN)
@@ -111,8 +108,8 @@ class Policy:
             self.position_axes = family.axes
             self.layouts = PromptLayouts(model, family)
             self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
-            attention.install(self.decoder)
-            deepstack.install(self.decoder)
+            for layers in (attention, deepstack, linear_attention):
+                layers.install(self.decoder)
             if family.batched_vision:
                 vision_attention.install(unwrap(model).get_submodule(family.tower))
 
@@ -230,6 +227,7 @@ class Policy:
         token_ids: np.ndarray,  # (B, T)
         features: MediaFeatures | None,
         context: attention.AttentionContext,
+        keep: linear_attention.Keep | None = None,  # what stands behind its responses
     ) -> Tensor:
         """Run one packed row; the hidden states (M, H) that predict its response tokens."""
         ids = np.empty(row.tokens, dtype=np.int64)
@@ -246,6 +244,7 @@ class Policy:
             torch.from_numpy(ids).to(self.device),
             torch.from_numpy(positions).to(self.device),
             context,
+            states=linear_attention.row_states(self.decoder, row, self.device, keep),
             media_index=media_index,
             media=None if features is None or not len(media_index) else features.gather(prompts),
         )
@@ -257,6 +256,7 @@ class Policy:
         positions: Tensor,  # (3, S)
         context: attention.AttentionContext,
         *,
+        states: linear_attention.StateContext | None = None,
         media_index: np.ndarray | None = None,  # (F,) ascending
         media: tuple[Tensor, ...] | None = None,  # each (F, H)
     ) -> Tensor:
@@ -276,6 +276,7 @@ class Policy:
             attention_mask=embeds.new_zeros(attention.UNUSED_MASK_SHAPE),
             use_cache=False,
             shared_prefix=context,
+            shared_states=states,
             **options,
         )
         return output.last_hidden_state[0]

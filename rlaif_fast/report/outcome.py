@@ -130,7 +130,10 @@ def _write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
     with run.logger.timer("gallery"), torch.no_grad():
         prompts = run.make_batch(rows)
         params = SamplingParams(
-            max_new_tokens=config.max_completion_length, temperature=config.temperature, seed=config.seed
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            seed=config.seed,
+            max_reasoning_tokens=config.max_reasoning_tokens,
         )
         rollout = run.sampler.sample(prompts, config.num_generations, params)
         groups = rank_rollout(prompts, rollout, run.oracle, run.algorithm)

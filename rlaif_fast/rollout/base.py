@@ -31,6 +31,8 @@ class SamplingParams:
         top_k: Tokens kept; 0 keeps all.
         min_new_tokens: The end-of-sequence token cannot be drawn before this many tokens.
         seed: Seed of the sampler's own generator; None draws from torch's.
+        max_reasoning_tokens: Behind this many tokens without `</think>` it is put there (see `reasoning`); None sets no
+            bound.
     """
 
     max_new_tokens: int = 64
@@ -39,6 +41,7 @@ class SamplingParams:
     top_k: int = 0
     min_new_tokens: int = 1
     seed: int | None = None
+    max_reasoning_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Rollout:
         finished: (B,) bool, whether the row drew its end-of-sequence token within the budget.
         sampling_ratio: (B, T) float32 probability of each token under the policy over that under the sampler, from a
             sampler whose probabilities are not quite the policy's; the loss is weighed by it. None where they are.
+        forced: (B, T) bool, true on tokens of `mask` that were put there and not drawn; they teach nothing. None where
+            there are none.
     """
 
     prompts: tuple[EncodedPrompt, ...]
@@ -67,6 +72,7 @@ class Rollout:
     texts: tuple[str, ...]
     finished: Tensor  # (B,) bool
     sampling_ratio: Tensor | None = None  # (B, T) float32
+    forced: Tensor | None = None  # (B, T) bool
 
 
 def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
@@ -88,6 +94,7 @@ def concat_rollouts(parts: Sequence[Rollout]) -> Rollout:
         texts=tuple(text for part in parts for text in part.texts),
         finished=torch.cat([part.finished for part in parts]),
         sampling_ratio=None if parts[0].sampling_ratio is None else padded("sampling_ratio"),
+        forced=None if parts[0].forced is None else padded("forced"),
     )
 
 

@@ -18,6 +18,7 @@ from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import FORBIDDEN, Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.reasoning import ReasoningBudget
 
 SCORED_LOGITS = 1 << 25  # held at once: 128 MiB in float32
 
@@ -51,10 +52,21 @@ def uniforms(rows: int, params: SamplingParams) -> Tensor:
 
 
 class TokenSampler:
-    """Draws the next tokens of some responses from their logits."""
+    """Draws the next tokens of some responses from their logits.
 
-    def __init__(self, policy: Policy, params: SamplingParams) -> None:
+    Args:
+        policy: The policy.
+        params: How to draw.
+        responses: B of the rollout; needed for what depends on a response's earlier tokens, `max_reasoning_tokens`.
+    """
+
+    def __init__(self, policy: Policy, params: SamplingParams, responses: int = 0) -> None:
         self.params = params
+        self._budget: ReasoningBudget | None = None
+        if params.max_reasoning_tokens is not None and responses:
+            self._budget = ReasoningBudget(
+                policy, params.max_reasoning_tokens, responses, params.max_new_tokens
+            )
         self._eos = torch.tensor(policy.eos_token_ids, device=policy.device)
 
     def __call__(
@@ -63,6 +75,7 @@ class TokenSampler:
         rows: Tensor | None,  # (B,) the row of each response in `logits`; None where they are the same
         uniform: Tensor,  # (B,) float64
         step: int,
+        live: Tensor | None = None,  # (B,) which of the rollout's responses they are; None for all of them
     ) -> tuple[Tensor, Tensor]:
         """Return tokens (B,) and their float32 log-probabilities before top-k, top-p and min_new_tokens."""
         logps, kept = self.distributions(logits, early=step < self.params.min_new_tokens)
@@ -78,8 +91,15 @@ class TokenSampler:
             target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
             tokens = torch.searchsorted(mass, target, right=True)[:, 0]
             tokens = tokens.clamp(max=mass.shape[-1] - 1)  # among NaN there is none; `make_rollout` says so
+        if self._budget is not None:
+            tokens = self._budget(tokens, live, step)
         logps = logps.gather(-1, tokens[:, None])[:, 0] if rows is None else logps[rows, tokens]
         return tokens, logps
+
+    @property
+    def forced(self) -> Tensor | None:
+        """(B, max_new_tokens) bool, the tokens that were not drawn; None where all were."""
+        return None if self._budget is None else self._budget.forced
 
     def distributions(self, logits: Tensor, *, early: bool) -> tuple[Tensor, Tensor]:
         """Log-probabilities (A, V) of the policy, and those left to draw from, which need not add up to 1.
@@ -174,11 +194,16 @@ class Drawn:
         self.finished[rows[ended]] = True
         return ended
 
-    def rollout(self, policy: Policy, prompts: Sequence[EncodedPrompt], num_generations: int) -> Rollout:
+    def rollout(
+        self,
+        policy: Policy,
+        prompts: Sequence[EncodedPrompt],
+        num_generations: int,
+        forced: Tensor | None = None,
+    ) -> Rollout:
         """Wrap up; see `make_rollout`."""
-        return make_rollout(
-            policy, prompts, num_generations, self.token_ids, self.logps, self.lengths, self.finished
-        )
+        ids, logps, lengths, finished = self.token_ids, self.logps, self.lengths, self.finished
+        return make_rollout(policy, prompts, num_generations, ids, logps, lengths, finished, forced)
 
 
 def make_rollout(
@@ -189,6 +214,7 @@ def make_rollout(
     logps: np.ndarray,  # (B, T)
     lengths: np.ndarray,  # (B,)
     finished: np.ndarray,  # (B,)
+    forced: Tensor | None = None,  # (B, T)
 ) -> Rollout:
     """Cut to the longest response, pad, decode (equal responses once) and wrap up.
 
@@ -214,4 +240,5 @@ def make_rollout(
         logps=torch.from_numpy(np.where(mask, logps[:, :width], 0.0).astype(np.float32)).to(policy.device),
         texts=tuple(decoded[sequence] for sequence in sequences),
         finished=torch.from_numpy(finished).to(policy.device),
+        forced=None if forced is None else forced[:, :width] & torch.from_numpy(mask).to(policy.device),
     )

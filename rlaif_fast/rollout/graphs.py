@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -55,11 +57,18 @@ class FixedStep:
         num_generations: G.
         length: L, columns of a group's buffer.
         attention: "auto", "kernel" (`prefix_decode`) or "sdpa" (see `uses_kernel`).
+
+    Raises:
+        UsageError: The decoder has linear-attention layers, whose states a replayed step would move on twice.
     """
 
     def __init__(
         self, policy: Policy, groups: int, num_generations: int, length: int, *, attention: str = "auto"
     ) -> None:
+        if state_size(policy.decoder):
+            raise UsageError(
+                "sampler: cuda_graphs does not know linear-attention layers; use auto or shared_prefix"
+            )
         device, dtype = policy.device, policy.head_weight.dtype
         responses = groups * num_generations
         self.shape = (groups, num_generations, length)
@@ -73,7 +82,7 @@ class FixedStep:
         self._prompts = torch.zeros(groups, dtype=torch.int32, device=device)
         self._own = torch.zeros(1, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # (N, heads that share a key head, G, L) additive
-        if not uses_kernel(attention, device, dtype, self.cache.keys[0].shape[-1]):
+        if not uses_kernel(attention, device, dtype, self.cache.head_size):
             self._bias = torch.zeros(
                 groups, self.cache.heads_per_key, num_generations, length, dtype=dtype, device=device
             )
@@ -208,7 +217,7 @@ class GraphSampler(SharedPrefixSampler):
         group = torch.arange(responses, device=device) // num_generations
         first = [policy.layouts(prompt).next_position for prompt in prompts]
         next_position = torch.tensor(first, device=device)[group]
-        draw = TokenSampler(policy, params)
+        draw = TokenSampler(policy, params, responses)
         eos = torch.tensor(policy.eos_token_ids, device=device)
         token_ids = torch.zeros(responses, params.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(responses, params.max_new_tokens, device=device)
@@ -223,5 +232,5 @@ class GraphSampler(SharedPrefixSampler):
             if step + 1 == params.max_new_tokens or (step % STOP_CHECK == STOP_CHECK - 1 and finished.all()):
                 break
             hidden = feed(tokens, next_position + step, step)
-        arrays = (x.numpy(force=True) for x in (token_ids, logps, lengths, finished))
-        return make_rollout(policy, prompts, num_generations, *arrays)
+        ids, drawn, ends, done = (x.numpy(force=True) for x in (token_ids, logps, lengths, finished))
+        return make_rollout(policy, prompts, num_generations, ids, drawn, ends, done, draw.forced)

@@ -62,7 +62,8 @@ class PlainSampler(ReadsPolicy):
         ended = np.isin(tokens, policy.eos_token_ids)
         finished = np.asarray(ended.any(axis=1))
         lengths = np.where(finished, ended.argmax(1) + 1, tokens.shape[1])
-        return make_rollout(policy, prompts, num_generations, tokens, logps, lengths, finished)
+        forced = draw.sampler.forced
+        return make_rollout(policy, prompts, num_generations, tokens, logps, lengths, finished, forced)
 
 
 @contextlib.contextmanager
@@ -80,13 +81,13 @@ class _Draw:
 
     def __init__(self, policy: Policy, params: SamplingParams, uniform: Tensor) -> None:
         self._policy = policy
-        self._sampler = TokenSampler(policy, params)
+        self.sampler = TokenSampler(policy, params, len(uniform))
         self._uniform = uniform.to(policy.device)
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = len(self.logps)
         logits = scores.float() + self._policy.forbidden_bias
-        tokens, logps = self._sampler(logits, None, self._uniform[:, step], step)
+        tokens, logps = self.sampler(logits, None, self._uniform[:, step], step)
         self.logps.append(logps)
         return torch.full_like(scores, float("-inf")).scatter_(-1, tokens[:, None], 0.0)

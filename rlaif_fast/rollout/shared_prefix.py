@@ -19,6 +19,7 @@ from rlaif_fast.policy.attention import SdpaContext, sdpa
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
+from rlaif_fast.policy.linear_attention import Keep, NodeStates, state_size
 from rlaif_fast.policy.packing import PackedRow, pack, ranges
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -27,7 +28,7 @@ from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, unifo
 
 
 class GroupCache:
-    """Keys and values of N groups, (N, K, L, D) a layer.
+    """Keys and values of N groups, (N, K, L, D) a layer that attends, and what its other layers know of each node.
 
     Args:
         policy: Whose layers they are of.
@@ -36,18 +37,16 @@ class GroupCache:
     """
 
     def __init__(self, policy: Policy, prompt_lengths: np.ndarray, length: int) -> None:
-        attention = policy.decoder.layers[0].self_attn
         config = policy.decoder.config
+        attend = {i: m.self_attn for i, m in enumerate(policy.decoder.layers) if hasattr(m, "self_attn")}
         weight = policy.head_weight
-        shape = (
-            len(prompt_lengths),
-            config.num_key_value_heads,
-            length,
-            attention.head_dim,
+        self.length, self.head_size = length, next(iter(attend.values())).head_dim
+        shape = (len(prompt_lengths), config.num_key_value_heads, length, self.head_size)
+        self.keys, self.values = (
+            {layer: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for layer in attend}
+            for _ in range(2)
         )
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers]
+        self.states = NodeStates() if state_size(policy.decoder) else None
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.used = prompt_lengths.copy()  # (N,) columns in use
 
@@ -75,11 +74,21 @@ class GroupCache:
 
     def keep(self, groups: np.ndarray) -> None:
         """Drop all other groups."""
-        index = torch.from_numpy(groups).to(self.keys[0].device)
-        for layer in range(len(self.keys)):
+        index = torch.from_numpy(groups).to(next(iter(self.keys.values())).device)
+        for layer in self.keys:
             self.keys[layer] = self.keys[layer].index_select(0, index)
             self.values[layer] = self.values[layer].index_select(0, index)
         self.used = self.used[groups]
+
+
+def tokens_a_state(policy: Policy) -> int:
+    """How many tokens' keys and values take the memory of what linear-attention layers know of one response."""
+    numbers = state_size(policy.decoder)
+    if not numbers:
+        return 0
+    layers = [m.self_attn for m in policy.decoder.layers if hasattr(m, "self_attn")]
+    a_token = 2 * len(layers) * policy.decoder.config.num_key_value_heads * layers[0].head_dim
+    return -(-numbers * torch.float32.itemsize // (a_token * policy.head_weight.itemsize))
 
 
 class _Prefill:
@@ -177,12 +186,13 @@ class SharedPrefixSampler(ReadsPolicy):
         room = num_generations * (params.max_new_tokens - 1)
         lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
         uniform = uniforms(len(prompts) * num_generations, params).to(policy.device)
-        at_once = max(1, policy.max_cached_tokens // (int(lengths.max()) + room))
+        held = num_generations * tokens_a_state(policy)
+        at_once = max(1, policy.max_cached_tokens // (int(lengths.max()) + room + held))
         parts = []
         with policy.evaluating():
             if features is None:
                 features = policy.encode_media(prompts)
-            # Parts of one size, as far as it goes: a captured step is of one size.
+            # Parts of equal size where possible: a captured step has one size.
             for groups in np.array_split(np.arange(len(prompts)), -(-len(prompts) // at_once)):
                 span = slice(groups[0], groups[-1] + 1)
                 rows = uniform[span.start * num_generations : span.stop * num_generations]
@@ -219,8 +229,9 @@ class SharedPrefixSampler(ReadsPolicy):
             mine = slice(row_ends[groups.start], row_ends[groups.stop])
             row = pack(token_ids[mine], lengths[mine], common[groups], sizes[groups])
             context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, policy.device)
+            keep = None if cache.states is None else Keep(cache.states, of_row[mine], len(prompts))
             hidden.append(
-                policy.packed_forward(row, rows.prompts[groups], token_ids[mine], features, context)
+                policy.packed_forward(row, rows.prompts[groups], token_ids[mine], features, context, keep)
             )
         return torch.cat(hidden)[rows.token_index.to(policy.device)]
 
@@ -238,18 +249,18 @@ class SharedPrefixSampler(ReadsPolicy):
         groups, responses = len(prompts), len(prompts) * num_generations
         next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
         vocabulary = policy.head_weight.shape[0]
-        draw = TokenSampler(policy, params)
+        draw = TokenSampler(policy, params, responses)
         drawn = Drawn(policy, responses, params.max_new_tokens)
 
         live = np.arange(responses)  # responses that still draw
         node = live // num_generations  # (live,) the node each of them draws from
         node_group = np.arange(groups)  # (A,) group of each node, in the cache
-        allowed = np.arange(cache.keys[0].shape[2]) < prompt_lengths[:, None]  # (A, L)
+        allowed = np.arange(cache.length) < prompt_lengths[:, None]  # (A, L)
         for step in range(params.max_new_tokens):
             own_node = len(node) == len(node_group) and bool((node == np.arange(len(node))).all())
             rows = None if own_node else torch.from_numpy(node).to(device)
-            draws = uniform[torch.from_numpy(live).to(device), step]
-            tokens, logp = draw(policy.logits(hidden), rows, draws, step)
+            who = torch.from_numpy(live).to(device)
+            tokens, logp = draw(policy.logits(hidden), rows, uniform[who, step], step, who)
             new = tokens.numpy(force=True)
             ended = drawn.record(live, step, new, logp.numpy(force=True))
             live, node, new = live[~ended], node[~ended], new[~ended]
@@ -258,6 +269,8 @@ class SharedPrefixSampler(ReadsPolicy):
             # One node for each distinct (node, token); sorted, so that the nodes of a group stay adjacent.
             branch, node = np.unique(node * vocabulary + new, return_inverse=True)
             parent, fed = branch // vocabulary, branch % vocabulary
+            if cache.states is not None:
+                cache.states.select(torch.from_numpy(parent).to(device))
             node_group, allowed = node_group[parent], allowed[parent]
             present, place = np.unique(node_group, return_inverse=True)
             if 2 * len(present) <= len(cache.used):
@@ -272,5 +285,6 @@ class SharedPrefixSampler(ReadsPolicy):
                 torch.from_numpy(fed).to(device),
                 torch.from_numpy(np.ascontiguousarray(positions)).to(device),
                 _Step(cache, node_group, columns, allowed, hidden),
+                states=cache.states,
             )
-        return drawn.rollout(policy, prompts, num_generations)
+        return drawn.rollout(policy, prompts, num_generations, draw.forced)

@@ -1,4 +1,4 @@
-"""What of a run is whole when it is resumed: the newest checkpoint that is, with the records that belong to it."""
+"""Finds what a run can be resumed from: the newest whole checkpoint, with the records that belong to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
 
 
 def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str, Manifest]:
-    """The manifests of the checkpoints that are whole, and whose records are; the others are told."""
+    """The manifests of the checkpoints that are whole, with whole records; the others are reported."""
     found: dict[str, Manifest] = {}
     folders = {folder.name: folder for folder in _folders(run_dir.checkpoints)}
     for name in sorted(index.kept() - folders.keys()):

@@ -124,7 +124,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Trackers:
-    """All trackers of a run. One that fails is told of and left out from then on: it never ends the run.
+    """All trackers of a run. One that fails is named once and left out from then on; it never ends the run.
 
     Args:
         names: Keys of `MAKERS`.

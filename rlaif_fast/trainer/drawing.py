@@ -60,6 +60,7 @@ def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[lis
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        max_reasoning_tokens=config.max_reasoning_tokens,
         seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
     )
 

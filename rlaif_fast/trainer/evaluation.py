@@ -78,6 +78,7 @@ def evaluate(
     *,
     scorer: AnswerScorer,
     max_new_tokens: int,
+    max_reasoning_tokens: int | None = None,
     videos_per_step: int = 64,
     advance=lambda count: None,
     world: World | None = None,
@@ -92,13 +93,16 @@ def evaluate(
         sampler: Draws the answers (temperature 0, one a prompt).
         scorer: Says which answers are right.
         max_new_tokens: Most tokens in an answer.
+        max_reasoning_tokens: See `SamplingParams`.
         videos_per_step: Videos answered at once.
         advance: Called with the number of rows done after each step.
         world: The processes that share the rows; all of them get the result.
         oracle: Ranks each answer against the one in `opponents`; None compares none.
         opponents: Other answers, by example id.
     """
-    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=0.0, max_reasoning_tokens=max_reasoning_tokens
+    )
     world = world or World()
     groups = world.share(by_media(examples))
     row_of = {id(example): row for row, example in enumerate(examples)}

@@ -32,7 +32,7 @@ class Updater:
     Args:
         model: Its parameters that require a gradient are trained.
         world: The processes whose gradients are averaged.
-        learning_rate: Its peak.
+        learning_rate: Peak learning rate.
         weight_decay: Of AdamW, on every parameter.
         betas: Of AdamW.
         max_grad_norm: Gradients of a larger norm are scaled down to it.

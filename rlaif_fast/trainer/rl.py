@@ -44,7 +44,7 @@ class Progress:
     evals_without_gain: int = 0
 
     def is_over(self, patience: int) -> bool:
-        """Whether as many evaluations in a row brought no better score; 0 never ends the stage."""
+        """Whether the last `patience` evaluations brought no better score; 0 never ends the stage."""
         return 0 < patience <= self.evals_without_gain
 
 
@@ -210,7 +210,7 @@ def sample_and_rank(
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """The groups cut into `parts` as evenly as it goes; some may be empty."""
+    """The groups cut into `parts` as evenly as possible; some may be empty."""
     bounds = [len(groups) * i // parts for i in range(parts + 1)]
     return [groups[low:high] for low, high in pairwise(bounds)]
 
@@ -221,14 +221,12 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
     None where no process has a group.
     """
     config, world = run.config, run.world
-    counted = [
-        len(tokens)
-        for group in groups
-        for tokens, finished in zip(group.token_ids, group.finished)
-        if finished or not config.mask_truncated_completions
-    ]
-    tokens = sum(counted)
-    all_groups, all_tokens, all_responses = world.sum(len(groups), tokens, len(counted))
+    mask = counted_tokens(config, groups)
+    tokens = sum(group.tokens for group in groups) if mask is None else int(mask.sum())
+    responses = sum(
+        finished or not config.mask_truncated_completions for group in groups for finished in group.finished
+    )
+    all_groups, all_tokens, all_responses = world.sum(len(groups), tokens, responses)
     if all_groups == 0:
         return None
     # The gradients are averaged over the processes, so each divides by its part of the whole.
@@ -240,6 +238,22 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
         name: float(value) / (world.size if name.startswith("loss") else 1) for name, value in stats.items()
     }
     return combine_stats([(weight, shard) for weight, shard in world.gather((tokens, mine)) if shard])
+
+
+def counted_tokens(config: RlOptions, groups: Sequence[Group]) -> Tensor | None:
+    """(M,) bool, the tokens that the loss counts: of whole responses where that is asked for, and drawn by the policy.
+
+    None where it counts all.
+    """
+    mask: Tensor | None = None
+    finished = [done for group in groups for done in group.finished]
+    if config.mask_truncated_completions and not all(finished):
+        lengths = torch.tensor([len(tokens) for group in groups for tokens in group.token_ids])
+        mask = torch.repeat_interleave(torch.tensor(finished), lengths).to(groups[0].logps.device)
+    forced = [group.forced for group in groups if group.forced is not None]
+    if forced:
+        mask = ~torch.cat(forced) if mask is None else mask & ~torch.cat(forced)
+    return mask
 
 
 def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | None, items: float) -> dict:
@@ -310,10 +324,6 @@ def _loss(
     row_lengths = torch.tensor(lengths, device=device)
     if ref_logps is None and "reference" in run.algorithm.extra_models:
         ref_logps = reference_logps(run, rows, features)
-    finished = torch.tensor([done for group in groups for done in group.finished])
-    token_mask: Tensor | None = None
-    if config.mask_truncated_completions and not bool(finished.all()):
-        token_mask = torch.repeat_interleave(finished.to(device), row_lengths)
     ratios = [group.sampling_ratio for group in groups if group.sampling_ratio is not None]
     output = run.algorithm.loss(
         response_hidden(policy, rows, features=features),
@@ -324,7 +334,7 @@ def _loss(
         bias=policy.head_bias,
         float32_weight=policy.head_float32,
         lengths=row_lengths,
-        mask=token_mask,
+        mask=counted_tokens(config, groups),
         old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),
         ref_logps=ref_logps,
         sampling_ratio=torch.cat(ratios).clamp(max=config.sampling_ratio_cap) if ratios else None,

@@ -79,6 +79,7 @@ class Run:
                 self.make_batch,
                 self.sampler,
                 max_new_tokens=self.config.max_completion_length,
+                max_reasoning_tokens=self.config.max_reasoning_tokens,
                 videos_per_step=self.config.eval_videos_per_step,
                 world=self.world,
                 scorer=self.scorer,

@@ -17,9 +17,9 @@ import torch
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY
 from rlaif_fast.distributed.world import World
-from rlaif_fast.errors import UsageError, writing
+from rlaif_fast.errors import UsageError, require, writing
 from rlaif_fast.machine import cores
-from rlaif_fast.oracle import CircuitBreaker, NoisyOracle, Oracle, ShuffledOracle, build_oracle
+from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
@@ -33,6 +33,7 @@ from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.prompts.make import check_encoding, make_encoder
+from rlaif_fast.rollout.reasoning import check_budget
 from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
@@ -240,10 +241,21 @@ def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainCon
 
     Where the chat template leaves the prompt inside the reasoning, what stands behind it is the answer, unless
     `extract` says otherwise.
+
+    Raises:
+        UsageError: `max_reasoning_tokens` cannot be kept.
     """
+    budget = config.max_reasoning_tokens
     if not encoder.reasons:
+        require(
+            budget is None, "max_reasoning_tokens", "null, as the chat template opens no reasoning", budget
+        )
         return config, ()
     note = "reasoning: the template opens it, so taught answers close it first"
+    if budget is not None:
+        require(config.sampler != "vllm", "max_reasoning_tokens", "null where sampler is vllm", budget)
+        check_budget(budget, encoder.tokenizer, config.max_completion_length)
+        note += f"; behind {budget} tokens it is closed, and the loss leaves the closing tokens out"
     if "extract" in config.oracle_options:
         return config, (note,)
     if config.oracle not in TAKES_EXTRACT:
@@ -271,7 +283,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
             oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
         )
     if config.oracle_noise > 0:
-        oracle = NoisyOracle(oracle, score_sd=config.oracle_noise, seed=config.seed)
+        oracle = CorruptedOracle(oracle, kind="gaussian", strength=config.oracle_noise, seed=config.seed)
     if config.oracle_shuffle:
         oracle = ShuffledOracle(oracle, seed=config.seed)
     return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction)

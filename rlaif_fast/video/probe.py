@@ -92,7 +92,7 @@ def file_version(path: str) -> Version:
     except ValueError as error:  # a NUL, or a surrogate that no file system encodes
         raise VideoError(path, f"no file can have this path ({error})") from None
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
-        raise VideoError(path, "is not a regular file")  # opening a pipe would wait for ever
+        raise VideoError(path, "is not a regular file")  # opening a pipe would wait forever
     return (str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 

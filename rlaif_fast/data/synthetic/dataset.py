@@ -126,7 +126,7 @@ class SyntheticConfig:
         """Names the dataset: equal for equal files."""
         values = dataclasses.asdict(self)
         if not self.ocr_fraction:
-            del values["ocr_fraction"]  # the files are those of before there was a choice
+            del values["ocr_fraction"]  # folders made before the option existed are still found
         text = json.dumps([_FORMAT, values], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

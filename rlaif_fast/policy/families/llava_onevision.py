@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlaif_fast.policy.families.base import Features, FrameFamily, VisionParts, refuse, unwrap
@@ -47,14 +48,15 @@ class LlavaOnevision(FrameFamily):
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each video by the model's own `get_video_features`, one video after the other."""
         parameter = next(vision.parameters())
-        return [
-            (
-                vision.model.get_video_features(
-                    self.frames([m])[None].to(parameter.device, parameter.dtype), return_dict=True
-                ).pooler_output[0],
-            )
-            for m in media
-        ]
+        return [(self._of_video(vision.model, m, parameter),) for m in media]
+
+    def _of_video(self, model: Any, media: Media, like: Tensor) -> Tensor:
+        frames = self.frames([media])[None].to(like.device, like.dtype)
+        found = model.get_video_features(frames, return_dict=True).pooler_output[0]
+        if len(found) % len(media.patches) == 0:
+            # The newline is missing: in earlier releases of transformers the model's forward adds it.
+            found = torch.cat((found, model.image_newline[None].to(found)))
+        return found
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
         """Videos of equally many frames, since the model takes them as one tensor."""

@@ -96,13 +96,12 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 class Qwen35(Qwen3VL):
-    """Laid out as Qwen3-VL; most layers are linear attention, whose state the shared prefix would have to hand on."""
+    """Laid out as Qwen3-VL; most layers are linear attention."""
 
     name = "Qwen3.5"
     model_types: tuple[str, ...] = ("qwen3_5", "qwen3_5_moe")
     projector: tuple[str, ...] = ("model.visual.merger",)
     lora_targets: tuple[str, ...] = (*LORA_TARGETS, "in_proj_qkv", "in_proj_z", "out_proj")
-    unshared = "its linear-attention layers carry a state from token to token"
     expands = False
 
 

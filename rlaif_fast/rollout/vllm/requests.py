@@ -127,7 +127,15 @@ def _blocks(media: Media, *, split: bool) -> list[Media]:
 
 
 def sampling_options(policy: Policy, params: SamplingParams, num_generations: int) -> dict[str, Any]:
-    """The arguments of `vllm.SamplingParams`, without the seed."""
+    """The arguments of `vllm.SamplingParams`, without the seed.
+
+    Raises:
+        UsageError: `max_reasoning_tokens`, which this engine does not keep.
+    """
+    if params.max_reasoning_tokens is not None:
+        raise UsageError(
+            "max_reasoning_tokens: the vllm sampler does not bound the reasoning; use another one"
+        )
     return {
         "n": num_generations,
         "temperature": params.temperature,
