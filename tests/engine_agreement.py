@@ -24,7 +24,8 @@ from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.weights import merged_weights
 
 UPDATES = 2
-OPTIONS = {"max_model_len": 1024, "max_num_seqs": 64}
+# The prompts of a rollout take more than one step of the engine.
+OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "max_num_batched_tokens": 256}
 # vLLM's attention on a CPU wants heads of 32 or more.
 SIZE = TinySize(
     hidden_size=128, layers=3, heads=4, intermediate_size=96, vision_hidden_size=32, initializer_range=0.1

@@ -82,9 +82,10 @@ def kill_at(process: subprocess.Popen, folder: Path, count: int, pause: float) -
     return running
 
 
-def test_a_killed_run_ends_at_the_same_weights_to_the_bit(whole, cache, tmp_path):
+@pytest.mark.parametrize("meanwhile", ["false", "true"])
+def test_a_killed_run_ends_at_the_same_weights_to_the_bit(whole, cache, tmp_path, meanwhile):
     rng, folder, killed = random.Random(SEED), tmp_path / "run", 0
-    arguments = words(folder, cache)
+    arguments = words(folder, cache, async_checkpoints=meanwhile)
     for _ in range(KILLS):
         process = start(arguments)
         # Behind `lines` as they are now: a resumed run cuts back what is behind its checkpoint, then logs on.

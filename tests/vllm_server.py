@@ -14,7 +14,10 @@ from pathlib import Path
 
 WORKER = "rlaif_fast.rollout.vllm.worker.WeightUpdates"
 LIMIT = 1200  # seconds until it answers; the first start compiles
-ON_A_CPU = ["--enforce-eager", "--block-size=32", f"--kv-cache-memory-bytes={1 << 28}"]
+ON_A_CPU = [
+    *("--enforce-eager", "--block-size=32", f"--kv-cache-memory-bytes={1 << 28}"),
+    *("--no-enable-chunked-prefill", "--max-num-batched-tokens=512"),
+]
 
 
 def free_port() -> int:
@@ -41,7 +44,7 @@ class VllmServer:
             *("--host=127.0.0.1", f"--port={self.port}", "--enable-scale-out"),
             *(f"--worker-extension-cls={WORKER}", "--logprobs-mode=processed_logprobs"),
             *("--no-mm-device-do-normalize", "--skip-mm-profiling", "--generation-config=vllm"),
-            *("--dtype=float32", "--max-model-len=1024", "--max-num-seqs=64", *ON_A_CPU),
+            *("--dtype=float32", "--max-model-len=512", "--max-num-seqs=64", *ON_A_CPU),
         ]
         self._log = log
         with log.open("ab") as output:
