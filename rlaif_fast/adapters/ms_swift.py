@@ -4,12 +4,18 @@
     register("oracle", ReferenceOracle(), reference="solution")
 
 and `--reward_funcs oracle`. Its Liger loss may be `rlaif_fast.adapters.liger.FusedLinearGRPOLoss`.
+`ranked_trainer` makes the advantages themselves from the oracle's order.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from accelerate.utils import gather, gather_object
+from torch import Tensor
+
+from rlaif_fast.adapters.ranking import RowRanker, mean_logps
 from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle
 
@@ -36,3 +42,52 @@ def register(name: str, oracle: Oracle, **options: Any) -> None:
     from swift.rewards import ORM, orms
 
     orms[name] = orm_class(oracle, ORM, **options)
+
+
+def ranked_trainer(base: type, oracle: Oracle, *, reference: str = "solution", **options: Any) -> type:
+    """Return a subclass of ms-swift's `GRPOTrainer` whose advantages come from an oracle's order.
+
+    Whole groups are ranked, also where processes share one; every process asks the oracle, so give it a cache. The
+    advantages of `--reward_funcs` are logged and not used.
+
+    Args:
+        base: `swift.rlhf_trainers.grpo_trainer.GRPOTrainer`.
+        oracle: Ranks the samples of equal `prompt_id`.
+        reference: Column of the data set that holds the reference answer.
+        options: Of `RowRanker`.
+    """
+    ranker = RowRanker(oracle, **options)
+
+    class OracleTrainer(base):  # type: ignore[misc, valid-type]
+        def _compute_advantages(self, samples, rewards_per_func, batch_encoded_inputs):
+            """Return the advantages (N,) of the samples of all processes."""
+            super()._compute_advantages(samples, rewards_per_func, batch_encoded_inputs)
+            scores = _scores(batch_encoded_inputs, ranker.options["kind"], len(samples))
+            ids, prompts, responses, answers = zip(*gather_object([_row(s, reference) for s in samples]))
+            columns = {
+                name: gather_object([getattr(s, name) or None for s in samples])
+                for name in ("images", "videos")
+            }
+            scores = gather(scores.to(rewards_per_func.device))
+            ranked = ranker(ids, prompts, responses, answers, scores, columns)
+            return ranked.advantages.to(rewards_per_func)
+
+    return OracleTrainer
+
+
+def _row(sample: Any, reference: str) -> tuple[str, list[dict], str, Any]:
+    *prompt, response = sample.messages
+    return sample.prompt_id, prompt, response["content"], sample.extra.get(reference)
+
+
+def _scores(batches: list[dict[str, Any]], kind: str, count: int) -> Tensor:
+    """(N,) mean log-probability of each of this process's responses."""
+    held = [batch["grpo_batch"] for batch in batches]
+    if any(batch.old_per_token_logps is None for batch in held):
+        if kind != "oracle":
+            raise ValueError(
+                f"kind=\"{kind}\" compares the oracle's order with the policy's, and ms-swift made no old "
+                'log-probabilities; set num_iterations above 1, or kind="oracle"'
+            )
+        return torch.zeros(count)
+    return torch.cat([mean_logps(batch.old_per_token_logps, batch.completion_mask) for batch in held])

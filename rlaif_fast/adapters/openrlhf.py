@@ -1,4 +1,4 @@
-"""OpenRLHF (0.11.2): a policy loss in place of `actor_loss_fn` of the actor's trainer."""
+"""OpenRLHF (0.11.2): a policy loss in place of `actor_loss_fn`, and an experience maker that an oracle teaches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlaif_fast.adapters.ranking import RowRanker, mean_logps
 from rlaif_fast.loss.api import grpo_rank_loss
+from rlaif_fast.oracle.base import Oracle
 
 
 class PolicyLoss(nn.Module):
@@ -72,3 +74,49 @@ class PolicyLoss(nn.Module):
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask.bool(), 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
+    """Return a subclass of OpenRLHF's experience maker whose advantages come from an oracle's order.
+
+    Set `openrlhf.trainer.ppo_trainer.RemoteExperienceMaker` to it in the process that makes the trainer. The
+    advantages stand where rewards do, so `algo.advantage.estimator` must be "dr_grpo": they add up to 0 over a group,
+    and it subtracts nothing else.
+
+    Args:
+        base: `RemoteExperienceMaker` of `openrlhf.trainer.ppo_utils.experience_maker`.
+        oracle: Ranks the `rollout.n_samples_per_prompt` responses of a prompt; a label is the reference answer.
+        options: Of `RowRanker`.
+    """
+    ranker = RowRanker(oracle, **options)
+
+    class OracleExperienceMaker(base):  # type: ignore[misc, valid-type]
+        def compute_advantages_and_returns(self, experiences):
+            """Rank the groups, then let OpenRLHF spread the advantages over the tokens."""
+            args = self.strategy.args
+            if args.algo.advantage.estimator != "dr_grpo":
+                raise ValueError(
+                    f'algo.advantage.estimator must be "dr_grpo", got {args.algo.advantage.estimator!r}'
+                )
+            size = args.rollout.n_samples_per_prompt
+            scores = [mean_logps(e.action_log_probs.cpu(), e.action_mask.cpu()) for e in experiences]
+            ranked = ranker(
+                [place // size for e in experiences for place in e.index],
+                [prompt for e in experiences for prompt in e.prompts],
+                [text for e in experiences for text in _texts(e, self.tokenizer)],
+                [label for e in experiences for label in e.labels],
+                torch.cat(scores),
+                {"images": [image for e in experiences for image in e.images or [None] * len(e.index)]},
+            )
+            rows = torch.split(ranked.advantages, [len(e.index) for e in experiences])
+            for experience, advantages in zip(experiences, rows):
+                experience.rewards = advantages.to(experience.action_mask.device)
+            return super().compute_advantages_and_returns(experiences)
+
+    return OracleExperienceMaker
+
+
+def _texts(experience: Any, tokenizer: Any) -> list[str]:
+    """The responses; `action_mask` stands one token to the left of `sequences`."""
+    rows = zip(experience.sequences[:, 1:], experience.action_mask.bool())
+    return tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)

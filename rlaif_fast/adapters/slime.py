@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from rlaif_fast.loss.api import rank_advantages
-from rlaif_fast.oracle.as_reward import as_reward, gains, requests_of
+from rlaif_fast.adapters.ranking import RowRanker
+from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle
-from rlaif_fast.oracle.prompt_media import PromptMedia
 
 
 def group_rewards(oracle: Oracle, failed: float = 0.0) -> Callable[..., Awaitable[list[float | None]]]:
@@ -41,32 +40,22 @@ def ranked_advantages(
 
     Args:
         oracle: Ranks the groups.
-        options: `kind`, `penalty_weight` and `scale` of `rank_advantages`.
+        options: `kind`, `penalty_weight`, `scale` and `media`, as of `RowRanker`.
     """
 
+    ranker = RowRanker(oracle, **options)
+
     def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-        rows: dict[int, list[int]] = {}
-        for row, sample in enumerate(samples):
-            rows.setdefault(sample.group_index, []).append(row)
-        prompts, responses = [sample.prompt for sample in samples], [sample.response for sample in samples]
-        columns = {"reference": [sample.label for sample in samples]}
-        asked = requests_of(list(rows.values()), prompts, responses, columns, media=PromptMedia())
-        rankings = oracle.rank(asked)
-        raw, ranks, judged = [0.0] * len(samples), [0.0] * len(samples), [False] * len(samples)
-        for group, ranking in zip(rows.values(), rankings):
-            for row, rank, gain in zip(group, ranking.ranks, gains(ranking)):
-                if rank is not None and gain is not None:
-                    raw[row], ranks[row], judged[row] = gain, float(rank), True
         scores = [
             sum(logps) / max(len(logps), 1) for logps in (sample.rollout_log_probs for sample in samples)
         ]
-        ranked = rank_advantages(
+        ranked = ranker(
+            [sample.group_index for sample in samples],
+            [sample.prompt for sample in samples],
+            [sample.response for sample in samples],
+            [sample.label for sample in samples],
             torch.tensor(scores),
-            torch.tensor(ranks),
-            judged=torch.tensor(judged),
-            group_index=torch.tensor([sample.group_index for sample in samples]),
-            **options,
         )
-        return raw, ranked.advantages.tolist()
+        return ranked.gains, ranked.advantages.tolist()
 
     return post_process
