@@ -162,6 +162,7 @@ def train_in(world, config) -> None:
             stage_state = {"stage": "sft", "step": config.sft_steps, "seconds": logger.seconds()}
             with logger.timer("checkpoint"):
                 run.store.save("sft", policy.model, policy.tokenizer, stage_state, last=True, sft=True)
+                run.store.wait()
             world.barrier()
             state = None
         else:
@@ -173,6 +174,7 @@ def train_in(world, config) -> None:
             load_weights(policy.model, run.store.path("last"))
         reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
+        run.store.wait()
         world.barrier()
         load_weights(policy.model, run.store.checked("best"))
         final = run.evaluate(
@@ -262,6 +264,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
             read_only=not world.is_main,
             run=run_dir,
             keep=config.keep_checkpoints,
+            asynchronous=config.async_checkpoints,
         ),
         world=world,
         termination=termination,

@@ -1,24 +1,30 @@
 """Draws with vLLM before and after updates, and says how far its log-probabilities are from the policy's.
 
-    python tests/engine_agreement.py FAMILY tied|untied|lora
+    python tests/engine_agreement.py FAMILY tied|untied|lora [URL ...]
 
-One engine a process: vLLM keeps what it set up. The last line is JSON.
+One engine a process: vLLM keeps what it set up. With addresses, the servers there draw, which `write_start` wrote the
+model of. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 
 from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_prompt
 from rlaif_fast.policy.tiny import TinySize
 from rlaif_fast.rollout import SamplingParams, VllmSampler
+from rlaif_fast.rollout.vllm.folder import write_model_files
+from rlaif_fast.rollout.vllm.weights import merged_weights
 
 UPDATES = 2
+OPTIONS = {"max_model_len": 1024, "max_num_seqs": 64}
 # vLLM's attention on a CPU wants heads of 32 or more.
 SIZE = TinySize(
     hidden_size=128, layers=3, heads=4, intermediate_size=96, vision_hidden_size=32, initializer_range=0.1
@@ -52,11 +58,20 @@ def prompts_of(family: str):
     return [make_prompt(family, m, before=40 + i, after=5, seed=i) for i, m in enumerate(media)]
 
 
-def main(family: str, kind: str) -> None:
+def write_start(family: str, kind: str, folder: Path) -> None:
+    """The folder that a server of a case starts from, with other weights than the policy's."""
+    policy = make(family, kind)
+    write_model_files(policy, folder, OPTIONS["max_model_len"])
+    weights = {name: torch.full_like(weight, 0.01) for name, weight in merged_weights(policy.model)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main(family: str, kind: str, *urls: str) -> None:
     """Run one case."""
     policy = make(family, kind)
     prompts = prompts_of(family)
-    sampler = VllmSampler(policy, max_model_len=1024, max_num_seqs=64)
+    options: dict = {"urls": urls} if urls else OPTIONS
+    sampler = VllmSampler(policy, **options)
     worst: dict[str, list[float]] = {name: [] for name in DRAWS}
     tokens = 0
     for update in range(UPDATES + 1):

@@ -53,6 +53,7 @@ class Case:
     recompute: bool = False
     splits: tuple[Split, ...] = SPLITS
     together: int = 2
+    asynchronous: bool = False  # its checkpoint
 
 
 @dataclass
@@ -197,15 +198,16 @@ def go_on(world: World, case: Case, folder: Path) -> dict[str, torch.Tensor]:
 def save_and_go_on(world: World, case: Case, folder: Path) -> list[dict[str, torch.Tensor]]:
     """The weights at a checkpoint, a step later, and a step after resuming from it."""
     run, updater = begin(world, case)
-    store = CheckpointStore(folder, {}, read_only=not world.is_main)
+    store = CheckpointStore(folder, {}, read_only=not world.is_main, asynchronous=case.asynchronous)
     with updater:
         for split in SPLITS[:2]:
             update(run, updater, case, split)
         saved = weights_of(run.policy)
         state = {"stage": "rl", "step": 2} | updater.state_dict()
         store.save("two", run.policy.model, testing.TOKENIZER, state, last=True)
-        world.barrier()
         update(run, updater, case, SPLITS[0])
+        store.wait()
+        world.barrier()
     return [saved, weights_of(run.policy), go_on(world, case, folder / "two")]
 
 

@@ -30,9 +30,10 @@ from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_
 from rlaif_fast.policy.tiny import TinySize
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+from rlaif_fast.trainer.drawing import draw
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import draw, update_loss
+from rlaif_fast.trainer.rl import update_loss
 
 WITHIN = 0.1  # of the allocator's peak; met are 0.2 %, and 6 % with several passes
 G, T = 4, 16
@@ -249,6 +250,7 @@ def test_what_cannot_be_planned_is_refused(capsys):
         (["--gpu", "H1000"], "gpu: expected A100-40"),
         (["--sharding", "fsdp2"], "gpus: expected 2 or more"),
         (["--shared_prefix", "false"], "shared_prefix: expected true in a plan"),
+        (["--optimizer_offload", "true"], "optimizer_offload: expected false in a plan"),
     ):
         assert main(words) == 2
         assert told in capsys.readouterr().err

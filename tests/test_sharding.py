@@ -24,7 +24,12 @@ TRAINED = {
     "supervised": Case("qwen2_5_vl", supervised=True, splits=SPLITS[:3]),
 }
 BFLOAT16 = Case("qwen3_vl", dtype=torch.bfloat16, splits=SPLITS[:3])
-RESUMED = {"all": Case(), "lora": Case("qwen2_5_vl", "lora")}
+RESUMED = {
+    "all": Case(),
+    "lora": Case("qwen2_5_vl", "lora"),
+    "written meanwhile": Case(asynchronous=True),
+    "lora, written meanwhile": Case("qwen3_vl", "lora", asynchronous=True),
+}
 
 
 class Pair(NamedTuple):
@@ -120,6 +125,10 @@ def test_processes_that_cannot_share_are_refused(options, message):
         (
             {"sharding": "fsdp2", "sampler": "cuda_graphs"},
             "sharding: expected none where sampler is cuda_graphs",
+        ),
+        (
+            {"sharding": "fsdp2", "optimizer_offload": True},
+            "sharding: expected none where optimizer_offload is True",
         ),
         ({"sharding_size": 2}, "sharding_size: expected 0 where sharding is none, got 2"),
     ],

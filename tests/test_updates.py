@@ -26,9 +26,10 @@ from rlaif_fast.prompts.batches import cut_by_tokens, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer import sft
+from rlaif_fast.trainer.drawing import draw, weights_to_draw_with
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import draw, update_loss, weights_to_draw_with
+from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
 
 G = 3
@@ -289,12 +290,12 @@ def make_updater(model, **changes) -> Updater:
     return Updater(model, World(), **options | changes)
 
 
-def drift(dtype: torch.dtype, steps: int) -> torch.Tensor:
+def drift(dtype: torch.dtype, steps: int, **changes) -> torch.Tensor:
     """How far the weights of a layer go under a steady gradient."""
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False).to(dtype)
     before = model.weight.detach().float().clone()
-    with make_updater(model) as updater:
+    with make_updater(model, **changes) as updater:
         for _ in range(steps):
             model.weight.sum().backward()
             updater.step()
@@ -318,6 +319,49 @@ def test_gradients_of_several_passes_are_summed_in_float32():
         assert updater.step().item() == pytest.approx(257 * 8**0.5)
     model.weight.sum().backward()
     assert model.weight.grad is not None  # the hooks are gone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_in_main_memory_updates_alike(dtype):
+    here, there = (drift(dtype, 20, offload=offload, weight_decay=0.1) for offload in (False, True))
+    assert here.abs().max() > 0
+    assert torch.equal(there, here)
+
+
+def test_an_optimizer_in_main_memory_leaves_no_gradient_on_the_device():
+    model = nn.Linear(8, 2, bias=False)
+    before = model.weight.detach().clone()
+    with make_updater(model, offload=True) as updater:
+        model.weight.sum().backward()
+        model.weight.sum().backward()
+        assert model.weight.grad is None
+        assert updater.step().item() == pytest.approx(2 * 16**0.5)
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_goes_on_with_its_optimizer_moved(first):
+    """From main memory to the device, and back: as if it had stayed."""
+    torch.manual_seed(0)
+    models = [nn.Linear(6, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    whole, parted = models
+    inputs = torch.randn(4, 5, 6)
+
+    def steps(updater, model, batch):
+        for row in batch:
+            model(row).square().sum().backward()
+            updater.step()
+
+    with make_updater(whole) as updater:
+        steps(updater, whole, inputs)
+    with make_updater(parted, offload=first) as updater:
+        steps(updater, parted, inputs[:2])
+        state = updater.state_dict()
+    with make_updater(parted, offload=not first) as updater:
+        updater.load_state_dict(state)
+        steps(updater, parted, inputs[2:])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(parted.parameters(), whole.parameters()))
 
 
 @pytest.fixture

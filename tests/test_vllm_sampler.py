@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from vllm_parts import PolicyEngine
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.testing import (
     IDS,
@@ -23,11 +21,9 @@ from rlaif_fast.policy.testing import (
     make_prompt,
     standard_prompts,
 )
-from rlaif_fast.rollout import SharedPrefixSampler, VllmSampler, make_sampler
+from rlaif_fast.rollout import VllmSampler, make_sampler
 from rlaif_fast.rollout.base import SamplingParams
-from rlaif_fast.rollout.generate import score
 from rlaif_fast.rollout.vllm import sampler as module
-from rlaif_fast.rollout.vllm.engine import Answer
 from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.guard import check_agreement
 from rlaif_fast.rollout.vllm.requests import (
@@ -45,52 +41,6 @@ EOS = IDS["<|im_end|>"]
 LORA = SimpleNamespace(
     lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_modules=["decoder", "tower"], lora_target_modules=None
 )
-
-
-class PolicyEngine:
-    """Draws with a copy of the policy, whose weights are those of the folder it was last told to load."""
-
-    max_model_len = 4096
-
-    def __init__(self, policy, folder, options) -> None:
-        self.options = options
-        base = copy.deepcopy(unwrap(policy.model))
-        assert not any(".lora_" in name for name in base.state_dict())
-        self.policy = make_policy("qwen3_vl", model=base)
-        self.loads = 0
-        self.load_weights(folder)
-
-    @staticmethod
-    def check_available() -> None:
-        """It always is."""
-
-    def load_weights(self, folder) -> None:
-        weights = {name: w for file in folder.glob("*.safetensors") for name, w in load_file(file).items()}
-        own = dict(self.policy.model.named_parameters())
-        assert weights.keys() == own.keys()
-        with torch.no_grad():
-            for name, weight in weights.items():
-                own[name].copy_(weight)
-        self.loads += 1
-
-    def generate(self, prompts, options, seeds):
-        params = SamplingParams(
-            options["max_tokens"],
-            options["temperature"],
-            options["top_p"],
-            options["top_k"],
-            options["min_tokens"],
-            seeds[0] % 2**31,
-        )
-        drawn = SharedPrefixSampler(self.policy).sample(prompts, options["n"], params)
-        with torch.no_grad():
-            _, behind = score(self.policy, prompts, drawn.token_ids, drawn.mask, params)
-        lengths = drawn.mask.sum(1).tolist()
-        answers = [
-            Answer(ids[:n].tolist(), logps.tolist())
-            for ids, n, logps in zip(drawn.token_ids, lengths, behind.split(lengths))
-        ]
-        return [answers[i : i + options["n"]] for i in range(0, len(answers), options["n"])]
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ class PlanConfig(TrainConfig):
         require_least("questions", self.questions, 1)
         require_least("question_tokens", self.question_tokens, 1)
         require(self.shared_prefix, "shared_prefix", "true in a plan", self.shared_prefix)
+        require(not self.optimizer_offload, "optimizer_offload", "false in a plan", self.optimizer_offload)
         sharded = self.sharding == "fsdp2"
         require(not (sharded and self.gpus == 1), "gpus", "2 or more where sharding is fsdp2", self.gpus)
 

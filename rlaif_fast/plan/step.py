@@ -30,8 +30,8 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.batches import cut_by_tokens
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
 from rlaif_fast.rollout.generate import TokenSampler
+from rlaif_fast.trainer.drawing import on_policy
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import on_policy
 
 
 @dataclass(frozen=True)

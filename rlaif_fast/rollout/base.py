@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
+
+
+class EngineLost(RlaifFastError):
+    """An engine outside this process does not answer, or answers what was not asked; the policy is as it was."""
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from rlaif_fast.errors import RlaifFastError, UsageError, refusal
+from rlaif_fast.errors import RlaifFastError, UsageError, refusal, writing
 from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
     ADAPTER_CONFIG,
@@ -23,6 +24,7 @@ from rlaif_fast.policy.weights import (
     refuse_partial,
     save_quietly,
 )
+from rlaif_fast.runs.background import Background, copied, copied_weights
 from rlaif_fast.runs.folder import RunDir, write_atomically
 from rlaif_fast.runs.integrity import (
     Damage,
@@ -35,7 +37,7 @@ from rlaif_fast.runs.integrity import (
     unseal,
     write_manifest,
 )
-from rlaif_fast.runs.sharded import is_sharded, whole_weights, write_shards
+from rlaif_fast.runs.sharded import begin_shards, is_sharded, whole_weights, write_shards
 
 STATE = "trainer_state.pt"
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -81,6 +83,8 @@ class CheckpointStore:
         read_only: Never write; for the processes of a run besides the first.
         run: The run whose records and configuration the manifests cover; None covers the checkpoints alone.
         keep: The newest checkpoints that are kept, besides those that play a role.
+        asynchronous: Copy what a checkpoint holds, and write it while the run goes on. The next checkpoint waits for
+            it, and so does whoever asks which there are.
     """
 
     def __init__(
@@ -91,11 +95,14 @@ class CheckpointStore:
         read_only: bool = False,
         run: RunDir | None = None,
         keep: int = 2,
+        asynchronous: bool = False,
     ) -> None:
         self.folder = folder
         self.processor_files = processor_files
         self.read_only = read_only
         self.keep = keep
+        self._background = Background() if asynchronous else None
+        self._group: dist.ProcessGroup | None = None  # for the exchanges of what is written meanwhile
         self._logs = LogDigests(run.path, [path.name for path in run.records]) if run else None
         self._config = run.config.read_text(encoding="utf-8") if run and run.config.is_file() else None
         if not read_only:
@@ -103,11 +110,24 @@ class CheckpointStore:
 
     @property
     def index(self) -> CheckpointIndex:
-        """Which checkpoints there are.
+        """Which checkpoints there are, once all of them are written.
 
         Raises:
-            RlaifFastError: The index is damaged.
+            RlaifFastError: The index is damaged, or the last checkpoint could not be written.
         """
+        self.wait()
+        return self._read_index()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises:
+            RlaifFastError: It could not be; see `save`.
+        """
+        if self._background is not None:
+            self._background.wait()
+
+    def _read_index(self) -> CheckpointIndex:
         path = self.folder / "index.json"
         if not path.exists():
             return CheckpointIndex()
@@ -125,32 +145,60 @@ class CheckpointStore:
 
         Raises:
             RlaifFastError: The disk is full or not writable, or the run's folder is gone; the checkpoints written
-                before are untouched.
+                before are untouched. Where this one is written meanwhile, `wait` says so.
         """
+        self.wait()
         target, partial = self.folder / name, self.folder / f".{name}.partial"
         state = dict(state)
         tensors = state.pop("shards", None)
+        weights = None
+        if not self.read_only:
+            if not self.folder.is_dir():
+                raise RlaifFastError(f"the folder {self.folder} was removed while the run went on")
+            shutil.rmtree(partial, ignore_errors=True)
+        if is_sharded(model):
+            if not self.read_only:
+                with writing(target):
+                    partial.mkdir()  # before the first exchange: the other processes write there
+            weights = whole_weights(model)
+        finish_shards = self._begin_shards(partial, tensors or {})
         if self.read_only:
-            if is_sharded(model):
-                whole_weights(model)
-            if tensors:
-                write_shards(partial, tensors)
+            self._run(finish_shards)
             return target
-        if not self.folder.is_dir():
-            raise RlaifFastError(f"the folder {self.folder} was removed while the run went on")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            save_model(partial, model, tokenizer, self.processor_files)
-            if tensors:
-                write_shards(partial, tensors)
+        if self._background is not None:
+            weights, state = copied_weights(model) if weights is None else weights, copied(state)
+        logs = self._logs.up_to_now() if self._logs else {}
+
+        def write() -> None:
+            save_model(partial, model, tokenizer, self.processor_files, weights)
+            finish_shards()
             torch.save(state, partial / STATE)
-            index = self._index_with({role: name for role, plays in roles.items() if plays})
-            logs = self._logs.up_to_now() if self._logs else {}
-            write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
-            _flush(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            self._write_index(index)
+            self._complete(target, partial, logs, {role: name for role, plays in roles.items() if plays})
+
+        self._run(lambda: self._tell_refusals(target, partial, write))
+        return target
+
+    def _run(self, write: Callable[[], Any]) -> None:
+        """Write now, or while the run goes on."""
+        if self._background is None:
+            write()
+        else:
+            self._background.begin(write)
+
+    def _begin_shards(self, partial: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
+        """Copy the processes' parts where they are written meanwhile; what is returned writes them to the end."""
+        if not tensors:
+            return lambda: None
+        if self._background is None:
+            return lambda: write_shards(partial, tensors)
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return begin_shards(partial, tensors, self._group).result
+
+    def _tell_refusals(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
+        """Say what could not be written, and leave nothing of it."""
+        try:
+            write()
         except Exception as error:
             reason = refusal(error)
             if reason is None:
@@ -159,7 +207,15 @@ class CheckpointStore:
             raise RlaifFastError(f"cannot write checkpoint {target}: {reason}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return target
+
+    def _complete(self, target: Path, partial: Path, logs: Mapping, roles: Mapping[str, str]) -> None:
+        """Seal what was written aside, and put it in its place."""
+        index = self._index_with(roles)
+        write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
+        _flush(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        self._write_index(index)
 
     def mark(self, **roles: str) -> None:
         """Let existing checkpoints play roles, by name."""
@@ -214,7 +270,7 @@ class CheckpointStore:
 
     def _index_with(self, roles: Mapping[str, str]) -> CheckpointIndex:
         """The index once a checkpoint that plays `roles` is written."""
-        index = replace(self.index, **cast(dict[str, Any], roles))
+        index = replace(self._read_index(), **cast(dict[str, Any], roles))
         recent = dict(index.recent)
         if "last" in roles:
             recent = {roles["last"]: _needs(index.roles)} | {
@@ -230,7 +286,7 @@ class CheckpointStore:
 
     def _remove_unlisted(self) -> None:
         """Remove the checkpoints that play no role, and what is left of those that were not written to the end."""
-        kept = self.index.kept()
+        kept = self._read_index().kept()
         for child in self.folder.iterdir():
             if child.is_dir() and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
@@ -251,11 +307,24 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def save_model(folder: Path, model: Any, tokenizer, processor_files: Mapping[str, str]) -> None:
-    """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any."""
-    folder.mkdir(parents=True, exist_ok=True)  # before the first exchange: the other processes write there
-    weights = {"state_dict": whole_weights(model)} if is_sharded(model) else {}
-    save_quietly(model, folder, **weights)
+def save_model(
+    folder: Path,
+    model: Any,
+    tokenizer,
+    processor_files: Mapping[str, str],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any.
+
+    Args:
+        folder: Where to.
+        model: The model.
+        tokenizer: Its tokenizer.
+        processor_files: Preprocessor settings, by file name.
+        weights: In place of the model's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_quietly(model, folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
     for name, text in processor_files.items():
         (folder / name).write_text(text)

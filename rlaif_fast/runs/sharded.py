@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,6 +45,19 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what the processes hold together beside the rest of a checkpoint; all of them call it."""
     checkpoint.save(dict(tensors), checkpoint_id=folder / FOLDER)
+
+
+def begin_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Future[Any]:
+    """Copy what the processes hold together, and write it meanwhile; all of them call it.
+
+    Args:
+        folder: The checkpoint.
+        tensors: What `write_shards` takes.
+        group: All processes, connected apart from the run's own exchanges.
+    """
+    done = checkpoint.async_save(dict(tensors), checkpoint_id=folder / FOLDER, process_group=group)
+    assert isinstance(done, Future)
+    return done
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -26,6 +26,9 @@ class Updater:
     losses give the head's gradient to its copy as they summed it, in float32. Sharded weights are float32 themselves,
     and their gradients come averaged.
 
+    With `offload` every weight that trains has its copy in main memory, with gradient and moments: on the GPU are left
+    its 2 or 4 bytes. Gradients go there as each is finished, and the update is computed there.
+
     Args:
         model: Its parameters that require a gradient are trained.
         world: The processes whose gradients are averaged.
@@ -37,6 +40,7 @@ class Updater:
         warmup_steps: Updates until the peak.
         total_steps: Updates in all.
         min_lr_ratio: Where the cosine ends, as a share of the peak.
+        offload: Keep float32 weights, gradients and moments in main memory; not of sharded weights.
 
     Raises:
         UsageError: A weight is float16, whose gradients underflow without loss scaling.
@@ -55,6 +59,7 @@ class Updater:
         warmup_steps: int,
         total_steps: int,
         min_lr_ratio: float,
+        offload: bool = False,
     ) -> None:
         from transformers import get_scheduler
 
@@ -65,10 +70,16 @@ class Updater:
         if any(p.dtype == torch.float16 for p in parameters):
             raise UsageError("dtype: float16 weights cannot be trained; use bfloat16 or float32")
         self._sharded = any(isinstance(p, DTensor) for p in parameters)
-        self._copies = [(p, _float32_copy(p)) for p in parameters if p.dtype == torch.bfloat16]
+        assert not (offload and self._sharded)
+        self._copies = [
+            (p, _float32_copy(p, torch.device("cpu") if offload else p.device))
+            for p in parameters
+            if offload or p.dtype == torch.bfloat16
+        ]
         self._hooks = [p.register_post_accumulate_grad_hook(_collect(copy)) for p, copy in self._copies]
         for parameter, copy in self._copies:
-            set_float32_copy(parameter, copy)
+            if not offload:  # a loss computes on the GPU
+                set_float32_copy(parameter, copy)
         copy_of = dict(self._copies)
         self._updated = [copy_of.get(p, p) for p in parameters]
         self._optimizer = torch.optim.AdamW(
@@ -183,8 +194,8 @@ class Updater:
             parameter.copy_(copy)
 
 
-def _float32_copy(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().float())
+def _float32_copy(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(device, torch.float32, copy=True))
 
 
 def _collect(copy: nn.Parameter):
@@ -192,7 +203,7 @@ def _collect(copy: nn.Parameter):
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.float()
+        gradient = parameter.grad.to(copy.device, torch.float32)
         copy.grad = gradient if copy.grad is None else copy.grad.add_(gradient)
         parameter.grad = None
 

@@ -9,8 +9,7 @@ from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
-from rlaif_fast.oracle.feedback import CORRUPTIONS
-from rlaif_fast.oracle.registry import refuse_secrets
+from rlaif_fast.oracle.options import OracleOptions
 from rlaif_fast.policy.loading import ModelOptions, check_lora
 from rlaif_fast.runs.trackers import check_trackers
 
@@ -156,6 +155,8 @@ class RlOptions:
             "vllm", or one from the entry-point group `rlaif_fast.samplers`.
         sampler_options: Keyword arguments of that sampler, as YAML or JSON (see docs/engines.md).
         sampling_ratio_cap: Most that a token weighs where a sampler's probabilities are not quite the policy's.
+        rollout_lag: 1 has servers (`sampler: vllm` with `urls`) draw the next step's responses while this step's are
+            learned from; the ratio corrects for the update between. 0 draws with the weights that learn.
         num_iterations: Passes over each rollout; more than 1 makes the clipping matter.
         steps_per_generation: Optimizer steps a pass (the rollout is cut into as many parts, by group).
         learning_rate: Peak learning rate.
@@ -166,6 +167,8 @@ class RlOptions:
         adam_beta1: AdamW beta 1.
         adam_beta2: AdamW beta 2.
         max_grad_norm: Gradient clipping.
+        optimizer_offload: Keep float32 weights, gradients and moments in main memory, and update there: of 18 bytes a
+            bfloat16 weight that trains, 2 stay on the GPU. Each gradient and each new weight crosses the bus.
         mask_truncated_completions: Leave responses without an end of sequence out of the loss.
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
         dynamic_sampling_rounds: Most extra rollouts a step for that.
@@ -174,6 +177,8 @@ class RlOptions:
         metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
             greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
             oracle where answers are free text or missing, else accuracy.
+        async_checkpoints: Copy what a checkpoint holds and write it while the run goes on. It takes main memory for the
+            copy; a run that is killed meanwhile goes on from the checkpoint before.
         keep_checkpoints: Newest checkpoints that are kept, at least 2, so that a run goes on where one is damaged.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
@@ -187,6 +192,7 @@ class RlOptions:
     sampler: str = "auto"
     sampler_options: dict[str, Any] = field(default_factory=dict)
     sampling_ratio_cap: float = 2.0
+    rollout_lag: int = 0
     num_iterations: int = 1
     steps_per_generation: int = 1
     learning_rate: float = 1e-6
@@ -197,11 +203,13 @@ class RlOptions:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
+    optimizer_offload: bool = False
     mask_truncated_completions: bool = False
     dynamic_sampling: bool = False
     dynamic_sampling_rounds: int = 2
     eval_steps: int = 50
     metric_for_best_model: Literal["auto", "accuracy", "oracle", "none"] = "auto"
+    async_checkpoints: bool = False
     keep_checkpoints: int = 2
     early_stopping_patience: int = 0
 
@@ -219,6 +227,8 @@ class RlOptions:
         require(0 < self.top_p <= 1, "top_p", "a share in (0, 1]", self.top_p)
         require_least("top_k", self.top_k, 0)
         require_least("sampling_ratio_cap", self.sampling_ratio_cap, 1)
+        if self.rollout_lag != 0:
+            self.check_rollout_lag()
         require_least("num_iterations", self.num_iterations, 1)
         require(
             self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
@@ -245,49 +255,14 @@ class RlOptions:
         require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
 
-
-@dataclass
-class OracleOptions:
-    """Who ranks.
-
-    Attributes:
-        oracle: Name of a registered oracle: "reference", "embedding", "local", "api", "reward_model", "callable",
-            "replay", or one from the entry-point group `rlaif_fast.oracles`.
-        oracle_options: Keyword arguments of that oracle, as YAML or JSON.
-        feedback: "exact", or how the oracle's scores are corrupted before they are ranked (an experiment): "gaussian",
-            "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "listwise", "outliers".
-        feedback_strength: How much; null is the usual strength of the kind (see `rlaif_fast.oracle.feedback`).
-        oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
-        oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
-        max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
-        blind_control: Groups that the oracle ranks again without frames every `eval_steps`, to see whether it looks;
-            0 for none.
-    """
-
-    oracle: str = "reference"
-    oracle_options: dict[str, Any] = field(default_factory=dict)
-    feedback: str = "exact"
-    feedback_strength: float | None = None
-    oracle_noise: float = 0.0
-    oracle_shuffle: bool = False
-    max_invalid_fraction: float = 0.5
-    blind_control: int = 8
-
-    def check_oracle(self) -> None:
-        """Raise `UsageError` for values that cannot work."""
-        kinds = ("exact", *CORRUPTIONS)
-        require(self.feedback in kinds, "feedback", ", ".join(kinds), self.feedback)
-        unused = self.feedback == "exact" and self.feedback_strength is not None
-        require(not unused, "feedback_strength", "null where feedback is exact", self.feedback_strength)
-        require_least("oracle_noise", self.oracle_noise, 0)
+    def check_rollout_lag(self) -> None:
+        """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""
+        require(self.rollout_lag == 1, "rollout_lag", "0 or 1", self.rollout_lag)
+        served = self.sampler == "vllm" and bool(self.sampler_options.get("urls"))
+        require(served, "rollout_lag", f"0 where sampler is {self.sampler} without urls", self.rollout_lag)
         require(
-            0 <= self.max_invalid_fraction <= 1,
-            "max_invalid_fraction",
-            "a share in [0, 1]",
-            self.max_invalid_fraction,
+            not self.dynamic_sampling, "rollout_lag", "0 where dynamic_sampling is true", self.rollout_lag
         )
-        require_least("blind_control", self.blind_control, 0)
-        refuse_secrets(self.oracle_options)
 
 
 @dataclass
@@ -371,6 +346,8 @@ class TrainConfig(
         self.check_run()
         if self.sharding == "fsdp2":
             self.check_sharding()
+        from_start = self.rollout_lag == 1 and find_algorithm(self).samples_from == "start"
+        require(not from_start, "rollout_lag", f"0 where algorithm is {self.algorithm}", self.rollout_lag)
         late = find_algorithm(self).has_critic and 0 < self.max_steps <= self.reward_model_steps
         require(not late, "reward_model_steps", f"less than {self.max_steps}", self.reward_model_steps)
 
@@ -378,6 +355,7 @@ class TrainConfig(
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
         fits = {"sampler": self.sampler not in ("cuda_graphs", "vllm")}
+        fits["optimizer_offload"] = not self.optimizer_offload
         fits["algorithm"] = not find_algorithm(self).has_critic
         for name, ok in fits.items():
             require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)

@@ -16,6 +16,7 @@ from rlaif_fast.trainer.setup import resolved
 
 CHANGEABLE = (
     "oracle_options",
+    "sampler_options",
     "max_invalid_fraction",
     "max_bad_fraction",
     "learning_rate",
@@ -24,12 +25,14 @@ CHANGEABLE = (
     "num_processes",
     "sharding",
     "sharding_size",
+    "optimizer_offload",
     "threads",
     "logging_steps",
     "tensorboard",
     "report_to",
     "report",
     "debug",
+    "async_checkpoints",
     "keep_checkpoints",
     "grace_seconds",
 )
@@ -55,15 +58,16 @@ def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
 
     Args:
         run_dir: The run.
-        given: The keys that the command sets; those of `oracle_options` are set one by one.
+        given: The keys that the command sets; those of `oracle_options` and `sampler_options` are set one by one.
 
     Raises:
         UsageError: A key differs that must stay, or the number of processes does.
     """
     saved = saved_config(run_dir)
     changes = {name: value for name, value in given.items() if name not in ("resume", "output_dir")}
-    if "oracle_options" in changes:
-        changes["oracle_options"] = saved.oracle_options | changes["oracle_options"]
+    for name in ("oracle_options", "sampler_options"):
+        if name in changes:
+            changes[name] = getattr(saved, name) | changes[name]
     config = resolved(dataclasses.replace(saved, **changes))
     changed = [name for name in changes if getattr(config, name) != getattr(saved, name)]
     fixed = [name for name in changed if name not in (*CHANGEABLE, "max_steps")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,11 +16,12 @@ from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verd
 from rlaif_fast.distributed.world import World
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
-from rlaif_fast.prompts.batches import EpochOrder, by_media, take_turns
-from rlaif_fast.prompts.encoder import Prompt
-from rlaif_fast.rollout import Rollout, SamplingParams
+from rlaif_fast.prompts.batches import EpochOrder, by_media
+from rlaif_fast.rollout.base import EngineLost
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
+from rlaif_fast.trainer.ahead import RolloutAhead
+from rlaif_fast.trainer.drawing import asked, keeps_graph, on_policy, roll_out, weights_to_draw_with
 from rlaif_fast.trainer.optimizer import Updater, combine_stats
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.passes import backward_in_parts
@@ -56,13 +56,17 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     run.critic = critic = run.algorithm.make_critic(policy, world, partial(make_updater, config, world))
     begin = 0 if critic is None else critic.first_policy_step
     updater = make_updater(config, world, policy.model, begin=begin)
-    progress, start_answers = Progress(), None
+    progress, start_answers, drawn = Progress(), None, None
     if resume_from is not None:
         state = load_state(resume_from)
         updater.load_state_dict(state, resume_from)
         if critic is not None:
             critic.load_state_dict(state["critic"])
         progress, start_answers = Progress(**state["progress"]), state["start_answers"]
+        drawn = state.get("drawn")
+    if config.rollout_lag:
+        ask = partial(asked, run, order)
+        run.ahead = RolloutAhead(run.sampler, policy, config.num_generations, ask, config.max_steps, drawn)
 
     def save(name: str, **roles: bool) -> None:
         state = {
@@ -74,6 +78,9 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         } | updater.state_dict()
         if critic is not None:
             state["critic"] = critic.state_dict()
+        if run.ahead is not None:
+            parts = world.gather(run.ahead.drawn(progress.step))
+            state["drawn"] = [group for part in parts for group in part]
         with logger.timer("checkpoint"):
             run.store.save(name, policy.model, policy.tokenizer, state, **roles)
 
@@ -89,8 +96,14 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            with weights_to_draw_with(run):
-                sampled, groups, features = sample_and_rank(run, order, progress.step)
+            try:
+                with weights_to_draw_with(run):
+                    sampled, groups, features = sample_and_rank(run, order, progress.step)
+            except EngineLost:
+                if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
+                    save(f"rl-{progress.step:06d}", last=True)
+                    run.store.wait()
+                raise
             loss_stats: dict = {}
             if critic is not None:
                 with logger.timer("critic"):
@@ -129,6 +142,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             if progress.step < config.max_steps and run.asked_to_end():
                 if saved != progress.step:
                     save(f"rl-{progress.step:06d}", last=True)
+                run.store.wait()
                 raise Terminated
     if progress.is_over(config.early_stopping_patience):
         logger.message(
@@ -161,6 +175,7 @@ def make_updater(
         warmup_steps=config.warmup_steps * updates,
         total_steps=rollouts * updates,
         min_lr_ratio=config.min_lr_ratio,
+        offload=config.optimizer_offload,
     )
 
 
@@ -173,34 +188,15 @@ def sample_and_rank(
         This process's groups; what of them is learned from; and what the vision tower gave for their prompts before the
         rollout, with its graph where the rollout is learned from once and whole.
     """
-    config, logger, world = run.config, run.logger, run.world
+    config, logger = run.config, run.logger
     rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
     sampled: list[Group] = []
     towers: list[MediaFeatures] = []
     wanted = None
     for attempt in range(rounds):
-        # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
-        at = step if attempt == 0 else config.max_steps + step * (rounds - 1) + attempt - 1
-        rows = [
-            row
-            for visit, clip in world.share(order.visits(at))
-            for row in take_turns(clip, config.questions_per_video, visit)
-        ]
-        with logger.timer("decode"):
-            prompts = run.make_batch(rows)
-            run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
-        if not prompts:
+        prompts, rollout, features = roll_out(run, order, step, attempt)
+        if rollout is None:
             continue
-        params = SamplingParams(
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            max_reasoning_tokens=config.max_reasoning_tokens,
-            seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
-        )
-        with logger.timer("rollout"):
-            rollout, features = draw(run, prompts, params)
         with logger.timer("oracle"):
             judge = run.oracle if run.critic is None else run.critic.judge(run.oracle, prompts, rollout, step)
             sampled += rank_rollout(prompts, rollout, judge, run.algorithm)
@@ -211,29 +207,6 @@ def sample_and_rank(
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
     return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
-
-
-def weights_to_draw_with(run: Run) -> AbstractContextManager[None]:
-    """The model with the weights that the algorithm draws with, whole; all processes enter together."""
-    policy = run.policy
-    return policy.reference_weights() if run.algorithm.samples_from == "start" else policy.gathered()
-
-
-def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
-    """Draw the responses to some prompts, inside `weights_to_draw_with`.
-
-    Returns:
-        The rollout; and what the vision tower gave for it, where its weights are the policy's.
-    """
-    config, policy = run.config, run.policy
-    from_start = run.algorithm.samples_from == "start"
-    with torch.set_grad_enabled(keeps_graph(run) and not from_start):  # else the update runs the tower again
-        features = policy.encode_media(prompts)
-    shared = None if features is None else features.detach()
-    with torch.no_grad():
-        run.sampler.sync_weights(policy)
-        rollout = run.sampler.sample(prompts, config.num_generations, params, shared)
-    return rollout, None if from_start else features
 
 
 def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
@@ -376,13 +349,3 @@ def appraised(groups: Sequence[Group]) -> dict[str, Tensor]:
     """The advantages (M,) of a critic; nothing without one."""
     advantages = [group.appraisal.advantages for group in groups if group.appraisal is not None]
     return {"advantages": torch.cat(advantages)} if advantages else {}
-
-
-def on_policy(config: RlOptions) -> bool:
-    """Whether each rollout is learned from once and whole, so that nothing is updated before it is used up."""
-    return config.num_iterations == 1 and config.steps_per_generation == 1
-
-
-def keeps_graph(run: Run) -> bool:
-    """Whether the update uses the tower's pass before the rollout; processes share no pass of sharded weights there."""
-    return on_policy(run.config) and run.policy.shards is None

@@ -18,6 +18,7 @@ from rlaif_fast.rollout.base import Sampler
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.termination import Termination
+from rlaif_fast.trainer.ahead import RolloutAhead
 from rlaif_fast.trainer.evaluation import EvalResult, evaluate
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.scoring import AnswerScorer
@@ -51,6 +52,7 @@ class Run:
     world: World
     termination: Termination
     critic: Critic | None = None  # of the RL stage
+    ahead: RolloutAhead | None = None  # of the RL stage
 
     def asked_to_end(self) -> bool:
         """Whether the run got SIGTERM; all processes agree."""

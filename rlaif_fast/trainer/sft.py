@@ -97,6 +97,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         warmup_steps=config.sft_warmup_steps,
         total_steps=config.sft_steps,
         min_lr_ratio=0.1,
+        offload=config.optimizer_offload,
     )
     done = 0
     if resume_from is not None:
@@ -140,4 +141,5 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 with logger.timer("checkpoint"):
                     run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)
             if ends:
+                run.store.wait()
                 raise Terminated

@@ -131,7 +131,7 @@ class LocalEngine:
 
     def load_weights(self, folder: Path) -> None:
         """See `Engine`."""
-        self._llm.collective_rpc("rlaif_fast_load", args=(str(folder),))
+        self._llm.collective_rpc("rlaif_fast_load", args=(str(folder), folder.name))
         # Keys, values and features of the old weights; the encoder's worker and scheduler have a cache each.
         self._llm.reset_prefix_cache()
         self._llm.llm_engine.engine_core.reset_encoder_cache()

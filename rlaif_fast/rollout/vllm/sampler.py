@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -18,11 +21,24 @@ from rlaif_fast.rollout.generate import check_params, make_rollout, score
 from rlaif_fast.rollout.vllm.engine import Answer, Engine, LocalEngine
 from rlaif_fast.rollout.vllm.guard import TOKENS, check_agreement
 from rlaif_fast.rollout.vllm.requests import check_lengths, check_model, sampling_options, seeds
+from rlaif_fast.rollout.vllm.served import ServedEngine, share_of
 from rlaif_fast.rollout.vllm.weights import WeightsFolder
 
+P = TypeVar("P", bound=EncodedPrompt)
+
+SILENCE = 1800.0  # seconds; a rollout of long responses is one reply
 GUARDED_VERSIONS = 2  # the start and the first update
 GUARDED_PROMPTS = 4
 GUARD_TEMPERATURE = 0.7  # not 1, so that log-probabilities before the temperature show
+
+
+@dataclass(frozen=True)
+class Begun(Generic[P]):
+    """A rollout that servers draw meanwhile; `answers` has G for each of the N prompts."""
+
+    prompts: Sequence[P]
+    params: SamplingParams
+    answers: Future[list[list[Answer]]]
 
 
 class VllmSampler:
@@ -33,21 +49,48 @@ class VllmSampler:
 
     Args:
         policy: Whose responses they are.
-        weights_folder: Where weights are handed over; None is shared memory where the system has it.
-        **options: Arguments of `vllm.LLM`, such as `max_model_len` and `gpu_memory_utilization`.
+        urls: Running `vllm serve` servers that draw; none draws in this process. Of several processes each has its
+            own.
+        weights_folder: Where weights are handed over; None is shared memory where the system has it. Servers have to
+            see it.
+        timeout: Seconds that a server may be silent.
+        **options: Arguments of `vllm.LLM` in this process, such as `max_model_len` and `gpu_memory_utilization`.
 
     Raises:
-        UsageError: vLLM is not installed, or does not fit the policy or the run.
+        UsageError: vLLM is not installed, or an engine does not fit the policy or the run.
+        EngineLost: A server does not answer.
     """
 
-    def __init__(self, policy: Policy, *, weights_folder: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        urls: Sequence[str] = (),
+        weights_folder: str | Path | None = None,
+        timeout: float = SILENCE,
+        **options: Any,
+    ) -> None:
         check_model(policy)
-        LocalEngine.check_available()
-        self._folder = WeightsFolder(weights_folder)
         self._options = options
         self._engine: Engine | None = None
+        if urls:
+            if options:
+                raise UsageError(
+                    f"sampler_options: {', '.join(options)}: expected at the start of the servers where there are urls"
+                )
+            self._engine = ServedEngine(policy, share_of(urls), timeout)
+        else:
+            LocalEngine.check_available()
+        self._folder = WeightsFolder(weights_folder)
         self._guard: _Guard | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: Begun | None = None
         self.policy = policy
+
+    @property
+    def is_served(self) -> bool:
+        """Whether servers draw, so that this process is free meanwhile."""
+        return isinstance(self._engine, ServedEngine)
 
     @property
     def version(self) -> int:
@@ -55,8 +98,13 @@ class VllmSampler:
         return self._folder.version
 
     def sync_weights(self, policy: Policy) -> None:
-        """Hand over the policy's weights; nothing is written where they are those handed over last."""
+        """Hand over the policy's weights; nothing is written where they are those handed over last.
+
+        What draws is waited for: it goes on with the weights that it began with.
+        """
         assert policy is self.policy
+        if self._begun is not None:
+            wait([self._begun.answers])
         if not self._folder.write(policy):
             return
         if self._engine is None:
@@ -73,8 +121,47 @@ class VllmSampler:
         features: MediaFeatures | None = None,
     ) -> Rollout:
         """Return one rollout; see `Sampler`."""
+        self._check(prompts, num_generations, params)
+        with self.policy.evaluating():
+            return self._draw(prompts, num_generations, params, features)
+
+    @torch.no_grad()
+    def begin(self, prompts: Sequence[P], num_generations: int, params: SamplingParams) -> Begun[P]:
+        """Have servers draw with the weights handed over last, and return at once; see `finish`.
+
+        Args:
+            prompts: N prompts.
+            num_generations: G.
+            params: How to draw.
+        """
+        self._check(prompts, num_generations, params)
+        assert self._engine is not None
+        options = sampling_options(self.policy, params, num_generations)
+        answers = self._thread.submit(self._engine.generate, prompts, options, seeds(params, len(prompts)))
+        self._begun = begun = Begun(prompts, params, answers)
+        return begun
+
+    @torch.no_grad()
+    def finish(self, begun: Begun[P], features: MediaFeatures | None = None) -> Rollout:
+        """The rollout that was begun, by the policy as it is now.
+
+        `Rollout.logps` and the ratio's numerator are of the present weights, so the ratio corrects for the updates
+        since as well as for the engine.
+
+        Args:
+            begun: From `begin`.
+            features: Of its prompts, by the present weights; None to encode here.
+
+        Raises:
+            EngineLost: A server was lost meanwhile.
+        """
+        with self.policy.evaluating():
+            return rollout_of(self.policy, begun.prompts, begun.answers.result(), begun.params, features)
+
+    def _check(self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams) -> None:
+        """Refuse what cannot be drawn, and compare new weights where that is due."""
         check_params(params, num_generations, prompts)
-        if self._engine is None:
+        if self.version == 0:
             self.sync_weights(self.policy)
         assert self._engine is not None
         check_lengths(prompts, params, self._engine.max_model_len)
@@ -82,7 +169,6 @@ class VllmSampler:
             if self._guard is None:
                 self._guard = _Guard(prompts[:GUARDED_PROMPTS])
             self._guard.check(self)
-            return self._draw(prompts, num_generations, params, features)
 
     def _draw(
         self,
@@ -100,6 +186,7 @@ class VllmSampler:
         """Give back the engine and remove the weights."""
         if self._engine is not None:
             self._engine.close()
+        self._thread.shutdown()
         self._folder.close()
 
 

@@ -1,0 +1,100 @@
+"""`rollout_lag: 1`: servers draw the next step's responses while this step's are ranked and learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.rollout import Rollout, SamplingParams, VllmSampler
+from rlaif_fast.rollout.base import Sampler
+from rlaif_fast.rollout.vllm.engine import Answer
+from rlaif_fast.rollout.vllm.sampler import Begun
+
+Drawn = list[
+    tuple[str, list[tuple[list[int], list[float]]]]
+]  # answers by example id, as a checkpoint keeps them
+
+
+class RolloutAhead:
+    """The rollouts that are drawn or have been, of two steps at most.
+
+    Step t learns from what the weights drew that step t - 1 began with; step 0 from what its own drew.
+
+    Args:
+        sampler: Draws by servers.
+        policy: Whose weights it is given.
+        num_generations: Responses a prompt.
+        ask: What a step asks in this process: its prompts, perhaps none, and how they are answered.
+        steps: Steps of the stage.
+        drawn: Of a checkpoint: what its next step learns from.
+
+    Raises:
+        UsageError: The sampler draws in this process.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        policy: Policy,
+        num_generations: int,
+        ask: Callable[[int], tuple[Sequence[Prompt], SamplingParams]],
+        steps: int,
+        drawn: Drawn | None = None,
+    ) -> None:
+        if not isinstance(sampler, VllmSampler) or not sampler.is_served:
+            raise UsageError("rollout_lag: expected 0 where no server draws, got 1")
+        self._sampler = sampler
+        self._policy = policy
+        self._num_generations = num_generations
+        self._ask = ask
+        self._steps = steps
+        self._drawn = drawn
+        self._begun: dict[int, Begun[Prompt] | None] = {}
+
+    def begin(self, step: int) -> Begun[Prompt] | None:
+        """The rollout of a step, begun with the present weights where it was not yet; None where it asks nothing."""
+        if step not in self._begun and step < self._steps:
+            prompts, params = self._ask(step)
+            known, self._drawn = self._drawn, None
+            answers = None if known is None else _answers_to(prompts, known)
+            if not prompts:
+                begun: Begun[Prompt] | None = None
+            elif answers is not None:
+                begun = Begun(prompts, params, answers)
+            else:
+                self._sampler.sync_weights(self._policy)
+                begun = self._sampler.begin(prompts, self._num_generations, params)
+            self._begun = {old: kept for old, kept in self._begun.items() if old == step - 1} | {step: begun}
+        return self._begun.get(step)
+
+    def finish(self, begun: Begun[Prompt], features: MediaFeatures | None) -> Rollout:
+        """What was begun, once it is drawn; see `VllmSampler.finish`."""
+        return self._sampler.finish(begun, features)
+
+    def drawn(self, step: int) -> Drawn:
+        """This process's part of what a checkpoint before `step` keeps, once it is drawn; nothing where that failed."""
+        begun = self._begun.get(step)
+        if begun is None:
+            return []
+        wait([begun.answers])
+        if begun.answers.exception() is not None:
+            return []
+        return [
+            (prompt.example.id, [(list(answer.token_ids), list(answer.logps)) for answer in group])
+            for prompt, group in zip(begun.prompts, begun.answers.result())
+        ]
+
+
+def _answers_to(prompts: Sequence[Prompt], drawn: Drawn) -> Future[list[list[Answer]]] | None:
+    """The kept answers to some prompts; None where one has none."""
+    by_id: dict[str, list[list[Answer]]] = {}
+    for example_id, group in drawn:
+        by_id.setdefault(example_id, []).append([Answer(tokens, logps) for tokens, logps in group])
+    kept = [by_id[prompt.example.id].pop(0) if by_id.get(prompt.example.id) else None for prompt in prompts]
+    answers: Future[list[list[Answer]]] = Future()
+    answers.set_result([group for group in kept if group is not None])
+    return answers if all(group is not None for group in kept) else None

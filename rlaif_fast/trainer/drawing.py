@@ -1,0 +1,101 @@
+"""How the responses of a step are drawn: what is asked, with which weights, at once or since the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from rlaif_fast.policy.features import MediaFeatures
+from rlaif_fast.prompts.batches import EpochOrder, take_turns
+from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.rollout import Rollout, SamplingParams
+from rlaif_fast.trainer.ahead import RolloutAhead
+from rlaif_fast.trainer.options import RlOptions
+from rlaif_fast.trainer.run import Run
+
+
+def roll_out(
+    run: Run, order: EpochOrder, step: int, attempt: int
+) -> tuple[Sequence[Prompt], Rollout | None, MediaFeatures | None]:
+    """The prompts of a step, their responses, and what `draw` says of the tower; no rollout where nothing is asked."""
+    if run.ahead is not None:
+        return rolled_out_ahead(run, run.ahead, step)
+    prompts, params = asked(run, order, step, attempt)
+    if not prompts:
+        return prompts, None, None
+    with run.logger.timer("rollout"):
+        return prompts, *draw(run, prompts, params)
+
+
+def rolled_out_ahead(
+    run: Run, ahead: RolloutAhead, step: int
+) -> tuple[Sequence[Prompt], Rollout | None, MediaFeatures | None]:
+    """What servers drew since the step before; they go on with the next step's."""
+    with run.logger.timer("rollout"):
+        begun, rollout, features = ahead.begin(step), None, None
+        if begun is not None:
+            features = encode(run, begun.prompts)
+            rollout = ahead.finish(begun, None if features is None else features.detach())
+        ahead.begin(step + 1)
+    return () if begun is None else begun.prompts, rollout, features
+
+
+def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[list[Prompt], SamplingParams]:
+    """What this process asks in a step, and how it is answered."""
+    config, world = run.config, run.world
+    # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
+    extra = config.max_steps + step * config.dynamic_sampling_rounds + attempt - 1
+    rows = [
+        row
+        for visit, clip in world.share(order.visits(step if attempt == 0 else extra))
+        for row in take_turns(clip, config.questions_per_video, visit)
+    ]
+    with run.logger.timer("decode"):
+        prompts = run.make_batch(rows)
+        run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
+    return prompts, SamplingParams(
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_reasoning_tokens=config.max_reasoning_tokens,
+        seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
+    )
+
+
+def weights_to_draw_with(run: Run) -> AbstractContextManager[None]:
+    """The model with the weights that the algorithm draws with, whole; all processes enter together."""
+    policy = run.policy
+    return policy.reference_weights() if run.algorithm.samples_from == "start" else policy.gathered()
+
+
+def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
+    """Draw the responses to some prompts, inside `weights_to_draw_with`.
+
+    Returns:
+        The rollout; and what the vision tower gave for it, where its weights are the policy's.
+    """
+    features = encode(run, prompts)
+    shared = None if features is None else features.detach()
+    with torch.no_grad():
+        run.sampler.sync_weights(run.policy)
+        rollout = run.sampler.sample(prompts, run.config.num_generations, params, shared)
+    return rollout, None if run.algorithm.samples_from == "start" else features
+
+
+def encode(run: Run, prompts: Sequence[Prompt]) -> MediaFeatures | None:
+    """What the vision tower gives for the prompts; without a graph where the update runs it again."""
+    with torch.set_grad_enabled(keeps_graph(run) and run.algorithm.samples_from != "start"):
+        return run.policy.encode_media(prompts)
+
+
+def on_policy(config: RlOptions) -> bool:
+    """Whether each rollout is learned from once and whole, so that nothing is updated before it is used up."""
+    return config.num_iterations == 1 and config.steps_per_generation == 1
+
+
+def keeps_graph(run: Run) -> bool:
+    """Whether the update uses the tower's pass before the rollout; processes share no pass of sharded weights there."""
+    return on_policy(run.config) and run.policy.shards is None
