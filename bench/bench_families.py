@@ -50,7 +50,7 @@ MORE: dict[str, Any] = {
     "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "sliding_window": 512,
 }
 SHARED = sorted(name for name, family in FAMILIES.items() if family.unshared is None)
 
@@ -60,6 +60,8 @@ def wide(model_type: str) -> dict[str, Any]:
     values = copy.deepcopy(family_checkpoints.recipe(model_type)[0])
     text, vision = values["text_config"], values["vision_config"]
     text |= TEXT | {key: value for key, value in MORE.items() if key in text}
+    if "layer_types" in text:
+        text["layer_types"] = [text["layer_types"][0]] * 3 + ["full_attention"]
     if "mrope_section" in text.get("rope_parameters", {}):
         text["rope_parameters"] |= {"mrope_section": [8, 4, 4]}
     if "out_hidden_size" in vision:  # what the merger gives; Qwen2-VL calls it otherwise

@@ -17,8 +17,10 @@ from rlaif_fast.adapters.trl import OracleGRPOTrainer
 from rlaif_fast.oracle import ReferenceOracle
 
 
-def main(output_dir: str = "trl_oracle_run", steps: int = 6, **options) -> OracleGRPOTrainer:
-    """Train a few steps; `options` are those of `GRPOConfig`. Return the trainer."""
+def main(
+    output_dir: str = "trl_oracle_run", steps: int = 6, peft_config=None, **options
+) -> OracleGRPOTrainer:
+    """Train a few steps and return the trainer; with a `peft_config` adapters alone. `options` are `GRPOConfig`'s."""
     sums = [
         {"prompt": f"how many is {a} plus {b} ?", "reference": str(a + b)} for a in range(5) for b in range(5)
     ]
@@ -36,6 +38,7 @@ def main(output_dir: str = "trl_oracle_run", steps: int = 6, **options) -> Oracl
         ReferenceOracle(),
         args=args,
         train_dataset=Dataset.from_list(sums),
+        peft_config=peft_config,
     )
     trainer.train()
     return trainer

@@ -123,7 +123,12 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, str], tuple[str, str], tuple[
     ),
     "gemma3": (
         {
-            "text_config": TEXT | {"sliding_window": 16, "query_pre_attn_scalar": 8},
+            "text_config": TEXT
+            | {
+                "sliding_window": 16,
+                "query_pre_attn_scalar": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
             "vision_config": SIGLIP,
             "mm_tokens_per_image": 4,
         },
@@ -268,7 +273,9 @@ def make_model(
         model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:  # at the usual 0.02 two layers hardly differ from none
+            if parameter.ndim > 1 and not parameter.any():  # Gemma 3's projector, which would show nothing
+                parameter.normal_(std=0.1)
+            elif parameter.ndim > 1:  # at the usual 0.02 two layers hardly differ from none
                 parameter.mul_(5)
             elif name.endswith("A_log"):  # a recurrent state that lasts for some tokens
                 parameter.fill_(-1.0)

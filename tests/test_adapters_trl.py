@@ -78,6 +78,51 @@ def test_six_steps_with_advantages_of_the_ranks(example, tmp_path, monkeypatch):
     assert not any(name == "reward" or name.startswith("rewards/") for entry in logs for name in entry)
 
 
+def test_adapters_alone_learn(example, tmp_path, monkeypatch):
+    """Under PEFT the base stays as it was, and the reference is the model without adapters."""
+    from peft import LoraConfig
+
+    before, compared = {}, []
+    generate = OracleGRPOTrainer._generate_and_score_completions
+
+    def generate_and_note(self, inputs):
+        if not before:
+            before.update({name: x.detach().clone() for name, x in self.model.named_parameters()})
+        output = generate(self, inputs)
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        length = output["completion_ids"].shape[1]
+        with torch.no_grad(), self.model.disable_adapter():
+            logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, attention, length)
+        mask = output["completion_mask"].bool()
+        compared.append((output["ref_per_token_logps"][mask], logps[mask]))
+        return output
+
+    monkeypatch.setattr(OracleGRPOTrainer, "_generate_and_score_completions", generate_and_note)
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    trainer = example.main(str(tmp_path), steps=3, peft_config=lora)
+    moved = {name for name, x in trainer.model.named_parameters() if not torch.equal(x, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert len(compared) == 3
+    for reference, bare in compared:
+        torch.testing.assert_close(reference, bare, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("feature", ["grpo", "dapo", "sequence level", "beta 0"])
+def test_the_loss_and_the_gradients_of_adapters_are_trls(tmp_path, feature):
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    trainer = parity.trl_trainer(str(tmp_path), lora)
+    errors = parity.trl_errors(feature, trainer)
+    assert errors.loss <= 1e-6
+    assert errors.gradients <= 2e-6
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_group(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -86,9 +86,12 @@ def test_another_type_is_refused_in_one_line(model_type, tmp_path) -> None:
 
 
 def test_shared_prefix_is_refused_before_weights_load(tmp_path) -> None:
-    folder = family_checkpoints.write_checkpoint("gemma3", tmp_path)
+    folder = family_checkpoints.write_checkpoint("internvl", tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"shared_prefix: Gemma 3.*both directions.*shared_prefix: false"):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"shared_prefix: InternVL.*attention_dropout.*shared_prefix: false"):
         check_model(str(folder), shared_prefix=True)
     check_model(str(folder))
 

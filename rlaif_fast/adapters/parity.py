@@ -114,7 +114,9 @@ def trl_errors(feature: str, trainer: Any) -> Errors:
     results = []
     for compute in (GRPOTrainer._compute_loss, type(trainer)._compute_loss):
         loss = compute(trainer, model, dict(inputs))
-        results.append((loss, list(torch.autograd.grad(loss, list(model.parameters())))))
+        results.append(
+            (loss, list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])))
+        )
     return errors(*results)
 
 
@@ -187,8 +189,9 @@ def _clipped(loss: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Pair:
     return value, list(torch.autograd.grad(value, new))
 
 
-def trl_trainer(folder: str) -> Any:
-    """Return an `OracleGRPOTrainer` of a tiny Qwen3 of random weights, two accumulation steps of its batch."""
+def trl_trainer(folder: str, peft_config: Any = None) -> Any:
+    """Return an `OracleGRPOTrainer` of a tiny Qwen3 of random weights, two accumulation steps of its batch; with a
+    `peft_config` adapters alone train."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -214,6 +217,7 @@ def trl_trainer(folder: str) -> Any:
         args=args,
         train_dataset=Dataset.from_list([{"prompt": "1", "reference": "1"}] * B),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1"),
+        peft_config=peft_config,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2

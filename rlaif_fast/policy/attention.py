@@ -132,7 +132,7 @@ class _Unpad(torch.autograd.Function):
 
 
 @dataclass
-class _DeviceBucket:
+class DeviceBucket:
     """A bucket with its index tensors on the device; one additive mask serves every layer."""
 
     bucket: Bucket
@@ -175,12 +175,12 @@ class SdpaContext:
 
         buckets = make_buckets(row)
         self._buckets = [
-            _DeviceBucket(
+            DeviceBucket(
                 bucket=bucket,
                 tokens=int(row.group_lengths[bucket.groups].sum()),
                 slots=put(bucket.slots),
                 rows=put(bucket.rows),
-                allowed=bucket_mask(row, bucket, device)[:, None] if bucket.response else None,
+                allowed=self._mask(row, bucket, device),
             )
             for bucket in buckets
         ]
@@ -195,6 +195,10 @@ class SdpaContext:
             if not (np.diff(order) == 1).all():
                 self._restore = put(np.argsort(order))
 
+    def _mask(self, row: PackedRow, bucket: Bucket, device: torch.device) -> Tensor | None:
+        """(n, 1, R, P + R) bool: what the nodes of a bucket attend to."""
+        return bucket_mask(row, bucket, device)[:, None] if bucket.response else None
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (S, heads, D)
         outputs = [self._attend_bucket(bucket, query, key, value, scale) for bucket in self._buckets]
@@ -204,7 +208,7 @@ class SdpaContext:
         return output[None]
 
     def _attend_bucket(
-        self, bucket: _DeviceBucket, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self, bucket: DeviceBucket, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         q, k, v = bucket.grid(query), bucket.grid(key), bucket.grid(value)
         prompt, response = bucket.bucket.prompt, bucket.bucket.response

@@ -29,10 +29,12 @@ from rlaif_fast.policy.families import (
 )
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, count_rows, pack
+from rlaif_fast.policy.pattern import backend_name, row_context
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
 from rlaif_fast.policy.shard import Shards
+from rlaif_fast.policy.vocabulary import allowed_tokens
 from rlaif_fast.policy.weights import float32_copy
 
 T = TypeVar("T")
@@ -87,18 +89,15 @@ class Policy:
         self.max_cached_tokens = max_cached_tokens
         self.feature_cache_bytes = feature_cache_bytes
         self.eos_token_ids = eos_token_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = self.eos_token_ids[0] if pad is None else pad
+        pads = (tokenizer.pad_token_id, *self.eos_token_ids)
+        self.pad_token_id = next(token for token in pads if token is not None)
         self.media_token_ids = set(marker_token_ids(model))
         self._reference: Pairs | None = None
         self.shards: Shards | None = None
         head = self._head()
-        forbidden = torch.zeros(head.weight.shape[0], dtype=torch.bool)
-        forbidden[len(tokenizer) :] = True  # rows of the embedding that no token uses
-        never = (*tokenizer.all_special_ids, *forbidden_token_ids, *self.media_token_ids)
-        forbidden[[i for i in never if i < len(forbidden)]] = True
-        forbidden[list(self.eos_token_ids)] = False
-        self.token_ids_allowed = (~forbidden).to(head.weight.device)  # (V,)
+        never = (*forbidden_token_ids, *self.media_token_ids)
+        allowed = allowed_tokens(len(head.weight), tokenizer, never, self.eos_token_ids)
+        self.token_ids_allowed = allowed.to(self.device)  # (V,)
         self.forbidden_bias = torch.where(self.token_ids_allowed, 0.0, FORBIDDEN)
         if shared_prefix:
             family = family_of(model)
@@ -107,7 +106,9 @@ class Policy:
             self.vision = VisionEncoder(family.vision(model), feature_cache_bytes, family)
             self.position_axes = family.axes
             self.layouts = PromptLayouts(model, family)
-            self.backend = attention.choose_backend(attention_backend, head.weight.device, head.weight.dtype)
+            self.pattern = family.pattern(unwrap(model).config)
+            name = backend_name(attention_backend, self.pattern)
+            self.backend = attention.choose_backend(name, self.device, head.weight.dtype)
             for layers in (attention, deepstack, linear_attention):
                 layers.install(self.decoder)
             if family.batched_vision:
@@ -213,11 +214,9 @@ class Policy:
         hidden = []
         for groups in cut((prompt_lengths + fed).tolist(), self.max_packed_tokens):
             rows = slice(response_ends[groups.start], response_ends[groups.stop])
-            row = pack(
-                host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups], self.backend.merge
-            )
-            context = self.backend.context(row, self.device)
-            hidden.append(self.packed_forward(row, prompts[groups], host_ids[rows], features, context))
+            part = (host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups])
+            row = pack(*part, self.backend.merge)
+            hidden.append(self.packed_forward(row, prompts[groups], host_ids[rows], features))
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def packed_forward(
@@ -226,7 +225,7 @@ class Policy:
         prompts: Sequence[EncodedPrompt],
         token_ids: np.ndarray,  # (B, T)
         features: MediaFeatures | None,
-        context: attention.AttentionContext,
+        context: attention.AttentionContext | None = None,  # None for the backend's
         keep: linear_attention.Keep | None = None,  # what stands behind its responses
     ) -> Tensor:
         """Run one packed row; the hidden states (M, H) that predict its response tokens."""
@@ -234,12 +233,13 @@ class Policy:
         ids[row.prompt_index] = np.concatenate([p.input_ids.numpy(force=True) for p in prompts])
         ids[row.node_index] = token_ids.reshape(-1)[row.node_source]
         layouts = [self.layouts(p) for p in prompts]
+        if context is None:
+            context = row_context(row, self.device, self.pattern, layouts, self.backend.context)
         positions = row.position_ids(
             [layout.positions for layout in layouts], np.asarray([layout.next_position for layout in layouts])
         )
-        media_index = np.concatenate(
-            [begin + layout.media_index for begin, layout in zip(row.group_starts, layouts)]
-        )
+        media = [begin + layout.media_index for begin, layout in zip(row.group_starts, layouts)]
+        media_index = np.concatenate(media)
         hidden = self.decode(
             torch.from_numpy(ids).to(self.device),
             torch.from_numpy(positions).to(self.device),

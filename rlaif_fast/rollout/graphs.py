@@ -65,6 +65,11 @@ class FixedStep:
     def __init__(
         self, policy: Policy, groups: int, num_generations: int, length: int, *, attention: str = "auto"
     ) -> None:
+        if policy.pattern is not None:
+            raise UsageError(
+                "sampler: cuda_graphs does not know layers with a window, nor pictures whose tokens see each other; "
+                "use auto or shared_prefix"
+            )
         if state_size(policy.decoder):
             raise UsageError(
                 "sampler: cuda_graphs does not know linear-attention layers; use auto or shared_prefix"

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import SdpaContext, sdpa
+from rlaif_fast.policy.attention import AttentionContext, SdpaContext, sdpa
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
 from rlaif_fast.policy.linear_attention import Keep, NodeStates, state_size
 from rlaif_fast.policy.packing import PackedRow, pack, ranges
+from rlaif_fast.policy.pattern import Pattern, row_context, window_of
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
@@ -49,6 +50,8 @@ class GroupCache:
         self.states = NodeStates() if state_size(policy.decoder) else None
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.used = prompt_lengths.copy()  # (N,) columns in use
+        # (N, L) place of each column's token in its own sequence, known where it is in use
+        self.places = np.broadcast_to(np.arange(length), (len(prompt_lengths), length)).copy()
 
     def write(self, layer: int, groups: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> None:
         """Put the keys and values (1, K, S, D) of S tokens in columns of their groups."""
@@ -78,7 +81,7 @@ class GroupCache:
         for layer in self.keys:
             self.keys[layer] = self.keys[layer].index_select(0, index)
             self.values[layer] = self.values[layer].index_select(0, index)
-        self.used = self.used[groups]
+        self.used, self.places = self.used[groups], self.places[groups]
 
 
 def tokens_a_state(policy: Policy) -> int:
@@ -99,10 +102,18 @@ class _Prefill:
         row: What prompts about one clip have in common is the row's prompt, the rest of each a response.
         prompts: For each of the row's responses the prompt that it ends, by its place in the cache.
         rests: Tokens of it that are not in common.
+        packed: The attention of the row.
+        device: Of the cache.
     """
 
     def __init__(
-        self, cache: GroupCache, row: PackedRow, prompts: np.ndarray, rests: np.ndarray, device: torch.device
+        self,
+        cache: GroupCache,
+        row: PackedRow,
+        prompts: np.ndarray,
+        rests: np.ndarray,
+        packed: AttentionContext,
+        device: torch.device,
     ) -> None:
         group = np.repeat(np.arange(len(row.group_sizes)), row.group_sizes)  # of each response
         common = row.prompt_lengths[group]
@@ -118,7 +129,7 @@ class _Prefill:
             np.concatenate((np.repeat(prompts, common), np.repeat(prompts, rests)))
         ).to(device)
         self._columns = torch.from_numpy(columns).to(device)
-        self._packed = SdpaContext(row, device)
+        self._packed = packed
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         kept = (x.index_select(2, self._source) for x in (key, value))
@@ -132,35 +143,50 @@ class _Step:
     Args:
         groups: (A,) group of each node, ascending.
         columns: (A,) column of its own key and value.
-        allowed: (A, L) what it may attend to.
+        allowed: (A, L) what it may attend to, but for a layer's window.
+        pattern: Which layers have one; None where none has.
+        like: A tensor of the dtype and on the device.
     """
 
     def __init__(
-        self, cache: GroupCache, groups: np.ndarray, columns: np.ndarray, allowed: np.ndarray, like: Tensor
+        self,
+        cache: GroupCache,
+        groups: np.ndarray,
+        columns: np.ndarray,
+        allowed: np.ndarray,
+        pattern: Pattern | None,
+        like: Tensor,
     ) -> None:
         counts = np.bincount(groups, minlength=len(cache.used))
         width = int(counts.max())
         place = groups * width + ranges(counts)
         length = int(cache.used.max())
-        mask = np.ones((len(counts) * width, length), dtype=bool)
-        mask[place] = allowed[:, :length]
         device = like.device
-        bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
-        bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
-        bias = bias.view(len(counts), 1, width, length)
+        behind = cache.places[groups, columns][:, None] - cache.places[groups]  # (A, L) how far
+
+        def bias_of(window: int | None) -> Tensor:
+            mask = np.ones((len(counts) * width, length), dtype=bool)
+            seen = allowed if window is None else allowed & (behind < window)
+            mask[place] = seen[:, :length]
+            bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
+            bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
+            return bias.view(len(counts), 1, width, length).repeat(1, 1, cache.heads_per_key, 1)
+
+        windows = {window_of(pattern, layer) for layer in cache.keys}
+        self._bias = {window: bias_of(window) for window in windows}
+        self._pattern = pattern
         self._cache = cache
         self._groups = torch.from_numpy(groups).to(device)
         self._columns = torch.from_numpy(columns).to(device)
         self._place = None if len(place) == len(counts) * width else torch.from_numpy(place).to(device)
         self._cells = len(counts) * width
-        self._bias = bias.repeat(1, 1, cache.heads_per_key, 1)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self._cache.write(layer, self._groups, self._columns, key, value)
         q = query[0].transpose(0, 1)  # (A, H, D)
         if self._place is not None:
             q = q.new_zeros(self._cells, *q.shape[1:]).index_copy_(0, self._place, q)
-        output = self._cache.attend(layer, q, self._bias, scale)
+        output = self._cache.attend(layer, q, self._bias[window_of(self._pattern, layer)], scale)
         return (output if self._place is None else output.index_select(0, self._place))[None]
 
 
@@ -228,7 +254,9 @@ class SharedPrefixSampler(ReadsPolicy):
         for groups in cut((common + fed).tolist(), policy.max_packed_tokens):
             mine = slice(row_ends[groups.start], row_ends[groups.stop])
             row = pack(token_ids[mine], lengths[mine], common[groups], sizes[groups])
-            context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, policy.device)
+            layouts = [policy.layouts(prompt) for prompt in rows.prompts[groups]]
+            packed = row_context(row, policy.device, policy.pattern, layouts, SdpaContext)
+            context = _Prefill(cache, row, of_row[mine], lengths[mine] - 1, packed, policy.device)
             keep = None if cache.states is None else Keep(cache.states, of_row[mine], len(prompts))
             hidden.append(
                 policy.packed_forward(row, rows.prompts[groups], token_ids[mine], features, context, keep)
@@ -275,16 +303,18 @@ class SharedPrefixSampler(ReadsPolicy):
             present, place = np.unique(node_group, return_inverse=True)
             if 2 * len(present) <= len(cache.used):
                 cache.keep(present)
-                next_position, node_group = next_position[present], place
+                next_position, prompt_lengths = next_position[present], prompt_lengths[present]
+                node_group = place
             counts = np.bincount(node_group, minlength=len(cache.used))
             columns = cache.used[node_group] + ranges(counts)
             cache.used = cache.used + counts
             allowed[np.arange(len(fed)), columns] = True
+            cache.places[node_group, columns] = prompt_lengths[node_group] + step
             positions = np.broadcast_to(next_position[node_group] + step, (3, len(fed)))
             hidden = policy.decode(
                 torch.from_numpy(fed).to(device),
                 torch.from_numpy(np.ascontiguousarray(positions)).to(device),
-                _Step(cache, node_group, columns, allowed, hidden),
+                _Step(cache, node_group, columns, allowed, policy.pattern, hidden),
                 states=cache.states,
             )
         return drawn.rollout(policy, prompts, num_generations, draw.forced)

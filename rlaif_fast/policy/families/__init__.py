@@ -20,6 +20,7 @@ from rlaif_fast.policy.families import (
     video_llama_3,
 )
 from rlaif_fast.policy.families.base import IMAGE, TEXT, VIDEO, Family, unwrap
+from rlaif_fast.policy.pattern import picture_runs
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 __all__ = [
@@ -101,11 +102,13 @@ class PromptLayout:
             with one axis.
         next_position: Position of the first response token, the same on the three axes.
         media_index: (n,) int64 positions of the media tokens in the prompt, ascending.
+        picture_runs: (P,) number of the run of media tokens that each token belongs to, -1 for text.
     """
 
     positions: np.ndarray  # (3, P)
     next_position: int
     media_index: np.ndarray  # (n,)
+    picture_runs: np.ndarray  # (P,)
 
 
 class PromptLayouts:
@@ -143,6 +146,7 @@ class PromptLayouts:
             positions=np.ascontiguousarray(positions[:, :-1]),
             next_position=int(positions[0, -1]),
             media_index=np.flatnonzero(types != TEXT),
+            picture_runs=picture_runs(types != TEXT),
         )
 
     def _check_counts(self, prompt: EncodedPrompt, types: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy import vision_attention
+from rlaif_fast.policy.pattern import Pattern
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
@@ -29,6 +30,7 @@ MLP_LAYERS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 PARTS = ("decoder", "tower", "projector")
 ROUTER = ".mlp.gate."  # what the names of a mixture's routers contain, in every family of the table
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+KNOWN_LAYERS = {"full_attention", "sliding_attention", "linear_attention"}
 Features = tuple[Tensor, ...]  # of one medium: the projector's output, then each deepstack level, each (F, H)
 
 
@@ -54,6 +56,7 @@ class Family:
         decoder: Where the text decoder is: embeddings to normalised last hidden states.
         lora_targets: Names of the linear layers that get an adapter unless others are asked for.
         unshared: Why its prompts cannot be computed once a group; None where they can.
+        two_way_pictures: Whether the tokens of a picture attend to each other in both directions.
         axes: Axes of its position ids: 3 (time, height, width) or 1.
         pictures: Whether still pictures can be shown to it.
         batched_vision: Whether its tower attends within pieces of one packed row (see `vision_attention`).
@@ -70,6 +73,7 @@ class Family:
     decoder = "model.language_model"
     lora_targets: tuple[str, ...] = LORA_TARGETS
     unshared: str | None = None
+    two_way_pictures = False
     axes = 3
     pictures = True
     batched_vision = True
@@ -225,13 +229,23 @@ class Family:
         """
         return tuple(n for n in self.lora_targets if n not in MLP_LAYERS or not is_mixture(config))
 
+    def pattern(self, config: Any) -> Pattern | None:
+        """How its decoder attends where that is not causally to all that came before; None where it is."""
+        text = config.get_text_config()
+        types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in types)
+        if set(windows) == {None} and not self.two_way_pictures:
+            return None
+        return Pattern(windows, self.two_way_pictures)
+
     def refuses_shared_prefix(self, config: Any) -> str | None:
         """Why a model of this family cannot compute each prompt once a group; None where it can."""
         text = config.get_text_config()
         if self.unshared is not None:
             return self.unshared
-        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
-            return "its sliding-window attention layers are not supported"
+        unknown = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS
+        if unknown:
+            return f"it has layers of the type {', '.join(sorted(unknown))}"
         if getattr(text, "attention_dropout", 0.0):
             return "it has attention_dropout; set that to 0 in the model's config.json"
         return None

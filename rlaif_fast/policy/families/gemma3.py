@@ -19,7 +19,7 @@ class Gemma3(FrameFamily):
 
     name = "Gemma 3"
     model_types: tuple[str, ...] = ("gemma3",)
-    unshared = "the tokens of a picture attend in both directions, and most layers within a sliding window"
+    two_way_pictures = True
     image_token = "<image_soft_token>"
     image_mark = video_mark = "<start_of_image>"
     turn_end = "<end_of_turn>"

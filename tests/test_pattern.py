@@ -1,0 +1,155 @@
+"""Windows and pictures in packed rows, against a dense mask that is written out, and against the models themselves."""
+
+from __future__ import annotations
+
+import family_checkpoints
+import numpy as np
+import pytest
+import torch
+from test_families_packed import gradients, make_encoder, make_prompts, responses
+from test_linear_attention import ROWS
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.packing import PackedRow, make_buckets
+from rlaif_fast.policy.pattern import Pattern, PatternContext, backend_name, picture_runs, row_context
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.testing import (
+    TOKENIZER,
+    make_model,
+    make_policy,
+    make_responses,
+    standard_prompts,
+)
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout.graphs import GraphSampler
+from rlaif_fast.rollout.plain import PlainSampler
+from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+
+TOLERANCE = 1e-5
+
+
+def dense(row: PackedRow, window: int | None, runs: list[np.ndarray] | None) -> torch.Tensor:
+    """(S, S) what each token sees, token by token."""
+    allowed = row.allowed()
+    place = np.zeros(row.tokens, dtype=np.int64)
+    run = np.full(row.tokens, -1)
+    for group, (begin, length) in enumerate(zip(row.group_starts, row.prompt_lengths)):
+        place[begin : begin + length] = np.arange(length)
+        if runs is not None:
+            named = runs[group] >= 0
+            run[begin : begin + length][named] = runs[group][named] + 1000 * group
+    group_of = np.repeat(np.arange(len(row.node_counts)), row.node_counts)
+    place[row.node_index] = row.prompt_lengths[group_of] + row.node_depth
+    allowed = allowed | ((run[:, None] == run) & (run >= 0))
+    if window is not None:
+        allowed &= place[:, None] - place < window
+    return torch.from_numpy(allowed)
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+@pytest.mark.parametrize("window", [None, 1, 3, 200])
+@pytest.mark.parametrize("pictures", [False, True])
+def test_the_attention_of_a_row_is_that_of_its_mask(name, window, pictures) -> None:
+    row = ROWS[name]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.Generator().manual_seed(1)
+    runs = [
+        picture_runs((torch.rand(int(length), generator=drawn) < 0.6).numpy())
+        for length in row.prompt_lengths
+    ]
+    context = PatternContext(row, torch.device("cpu"), Pattern((None, window), pictures), runs)
+    tensors = [
+        torch.randn(1, heads, row.tokens, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    weights = torch.randn(1, row.tokens, 4, 4, generator=generator, dtype=torch.float64)
+    output = context.attend(1, *tensors, 0.5)
+    grads = torch.autograd.grad((output * weights).sum(), tensors)
+    query, key, value = tensors
+    key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    allowed = dense(row, window, runs if pictures else None)
+    scores = (query @ key.transpose(-1, -2) * 0.5).masked_fill(~allowed, float("-inf"))
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(grads, torch.autograd.grad((expected * weights).sum(), tensors))
+
+
+def test_rows_of_several_buckets_are_among_them() -> None:
+    assert max(len(make_buckets(row)) for row in ROWS.values()) > 1
+
+
+def test_picture_runs() -> None:
+    is_media = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], dtype=bool)
+    assert picture_runs(is_media).tolist() == [-1, 0, 0, -1, 1, -1, -1, 2, 2]
+    assert picture_runs(~is_media).tolist() == [0, -1, -1, 1, -1, 2, 2, -1, -1]
+
+
+def test_a_window_in_some_layers_is_kept_in_other_families() -> None:
+    """Prompts of more tokens than the window; the model's own forward makes the masks of the plain path."""
+    family = "qwen2_5_vl"
+    model = make_model(family, dtype=torch.float64)
+    text, decoder = model.config.text_config, model.model.language_model
+    text.layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    text.sliding_window = 6
+    decoder.has_sliding_layers = True
+    prompts = standard_prompts(family)
+    assert max(len(prompt.input_ids) for prompt in prompts) > 12
+    ids, lengths = make_responses([5, 4, 3, 2, 4, 1, 5, 5, 2, 3])
+    plain, plain_grads = gradients(Policy(model, TOKENIZER, shared_prefix=False), prompts, ids, lengths)
+    packed, packed_grads = gradients(Policy(model, TOKENIZER), prompts, ids, lengths)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=TOLERANCE)
+    for name, grad in plain_grads.items():
+        scale = max(1.0, float(grad.abs().max()))
+        torch.testing.assert_close(packed_grads[name], grad, rtol=0, atol=TOLERANCE * scale, msg=name)
+    text.layer_types = ["full_attention"] * 3
+    other, _ = gradients(Policy(model, TOKENIZER), prompts, ids, lengths)
+    assert float((other - packed).abs().max()) > 1e-3  # the windows matter
+
+
+def test_gemma_draws_behind_its_window() -> None:
+    """More new tokens than a window, some prompts in turns, and groups that end early."""
+    model, tokenizer = family_checkpoints.make_model("gemma3", dtype=torch.float64)
+    prompts = make_prompts(make_encoder("gemma3", tokenizer, model.config))
+    params = SamplingParams(max_new_tokens=20, seed=3)
+    policies = [Policy(model, tokenizer, shared_prefix=shared) for shared in (False, True)]
+    for policy in policies:
+        policy.forbidden_bias[tokenizer.eos_token_id] += 3.0
+    policies[1].max_cached_tokens = 300
+    plain = PlainSampler(policies[0]).sample(prompts, 3, params)
+    shared = SharedPrefixSampler(policies[1]).sample(prompts, 3, params)
+    assert plain.finished.any() and not plain.finished.all()
+    assert shared.token_ids.tolist() == plain.token_ids.tolist()
+    torch.testing.assert_close(shared.logps, plain.logps, rtol=0, atol=TOLERANCE)
+
+
+def test_what_does_not_know_patterns_is_refused() -> None:
+    model, tokenizer = family_checkpoints.make_model("gemma3")
+    with pytest.raises(
+        UsageError, match=r"attention_backend: .*reference does not know them, use auto or sdpa"
+    ):
+        Policy(model, tokenizer, attention_backend="reference")
+    policy = Policy(model, tokenizer)
+    assert policy.backend.name == "sdpa"
+    assert backend_name("reference", None) == "reference"
+    prompts = make_prompts(make_encoder("gemma3", tokenizer, model.config))
+    with pytest.raises(UsageError, match="cuda_graphs does not know layers with a window"):
+        GraphSampler(policy).sample(prompts, 2, SamplingParams(max_new_tokens=2))
+
+
+def test_a_causal_model_has_no_pattern() -> None:
+    assert make_policy("qwen3_vl").pattern is None
+    row, marks = ROWS["tree"], []
+    made = row_context(row, torch.device("cpu"), None, [], lambda *given: marks.append(given))
+    assert made is None and marks == [(row, torch.device("cpu"))]
+
+
+def test_the_tokens_of_a_picture_see_each_other() -> None:
+    """Without that Gemma 3 gives other log-probabilities, so the comparison with its own forward can fail."""
+    model, tokenizer = family_checkpoints.make_model("gemma3")
+    prompts = make_prompts(make_encoder("gemma3", tokenizer, model.config))
+    ids, lengths = responses(tokenizer)
+    policy = Policy(model, tokenizer)
+    expected = policy.response_logps(prompts, ids, lengths).detach()
+    policy.pattern = Pattern(policy.pattern.windows, pictures=False)
+    other = policy.response_logps(prompts, ids, lengths).detach()
+    assert float((other - expected).abs().max()) > 1e-3
