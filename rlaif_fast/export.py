@@ -113,7 +113,10 @@ def dtype_of(source: Path) -> str:
 
 
 def probe(loaded: LoadedModel) -> torch.Tensor:
-    """(M, V) log-probabilities along a short answer about a generated clip."""
+    """Log-probabilities along a short answer about a generated clip, of the tokens that may be drawn (M, at most V).
+
+    Those of the others are at about -30000, where float32 knows three decimals.
+    """
     import torch
 
     from rlaif_fast.data.schema import Example
@@ -127,7 +130,7 @@ def probe(loaded: LoadedModel) -> torch.Tensor:
     policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
     with torch.no_grad(), policy.evaluating():
         hidden = policy.response_hidden([prompt], answer, torch.tensor([answer.shape[1]]))
-        return policy.logits(hidden).float().log_softmax(-1)
+        return policy.logits(hidden).float().log_softmax(-1)[:, policy.token_ids_allowed]
 
 
 def settings_of(source: Path) -> dict[str, dict]:
