@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
+from rlaif_fast.adapters.ranking import mean_logps
 from rlaif_fast.adapters.trl_loss import LOGGED, add_rank_loss, forward_loss
 from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
 from rlaif_fast.loss.api import rank_advantages
@@ -130,7 +131,7 @@ class OracleGRPOTrainer(VideoPrompts):
         if logps is None and self.ranking["kind"] == "oracle":
             return None
         logps = self.policy_logps(output) if logps is None else logps
-        return (logps * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean_logps(logps, mask)
 
     def _compute_loss(self, model, inputs):
         """Return the loss from the hidden states, all inside the model's forward."""
