@@ -209,7 +209,8 @@ def _write_pngs(
 ) -> None:
     curves = [(panel.title, figures.learning_curve(panel)) for panel in panels]
     if curves:
-        figures.to_png(folder / "curves.png", curves, (NARROW, 230), columns=min(4, len(curves)))
+        columns = 3 if len(curves) % 4 == 1 else 4  # no panel alone in the last row
+        figures.to_png(folder / "curves.png", curves, (NARROW, 230), columns=min(columns, len(curves)))
     if seconds:
         figures.to_png(
             folder / "time.png",
