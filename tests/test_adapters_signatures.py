@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlaif_fast import rank_advantages
-from rlaif_fast.adapters import ms_swift, openrlhf, prime_rl, skyrl, slime, verl
+from rlaif_fast.adapters import ms_swift, openrlhf, prime_rl, rllm, skyrl, slime, verl
+from rlaif_fast.adapters.ranking import RowRanker
 from rlaif_fast.oracle import ReferenceOracle, as_reward
 
 B, T = 4, 6
@@ -92,12 +93,15 @@ def test_openrlhf(batch, token_level, whole):
 
 
 def test_skyrl(batch):
-    config = SimpleNamespace(eps_clip_low=0.1, eps_clip_high=0.3)
-    loss, metrics = skyrl.policy_loss(batch.logps, batch.old, batch.advantages, config, batch.mask)
+    correction = SimpleNamespace(tis_ratio_type=None)
+    config = SimpleNamespace(eps_clip_low=0.1, eps_clip_high=0.3, off_policy_correction=correction)
+    arguments = (batch.logps, batch.old, batch.advantages, config, batch.mask, batch.old)
+    loss, metrics = skyrl.policy_loss(*arguments)
     same(loss, clipped(batch, 0.1, 0.3).sum(), batch)
     assert 0.0 < metrics["clip_ratio"] < 1.0
-    with pytest.raises(ValueError, match="rollout_logprobs must be None"):
-        skyrl.policy_loss(batch.logps, batch.old, batch.advantages, config, batch.mask, batch.old)
+    correction.tis_ratio_type = "token"
+    with pytest.raises(ValueError, match="tis_ratio_type must be null"):
+        skyrl.policy_loss(*arguments)
 
 
 def test_prime_rl(batch):
@@ -112,6 +116,61 @@ def test_prime_rl(batch):
     sample.loss_weights = batch.mask[0]
     with pytest.raises(ValueError, match="loss_weights must be None"):
         prime_rl.summed(sample)
+
+
+def trace(group, text, logps):
+    """What of a trace of verifiers' the algorithm reads."""
+    asked = SimpleNamespace(
+        sampled=False, logprobs=[], message=SimpleNamespace(role="user", content=f"question {group}")
+    )
+    said = SimpleNamespace(
+        sampled=True, logprobs=logps, message=SimpleNamespace(role="assistant", content=text)
+    )
+    nodes = [asked, said]
+    return SimpleNamespace(
+        nodes=nodes, branches=[SimpleNamespace(nodes=nodes)], info={"answer": "7"},
+        task=SimpleNamespace(data=SimpleNamespace()),
+    )  # fmt: skip
+
+
+def one_group():
+    """Texts, log-probabilities, and the advantages that belong to them."""
+    texts, logps = ["8", "7", "none"], [[-0.1, -0.3], [-0.5], [-0.4, -0.4, -0.7]]
+    scores = torch.tensor([sum(row) / len(row) for row in logps])
+    return texts, logps, rank_advantages(scores[None], torch.tensor([[1, 0, 2]])).advantages[0]
+
+
+def test_prime_rl_credit_of_a_group():
+    texts, logps, expected = one_group()
+    traces = [trace(0, *x) for x in zip(texts, logps)]
+    credit = prime_rl.advantages(RowRanker(ReferenceOracle()), traces)
+    assert credit == pytest.approx(expected.tolist(), abs=1e-6)
+    assert credit[1] > 0 > min(credit)
+
+
+def test_rllm():
+    texts, logps, expected = one_group()
+    trajectories = [
+        SimpleNamespace(
+            task={"ground_truth": "7"},
+            steps=[
+                SimpleNamespace(
+                    chat_completions=[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}],
+                    model_response=text, logprobs=row, response_ids=[1] * len(row),
+                )
+            ],
+        )
+        for text, row in zip(texts, logps)
+    ]  # fmt: skip
+    groups = [SimpleNamespace(trajectories=trajectories), SimpleNamespace(trajectories=trajectories[:2])]
+    advantages, returns = rllm.estimator(ReferenceOracle())([], None, traj_groups=groups, more=1)
+    assert [len(group) for group in advantages] == [3, 2]
+    assert advantages is returns
+    torch.testing.assert_close(torch.tensor(advantages[0]).float(), expected)
+    trajectories[0].steps[0].logprobs = []
+    with pytest.raises(ValueError, match="these steps have no logprobs"):
+        rllm.estimator(ReferenceOracle())([], None, traj_groups=groups)
+    rllm.estimator(ReferenceOracle(), kind="oracle")([], None, traj_groups=groups)
 
 
 def samples():

@@ -1,15 +1,21 @@
-"""prime-rl: a custom loss of the documented signature (0.8).
+"""prime-rl (0.8): a custom loss, and an algorithm whose credit comes from an oracle.
 
-`trainer.loss.type = "custom"`, `import_path = "rlaif_fast.adapters.prime_rl.loss"`.
+`trainer.loss.type = "custom"`, `import_path = "rlaif_fast.adapters.prime_rl.loss"`; `register(oracle)` in the
+process of the orchestrator, before it builds its environments.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlaif_fast.adapters.ranking import RowRanker
 from rlaif_fast.loss.api import grpo_rank_loss
+from rlaif_fast.oracle.base import Oracle
 
 
 def loss(inputs: Any, **options: Any) -> Any:
@@ -44,3 +50,77 @@ def summed(inputs: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         **options,
     )
     return out.loss, out.stats
+
+
+def register(oracle: Oracle, name: str = "grpo", **options: Any) -> None:
+    """Put an oracle in place of the rewards of one of prime-rl's algorithms; its union of types is closed.
+
+    Args:
+        oracle: Ranks the rollouts of a group.
+        name: An algorithm that feeds the "rl" loss.
+        options: Of `ranked_algorithm`.
+    """
+    from prime_rl.orchestrator.algo import ALGORITHM_CLASSES
+
+    ALGORITHM_CLASSES[name] = ranked_algorithm(ALGORITHM_CLASSES[name], oracle, **options)
+
+
+def ranked_algorithm(base: type, oracle: Oracle, *, reference: str = "answer", **options: Any) -> type:
+    """Return a subclass of one of prime-rl's algorithms whose `score_group` ranks the rollouts of a group.
+
+    Args:
+        base: `GRPOAlgorithm`, or another `Algorithm` of `prime_rl.orchestrator.algo`.
+        oracle: Ranks them; what failed or trains nothing is left out.
+        reference: Key of a trace's info, or field of its task, that holds the reference answer.
+        options: Of `RowRanker`.
+    """
+    from prime_rl.orchestrator.algo.base import iter_trainable_traces
+    from prime_rl.orchestrator.algo.routing import assign_advantages
+
+    ranker = RowRanker(oracle, **options)
+
+    class OracleAlgorithm(base):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, policy_pool: Any) -> None:
+            if getattr(config, "length_penalty", None) is not None:
+                raise ValueError("length_penalty must be null: it shapes rewards, and ranks have none")
+            super().__init__(config, policy_pool)
+
+        async def score_group(self, episodes: list[Any]) -> None:
+            """Assign every token of a rollout the advantage of its rank."""
+            traces = [trace for _, trace in iter_trainable_traces(episodes)]
+            credit = await asyncio.to_thread(advantages, ranker, traces, reference)
+            for trace, advantage in zip(traces, credit):
+                assign_advantages(trace, advantage)
+
+    return OracleAlgorithm
+
+
+def advantages(ranker: RowRanker, traces: Sequence[Any], reference: str = "answer") -> list[float]:
+    """Return the advantage of each trace of one group.
+
+    The oracle reads the last branch: what comes before the first sampled message as the prompt, every sampled
+    message as the response. The policy's own order is by the mean log-probability of the sampled tokens.
+    """
+    prompts, responses, answers, scores = [], [], [], []
+    for trace in traces:
+        nodes = trace.branches[-1].nodes
+        first = next((i for i, node in enumerate(nodes) if node.sampled), len(nodes))
+        prompts.append([_chat(node.message) for node in nodes[:first]])
+        responses.append("\n".join(node.message.content or "" for node in nodes[first:] if node.sampled))
+        answers.append(trace.info.get(reference, getattr(trace.task.data, reference, None)))
+        logps = [logp for node in trace.nodes for logp in node.logprobs]
+        scores.append(sum(logps) / max(len(logps), 1))
+    ranked = ranker([0] * len(traces), prompts, responses, answers, torch.tensor(scores))
+    return ranked.advantages.tolist()
+
+
+def _chat(message: Any) -> dict[str, Any]:
+    parts = message.content
+    if isinstance(parts, list):
+        parts = [
+            {"type": "text", "text": part.text}
+            if part.type == "text"
+            else {"type": "image", "image": part.image_url.url}
+            for part in parts
+        ]
+    return {"role": message.role, "content": parts or ""}

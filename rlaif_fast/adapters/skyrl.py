@@ -1,12 +1,27 @@
-"""SkyRL: a policy loss of the documented signature (0.3); `register()` puts it into SkyRL's registry."""
+"""SkyRL (0.3): a policy loss and an advantage estimator for its registries, and a trainer that an oracle teaches.
+
+`register()` before the trainer starts, then `trainer.algorithm.policy_loss_type=rlaif_fast`. Ranks also want
+`trainer.algorithm.advantage_estimator=rlaif_fast` and a trainer of `ranked_trainer`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rlaif_fast.adapters.ranking import RowRanker, mean_logps
 from rlaif_fast.loss.api import grpo_rank_loss
+from rlaif_fast.oracle.base import Oracle
+
+NAME = "rlaif_fast"
+CORRECTIONS = (
+    *("tis_ratio_type", "sequence_mask_metric"),
+    *("outlier_token_is_threshold_low", "outlier_token_is_threshold_high"),
+    *("token_mask_is_threshold_low", "token_mask_is_threshold_high"),
+)
 
 
 def policy_loss(
@@ -17,21 +32,23 @@ def policy_loss(
     loss_mask: Tensor | None = None,  # (B, T)
     rollout_logprobs: Tensor | None = None,  # (B, T)
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the clipped loss summed over all tokens, and the share of them clipped.
+    """Return the clipped loss summed over all tokens, and the share of them clipped, as SkyRL's "regular" does.
 
     Args:
         log_probs: `logps` of `grpo_rank_loss`.
         old_log_probs: `old_logps`.
-        advantages: One a token.
-        config: `eps_clip_low` and `eps_clip_high`.
+        advantages: One a token; SkyRL has divided them by what makes a mean of the sum.
+        config: `eps_clip_low` and `eps_clip_high`; `off_policy_correction` must correct nothing.
         loss_mask: `mask`.
-        rollout_logprobs: Must be None: no correction is made of them.
+        rollout_logprobs: Of the sampler; SkyRL reads them for its correction only.
 
     Raises:
-        ValueError: There are `rollout_logprobs`.
+        ValueError: A correction of the sampler's log-probabilities is asked for.
     """
-    if rollout_logprobs is not None:
-        raise ValueError("rollout_logprobs must be None: this loss makes no correction of them")
+    correction = config.off_policy_correction
+    for name in CORRECTIONS:
+        if getattr(correction, name, None) is not None:
+            raise ValueError(f"off_policy_correction.{name} must be null: this loss makes no correction")
     out = grpo_rank_loss(
         log_probs,
         old_logps=old_log_probs,
@@ -45,8 +62,73 @@ def policy_loss(
     return out.loss, {"clip_ratio": out.stats["clip_ratio/region_mean"].item()}
 
 
-def register(name: str = "rlaif_fast") -> None:
-    """Register the loss with SkyRL."""
-    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
+def advantages_of_scores(
+    token_level_rewards: Tensor,  # (B, T)
+    response_mask: Tensor,  # (B, T)
+    **other: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of each response's scores on all of its tokens, as advantages and as returns (B, T)."""
+    advantages = token_level_rewards.sum(-1, keepdim=True) * response_mask
+    return advantages, advantages
+
+
+def register(name: str = NAME) -> None:
+    """Register the loss and the estimator with SkyRL."""
+    from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry, PolicyLossRegistry
 
     PolicyLossRegistry.register(name, policy_loss)
+    AdvantageEstimatorRegistry.register(name, advantages_of_scores)
+
+
+def ranked_trainer(
+    base: type, oracle: Oracle, *, reference: Callable[[str], Any] | None = None, **options: Any
+) -> type:
+    """Return a subclass of SkyRL's `RayPPOTrainer` whose advantages come from an oracle's order.
+
+    The oracle reads prompts and responses as the tokenizer decodes them. The policy's own order is that of
+    `action_log_probs`.
+
+    Args:
+        base: `skyrl.train.trainer.RayPPOTrainer`, or one of its subclasses.
+        oracle: Ranks the responses of equal `uids`.
+        reference: The reference answer of a decoded prompt; a batch of SkyRL's no longer holds it.
+        options: Of `RowRanker`; SkyRL's batch holds no pictures but as patches, so `media` shows none.
+    """
+    ranker = RowRanker(oracle, **options)
+
+    class OracleTrainer(base):  # type: ignore[misc, valid-type]
+        def compute_advantages_and_returns(self, data):
+            """Put the advantages where SkyRL reads rewards, then go on as SkyRL does."""
+            _refuse(self.cfg)
+            mask, ids = data["response_mask"].bool(), data["sequences"]
+            responses = [row[-len(kept) :][kept] for row, kept in zip(ids, mask)]
+            prompts = [
+                row[seen.bool()][: -len(response) or None]
+                for row, seen, response in zip(ids, data["attention_mask"], responses)
+            ]
+            asked, texts = (
+                self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, responses)
+            )
+            answers = [reference(prompt) if reference else None for prompt in asked]
+            scores = mean_logps(data["action_log_probs"], mask)
+            ranked = ranker(data.metadata["uids"], asked, texts, answers, scores)
+            rewards = torch.zeros_like(data["rewards"])
+            for row, kept, advantage in zip(rewards, mask, ranked.advantages):
+                row[kept.nonzero()[-1:]] = advantage.to(row)
+            data["rewards"] = rewards
+            self.all_metrics["oracle/gain"] = sum(ranked.gains) / len(ranked.gains)
+            return super().compute_advantages_and_returns(data)
+
+    return OracleTrainer
+
+
+def _refuse(config: Any) -> None:
+    algorithm = config.trainer.algorithm
+    if algorithm.advantage_estimator != NAME:
+        raise ValueError(
+            f"algorithm.advantage_estimator must be {NAME}, got {algorithm.advantage_estimator!r}"
+        )
+    if algorithm.use_kl_in_reward:
+        raise ValueError("algorithm.use_kl_in_reward must be false: ranks have no KL; use use_kl_loss")
+    if config.generator.step_wise_trajectories:
+        raise ValueError("generator.step_wise_trajectories must be false: a response is ranked as a whole")

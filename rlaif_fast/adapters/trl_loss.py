@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -26,6 +27,17 @@ LOGGED = {  # our statistics under TRL's names
 OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
 
 
+@dataclass(frozen=True)
+class LossArguments:
+    """Arguments of the loss on their way into the model's forward.
+
+    FSDP2 and DeepSpeed round every float that they find among the arguments of a forward to the parameters' dtype,
+    also inside of mappings; old and reference log-probabilities must stay float32. They look into no class like this.
+    """
+
+    values: dict[str, Any]
+
+
 def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput:
     """Return the loss of a micro-batch of TRL's, scaled as TRL scales it for gradient accumulation."""
     steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
@@ -39,7 +51,8 @@ def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput
         arguments["num_items_in_batch"] = _items(trainer, inputs)
         arguments["entropy_coef"] /= steps
     with trainer.accelerator.autocast():
-        out = LossOutput(*model(input_ids=ids, attention_mask=attention, rank_loss=arguments, **media))
+        out = model(input_ids=ids, attention_mask=attention, rank_loss=LossArguments(arguments), **media)
+    out = LossOutput(*out)
     return out if of_tokens else out._replace(loss=out.loss / steps)
 
 
@@ -79,7 +92,7 @@ def _items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def add_rank_loss(model: Any, float32_head: bool = False) -> None:
-    """Let `model(input_ids=, attention_mask=, rank_loss=arguments)` return a `LossOutput`.
+    """Let `model(input_ids=, attention_mask=, rank_loss=LossArguments(arguments))` return a `LossOutput`.
 
     Args:
         model: A causal language model of Transformers, plain or under PEFT.
@@ -92,19 +105,20 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
     plain_forward, scaling = model.forward, logit_options(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self: Any, *args: Any, rank_loss: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, rank_loss: LossArguments | None = None, **kwargs: Any) -> Any:
         if rank_loss is None:
             return plain_forward(*args, **kwargs)
+        arguments = rank_loss.values
         kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "use_cache")}
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        hidden = hidden[:, -rank_loss["token_ids"].shape[1] - 1 : -1]
+        hidden = hidden[:, -arguments["token_ids"].shape[1] - 1 : -1]
         head = self.get_output_embeddings()
         weight, bias = _gathered(head.weight), _gathered(head.bias)
         hidden = hidden.to(weight.device, torch.float32 if float32_head else hidden.dtype)
         gather: AbstractContextManager = maybe_gather_lm_head_ctx(weight, bias)
         with gather:
             return fused_linear_grpo_rank_loss(
-                hidden, weight.to(hidden.dtype), bias=bias, **scaling, **rank_loss
+                hidden, weight.to(hidden.dtype), bias=bias, **scaling, **arguments
             )
 
     model.forward = MethodType(forward, model)

@@ -1,0 +1,82 @@
+"""rLLM (0.3): an advantage estimator that an oracle teaches.
+
+    from rlaif_fast.adapters.rllm import register
+    register("oracle", ReferenceOracle())
+
+and `AgentTrainer(..., traj_group_adv_estimator_map={role: "oracle"})`: rLLM takes a name that it does not know from
+the map, and none from `algorithm.adv_estimator`. With the backend verl, `algorithm.loss_fn` may be our loss
+(`rlaif_fast.adapters.verl_plugin`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlaif_fast.adapters.ranking import RowRanker
+from rlaif_fast.oracle.base import Oracle
+
+Arrays = list[np.ndarray]
+
+
+def estimator(
+    oracle: Oracle, *, reference: str = "ground_truth", **options: Any
+) -> Callable[..., tuple[Arrays, Arrays]]:
+    """Return `fn(rewards, algorithm_config, traj_groups=...) -> (advantages, returns)`, an array a group.
+
+    The oracle reads what comes before the first answer of a trajectory as the prompt and all of its answers as the
+    response; rewards are not read. The policy's own order is by the mean log-probability of the sampled tokens.
+
+    Args:
+        oracle: Ranks the trajectories of each group.
+        reference: Key of a task's metadata that holds the reference answer.
+        options: Of `RowRanker`.
+    """
+    ranker = RowRanker(oracle, **options)
+
+    def oracle_advantages(
+        rewards: Sequence[np.ndarray], algorithm_config: Any, *, traj_groups: Sequence[Any], **other: Any
+    ) -> tuple[Arrays, Arrays]:
+        rows = [(number, row) for number, group in enumerate(traj_groups) for row in group.trajectories]
+        ranked = ranker(
+            [number for number, _ in rows],
+            [_prompt(row) for _, row in rows],
+            ["\n".join(step.model_response for step in row.steps) for _, row in rows],
+            [_metadata(row.task).get(reference) for _, row in rows],
+            torch.tensor([_score(row.steps, ranker.options["kind"]) for _, row in rows]),
+        )
+        ends = np.cumsum([len(group.trajectories) for group in traj_groups])[:-1]
+        advantages = np.split(ranked.advantages.double().numpy(), ends)
+        return advantages, advantages
+
+    return oracle_advantages
+
+
+def register(name: str, oracle: Oracle, **options: Any) -> None:
+    """Put an oracle among rLLM's advantage estimators; options are those of `estimator`."""
+    from rllm.trainer.algorithms.advantage import register_rllm_adv_estimator
+
+    register_rllm_adv_estimator(name)(estimator(oracle, **options))
+
+
+def _prompt(trajectory: Any) -> Any:
+    chat = trajectory.steps[0].chat_completions if trajectory.steps else []
+    return chat[:-1] if chat else getattr(trajectory.task, "instruction", "")
+
+
+def _metadata(task: Any) -> dict[str, Any]:
+    """rLLM's task is an object with metadata, or a row of the data set."""
+    return task if isinstance(task, dict) else getattr(task, "metadata", None) or {}
+
+
+def _score(steps: Sequence[Any], kind: str) -> float:
+    if kind != "oracle" and any(step.response_ids and not step.logprobs for step in steps):
+        raise ValueError(
+            f"kind=\"{kind}\" compares the oracle's order with the policy's, and these steps have no logprobs; "
+            'sample with them, or kind="oracle"'
+        )
+    logps = [logp for step in steps for logp in step.logprobs]
+    return sum(logps) / max(len(logps), 1)
