@@ -1,4 +1,4 @@
-"""Trainers that are not installed here: called as their documents say, against the formula in plain PyTorch."""
+"""Hooks called as the trainers' documents say, against the formula in plain PyTorch, with no trainer installed."""
 
 from __future__ import annotations
 

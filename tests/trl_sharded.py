@@ -70,7 +70,10 @@ def main(mode: str, folder: str) -> None:
             "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]},
         }
     if mode == "zero3":
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        zero = {
+            "stage": 3, "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,  # to read the weights at the end
+        }  # fmt: skip
         options |= {
             "deepspeed": {
                 "zero_optimization": zero,

@@ -1,4 +1,4 @@
-"""slime: rewards of whole groups and advantages of a rollout, of the documented signatures (0.3).
+"""slime (0.3): rewards of whole groups and advantages of a rollout.
 
 In a module of yours, named by `--group-rm --custom-rm-path` and `--custom-reward-post-process-path`:
 

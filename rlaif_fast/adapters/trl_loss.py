@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -27,15 +26,15 @@ LOGGED = {  # our statistics under TRL's names
 OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
 
 
-@dataclass(frozen=True)
 class LossArguments:
     """Arguments of the loss on their way into the model's forward.
 
-    FSDP2 and DeepSpeed round every float that they find among the arguments of a forward to the parameters' dtype,
-    also inside of mappings; old and reference log-probabilities must stay float32. They look into no class like this.
+    FSDP2 and DeepSpeed round every float that they find among a forward's arguments to the parameters' dtype, also
+    inside of mappings and dataclasses; old and reference log-probabilities must stay float32. They look into no class.
     """
 
-    values: dict[str, Any]
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
 
 
 def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput:
