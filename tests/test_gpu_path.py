@@ -188,7 +188,7 @@ def test_a_training_step_runs_on_the_engine(family, folder, calls):
     assert calls["row_loss_kernel"] >= 1 and calls["rank_penalty_kernel"] >= 1
     assert calls["rank_loss with ranks"] >= 1 and calls["rank_loss"] == 0
 
-    # The same step in float32, without a kernel of ours. DALI's pixels there too: PyAV's alone move the gradient by 3 to 5%.
+    # The same step in float32, without a kernel of ours, but DALI's pixels: PyAV's alone move gradients by 3 to 5%.
     plain = dataclasses.replace(config, dtype="float32", backend="reference", patchify_backend="reference")
     loaded, other = parts(plain, data)
     other.policy.model.load_state_dict(
