@@ -34,7 +34,7 @@ def _run(argv: list[str]) -> int:
     from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
     from rlaif_fast.trainer.unread import tell_unread
 
-    texts = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
+    texts: dict[str, Any] = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
     words = [word for word in argv if not word.startswith("--print-config")]
     given = given_values(TrainConfig, words, **texts)
     under = None
