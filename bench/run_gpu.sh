@@ -211,6 +211,7 @@ call bench_video 45 benchmark bench_video
 call kernel_tests 150 tests
 call bench_rank_loss 45 benchmark bench_rank_loss
 call bench_rank_penalty 45 benchmark bench_rank_penalty
+call bench_preference_loss 45 benchmark bench_preference_loss
 call gpu_tests 120 gpu_tests
 call tune_rows 40 tune
 call spills 60 spills

@@ -68,7 +68,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.tables:
         unknown = sorted(set(arguments.tables) - {table.name for table in plan.tables})
         if unknown:
-            raise UsageError(f"tables: there is no {', '.join(unknown)} in {arguments.config}")
+            known = ", ".join(table.name for table in plan.tables)
+            raise UsageError(f"tables: {arguments.config} has {known}, got {', '.join(unknown)}")
         chosen = tuple(table for table in plan.tables if table.name in arguments.tables)
         plan = dataclasses.replace(plan, tables=chosen)
     refuse_changed(plan.jobs())

@@ -52,7 +52,7 @@ def machine() -> list[Finding]:
     return [
         Finding("python", True, f"{platform.python_version()} on {platform.platform()}"),
         Finding("CPU", True, f"{platform.machine()}, {cores} cores, {capability}"),
-        Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        Finding("torch", True, f"{torch.__version__}, threads: {torch.get_num_threads()}"),
         Finding("CUDA device", cuda, device),
         Finding("nvcc", nvcc is not None, nvcc or "not on the PATH; needed to build the CUDA kernel only"),
     ]

@@ -1,6 +1,9 @@
 """Flags win over files wherever they stand, and what both set is told."""
 
+import runpy
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +98,38 @@ def test_the_model_of_the_flag_is_trained_not_the_tiny_one(tmp_path, monkeypatch
     assert config.learning_rate == TrainConfig().learning_rate  # not that of the packaged toy
     assert train_module.main(["--config", str(tiny)]) == 0
     assert (seen[1][0].model, seen[1][0].learning_rate) == ("tiny", 4e-4)
+
+
+COMMANDS = {
+    "train": [],
+    "evaluate": [],
+    "compare": [],
+    "doctor": [],
+    "export": ["RUN", "--out", "DIR"],
+    "plan": [],
+    "data": ["check", "FILE"],
+    "video": ["check", "FILE"],
+    "oracle": ["list"],
+    "report.html": ["RUN"],
+    "adapters.parity": [],
+}
+
+
+def test_the_commands_are_these():
+    root = Path(train_module.__file__).parent
+    found = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")
+        for path in root.rglob("*.py")
+        if 'if __name__ == "__main__":' in path.read_text()
+    }
+    assert found - {"video.worker"} == set(COMMANDS)  # a child process that people do not start
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_an_argument_that_it_does_not_know(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, *COMMANDS[command], "--no_such_option"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
+    assert end.value.code == 2
+    assert "no_such_option" in capsys.readouterr().err

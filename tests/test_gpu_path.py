@@ -38,7 +38,7 @@ pytestmark = [
 
 G = 4
 # bfloat16 keeps 8 bits; a loss is a mean over many tokens, a gradient a sum of rounded products through 4 layers.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-2, 6e-2
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-2, 3e-2
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +188,14 @@ def test_a_training_step_runs_on_the_engine(family, folder, calls):
     assert calls["row_loss_kernel"] >= 1 and calls["rank_penalty_kernel"] >= 1
     assert calls["rank_loss with ranks"] >= 1 and calls["rank_loss"] == 0
 
-    # The same step in float32, without a kernel of ours.
+    # The same step in float32, without a kernel of ours, but DALI's pixels: PyAV's alone move gradients by 3 to 5%.
     plain = dataclasses.replace(config, dtype="float32", backend="reference", patchify_backend="reference")
     loaded, other = parts(plain, data)
     other.policy.model.load_state_dict(
         {name: value.float() for name, value in run.policy.model.state_dict().items()}
     )
     other.policy.freeze_reference()
-    with setup.make_batch_maker(loaded, dataclasses.replace(plain, decoder="pyav")) as make_batch:
+    with setup.make_batch_maker(loaded, plain) as make_batch:
         prompts = make_batch(data.rl[:3])
     expected = accumulate(other, prompts, answers, 0.1)
     assert sft_loss == pytest.approx(expected, rel=LOSS_TOLERANCE)

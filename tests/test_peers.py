@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import peers
 import pytest
 import torch
+from bench_preference_loss import halves
 from benchmarking import Arena, Arm, measure, record
 from torch import Tensor
 
+from rlaif_fast import fused_linear_dpo_loss
 from rlaif_fast.loss.inputs import Head
 from rlaif_fast.loss.reference import linear_logps
 from rlaif_fast.loss.reference.logits_loss import selective_log_softmax
@@ -78,6 +80,32 @@ def test_log_probs_of_logits_agree_with_the_reference(peer: peers.Peer, device: 
     ids = torch.randint(0, V, (B, T), device=device)
     wide = logits.detach().double().requires_grad_()
     assert_same(peer, selective_log_softmax(wide, ids), [logits], [wide], logits, ids)
+
+
+def test_ligers_dpo_is_ours():
+    """With the reference's head of its own, whose log-probabilities we are given."""
+    if (reason := peers.missing("liger-kernel", "liger_kernel.chunked_loss")) is not None:
+        pytest.skip(reason)
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    hidden, reference_hidden = torch.randn(2, B, T, H)
+    weight, reference_weight = H**-0.5 * torch.randn(2, V, H)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    ids = torch.randint(0, V, (B, T))
+    mask = torch.rand(B, T) < 0.7
+    reference, _ = linear_logps(reference_hidden, Head(reference_weight, None), ids)
+    out = fused_linear_dpo_loss(
+        *leaves, ids, mask=mask, ref_logps_sum=(reference * mask).sum(-1), beta=0.3, backend="cpu"
+    )
+    liger = LigerFusedLinearDPOLoss(beta=0.3, compiled=False)
+    theirs = [halves(hidden.detach()).requires_grad_(), weight.detach().clone().requires_grad_()]
+    labels = halves(ids.masked_fill(~mask, -100))
+    of_reference = {"ref_input": halves(reference_hidden), "ref_weight": reference_weight}
+    loss = liger(theirs[1], theirs[0], labels, **of_reference)[0]
+    assert relative(out.loss, loss) <= VALUE[torch.float32]
+    grads, want = torch.autograd.grad(out.loss, leaves), torch.autograd.grad(loss, theirs)
+    assert relative_l2(halves(grads[0]), want[0]) <= GRADIENT[torch.float32]
+    assert relative_l2(grads[1], want[1]) <= GRADIENT[torch.float32]
 
 
 def test_why_a_peer_is_missing_is_said(monkeypatch, tmp_path) -> None:

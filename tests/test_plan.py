@@ -25,7 +25,7 @@ from rlaif_fast.plan.options import PlanConfig
 from rlaif_fast.plan.plan import step_of
 from rlaif_fast.plan.step import run_on_meta
 from rlaif_fast.plan.workload import prompts_of_a_process
-from rlaif_fast.policy.parts import add_lora, apply_freezing
+from rlaif_fast.policy.parts import ready_to_train
 from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_prompt
 from rlaif_fast.policy.tiny import TinySize
 from rlaif_fast.prompts.encoder import Prompt
@@ -103,12 +103,7 @@ def measured(family, size, dtype, grid, config) -> tuple[int, int]:
     """Most bytes allocated in the rollout, and in the update, of the second step of a run."""
     prompts = prompts_of(family, grid)
     gc.collect()
-    model = model_of(family, size, dtype)
-    apply_freezing(model, config)
-    if config.lora_r:
-        model = add_lora(model, config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = ready_to_train(model_of(family, size, dtype), config)
     policy = make_policy(family, model=model, **options_of(config))
     held = sum(p.nbytes for p in model.parameters())
     algorithm = make_algorithm(config)

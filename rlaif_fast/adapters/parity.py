@@ -9,6 +9,7 @@ that of the gradients, relative in the l2 norm.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import sys
@@ -261,14 +262,22 @@ def _set(trainer: Any, options: dict[str, Any]) -> None:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(
+        prog="rlaif_fast.adapters.parity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     packages = {"TRL": "trl", "Liger": "liger-kernel", "verl": "verl", "OpenRLHF": "openrlhf"}
     titles = [f"{name} {_version(package)}" for name, package in packages.items()]
     print(f"| feature | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(folder)
+        try:
+            trainer = trl_trainer(folder)
+        except ModuleNotFoundError:  # the column stays empty
+            trainer = None
         for feature in dict.fromkeys((*FEATURES, *CLIPPED)):
             cells = [
-                _cell(lambda feature: trl_errors(feature, trainer), feature),
+                _cell(lambda feature: trl_errors(feature, trainer), feature) if trainer else "",
                 NOT_IN_LIGER.get(feature) or _cell(liger_errors, feature),
                 _cell(verl_errors, feature),
                 _cell(openrlhf_errors, feature),

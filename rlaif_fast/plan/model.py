@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.frontend import read_config
 from rlaif_fast.policy.loading import ModelOptions
-from rlaif_fast.policy.parts import add_lora, apply_freezing
+from rlaif_fast.policy.parts import ready_to_train
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import TinySize, tiny_config
 from rlaif_fast.trainer.options import TINY_FAMILIES
@@ -127,11 +127,7 @@ def policy_on_meta(options: ModelOptions, config: Any, dtype: torch.dtype) -> Po
         model: nn.Module = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-        apply_freezing(model, options)
-        if options.lora_r > 0:
-            model = add_lora(model, options)
-    if options.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = ready_to_train(model, options)
     model.to("meta").train()
     return Policy(
         model,

@@ -15,7 +15,7 @@ from rlaif_fast.policy.families import find_family
 from rlaif_fast.policy.families.base import PARTS
 from rlaif_fast.policy.flash import refuses_flash
 from rlaif_fast.policy.frontend import load_frontend, read_config
-from rlaif_fast.policy.parts import FREEZING, add_lora, apply_freezing, check_parts
+from rlaif_fast.policy.parts import FREEZING, apply_freezing, check_parts, ready_to_train
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, adapter_config, load_adapters, load_strictly
 from rlaif_fast.video import PatchSpec
 
@@ -167,12 +167,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"model: cannot load {options.model!r}: {reason}") from error
-    model: nn.Module = cast(nn.Module, loaded).to(device)
-    apply_freezing(model, options)
-    if options.lora_r > 0:
-        model = add_lora(model, options)
-    if options.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = ready_to_train(cast(nn.Module, loaded).to(device), options)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and not options.lora_r:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -23,6 +24,28 @@ def part_of(model: nn.Module) -> Callable[[str], str]:
     """What says which of `PARTS` a parameter or module of the model belongs to, by its name."""
     family = find_family(unwrap(model).config.model_type)
     return guess_part if family is None else family.part_of
+
+
+def ready_to_train(model: nn.Module, options: Any) -> nn.Module:
+    """Freeze, adapt and checkpoint the parts of a model as its options say.
+
+    Args:
+        model: As loaded.
+        options: `ModelOptions`.
+
+    Returns:
+        The model, wrapped by peft where it has adapters.
+    """
+    apply_freezing(model, options)
+    with warnings.catch_warnings():
+        # peft asks for a property that transformers 5.24 has renamed.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = add_lora(model, options) if options.lora_r > 0 else model
+    if options.gradient_checkpointing:
+        owner = cast(Any, model)
+        renamed = getattr(owner, "activation_checkpointing_enable", None)  # transformers 5.24
+        (renamed or owner.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
 
 
 def apply_freezing(model: nn.Module, options: Any) -> None:
