@@ -40,6 +40,16 @@ def test_the_loss_and_its_gradients_are_trls(tiny, feature):
     assert errors.gradients <= 2e-6
 
 
+@pytest.mark.parametrize("feature", ["grpo", "dapo", "cispo", "sapo"])
+def test_the_statistics_are_trls(tiny, feature):
+    metrics = tiny._metrics["train"]
+    metrics.clear()
+    parity.trl_errors(feature, tiny)
+    theirs = {name: values[0] for name, values in metrics.items()}
+    assert theirs.keys() == metrics.keys() and all(len(values) == 2 for values in metrics.values())
+    assert {name: values[1] for name, values in metrics.items()} == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
 def test_six_steps_with_advantages_of_the_ranks(example, tmp_path, monkeypatch):
     rankings, batches = [], []
     rank, generate = ReferenceOracle.rank, OracleGRPOTrainer._generate_and_score_completions

@@ -33,7 +33,8 @@ def generate_and_check(self, inputs):
 
 ReferenceOracle.rank = rank_and_note
 OracleGRPOTrainer._generate_and_score_completions = generate_and_check
-trainer = trl_oracle.main(sys.argv[1], steps=2, per_device_train_batch_size=2)
+trainer = trl_oracle.main(sys.argv[1], steps=6, per_device_train_batch_size=2)
+assert trainer.state.global_step == 6
 main_process = trainer.accelerator.is_main_process
 assert bool(asked) == main_process, "only the main process asks the oracle"
 assert all(size == trainer.num_generations for size, _ in asked)

@@ -10,8 +10,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from rlaif_fast.adapters.ranking import mean_logps
-from rlaif_fast.adapters.trl_loss import LOGGED, add_rank_loss, forward_loss
+from rlaif_fast.adapters.trl_loss import add_rank_loss, forward_loss
 from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
+from rlaif_fast.adapters.trl_metrics import logged
 from rlaif_fast.loss.api import rank_advantages
 from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, prompt_media, requests_of
 from rlaif_fast.oracle.base import Oracle
@@ -137,9 +138,8 @@ class OracleGRPOTrainer(VideoPrompts):
         """Return the loss from the hidden states, all inside the model's forward."""
         out = forward_loss(self, model, inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for ours, theirs in LOGGED.items():
-            if ours in out.stats:
-                metrics[theirs].append(self.accelerator.gather(out.stats[ours]).mean().item())
+        for name, value in logged(out.stats, self.loss_type, self.accelerator.gather).items():
+            metrics[name].append(value)
         return out.loss
 
 

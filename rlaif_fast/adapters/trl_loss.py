@@ -16,13 +16,6 @@ from rlaif_fast.adapters.trl_media import MEDIA, joined, mask_of, whole
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
 from rlaif_fast.loss.output import LossOutput
 
-LOGGED = {  # our statistics under TRL's names
-    "kl": "kl",
-    "entropy": "entropy",
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
-    "clip_ratio/region_mean": "clip_ratio/region_mean",
-}
 OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
 
 

@@ -1,0 +1,41 @@
+"""Our statistics under TRL's names, over all processes as TRL counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MEANS = {"kl": "kl", "entropy": "entropy"}
+CLIPPED = {
+    "clip_low": "clip_ratio/low_mean",
+    "clip_high": "clip_ratio/high_mean",
+    "clip_ratio/region_mean": "clip_ratio/region_mean",
+}
+EXTREMES = {"clip_ratio/low_min": torch.min, "clip_ratio/high_max": torch.max}
+OF_TYPE = {
+    "cispo": {"clip_high": "cispo_clip_ratio"},
+    "sapo": {},
+}  # what is no clipping of a ratio has no share of it
+
+
+def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Return what TRL logs of a loss: means over the tokens of all processes, and extremes of responses.
+
+    Args:
+        stats: Of `LossOutput`, those of this process.
+        loss_type: TRL's.
+        gather: Returns a tensor with a number of each process.
+    """
+    tokens = gather(stats["tokens"])
+    names = MEANS | OF_TYPE.get(loss_type, CLIPPED)
+    found = {}
+    for ours, theirs in names.items():
+        if ours in stats:
+            total = gather(stats[ours]).masked_fill(tokens == 0, 0.0) * tokens
+            found[theirs] = (total.sum() / tokens.sum().clamp(min=1)).item()
+    if loss_type not in OF_TYPE:
+        for name, extreme in EXTREMES.items():
+            found[name] = extreme(gather(stats[name])).item()
+    return found
