@@ -87,7 +87,7 @@ def test_mixed_precision_leaves_the_log_probabilities_alone(tiny, tmp_path, monk
         model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            rank_loss=trl_loss.LossArguments(arguments),
+            rank_loss=trl_loss.SealedArguments(arguments),
         ).loss.backward()
     finally:
         dist.destroy_process_group()

@@ -19,7 +19,7 @@ from rlaif_fast.loss.output import LossOutput
 OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
 
 
-class LossArguments:
+class SealedArguments:
     """Arguments of the loss on their way into the model's forward.
 
     FSDP2 and DeepSpeed round every float that they find among a forward's arguments to the parameters' dtype, also
@@ -43,7 +43,7 @@ def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput
         arguments["num_items_in_batch"] = _items(trainer, inputs)
         arguments["entropy_coef"] /= steps
     with trainer.accelerator.autocast():
-        out = model(input_ids=ids, attention_mask=attention, rank_loss=LossArguments(arguments), **media)
+        out = model(input_ids=ids, attention_mask=attention, rank_loss=SealedArguments(arguments), **media)
     out = LossOutput(*out)
     return out if of_tokens else out._replace(loss=out.loss / steps)
 
@@ -84,7 +84,7 @@ def _items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def add_rank_loss(model: Any, float32_head: bool = False) -> None:
-    """Let `model(input_ids=, attention_mask=, rank_loss=LossArguments(arguments))` return a `LossOutput`.
+    """Let `model(input_ids=, attention_mask=, rank_loss=SealedArguments(arguments))` return a `LossOutput`.
 
     Args:
         model: A causal language model of Transformers, plain or under PEFT.
@@ -97,7 +97,7 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
     plain_forward, scaling = model.forward, logit_options(model.config.get_text_config())
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self: Any, *args: Any, rank_loss: LossArguments | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, rank_loss: SealedArguments | None = None, **kwargs: Any) -> Any:
         if rank_loss is None:
             return plain_forward(*args, **kwargs)
         arguments = rank_loss.values
