@@ -52,15 +52,23 @@ def parse_config(
 
 
 def given_values(
-    config_class: type, argv: Sequence[str] | None, *, prog: str, description: str
+    config_class: type, argv: Sequence[str] | None, *, prog: str, description: str, flags_alone: bool = False
 ) -> dict[str, Any]:
     """The keys that the command line or its `--config FILE` sets, with their values.
+
+    Args:
+        config_class: The dataclass.
+        argv: The words; None for those of the command line.
+        prog: The command's name, for its help.
+        description: What it does, likewise.
+        flags_alone: Leave out what files set.
 
     Raises:
         UsageError: As `parse_config` does.
     """
     files, flags = _files_and_flags(_words(argv))
-    values = _parser(config_class, prog, description).parse_args([*files, *flags], defaults=False)
+    words = flags if flags_alone else [*files, *flags]
+    values = _parser(config_class, prog, description).parse_args(words, defaults=False)
     return {name: _plain(values[name]) for name in _names(config_class) if name in values}
 
 

@@ -32,15 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
+    from rlaif_fast.trainer.unread import tell_unread
 
-    texts = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
-    given = given_values(
-        TrainConfig, [word for word in argv if not word.startswith("--print-config")], **texts
-    )
+    texts: dict[str, Any] = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
+    words = [word for word in argv if not word.startswith("--print-config")]
+    given = given_values(TrainConfig, words, **texts)
     under = None
     if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
         under = packaged_config("tiny.yaml")
-    train(parse_config(TrainConfig, argv, **texts, under=under), given)
+    config = parse_config(TrainConfig, argv, **texts, under=under)
+    if config.resume is None:
+        flags = given_values(TrainConfig, words, **texts, flags_alone=True)
+        for line in tell_unread(config, flags, given.keys() - flags.keys()):
+            print(line, file=sys.stderr)
+    train(config, given)
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from test_train import SMALL
+from test_train import SMALL, in_a_file
 
 from rlaif_fast import train as train_module
 from rlaif_fast.data.schema import Example
@@ -230,7 +230,7 @@ def train(tmp_path, data, capsys, **changes):
     }
     values |= {"holdout_fraction": 0.2, "sft_steps": 2, "report": "true", "max_steps": 4} | changes
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    code = train_module.main([f"--{key}={value}" for key, value in values.items()])
+    code = train_module.main(in_a_file(values, tmp_path / "run.yaml"))
     output = capsys.readouterr()
     return code, tmp_path / "run", output.out + output.err
 

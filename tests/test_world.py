@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SMALL, metrics
+from test_train import SMALL, in_a_file, metrics
 from world_parts import (
     average_in_buckets,
     be_killed,
@@ -221,7 +221,7 @@ def cache(tmp_path_factory) -> Path:
 
 def train(folder: Path, cache: Path, **changes) -> Path:
     values = SMALL | {"output_dir": folder, "cache_dir": cache} | changes
-    assert train_module.main([f"--{key}={value}" for key, value in values.items()]) == 0
+    assert train_module.main(in_a_file(values, folder.with_suffix(".yaml"))) == 0
     return folder
 
 

@@ -99,6 +99,8 @@ class EvaluateConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
+        if self.fps is not None and self.nframes is not None:
+            raise UsageError("fps: give it or nframes, not both")
         if self.benchmark is None:
             self._check_plain()
             return
@@ -138,6 +140,8 @@ def configuration(options: EvaluateConfig) -> TrainConfig:
 
     config = TrainConfig()
     given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}
+    if options.fps is not None:
+        given["nframes"] = None  # a rate takes the place of the run's number
     if options.run is not None:
         run_dir = RunDir.open(options.run)
         config = saved_config(run_dir)

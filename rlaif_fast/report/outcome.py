@@ -18,9 +18,9 @@ from rlaif_fast.errors import writing
 from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.prompts.batches import by_media
 from rlaif_fast.report.html import write_report
-from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.runs.folder import RunDir, json_line, read_jsonl, write_jsonl
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
+from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.evaluation import EvalResult
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.records import rollout_records
@@ -129,12 +129,7 @@ def _write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
         return
     with run.logger.timer("gallery"), torch.no_grad():
         prompts = run.make_batch(rows)
-        params = SamplingParams(
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            seed=config.seed,
-            max_reasoning_tokens=config.max_reasoning_tokens,
-        )
+        params = sampling_params(config, config.seed)
         rollout = run.sampler.sample(prompts, config.num_generations, params)
         groups = rank_rollout(prompts, rollout, run.oracle, run.algorithm)
         greedy = run.sampler.sample(prompts, 1, dataclasses.replace(params, temperature=0.0)).texts

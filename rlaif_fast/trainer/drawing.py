@@ -12,7 +12,7 @@ from rlaif_fast.prompts.batches import EpochOrder, take_turns
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import Rollout, SamplingParams
 from rlaif_fast.trainer.ahead import RolloutAhead
-from rlaif_fast.trainer.options import RlOptions
+from rlaif_fast.trainer.options import RlOptions, TrainConfig
 from rlaif_fast.trainer.run import Run
 
 
@@ -55,13 +55,19 @@ def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[lis
     with run.logger.timer("decode"):
         prompts = run.make_batch(rows)
         run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
-    return prompts, SamplingParams(
+    seed = ((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank
+    return prompts, sampling_params(config, seed)
+
+
+def sampling_params(config: TrainConfig, seed: int) -> SamplingParams:
+    """How a run draws responses."""
+    return SamplingParams(
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
         max_reasoning_tokens=config.max_reasoning_tokens,
-        seed=((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank,
+        seed=seed,
     )
 
 

@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which frames")
-    group.add_argument("--fps", type=float, default=2.0, help="Frames per second of video.")
-    group.add_argument("--nframes", type=int, help="This many frames, instead of --fps.")
+    count = group.add_mutually_exclusive_group()
+    count.add_argument("--fps", type=float, default=2.0, help="Frames per second of video.")
+    count.add_argument("--nframes", type=int, help="This many frames, instead of --fps.")
     group.add_argument("--min_frames", type=int, default=4)
     group.add_argument("--max_frames", type=int, default=768)
     group.add_argument("--video_start", type=float, help="Seconds.")

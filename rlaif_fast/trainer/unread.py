@@ -1,0 +1,87 @@
+"""Keys that a configuration sets and, by its other keys, does not read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.options import SftOptions, TrainConfig
+
+SYNTHETIC = (
+    *(field.name for field in fields(TrainConfig) if field.name.startswith("synthetic_")),
+    *("label_noise", "label_confusion", "multiple_choice_fraction", "codec"),
+)
+SUPERVISED = tuple(field.name for field in fields(SftOptions) if field.name != "sft")
+REINFORCED = (
+    *("videos_per_step", "questions_per_video", "num_iterations", "steps_per_generation", "rollout_lag"),
+    *("learning_rate", "warmup_steps", "lr_scheduler_type", "min_lr_ratio", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "sampling_ratio_cap", "mask_truncated_completions"),
+    *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience"),
+)
+PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
+OWN_PROBABILITIES = (
+    "auto",
+    "shared_prefix",
+    "cuda_graphs",
+    "plain",
+)  # samplers that draw with the policy's own
+
+
+def unread(config: TrainConfig) -> dict[str, str]:
+    """Every key that nothing reads under this configuration, with the reason."""
+    return {name: where for names, where in _unread(config) for name in names}
+
+
+def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
+    if config.data != "synthetic":
+        yield SYNTHETIC, f"data is {config.data}"
+    elif not (config.sft_data or config.validation_data or config.test_data):
+        yield ("media_root",), "data is synthetic"
+    if all(_has_file(config, split) for split in ("validation", "test")):
+        yield ("holdout_fraction",), "validation and test have files of their own"
+    if config.sft != "auto":
+        yield SUPERVISED, f"sft is {config.sft}"
+    if config.max_steps == 0:
+        yield REINFORCED, "max_steps is 0"
+    if config.nframes is not None:
+        yield ("fps",), f"nframes is {config.nframes}"
+    if config.lr_scheduler_type != "cosine":
+        yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
+    if not config.dynamic_sampling:
+        yield ("dynamic_sampling_rounds",), "dynamic_sampling is false"
+    if config.sampler in OWN_PROBABILITIES:
+        yield ("sampling_ratio_cap",), f"sampler is {config.sampler}"
+    if not config.shared_prefix:
+        yield PACKED, "shared_prefix is false"
+
+
+def _has_file(config: TrainConfig, split: str) -> bool:
+    """Whether a split is read from a file; the synthetic data has all of them."""
+    given = getattr(config, f"{split}_data")
+    return given is not None or config.data == "synthetic" or (Path(config.data) / f"{split}.jsonl").exists()
+
+
+def tell_unread(config: TrainConfig, by_flag: Collection[str], by_file: Collection[str]) -> list[str]:
+    """A line for each reason why keys of a configuration file are not read: a file may serve many runs.
+
+    Args:
+        config: The configuration.
+        by_flag: Keys that the command line sets.
+        by_file: Keys that a file sets.
+
+    Raises:
+        UsageError: A key of the command line is not read.
+    """
+    found = unread(config)
+    for where, names in _by_reason(found, by_flag):
+        raise UsageError(f"{', '.join(names)}: not read where {where}; leave it out")
+    return [f"not read, since {where}: {', '.join(names)}" for where, names in _by_reason(found, by_file)]
+
+
+def _by_reason(found: dict[str, str], given: Collection[str]) -> list[tuple[str, list[str]]]:
+    reasons = dict.fromkeys(where for name, where in found.items() if name in given)
+    return [
+        (why, [name for name, where in found.items() if where == why and name in given]) for why in reasons
+    ]

@@ -1,0 +1,78 @@
+"""A key that nothing reads is refused where a flag sets it, and told where a file does."""
+
+from dataclasses import fields
+
+import pytest
+
+from rlaif_fast import train as train_module
+from rlaif_fast.errors import UsageError
+from rlaif_fast.evals.options import EvaluateConfig
+from rlaif_fast.rollout import SamplingParams
+from rlaif_fast.trainer.drawing import sampling_params
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.unread import PACKED, REINFORCED, SUPERVISED, SYNTHETIC, tell_unread, unread
+
+LEFT = {
+    ("data", "rows.jsonl"): ("synthetic_rl_clips", "label_confusion", "codec"),
+    ("data", "synthetic"): ("media_root", "holdout_fraction"),
+    ("sft", "none"): ("sft_steps", "sft_learning_rate"),
+    ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds"),
+    ("nframes", 8): ("fps",),
+    ("lr_scheduler_type", "linear"): ("min_lr_ratio",),
+    ("dynamic_sampling", False): ("dynamic_sampling_rounds",),
+    ("sampler", "plain"): ("sampling_ratio_cap",),
+    ("shared_prefix", False): ("attention_backend", "feature_cache_bytes"),
+}
+READ = {"data": "rows.jsonl", "dynamic_sampling": True, "sampler": "vllm"}
+
+
+@pytest.mark.parametrize(("key", "names"), LEFT.items())
+def test_what_one_key_leaves_unread(key, names):
+    found = unread(TrainConfig(**(READ | dict([key]))))
+    assert found.keys() >= set(names)
+    for name in names:
+        with pytest.raises(UsageError, match=f"{name}.*: not read where .*; leave it out"):
+            tell_unread(TrainConfig(**(READ | dict([key]))), [name], [])
+
+
+def test_what_is_read_is_not_told():
+    config = TrainConfig(**READ)
+    assert unread(config).keys() == set(SYNTHETIC)
+    assert tell_unread(config, ["sampling_ratio_cap", "min_lr_ratio"], ["fps", "sft_steps"]) == []
+
+
+def test_a_file_may_say_more_than_a_run_reads():
+    lines = tell_unread(
+        TrainConfig(sft="none", nframes=8), ["nframes"], ["fps", "sft_steps", "sft_warmup_steps"]
+    )
+    assert lines == [
+        "not read, since sft is none: sft_steps, sft_warmup_steps",
+        "not read, since nframes is 8: fps",
+    ]
+
+
+def test_every_name_is_a_key():
+    known = {field.name for field in fields(TrainConfig)}
+    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *PACKED}
+
+
+def test_the_command_refuses_a_flag_and_tells_a_file(tmp_path, capsys):
+    assert (
+        train_module.main(["--sft", "none", "--sft_steps", "5", "--output_dir", str(tmp_path / "run")]) == 2
+    )
+    assert "error: sft_steps: not read where sft is none; leave it out" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("sft_steps: 5\nsft: none\ndata: nothing.jsonl\n")
+    words = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert train_module.main(words) == 2  # there is no such file
+    assert "not read, since sft is none: sft_steps\n" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_takes_a_rate_or_a_number_of_frames():
+    with pytest.raises(UsageError, match="fps: give it or nframes, not both"):
+        EvaluateConfig(run="RUN", fps=2.0, nframes=8)
+
+
+def test_responses_are_drawn_as_configured():
+    config = TrainConfig(temperature=0.7, top_p=0.9, top_k=5, max_completion_length=9, max_reasoning_tokens=4)
+    assert sampling_params(config, 3) == SamplingParams(9, 0.7, 0.9, 5, seed=3, max_reasoning_tokens=4)
