@@ -15,6 +15,8 @@ from rlaif_fast.runs.trackers import check_trackers
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
+OWN_SAMPLERS = ("auto", "shared_prefix", "cuda_graphs", "plain")  # that draw with the policy itself
+
 
 @dataclass
 class DataOptions:
@@ -259,8 +261,7 @@ class RlOptions:
     def check_rollout_lag(self) -> None:
         """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""
         require(self.rollout_lag == 1, "rollout_lag", "0 or 1", self.rollout_lag)
-        in_process = ("auto", "shared_prefix", "cuda_graphs", "plain")
-        served = self.sampler not in in_process and (
+        served = self.sampler not in OWN_SAMPLERS and (
             self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
         )  # another package's sampler is asked when it is made
         require(served, "rollout_lag", f"0 where sampler is {self.sampler} without urls", self.rollout_lag)
