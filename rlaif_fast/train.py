@@ -85,7 +85,12 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
                     run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
                 held.enter_context(run_dir.lock())
                 prepare(run_dir, config)
-        launch(train_in, config, config.num_processes, resolve_device(config.device))
+        try:
+            launch(train_in, config, config.num_processes, resolve_device(config.device))
+        except BaseException:
+            if first.rank == 0 and config.resume is None and run_dir.restore():
+                print(f"the earlier run in {run_dir.path} is kept: this one did not begin", file=sys.stderr)
+            raise
     return Path(config.output_dir)
 
 

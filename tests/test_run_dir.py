@@ -56,10 +56,68 @@ def test_create_refuses_a_finished_run_unless_told(tmp_path):
     assert {entry.name for entry in again.path.iterdir()} == {
         module.MARKER,
         module.LOCK,
+        module.REPLACED,
         "checkpoints",
         "notes.txt",
     }
     assert (run.path / "notes.txt").read_text() == "mine"
+    again.let_go()
+    assert not (run.path / module.REPLACED).exists() and not again.restore()
+
+
+def made_run(path, steps):
+    run = RunDir.create(path)
+    (run.checkpoints / "step-10").mkdir()
+    run.metrics.write_text("{}\n" * steps)
+    run.predictions("sft").write_text("{}\n")
+    run.write_summary({"final_accuracy": 0.5})
+    return run
+
+
+def contents(path):
+    return {
+        str(f.relative_to(path)): f.read_bytes()
+        for f in path.rglob("*")
+        if f.is_file() and f.name != module.LOCK
+    }
+
+
+@pytest.mark.parametrize("killed_after", [None, *range(1, 12)])
+def test_a_run_that_is_replaced_comes_back_where_the_other_never_began(tmp_path, monkeypatch, killed_after):
+    """Also where the process is killed at any of the renames on the way out or back."""
+    run = made_run(tmp_path / "run", 3)
+    before, moves = contents(run.path), iter(range(1, 100))
+    rename = Path.rename
+
+    def until_killed(source, target):
+        if next(moves) == killed_after:
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", until_killed)
+    try:
+        again = RunDir.create(run.path, overwrite=True)
+        again.metrics.write_text("{}\n")
+        (again.checkpoints / "half").mkdir()
+        assert again.restore()
+    except KeyboardInterrupt:
+        monkeypatch.undo()
+        with pytest.raises(UsageError, match="finished run"):
+            RunDir.create(run.path)
+    assert contents(run.path) == before and (run.checkpoints / "step-10").is_dir()
+    assert {entry.name for entry in run.path.iterdir()}.isdisjoint({module.REPLACED, module.MOVING})
+
+
+def test_what_was_let_go_is_not_put_back(tmp_path, monkeypatch):
+    run = made_run(tmp_path / "run", 3)
+    again = RunDir.create(run.path, overwrite=True)
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # killed before it is deleted
+    again.let_go()
+    monkeypatch.undo()
+    assert not again.restore()
+    again.write_summary({})
+    RunDir.create(run.path, overwrite=True).let_go()
+    assert not (run.path / module.REPLACED).exists()
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path):

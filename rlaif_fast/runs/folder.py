@@ -26,6 +26,8 @@ if os.name == "posix":
 
 MARKER = ".rlaif-fast-run"
 LOCK = ".lock"
+REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
+MOVING = ".moving"  # the same on its way there or back
 MIN_FREE_BYTES = 256 * 2**20
 
 
@@ -81,7 +83,8 @@ class RunDir:
 
         Args:
             path: Where; missing parents are made.
-            overwrite: Start over in a folder that already holds a run. What a run does not write is kept.
+            overwrite: Start over in a folder that already holds a run, which `let_go` deletes and `restore` puts
+                back. What a run does not write is kept.
             min_free_bytes: Refuse a disk with less free space.
 
         Raises:
@@ -99,28 +102,22 @@ class RunDir:
                 raise UsageError(
                     f"output_dir {run.path} is not empty and was not made by a run; choose another folder"
                 )
-            if run.finished and not overwrite:
-                raise UsageError(
-                    f"output_dir {run.path} holds a finished run; choose another folder, "
-                    "or set overwrite_output_dir to replace it"
-                )
-            if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()) and not overwrite:
-                raise UsageError(
-                    f"output_dir {run.path} holds an unfinished run; continue it with --resume {run.path}, "
-                    "or set overwrite_output_dir to start over"
-                )
             run.path.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(run.path).free
-            if free < min_free_bytes:
-                raise UsageError(
-                    f"output_dir {run.path} has {_size(free)} of disk space left and the run needs at least "
-                    f"{_size(min_free_bytes)}; free some or choose another disk"
-                )
             with run.lock():
+                run.restore()
+                earlier = run._check_replaceable(overwrite)
+                free = shutil.disk_usage(run.path).free
+                if free < min_free_bytes:
+                    raise UsageError(
+                        f"output_dir {run.path} has {_size(free)} of disk space left and the run needs at least "
+                        f"{_size(min_free_bytes)}; free some or choose another disk"
+                    )
+                if earlier:
+                    run._set_aside()
+                run._clear()
                 write_atomically(
                     run.path / MARKER, json.dumps({"format": 1, "created": round(time.time())}) + "\n"
                 )
-                run._clear()
                 run.checkpoints.mkdir()
         except OSError as error:
             raise UsageError(
@@ -209,16 +206,63 @@ class RunDir:
                 else:
                     os.truncate(path, length)
 
+    def let_go(self) -> None:
+        """Delete the run that this one replaces; what is left of it after a kill is deleted with the next."""
+        replaced = self.path / REPLACED
+        if replaced.is_dir():
+            (replaced / MARKER).unlink(missing_ok=True)  # without it, it is not put back
+            shutil.rmtree(replaced)
+
+    def restore(self) -> bool:
+        """Put back the run that this one was to replace; says whether there was one."""
+        replaced, moving = self.path / REPLACED, self.path / MOVING
+        if (replaced / MARKER).is_file():
+            self._clear()
+            replaced.rename(moving)
+        if not moving.is_dir():
+            return False
+        for entry in sorted(moving.iterdir()):
+            entry.rename(self.path / entry.name)
+        moving.rmdir()
+        return True
+
+    def _check_replaceable(self, overwrite: bool) -> bool:
+        """Whether there is a run that would be lost, which has to be said."""
+        if self.finished and not overwrite:
+            raise UsageError(
+                f"output_dir {self.path} holds a finished run; choose another folder, "
+                "or set overwrite_output_dir to replace it"
+            )
+        begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if begun and not overwrite:
+            raise UsageError(
+                f"output_dir {self.path} holds an unfinished run; continue it with --resume {self.path}, "
+                "or set overwrite_output_dir to start over"
+            )
+        return self.finished or begun
+
+    def _set_aside(self) -> None:
+        shutil.rmtree(self.path / REPLACED, ignore_errors=True)
+        moving = self.path / MOVING
+        moving.mkdir()
+        for entry in self._written():
+            entry.rename(moving / entry.name)
+        shutil.copy2(self.path / MARKER, moving / MARKER)
+        moving.rename(self.path / REPLACED)
+
+    def _written(self) -> list[Path]:
+        """What a run has written, the summary first: half a run must not look finished."""
+        files = (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.quarantine)
+        folders = (self.checkpoints, self.tensorboard, self.figures)
+        predictions = self.path.glob("predictions-*.jsonl")
+        return [entry for entry in (*files, self.report, *predictions, *folders) if entry.exists()]
+
     def _clear(self) -> None:
-        """Remove what an earlier run wrote, the summary first: half a run must not look finished."""
-        for file in (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.quarantine):
-            file.unlink(missing_ok=True)
-        self.report.unlink(missing_ok=True)
-        for file in self.path.glob("predictions-*.jsonl"):
-            file.unlink()
-        for folder in (self.checkpoints, self.tensorboard, self.figures):
-            if folder.exists():
-                shutil.rmtree(folder)
+        for entry in self._written():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def plain(value: Any) -> Any:

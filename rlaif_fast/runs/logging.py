@@ -84,6 +84,7 @@ class RunLogger:
         self._stages: list[_Stage] = []
         self._live: dict[str, float] = {}
 
+        self._run_dir = run_dir
         earlier = list(read_jsonl(run_dir.metrics))
         self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
         self._created = run_dir.created
@@ -136,6 +137,8 @@ class RunLogger:
     def log(self, stage: str, step: int, **scalars: Any) -> None:
         """Record scalars of a step; tensors are read, which waits for the device, only when recorded.
 
+        With the first, the run has begun: an earlier one that it replaces is deleted.
+
         Args:
             stage: "sft", "rl" or "eval".
             step: Steps done in the stage, this one counted; of an evaluation, in the stage its phase names.
@@ -145,6 +148,7 @@ class RunLogger:
         Raises:
             RlaifFastError: The disk is full or fails.
         """
+        self._run_dir.let_go()
         running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
         last = running is not None and step >= running.total
         if stage == "eval" or last or step % self._log_every == 0:

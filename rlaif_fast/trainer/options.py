@@ -276,7 +276,7 @@ class RunOptions:
 
     Attributes:
         output_dir: The run's folder; it is made, and must be new, empty or an unfinished run of ours with `resume`.
-        overwrite_output_dir: Replace an earlier run in `output_dir`.
+        overwrite_output_dir: Replace an earlier run in `output_dir`, which is deleted once this one has made a step.
         resume: Folder of a run to continue from its last checkpoint, with the configuration it began with; of the
             other keys a few can change (learning rates, dtype, options of the oracle), the rest is refused.
         cache_dir: Where synthetic data and tiny models are kept between runs.

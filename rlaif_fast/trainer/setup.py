@@ -18,6 +18,7 @@ from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data import VOCABULARY
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError, require, writing
+from rlaif_fast.loss import backends
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
@@ -71,7 +72,7 @@ def preflight(config: TrainConfig) -> None:
     Raises:
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
-    resolve_device(config.device)
+    check_backend(config, resolve_device(config.device))
     shards_together(config, config.num_processes, config.num_processes)
     check_model(config.model, shared_prefix=config.shared_prefix)
     if config.load_in_4bit:
@@ -102,6 +103,14 @@ def check_model(model: str, *, shared_prefix: bool = False) -> None:
     if shared_prefix:
         check_shared_prefix(frontend.config)
     check_encoding(frontend)
+
+
+def check_backend(config: TrainConfig, device: torch.device) -> None:
+    """Refuse a backend of the loss that cannot run on the device."""
+    for row in backends.rows("linear_loss"):
+        reason = row.refuses(device.type, torch.float32, config.num_generations)
+        if row.name == config.backend and reason is not None:
+            raise UsageError(f"backend: {row.name} cannot run here: {reason}")
 
 
 def check_overwrite(config: TrainConfig) -> None:
@@ -157,16 +166,23 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
 
 
 def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
-    """Wrap a loaded model with the switches of the configuration."""
-    return Policy(
-        loaded.model,
-        loaded.tokenizer,
-        shared_prefix=options.shared_prefix,
-        attention_backend=options.attention_backend,
-        max_packed_tokens=options.max_packed_tokens,
-        max_cached_tokens=options.max_cached_tokens,
-        feature_cache_bytes=options.feature_cache_bytes,
-    )
+    """Wrap a loaded model with the switches of the configuration.
+
+    Raises:
+        UsageError: They do not fit the model or the device.
+    """
+    try:
+        return Policy(
+            loaded.model,
+            loaded.tokenizer,
+            shared_prefix=options.shared_prefix,
+            attention_backend=options.attention_backend,
+            max_packed_tokens=options.max_packed_tokens,
+            max_cached_tokens=options.max_cached_tokens,
+            feature_cache_bytes=options.feature_cache_bytes,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def shards_together(config: TrainConfig, processes: int, on_machine: int) -> int:
