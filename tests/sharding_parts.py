@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from vllm_parts import serving
 
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import Group
@@ -15,11 +16,13 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy import testing
-from rlaif_fast.policy.loading import ModelOptions, add_lora
+from rlaif_fast.policy.loading import ModelOptions
+from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.shard import make_mesh, own_part, shard_policy, whole
 from rlaif_fast.prompts.encoder import Prompt
-from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler, VllmSampler
+from rlaif_fast.rollout.vllm.weights import merged_weights
 from rlaif_fast.runs.checkpoint import CheckpointStore, load_state, load_weights
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
@@ -54,6 +57,7 @@ class Case:
     splits: tuple[Split, ...] = SPLITS
     together: int = 2
     asynchronous: bool = False  # its checkpoint
+    offload: bool = False
 
 
 @dataclass
@@ -116,7 +120,8 @@ def begin(world: World, case: Case) -> tuple[SimpleNamespace, Updater]:
     policy = make_policy(case)
     if world.size > 1:
         world.connect()
-        shard_policy(policy, make_mesh(torch.device("cpu"), world.size, case.together))
+        mesh = make_mesh(torch.device("cpu"), world.size, case.together)
+        shard_policy(policy, mesh, offload=case.offload)
     policy.freeze_reference()
     config = TrainConfig(
         beta=case.beta, num_generations=G, max_packed_tokens=case.packed, num_iterations=case.num_iterations
@@ -133,6 +138,7 @@ def begin(world: World, case: Case) -> tuple[SimpleNamespace, Updater]:
         warmup_steps=0,
         total_steps=10,
         min_lr_ratio=0.1,
+        offload=case.offload,
     )
     # AdamW divides a gradient by its size, so where one is nearly zero its rounding alone would decide the update.
     updater._optimizer.param_groups[0]["eps"] = 1e-3
@@ -209,6 +215,41 @@ def save_and_go_on(world: World, case: Case, folder: Path) -> list[dict[str, tor
         store.wait()
         world.barrier()
     return [saved, weights_of(run.policy), go_on(world, case, folder / "two")]
+
+
+def hand_over(world: World, case: Case) -> tuple[bool, float, int]:
+    """Whether a server of this process has the policy's weights after updates, and how well their tokens agree.
+
+    Returns:
+        Whether each weight is the same to the bit, the largest difference of log-probabilities, and how many versions
+        were handed over.
+    """
+    torch.set_num_threads(1)
+    start = make_policy(replace(case, trains="all"))  # what the server is started with, which has no adapters
+    groups = make_groups(case.family)[: 2 + world.rank]
+    prompts = [group.prompt for group in groups]
+    run, updater = begin(world, case)
+    policy = run.policy
+    with serving(start, [group.prompt for group in make_groups(case.family)]) as server:
+        sampler = VllmSampler(policy, urls=world.gather(server.url))
+        with updater:
+            for split in SPLITS[:2]:
+                with policy.gathered():
+                    sampler.sync_weights(policy)
+                    sampler.sample(prompts, G, SamplingParams(5, seed=1))
+                update(run, updater, case, split)
+        with torch.no_grad(), policy.gathered():
+            sampler.sync_weights(policy)
+            rollout = sampler.sample(prompts, G, SamplingParams(5, seed=2))
+            expected = dict(merged_weights(policy.model))
+            given = dict(server.engine.policy.model.named_parameters())
+            same = expected.keys() == given.keys()
+            same = same and all(torch.equal(given[name], weight) for name, weight in expected.items())
+        version = sampler.version
+        sampler.close()
+    world.barrier()
+    assert rollout.sampling_ratio is not None
+    return same, float(rollout.sampling_ratio[rollout.mask].log().abs().max()), version
 
 
 def supervised(run, groups: Sequence[Group]) -> float:

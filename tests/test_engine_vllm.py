@@ -78,11 +78,16 @@ def check_agreement(printed: str) -> None:
         assert max(worst) < 1e-3, (name, worst)
 
 
-def check_ratios(folder: Path, steps: int) -> None:
-    """Whether each step of RL was learned from once, with tokens drawn by the weights that learned."""
+def check_ratios(folder: Path, steps: int, lag: int = 0) -> None:
+    """Whether each step of RL was learned from once, with tokens drawn by the weights that learned.
+
+    With a lag the first step alone is.
+    """
     rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["stage"] == "rl"]
     assert [row["step"] for row in rows if "sampling_ratio" in row] == [*range(1, steps + 1)]
-    for row in rows:
+    for row in rows[lag:] if lag else ():
+        assert abs(row["sampling_ratio_max"] - 1) > 1e-3  # an update was between
+    for row in rows[:lag] if lag else rows:
         assert row["sampling_ratio"] == pytest.approx(1, abs=1e-3)
         assert row["sampling_ratio_max"] == pytest.approx(1, abs=1e-3)
         assert row["sampling_ratio_capped"] == 0
@@ -104,9 +109,35 @@ def test_a_served_engine_agrees_before_and_after_updates(tmp_path, kind):
         check_agreement(run(str(HERE / "engine_agreement.py"), "qwen3_vl", kind, server.url))
 
 
+def tiny_model(values: dict) -> Path:
+    """The model that a run with these values will begin with."""
+    config = TrainConfig(**{name: values[name] for name in values if name.startswith(("synthetic", "seed"))})
+    config.model, config.cache_dir = "tiny", str(values["cache_dir"])
+    return tiny_folder(config, load_data(config))
+
+
 def test_a_tiny_run_learns_from_what_vllm_draws(tmp_path):
     values = RUN | {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
     run("-m", "rlaif_fast.train", *(f"--{name}={value}" for name, value in values.items()))
+    check_ratios(tmp_path / "run", RUN["max_steps"])
+
+
+def test_a_server_draws_one_step_ahead(tmp_path):
+    values = RUN | {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    with VllmServer(tiny_model(values), tmp_path / "log") as server:
+        values |= {"rollout_lag": 1, "learning_rate": 1e-3, "warmup_steps": 0}
+        values["sampler_options"] = json.dumps({"urls": [server.url]})
+        run("-m", "rlaif_fast.train", *(f"--{name}={value}" for name, value in values.items()))
+    check_ratios(tmp_path / "run", RUN["max_steps"], lag=1)
+
+
+def test_sharded_weights_are_handed_to_servers(tmp_path):
+    values = RUN | {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    model = tiny_model(values)
+    with VllmServer(model, tmp_path / "log 0") as first, VllmServer(model, tmp_path / "log 1") as second:
+        values |= {"num_processes": 2, "sharding": "fsdp2"}
+        values["sampler_options"] = json.dumps({"urls": [first.url, second.url]})
+        run("-m", "rlaif_fast.train", *(f"--{name}={value}" for name, value in values.items()))
     check_ratios(tmp_path / "run", RUN["max_steps"])
 
 
@@ -131,9 +162,7 @@ sys.exit(main(sys.argv[2:]))
 
 def test_a_killed_server_is_told_in_one_line_and_the_run_goes_on(tmp_path):
     values = RUN | {"output_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
-    config = TrainConfig(**{name: values[name] for name in values if name.startswith(("synthetic", "seed"))})
-    config.model, config.cache_dir = "tiny", str(values["cache_dir"])
-    model = tiny_folder(config, load_data(config))
+    model = tiny_model(values)
     with VllmServer(model, tmp_path / "log") as server:
         values["sampler_options"] = json.dumps({"urls": [server.url]})
         words = [f"--{name}={value}" for name, value in values.items()]

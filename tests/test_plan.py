@@ -246,6 +246,7 @@ def test_what_cannot_be_planned_is_refused(capsys):
         (["--sharding", "fsdp2"], "gpus: expected 2 or more"),
         (["--shared_prefix", "false"], "shared_prefix: expected true in a plan"),
         (["--optimizer_offload", "true"], "optimizer_offload: expected false in a plan"),
+        (["--lora_r", "4", "--load_in_4bit", "true"], "load_in_4bit: expected false in a plan"),
     ):
         assert main(words) == 2
         assert told in capsys.readouterr().err

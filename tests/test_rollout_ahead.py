@@ -16,7 +16,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import make_policy, standard_prompts
 from rlaif_fast.rollout import SharedPrefixSampler, VllmSampler
-from rlaif_fast.rollout.base import EngineLost, SamplingParams
+from rlaif_fast.rollout.base import Begun, EngineLost, SamplingParams
 from rlaif_fast.rollout.vllm import sampler as module
 from rlaif_fast.trainer import rl
 from rlaif_fast.trainer.ahead import RolloutAhead
@@ -208,6 +208,35 @@ def test_where_nothing_can_be_drawn_ahead_it_is_refused(changes, words):
     values = {"sampler": "vllm", "sampler_options": URLS, "rollout_lag": 1} | changes
     with pytest.raises(UsageError, match=f"rollout_lag: .*{words}"):
         TrainConfig(**values)
+
+
+class Elsewhere:
+    """A sampler of another package, whose rollouts are its prompts' number."""
+
+    draws_elsewhere = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def sync_weights(self, policy) -> None:
+        self.calls.append("sync_weights")
+
+    def begin(self, prompts, num_generations, params) -> Begun:
+        self.calls.append(f"begin {len(prompts)}")
+        return Begun(prompts, params, Future())
+
+    def finish(self, begun, features=None) -> int:
+        return len(begun.prompts)
+
+
+def test_any_sampler_that_draws_elsewhere_draws_ahead():
+    config = TrainConfig(sampler="of another package", rollout_lag=1)
+    sampler, prompts = Elsewhere(), standard_prompts("qwen3_vl")
+    ahead = RolloutAhead(sampler, None, 2, lambda step: (prompts[: step + 1], PARAMS), config.max_steps)
+    first = ahead.begin(0)
+    ahead.begin(1)
+    assert sampler.calls == ["sync_weights", "begin 1", "sync_weights", "begin 2"]
+    assert ahead.finish(first, None) == 1 and ahead.finish(ahead.begin(1), None) == 2
 
 
 def test_a_sampler_of_this_process_is_refused_by_name():

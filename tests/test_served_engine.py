@@ -14,8 +14,7 @@ from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.testing import make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import SharedPrefixSampler, VllmSampler
-from rlaif_fast.rollout.base import EngineLost, SamplingParams
-from rlaif_fast.rollout.vllm.engine import Answer
+from rlaif_fast.rollout.base import Answer, EngineLost, SamplingParams
 from rlaif_fast.rollout.vllm.requests import MediaItem
 from rlaif_fast.rollout.vllm.sampler import GUARDED_PROMPTS
 from rlaif_fast.rollout.vllm.served import share_of

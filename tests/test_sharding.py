@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharding_parts import SPLITS, Case, Outcome, go_on, train, work_of_two
+from sharding_parts import SPLITS, Case, Outcome, go_on, hand_over, train, work_of_two
 
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import World
@@ -20,6 +20,7 @@ TRAINED = {
     **{f"{family} {part}": Case(family, part) for family in FAMILIES for part in ("all", "lora", "decoder")},
     "many passes": Case("qwen2_5_vl", packed=60, splits=SPLITS[1:3]),
     "recomputed": Case("qwen3_vl", "decoder", recompute=True),
+    "in main memory": Case("qwen3_vl", offload=True),
     "off policy": Case("qwen2_5_vl", "lora", num_iterations=2, beta=0.0),
     "supervised": Case("qwen2_5_vl", supervised=True, splits=SPLITS[:3]),
 }
@@ -27,6 +28,7 @@ BFLOAT16 = Case("qwen3_vl", dtype=torch.bfloat16, splits=SPLITS[:3])
 RESUMED = {
     "all": Case(),
     "lora": Case("qwen2_5_vl", "lora"),
+    "in main memory": Case("qwen2_5_vl", "decoder", offload=True),
     "written meanwhile": Case(asynchronous=True),
     "lora, written meanwhile": Case("qwen3_vl", "lora", asynchronous=True),
 }
@@ -126,16 +128,20 @@ def test_processes_that_cannot_share_are_refused(options, message):
             {"sharding": "fsdp2", "sampler": "cuda_graphs"},
             "sharding: expected none where sampler is cuda_graphs",
         ),
-        (
-            {"sharding": "fsdp2", "optimizer_offload": True},
-            "sharding: expected none where optimizer_offload is True",
-        ),
         ({"sharding_size": 2}, "sharding_size: expected 0 where sharding is none, got 2"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize("trains", ["all", "lora"])
+def test_servers_are_given_sharded_weights(trains):
+    same, worst, versions = launch(hand_over, Case("qwen3_vl", trains), 2)
+    assert same
+    assert worst < 1e-4
+    assert versions == 3  # the start and two updates
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("RLAIF_FAST_FUZZ_SEED", "0"))
 KILLS = int(os.environ.get("RLAIF_FAST_KILLS", "4"))
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-LIMIT = 600  # seconds
+LIMIT = 3600  # seconds, after which a run is taken to be stuck
 
 
 @pytest.fixture(scope="module")

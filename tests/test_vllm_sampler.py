@@ -348,6 +348,7 @@ def test_options_of_a_sampler_that_has_none_are_refused(policy):
         make_sampler(policy, "shared_prefix", {"urls": []})
 
 
-def test_sharded_weights_are_not_handed_over():
-    with pytest.raises(UsageError, match="sharding: expected none where sampler is vllm"):
+def test_sharded_weights_are_handed_to_servers_alone():
+    with pytest.raises(UsageError, match="sharding: expected none where sampler is vllm without urls"):
         TrainConfig(sharding="fsdp2", sampler="vllm")
+    TrainConfig(sharding="fsdp2", sampler="vllm", sampler_options={"urls": ["http://a", "http://b"]})

@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout import SharedPrefixSampler
-from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout.base import Answer, SamplingParams
 from rlaif_fast.rollout.generate import score
-from rlaif_fast.rollout.vllm.engine import Answer
 from rlaif_fast.rollout.vllm.requests import media_items
 from rlaif_fast.rollout.vllm.wire import packed_item
 from rlaif_fast.rollout.vllm.worker import describe

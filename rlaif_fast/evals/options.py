@@ -160,6 +160,7 @@ def load_checkpoint(config: TrainConfig) -> LoadedModel:
     config = dataclasses.replace(
         config,
         lora_r=0,
+        load_in_4bit=False,  # what is served: adapters merged into the weights as they were before they were packed
         lora_alpha=usual.lora_alpha,
         lora_dropout=usual.lora_dropout,
         lora_modules=usual.lora_modules,

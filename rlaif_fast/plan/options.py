@@ -72,7 +72,8 @@ class PlanConfig(TrainConfig):
         require_least("questions", self.questions, 1)
         require_least("question_tokens", self.question_tokens, 1)
         require(self.shared_prefix, "shared_prefix", "true in a plan", self.shared_prefix)
-        require(not self.optimizer_offload, "optimizer_offload", "false in a plan", self.optimizer_offload)
+        for name in ("optimizer_offload", "load_in_4bit"):
+            require(not getattr(self, name), name, "false in a plan", getattr(self, name))
         sharded = self.sharding == "fsdp2"
         require(not (sharded and self.gpus == 1), "gpus", "2 or more where sharding is fsdp2", self.gpus)
 

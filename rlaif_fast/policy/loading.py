@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlaif_fast.errors import UsageError, require
+from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import find_family
 from rlaif_fast.policy.families.base import PARTS
 from rlaif_fast.policy.flash import refuses_flash
@@ -36,6 +37,8 @@ class ModelOptions:
             which leave nothing else to train.
         freeze_projector: Do not train the projector between vision tower and language model; null likewise.
         freeze_language_model: Do not train the language model; null likewise.
+        load_in_4bit: Hold the decoder's frozen weights in 4 bits (NF4 of bitsandbytes) under LoRA adapters; see
+            `lora_r`.
         train_router: Train the router of a mixture of experts too; false freezes it.
         lora_r: Rank of LoRA adapters on linear layers; 0 trains the weights themselves.
         lora_alpha: LoRA scale.
@@ -63,6 +66,7 @@ class ModelOptions:
     freeze_vision_tower: bool | None = None
     freeze_projector: bool | None = None
     freeze_language_model: bool | None = None
+    load_in_4bit: bool = False
     train_router: bool = False
     lora_r: int = 0
     lora_alpha: int = 32
@@ -155,6 +159,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
         return load_adapted(options, adapters)
     config = read_config(options.model)
     frontend = load_frontend(options.model, config)
+    packing = quantization.loading_options(config, dtype, device) if options.load_in_4bit else {}
     try:
         loaded = load_strictly(
             AutoModelForImageTextToText,
@@ -163,6 +168,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
             config=config,
             dtype=dtype,
             attn_implementation=attention,
+            **packing,
         )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -173,6 +179,8 @@ def load_model(options: ModelOptions) -> LoadedModel:
         if isinstance(module, nn.Dropout) and not options.lora_r:
             module.p = 0.0
     notes = [f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note]
+    if packing:
+        notes.append("decoder: its linear layers are held in 4 bits (NF4)")
     family = find_family(config.model_type)
     if family is not None:
         notes += family.notes(config, options.lora_r > 0)
@@ -247,6 +255,7 @@ def check_lora(options: ModelOptions) -> None:
         require(options.lora_target_modules != [], "lora_target_modules", "at least one name", [])
         check_parts(options.lora_modules)
         return
+    require(not options.load_in_4bit, "load_in_4bit", "false where lora_r is 0", options.load_in_4bit)
     usual = ModelOptions()
     for name in ("lora_alpha", "lora_dropout", "lora_modules", "lora_target_modules"):
         if getattr(options, name) != getattr(usual, name):

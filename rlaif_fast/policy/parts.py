@@ -63,7 +63,7 @@ def apply_freezing(model: nn.Module, options: Any) -> None:
         is_router = ROUTER in name
         routers += is_router
         frozen = getattr(options, FREEZING[part(name)]) or (is_router and not options.train_router)
-        parameter.requires_grad_(not frozen)
+        parameter.requires_grad_(not frozen and parameter.is_floating_point())  # packed in 4 bits it is bytes
     if options.train_router and not routers:
         raise UsageError("train_router: true has no effect: the model has no router")
     if not any(parameter.requires_grad for parameter in model.parameters()) and not options.lora_r:

@@ -97,7 +97,7 @@ class Policy:
         head = self._head()
         never = (*forbidden_token_ids, *self.media_token_ids)
         allowed = allowed_tokens(len(head.weight), tokenizer, never, self.eos_token_ids)
-        self.token_ids_allowed = allowed.to(self.device)  # (V,)
+        self.token_ids_allowed = allowed.to(head.weight.device)  # (V,)
         self.forbidden_bias = torch.where(self.token_ids_allowed, 0.0, FORBIDDEN)
         if shared_prefix:
             family = family_of(model)
@@ -118,8 +118,8 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where the head is."""
-        return self.head_weight.device
+        """Where passes compute; sharded weights may lie in main memory between them."""
+        return self.forbidden_bias.device
 
     @property
     def head_weight(self) -> Tensor:

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -110,7 +112,7 @@ class Shards(nn.Module):
                 unit.set_reshard_after_forward(unit is not self, recurse=False)
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
+def shard_policy(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> None:
     """Cut the weights of a policy over the processes of `mesh`, in place: by layer, and the rest together.
 
     Weights that train become float32 shards, which the optimizer updates and keeps its moments beside; each pass rounds
@@ -120,6 +122,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     Args:
         policy: With `shared_prefix`; every process holds the same weights.
         mesh: Of one dimension; or of two, weights being cut over the second and repeated over the first.
+        offload: Keep the shards in main memory, with gradients and moments, and update them there.
 
     Raises:
         UsageError: The model is of another family than `FAMILIES`.
@@ -132,6 +135,7 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     compute = MixedPrecisionPolicy(
         param_dtype=policy.head_weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    place = CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy()
     tower: Any = policy.vision.tower
     layers = policy.decoder.layers
     trains = policy.vision.trains
@@ -139,10 +143,10 @@ def shard_policy(policy: Policy, mesh: DeviceMesh) -> None:
     stacks = [list(layers), list(tower.blocks)] if trains else [list(layers)]
     for layer in itertools.chain(*stacks):
         _widen(layer)
-        fully_shard(layer, mesh=mesh, mp_policy=compute)
+        fully_shard(layer, mesh=mesh, mp_policy=compute, offload_policy=place)
     _widen(root)
     ignored = None if trains else set(tower.parameters())
-    fully_shard(root, mesh=mesh, mp_policy=compute, ignored_params=ignored)
+    fully_shard(root, mesh=mesh, mp_policy=compute, offload_policy=place, ignored_params=ignored)
     # Left to itself, FSDP gathers ahead in the order of the forward passes it saw, and in a rollout or an evaluation
     # each process makes others. The first of a stack and the root have nothing to gather ahead.
     for unit, following in [(root, root), *((s[i], s[max(i - 1, 0)]) for s in stacks for i in range(len(s)))]:

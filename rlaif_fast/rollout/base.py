@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
+
+P = TypeVar("P", bound=EncodedPrompt)
 
 
 class EngineLost(RlaifFastError):
@@ -124,9 +127,65 @@ class Sampler(Protocol):
         """Take over the policy's weights; called before responses are drawn from a policy that has changed."""
         ...
 
+    @property
+    def draws_elsewhere(self) -> bool:
+        """Whether others draw, with weights of their own, so that this process is free meanwhile.
+
+        Such a sampler is a `SamplerElsewhere` too.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response of an engine: its tokens, and the log-probability that each was drawn with."""
+
+    token_ids: Sequence[int]
+    logps: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Begun(Generic[P]):
+    """A rollout that is drawn meanwhile; `answers` has G for each of the N prompts."""
+
+    prompts: Sequence[P]
+    params: SamplingParams
+    answers: Future[list[list[Answer]]]
+
+
+class SamplerElsewhere(Sampler, Protocol):
+    """A sampler whose `draws_elsewhere` is true: a rollout is begun, and finished when it is wanted."""
+
+    def begin(self, prompts: Sequence[P], num_generations: int, params: SamplingParams) -> Begun[P]:
+        """Have the weights handed over last drawn from, and return at once; see `finish`.
+
+        Args:
+            prompts: N prompts.
+            num_generations: G.
+            params: How to draw.
+        """
+        ...
+
+    def finish(self, begun: Begun[P], features: MediaFeatures | None = None) -> Rollout:
+        """The rollout that was begun, scored by the policy as it is now.
+
+        `Rollout.logps` and the ratio's numerator are of the present weights, so the ratio corrects for the updates
+        since as well as for the engine.
+
+        Args:
+            begun: From `begin`.
+            features: Of its prompts, by the present weights; None to encode here.
+
+        Raises:
+            EngineLost: What draws was lost meanwhile.
+        """
+        ...
+
 
 class ReadsPolicy:
     """A sampler that computes with the policy itself, and so always with its present weights."""
+
+    draws_elsewhere = False
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy

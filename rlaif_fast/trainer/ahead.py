@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from typing import cast
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import Prompt
-from rlaif_fast.rollout import Rollout, SamplingParams, VllmSampler
-from rlaif_fast.rollout.base import Sampler
-from rlaif_fast.rollout.vllm.engine import Answer
-from rlaif_fast.rollout.vllm.sampler import Begun
+from rlaif_fast.rollout.base import Answer, Begun, Rollout, Sampler, SamplerElsewhere, SamplingParams
 
 Drawn = list[
     tuple[str, list[tuple[list[int], list[float]]]]
@@ -25,7 +23,7 @@ class RolloutAhead:
     Step t learns from what the weights drew that step t - 1 began with; step 0 from what its own drew.
 
     Args:
-        sampler: Draws by servers.
+        sampler: One that draws elsewhere.
         policy: Whose weights it is given.
         num_generations: Responses a prompt.
         ask: What a step asks in this process: its prompts, perhaps none, and how they are answered.
@@ -45,9 +43,9 @@ class RolloutAhead:
         steps: int,
         drawn: Drawn | None = None,
     ) -> None:
-        if not isinstance(sampler, VllmSampler) or not sampler.is_served:
+        if not sampler.draws_elsewhere:
             raise UsageError("rollout_lag: expected 0 where no server draws, got 1")
-        self._sampler = sampler
+        self._sampler = cast(SamplerElsewhere, sampler)
         self._policy = policy
         self._num_generations = num_generations
         self._ask = ask
@@ -72,7 +70,7 @@ class RolloutAhead:
         return self._begun.get(step)
 
     def finish(self, begun: Begun[Prompt], features: MediaFeatures | None) -> Rollout:
-        """What was begun, once it is drawn; see `VllmSampler.finish`."""
+        """What was begun, once it is drawn; see `SamplerElsewhere`."""
         return self._sampler.finish(begun, features)
 
     def drawn(self, step: int) -> Drawn:

@@ -40,7 +40,8 @@ class Updater:
         warmup_steps: Updates until the peak.
         total_steps: Updates in all.
         min_lr_ratio: Where the cosine ends, as a share of the peak.
-        offload: Keep float32 weights, gradients and moments in main memory; not of sharded weights.
+        offload: Keep float32 weights, gradients and moments in main memory. Sharded weights stay where they are, and
+            all of theirs beside them.
 
     Raises:
         UsageError: A weight is float16, whose gradients underflow without loss scaling.
@@ -70,7 +71,7 @@ class Updater:
         if any(p.dtype == torch.float16 for p in parameters):
             raise UsageError("dtype: float16 weights cannot be trained; use bfloat16 or float32")
         self._sharded = any(isinstance(p, DTensor) for p in parameters)
-        assert not (offload and self._sharded)
+        offload = offload and not self._sharded
         self._copies = [
             (p, _float32_copy(p, torch.device("cpu") if offload else p.device))
             for p in parameters

@@ -15,6 +15,8 @@ from rlaif_fast.runs.trackers import check_trackers
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
+OWN_SAMPLERS = ("auto", "shared_prefix", "cuda_graphs", "plain")  # that draw with the policy itself
+
 
 @dataclass
 class DataOptions:
@@ -168,7 +170,8 @@ class RlOptions:
         adam_beta2: AdamW beta 2.
         max_grad_norm: Gradient clipping.
         optimizer_offload: Keep float32 weights, gradients and moments in main memory, and update there: of 18 bytes a
-            bfloat16 weight that trains, 2 stay on the GPU. Each gradient and each new weight crosses the bus.
+            bfloat16 weight that trains, 2 stay on the GPU. Each gradient and each new weight crosses the bus. With
+            `sharding` all shards are kept there, of weights that do not train too.
         mask_truncated_completions: Leave responses without an end of sequence out of the loss.
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
         dynamic_sampling_rounds: Most extra rollouts a step for that.
@@ -258,7 +261,9 @@ class RlOptions:
     def check_rollout_lag(self) -> None:
         """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""
         require(self.rollout_lag == 1, "rollout_lag", "0 or 1", self.rollout_lag)
-        served = self.sampler == "vllm" and bool(self.sampler_options.get("urls"))
+        served = self.sampler not in OWN_SAMPLERS and (
+            self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
+        )  # another package's sampler is asked when it is made
         require(served, "rollout_lag", f"0 where sampler is {self.sampler} without urls", self.rollout_lag)
         require(
             not self.dynamic_sampling, "rollout_lag", "0 where dynamic_sampling is true", self.rollout_lag
@@ -346,6 +351,8 @@ class TrainConfig(
         self.check_run()
         if self.sharding == "fsdp2":
             self.check_sharding()
+        if self.load_in_4bit:
+            self.check_4bit()
         from_start = self.rollout_lag == 1 and find_algorithm(self).samples_from == "start"
         require(not from_start, "rollout_lag", f"0 where algorithm is {self.algorithm}", self.rollout_lag)
         late = find_algorithm(self).has_critic and 0 < self.max_steps <= self.reward_model_steps
@@ -354,11 +361,19 @@ class TrainConfig(
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        fits = {"sampler": self.sampler not in ("cuda_graphs", "vllm")}
-        fits["optimizer_offload"] = not self.optimizer_offload
+        served = self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
+        require(served, "sharding", "none where sampler is vllm without urls", self.sharding)
+        fits = {"sampler": self.sampler != "cuda_graphs"}
         fits["algorithm"] = not find_algorithm(self).has_critic
         for name, ok in fits.items():
             require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)
+
+    def check_4bit(self) -> None:
+        """Refuse what reads or cuts weights that are packed."""
+        fits = {"sampler": self.sampler != "vllm", "sharding": self.sharding == "none"}
+        fits["algorithm"] = not find_algorithm(self).has_critic
+        for name, ok in fits.items():
+            require(ok, "load_in_4bit", f"false where {name} is {getattr(self, name)}", True)
 
     def check_model(self) -> None:
         """Raise `UsageError` for values that cannot work."""

@@ -25,6 +25,7 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
+from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.frontend import load_frontend
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
@@ -74,6 +75,8 @@ def preflight(config: TrainConfig) -> None:
     check_backend(config, resolve_device(config.device))
     shards_together(config, config.num_processes, config.num_processes)
     check_model(config.model, shared_prefix=config.shared_prefix)
+    if config.load_in_4bit:
+        quantization.check_available()
     if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
         raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
     if config.resume is None and config.overwrite_output_dir:
@@ -215,7 +218,8 @@ def shard(policy: Policy, config: TrainConfig, world: World) -> None:
         from rlaif_fast.policy.shard import make_mesh, shard_policy
 
         world.connect()
-        shard_policy(policy, make_mesh(policy.device, world.size, together))
+        mesh = make_mesh(policy.device, world.size, together)
+        shard_policy(policy, mesh, offload=config.optimizer_offload)
 
 
 def make_batch_maker(

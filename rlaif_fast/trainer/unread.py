@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.options import SftOptions, TrainConfig
+from rlaif_fast.trainer.options import OWN_SAMPLERS, SftOptions, TrainConfig
 
 SYNTHETIC = (
     *(field.name for field in fields(TrainConfig) if field.name.startswith("synthetic_")),
@@ -21,12 +21,6 @@ REINFORCED = (
     *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience"),
 )
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
-OWN_PROBABILITIES = (
-    "auto",
-    "shared_prefix",
-    "cuda_graphs",
-    "plain",
-)  # samplers that draw with the policy's own
 
 
 def unread(config: TrainConfig) -> dict[str, str]:
@@ -51,7 +45,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
     if not config.dynamic_sampling:
         yield ("dynamic_sampling_rounds",), "dynamic_sampling is false"
-    if config.sampler in OWN_PROBABILITIES:
+    if config.sampler in OWN_SAMPLERS:
         yield ("sampling_ratio_cap",), f"sampler is {config.sampler}"
     if not config.shared_prefix:
         yield PACKED, "shared_prefix is false"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.rollout.base import Answer
 from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.requests import MediaItem, media_items
 
@@ -28,14 +28,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response: its tokens, and the log-probability that the engine drew each with."""
-
-    token_ids: Sequence[int]
-    logps: Sequence[float]
 
 
 class Engine(Protocol):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,29 +15,18 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.base import Answer, Begun, P, Rollout, SamplingParams
 from rlaif_fast.rollout.generate import check_params, make_rollout, score
-from rlaif_fast.rollout.vllm.engine import Answer, Engine, LocalEngine
+from rlaif_fast.rollout.vllm.engine import Engine, LocalEngine
 from rlaif_fast.rollout.vllm.guard import TOKENS, check_agreement
 from rlaif_fast.rollout.vllm.requests import check_lengths, check_model, sampling_options, seeds
 from rlaif_fast.rollout.vllm.served import ServedEngine, share_of
 from rlaif_fast.rollout.vllm.weights import WeightsFolder
 
-P = TypeVar("P", bound=EncodedPrompt)
-
 SILENCE = 1800.0  # seconds; a rollout of long responses is one reply
 GUARDED_VERSIONS = 2  # the start and the first update
 GUARDED_PROMPTS = 4
 GUARD_TEMPERATURE = 0.7  # not 1, so that log-probabilities before the temperature show
-
-
-@dataclass(frozen=True)
-class Begun(Generic[P]):
-    """A rollout that servers draw meanwhile; `answers` has G for each of the N prompts."""
-
-    prompts: Sequence[P]
-    params: SamplingParams
-    answers: Future[list[list[Answer]]]
 
 
 class VllmSampler:
@@ -88,8 +76,8 @@ class VllmSampler:
         self.policy = policy
 
     @property
-    def is_served(self) -> bool:
-        """Whether servers draw, so that this process is free meanwhile."""
+    def draws_elsewhere(self) -> bool:
+        """Whether servers draw; vLLM in this process computes on its device."""
         return isinstance(self._engine, ServedEngine)
 
     @property
@@ -100,9 +88,11 @@ class VllmSampler:
     def sync_weights(self, policy: Policy) -> None:
         """Hand over the policy's weights; nothing is written where they are those handed over last.
 
-        What draws is waited for: it goes on with the weights that it began with.
+        What draws is waited for: it goes on with the weights that it began with. Sharded weights are handed over while
+        they are gathered, which scoring needs too.
         """
         assert policy is self.policy
+        assert policy.shards is None or policy.shards.is_whole
         if self._begun is not None:
             wait([self._begun.answers])
         if not self._folder.write(policy):
@@ -127,13 +117,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[P], num_generations: int, params: SamplingParams) -> Begun[P]:
-        """Have servers draw with the weights handed over last, and return at once; see `finish`.
-
-        Args:
-            prompts: N prompts.
-            num_generations: G.
-            params: How to draw.
-        """
+        """Have servers draw with the weights handed over last, and return at once; see `SamplerElsewhere`."""
         self._check(prompts, num_generations, params)
         assert self._engine is not None
         options = sampling_options(self.policy, params, num_generations)
@@ -143,18 +127,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def finish(self, begun: Begun[P], features: MediaFeatures | None = None) -> Rollout:
-        """The rollout that was begun, by the policy as it is now.
-
-        `Rollout.logps` and the ratio's numerator are of the present weights, so the ratio corrects for the updates
-        since as well as for the engine.
-
-        Args:
-            begun: From `begin`.
-            features: Of its prompts, by the present weights; None to encode here.
-
-        Raises:
-            EngineLost: A server was lost meanwhile.
-        """
+        """The rollout that was begun, scored by the policy as it is now; see `SamplerElsewhere`."""
         with self.policy.evaluating():
             return rollout_of(self.policy, begun.prompts, begun.answers.result(), begun.params, features)
 

@@ -19,8 +19,8 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.base import EngineLost
-from rlaif_fast.rollout.vllm.engine import WORKER, Answer
+from rlaif_fast.rollout.base import Answer, EngineLost
+from rlaif_fast.rollout.vllm.engine import WORKER
 from rlaif_fast.rollout.vllm.wire import MalformedAnswer, generate_body, read_answers
 from rlaif_fast.rollout.vllm.worker import describe
 

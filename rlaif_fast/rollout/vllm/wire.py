@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.rollout.vllm.engine import Answer
+from rlaif_fast.rollout.base import Answer
 from rlaif_fast.rollout.vllm.requests import MediaItem, media_items
 
 RAW_BYTES = 3  # vLLM's extension type of a tensor's bytes
