@@ -246,7 +246,7 @@ def test_content_parts_are_joined():
         (gzip.compress(b" " * (MAX_BODY_BYTES + 1)), "gzip", "unpacks"),
         (zlib.compress(b" " * (64 << 20)), "deflate", "unpacks"),
         (gzip.compress(gzip.compress(b" " * (64 << 20))), "gzip, gzip", "unpacks"),
-        (gzip.compress(REPLY)[:-9], "gzip", "ends early"),
+        (gzip.compress(REPLY, mtime=0)[:-9], "gzip", "ends early"),
         (b"no gzip", "gzip", "damaged"),
         (REPLY, "br", "not asked for"),
         (REPLY, "gzip," * 5, "packed"),
