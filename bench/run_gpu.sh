@@ -47,9 +47,12 @@ if [[ -d $wheels && $dry -eq 0 ]]; then # packages that the machine lacks, behin
   export PYTHONPATH="$PYTHONPATH:$out/site"
 fi
 
-pack() { # one file with everything but links, caches and packages
+pack() { # one file with everything but links, caches and packages, written elsewhere: tar minds a folder that changes
+  local packed
+  packed=$(mktemp)
   tar --exclude=./path --exclude=./site --exclude=./wheels --exclude=./triton-cache --exclude=./results.tar.gz \
-    -czf "$out/results.tar.gz" -C "$out" .
+    -czf "$packed" -C "$out" .
+  mv "$packed" "$out/results.tar.gz"
 }
 trap pack EXIT
 export TRITON_CACHE_DIR="$out/triton-cache" PYTHONUNBUFFERED=1
