@@ -94,6 +94,7 @@ def test_a_killed_run_ends_at_the_same_weights_to_the_bit(whole, cache, tmp_path
             break
         killed += 1
         arguments = ["--resume", str(folder)]
+    print(f"killed {killed} times")  # shown by -rP
     assert killed >= min(KILLS, 2)
     if not (folder / "summary.json").exists():
         finish(start(arguments))
