@@ -86,6 +86,7 @@ class RunLogger:
 
         self._run_dir = run_dir
         earlier = list(read_jsonl(run_dir.metrics))
+        self._has_begun = bool(earlier)
         self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
         self._created = run_dir.created
         self._events = _event_writer(run_dir) if tensorboard else None
@@ -148,7 +149,9 @@ class RunLogger:
         Raises:
             RlaifFastError: The disk is full or fails.
         """
-        self._run_dir.let_go()
+        if not self._has_begun:
+            self._run_dir.let_go()
+            self._has_begun = True
         running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
         last = running is not None and step >= running.total
         if stage == "eval" or last or step % self._log_every == 0:
