@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarking import FULL, Arm, Case, bar, measure, record
+from benchmarking import FULL, Arm, Case, bar, cases_here, measure, record
 from peers import COMPILED, HEADS, missing, peer_loss, token_loss
 from torch import Tensor
 
@@ -33,12 +33,7 @@ ARMS = [
     *(peer.label for peer in HEADS),
 ]
 INEXACT = [peer.label for peer in HEADS if not peer.exact]
-PARAMETERS = [
-    (device, case)
-    for device, cases in CASES.items()
-    for case in cases
-    if device == "cpu" or torch.cuda.is_available()
-]
+PARAMETERS = cases_here(CASES)
 SECONDS = {"cpu": 90.0, "cuda": 12.0}
 PEER_ROUNDS = {"cpu": 2, "cuda": 10}
 

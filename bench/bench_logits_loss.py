@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarking import FULL, Arm, Case, bar, measure, record
+from benchmarking import FULL, Arm, Case, bar, cases_here, measure, record
 from peers import COMPILED, LOGITS, missing, peer_loss, token_loss
 from torch import Tensor
 
@@ -32,12 +32,7 @@ ARMS = [
     "Liger triton_grpo_loss, no entropy",
     *(peer.label for peer in LOGITS),
 ]
-PARAMETERS = [
-    (device, case)
-    for device, cases in CASES.items()
-    for case in cases
-    if device == "cpu" or torch.cuda.is_available()
-]
+PARAMETERS = cases_here(CASES)
 SECONDS = {"cpu": 40.0, "cuda": 10.0}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarking import FULL, Arm, Case, bar, measure, record
+from benchmarking import FULL, Arm, Case, bar, cases_here, measure, record
 from peers import missing
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -25,12 +25,7 @@ CASES = {
     "cuda": [(32, 128, 3584, 152_064, torch.bfloat16)],
 }
 ARMS = ["three matmuls", "triton kernel", "cpu kernel", "TRL, logits kept", "Liger chunked DPO"]
-PARAMETERS = [
-    (device, case)
-    for device, cases in CASES.items()
-    for case in cases
-    if device == "cpu" or torch.cuda.is_available()
-]
+PARAMETERS = cases_here(CASES)
 SECONDS = {"cpu": 15.0, "cuda": 12.0}
 PEER_ROUNDS = {"cpu": 3, "cuda": 10}
 

@@ -46,6 +46,16 @@ def bar(met: bool, text: str) -> None:
         assert met, text
 
 
+def cases_here(cases: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    """The devices of this machine, each with each of its cases; `cases` has them by device."""
+    return [
+        (device, case)
+        for device, of_device in cases.items()
+        for case in of_device
+        if device == "cpu" or torch.cuda.is_available()
+    ]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to do the work of a case.
