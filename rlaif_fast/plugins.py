@@ -1,8 +1,9 @@
-"""What other packages add to our tables: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers`,
-`.algorithms`."""
+"""What others add to our tables: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers` and
+`.algorithms`; a file that is no package is named by its place, "module:Name"."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -21,15 +22,17 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
 
     Args:
         kind: "oracles", "decoders", "samplers" or "algorithms".
-        name: What to look up; our own entries come first.
+        name: What to look up, our own entries first; or "module:Name" of what Python can import.
         own: Our table.
         also: Names that are understood elsewhere, for the message.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is none of that name, or nothing to import there.
     """
     if name in own:
         return own[name]
+    if ":" in name:
+        return _imported(kind, name)
     others = plugins(kind)
     if name in others:
         return others[name].load()
@@ -37,3 +40,13 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
     close = get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     raise UsageError(f"unknown {kind.removesuffix('s')} {name!r}{hint} Known: {', '.join(known)}")
+
+
+def _imported(kind: str, place: str) -> Any:
+    """What stands at "module:Name"."""
+    module, _, attribute = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        expected = "'module:Name' that Python can import"
+        raise UsageError(f"{kind.removesuffix('s')}: expected {expected}, got {place!r}: {error}") from error

@@ -188,19 +188,22 @@ def test_the_loss_takes_the_options(monkeypatch):
     assert make_algorithm(AlgorithmOptions(beta=0.1)).extra_models == ("reference",)
 
 
+SIGN_ALGORITHM = (
+    "from rlaif_fast import rank_advantages\n"
+    "from rlaif_fast.algorithms import GroupAlgorithm\n"
+    "class Sign(GroupAlgorithm):\n"
+    "    feedback = 'scores'\n"
+    "    @classmethod\n"
+    "    def ignores(cls, options):\n"
+    "        return ('scale',)\n"
+    "    def advantages(self, verdicts):\n"
+    "        found = rank_advantages(verdicts.scores, verdicts.feedback, kind='zscore')\n"
+    "        return found._replace(advantages=found.advantages.sign())\n"
+)
+
+
 def test_another_package_adds_one_through_the_entry_point_group(tmp_path, monkeypatch):
-    (tmp_path / "sign_algorithm.py").write_text(
-        "from rlaif_fast import rank_advantages\n"
-        "from rlaif_fast.algorithms import GroupAlgorithm\n"
-        "class Sign(GroupAlgorithm):\n"
-        "    feedback = 'scores'\n"
-        "    @classmethod\n"
-        "    def ignores(cls, options):\n"
-        "        return ('scale',)\n"
-        "    def advantages(self, verdicts):\n"
-        "        found = rank_advantages(verdicts.scores, verdicts.feedback, kind='zscore')\n"
-        "        return found._replace(advantages=found.advantages.sign())\n"
-    )
+    (tmp_path / "sign_algorithm.py").write_text(SIGN_ALGORITHM)
     meta = tmp_path / "sign_algorithm-1.0.dist-info"
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: sign-algorithm\nVersion: 1.0\n")
@@ -213,3 +216,24 @@ def test_another_package_adds_one_through_the_entry_point_group(tmp_path, monkey
     ].tolist() == [1, -1, 0, 0]
     with pytest.raises(UsageError, match="scale: sign"):
         TrainConfig(algorithm="sign", scale="none")
+
+
+def test_a_file_that_is_no_package_is_named_by_its_place(tmp_path, monkeypatch):
+    (tmp_path / "sign_by_place.py").write_text(SIGN_ALGORITHM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = TrainConfig(algorithm="sign_by_place:Sign")
+    found = make_algorithm(config).advantages(Verdicts(REWARDS, None, None, POLICY))
+    assert found.advantages[0].tolist() == [1, -1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no_such_file:Sign", "No module named 'no_such_file'"),
+        ("rlaif_fast.algorithms.gopo:NoSuch", "has no attribute 'NoSuch'"),
+        (":Sign", "got ':Sign'"),
+    ],
+)
+def test_a_place_with_nothing_to_import_is_refused(name, reason):
+    with pytest.raises(UsageError, match=f"algorithm: expected 'module:Name'.*{reason}"):
+        TrainConfig(algorithm=name)

@@ -26,7 +26,8 @@ class AlgorithmOptions:
             the other responses' mean), "gopo" (ranks, evenly spaced), "rlrr" (ranks as relative rewards), "odrpo"
             (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "dpo" (the same
             of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), "ppo_rm" (a reward model from
-            the rankings, then PPO), or one from the entry-point group `rlaif_fast.algorithms`.
+            the rankings, then PPO), one from the entry-point group `rlaif_fast.algorithms`, or "module:Class" of a file
+            of your own.
         advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
             `algorithm: grpo`.
         penalty_weight: Weight w of the rank penalty in a directed advantage.
