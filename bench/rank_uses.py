@@ -12,8 +12,8 @@ the advantages and c the clean scores minus their mean, both added up so, four t
 - snr: mean of <a, c> over draws by its deviation over draws, for a step of 48 groups;
 - waste: share of the advantages' squares that sets responses apart whose clean scores are equal.
 
-The last row, "bound", gives each group the mean c of all groups that are ranked alike: no use of ranks alone has a
-higher cos.
+The last row, "ranked alike", gives each response the mean clean score of its level over all groups with as many
+responses on each level: about the highest cos that ranks alone can have, made with scores that no use of ranks may see.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def measure(advantages: Tensor, groups: Groups) -> dict[str, float]:
     }
 
 
-def bound(feeds: Sequence[Feed], groups: Groups) -> Tensor:
+def ranked_alike(feeds: Sequence[Feed], groups: Groups) -> Tensor:
     """(draws, N, G) mean clean advantage of a place, over all groups and draws with as many responses on each level."""
     clean = centred(groups.clean)
     found = defaultdict(list)
@@ -193,7 +193,7 @@ def main() -> None:
         for name, use in USES.items():
             found = measure(torch.stack([use(feed) for feed in feeds]), groups)
             figures.setdefault(name, {})[kind] = found
-        figures.setdefault("bound", {})[kind] = measure(bound(feeds, groups), groups)
+        figures.setdefault("ranked alike", {})[kind] = measure(ranked_alike(feeds, groups), groups)
     sizes = torch.tensor([len(set(row)) for row in groups.texts.tolist()]).bincount().tolist()
     print(f"{len(groups.requests)} groups; with 2, 3, ... texts: {sizes[2:]}")
     for name in MEASURES:
