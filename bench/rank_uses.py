@@ -26,6 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rank_shapes import USES, Feed, centred, ranks_of, same
@@ -171,6 +172,13 @@ def ranked_alike(feeds: Sequence[Feed], groups: Groups) -> Tensor:
     )
 
 
+def rounded(figures: Any) -> Any:
+    """Figures as JSON: four digits, null where there is no noise to divide by."""
+    if isinstance(figures, dict):
+        return {name: rounded(value) for name, value in figures.items()}
+    return round(figures, 4) if math.isfinite(figures) else None
+
+
 def main() -> None:
     """Print the four tables."""
     parser = argparse.ArgumentParser(
@@ -201,7 +209,7 @@ def main() -> None:
         for use, row in figures.items():
             print(f"{use:<24}" + "".join(f"{row[kind][name]:>13.3f}" for kind in KINDS))
     if options.output:
-        options.output.write_text(json.dumps(figures, indent=1) + "\n")
+        options.output.write_text(json.dumps(rounded(figures), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":
