@@ -61,6 +61,7 @@ def build_arguments() -> dict:
     macros = [("RLAIF_X86_KERNELS", None)] if x86 else []
     sources = [
         "csrc/module.cpp",
+        "csrc/cpu/decode_layer.cpp",
         "csrc/cpu/rank_penalty.cpp",
         "csrc/cpu/row_ops.cpp",
         "csrc/cpu/token_loss.cpp",

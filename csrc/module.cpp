@@ -79,6 +79,9 @@ TORCH_LIBRARY(rlaif_fast, m) {
         ") -> (Tensor logps, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy)");
   m.def("compact_rows_(Tensor(a!) rows, Tensor keep) -> int");
   m.def("row_instruction_set() -> str");
+  m.def("decode_layer_(Tensor(a!) hidden, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, Tensor bias, "
+        "Tensor slots, Tensor columns, Tensor[] projections, Tensor?[] biases, Tensor?[] norms, float eps, "
+        "float scale) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(rlaif_fast, Meta, m) {

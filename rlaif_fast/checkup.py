@@ -146,6 +146,7 @@ def _policy_checks(device: str) -> Iterator[Check]:
     for name in ATTENTION_BACKENDS:
         if name != "reference":
             yield _run(f"attention, {name}, bf16", partial(_attention, name, device, dtype), 0.0)
+    yield _run("decode step, cpp, fp32", _decode_step, 1e-5)
     yield _run("patchify, triton, bf16", partial(_patchify, device, dtype), PATCH_TOLERANCE)
     yield _run("video, dali", partial(_video, device), 2 / 255)
 
@@ -178,6 +179,25 @@ def _attention(name: str, device: str, dtype: torch.dtype) -> float | str:
         return reason
     found = check_attention(backend, place, dtype)
     return 0.0 if found is None else f"raised or differed: {found}"
+
+
+def _decode_step() -> float | str:
+    """Log-probabilities of a rollout that is decoded in C++ against one by the model's modules, on the CPU."""
+    from rlaif_fast.policy.testing import make_policy, standard_prompts
+    from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+    from rlaif_fast.rollout.cpu_decoder import refuses_cpu_decoder
+
+    policy, prompts = make_policy("qwen3_vl"), standard_prompts("qwen3_vl")
+    reason = refuses_cpu_decoder(policy)
+    if reason is not None:
+        return reason
+    logps = []
+    for in_cpp in (True, False):
+        sampler = SharedPrefixSampler(policy, cpu_decoder=in_cpp)
+        logps.append(sampler.sample(prompts, 2, SamplingParams(max_new_tokens=6, seed=0)).logps)
+        if in_cpp and not sampler.decodes_in_cpp:
+            return "raised or differed: the first step is off, see the warning"
+    return relative_l2(*logps)
 
 
 def _patchify(device: str, dtype: torch.dtype) -> float | str:

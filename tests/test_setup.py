@@ -29,6 +29,11 @@ from rlaif_fast.trainer.resume import resumed_config
             r"min_pixels: expected 1 to max_pixels \(1024\), got 4096",
         ),
         ({"min_frames": 9, "max_frames": 8}, r"min_frames: expected 1 to max_frames \(8\), got 9"),
+        (
+            {"steps_per_generation": 5, "videos_per_step": 2, "questions_per_video": 2},
+            r"steps_per_generation: expected 1 to videos_per_step \* questions_per_video \(4\)",
+        ),
+        ({"min_pixels": 2048, "total_pixels": 2047}, r"at least min_pixels \(2048\).*got 2047"),
         ({"lora_r": -1}, "lora_r: expected 0 or more"),
         ({"entropy_coef": math.nan}, "entropy_coef must be finite"),
         ({"learning_rate": math.inf}, "learning_rate: expected a positive number"),

@@ -173,6 +173,10 @@ def test_steps_that_do_not_divide_evenly_are_told():
     assert len(few) == 2
     config.sft = "none"
     assert len(uneven_steps(config, 16)) == 1
+    cut = TrainConfig(videos_per_step=4, questions_per_video=1, steps_per_generation=4, sft="none")
+    assert uneven_steps(cut, 1) == []
+    (note,) = uneven_steps(cut, 2)
+    assert "4 is more than the 2 groups" in note
 
 
 def start(work: str, argument: object, patience: float) -> subprocess.Popen:

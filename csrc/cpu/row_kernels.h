@@ -1,4 +1,4 @@
-// Rows of logits: statistics and gradients. row_kernels_impl.h is compiled once for each instruction set (the files
+// Rows of logits: statistics and gradients; and a matmul of few rows. row_kernels_impl.h is compiled once for each instruction set (the files
 // row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build runs anywhere.
 //
 // With z = cap tanh(scale logits / cap) / temperature (or scale logits / temperature where there is no cap), lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
@@ -50,12 +50,29 @@ struct RowLossArgs {
   void* grad_entropy;  // (M,)
 };
 
+// out = x weight^T, or that added to out, for the columns [begin, end) of out. For few rows: the weight is read once, in
+// the order in which it lies, where a library that packs it first would read it twice.
+struct ThinMatmulArgs {
+  const float* x;       // (M, H)
+  const float* weight;  // (O, H)
+  float* out;           // (M, O)
+  int64_t M;
+  int64_t H;
+  int64_t O;
+  bool add;
+};
+
 struct RowKernels {
   const char* name;
   void (*stats)(Dtype, const RowArgs&, int64_t begin, int64_t end);
   void (*grad)(Dtype, const RowGradArgs&, int64_t begin, int64_t end);
   void (*loss)(Dtype, const RowLossArgs&, int64_t begin, int64_t end);
+  void (*thin_matmul)(const ThinMatmulArgs&, int64_t begin, int64_t end);
 };
+
+// Those of the instruction set that ATen chose, so ATEN_CPU_CAPABILITY governs both.
+const RowKernels& row_kernels();
+
 
 const RowKernels& row_kernels_default();
 #if defined(RLAIF_X86_KERNELS)

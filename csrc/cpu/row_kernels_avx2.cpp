@@ -5,7 +5,7 @@
 namespace rlaif {
 
 const RowKernels& row_kernels_avx2() {
-  static constexpr RowKernels kernels{"avx2", &stats, &grad, &loss};
+  static constexpr RowKernels kernels{"avx2", &stats, &grad, &loss, &thin_matmul};
   return kernels;
 }
 

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "row_kernels.h"
+#include "thin_matmul_impl.h"
 
 namespace rlaif {
 namespace {

@@ -13,11 +13,7 @@
 #include "row_kernels.h"
 
 namespace rlaif {
-namespace {
 
-constexpr int64_t kGrainElements = 32768;  // logits a thread takes at least
-
-// The instruction set is the one that ATen chose, so ATEN_CPU_CAPABILITY governs both.
 const RowKernels& row_kernels() {
   static const RowKernels& chosen = []() -> const RowKernels& {
 #if defined(RLAIF_X86_KERNELS)
@@ -33,6 +29,10 @@ const RowKernels& row_kernels() {
   }();
   return chosen;
 }
+
+namespace {
+
+constexpr int64_t kGrainElements = 32768;  // logits a thread takes at least
 
 Dtype dtype_of(const at::Tensor& logits) {
   switch (logits.scalar_type()) {

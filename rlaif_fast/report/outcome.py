@@ -57,6 +57,12 @@ def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
                 f"{key}: {videos} is not a multiple of the {processes} processes, so some of them wait for the "
                 "others in every step"
             )
+    groups = -(-config.videos_per_step // processes) * config.questions_per_video
+    if groups < config.steps_per_generation:
+        notes.append(
+            f"steps_per_generation: {config.steps_per_generation} is more than the {groups} groups that a process "
+            "has at most, so some of these steps change nothing"
+        )
     return notes
 
 

@@ -189,7 +189,7 @@ class GraphSampler(SharedPrefixSampler):
     """`SharedPrefixSampler` with fixed decode steps; a CUDA graph on a GPU, the same steps uncaptured elsewhere."""
 
     def __init__(self, policy: Policy, *, attention: str = "auto") -> None:
-        super().__init__(policy)
+        super().__init__(policy, cpu_decoder=False)
         self._attention = attention
         self._steps: OrderedDict[tuple[int, int, int], FixedStep] = OrderedDict()  # the last used is the last
         self._step: FixedStep | None = None

@@ -10,6 +10,7 @@ Nothing is concatenated, copied on a split, or moved when a response ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from rlaif_fast.policy.pattern import Pattern, row_context, window_of
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
+from rlaif_fast.rollout.cpu_decoder import CpuDecoder
 from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
 
 
@@ -146,6 +148,12 @@ class _Step:
         allowed: (A, L) what it may attend to, but for a layer's window.
         pattern: Which layers have one; None where none has.
         like: A tensor of the dtype and on the device.
+
+    Attributes:
+        keys: (N, K, L, D) of each layer.
+        values: As `keys`.
+        slots: (A,) int64, each node's place in a grid of as many nodes for every group.
+        columns: (A,) int64.
     """
 
     def __init__(
@@ -170,33 +178,59 @@ class _Step:
             mask[place] = seen[:, :length]
             bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
             bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
-            return bias.view(len(counts), 1, width, length).repeat(1, 1, cache.heads_per_key, 1)
+            return bias.view(len(counts), 1, width, length)
 
         windows = {window_of(pattern, layer) for layer in cache.keys}
         self._bias = {window: bias_of(window) for window in windows}
+        self._of_heads: dict[int | None, Tensor] = {}
         self._pattern = pattern
         self._cache = cache
         self._groups = torch.from_numpy(groups).to(device)
-        self._columns = torch.from_numpy(columns).to(device)
-        self._place = None if len(place) == len(counts) * width else torch.from_numpy(place).to(device)
         self._cells = len(counts) * width
+        self.keys, self.values = cache.keys, cache.values
+        self.columns = torch.from_numpy(columns).to(device)
+        self.slots = torch.from_numpy(place).to(device)
+
+    @property
+    def bias(self) -> Tensor:
+        """(N, 1, W, C) additive mask of the layers without a window."""
+        return self._bias[None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self._cache.write(layer, self._groups, self._columns, key, value)
+        self._cache.write(layer, self._groups, self.columns, key, value)
         q = query[0].transpose(0, 1)  # (A, H, D)
-        if self._place is not None:
-            q = q.new_zeros(self._cells, *q.shape[1:]).index_copy_(0, self._place, q)
-        output = self._cache.attend(layer, q, self._bias[window_of(self._pattern, layer)], scale)
-        return (output if self._place is None else output.index_select(0, self._place))[None]
+        padded = len(self.slots) < self._cells
+        if padded:
+            q = q.new_zeros(self._cells, *q.shape[1:]).index_copy_(0, self.slots, q)
+        output = self._cache.attend(layer, q, self._bias_of_heads(layer), scale)
+        return (output.index_select(0, self.slots) if padded else output)[None]
+
+    def _bias_of_heads(self, layer: int) -> Tensor:
+        """The mask of a layer, once for each of the query heads that share a key head."""
+        window = window_of(self._pattern, layer)
+        if window not in self._of_heads:
+            self._of_heads[window] = self._bias[window].repeat(1, 1, self._cache.heads_per_key, 1)
+        return self._of_heads[window]
 
 
 class SharedPrefixSampler(ReadsPolicy):
-    """Draws responses with one prefill a group and one computation a distinct prefix."""
+    """Draws responses with one prefill a group and one computation a distinct prefix.
 
-    def __init__(self, policy: Policy) -> None:
+    Args:
+        policy: The policy; its shared prefix must be on.
+        cpu_decoder: Decode in C++ where that is possible (see `cpu_decoder`); False calls the model's modules.
+    """
+
+    def __init__(self, policy: Policy, *, cpu_decoder: bool = True) -> None:
         if not policy.shared_prefix:
             raise ValueError("policy: expected one with shared_prefix=True; use PlainSampler for this one")
         super().__init__(policy)
+        self._cpu_decoder = CpuDecoder(policy) if cpu_decoder else None
+
+    @property
+    def decodes_in_cpp(self) -> bool:
+        """Whether the steps of the last rollout, but for the first, went through the C++ operator."""
+        return self._cpu_decoder is not None and self._cpu_decoder.in_use
 
     @torch.no_grad()
     def sample(
@@ -279,6 +313,8 @@ class SharedPrefixSampler(ReadsPolicy):
         vocabulary = policy.head_weight.shape[0]
         draw = TokenSampler(policy, params, responses)
         drawn = Drawn(policy, responses, params.max_new_tokens)
+        if self._cpu_decoder is not None:
+            self._cpu_decoder.begin()
 
         live = np.arange(responses)  # responses that still draw
         node = live // num_generations  # (live,) the node each of them draws from
@@ -311,10 +347,15 @@ class SharedPrefixSampler(ReadsPolicy):
             allowed[np.arange(len(fed)), columns] = True
             cache.places[node_group, columns] = prompt_lengths[node_group] + step
             positions = np.broadcast_to(next_position[node_group] + step, (3, len(fed)))
-            hidden = policy.decode(
+            hidden = self._feed(
                 torch.from_numpy(fed).to(device),
                 torch.from_numpy(np.ascontiguousarray(positions)).to(device),
                 _Step(cache, node_group, columns, allowed, policy.pattern, hidden),
-                states=cache.states,
+                cache.states,
             )
         return drawn.rollout(policy, prompts, num_generations, draw.forced)
+
+    def _feed(self, ids: Tensor, positions: Tensor, step: _Step, states: NodeStates | None) -> Tensor:
+        """Last hidden states (A, H) of one token for each node."""
+        of_model = partial(self.policy.decode, ids, positions, step, states=states)
+        return of_model() if self._cpu_decoder is None else self._cpu_decoder(ids, positions, step, of_model)

@@ -233,8 +233,12 @@ class RlOptions:
         if self.rollout_lag != 0:
             self.check_rollout_lag()
         require_least("num_iterations", self.num_iterations, 1)
+        groups = self.videos_per_step * self.questions_per_video
         require(
-            self.steps_per_generation >= 1, "steps_per_generation", "1 or more", self.steps_per_generation
+            1 <= self.steps_per_generation <= groups,
+            "steps_per_generation",
+            f"1 to videos_per_step * questions_per_video ({groups}), as a group is never cut",
+            self.steps_per_generation,
         )
         require_positive("learning_rate", self.learning_rate)
         require_least("warmup_steps", self.warmup_steps, 0)
@@ -387,4 +391,9 @@ class TrainConfig(
             f"1 to max_pixels ({self.max_pixels})",
             self.min_pixels,
         )
-        require_least("total_pixels", self.total_pixels, 1)
+        require(
+            self.total_pixels is None or self.total_pixels >= self.min_pixels,
+            "total_pixels",
+            f"null, or at least min_pixels ({self.min_pixels}), which every frame gets",
+            self.total_pixels,
+        )
