@@ -41,14 +41,14 @@ MIN_ROUNDS, MAX_ROUNDS = (2 if SMOKE or FULL else 3), 30
 GPU_ROUNDS = 1 if SMOKE else 5
 
 STEP_CASES = [Case(512, 32, 8)]
-ROLLOUT_CASES = [Case(512, 32, 8), Case(1024, 32, 8)]
+ROLLOUT_CASES = [Case(512, 32, 8), Case(768, 96, 6), Case(1024, 32, 8)]
 if FULL:
     STEP_CASES = [Case(p, r, g) for p in (512, 1024, 4096) for r in (32, 128) for g in (4, 8, 16)]
     ROLLOUT_CASES = STEP_CASES
 GPU_CASE = Case(4096, 128, 8)
 # Least ratio of the plain path's median to ours, on a CPU with one thread.
 STEP_BAR = {Case(512, 32, 8): 4.0}
-ROLLOUT_BAR = {Case(512, 32, 8): 2.2, Case(1024, 32, 8): 3.0}
+ROLLOUT_BAR = {Case(512, 32, 8): 2.2, Case(768, 96, 6): 3.0, Case(1024, 32, 8): 4.0}
 GPU_BAR, GPU_MEMORY_BAR = 4.0, 0.5
 FIRST_ON_GPU = ("plain", "ours, CUDA graphs")
 
