@@ -82,7 +82,7 @@ class EmbeddingOracle:
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"embedding/3 model={self.model_name} max_chars={self.max_response_chars}"
+        return f"embedding/4 model={self.model_name} max_chars={self.max_response_chars}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
