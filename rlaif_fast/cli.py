@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
+from rlaif_fast.yaml_keys import refuse_repeated_keys
 
 Config = TypeVar("Config")
 
@@ -40,10 +41,14 @@ def parse_config(
         under: A file whose values hold where neither a flag nor a file of the user's sets them.
 
     Raises:
-        UsageError: A key is unknown (the nearest name is suggested), a value does not fit its type, or the file
-            cannot be read.
+        UsageError: A key is unknown (the nearest name is suggested) or stands twice in a file, a value does not fit
+            its type, or the file cannot be read.
     """
     files, flags = _files_and_flags(_words(argv))
+    for word in files:
+        path = Path(word.removeprefix("--config="))
+        if path.is_file():
+            _refuse_repeated(path)
     parser = _parser(config_class, prog, description)
     values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
     if files and flags:
@@ -93,6 +98,17 @@ def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             (files if word.startswith("--config=") else flags).append(word)
     return files, flags
+
+
+def _refuse_repeated(path: Path) -> None:
+    try:
+        from yaml import YAMLError
+    except ImportError:
+        return  # the parser says what to install
+    try:
+        refuse_repeated_keys(path)
+    except (OSError, ValueError, YAMLError):
+        return  # the parser reads the file again, and says what is wrong with it
 
 
 def _tell_both(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import http.server
 import json
 import os
@@ -167,6 +168,38 @@ def test_mvbench(tmp_path, video, clip):
     assert (sequence.example.answer, sequence.example.category) == ("B", "action sequence")
 
 
+def test_of_two_videos_of_one_name_neither_is_guessed(tmp_path, video):
+    row = {
+        "video": "video_7.mp4",
+        "question": "What happened?",
+        "candidates": ["Put.", "Took."],
+        "answer": "Put.",
+    }
+    put(tmp_path / "json/a.json", [row])
+    put(tmp_path / "json/b.json", [row | {"video": "video/clevrer/video_7.mp4"}])
+    first, _ = video("video/clevrer/video_7.mp4"), video("video/perception/video_7.mp4")
+    ambiguous, named = read_benchmark("mvbench", tmp_path)
+    assert ambiguous.example.seen == ()
+    assert ambiguous.trouble == (
+        "2 videos are called 'video_7': video/clevrer/video_7.mp4, video/perception/video_7.mp4"
+    )
+    assert named.example.seen[0].path == first and not named.trouble
+    (tmp_path / "video/perception/video_7.mp4").unlink()
+    (tmp_path / "video/perception/video_7.mp4").symlink_to(first)
+    linked, _ = read_benchmark("mvbench", tmp_path)
+    assert linked.example.seen[0].path == first
+
+
+def test_mvbench_cuts_whatever_the_folder_is_called(tmp_path, clip):
+    folder = tmp_path / "my_segments"
+    row = {"video": "a.mp4", "question": "What?", "candidates": ["Put.", "Took."], "answer": "Put."}
+    put(folder / "json/action_sequence.json", [row | {"start": 0.0, "end": 0.2}])
+    (folder / "video").mkdir()
+    shutil.copy(clip, folder / "video/a.mp4")
+    [item] = read_benchmark("mvbench", folder)
+    assert item.example.seen[0].cut == Cut(video_start=0.0, video_end=0.2)
+
+
 def test_msvd_qa_by_its_mapping(tmp_path, video):
     rows = [
         {"answer": "someone", "id": 37203, "question": "who pours liquid?", "video_id": 1301},
@@ -293,6 +326,13 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     # Other settings do not go into the same folder.
     assert run(folder, model, out, "--answering=letter") == 2
     assert "other answering" in capsys.readouterr().err
+    # Nor do answers to what the files asked before.
+    rows = json.loads((folder / "test-0.json").read_text())
+    put(folder / "test-0.json", [rows[0] | {"answer": "D"}, *rows[1:]])
+    assert run(folder, model, out) == 2
+    assert "an answer to '0-1' that was asked 'How many candles are on the tree?' (right: 'A')" in (
+        capsys.readouterr().err
+    )
 
 
 def test_two_processes_answer_as_one_does(folder, model, tmp_path):
@@ -451,6 +491,10 @@ def test_the_table_by_hand():
     assert "duration" in as_text(list(lines.values()))
     with pytest.raises(UsageError, match="same questions"):
         table_of(records, before[1:])
+    with pytest.raises(
+        UsageError, match=r"its '0' asked 'q' \(right: 'B'\), this evaluation 'q' \(right: 'A'\)"
+    ):
+        table_of(records, [dataclasses.replace(before[0], answer="B"), *before[1:]])
 
 
 @pytest.mark.parametrize(

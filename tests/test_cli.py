@@ -81,6 +81,17 @@ def test_of_two_files_the_later_wins_and_one_below_yields_to_both(files, tmp_pat
     assert capsys.readouterr().err == ""  # nothing that the user set twice
 
 
+@pytest.mark.parametrize("flag", ["--config FILE", "--config=FILE"])
+def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path, flag):
+    file = tmp_path / "twice.yaml"
+    file.write_text("model: one\nmore:\n  a: 1\nmodel: two\n")
+    with pytest.raises(UsageError, match=r"twice.yaml:4: the key 'model' stands twice"):
+        parse_config(Options, flag.replace("FILE", str(file)).split(), **TEXTS)
+    file.write_text("model: one\nmore:\n  a: 1\n  a: 2\n")
+    with pytest.raises(UsageError, match=r"twice.yaml:4: the key 'a' stands twice"):
+        parse_config(Options, flag.replace("FILE", str(file)).split(), **TEXTS)
+
+
 def test_a_file_that_is_named_without_a_name_is_refused():
     with pytest.raises(UsageError):
         parse_config(Options, ["--steps", "1", "--config"], **TEXTS)

@@ -28,6 +28,9 @@ COMMON = {
 }
 
 
+MAIN = {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}
+
+
 def write_config(folder, **changes):
     values = {
         "output_dir": str(folder / "compare"),
@@ -86,13 +89,31 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
         ),
         (
             {"tables": {"main": {"seeds": [], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}},
-            "no seeds",
+            r"tables.main.seeds must be a list of at least one entry, got \[\]",
+        ),
+        ({"tables": {"main": MAIN | {"seeds": [1, 2, 1]}}}, "tables.main.seeds names 1 twice"),
+        ({"tables": {"main": MAIN | {"seeds": "12"}}}, "tables.main.seeds must be a list of .*, got '12'"),
+        ({"tables": {"main": MAIN | {"seeds": [1.5]}}}, "tables.main.seeds must list integers, got 1.5"),
+        ({"tables": {"main": MAIN | {"arms": ["grpo", "oracle", "grpo"]}}}, "arms names 'grpo' twice"),
+        ({"tables": {"main": MAIN | {"feedback": ["exact"] * 2}}}, "feedback names 'exact' twice"),
+        ({"common": {"overwrite_output_dir": True}}, "common.overwrite_output_dir is set by the comparison"),
+        ({"arms": {"grpo": {"resume": "runs/old"}}}, "arms.grpo.resume is set by the comparison"),
+        (
+            {"arms": {"grpo": {"oracle_noise": 0.0}, "oracle": {}}},
+            "arms.grpo and feedback.noise, which tables.main puts together, both set oracle_noise",
         ),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         read_plan(write_config(tmp_path, **changes))
+
+
+def test_an_arm_that_stands_twice_in_the_file_is_named(tmp_path):
+    file = write_config(tmp_path)
+    file.write_text(file.read_text().replace("arms:\n", "arms:\n  oracle: {advantage: directed}\n", 1))
+    with pytest.raises(UsageError, match=r"compare.yaml:\d+: the key 'oracle' stands twice"):
+        read_plan(file)
 
 
 def test_the_bootstrap_knows_both_levels():

@@ -153,6 +153,9 @@ def test_the_result_does_not_depend_on_the_threads() -> None:
         (7, lambda x: x - 9, IndexError, r"columns must lie in \[0, 9\)"),
         (8, lambda x: x[:6], ValueError, "expected 7 projections"),
         (8, lambda x: [x[0], x[1][:8], *x[2:]], ValueError, "projections must be a contiguous"),
+        (8, lambda x: [*x[:4], x[4][:0], x[5][:0], x[6][:, :0]], ValueError, "above 0; got 24, 0, 2, 8"),
+        (9, lambda x: [x[0][:1], *x[1:]], ValueError, r"biases must be a contiguous \[48\]; got \[1\]"),
+        (9, lambda x: [*x[:6], x[6].double()], TypeError, "biases must be float32"),
         (10, lambda x: [None, *x[1:]], ValueError, "norms of the layer must be given"),
     ],
 )
@@ -274,6 +277,95 @@ def test_an_adapter_that_comes_later_is_not_passed_by(steps) -> None:
     attention.v_proj = attention.v_proj[0]
     assert_same(sampler.sample(prompts, 2, params), before)
     assert len(steps) > fed
+
+
+class BiasedNorm(nn.Module):
+    """An RMSNorm with a bias, which starts at 0."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+        self.bias = nn.Parameter(torch.zeros_like(norm.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
+
+
+def add_bias(layer: nn.Module) -> None:
+    layer.input_layernorm = BiasedNorm(layer.input_layernorm)
+
+
+def train_bias(layer: nn.Module) -> None:
+    layer.input_layernorm.bias.data += torch.linspace(-3, 3, 64)
+
+
+def replace_activation(layer: nn.Module) -> None:
+    layer.mlp.act_fn = nn.Tanh()
+
+
+def replace_forward(layer: nn.Module) -> None:
+    original = layer.self_attn.o_proj.forward
+    layer.self_attn.o_proj.forward = lambda x: -original(x)
+
+
+def lay_out_otherwise(layer: nn.Module) -> None:
+    weight = layer.mlp.down_proj.weight
+    weight.data = 2 * weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    ("start", "change"),
+    [
+        (add_bias, train_bias),
+        (None, replace_activation),
+        (None, replace_forward),
+        (None, lay_out_otherwise),
+    ],
+)
+def test_what_changes_between_rollouts_is_not_passed_by(start, change) -> None:
+    policy = make_policy("qwen3_vl")
+    layer = policy.decoder.layers[1]
+    if start is not None:
+        start(layer)
+    prompts, params = standard_prompts("qwen3_vl"), SamplingParams(max_new_tokens=6, seed=4)
+    sampler = SharedPrefixSampler(policy)
+    before = sampler.sample(prompts, 2, params)
+    change(layer)
+    after = sampler.sample(prompts, 2, params)
+    assert not torch.equal(after.logps, before.logps)
+    assert_same(after, SharedPrefixSampler(policy, cpu_decoder=False).sample(prompts, 2, params))
+
+
+def unequal_epsilons(policy: Policy) -> str:
+    policy.decoder.layers[0].post_attention_layernorm.variance_epsilon = 0.5
+    return "the norms of a layer have the epsilons 0.5, 1e-06"
+
+
+def no_scaling(policy: Policy) -> str:
+    del policy.decoder.layers[0].self_attn.scaling
+    return "Attention has no scaling"
+
+
+def hooked_decoder(policy: Policy) -> str:
+    policy.decoder.register_forward_hook(lambda *_: None)
+    return "TextModel has hooks"
+
+
+def no_epsilon(policy: Policy) -> str:
+    policy.decoder.layers[0].input_layernorm = nn.Identity()
+    return "epsilons 1e-06, None"
+
+
+def narrow_weight(policy: Policy) -> str:
+    policy.decoder.layers[1].mlp.bfloat16()
+    return "mlp.gate_proj.weight is no float32 parameter"
+
+
+@pytest.mark.parametrize("change", [unequal_epsilons, no_scaling, hooked_decoder, no_epsilon, narrow_weight])
+def test_what_the_operator_does_not_compute_is_refused(change) -> None:
+    policy = make_policy("qwen3_vl")
+    expected = change(policy)
+    assert expected in refuses_cpu_decoder(policy)
 
 
 def test_what_is_no_plain_linear_layer_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle import RankRequest
+from rlaif_fast.oracle import RankRequest, embedding
 from rlaif_fast.oracle.embedding import EmbeddingOracle, resolve_model
 from rlaif_fast.oracle.reward_model import RewardModelOracle
 
@@ -103,6 +104,76 @@ def test_embedding_needs_a_reference_and_a_model(encoder, tmp_path):
         EmbeddingOracle(model=str(tmp_path))
     with pytest.raises(UsageError, match="batch_size"):
         EmbeddingOracle(model=str(encoder), batch_size=0)
+    with pytest.raises(UsageError, match="'max_response_chars' must be at least 1, got 0"):
+        EmbeddingOracle(model=str(encoder), max_response_chars=0)
+
+
+def without(folder, target, part):
+    """A copy of a model's folder whose weights lack a part."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    kept = {name: weight for name, weight in load_file(file).items() if part not in name.split(".")}
+    save_file(kept, file, metadata={"format": "pt"})
+    return str(target)
+
+
+def test_weights_that_would_be_drawn_at_random_are_refused(encoder, reward_model, tmp_path):
+    with pytest.raises(UsageError, match=r"only in part: of its weights, 2 missing \(classifier.bias"):
+        RewardModelOracle(model=without(reward_model, tmp_path / "headless", "classifier"), device="cpu")
+    with pytest.raises(UsageError, match=r"only in part: of its weights, \d+ missing \(encoder.layer.1"):
+        EmbeddingOracle(model=without(encoder, tmp_path / "shallow", "1"), device="cpu")
+    kept = EmbeddingOracle(model=without(encoder, tmp_path / "no_pooler", "pooler"), device="cpu")
+    group = request(("a red square moves right",))  # the pooler is not read
+    assert scores_of(kept, group) == scores_of(EmbeddingOracle(model=str(encoder), device="cpu"), group)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by max; expected mean or cls"),
+        ("1_Pooling/config.json", {"pooling_mode_lasttoken": True}, "pools by last"),
+        ("1_Pooling/config.json", {"pooling_mode": "weightedmean"}, "pools by weightedmean"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "pools by cls and mean",
+        ),
+        (
+            "modules.json",
+            [{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}],
+            "ends in Dense",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"query": "query: "}, "default_prompt_name": "query"},
+            "its prompt 'query' first",
+        ),
+    ],
+)
+def test_what_a_sentence_encoder_does_beside_is_refused(encoder, tmp_path, name, content, words):
+    folder = tmp_path / "other"
+    shutil.copytree(encoder, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=words):
+        EmbeddingOracle(model=str(folder), device="cpu")
+
+
+def test_the_pooling_of_a_hub_name_is_obeyed(encoder, tmp_path, monkeypatch):
+    """A name was taken for a folder that has no such file, so that all encoders of the hub pooled by the mean."""
+    pooling = tmp_path / "config.json"
+    pooling.write_text('{"pooling_mode_cls_token": true}')
+    asked = []
+
+    def cached_file(model, name, **options):
+        asked.append((model, name))
+        return str(pooling) if name == "1_Pooling/config.json" else None
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    assert embedding._pooling("someone/encoder") == (True, 512)
+    assert ("someone/encoder", "1_Pooling/config.json") in asked
 
 
 def test_the_pooling_of_the_folder_is_obeyed(encoder, tmp_path):
@@ -243,6 +314,8 @@ def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tm
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=2, **sizes)).save_pretrained(two)
     tokenizer.save_pretrained(two)
+    with pytest.raises(UsageError, match="'max_response_chars' must be at least 1"):
+        RewardModelOracle(model=str(reward_model), max_response_chars=0)
     with pytest.raises(UsageError, match="one output"):
         RewardModelOracle(model=str(two))
     with pytest.raises(UsageError, match="cannot load"):

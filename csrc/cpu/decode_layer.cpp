@@ -32,7 +32,7 @@ enum Norm { kInput, kPostAttention, kQueryNorm, kKeyNorm, kNorms };  // the last
 // out = x weight^T + bias, or that added to out.
 void project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool add, Tensor& out) {
   if (x.size(0) > kThinRows) {
-    add ? out.addmm_(x, weight.t()) : at::mm_out(out, x, weight.t());
+    out.addmm_(x, weight.t(), add ? 1 : 0);  // a factor of 0 does not read out
   } else {
     const ThinMatmulArgs args{x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.data_ptr<float>(),
                               x.size(0), x.size(1), weight.size(0), add};
@@ -113,12 +113,13 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
   TORCH_CHECK_VALUE(projections.size() == kProjections && biases.size() == kProjections && norms.size() == kNorms,
                     "expected 7 projections, 7 biases and 4 norms; got ", projections.size(), ", ", biases.size(), ", ",
                     norms.size());
-  const int64_t A = hidden.size(0), E = hidden.size(1);
+  const int64_t A = hidden.size(0), E = hidden.size(1), I = projections[kGate].size(0);
   const int64_t N = keys.size(0), K = keys.size(1), L = keys.size(2), D = keys.size(3);
+  TORCH_CHECK_VALUE(E > 0 && I > 0 && K > 0 && D > 0, "expected a hidden size, inner size, key heads and head size "
+                    "above 0; got ", E, ", ", I, ", ", K, ", ", D);
   const int64_t W = bias.size(2), C = bias.size(3), H = projections[kQuery].size(0) / D, R = H / K;
   TORCH_CHECK_VALUE(H == R * K && D % 2 == 0 && C <= L, "expected heads in multiples of ", K,
                     ", an even head size and at most ", L, " columns; got ", H, ", ", D, ", ", C);
-  const int64_t I = projections[kGate].size(0);
   check_matrix("hidden", hidden, {A, E});
   check_matrix("cos", cos, {A, D});
   check_matrix("sin", sin, {A, D});
@@ -130,6 +131,10 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
   const int64_t rows[] = {H * D, K * D, K * D, E, I, I, E}, inner[] = {E, E, E, H * D, E, E, I};
   for (int64_t i = 0; i < kProjections; ++i) {
     check_matrix("projections", projections[i], {rows[i], inner[i]});
+    const std::optional<Tensor> own = biases.get(i);
+    if (own.has_value()) {
+      check_matrix("biases", *own, {rows[i]});
+    }
   }
   Norms norm{{nullptr, nullptr, nullptr, nullptr}, eps};
   for (int64_t i = 0; i < kNorms; ++i) {

@@ -1,5 +1,6 @@
-// Rows of logits: statistics and gradients; and a matmul of few rows. row_kernels_impl.h is compiled once for each instruction set (the files
-// row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build runs anywhere.
+// Rows of logits: statistics and gradients; and a matmul of few rows. row_kernels_impl.h is compiled once for each
+// instruction set (the files row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build
+// runs anywhere.
 //
 // With z = cap tanh(scale logits / cap) / temperature (or scale logits / temperature where there is no cap), lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
 //   d logp / d z_v = 1[v = y] - p_v,   d H / d z_v = -p_v * (z_v - lse + H)
@@ -72,7 +73,6 @@ struct RowKernels {
 
 // Those of the instruction set that ATen chose, so ATEN_CPU_CAPABILITY governs both.
 const RowKernels& row_kernels();
-
 
 const RowKernels& row_kernels_default();
 #if defined(RLAIF_X86_KERNELS)

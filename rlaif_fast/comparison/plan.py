@@ -18,21 +18,22 @@ The file (`configs/compare.yaml` is an example):
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.yaml_keys import refuse_repeated_keys
 
-RESERVED = (
+OWN = (
     "seed",
     "output_dir",
     "sft",
-    "max_steps",
     "resume",
     "overwrite_output_dir",
-)  # by section, see `_keys`
+)  # keys that the comparison sets for every run
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     import yaml
 
     try:
+        refuse_repeated_keys(file)
         values = yaml.safe_load(Path(file).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"config: cannot read {file}: {error}") from error
@@ -136,14 +138,16 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     folder = output_dir or values.get("output_dir")
     if not folder:
         raise UsageError(f"config: {file} names no output_dir; add one, or --output_dir")
-    arms = {name: _keys(keys, f"arms.{name}", RESERVED[:3]) for name, keys in values["arms"].items()}
+    arms = {name: _keys(keys, f"arms.{name}", OWN) for name, keys in values["arms"].items()}
     feedback = values.get("feedback") or {"exact": {}}
     plan = Plan(
         output_dir=Path(folder),
-        common=_keys(values.get("common"), "common", RESERVED[:3]),
-        start=_keys(values.get("start"), "start", RESERVED),
+        common=_keys(values.get("common"), "common", OWN),
+        start=_keys(values.get("start"), "start", (*OWN, "max_steps")),
         arms=arms,
-        feedback={name: _keys(keys, f"feedback.{name}", RESERVED) for name, keys in feedback.items()},
+        feedback={
+            name: _keys(keys, f"feedback.{name}", (*OWN, "max_steps")) for name, keys in feedback.items()
+        },
         tables=tuple(_tables(values["tables"])),
     )
     for table in plan.tables:
@@ -174,9 +178,21 @@ def _tables(tables: Any) -> Iterator[Table]:
         wanted = [entry.name for entry in dataclasses.fields(Table) if entry.name != "name"]
         if not isinstance(keys, dict) or sorted(keys) != sorted(wanted):
             raise UsageError(f"config: tables.{name} needs exactly {', '.join(wanted)}, got {keys!r}")
-        yield Table(
-            name, tuple(keys["seeds"]), tuple(keys["arms"]), tuple(keys["feedback"]), str(keys["baseline"])
-        )
+        lists = {key: _entries(keys[key], f"tables.{name}.{key}") for key in ("seeds", "arms", "feedback")}
+        for seed in lists["seeds"]:
+            if type(seed) is not int:
+                raise UsageError(f"config: tables.{name}.seeds must list integers, got {seed!r}")
+        yield Table(name, **lists, baseline=str(keys["baseline"]))
+
+
+def _entries(values: Any, where: str) -> tuple[Any, ...]:
+    """The entries of a list, each of which stands in it once."""
+    if not isinstance(values, list) or not values:
+        raise UsageError(f"config: {where} must be a list of at least one entry, got {values!r}")
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise UsageError(f"config: {where} names {value!r} twice; it would count twice")
+    return tuple(values)
 
 
 def _check_names(table: Table, plan: Plan) -> None:
@@ -191,5 +207,10 @@ def _check_names(table: Table, plan: Plan) -> None:
                 )
     if table.baseline not in table.arms:
         raise UsageError(f"config: tables.{table.name}.baseline {table.baseline!r} is not among its arms")
-    if not table.seeds:
-        raise UsageError(f"config: tables.{table.name} has no seeds")
+    for arm, feedback in itertools.product(table.arms, table.feedback):
+        both = sorted(plan.arms[arm].keys() & plan.feedback[feedback].keys())
+        if both:
+            raise UsageError(
+                f"config: arms.{arm} and feedback.{feedback}, which tables.{table.name} puts together, both set "
+                f"{', '.join(both)}; leave it out of one"
+            )

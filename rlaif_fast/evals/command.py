@@ -28,7 +28,8 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
     first = RankZeroFirst()
     with first.turn():
-        EvalFolder.open(path, settings_of(options))
+        folder = EvalFolder.open(path, settings_of(options))
+        folder.refuse_other_questions(item.example for item in items)
     launch(_evaluate_in, options, options.num_processes, resolve_device(options.device))
     if first.rank != 0:
         return path

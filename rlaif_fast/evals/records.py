@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError, writing
 from rlaif_fast.runs.folder import json_line, read_jsonl, write_atomically
 
@@ -84,6 +85,21 @@ class EvalFolder:
             folder.records = {record.id: record for record in read_records(folder.items, cut_off=True)}
             write_atomically(folder.items, "".join(json_line(asdict(r)) for r in folder.records.values()))
         return folder
+
+    def refuse_other_questions(self, examples: Iterable[Example]) -> None:
+        """See to it that what is answered already was asked as it would be now.
+
+        Raises:
+            UsageError: A question or its answer has changed since.
+        """
+        for example in examples:
+            record = self.records.get(example.id)
+            if record is not None and (record.question, record.answer) != (example.question, example.answer):
+                raise UsageError(
+                    f"output_dir: {self.path} holds an answer to {example.id!r} that was asked "
+                    f"{record.question!r:.60} (right: {record.answer!r:.40}), and the data now ask "
+                    f"{example.question!r:.60} (right: {example.answer!r:.40}); give another folder"
+                )
 
     def add(self, records: Sequence[Record]) -> None:
         """Note some answers."""

@@ -66,6 +66,14 @@ def table_of(records: Sequence[Record], before: Sequence[Record] | None = None) 
                 f"before: it holds {len(known)} questions, {len({r.id for r in records} & known.keys())} of them among "
                 f"the {len(records)} of this evaluation; compare evaluations of the same questions"
             )
+        for record in records:
+            other = known[record.id]
+            if (other.question, other.answer) != (record.question, record.answer):
+                raise UsageError(
+                    f"before: its {record.id!r} asked {other.question!r:.60} (right: {other.answer!r:.40}), this "
+                    f"evaluation {record.question!r:.60} (right: {record.answer!r:.40}); compare evaluations of the "
+                    "same questions"
+                )
     parts: dict[tuple[str, str], list[Record]] = {("all", "all"): list(records)}
     for group in dict.fromkeys(name for record in records for name in record.groups):
         for value in sorted({record.groups[group] for record in records if group in record.groups}):

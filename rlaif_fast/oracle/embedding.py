@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class EmbeddingOracle:
     def __init__(
         self, *, model: str, device: str = "auto", batch_size: int = 64, max_response_chars: int = 2000
     ) -> None:
-        if batch_size < 1:
-            raise UsageError(f"oracle option 'batch_size' must be at least 1, got {batch_size}")
+        for option, value in (("batch_size", batch_size), ("max_response_chars", max_response_chars)):
+            if value < 1:
+                raise UsageError(f"oracle option {option!r} must be at least 1, got {value}")
         try:
             from transformers import AutoModel, AutoTokenizer
         except ImportError as error:
@@ -52,6 +54,8 @@ class EmbeddingOracle:
                 "the embedding oracle needs transformers, which is not installed; "
                 "run: pip install 'rlaif-fast[train]'"
             ) from error
+        from rlaif_fast.policy.weights import load_whole
+
         folder = resolve_model(model)
         self.model_name = model
         self.batch_size = batch_size
@@ -60,8 +64,10 @@ class EmbeddingOracle:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-            self._model = self._model.eval().to(device)
+            what = f"oracle option 'model': {model!r}"
+            found = load_whole(AutoModel, folder, what, unread="pooler", dtype=torch.float32)
+            self._model = found.eval().to(device)
+            self._use_first, self._max_tokens = _pooling(folder)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
@@ -72,7 +78,6 @@ class EmbeddingOracle:
                 f"oracle option 'model': {model!r} has no fast tokenizer (tokenizer.json), which texts longer than "
                 "the encoder takes need"
             )
-        self._use_first, self._max_tokens = _pooling(folder)
 
     @property
     def identity(self) -> str:
@@ -173,10 +178,41 @@ def resolve_model(model: str) -> str:
 
 
 def _pooling(folder: str) -> tuple[bool, int]:
-    """Whether the first token stands for the sentence (else the mean does), and the most tokens of a text."""
-    pooling, sentence = (
-        Path(folder) / name for name in ("1_Pooling/config.json", "sentence_bert_config.json")
-    )
-    use_first = pooling.is_file() and json.loads(pooling.read_text()).get("pooling_mode_cls_token", False)
-    max_tokens = json.loads(sentence.read_text()).get("max_seq_length") if sentence.is_file() else None
-    return bool(use_first), max_tokens or 512
+    """Whether the first token stands for the sentence (else the mean does), and the most tokens of a text.
+
+    Raises:
+        UsageError: The sentence encoder does more with its tokens than that.
+    """
+    modules = [(m["type"].rpartition(".")[2], m["path"]) for m in _settings(folder, "modules.json", [])]
+    others = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
+    if others:
+        raise UsageError(
+            f"oracle option 'model': {folder!r} ends in {', '.join(others)}, which is not computed"
+        )
+    place = next((path for kind, path in modules if kind == "Pooling"), "1_Pooling")
+    pooling = _settings(folder, f"{place}/config.json", {})
+    modes = {
+        key.removeprefix("pooling_mode_") for key, on in pooling.items() if on is True and "_mode_" in key
+    }
+    named = pooling.get("pooling_mode", ())
+    modes |= {named} if isinstance(named, str) else set(named)
+    modes = {mode.removesuffix("_tokens").removesuffix("_token") for mode in modes}
+    if len(modes) > 1 or modes - {"cls", "mean", "mean_sqrt_len"}:  # normalised, the last two are one
+        raise UsageError(
+            f"oracle option 'model': {folder!r} pools by {' and '.join(sorted(modes))}; expected mean or cls"
+        )
+    prompt = _settings(folder, "config_sentence_transformers.json", {}).get("default_prompt_name")
+    if prompt is not None:
+        raise UsageError(
+            f"oracle option 'model': {folder!r} puts its prompt {prompt!r} first, which is not done"
+        )
+    max_tokens = _settings(folder, "sentence_bert_config.json", {}).get("max_seq_length")
+    return modes == {"cls"}, max_tokens or 512
+
+
+def _settings(folder: str, name: str, default: Any) -> Any:
+    """A JSON file beside the weights, in a folder or of a hub name; `default` where it has none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+    return default if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

@@ -45,9 +45,10 @@ class RewardModelOracle:
         max_response_chars: int = 2000,
         tie: float = 1e-4,
     ) -> None:
-        if batch_size < 1 or max_tokens < 1 or tie < 0:
+        if min(batch_size, max_tokens, max_response_chars) < 1 or not tie >= 0:
             raise UsageError(
-                "oracle options 'batch_size' and 'max_tokens' must be at least 1, 'tie' at least 0"
+                "oracle options 'batch_size', 'max_tokens' and 'max_response_chars' must be at least 1, 'tie' at "
+                f"least 0; got {batch_size}, {max_tokens}, {max_response_chars}, {tie}"
             )
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -56,11 +57,13 @@ class RewardModelOracle:
                 "the reward_model oracle needs transformers, which is not installed; "
                 "run: pip install 'rlaif-fast[train]'"
             ) from error
+        from rlaif_fast.policy.weights import load_whole
+
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            found: Any = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=False)
+            found = load_whole(AutoModelForSequenceClassification, model, f"oracle option 'model': {model!r}")
             self._model: Any = found.eval().to(device)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -81,11 +81,36 @@ def load_strictly(model_class: Any, folder: str | Path, what: str, **options: An
     model, found = model_class.from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    mismatched = [
-        entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]
-    ]
-    refuse_partial(what, found["missing_keys"], found["unexpected_keys"], mismatched)
+    refuse_partial(what, found["missing_keys"], found["unexpected_keys"], _names_of(found["mismatched_keys"]))
     return model
+
+
+def load_whole(
+    model_class: Any, folder: str | Path, what: str, *, unread: str | None = None, **options: Any
+) -> Any:
+    """`from_pretrained`, refused where a weight of the model is not in the folder; the folder may hold more.
+
+    Args:
+        model_class: A class of transformers.
+        folder: A folder or hub name.
+        what: As in `refuse_partial`.
+        unread: A part of the model that is not used, which may be missing.
+        **options: For `from_pretrained`.
+
+    Raises:
+        UsageError: A weight is missing, which would be drawn at random, or of another shape.
+    """
+    model, found = model_class.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    missing = [name for name in found["missing_keys"] if unread is None or unread not in name.split(".")]
+    refuse_partial(what, missing, (), _names_of(found["mismatched_keys"]))
+    return model
+
+
+def _names_of(mismatched: Iterable[Any]) -> list[str]:
+    """The names alone, where they come with the two shapes."""
+    return [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in mismatched]
 
 
 def load_adapters(model: Any, folder: Path, what: str) -> None:

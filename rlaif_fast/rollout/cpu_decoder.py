@@ -63,8 +63,11 @@ def refuses_cpu_decoder(policy: Policy) -> str | None:
     activation = getattr(policy.decoder.config, "hidden_act", None)
     if activation != "silu":
         return f"the activation is {activation}"
+    absent = [name for name in ("rotary_emb", "norm") if not hasattr(policy.decoder, name)]
+    if absent:
+        return f"{type(policy.decoder).__name__} has no {absent[0]}"
     reasons = (_refuses_layer(layer) for layer in policy.decoder.layers)
-    return next((reason for reason in reasons if reason), None)
+    return _refuses_call(policy.decoder) or next((reason for reason in reasons if reason), None)
 
 
 def _refuses_layer(layer: Any) -> str | None:
@@ -78,8 +81,51 @@ def _refuses_layer(layer: Any) -> str | None:
         for name in names:  # an adapter or a quantized layer has another type
             if type(children[name]) is not nn.Linear:
                 return f"{name} is a {type(children[name]).__name__}"
-    hooked = (module for module in layer.modules() if module._forward_hooks or module._forward_pre_hooks)
-    return next((f"{type(module).__name__} has hooks" for module in hooked), None)
+    if not hasattr(layer.self_attn, "scaling"):
+        return f"{type(layer.self_attn).__name__} has no scaling"
+    epsilons = {_epsilon(norm) for norm in _norms(layer) if norm is not None}
+    if None in epsilons or len(epsilons) > 1:
+        return f"the norms of a layer have the epsilons {', '.join(sorted(map(str, epsilons)))}"
+    reasons = (_refuses_call(module) for module in layer.modules())
+    return _refuses_tensors(layer) or next((reason for reason in reasons if reason), None)
+
+
+def _refuses_call(module: nn.Module) -> str | None:
+    """Why a module may not be passed by: something else happens when it is called."""
+    name = type(module).__name__
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"{name} has hooks"
+    return f"{name} has another forward than its class" if "forward" in vars(module) else None
+
+
+def _refuses_tensors(layer: Any) -> str | None:
+    """Why a layer's tensors are not just those that the operator reads; others may start at 0 and train."""
+    read = {id(x) for linear in _linear_layers(layer) for x in (linear.weight, linear.bias)}
+    read |= {id(getattr(norm, "weight", None)) for norm in _norms(layer)}
+    for name, x in (*layer.named_parameters(), *layer.named_buffers()):
+        if id(x) not in read:
+            return f"a layer has the weight {name}"
+        if type(x) is not nn.Parameter or x.dtype != torch.float32 or x.device.type != "cpu":
+            return f"{name} is no float32 parameter on the CPU"
+        if not x.is_contiguous():
+            return f"{name} is not contiguous"
+    return None
+
+
+def _linear_layers(layer: Any) -> list[nn.Linear]:
+    """The linear layers in the operator's order."""
+    attention = [getattr(layer.self_attn, name) for name in ATTENTION]
+    return attention + [getattr(layer.mlp, name) for name in MLP]
+
+
+def _norms(layer: Any) -> list[Any]:
+    """The norms in the operator's order; None for one of the heads that is absent."""
+    of_heads = [getattr(layer.self_attn, name, None) for name in HEAD_NORMS]
+    return [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
+
+
+def _epsilon(norm: Any) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 class CpuDecoder:
@@ -158,19 +204,14 @@ class _Layer:
     """The modules of one layer, in the operator's order.
 
     Attributes:
-        modules: All of them.
+        modules: All of them, the ones that are passed by too: a layer with another activation is another layer.
     """
 
     def __init__(self, layer: Any) -> None:
-        attention = layer.self_attn
-        owners = [(attention, name) for name in ATTENTION] + [(layer.mlp, name) for name in MLP]
-        self._projections = [getattr(owner, name) for owner, name in owners]
-        head_norms = [getattr(attention, name, None) for name in HEAD_NORMS]
-        self._norms = [layer.input_layernorm, layer.post_attention_layernorm, *head_norms]
-        self.modules = [*self._projections, *self._norms]
-        self._scale = attention.scaling
-        norm = layer.input_layernorm
-        self._eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        self._projections, self._norms = _linear_layers(layer), _norms(layer)
+        self.modules = list(layer.modules())
+        self._scale = layer.self_attn.scaling
+        self._eps = _epsilon(layer.input_layernorm)
 
     def __call__(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, step: GroupStep

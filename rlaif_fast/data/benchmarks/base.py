@@ -93,18 +93,18 @@ class Folder:
         return next(iter(sorted(self.path.glob(pattern))), None)
 
     @cached_property
-    def _videos(self) -> dict[str, Path]:
+    def _videos(self) -> dict[str, list[Path]]:
         """Every video below the folder, and every folder of pictures, by its name without suffix."""
-        found: dict[str, Path] = {}
+        found: dict[str, dict[Path, Path]] = {}  # links to one file are one video
         for path in sorted(self.path.rglob("*")):
             if path.suffix.casefold() in VIDEO_SUFFIXES:
-                found.setdefault(path.stem, path)
+                found.setdefault(path.stem, {}).setdefault(path.resolve(), path)
             elif path.suffix.casefold() in PICTURE_SUFFIXES:
-                found.setdefault(path.parent.name, path.parent)
-        return found
+                found.setdefault(path.parent.name, {}).setdefault(path.parent.resolve(), path.parent)
+        return {name: list(paths.values()) for name, paths in found.items()}
 
     def video(self, *names: str, cut: Cut | None = None) -> tuple[MediaRef | None, str]:
-        """The video of the first name that there is one of; else None, and why.
+        """The video of the first name that there is one of; else None, and why. Of two, neither is guessed.
 
         Args:
             names: Names with or without suffix, or paths below the folder, without which they are found too.
@@ -113,9 +113,12 @@ class Folder:
         for name in names:
             direct, own = self.path / name, Path(name)
             stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
-            path = direct if direct.is_file() else self._videos.get(stem)
-            if path is not None:
-                return MediaRef(str(path), cut=cut or Cut(), frames=_frames(path)), ""
+            paths = [direct] if direct.is_file() else self._videos.get(stem, [])
+            if len(paths) > 1:
+                places = ", ".join(str(path.relative_to(self.path)) for path in paths)
+                return None, f"{len(paths)} videos are called {stem!r}: {places}"
+            if paths:
+                return MediaRef(str(paths[0]), cut=cut or Cut(), frames=_frames(paths[0])), ""
         return None, f"no video {' or '.join(map(repr, names))} below {self.path}"
 
 

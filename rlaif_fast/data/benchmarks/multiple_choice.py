@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.benchmarks.base import (
@@ -119,7 +120,7 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
             place = options.index(answer) if answer in options else None
             cut = Cut(video_start=row.get("start"), video_end=row.get("end"))
             found, trouble = folder.video(text_of(row, "video", where), cut=cut)
-            if found is not None and "segment" in found.path:
+            if found is not None and "segment" in str(Path(found.path).relative_to(folder.path)):
                 found, trouble = folder.video(text_of(row, "video", where))
             yield make_item(
                 (found, trouble),
