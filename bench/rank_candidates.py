@@ -1,6 +1,8 @@
 """Uses of ranks that `rank_uses.py` predicts to be ahead, as algorithms: `--algorithm bench.rank_candidates:Levels`.
 
-They are on trial (docs/comparison.md) and no part of the package. Both give a level of the group's order the gain of
+In training runs they were not (docs/comparison.md), so they are no part of the package.
+
+Both give a level of the group's order the gain of
 GRPO_rank and divide by nothing. Equal responses then share one place, however often one was drawn, so the best stands
 as far above the rest in every group; `grpo_rank` spends a place on each response and divides by the group's root mean
 square, which makes a group of seven alike and one other as loud as one that is evenly split.
