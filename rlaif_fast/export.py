@@ -93,13 +93,16 @@ def checkpoint_of(run: Path) -> Path:
     """The best checkpoint of a run, known to be whole, or `run` itself where that is a checkpoint.
 
     Raises:
+        RlaifFastError: Its weights are not as they were written.
         UsageError: It is neither.
     """
     from rlaif_fast.policy.weights import ADAPTER_CONFIG
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.runs.integrity import check_weights
 
     if any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        check_weights(run)
         return run
     run_dir = RunDir.open(str(run))
     return CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")

@@ -19,8 +19,12 @@ def refuse_repeated_keys(file: str | Path) -> None:
     import yaml
 
     left: list[Any] = [yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)]
+    met: set[int] = set()  # an alias may lead back to what holds it
     while left:
         node = left.pop()
+        if id(node) in met:
+            continue
+        met.add(id(node))
         if isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:

@@ -1,6 +1,7 @@
 """A checkpoint as a folder for other programs: what it computes, what it holds, what is refused."""
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -8,11 +9,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.export import BOTH, IMAGE, VIDEO, export, main, probe, settings_of, write_settings
+from rlaif_fast.evals.options import EvaluateConfig, configuration
+from rlaif_fast.export import (
+    BOTH,
+    IMAGE,
+    VIDEO,
+    checkpoint_of,
+    export,
+    main,
+    probe,
+    settings_of,
+    write_settings,
+)
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, save_model
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.integrity import MANIFEST, Manifest, digests, write_manifest
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.setup import preflight
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +144,30 @@ def test_the_name_reaches_the_hub(base, tmp_path, monkeypatch):
         ("create_repo", ("me/mine",), {"private": True, "exist_ok": True}),
         ("upload_folder", (), {"repo_id": "me/mine", "folder_path": str(tmp_path / "out")}),
     ]
+
+
+def test_weights_that_are_not_as_they_were_written_are_refused(base, tmp_path):
+    """Of a checkpoint that is named itself; what one may edit, or another program's manifest, is no damage."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(base, checkpoint)
+    write_manifest(checkpoint, Manifest(order=1, files=digests(checkpoint)))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config, indent=1))
+    assert checkpoint_of(checkpoint) == checkpoint
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    commands = [
+        lambda: export(checkpoint, tmp_path / "out"),
+        lambda: configuration(EvaluateConfig(model=str(checkpoint), data="test.jsonl")),
+        lambda: preflight(TrainConfig(model=str(checkpoint), data="synthetic")),
+        lambda: preflight(TrainConfig(sft=str(checkpoint), data="synthetic")),
+    ]
+    for command in commands:
+        with pytest.raises(RlaifFastError, match=r"damaged: .*model.safetensors is not as it was written"):
+            command()
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(RlaifFastError, match=r"model.safetensors is missing"):
+        checkpoint_of(checkpoint)
+    (checkpoint / MANIFEST).write_text('{"files": "of someone else"}')
+    assert checkpoint_of(checkpoint) == checkpoint

@@ -27,6 +27,7 @@ FLOORS = (
     ("data",),
     ("video",),
     ("cli", "plugins"),
+    ("yaml_keys",),
     ("errors", "machine", "termination"),
     ("loss",),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError, require, require_least
@@ -136,9 +137,12 @@ def configuration(options: EvaluateConfig) -> TrainConfig:
     """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate."""
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.runs.integrity import check_weights
     from rlaif_fast.trainer.resume import saved_config
 
     config = TrainConfig()
+    if options.model is not None:
+        check_weights(Path(options.model).expanduser())
     given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}
     if options.fps is not None:
         given["nframes"] = None  # a rate takes the place of the run's number

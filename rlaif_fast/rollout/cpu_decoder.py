@@ -173,22 +173,18 @@ class CpuDecoder:
             return of_model()
         if self._agrees:
             return self._run(ids, positions, step)
-        found = self._try(ids, positions, step)
-        expected = of_model()  # behind the other, so that its keys and values are the ones that stay
-        distance = float((found - expected).norm() / expected.norm())
-        self._agrees = distance < TOLERANCE
-        if not self._agrees:  # NaN never agrees
-            log.warning(
-                "rollout: the C++ decode step is not used: it is off by %.1e of the model's own", distance
-            )
-        return expected
-
-    def _try(self, ids: Tensor, positions: Tensor, step: GroupStep) -> Tensor:
         try:
-            return self._run(ids, positions, step)
+            found = self._run(ids, positions, step)
         except (TypeError, ValueError) as error:  # shapes of a layer that looks plain and is not
-            log.warning("rollout: the C++ decode step refuses this model: %s", str(error).splitlines()[0])
-            return torch.tensor(float("nan"))
+            reason, found = str(error).splitlines()[0], None
+        expected = of_model()  # behind the other, so that its keys and values are the ones that stay
+        if found is not None:
+            distance = float((found - expected).norm() / expected.norm())
+            reason = f"it is off by {distance:.1e} of the model's own"
+        self._agrees = found is not None and distance < TOLERANCE  # NaN never agrees
+        if not self._agrees:
+            log.warning("rollout: the C++ decode step is not used: %s", reason)
+        return expected
 
     def _run(self, ids: Tensor, positions: Tensor, step: GroupStep) -> Tensor:
         decoder = self._policy.decoder

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.errors import RlaifFastError
+
 MANIFEST = "manifest.json"
 BLOCK = 2**20
 
@@ -121,6 +123,38 @@ def read_manifest(folder: Path) -> Manifest:
     for name in found.keys() - manifest.files.keys():
         raise Damage(f"{folder / name} was added after the checkpoint was written")
     return manifest
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a checkpoint of a run whose weights are not as they were written.
+
+    Its other files may have been edited, and a folder from elsewhere has no manifest: neither is refused.
+
+    Raises:
+        RlaifFastError: A file of weights is missing or was changed, or the manifest was.
+    """
+    if not _has_own_manifest(folder):
+        return
+    try:
+        files = Manifest(**unseal(folder / MANIFEST)).files
+        for name in (name for name in files if name.endswith(".safetensors")):
+            if not (folder / name).is_file():
+                raise Damage(f"{folder / name} is missing")
+            if file_digest(folder / name) != files[name]:
+                raise Damage(f"{folder / name} is not as it was written")
+    except Damage as error:
+        raise RlaifFastError(f"damaged: {error}") from error
+
+
+def _has_own_manifest(folder: Path) -> bool:
+    """Whether a folder has a manifest, and not another program's file of that name."""
+    try:
+        values = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # what cannot be read is no one else's to judge
+    return isinstance(values, dict) and "sha256" in values and "files" in values
 
 
 def damaged_logs(folder: Path, manifest: Manifest) -> list[Path]:

@@ -36,6 +36,7 @@ from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, question_text
 from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.rollout.reasoning import check_budget
+from rlaif_fast.runs.integrity import check_weights
 from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
@@ -70,11 +71,14 @@ def preflight(config: TrainConfig) -> None:
     """Check what can be checked in seconds, before anything of an earlier run is replaced.
 
     Raises:
+        RlaifFastError: It starts from a checkpoint whose weights are not as they were written.
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
     check_backend(config, resolve_device(config.device))
     shards_together(config, config.num_processes, config.num_processes)
     check_model(config.model, shared_prefix=config.shared_prefix)
+    for start in (config.model, config.sft):
+        check_weights(Path(start).expanduser())
     if config.load_in_4bit:
         quantization.check_available()
     if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
