@@ -196,8 +196,9 @@ def test_a_rollout_is_that_of_the_modules(model_type: str, steps) -> None:
     modules = SharedPrefixSampler(policy, cpu_decoder=False).sample(prompts, 3, params)
     assert not steps
     sampler = SharedPrefixSampler(policy)
-    for _ in range(2):  # the first step of the first is the modules'
-        assert_same(sampler.sample(prompts, 3, params), modules)
+    first, second = (sampler.sample(prompts, 3, params) for _ in range(2))
+    assert_same(first, modules)
+    assert torch.equal(first.logps, second.logps)  # though the first step of the first was computed both ways
     assert len(steps) == 12
 
 

@@ -142,7 +142,7 @@ class CpuDecoder:
 
     @property
     def in_use(self) -> bool:
-        """Whether the first step of the latest rollout's modules agreed, so that the others are C++."""
+        """Whether the present modules agreed with C++ at their first step, so that C++ is used."""
         return bool(self._layers and self._agrees)
 
     def begin(self) -> None:
@@ -173,18 +173,18 @@ class CpuDecoder:
             return of_model()
         if self._agrees:
             return self._run(ids, positions, step)
+        expected = of_model()
         try:
             found = self._run(ids, positions, step)
         except (TypeError, ValueError) as error:  # shapes of a layer that looks plain and is not
-            reason, found = str(error).splitlines()[0], None
-        expected = of_model()  # behind the other, so that its keys and values are the ones that stay
-        if found is not None:
+            reason, self._agrees = str(error).splitlines()[0], False
+        else:
             distance = float((found - expected).norm() / expected.norm())
-            reason = f"it is off by {distance:.1e} of the model's own"
-        self._agrees = found is not None and distance < TOLERANCE  # NaN never agrees
-        if not self._agrees:
-            log.warning("rollout: the C++ decode step is not used: %s", reason)
-        return expected
+            reason, self._agrees = f"it is off by {distance:.1e} of the model's own", distance < TOLERANCE
+        if self._agrees:  # NaN never agrees
+            return found  # as every later step, so that a rollout does not depend on when this was asked
+        log.warning("rollout: the C++ decode step is not used: %s", reason)
+        return of_model()  # once more, so that the keys and values are its own
 
     def _run(self, ids: Tensor, positions: Tensor, step: GroupStep) -> Tensor:
         decoder = self._policy.decoder

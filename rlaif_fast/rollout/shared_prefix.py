@@ -229,7 +229,7 @@ class SharedPrefixSampler(ReadsPolicy):
 
     @property
     def decodes_in_cpp(self) -> bool:
-        """Whether the steps of the last rollout, but for the first, went through the C++ operator."""
+        """Whether the steps of the last rollout went through the C++ operator."""
         return self._cpu_decoder is not None and self._cpu_decoder.in_use
 
     @torch.no_grad()
