@@ -58,6 +58,13 @@ def test_importing_the_package_is_light():
     assert result.stdout.split() == ["False"], result.stderr
 
 
+def test_an_extension_older_than_the_package_is_not_used(monkeypatch):
+    assert extension.unavailable() is None
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_tomorrow"))
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    assert "from older sources, which have no of_tomorrow; build it again" in extension.unavailable()
+
+
 def test_without_the_extension_the_reference_runs_and_says_so_once():
     code = """
 import sys, warnings

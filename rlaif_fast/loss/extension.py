@@ -6,18 +6,34 @@ import functools
 import importlib
 from typing import Any
 
+import torch
+
+OPERATORS = (
+    "rank_penalty",
+    "token_loss",
+    "row_stats",
+    "row_grad_out",
+    "row_loss_",
+    "compact_rows_",
+    "decode_layer_",
+)  # that the CPU's kernels bring
+
 
 @functools.cache
 def load() -> Any:
     """Import the extension.
 
     Returns:
-        The module `rlaif_fast._C`, or the ImportError that says why it cannot be loaded.
+        The module `rlaif_fast._C`, or the ImportError that says why it cannot be loaded or used.
     """
     try:
-        return importlib.import_module("rlaif_fast._C")
+        module = importlib.import_module("rlaif_fast._C")
     except ImportError as error:
         return error
+    absent = [name for name in OPERATORS if not hasattr(torch.ops.rlaif_fast, name)]
+    if absent:  # the package was updated where it lies, and not built again
+        return ImportError(f"it was built from older sources, which have no {absent[0]}; build it again")
+    return module
 
 
 def unavailable() -> str | None:
@@ -27,4 +43,4 @@ def unavailable() -> str | None:
         return None
     if isinstance(module, ModuleNotFoundError):
         return "the extension rlaif_fast._C is not built (pip install . builds it; RLAIF_FAST_EXT=0 skips it)"
-    return f"the extension rlaif_fast._C does not load (was it built for this torch?): {module}"
+    return f"the extension rlaif_fast._C cannot be used (was it built for this torch?): {module}"
