@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import family_checkpoints
 import pytest
@@ -110,6 +114,12 @@ def written_out(arguments, scale=0.4):
     return hidden, keys, values
 
 
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within the rounding of float32 sums in another order."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert relative_l2(found.nan_to_num(), expected.nan_to_num()) < 1e-6
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -124,8 +134,7 @@ def written_out(arguments, scale=0.4):
 def test_the_operator_is_the_layer_written_out(sizes) -> None:
     arguments = problem(**sizes)
     for found, expected in zip(run(arguments), written_out(arguments), strict=True):
-        assert torch.equal(found.isnan(), expected.isnan())
-        assert relative_l2(found.nan_to_num(), expected.nan_to_num()) < 1e-6
+        assert_close(found, expected)
 
 
 def test_the_result_does_not_depend_on_the_threads() -> None:
@@ -139,7 +148,33 @@ def test_the_result_does_not_depend_on_the_threads() -> None:
     finally:
         torch.set_num_threads(before)
     for one, three in zip(*results, strict=True):
-        torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert_close(one, three)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set_gives_the_same(capability: str, tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+from rlaif_fast.loss import extension
+from test_cpu_decoder import problem, run
+assert extension.unavailable() is None
+if torch.ops.rlaif_fast.row_instruction_set() != {capability!r}:
+    sys.exit(3)
+torch.save(run(problem(E=70, F=37)), {str(tmp_path / "layer.pt")!r})
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode == 3:
+        pytest.skip(f"this processor has no {capability}")
+    assert result.returncode == 0, result.stderr
+    for found, ours in zip(torch.load(tmp_path / "layer.pt"), run(problem(E=70, F=37)), strict=True):
+        assert_close(found, ours)
 
 
 @pytest.mark.parametrize(
