@@ -2,10 +2,10 @@
 
 In training runs they were not (docs/comparison.md), so they are no part of the package.
 
-Both give a level of the group's order the gain of
-GRPO_rank and divide by nothing. Equal responses then share one place, however often one was drawn, so the best stands
-as far above the rest in every group; `grpo_rank` spends a place on each response and divides by the group's root mean
-square, which makes a group of seven alike and one other as loud as one that is evenly split.
+Both give a level of the group's order the gain of GRPO_rank and divide by nothing. Equal responses then share one
+place, however often one was drawn, so the best stands as far above the rest in every group; `grpo_rank` spends a place
+on each response and divides by the group's root mean square, which makes a group of seven alike and one other as loud
+as one that is evenly split.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms import AlgorithmOptions, GroupAlgorithm, Verdicts
 from rlaif_fast.algorithms.base import Feedback
+from rlaif_fast.algorithms.rlrr import levels_below
 
 
 class Levels(GroupAlgorithm):
@@ -37,10 +38,9 @@ class Levels(GroupAlgorithm):
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
         members = verdicts.members
-        agreement = rank_advantages(
-            verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
-        )
-        level = levels_above(verdicts).to(verdicts.scores.dtype)
+        agreement = verdicts.agreement()
+        below = levels_below(verdicts)
+        level = (below.amax(1, keepdim=True) - below).to(verdicts.scores.dtype)
         gains = (1 / ((1 + level) * torch.log2(2 + level))).where(members, 0.0)
         centred = gains - gains.sum(1, keepdim=True) / members.sum(1, keepdim=True).clamp(min=1)
         advantages = self.size * centred * self.trust(level, members)
@@ -65,13 +65,3 @@ class TrustedLevels(Levels):
         """See `Levels.trust`."""
         best = ((level == 0) & members).sum(1, keepdim=True)
         return best / (best + 1)
-
-
-def levels_above(verdicts: Verdicts) -> Tensor:
-    """(N, G) how many distinct ranks of its group are better than a response's; what was not judged counts for none."""
-    ranks, members = verdicts.feedback, verdicts.members
-    same = (ranks[:, :, None] == ranks[:, None, :]) & members[:, None, :]
-    earlier = torch.ones_like(same[0]).tril(-1)
-    is_first = members & ~(same & earlier).any(2)
-    better = (ranks[:, None, :] < ranks[:, :, None]) & is_first[:, None, :]
-    return better.sum(2)

@@ -44,11 +44,6 @@ void project(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
   }
 }
 
-struct Norms {
-  const float* weight[kNorms];
-  double eps;
-};
-
 // out[i] = weight[i] * x[i] / sqrt(mean(x^2) + eps); out may be x.
 void rms_norm(const float* x, const float* weight, double eps, int64_t size, float* out) {
   double squares = 0;
@@ -136,13 +131,13 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
       check_matrix("biases", *own, {rows[i]});
     }
   }
-  Norms norm{{nullptr, nullptr, nullptr, nullptr}, eps};
+  const float* norm[kNorms] = {};  // null where absent
   for (int64_t i = 0; i < kNorms; ++i) {
     const std::optional<Tensor> weight = norms.get(i);
     TORCH_CHECK_VALUE(weight.has_value() || i >= kQueryNorm, "norms of the layer must be given");
     if (weight.has_value()) {
       check_matrix("norms", *weight, {i < kQueryNorm ? E : D});
-      norm.weight[i] = weight->const_data_ptr<float>();
+      norm[i] = weight->const_data_ptr<float>();
     }
   }
   const auto projected = [&](const Tensor& x, Projection which) {
@@ -154,7 +149,7 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
     project(x, projections[which], biases.get(which), true, hidden);
   };
 
-  const Tensor input = normed(hidden, norm.weight[kInput], eps);
+  const Tensor input = normed(hidden, norm[kInput], eps);
   const Tensor q = projected(input, kQuery), k = projected(input, kKey), v = projected(input, kValue);
   Tensor query = at::zeros({N * K, R * W, D}, hidden.options());  // the heads of a key head are further queries of it
   const float *q_data = q.const_data_ptr<float>(), *k_data = k.const_data_ptr<float>();
@@ -177,11 +172,11 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
       rotate(x, cos_data + a * D, sin_data + a * D, static_cast<float>(by), D, out);
     };
     for (int64_t h = 0; h < H; ++h) {
-      placed(q_data + (a * H + h) * D, norm.weight[kQueryNorm], scale, query_data + place(a, h));
+      placed(q_data + (a * H + h) * D, norm[kQueryNorm], scale, query_data + place(a, h));
     }
     for (int64_t h = 0; h < K; ++h) {
       const int64_t at = (((slot[a] / W) * K + h) * L + column[a]) * D;
-      placed(k_data + (a * K + h) * D, norm.weight[kKeyNorm], 1.0, key_data + at);
+      placed(k_data + (a * K + h) * D, norm[kKeyNorm], 1.0, key_data + at);
       std::copy_n(v_data + (a * K + h) * D, D, value_data + at);
     }
   });
@@ -200,7 +195,7 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
   });
   add_projected(attended, kOutput);
 
-  const Tensor middle = normed(hidden, norm.weight[kPostAttention], eps);
+  const Tensor middle = normed(hidden, norm[kPostAttention], eps);
   Tensor gate = projected(middle, kGate);
   add_projected(at::silu_(gate).mul_(projected(middle, kUp)), kDown);
 }

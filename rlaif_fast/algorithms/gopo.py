@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
@@ -23,9 +23,7 @@ class Gopo(GroupAlgorithm):
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
         ranks, members = verdicts.feedback, verdicts.members
-        agreement = rank_advantages(
-            verdicts.scores, ranks, kind="oracle", judged=verdicts.judged, validate=False
-        )
+        agreement = verdicts.agreement()
         others = members[:, None, :]
         better = ((ranks[:, None, :] < ranks[:, :, None]) & others).sum(2)
         level = ((ranks[:, None, :] == ranks[:, :, None]) & others).sum(2)  # the response itself included

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.rlrr import levels_below
@@ -28,9 +28,7 @@ class Odrpo(GroupAlgorithm):
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
         members = verdicts.members
-        agreement = rank_advantages(
-            verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
-        )
+        agreement = verdicts.agreement()
         level = levels_below(verdicts)  # (N, G)
         thresholds = level.new_tensor(range(1, level.shape[1]))
         reached = ((level[:, None, :] >= thresholds[:, None]) & members[:, None, :]).to(verdicts.scores.dtype)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
@@ -30,9 +30,7 @@ class Rlrr(GroupAlgorithm):
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
         members = verdicts.members
-        agreement = rank_advantages(
-            verdicts.scores, verdicts.feedback, kind="oracle", judged=verdicts.judged, validate=False
-        )
+        agreement = verdicts.agreement()
         worse = levels_below(verdicts).to(verdicts.scores.dtype)
         rewards = worse / worse.amax(1, keepdim=True).clamp(min=1)
         count = members.sum(1, keepdim=True).clamp(min=1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlaif_fast import RankAdvantages, rank_advantages
+
 
 @dataclass(frozen=True)
 class Verdicts:
@@ -30,6 +32,10 @@ class Verdicts:
         if self.judged is None:
             return torch.ones_like(self.feedback, dtype=torch.bool)
         return self.judged
+
+    def agreement(self) -> RankAdvantages:
+        """What the policy's order has in common with the oracle's ranks, with the advantages of `oracle`."""
+        return rank_advantages(self.scores, self.feedback, kind="oracle", judged=self.judged, validate=False)
 
     def weigh(self, advantages: Tensor) -> Tensor:
         """Advantages (N, G) times the weight of their group, 0 where a response was not judged."""

@@ -78,10 +78,8 @@ def load_strictly(model_class: Any, folder: str | Path, what: str, **options: An
     Raises:
         UsageError: A weight is missing, unexpected, or of another shape.
     """
-    model, found = model_class.from_pretrained(
-        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    refuse_partial(what, found["missing_keys"], found["unexpected_keys"], _names_of(found["mismatched_keys"]))
+    model, missing, unexpected, mismatched = _load(model_class, folder, options)
+    refuse_partial(what, missing, unexpected, mismatched)
     return model
 
 
@@ -100,17 +98,24 @@ def load_whole(
     Raises:
         UsageError: A weight is missing, which would be drawn at random, or of another shape.
     """
-    model, found = model_class.from_pretrained(
-        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
-    missing = [name for name in found["missing_keys"] if unread is None or unread not in name.split(".")]
-    refuse_partial(what, missing, (), _names_of(found["mismatched_keys"]))
+    model, missing, _, mismatched = _load(model_class, folder, options)
+    needed = [name for name in missing if unread is None or unread not in name.split(".")]
+    refuse_partial(what, needed, (), mismatched)
     return model
 
 
-def _names_of(mismatched: Iterable[Any]) -> list[str]:
-    """The names alone, where they come with the two shapes."""
-    return [entry[0] if isinstance(entry, (tuple, list)) else entry for entry in mismatched]
+def _load(
+    model_class: Any, folder: str | Path, options: Mapping[str, Any]
+) -> tuple[Any, list[str], list[str], list[str]]:
+    """A model, and the names of its weights that are missing, unexpected and of another shape."""
+    model, found = model_class.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    # Names come alone or with the two shapes.
+    mismatched = [
+        entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]
+    ]
+    return model, list(found["missing_keys"]), list(found["unexpected_keys"]), mismatched
 
 
 def load_adapters(model: Any, folder: Path, what: str) -> None:
