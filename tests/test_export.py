@@ -25,7 +25,7 @@ from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, save_model
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.runs.integrity import MANIFEST, Manifest, digests, write_manifest
+from rlaif_fast.runs.integrity import MANIFEST, Manifest, check_weights, digests, write_manifest
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import preflight
 
@@ -169,5 +169,6 @@ def test_weights_that_are_not_as_they_were_written_are_refused(base, tmp_path):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(RlaifFastError, match=r"model.safetensors is missing"):
         checkpoint_of(checkpoint)
+    check_weights(checkpoint / "config.json")  # what is no folder is for others to refuse
     (checkpoint / MANIFEST).write_text('{"files": "of someone else"}')
     assert checkpoint_of(checkpoint) == checkpoint

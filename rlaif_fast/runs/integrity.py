@@ -100,9 +100,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder but its manifest, by name."""
+    return {name: file_digest(folder / name) for name in sorted(_names(folder))}
+
+
+def _names(folder: Path) -> set[str]:
+    """The files in a folder but its manifest."""
     return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in sorted(folder.rglob("*"))
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
         if path.is_file() and path.name != MANIFEST
     }
 
@@ -114,15 +119,19 @@ def read_manifest(folder: Path) -> Manifest:
         Damage: One is not, is missing, or was added.
     """
     manifest = Manifest(**unseal(folder / MANIFEST))
-    found = digests(folder)
-    for name, digest in manifest.files.items():
-        if name not in found:
-            raise Damage(f"{folder / name} is missing")
-        if found[name] != digest:
-            raise Damage(f"{folder / name} is not as it was written")
-    for name in found.keys() - manifest.files.keys():
+    _check_files(folder, manifest.files)
+    for name in _names(folder) - manifest.files.keys():
         raise Damage(f"{folder / name} was added after the checkpoint was written")
     return manifest
+
+
+def _check_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Raise `Damage` unless each file has the digest that stands beside its name."""
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            raise Damage(f"{folder / name} is missing")
+        if file_digest(folder / name) != digest:
+            raise Damage(f"{folder / name} is not as it was written")
 
 
 def check_weights(folder: Path) -> None:
@@ -137,11 +146,7 @@ def check_weights(folder: Path) -> None:
         return
     try:
         files = Manifest(**unseal(folder / MANIFEST)).files
-        for name in (name for name in files if name.endswith(".safetensors")):
-            if not (folder / name).is_file():
-                raise Damage(f"{folder / name} is missing")
-            if file_digest(folder / name) != files[name]:
-                raise Damage(f"{folder / name} is not as it was written")
+        _check_files(folder, {name: files[name] for name in files if name.endswith(".safetensors")})
     except Damage as error:
         raise RlaifFastError(f"damaged: {error}") from error
 
@@ -150,7 +155,7 @@ def _has_own_manifest(folder: Path) -> bool:
     """Whether a folder has a manifest, and not another program's file of that name."""
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError):
         return True  # what cannot be read is no one else's to judge
