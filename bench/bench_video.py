@@ -242,12 +242,29 @@ def machine() -> str:
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_patchify(benchmark, backend):  # type: ignore[no-untyped-def]
-    """8 frames of 336x448 to bfloat16 patches; reads 1 byte and writes 2 a value."""
-    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 336, 448, 3), dtype=np.uint8))
-    patches = benchmark(patchify, frames, SPEC, torch.bfloat16, backend)
-    assert patches.shape == (8 // 2 * 24 * 32, 1176)
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("cpu", "torch"),
+        ("cpu", "reference"),
+        *([("cuda", "triton"), ("cuda", "reference")] if torch.cuda.is_available() else []),
+    ],
+)
+def test_patchify(benchmark, device, backend):  # type: ignore[no-untyped-def]
+    """Frames of 336x448 to bfloat16 patches, 8 on a CPU and 512 on a GPU; reads 1 byte and writes 2 a value."""
+    count = 8 if device == "cpu" else 512
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 336, 448, 3), dtype=np.uint8))
+    frames = frames.to(device)
+
+    def run() -> torch.Tensor:
+        patches = patchify(frames, SPEC, torch.bfloat16, backend)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return patches
+
+    patches = benchmark.pedantic(run, rounds=20, warmup_rounds=2)
+    assert patches.shape == (count // 2 * 24 * 32, 1176)
+    benchmark.extra_info["bytes"] = frames.numel() * 3
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])

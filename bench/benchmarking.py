@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch._dynamo  # the first custom operator of a process loads it: memory and seconds that are not a kernel's
 
+SHORT_SECONDS = 5e-3  # below it a GPU's wall time is largely the host's
 FULL = os.environ.get("RLAIF_FAST_BENCH") == "full"
 SMOKE = os.environ.get("RLAIF_FAST_BENCH_SMOKE") == "1"
 
@@ -79,6 +80,7 @@ class Result:
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    device_seconds: float | None = None  # of its kernels alone, launches not counted; where they are short
 
     @property
     def median(self) -> float:
@@ -193,7 +195,22 @@ def measure(
             results[name].seconds.append(clock() - start)
         if done >= (0 if SMOKE else 2) and time.perf_counter() - started > seconds:
             break
+    if device == "cuda":
+        for name, result in results.items():
+            if result.median < SHORT_SECONDS:
+                result.device_seconds = device_seconds(arms[name].run)
     return Case(arms, results, floor, failed, skipped or {}, device)
+
+
+def device_seconds(run: Callable[[], Any], runs: int = 10) -> float:
+    """Return what the kernels of one run take on the GPU, as PyTorch's profiler counts it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / runs / 1e6
 
 
 def append_line(**figures: Any) -> None:
@@ -218,6 +235,7 @@ def append_case(name: str, case: Case) -> None:
             samples=len(result.seconds),
             over_floor=case.ratio(arm, case.floor),
             floor=case.floor,
+            device_s=result.device_seconds,
             peak_bytes=result.peak_bytes,
             bytes=case.arms[arm].bytes,
             flops=case.arms[arm].flops,
@@ -269,6 +287,7 @@ def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device
         floor_s=floor.median,
         over_floor=case.ratio(arm, case.floor),
         share_of_floor=1 / case.ratio(arm, case.floor),
+        device_s=result.device_seconds,
         peak_bytes=result.peak_bytes,
         bytes=case.arms[arm].bytes,
         flops=case.arms[arm].flops,

@@ -37,6 +37,12 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
+def on_device(row: Row) -> str:
+    """Write the time of an arm's kernels, where it was measured."""
+    seconds = row.get("device_s")
+    return "" if seconds is None else duration(seconds)
+
+
 def rate(row: Row) -> str:
     """Say what the arm moves or computes in a second."""
     if row["flops"]:
@@ -52,12 +58,12 @@ def table(groups: dict[str, list[Row]]) -> str:
         parts.append(
             f"### {group}\n\n{first['device']}, torch {first['torch']}, Python {first['python']}, "
             f"commit {first['commit']}. Floor: {first['floor']}.\n\n"
-            "| arm | median | p20 - p80 | over the floor | rate | extra memory | samples |\n"
-            "|---|---:|---:|---:|---:|---:|---:|"
+            "| arm | median | of it on the GPU | p20 - p80 | over the floor | rate | extra memory | samples |\n"
+            "|---|---:|---:|---:|---:|---:|---:|---:|"
         )
         for row in sorted(rows, key=lambda row: row["median_s"]):
             parts.append(
-                f"| {row['arm']} | {duration(row['median_s'])} "
+                f"| {row['arm']} | {duration(row['median_s'])} | {on_device(row)} "
                 f"| {duration(row['p20_s'])} - {duration(row['p80_s'])} | {row['over_floor']:.3g} "
                 f"| {rate(row)} | {row['peak_bytes'] / 1e6:,.0f} MB | {row['samples']} |"
             )

@@ -7,7 +7,7 @@
 # compute-sanitizer last; leaves logs, JSON, table and figure in OUT_DIR, packs them into OUT_DIR/results.tar.gz (also when
 # it is stopped), and prints a short table last. Stages that ran to their end leave a marker and are skipped when it is run
 # again, also where a bar was missed. Needs no network; wheels that bench/gpu_wheels.sh fetched are installed beside the
-# checkout. BUDGET_S (default 530) bounds the whole, each stage has a limit of its own.
+# checkout. BUDGET_S (default 530) bounds the whole, each stage has a limit of its own; STAGES="NAME NAME" runs only those.
 # --dry-run goes through all stages on a machine without a GPU: tests and benchmarks are only collected, kernels
 # run in Triton's interpreter.
 # shellcheck disable=SC2329  # functions are called by name, in a shell of their own
@@ -35,6 +35,7 @@ python=${PYTHON:-python3}
 # The packages as they lie in the tree, whether or not they are installed.
 mkdir -p "$out/path"
 ln -sfn "$root/kernels" "$out/path/rlaif_fast_kernels"
+ln -sfn "$root/configs" "$out/path/rlaif_fast_configs"
 export PYTHONPATH="$root:$out/path${PYTHONPATH:+:$PYTHONPATH}"
 wheels=${GPU_WHEELS:-$root/bench/.wheels}
 if [[ -d $wheels && $dry -eq 0 ]]; then # packages that the machine lacks, behind its own
@@ -146,8 +147,8 @@ tests() { # every kernel on the device; most of the time is compilation, so the 
 
 gpu_tests() {
   local others=()
-  for file in tests/test_*.py; do [[ $file == tests/test_triton_* ]] || others+=("$file"); done
-  "$python" -m pytest -q "${collect[@]}" -m "gpu and not slow" "${others[@]}"
+  mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -v test_triton_)
+  "$python" -m pytest -q -rs "${collect[@]}" -m "gpu and not slow" "${others[@]}" tests/test_rank_penalty.py
 }
 
 sanitize() { # TOOL
@@ -161,20 +162,32 @@ sanitize() { # TOOL
   "$tool" --tool "$1" --error-exitcode 9 "$python" bench/sanitize.py
 }
 
-benchmark() { # NAME [pytest arguments]: one benchmark file to NAME.json
+benchmark() { # NAME [pytest arguments]: the GPU's part of one benchmark file to NAME.json
   local name=$1
   shift
   if [[ ! -e bench/$name.py ]]; then
     echo "bench/$name.py is not there"
     return 1
   fi
-  "$python" -m pytest "bench/$name.py" --benchmark-only --benchmark-disable-gc -q "${collect[@]}" \
+  "$python" -m pytest "bench/$name.py" --benchmark-only --benchmark-disable-gc -q -k "cuda and not cpu" "${collect[@]}" \
     --benchmark-json="$out/$name.json" "$@"
 }
 
 figures() {
   [[ $dry -eq 0 ]] || { "$python" -c 'import matplotlib' && test -e bench/report.py; return; }
   "$python" bench/report.py "$out"/bench_*.json --out "$out"
+}
+
+train() { # DTYPE [arguments]: the embedded run, its clips and checkpoints outside of what is brought back
+  [[ $dry -eq 0 ]] || { "$python" -m rlaif_fast.train --help; return; }
+  local dtype=$1 folder status
+  shift
+  folder=$(mktemp -d)
+  "$python" -m rlaif_fast.train --dtype "$dtype" --output_dir "$folder" "$@"
+  status=$?
+  mkdir -p "$out/train_$dtype"
+  find "$folder" -maxdepth 1 -type f -size -4M -exec cp {} "$out/train_$dtype" \;
+  return "$status"
 }
 
 check() { # every kernel and wire of this machine against its reference
@@ -194,7 +207,7 @@ tune() {
 }
 
 # timeout runs commands, not functions: each function is handed to a bash of its own.
-export -f environment build check tests gpu_tests sanitize benchmark figures spills tune
+export -f environment build check train tests gpu_tests sanitize benchmark figures spills tune
 export out root python dry
 in_bash() { printf '%q ' "$@"; }
 collect_definition=$(declare -p collect)
@@ -204,23 +217,35 @@ call() { # NAME LIMIT FUNCTION [ARGUMENTS]
   stage "$name" "$limit" bash -c "set -uo pipefail; $collect_definition; $(in_bash "$@")"
 }
 
-call environment 30 environment
-call build 150 build
-call check 90 check
-call bench_linear_loss 90 benchmark bench_linear_loss
-call bench_step 240 benchmark bench_step -k cuda
-call bench_logits_loss 60 benchmark bench_logits_loss
-call bench_video 45 benchmark bench_video
-call kernel_tests 150 tests
-call bench_rank_loss 45 benchmark bench_rank_loss
-call bench_rank_penalty 45 benchmark bench_rank_penalty
-call bench_preference_loss 45 benchmark bench_preference_loss
-call gpu_tests 120 gpu_tests
-call tune_rows 40 tune
-call spills 60 spills
-call report 30 figures
-call memcheck 70 sanitize memcheck
-call racecheck 70 sanitize racecheck
+wanted() { [[ -z ${STAGES:-} || " $STAGES " == *" $1 "* ]]; }
+run() { # NAME LIMIT FUNCTION [ARGUMENTS]: a stage, where it is wanted
+  ! wanted "$1" || call "$@"
+}
+packages() { # everything that needs the extension to be right, after it
+  run build 150 build
+  run check 90 check
+  run train 150 train float32
+  run train_bfloat16 90 train bfloat16 --sft_steps 60 --max_steps 12 --eval_steps 6
+  run gpu_tests 120 gpu_tests
+}
+
+run environment 40 environment
+packages & # beside the kernels' tests, which need the compiler of Triton and not the extension
+run kernel_tests 200 tests
+wait
+run bench_linear_loss 90 benchmark bench_linear_loss
+run bench_step 240 benchmark bench_step
+run bench_prefix_decode 45 benchmark bench_prefix_decode
+run bench_logits_loss 60 benchmark bench_logits_loss
+run bench_video 45 benchmark bench_video
+run bench_rank_loss 45 benchmark bench_rank_loss
+run bench_rank_penalty 45 benchmark bench_rank_penalty
+run bench_preference_loss 45 benchmark bench_preference_loss
+run tune_rows 40 tune
+run spills 60 spills
+run report 30 figures
+run memcheck 70 sanitize memcheck
+run racecheck 70 sanitize racecheck
 
 echo
 printf '%-20s %-16s %s\n' stage result seconds

@@ -294,17 +294,19 @@ def test_the_check_of_captured_steps_passes_and_fails(family: str, monkeypatch) 
     assert check_graphs(policy) == "StopIteration: "
 
 
-def test_fixed_steps_see_new_weights(family: str) -> None:
-    policy, params = make_policy(family), SamplingParams(max_new_tokens=5, seed=2)
+@pytest.mark.parametrize("kind", [GraphSampler, SharedPrefixSampler])
+def test_steps_see_new_weights(family: str, kind) -> None:
+    policy, params = make_policy(family), SamplingParams(max_new_tokens=6, seed=2)
     prompts = standard_prompts(family)
-    sampler = GraphSampler(policy)
+    sampler = kind(policy)
     before = sampler.sample(prompts, 2, params)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1.3)
     after = sampler.sample(prompts, 2, params)
-    assert_same(after, SharedPrefixSampler(policy).sample(prompts, 2, params))
+    assert_same(after, SharedPrefixSampler(policy, cpu_decoder=False).sample(prompts, 2, params))
     assert not torch.equal(after.token_ids, before.token_ids)
+    assert sampler.decodes_in_cpp == (kind is SharedPrefixSampler)
 
 
 def test_samplers_by_name(tmp_path, monkeypatch) -> None:

@@ -225,7 +225,7 @@ def _write_pngs(
         figures.to_png(folder / "headline.png", [(title, figures.headline(comparison.total))], (WIDE, 190))
         figures.to_png(
             folder / "categories.png",
-            [("Held-out accuracy by category", figures.categories(scores))],
+            [("Held-out accuracy: grey before RL, green after, dashed guessing", figures.categories(scores))],
             (WIDE, 110 + 42 * len(scores)),
         )
 
