@@ -1,9 +1,10 @@
 """One row of logits: its statistics in one sweep over the vocabulary, and its gradient in another.
 
-A logit is capped first where there is a cap, c tanh(inner x) with inner = scale / c; z is that, or the logit,
-times `scale`, in units of log 2. Each lane keeps its own running maximum m, sum s = sum 2^(z - m) and
-w = sum 2^(z - m)(z - m) of VEC neighbouring logits, so that no thread waits for another within the sweep. The
-entropy comes from z - m, which does not cancel. The next block is loaded before this one is used.
+A logit is capped first where there is a cap: x, or c tanh(inner x). Each lane keeps its own running maximum m of x,
+and with d = (x - m) scale, in units of log 2, the sums s = sum 2^d and w = sum 2^d d of VEC neighbouring logits, so that
+no thread waits for another within the sweep. The maximum is taken off before the scale is put on: a fused multiply-add
+of x scale - m scale would leave the rounding of m scale in d, which at large logits is not small. The entropy comes from
+d, which does not cancel. The next block is loaded before this one is used.
 
 Device functions, for `logits_loss`, which says what they compute. Letters: V vocabulary, y the token.
 """
@@ -51,29 +52,29 @@ def sweep(x, V, y, scale, inner, cap, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
     w = tl.zeros((BLOCK_V // VEC,), tl.float32)
     ahead = tl.load(x + offs_v, mask=offs_v < V, other=float("-inf"), eviction_policy="evict_last")
     for v in tl.range(BLOCK_V, V + BLOCK_V, BLOCK_V):
-        z = _capped(ahead, inner, cap) * scale
+        z = _capped(ahead, inner, cap)
         if cap is not None:
             z = tl.where(v - BLOCK_V + offs_v < V, z, float("-inf"))
         at = v + offs_v
         ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
         m_new = tl.maximum(m, tl.max(z, axis=1))
-        shift = m - m_new
+        shift = (m - m_new) * scale
         decay = tl.exp2(shift)
-        d = z - m_new[:, None]
+        d = (z - m_new[:, None]) * scale
         e = tl.exp2(d)
         w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)  # 0 * -inf is NaN
         s = decay * s + tl.sum(e, axis=1)
         m = m_new
     top = tl.max(m, axis=0)
-    shift = m - top
+    shift = (m - top) * scale
     decay = tl.exp2(shift)
     total = tl.sum(decay * s, axis=0)
-    mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of z - top under softmax
+    mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of d under softmax
     inside = (y >= 0) & (y < V)
-    z_y = _capped(tl.load(x + tl.where(inside, y, 0)), inner, cap) * scale
+    z_y = _capped(tl.load(x + tl.where(inside, y, 0)), inner, cap)
     log_total = tl.log2(total)
-    logp = tl.where(inside, (z_y - top - log_total) * LN2, float("nan"))
-    return top + log_total, logp, (log_total - mean) * LN2
+    logp = tl.where(inside, ((z_y - top) * scale - log_total) * LN2, float("nan"))
+    return top * scale + log_total, logp, (log_total - mean) * LN2
 
 
 @triton.jit

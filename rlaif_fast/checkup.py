@@ -29,7 +29,7 @@ from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relativ
 OPTIONS: dict[str, Any] = {"beta": 0.04, "entropy_coef": 0.01}
 # Triton's interpreter truncates to bfloat16 where a device rounds to nearest even.
 INTERPRETER_FACTOR = 2.5
-# The linear loss rounds a chunk's logits to 16 bits before the row kernel; the other operations get them exact.
+# A logit between two numbers of 16 bits may be rounded the other way than the reference's.
 LINEAR_FACTOR = 2.0
 ATTENTION_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2.0**-6  # of bfloat16 results
 
@@ -108,7 +108,10 @@ def _loss(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     V = 136 if backend == "cuda" else 130  # its rows are whole vectors of 16 bytes
     problem = random_problem(dtype=dtype, device=device, V=V, T=9)
     ours = _outputs(op, problem, backend)
-    expected = _outputs(op, problem.double(), "reference")
+    if op == "linear_loss" and backend in ("triton", "cuda") and dtype != torch.float32:
+        expected = _of_rounded_logits(problem)
+    else:
+        expected = _outputs(op, problem.double(), "reference")
     # The loss is a sum of terms that largely cancel: its error is taken of 1 where it is smaller.
     return max(
         relative(a, b) if a.dim() == 0 else relative_l2(a, b) for a, b in zip(ours, expected, strict=True)
@@ -132,6 +135,19 @@ def _outputs(op: str, p: Problem, backend: str) -> list[Tensor]:
         hidden, weight, bias = leaves
         output = fused_linear_grpo_rank_loss(hidden, weight, p.token_ids, p.oracle_ranks, bias=bias, **common)
     return [output.loss.detach(), output.advantages, *torch.autograd.grad(output.loss, leaves)]
+
+
+def _of_rounded_logits(p: Problem) -> list[Tensor]:
+    """What `_outputs` gives for the linear loss in float64, the logits rounded to the dtype once: a chunk of them is
+    stored in 16 bits on a GPU, and what that does to a gradient depends on the problem (1% to 2%), not on the kernel.
+    """
+    exact = p.double()
+    logits = (exact.hidden @ exact.weight.t() + exact.bias).to(p.hidden.dtype).double().requires_grad_()
+    common: dict[str, Any] = {**OPTIONS, **exact.tensors, "backend": "reference"}
+    output = grpo_rank_loss_from_logits(logits, p.token_ids, p.oracle_ranks, **common)
+    (slope,) = torch.autograd.grad(output.loss, logits)
+    of_weight = slope.flatten(0, 1).t() @ exact.hidden.flatten(0, 1)
+    return [output.loss.detach(), output.advantages, slope @ exact.weight, of_weight, slope.sum((0, 1))]
 
 
 def _policy_checks(device: str) -> Iterator[Check]:

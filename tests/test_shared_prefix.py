@@ -523,9 +523,10 @@ def test_flex_forward(family: str, monkeypatch) -> None:
 @needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
-def test_equals_the_plain_path_on_a_gpu(family: str, backend: str) -> None:
+def test_equals_the_plain_path_on_a_gpu(family: str, backend: str, monkeypatch) -> None:
+    for of in (torch.backends.cuda.matmul, torch.backends.cudnn):  # the patches' convolution takes TF32 by default
+        monkeypatch.setattr(of, "allow_tf32", False)
     model = make_model(family).cuda()
-    torch.backends.cuda.matmul.allow_tf32 = False
     ours = make_policy(family, model=model, attention_backend=backend)
     assert_same(ours, make_policy(family, model=model, shared_prefix=False), standard_case(family))
 

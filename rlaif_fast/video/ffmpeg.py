@@ -36,6 +36,8 @@ FORMATS = (
 )
 NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text files as pictures
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
+# Text that is not UTF-8 must not make a video unreadable; from 19 on PyAV decodes it leniently by itself.
+METADATA = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
 
@@ -349,7 +351,7 @@ def _open(path: str) -> Any:
         # An absolute path cannot be taken for a protocol ("a:b.mp4"), and no playlist may reach the network.
         whole = os.path.abspath(path)  # noqa: PTH100
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-        return av.open(whole, options=options, metadata_errors="replace")
+        return av.open(whole, options=options, **METADATA)
     except av.error.FFmpegError as error:
         if error.errno == errno.EINVAL:
             raise BadVideo(
