@@ -27,6 +27,7 @@ if FULL:
 ARMS = [
     "three matmuls",
     "triton kernel",
+    "cuda kernel",
     "cpu kernel",
     "cpu kernel, on-policy",
     "eager",

@@ -219,7 +219,7 @@ def append_line(**figures: Any) -> None:
     path = os.environ.get("RLAIF_FAST_BENCH_LINES")
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures | {"torch": torch.__version__, "commit": commit()}) + "\n")
+            file.write(json.dumps(figures | versions()) + "\n")
 
 
 def append_case(name: str, case: Case) -> None:
@@ -291,9 +291,7 @@ def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device
         peak_bytes=result.peak_bytes,
         bytes=case.arms[arm].bytes,
         flops=case.arms[arm].flops,
-        torch=torch.__version__,
-        python=platform.python_version(),
-        commit=commit(),
+        **versions(),
     )
 
 
@@ -306,6 +304,11 @@ def device_name(device: str) -> str:
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
     return f"{model}, 1 thread, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures belong to."""
+    return {"torch": torch.__version__, "python": platform.python_version(), "commit": commit()}
 
 
 def commit() -> str:

@@ -3,6 +3,7 @@
     pytest bench/bench_linear_loss.py --benchmark-only --benchmark-json=linear.json
     python bench/report.py linear.json [more.json ...] --out DIR
 
+or the lines that RLAIF_FAST_BENCH_LINES names (`.jsonl`), which a session that was stopped leaves too;
 writes DIR/kernels.md and DIR/kernels.png: time and extra memory of each arm, the floor as a line.
 """
 
@@ -23,9 +24,17 @@ def load(paths: list[Path]) -> dict[str, list[Row]]:
     """
     groups: dict[str, list[Row]] = defaultdict(list)
     for path in paths:
+        if path.suffix == ".jsonl":
+            for row in map(json.loads, path.read_text().splitlines()):
+                if "over_floor" in row:
+                    groups[row["case"]].append(row)
+            continue
         for entry in json.loads(path.read_text())["benchmarks"]:
             if "over_floor" in entry["extra_info"]:
                 groups[entry["group"]].append(entry["extra_info"])
+    for rows in groups.values():
+        for row in rows:
+            row.setdefault("floor_s", next(r["median_s"] for r in rows if r["arm"] == row["floor"]))
     return groups
 
 
@@ -46,8 +55,9 @@ def on_device(row: Row) -> str:
 def rate(row: Row) -> str:
     """Say what the arm moves or computes in a second."""
     if row["flops"]:
-        return f"{row['flops'] / row['median_s'] / 1e9:,.0f} GFLOP/s"
-    return f"{row['bytes'] / row['median_s'] / 1e9:.3g} GB/s"
+        rate = row["flops"] / row["median_s"]
+        return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
+    return f"{row['bytes'] / row['median_s'] / 1e9:,.0f} GB/s"
 
 
 def table(groups: dict[str, list[Row]]) -> str:
@@ -102,6 +112,8 @@ def figure(groups: dict[str, list[Row]], path: Path) -> None:
         memory_axis.set_yticklabels([])
         for axis in (time_axis, memory_axis):
             axis.tick_params(labelsize=8)
+        if not any(row["peak_bytes"] for row in rows):  # a graph's replay allocates nothing
+            memory_axis.axis("off")
     panels.savefig(path, dpi=130)
     plt.close(panels)
 

@@ -4,8 +4,8 @@
     logits <- d loss / d logits                               `row_loss`, in place
     d hidden = d logits @ weight,   d weight += d logits.T @ hidden      two matmuls, the sum in float32
 
-`rlaif_fast.loss.linear` drives the chunks; this file says what is particular to a GPU: how large a chunk is, how
-the weight's gradient is summed, and how rows without gradient leave a chunk. `compact_rows_kernel` moves
+`rlaif_fast.loss.linear` drives the chunks; this file says what is particular to a GPU: how the
+weight's gradient is summed, and how rows without gradient leave a chunk. `compact_rows_kernel` moves
 only as many rows as were dropped from the front: kept rows of the tail fill the holes, so that sources and
 holes never overlap and nothing is buffered. It needs the number of kept rows on the host: one
 synchronisation a chunk, and only where rows can drop out. Never materialised: logits of more than a chunk,
@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlaif_fast.loss.chunks import gpu_chunk_rows as chunk_rows
 from rlaif_fast.loss.linear import linear_grad_from_rows, linear_loss_from_rows, linear_stats_from_rows
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
 from rlaif_fast_kernels.logits_loss import row_grad, row_loss, row_stats
@@ -46,11 +47,6 @@ __all__ = [
     "unavailable",
 ]
 
-# The matmuls run at full speed from about 4096 rows; more only saves passes over the weight's gradient.
-# 1.25 GiB holds 4352 rows of 152064 logits in 16 bits.
-CHUNK_BYTES = 5 << 28
-MAX_CHUNK_ROWS = 8192
-ROW_TILE = 256  # chunks are whole tiles of the matmuls
 SLAB = 16384  # rows of the weight's gradient a product, where a product cannot be summed in place
 BLOCK_V = 4096
 NUM_WARPS = 8
@@ -92,14 +88,6 @@ def compact_rows(
     order = torch.arange(count, device=rows.device)
     order[holes] = sources
     return order
-
-
-def chunk_rows(weight: Tensor, chunk_size: int | None) -> int:  # weight (V, H)
-    """Return how many rows of logits are in memory at once."""
-    if chunk_size is not None:
-        return chunk_size
-    rows = CHUNK_BYTES // (weight.shape[0] * weight.element_size())
-    return min(MAX_CHUNK_ROWS, max(1, rows // ROW_TILE) * ROW_TILE)
 
 
 def add_product(

@@ -1,10 +1,10 @@
 """One row of logits: its statistics in one sweep over the vocabulary, and its gradient in another.
 
 A logit is capped first where there is a cap: x, or c tanh(inner x). Each lane keeps its own running maximum m of x,
-and with d = (x - m) scale, in units of log 2, the sums s = sum 2^d and w = sum 2^d d of VEC neighbouring logits, so that
-no thread waits for another within the sweep. The maximum is taken off before the scale is put on: a fused multiply-add
-of x scale - m scale would leave the rounding of m scale in d, which at large logits is not small. The entropy comes from
-d, which does not cancel. The next block is loaded before this one is used.
+and with d = (x - m) scale, in units of log 2, the sums s = sum 2^d and w = sum 2^d d of VEC neighbouring logits, so
+that no thread waits for another within the sweep. The maximum is taken off before the scale is put on: a fused
+multiply-add of x scale - m scale would leave the rounding of m scale in d, which is not small at large logits. The
+entropy comes from d, which does not cancel. The next block is loaded before this one is used.
 
 Device functions, for `logits_loss`, which says what they compute. Letters: V vocabulary, y the token.
 """

@@ -132,7 +132,7 @@ def train_in(world, config) -> None:
     from rlaif_fast.report.outcome import describe, finish, write_predictions, write_samples
     from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
     from rlaif_fast.runs.folder import RunDir
-    from rlaif_fast.runs.logging import RunLogger, SilentLogger
+    from rlaif_fast.runs.logging import PackageLog, RunLogger, SilentLogger
     from rlaif_fast.termination import Termination
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
@@ -156,6 +156,8 @@ def train_in(world, config) -> None:
             config=dataclasses.asdict(config),
         )
     with contextlib.ExitStack() as open_parts, make_logger as logger:
+        if world.is_main:
+            open_parts.enter_context(PackageLog(logger.message))
         # Schedulers and torchrun send SIGTERM to every process, and each has to finish the step.
         termination = open_parts.enter_context(
             Termination(config.grace_seconds, announce=world.is_main).installed()

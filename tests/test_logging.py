@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import pty
 import resource
@@ -14,7 +15,7 @@ import torch
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.runs.folder import RunDir, read_jsonl
-from rlaif_fast.runs.logging import RunLogger
+from rlaif_fast.runs.logging import PackageLog, RunLogger
 
 
 @pytest.fixture
@@ -216,7 +217,7 @@ def test_markup_in_a_message_is_shown_as_it_is(run):
 
 SCRIPT = """
 import sys, time
-from rlaif_fast.runs.logging import RunLogger
+from rlaif_fast.runs.logging import PackageLog, RunLogger
 from rlaif_fast.runs.folder import RunDir
 with RunLogger(RunDir.open(sys.argv[1]), tensorboard=False) as logger, logger.stage("rl", 3):
     for step in (1, 2, 3):
@@ -247,3 +248,15 @@ def test_on_a_terminal_there_is_a_bar_and_messages_do_not_tear_it(run):
     for step in (1, 2, 3):
         # Each message stands at the start of a line that was erased, and ends it.
         assert f"\x1b[2Kmessage {step}\r\n" in shown
+
+
+def test_what_the_package_chose_is_a_line_of_the_run(run):
+    """Attention, decode steps and decoders are chosen far from the run's logger, which has to show them."""
+    stream, log = io.StringIO(), logging.getLogger("rlaif_fast.policy.attention")
+    log.info("before the run")
+    with _logger(run, stream=stream) as logger, PackageLog(logger.message):
+        log.info("attention: %s equals the reference", "torch_flash")
+        log.debug("a detail")
+        logging.getLogger("other").warning("of another package")
+    log.info("after the run")
+    assert stream.getvalue() == "attention: torch_flash equals the reference\n"

@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from triton_cases import DEVICE, GRADIENT, error, uninitialised_memory_is_nan
 
+from rlaif_fast.loss import chunks
+from rlaif_fast.loss.inputs import Head
 from rlaif_fast_kernels import linear_loss
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
@@ -72,10 +74,24 @@ def test_slabs_cover_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("V", "dtype", "rows"),
-    [(152_064, torch.bfloat16, 4352), (32_000, torch.bfloat16, 8192), (1, torch.float32, 8192)],
+    [(152_064, torch.bfloat16, 5120), (32_000, torch.bfloat16, 8192), (1, torch.float32, 8192)],
 )
 def test_chunks_fit_their_budget(V: int, dtype: torch.dtype, rows: int) -> None:
-    weight = torch.empty(V, 1, dtype=dtype, device="meta")
-    assert linear_loss.chunk_rows(weight, None) == rows
-    assert rows * V * weight.element_size() <= linear_loss.CHUNK_BYTES
-    assert linear_loss.chunk_rows(weight, 7) == 7
+    head = Head(torch.empty(V, 1, dtype=dtype, device="meta"), None)
+    assert linear_loss.chunk_rows(head, None, 0) == linear_loss.chunk_rows(head, None, 10**9) == rows
+    assert rows * V * head.weight.element_size() <= chunks.GPU_BYTES
+    assert linear_loss.chunk_rows(head, 7, 5) == 7
+
+
+def test_one_chunk_takes_no_more_memory_than_several() -> None:
+    """Its bytes are those of all logits and a gradient of 16 bits, theirs those of a chunk and a float32 sum."""
+    V, H = 152_064, 3584
+    weight = torch.empty(V, H, dtype=torch.bfloat16, device="meta")
+    head = Head(weight, None)
+    most = next(rows for rows in range(16_384, 0, -1) if linear_loss.chunk_rows(head, None, rows) == rows)
+    assert most == 8879
+    assert most * V * 2 + V * H * 2 <= chunks.GPU_BYTES + V * H * 4 < (most + 1) * V * 2 + V * H * 2
+    # Beside a float32 copy the sum is float32 anyway.
+    copied = Head(weight, None, float32_weight=weight.float())
+    assert linear_loss.chunk_rows(copied, None, 5295) == 5295
+    assert linear_loss.chunk_rows(copied, None, 5296) == 5120

@@ -1,5 +1,6 @@
 """The decoders agree: the same frames, whatever order they are asked for in."""
 
+import re
 import shutil
 import threading
 
@@ -137,7 +138,7 @@ def test_named_decoder_says_what_it_cannot_read(files, name):
     assert decode(files["vp9"], [], decoder=name).shape == (0, 96, 128, 3)
 
 
-def test_cut_film_is_left_to_ffmpeg(tmp_path):
+def test_cut_film_is_left_to_ffmpeg(tmp_path, caplog):
     path = write_video(
         tmp_path / "a.mp4",
         counter_frames(40),
@@ -146,7 +147,9 @@ def test_cut_film_is_left_to_ffmpeg(tmp_path):
     )
     scan = scan_file(str(path))
     assert "frame numbers" in DaliDecoder.refuses(scan, torch.device("cuda"))
-    assert choose("auto", scan, [0], torch.device("cuda")) == "pyav"
+    with caplog.at_level("INFO"):
+        assert choose("auto", scan, [0], torch.device("cuda")) == "pyav"
+    assert re.search(r"video: \w+ is decoded by pyav \(no dali: .+\)", caplog.text)
 
 
 def test_unknown_and_missing_decoders():

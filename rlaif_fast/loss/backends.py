@@ -32,7 +32,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
     linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy (M,),
                 chunk_size, needs: Needs) -> (grad_hidden | None, grad_weight | None, grad_bias | None)
         `rlaif_fast.loss.linear` makes all three from a module that also has the row functions, `rank_loss` and
-        chunk_rows(weight (V, H), chunk_size) -> rows of logits in memory at once
+        chunk_rows(head: Head, chunk_size, rows) -> rows of logits in memory at once (`loss.chunks`)
         compact_rows(rows (M, V), keep (M,) bool) -> order (kept,)
             Brings the kept rows to the front and says which of them stands where.
         add_product(total (V, H), grad_logits (m, V), hidden (m, H), first)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import extension
+from rlaif_fast.loss.chunks import cpu_chunk_rows as chunk_rows
 from rlaif_fast.loss.extension import unavailable
 from rlaif_fast.loss.inputs import (
     Head,
@@ -23,7 +24,6 @@ from rlaif_fast.loss.inputs import (
     TokenInputs,
 )
 from rlaif_fast.loss.linear import (
-    chunk_rows,
     linear_grad_from_rows,
     linear_loss_from_rows,
     linear_stats_from_rows,

@@ -31,11 +31,6 @@ from rlaif_fast.loss.linear_gradients import Gradients
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast.loss.vocabulary_shard import VocabularyShard
 
-# Bytes of logits in memory at once: large enough that the matmuls run at full speed and the weight's gradient
-# is read and written few times, small beside that gradient itself.
-CHUNK_BYTES = 64 << 20
-MIN_CHUNK_ROWS = 64
-
 
 class Close(Protocol):
     """What turns the log-probabilities of responses into a loss and its gradient."""
@@ -66,13 +61,6 @@ class Close(Protocol):
         """Return the gradients of logps and entropy (b, T) of some responses, as parts of the whole batch."""
 
 
-def chunk_rows(weight: Tensor, chunk_size: int | None) -> int:
-    """Return how many rows of logits are in memory at once."""
-    if chunk_size is not None:
-        return chunk_size
-    return max(MIN_CHUNK_ROWS, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-
-
 def linear_stats_from_rows(
     kernels: Any,  # row_stats, row_grad, row_loss
     hidden: Tensor,  # (M, H)
@@ -81,7 +69,7 @@ def linear_stats_from_rows(
     chunk_size: int | None,
 ) -> RowStats:
     """Return the statistics of every row; one matmul, no logits kept."""
-    head, step = head.like(hidden), kernels.chunk_rows(head.weight, chunk_size)
+    head, step = head.like(hidden), kernels.chunk_rows(head, chunk_size, 0)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     stats = RowStats(*(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in RowStats._fields))
     for span in _spans(0, hidden.shape[0], step):
@@ -104,7 +92,7 @@ def linear_grad_from_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias for given gradients of logps and entropy; makes the
     logits again."""
-    head, step = head.like(hidden), kernels.chunk_rows(head.weight, chunk_size)
+    head, step = head.like(hidden), kernels.chunk_rows(head, chunk_size, hidden.shape[0])
     gradients = Gradients(kernels, hidden, head, needs, hidden.shape[0] <= step)
     for span in _spans(0, hidden.shape[0], step):
         logits = _logits(hidden[span], head)
@@ -129,7 +117,7 @@ def linear_loss_from_rows(
 ) -> tuple[TokenGradients, Tensor | None, Tensor | None, Tensor | None]:
     """Return the closed loss and the gradients of hidden, weight and bias."""
     layout = _layout(close.mask, padding)
-    job = _Job(kernels, hidden, head, token_ids, layout, close, chunk_size, shard)
+    job = _Job(kernels, hidden, head, token_ids, layout, close, chunk_size, needs, shard)
     gradients = Gradients(kernels, hidden, head, needs, len(job.ids) <= job.step)
     rows = close.rows() if needs.any and shard is None else None
     if not needs.any:
@@ -192,6 +180,7 @@ class _Job:
         layout: _Layout,
         close: Close,
         chunk_size: int | None,
+        needs: Needs,
         shard: VocabularyShard | None,
     ) -> None:
         self.kernels = kernels
@@ -201,7 +190,7 @@ class _Job:
         self.ids = token_ids if layout.rows is None else token_ids[layout.rows]  # (m,)
         self.layout = layout
         self.close = close
-        self.step = kernels.chunk_rows(head.weight, chunk_size)
+        self.step = kernels.chunk_rows(head, chunk_size, len(self.ids) if needs.weight else 0)
         self.shard = shard
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.logps = hidden.new_zeros(len(layout.at), dtype=wide)  # (m,)

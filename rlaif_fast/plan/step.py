@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.loss.linear import chunk_rows
+from rlaif_fast.loss.chunks import gpu_chunk_rows
+from rlaif_fast.loss.inputs import Head
 from rlaif_fast.plan.ledger import FusedVarlen, IndicesToMeta, Ledger, fused_attention
 from rlaif_fast.plan.workload import WORD
 from rlaif_fast.policy.attention import AttentionBackend
@@ -248,7 +249,8 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        rows = min(chunk_rows(weight, None), len(hidden))
+        wanted = len(hidden) if ctx.needs_input_grad[1] else 0
+        rows = min(gpu_chunk_rows(Head(weight, None), None, wanted), len(hidden))
         logits = hidden.new_empty(rows, len(weight))
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = None

@@ -314,24 +314,26 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
 }
 
 
-def _may_choose(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> bool:
-    if backend.refuses(device, dtype) is not None:
-        return False
-    if not backend.checked:
-        return True
-    log.info(describe_check(backend, device, dtype))
-    return check_attention(backend, device, dtype) is None
-
-
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend called `name`, or the best one that can run for "auto".
+    """The backend called `name`, or the best one that can run for "auto"; on a GPU the log says why that one.
 
     Raises:
         ValueError: No such backend, or it cannot run here.
     """
     if name == "auto":
-        by_priority = sorted(ATTENTION_BACKENDS.values(), key=lambda b: -b.priority)
-        return next(b for b in by_priority if b.priority >= 0 and _may_choose(b, device, dtype))
+        passed_over = []
+        for chosen in sorted(ATTENTION_BACKENDS.values(), key=lambda b: -b.priority):
+            reason = chosen.refuses(device, dtype)
+            if reason is None and chosen.checked:
+                reason = check_attention(chosen, device, dtype)
+            if reason is None:
+                break
+            passed_over.append(f"no {chosen.name}: {reason}")
+        if device.type == "cuda":
+            checked = [describe_check(chosen, device, dtype)] if chosen.checked else []
+            why = "; ".join(checked + passed_over)
+            log.info("attention: %s%s", chosen.name, f" ({why})" if why else "")
+        return chosen
     backend = ATTENTION_BACKENDS.get(name)
     if backend is None:
         raise ValueError(f"attention_backend: expected auto, {', '.join(ATTENTION_BACKENDS)}, got {name!r}")

@@ -132,13 +132,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The attention implementation "auto" stands for, and why."""
     if name != "auto":
-        return name, f"attention: {name} (asked for)"
+        return name, f"attn_implementation: {name} (asked for)"
     if device.type != "cuda":
-        return "sdpa", "attention: sdpa (no GPU)"
+        return "sdpa", "attn_implementation: sdpa (no GPU)"
     reason = refuses_flash(device, dtype)
     if reason is not None:
-        return "sdpa", f"attention: sdpa (no flash-attn: {reason})"
-    return "flash_attention_2", "attention: flash_attention_2"
+        return "sdpa", f"attn_implementation: sdpa (no flash-attn: {reason})"
+    return "flash_attention_2", "attn_implementation: flash_attention_2"
 
 
 def load_model(options: ModelOptions) -> LoadedModel:

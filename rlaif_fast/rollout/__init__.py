@@ -45,7 +45,7 @@ def _chosen(policy: Policy) -> str:
     reason = check_graphs(policy)
     seconds = time.perf_counter() - start
     outcome = "equal eager ones" if reason is None else f"are not used: {reason}"
-    log.info("captured decode steps %s (checked in %.0f ms)", outcome, 1000 * seconds)
+    log.info("rollout: captured decode steps %s (checked in %.0f ms)", outcome, 1000 * seconds)
     return "cuda_graphs" if reason is None else "shared_prefix"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -228,6 +229,31 @@ class RunLogger:
             if isinstance(value, (int, float)):
                 walltime = self._created + record["time"]
                 self._events.add_scalar(f"{prefix}/{key}", value, record["step"], walltime=walltime)
+
+
+class PackageLog(logging.Handler):
+    """Shows what the package's own modules log as lines of a run: what was chosen for this machine, and why.
+
+    A context manager; only the run's first process uses one, so a choice that all make is said once.
+    """
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+        self._package = logging.getLogger("rlaif_fast")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+    def __enter__(self) -> PackageLog:
+        self._before = self._package.level
+        self._package.setLevel(min(logging.INFO, self._before or logging.INFO))
+        self._package.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._package.removeHandler(self)
+        self._package.setLevel(self._before)
 
 
 class SilentLogger:

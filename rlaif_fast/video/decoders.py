@@ -135,18 +135,15 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         if reason:
             raise UsageError(f"decoder {name!r} cannot run here: {reason}")
         return name
+    passed_over: list[str] = []
     for candidate in AUTO.get(device.type, ("pyav",)):
-        if _unavailable(candidate) is None and DECODERS[candidate].refuses(scan, device) is None:
-            return _logged(candidate, scan.codec, device.type)
+        reason = _unavailable(candidate) or DECODERS[candidate].refuses(scan, device)
+        if reason is None:
+            if device.type == "cuda":
+                _say_once(candidate, scan.codec, "; ".join(passed_over))
+            return candidate
+        passed_over.append(f"no {candidate}: {reason}")
     raise AssertionError("PyAV is always there and refuses nothing")
-
-
-def why_not_on_device(name: str, device: torch.device) -> str | None:
-    """Return why "auto" decodes on the CPU although the frames go to a GPU, or None."""
-    if name != "auto" or device.type != "cuda":
-        return None
-    reason = _unavailable(AUTO["cuda"][0])
-    return None if reason is None else f"videos are decoded on the CPU by PyAV: {reason}"
 
 
 @cache
@@ -160,10 +157,9 @@ def _unavailable(name: str) -> str | None:
 
 
 @cache
-def _logged(name: str, codec: str, device_type: str) -> str:
-    """Say once per kind of file which decoder was chosen."""
-    log.info("%s on %s is decoded by %s", codec, device_type, name)
-    return name
+def _say_once(name: str, codec: str, passed_over: str) -> None:
+    """Say for each kind of file what decodes it for a GPU, and why it is not DALI."""
+    log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
 
 
 @cache

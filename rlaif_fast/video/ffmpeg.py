@@ -37,7 +37,7 @@ FORMATS = (
 NOT_VIDEO_CODECS = {"ansi", "bintext", "xbin", "idf"}  # FFmpeg renders text files as pictures
 FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
 # Text that is not UTF-8 must not make a video unreadable; from 19 on PyAV decodes it leniently by itself.
-METADATA = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+METADATA: Any = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
 
