@@ -1,7 +1,7 @@
 """The fused linear loss with its row kernel in CUDA C++ (csrc/cuda/row_loss.cu); the rest is as with Triton.
 
-A cluster of two blocks keeps a row in shared memory. On an H100 the loss takes 1% longer than with Triton's row kernel, so
-"auto" never takes it.
+A cluster of two blocks keeps a row in shared memory. On an H100 the loss takes 1% longer than with Triton's
+row kernel, so "auto" never takes it.
 """
 
 from __future__ import annotations
