@@ -129,8 +129,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
         {"R": 1, "D": 2, "E": 5, "F": 3},
         {"K": 1, "R": 8, "D": 16, "seed": 3},
         {"N": 5, "W": 5, "nodes": 25, "E": 70, "F": 37},
+        {"W": 8, "R": 5, "D": 6, "L": 620, "C": 600},
     ],
-    ids=["norms and biases", "neither", "smallest", "one key head", "many tokens"],
+    ids=["norms and biases", "neither", "smallest", "one key head", "many tokens", "many columns"],
 )
 def test_the_operator_is_the_layer_written_out(sizes) -> None:
     arguments = problem(**sizes)

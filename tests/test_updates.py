@@ -15,7 +15,7 @@ from rlaif_fast.algorithms.grpo_rank import GrpoRank
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.loss import linear
+from rlaif_fast.loss import chunks
 from rlaif_fast.loss.reference.preference import lipo_loss
 from rlaif_fast.loss.testing import relative_l2
 from rlaif_fast.oracle.base import Ranking
@@ -367,8 +367,8 @@ def test_a_run_goes_on_with_its_optimizer_moved(first):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of logits a pass."""
-    monkeypatch.setattr(linear, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(linear, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CPU_LEAST_ROWS", 4)
+    monkeypatch.setattr(chunks, "CPU_BYTES", 1)
 
 
 @pytest.mark.parametrize("tied", [False, True])

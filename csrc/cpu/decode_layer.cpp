@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "row_kernels.h"
@@ -99,6 +100,73 @@ void check_indices(const char* name, const Tensor& x, int64_t nodes, int64_t bou
   }
 }
 
+// Which columns the nodes of each group see, as `DecodeAttentionArgs` has them.
+struct Visible {
+  Visible(const Tensor& bias, const Tensor& slots, int64_t R, int64_t lanes)
+      : columns(bias.size(0) * bias.size(3)), counts(bias.size(0)),
+        masks(at::empty({bias.size(0), bias.size(3), lanes}, bias.options())) {
+    const int64_t N = bias.size(0), W = bias.size(2), C = bias.size(3);
+    std::vector<std::vector<int64_t>> nodes(N);  // the rows of a group's mask that belong to one
+    for (int64_t a = 0; a < slots.size(0); ++a) {
+      const int64_t slot = slots.const_data_ptr<int64_t>()[a];
+      nodes[slot / W].push_back(slot % W);
+    }
+    constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+    std::vector<float> most(C), least(C);  // of a column's mask
+    for (int64_t n = 0; n < N; ++n) {
+      const float* of_group = bias.const_data_ptr<float>() + n * W * C;
+      std::fill(most.begin(), most.end(), kUnseen);
+      std::fill(least.begin(), least.end(), -kUnseen);
+      for (const int64_t w : nodes[n]) {
+        for (int64_t c = 0; c < C; ++c) {
+          most[c] = std::max(most[c], of_group[w * C + c]);
+          least[c] = std::min(least[c], of_group[w * C + c]);
+        }
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        if (most[c] == kUnseen) {
+          continue;
+        }
+        const bool masked = most[c] != 0.0f || least[c] != 0.0f;
+        columns[n * C + counts[n]++] = static_cast<int32_t>(2 * c + masked);
+        if (!masked) {
+          continue;
+        }
+        float* lane = masks.data_ptr<float>() + (n * C + c) * lanes;
+        std::fill_n(lane, lanes, 0.0f);
+        for (int64_t r = 0; r < R; ++r) {
+          for (const int64_t w : nodes[n]) {
+            lane[r * W + w] = of_group[w * C + c];
+          }
+        }
+      }
+    }
+  }
+
+  std::vector<int32_t> columns;
+  std::vector<int64_t> counts;
+  Tensor masks;
+};
+
+// Attention of the queries (N K, R W, D) to the buffers (N, K, L, D) under the mask (N, 1, W, C).
+Tensor attend(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& bias, const Tensor& slots) {
+  const int64_t K = keys.size(1), L = keys.size(2), D = keys.size(3), W = bias.size(2), C = bias.size(3);
+  const int64_t Q = query.size(1), vector = row_kernels().vector, lanes = (Q + vector - 1) / vector * vector;
+  const Visible visible(bias, slots, Q / W, lanes);
+  Tensor out = at::empty_like(query);
+  const DecodeAttentionArgs args{query.const_data_ptr<float>(),
+                                 keys.const_data_ptr<float>(),
+                                 values.const_data_ptr<float>(),
+                                 visible.columns.data(),
+                                 visible.counts.data(),
+                                 visible.masks.const_data_ptr<float>(),
+                                 out.data_ptr<float>(),
+                                 K, L, C, Q, D, lanes};
+  at::parallel_for(0, query.size(0), std::max<int64_t>(1, kGrainWeights / (C * D)),
+                   [&](int64_t begin, int64_t end) { row_kernels().decode_attention(args, begin, end); });
+  return out;
+}
+
 // Moves the hidden states of A tokens through the layer, in place, and writes their keys and values to the buffers.
 void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor& keys, Tensor& values,
                    const Tensor& bias, const Tensor& slots, const Tensor& columns, at::TensorList projections,
@@ -181,10 +249,7 @@ void decode_layer_(Tensor& hidden, const Tensor& cos, const Tensor& sin, Tensor&
     }
   });
 
-  const auto seen = [&](const Tensor& buffer) { return buffer.view({N * K, L, D}).narrow(1, 0, C); };
-  Tensor scores = at::bmm(query, seen(keys).transpose(1, 2));  // (N K, R W, C)
-  scores.view({N, H, W, C}).add_(bias);
-  const Tensor heads = at::bmm(scores.softmax(-1), seen(values));  // (N K, R W, D)
+  const Tensor heads = attend(query, keys, values, bias, slots);  // (N K, R W, D)
   Tensor attended = at::empty({A, H * D}, hidden.options());
   const float* heads_data = heads.const_data_ptr<float>();
   float* attended_data = attended.data_ptr<float>();

@@ -1,4 +1,4 @@
-// Rows of logits: statistics and gradients; and a matmul of few rows. row_kernels_impl.h is compiled once for each
+// Rows of logits: statistics and gradients; a matmul of few rows; the attention of a decode step. row_kernels_impl.h is compiled once for each
 // instruction set (the files row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build
 // runs anywhere.
 //
@@ -63,12 +63,31 @@ struct ThinMatmulArgs {
   bool add;
 };
 
+// Attention of the Q queries of each of N K key heads to the columns of their group's buffer.
+struct DecodeAttentionArgs {
+  const float* query;  // (N K, Q, D), scaled
+  const float* keys;   // (N K, L, D)
+  const float* values;
+  const int32_t* columns;  // (N, C): 2 c for a column c that every query sees, 2 c + 1 for one that some see, no others
+  const int64_t* counts;   // (N,) how many of them
+  const float* masks;      // (N, C, lanes) additive, read where some see a column
+  float* out;              // (N K, Q, D)
+  int64_t K;
+  int64_t L;
+  int64_t C;
+  int64_t Q;
+  int64_t D;
+  int64_t lanes;  // Q, rounded up to whole vectors
+};
+
 struct RowKernels {
   const char* name;
+  int64_t vector;  // floats of one
   void (*stats)(Dtype, const RowArgs&, int64_t begin, int64_t end);
   void (*grad)(Dtype, const RowGradArgs&, int64_t begin, int64_t end);
   void (*loss)(Dtype, const RowLossArgs&, int64_t begin, int64_t end);
   void (*thin_matmul)(const ThinMatmulArgs&, int64_t begin, int64_t end);
+  void (*decode_attention)(const DecodeAttentionArgs&, int64_t begin, int64_t end);  // of the N K key heads
 };
 
 // Those of the instruction set that ATen chose, so ATEN_CPU_CAPABILITY governs both.

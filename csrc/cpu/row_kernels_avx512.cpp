@@ -5,7 +5,7 @@
 namespace rlaif {
 
 const RowKernels& row_kernels_avx512() {
-  static constexpr RowKernels kernels{"avx512", &stats, &grad, &loss, &thin_matmul};
+  static constexpr RowKernels kernels{"avx512", FloatVec::size(), &stats, &grad, &loss, &thin_matmul, &decode_attention};
   return kernels;
 }
 

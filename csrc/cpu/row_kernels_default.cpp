@@ -5,7 +5,7 @@
 namespace rlaif {
 
 const RowKernels& row_kernels_default() {
-  static constexpr RowKernels kernels{"default", &stats, &grad, &loss, &thin_matmul};
+  static constexpr RowKernels kernels{"default", FloatVec::size(), &stats, &grad, &loss, &thin_matmul, &decode_attention};
   return kernels;
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "decode_attention_impl.h"
 #include "row_kernels.h"
 #include "thin_matmul_impl.h"
 

@@ -13,7 +13,8 @@ constexpr int64_t kColumns = 4;  // rows of the weight at a time: streams that t
 constexpr int64_t kRows = 3;     // rows of x at a time: 12 sums and 4 vectors of the weight fill 16 registers
 
 // out[m, o] for kRowsHere rows of x and kColumnsHere rows of the weight.
-template <int64_t kRowsHere, int64_t kColumnsHere>
+// With kFetch it asks for the rows of the weight behind these, which the processor does not foresee: each is short.
+template <int64_t kRowsHere, int64_t kColumnsHere, bool kFetch>
 inline void tile(const ThinMatmulArgs& args, int64_t m, int64_t o) {
   using Vec = at::vec::Vectorized<float>;
   const int64_t H = args.H;
@@ -27,6 +28,9 @@ inline void tile(const ThinMatmulArgs& args, int64_t m, int64_t o) {
     Vec columns[kColumnsHere];
     for (int64_t c = 0; c < kColumnsHere; ++c) {
       columns[c] = Vec::loadu(weight + c * H + i);
+      if (kFetch) {
+        __builtin_prefetch(weight + (kColumnsHere + c) * H + i);
+      }
     }
     for (int64_t r = 0; r < kRowsHere; ++r) {
       const Vec row = Vec::loadu(x + r * H + i);
@@ -52,14 +56,26 @@ inline void tile(const ThinMatmulArgs& args, int64_t m, int64_t o) {
   }
 }
 
+// 2 and 2 are faster than 3 and 1, whose 4 sums wait for each other.
+inline int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : std::min(left, kRows); }
+
+template <int64_t kColumnsHere, bool kFetch>
+inline void rows_of(const ThinMatmulArgs& args, int64_t m, int64_t o) {
+  switch (rows_at_once(args.M - m)) {
+    case 1:
+      return tile<1, kColumnsHere, kFetch>(args, m, o);
+    case 2:
+      return tile<2, kColumnsHere, kFetch>(args, m, o);
+    default:
+      return tile<kRows, kColumnsHere, kFetch>(args, m, o);
+  }
+}
+
 template <int64_t kColumnsHere>
 inline void columns_of(const ThinMatmulArgs& args, int64_t o) {
-  int64_t m = 0;
-  for (; m + kRows <= args.M; m += kRows) {
-    tile<kRows, kColumnsHere>(args, m, o);
-  }
-  for (; m < args.M; ++m) {
-    tile<1, kColumnsHere>(args, m, o);
+  rows_of<kColumnsHere, true>(args, 0, o);
+  for (int64_t m = rows_at_once(args.M); m < args.M; m += rows_at_once(args.M - m)) {
+    rows_of<kColumnsHere, false>(args, m, o);
   }
 }
 

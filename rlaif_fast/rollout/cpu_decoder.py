@@ -132,7 +132,7 @@ class CpuDecoder:
     """Runs the decode steps of a policy in C++ where `refuses_cpu_decoder` has nothing against it.
 
     Args:
-        policy: The policy. Its weights are read at each step, its modules at the beginning of each rollout.
+        policy: The policy. Its modules and their weights are read at the beginning of each rollout.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -197,15 +197,18 @@ class CpuDecoder:
 
 
 class _Layer:
-    """The modules of one layer, in the operator's order.
+    """The tensors of one layer, in the operator's order, for one rollout; reading them off the modules takes longer.
 
     Attributes:
         modules: All of them, the ones that are passed by too: a layer with another activation is another layer.
     """
 
     def __init__(self, layer: Any) -> None:
-        self._projections, self._norms = _linear_layers(layer), _norms(layer)
+        projections = _linear_layers(layer)
         self.modules = list(layer.modules())
+        self._weights = [linear.weight for linear in projections]
+        self._biases = [linear.bias for linear in projections]
+        self._norms = [None if norm is None else norm.weight for norm in _norms(layer)]
         self._scale = layer.self_attn.scaling
         self._eps = _epsilon(layer.input_layernorm)
 
@@ -221,9 +224,9 @@ class _Layer:
             step.bias,
             step.slots,
             step.columns,
-            [linear.weight for linear in self._projections],
-            [linear.bias for linear in self._projections],
-            [None if norm is None else norm.weight for norm in self._norms],
+            self._weights,
+            self._biases,
+            self._norms,
             self._eps,
             self._scale,
         )

@@ -183,14 +183,14 @@ class Drawn:
         self.logps = np.zeros((responses, max_new_tokens), dtype=np.float32)
         self.lengths = np.zeros(responses, dtype=np.int64)
         self.finished = np.zeros(responses, dtype=bool)
-        self._eos_token_ids = policy.eos_token_ids
+        self._eos_token_ids = np.asarray(policy.eos_token_ids)
 
     def record(self, rows: np.ndarray, step: int, tokens: np.ndarray, logps: np.ndarray) -> np.ndarray:
         """Take down what `rows` drew at a step; returns which of them ended."""
         self.token_ids[rows, step] = tokens
         self.logps[rows, step] = logps
         self.lengths[rows] = step + 1
-        ended = np.isin(tokens, self._eos_token_ids)
+        ended = (tokens[:, None] == self._eos_token_ids).any(1)
         self.finished[rows[ended]] = True
         return ended
 

@@ -170,14 +170,15 @@ class _Step:
         place = groups * width + ranges(counts)
         length = int(cache.used.max())
         device = like.device
-        behind = cache.places[groups, columns][:, None] - cache.places[groups]  # (A, L) how far
 
         def bias_of(window: int | None) -> Tensor:
             mask = np.ones((len(counts) * width, length), dtype=bool)
-            seen = allowed if window is None else allowed & (behind < window)
+            seen = allowed
+            if window is not None:
+                behind = cache.places[groups, columns][:, None] - cache.places[groups]  # (A, L) how far
+                seen = allowed & (behind < window)
             mask[place] = seen[:, :length]
-            bias = torch.zeros(mask.shape, dtype=like.dtype, device=device)
-            bias.masked_fill_(~torch.from_numpy(mask).to(device), float("-inf"))
+            bias = torch.where(torch.from_numpy(mask).to(device), 0.0, float("-inf")).to(like.dtype)
             return bias.view(len(counts), 1, width, length)
 
         windows = {window_of(pattern, layer) for layer in cache.keys}
