@@ -221,26 +221,26 @@ wanted() { [[ -z ${STAGES:-} || " $STAGES " == *" $1 "* ]]; }
 run() { # NAME LIMIT FUNCTION [ARGUMENTS]: a stage, where it is wanted
   ! wanted "$1" || call "$@"
 }
-packages() { # everything that needs the extension to be right, after it
+built() { # the extension, and everything against its reference
   run build 150 build
   run check 90 check
-  run train 150 train float32
-  run train_bfloat16 90 train bfloat16 --sft_steps 60 --max_steps 12 --eval_steps 6
-  run gpu_tests 120 gpu_tests
 }
 
 run environment 40 environment
-packages & # beside the kernels' tests, which need the compiler of Triton and not the extension
+built & # beside the kernels' tests, which need the compiler of Triton and not the extension
 run kernel_tests 200 tests
 wait
 run bench_linear_loss 90 benchmark bench_linear_loss
 run bench_step 240 benchmark bench_step
 run bench_prefix_decode 45 benchmark bench_prefix_decode
 run bench_logits_loss 60 benchmark bench_logits_loss
+run gpu_tests 120 gpu_tests
+run train 150 train float32
 run bench_video 45 benchmark bench_video
 run bench_rank_loss 45 benchmark bench_rank_loss
 run bench_rank_penalty 45 benchmark bench_rank_penalty
 run bench_preference_loss 45 benchmark bench_preference_loss
+run train_bfloat16 90 train bfloat16 --sft_steps 60 --max_steps 12 --eval_steps 6
 run tune_rows 40 tune
 run spills 60 spills
 run report 30 figures
