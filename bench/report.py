@@ -55,8 +55,8 @@ def on_device(row: Row) -> str:
 def rate(row: Row) -> str:
     """Say what the arm moves or computes in a second."""
     if row["flops"]:
-        rate = row["flops"] / row["median_s"]
-        return f"{rate / 1e12:,.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
+        giga = row["flops"] / row["median_s"] / 1e9
+        return f"{giga / 1e3:,.0f} TFLOP/s" if giga >= 1e4 else f"{giga:,.0f} GFLOP/s"
     return f"{row['bytes'] / row['median_s'] / 1e9:,.0f} GB/s"
 
 

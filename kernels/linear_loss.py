@@ -4,13 +4,12 @@
     logits <- d loss / d logits                               `row_loss`, in place
     d hidden = d logits @ weight,   d weight += d logits.T @ hidden      two matmuls, the sum in float32
 
-`rlaif_fast.loss.linear` drives the chunks; this file says what is particular to a GPU: how the
-weight's gradient is summed, and how rows without gradient leave a chunk. `compact_rows_kernel` moves
-only as many rows as were dropped from the front: kept rows of the tail fill the holes, so that sources and
-holes never overlap and nothing is buffered. It needs the number of kept rows on the host: one
-synchronisation a chunk, and only where rows can drop out. Never materialised: logits of more than a chunk,
-a second copy of a chunk. bfloat16 or float16 logits, float32 inside the row kernel and in the weight's
-gradient.
+`rlaif_fast.loss.linear` drives the chunks, `rlaif_fast.loss.chunks` says how large they are; this file says what else
+is particular to a GPU: how the weight's gradient is summed, and how rows without gradient leave a chunk.
+`compact_rows_kernel` moves only as many rows as were dropped from the front: kept rows of the tail fill the holes, so
+that sources and holes never overlap and nothing is buffered. It needs the number of kept rows on the host: one
+synchronisation a chunk, and only where rows can drop out. Never materialised: logits of more than a chunk, a
+second copy of a chunk. bfloat16 or float16 logits, float32 inside the row kernel and in the weight's gradient.
 
 Letters: M rows, H hidden, V vocabulary.
 """

@@ -217,7 +217,7 @@ def test_markup_in_a_message_is_shown_as_it_is(run):
 
 SCRIPT = """
 import sys, time
-from rlaif_fast.runs.logging import PackageLog, RunLogger
+from rlaif_fast.runs.logging import RunLogger
 from rlaif_fast.runs.folder import RunDir
 with RunLogger(RunDir.open(sys.argv[1]), tensorboard=False) as logger, logger.stage("rl", 3):
     for step in (1, 2, 3):

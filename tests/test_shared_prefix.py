@@ -524,11 +524,9 @@ def test_flex_forward(family: str, monkeypatch) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 def test_equals_the_plain_path_on_a_gpu(family: str, backend: str, monkeypatch) -> None:
-    for of in (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn,
-    ):  # the patches' convolution takes TF32 by default
-        monkeypatch.setattr(of, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    # That of the patches' convolution is on by default.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model = make_model(family).cuda()
     ours = make_policy(family, model=model, attention_backend=backend)
     assert_same(ours, make_policy(family, model=model, shared_prefix=False), standard_case(family))

@@ -1,6 +1,6 @@
-// Rows of logits: statistics and gradients; a matmul of few rows; the attention of a decode step. row_kernels_impl.h is compiled once for each
-// instruction set (the files row_kernels_*.cpp) and row_ops.cpp picks one by what this processor can do, so one build
-// runs anywhere.
+// Rows of logits: statistics and gradients; a matmul of few rows; the attention of a decode step. row_kernels_impl.h is
+// compiled once for each instruction set (the files row_kernels_*.cpp) and row_ops.cpp picks one by what this processor
+// can do, so one build runs anywhere.
 //
 // With z = cap tanh(scale logits / cap) / temperature (or scale logits / temperature where there is no cap), lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
 //   d logp / d z_v = 1[v = y] - p_v,   d H / d z_v = -p_v * (z_v - lse + H)

@@ -92,7 +92,8 @@ def linear_grad_from_rows(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of hidden, weight and bias for given gradients of logps and entropy; makes the
     logits again."""
-    head, step = head.like(hidden), kernels.chunk_rows(head, chunk_size, hidden.shape[0])
+    head = head.like(hidden)
+    step = kernels.chunk_rows(head, chunk_size, hidden.shape[0] if needs.weight else 0)
     gradients = Gradients(kernels, hidden, head, needs, hidden.shape[0] <= step)
     for span in _spans(0, hidden.shape[0], step):
         logits = _logits(hidden[span], head)
