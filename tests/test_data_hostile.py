@@ -55,7 +55,9 @@ HOSTILE = {
         "40000 <video> or <image> tags",
     ),
     "NUL in a path": (row('"video": "a\\u0000.mp4"'), "no path that a file can have"),
-    "long path": (row(f'"video": "{"a" * 9000}"'), "cannot be read"),
+    "long path": (row(f'"video": "{"a" * 9000}"'), "cannot be read: File name too long"),
+    "long path of a picture": (row(f'"image": "{"a" * 9000}"'), "cannot be read: File name too long"),
+    "long name of a video": (row(f'"videoID": "{"a" * 9000}"'), "cannot be read: File name too long"),
     "long number": (row(f'"n": {"9" * 5000}'), "not JSON that can be read"),
     "long number as the answer": (
         '{"question": "a", "answer": ' + "9" * 5000 + "}",
@@ -68,6 +70,14 @@ HOSTILE = {
     "a number beyond all": (row('"a": 1e999'), "inf is no number"),
     "an id that is an object": (row('"id": {"a": 1}'), "id: expected a text"),
     "a category that is a list": (row('"category": [1]'), "category: expected a text"),
+    "a sender that is a list": (
+        '{"conversations": [{"from": ["human"], "value": "?"}]}',
+        "unknown 'from' \\['human'\\]",
+    ),
+    "a role that is an object": (
+        '{"messages": [{"role": {"a": 1}, "content": "?"}]}',
+        "unknown role {'a': 1}",
+    ),
     "options of objects": (row('"options": [{"a": 1}, {"b": 2}]'), "options: expected a list of texts"),
     "1,000 options": (row('"options": ' + json.dumps([f"o{i}" for i in range(1000)])), "at most 702"),
     "control characters": (row('"video": "\\u001b[2Ja.mp4"'), r"\\x1b\[2Ja\.mp4 does not exist"),
@@ -143,12 +153,12 @@ def test_kept_forms_match_in_bounded_time(form):
     assert time.perf_counter() - start < 5.0
 
 
-_json = st.recursive(
+json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-_words = st.sampled_from(
+words = st.sampled_from(
     [
         "what?",
         "A",
@@ -173,12 +183,12 @@ video_start a0 a1 max_pixels reward_model ground_truth video_id videoID video_na
 """
 _keys = st.sampled_from(_KEYS.split())
 _rows = st.recursive(
-    _words | _json,
+    words | json_values,
     lambda inner: st.dictionaries(_keys, inner, max_size=5) | st.lists(inner, max_size=3),
     max_leaves=16,
 )
 _valid = st.fixed_dictionaries(
-    {"question": _words, "answer": _words | _json},
+    {"question": words, "answer": words | json_values},
     optional={"options": _rows, "metadata": _rows, "video": _rows},
 )
 

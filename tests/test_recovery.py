@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import fuzz_seed
 from test_run_dir import Weights, Words
 
 from rlaif_fast.errors import RlaifFastError
@@ -18,7 +19,7 @@ from rlaif_fast.runs.folder import RunDir, json_line, write_atomically
 from rlaif_fast.runs.integrity import Damage, sealed, unseal
 from rlaif_fast.runs.recovery import recover
 
-SEED = int(os.environ.get("RLAIF_FAST_FUZZ_SEED", "0"))
+SEED = fuzz_seed()
 STEPS = (2, 4, 6)
 
 

@@ -1,11 +1,11 @@
 """Damages to a run that really trained: every one told, none used, and the run that goes on ends alike."""
 
-import os
 import random
 import shutil
 from collections import Counter
 
 import pytest
+from fuzzing import fuzz_seed
 from test_recovery import KINDS, files_of, flip, last, recovers
 from test_train import SMALL, metrics
 
@@ -15,7 +15,7 @@ from rlaif_fast.runs.integrity import unseal
 from rlaif_fast.runs.recovery import recover
 from rlaif_fast.trainer import rl
 
-SEED = int(os.environ.get("RLAIF_FAST_FUZZ_SEED", "0"))
+SEED = fuzz_seed()
 
 
 @pytest.fixture(scope="module")

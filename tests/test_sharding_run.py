@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuzzing import fuzz_seed
 from safetensors.torch import load_file
 from test_train import SMALL, metrics
 
 pytestmark = pytest.mark.slow
 
-SEED = int(os.environ.get("RLAIF_FAST_FUZZ_SEED", "0"))
+SEED = fuzz_seed()
 KILLS = int(os.environ.get("RLAIF_FAST_KILLS", "4"))
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LIMIT = 3600  # seconds, after which a run is taken to be stuck

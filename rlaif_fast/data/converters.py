@@ -120,8 +120,8 @@ def _llava(row: Row) -> list[Fields]:
         if not isinstance(turn, Mapping):
             raise RowError(f"conversations: expected objects with 'from' and 'value', got {turn!r:.60}")
         role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in roles:
-            raise RowError(f"conversations: unknown 'from' {role!r}; use 'human' and 'gpt'")
+        if not isinstance(role, str) or role not in roles:
+            raise RowError(f"conversations: unknown 'from' {role!r:.60}; use 'human' and 'gpt'")
         turns.append({"role": roles[role], "content": value})
     return _dialogue(turns, "conversations", row)
 
@@ -176,7 +176,7 @@ def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
                 raise RowError(f"{key}: an assistant turn without a user turn before it")
             found[-1].answer = _flat(content)
         else:
-            raise RowError(f"{key}: unknown role {role!r}; use 'system', 'user' and 'assistant'")
+            raise RowError(f"{key}: unknown role {role!r:.60}; use 'system', 'user' and 'assistant'")
     if not found:
         raise RowError(f"{key}: no user turn")
     counted = [Counter(kind for kind, _ in _TAG.findall(fields.question)) for fields in found]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
@@ -79,9 +78,9 @@ def named_video(row: Row) -> Medium | None:
     return None if stem is None else _medium(stem, row)
 
 
-def youtube_names(file: Path) -> dict[str, str]:
-    """What MSVD's `youtube_mapping.txt` calls the files of its videos, by their number ("vid12")."""
-    pairs = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+def youtube_names(mapping: str) -> dict[str, str]:
+    """What the text of MSVD's `youtube_mapping.txt` calls the files of its videos, by their number ("vid12")."""
+    pairs = (line.split() for line in mapping.splitlines())
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 

@@ -16,7 +16,7 @@ from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import Medium
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.schema import Example
-from rlaif_fast.data.sources import rows_of
+from rlaif_fast.data.sources import read_text, rows_of
 from rlaif_fast.errors import UsageError, printable
 from rlaif_fast.video.refs import Cut, MediaRef
 
@@ -143,6 +143,8 @@ def read_report(
         except RowError as error:
             report.errors.append(printable(f"{path}:{line}: {error}"))
             continue
+        except UsageError:  # of a file beside this one: not this row's fault
+            raise
         except Exception as error:  # no row may end a run; an unforeseen error is reported like the others
             report.errors.append(
                 printable(f"{path}:{line}: cannot be read ({type(error).__name__}: {error})")
@@ -186,9 +188,20 @@ class _Media:
     def _youtube(self) -> dict[str, str]:
         """The names of MSVD's files by the numbers of its rows."""
         file = self.root / "youtube_mapping.txt"
-        return youtube_names(file) if file.is_file() else {}
+        return youtube_names(read_text(file)) if file.is_file() else {}
 
     def resolve(self, medium: Medium) -> MediaRef:
+        """The medium with its full path.
+
+        Raises:
+            RowError: There is no such file, or it cannot be read.
+        """
+        try:
+            return self._resolve(medium)
+        except OSError as error:  # a name that no file system takes, a folder that may not be listed
+            raise RowError(f"{error.filename or medium.path} cannot be read: {error.strerror}") from None
+
+    def _resolve(self, medium: Medium) -> MediaRef:
         if medium.by_name:
             medium = replace(medium, path=self.find(medium.path))
         names = medium.frames or (medium.path,)

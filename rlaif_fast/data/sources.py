@@ -56,6 +56,20 @@ def _checked(row: Any) -> Any:
     return row
 
 
+def read_text(path: Path) -> str:
+    """The text of a file that stands beside a dataset.
+
+    Raises:
+        UsageError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _answered(questions: Iterator[tuple[int, Any]], file: Path) -> Iterator[tuple[int, Any]]:
     """The questions with what a second file says of each `question_id`: ActivityNet-QA ships test_q and test_a."""
     answers: dict[Any, dict[str, Any]] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import read_cut
 from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, by_number
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.data.sources import rows_of
@@ -83,14 +84,31 @@ class Folder:
             UsageError: There is no such file, or one has a row that cannot be read.
         """
         for file in self.files(*patterns):
-            for line, row in rows_of(file):
-                if isinstance(row, RowError) or not isinstance(row, dict):
-                    raise UsageError(f"{file}:{line}: {row if isinstance(row, RowError) else 'no object'}")
-                yield f"{file}:{line}", row
+            yield from self.rows_of(file)
+
+    @staticmethod
+    def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """("file:line", row) of one file; rows after the first of a line have their number too.
+
+        Raises:
+            UsageError: It has a row that cannot be read.
+        """
+        last = 0
+        for number, (line, row) in enumerate(rows_of(file), 1):
+            where = f"{file}:{line}" if line != last else f"{file}:{line}, row {number}"
+            last = line
+            if isinstance(row, RowError) or not isinstance(row, dict):
+                raise UsageError(f"{where}: {row if isinstance(row, RowError) else 'no object'}")
+            yield where, row
 
     def optional(self, pattern: str) -> Path | None:
         """The first file that matches, where there is one."""
         return next(iter(sorted(self.path.glob(pattern))), None)
+
+    @cached_property
+    def subtitles(self) -> dict[str, Path]:
+        """Every file of subtitles (.srt) below the folder by its name without suffix; of two the first."""
+        return {path.stem: path for path in sorted(self.path.rglob("*.srt"), reverse=True)}
 
     @cached_property
     def _videos(self) -> dict[str, list[Path]]:
@@ -113,13 +131,20 @@ class Folder:
         for name in names:
             direct, own = self.path / name, Path(name)
             stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
-            paths = [direct] if direct.is_file() else self._videos.get(stem, [])
+            paths = [direct] if _is_file(direct) else self._videos.get(stem, [])
             if len(paths) > 1:
                 places = ", ".join(str(path.relative_to(self.path)) for path in paths)
                 return None, f"{len(paths)} videos are called {stem!r}: {places}"
             if paths:
                 return MediaRef(str(paths[0]), cut=cut or Cut(), frames=_frames(paths[0])), ""
         return None, f"no video {' or '.join(map(repr, names))} below {self.path}"
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _frames(path: Path) -> tuple[str, ...]:
@@ -154,6 +179,27 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
             f"{where}: expected {key!r} to be a text, got {value!r:.60}; is this the benchmark named?"
         )
     return str(value).strip()
+
+
+def index_of(value: Any, count: int) -> int | None:
+    """An index below `count` that a row holds as a number or a text; None where it is none."""
+    digits = str(value)
+    known = digits.isdecimal() and len(digits) < 10 and int(digits) < count
+    return int(digits) if known else None
+
+
+def cut_of(row: Mapping[str, Any], where: str) -> Cut:
+    """The seconds `start` and `end` of a row.
+
+    Raises:
+        UsageError: They are no seconds, or the wrong way round.
+    """
+    try:
+        return read_cut({"video_start": row.get("start"), "video_end": row.get("end")}, "video")
+    except RowError as error:
+        raise UsageError(
+            f"{where}: {str(error).replace('video_start', 'start').replace('video_end', 'end')}"
+        ) from None
 
 
 def letter_of(place: int | None, options: Sequence[str], where: str, answer: Any) -> str:

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.answers import MAX_OPTIONS
 from rlaif_fast.data.benchmarks.base import (
     Folder,
     Item,
+    cut_of,
+    index_of,
     letter_of,
     lettered,
     make_item,
@@ -18,8 +21,8 @@ from rlaif_fast.data.benchmarks.base import (
     without_label,
 )
 from rlaif_fast.data.schema import index_of_letter
+from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
-from rlaif_fast.video.refs import Cut
 
 # As its authors ask (arXiv 2405.21075, "Evaluation Pipeline" of their repository).
 _VIDEOMME = (
@@ -47,9 +50,12 @@ NEXTQA_TYPES = {
 def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """Video-MME: one row a question, or one a video with its `questions`."""
     for where, row in folder.rows("**/test-*.parquet", "**/*.parquet", "**/*.jsonl", "**/*.json"):
-        for question in row.get("questions") or [row]:
+        questions = row.get("questions") or [row]
+        if not isinstance(questions, list) or not all(isinstance(each, dict) for each in questions):
+            raise UsageError(f"{where}: expected 'questions' to list objects, got {questions!r:.60}")
+        for question in questions:
             shared = {**row, **question}
-            options = [without_label(str(option)) for option in _list(shared, "options", where)]
+            options = list(map(without_label, _options(shared, "options", where)))
             answer = text_of(shared, "answer", where)
             name = text_of(shared, "videoID" if shared.get("videoID") else "video_id", where)
             text = text_of(shared, "question", where)
@@ -78,7 +84,7 @@ def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
 
 
 def _subtitle(folder: Folder, name: str) -> str:
-    file = folder.optional(f"**/{name}.srt")
+    file = folder.subtitles.get(name)
     if file is None:
         return "No subtitles available"
     lines = (line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
@@ -88,14 +94,13 @@ def _subtitle(folder: Folder, name: str) -> str:
 def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """NExT-QA, multiple choice."""
     mapping = folder.optional("**/map_vid_vidorID.json")
-    places = json.loads(mapping.read_text()) if mapping else {}
+    places = _mapping(mapping) if mapping else {}
     patterns = ("**/MC/test-*.parquet", "**/mc*.csv", "**/test.csv", "**/test-*.parquet", "**/val.csv")
     for where, row in folder.rows(*patterns):
         video = text_of(row, "video", where)
         options = [text_of(row, f"a{i}", where) for i in range(5)]
         question = text_of(row, "question", where)
         place = row.get("answer")
-        known = str(place).isdecimal()
         kind = str(row.get("type") or "all")
         yield make_item(
             folder.video(*([f"{places[video]}.mp4"] if video in places else []), video),
@@ -104,7 +109,7 @@ def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
             question=question,
             asked=f"{question}\n{lettered(options)}{_LETTER}",
             options=tuple(options),
-            answer=letter_of(int(str(place)) if known else None, options, where, place),
+            answer=letter_of(index_of(place, len(options)), options, where, place),
             category=NEXTQA_TYPES.get(kind, kind),
             source=where,
         )
@@ -114,12 +119,11 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem
-        for where, row in folder.rows(str(file.relative_to(folder.path))):
-            options = [str(option) for option in _list(row, "candidates", where)]
+        for where, row in folder.rows_of(file):
+            options = _options(row, "candidates", where)
             answer, question = text_of(row, "answer", where), text_of(row, "question", where)
             place = options.index(answer) if answer in options else None
-            cut = Cut(video_start=row.get("start"), video_end=row.get("end"))
-            found, trouble = folder.video(text_of(row, "video", where), cut=cut)
+            found, trouble = folder.video(text_of(row, "video", where), cut=cut_of(row, where))
             if found is not None and "segment" in str(Path(found.path).relative_to(folder.path)):
                 found, trouble = folder.video(text_of(row, "video", where))
             yield make_item(
@@ -134,15 +138,20 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
             )
 
 
-def _list(row: dict[str, Any], key: str, where: str) -> list[Any]:
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(file))
+    except ValueError as error:
+        raise UsageError(f"{file}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file}: expected one JSON object")
+    return found
+
+
+def _options(row: dict[str, Any], key: str, where: str) -> list[str]:
     value = row.get(key)
-    if (
-        value is not None
-        and not isinstance(value, (str, dict))
-        and hasattr(value, "__len__")
-        and len(value) > 1
-    ):
-        return list(value)
+    if isinstance(value, list) and 2 <= len(value) <= MAX_OPTIONS:
+        return list(map(str, value))
     raise UsageError(
         f"{where}: expected {key!r} to list the options, got {value!r:.60}; is this the benchmark named?"
     )

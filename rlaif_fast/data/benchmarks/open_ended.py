@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlaif_fast.data.benchmarks.base import Folder, Item, make_item, text_of
+from rlaif_fast.data.benchmarks.base import Folder, Item, index_of, make_item, text_of
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.reader import read_report
+from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
 
 _BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
@@ -26,7 +27,7 @@ _ACTIVITYNET_TYPES = (
 def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MSVD-QA: `vid12` is the twelfth line of `youtube_mapping.txt`, which names the clip's file."""
     mapping = folder.optional("**/youtube_mapping.txt")
-    names = youtube_names(mapping) if mapping else {}
+    names = youtube_names(read_text(mapping)) if mapping else {}
     for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
         number = text_of(row, "video_id", where)
         name = f"vid{number}" if number.isdecimal() else number
@@ -43,9 +44,9 @@ def msrvtt_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
 def activitynet_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """ActivityNet-QA; the answers stand in a file of their own."""
     for where, row in folder.rows("**/test_q.json", "**/test-*.parquet", "**/*test*.json"):
-        kind = str(row.get("type", ""))
+        kind = index_of(row.get("type"), len(_ACTIVITYNET_TYPES))
         name = text_of(row, "video_name", where)
-        category = _ACTIVITYNET_TYPES[int(kind)] if kind.isdecimal() and int(kind) < 9 else "all"
+        category = "all" if kind is None else _ACTIVITYNET_TYPES[kind]
         question = text_of(row, "question", where).capitalize().rstrip("?") + "?"
         yield _brief(folder, [f"v_{name}", name], {**row, "question": question}, where, category)
 
