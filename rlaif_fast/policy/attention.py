@@ -9,7 +9,8 @@ generates and evaluates as before.
 Backends, all equal to the dense-mask reference:
 
 - `sdpa`: per bucket of similar groups, one causal call for the prompts and one call for the responses over
-  [prompt | responses] with a mask. Any device.
+  [prompt | responses] with a mask. Any device. On a CPU the responses of groups with many tokens are two calls instead,
+  merged by their log-sum-exp (`cpu_attention`).
 - `flex`: FlexAttention with a block mask over the whole row.
 - `flash`: flash-attn's varlen kernels; the response part is two calls merged by their log-sum-exp.
 - `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; "auto" takes it where `selfcheck` finds on
@@ -31,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.policy.cpu_attention import GroupParts, group_parts
+from rlaif_fast.policy.cpu_attention import attend as attend_in_parts
 from rlaif_fast.policy.flash import (
     FlashContext,
     TorchFlash,
@@ -140,6 +143,7 @@ class DeviceBucket:
     slots: Tensor | None
     rows: Tensor | None
     allowed: Tensor | None  # (n, 1, R, P + R) bool
+    parts: list[GroupParts] | None = None  # the groups one by one, where that is cheaper than a mask
     bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
@@ -180,9 +184,11 @@ class SdpaContext:
                 tokens=int(row.group_lengths[bucket.groups].sum()),
                 slots=put(bucket.slots),
                 rows=put(bucket.rows),
-                allowed=self._mask(row, bucket, device),
+                allowed=None if parts else self._mask(row, bucket, device),
+                parts=parts,
             )
             for bucket in buckets
+            for parts in [self._parts(row, bucket, device)]
         ]
         self._restore = None  # from bucket order to row order
         if len(buckets) > 1:
@@ -194,6 +200,10 @@ class SdpaContext:
             )
             if not (np.diff(order) == 1).all():
                 self._restore = put(np.argsort(order))
+
+    def _parts(self, row: PackedRow, bucket: Bucket, device: torch.device) -> list[GroupParts] | None:
+        """The groups of a bucket, where they attend one by one and in two parts."""
+        return group_parts(row, bucket.groups) if device.type == "cpu" else None
 
     def _mask(self, row: PackedRow, bucket: Bucket, device: torch.device) -> Tensor | None:
         """(n, 1, R, P + R) bool: what the nodes of a bucket attend to."""
@@ -210,6 +220,8 @@ class SdpaContext:
     def _attend_bucket(
         self, bucket: DeviceBucket, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
+        if bucket.parts is not None:
+            return torch.cat([_attend_group(group, query, key, value, scale) for group in bucket.parts])
         q, k, v = bucket.grid(query), bucket.grid(key), bucket.grid(value)
         prompt, response = bucket.bucket.prompt, bucket.bucket.response
         if response == 0:
@@ -218,6 +230,19 @@ class SdpaContext:
         of_prompt = sdpa(q_prompt, k[:, :, :prompt], v[:, :, :prompt], scale=scale, is_causal=True)
         of_response = sdpa(q_response, k, v, scale=scale, mask=bucket.additive_mask(q.dtype))
         return bucket.ungrid(torch.cat((of_prompt.transpose(1, 2), of_response.transpose(1, 2)), dim=1))
+
+
+def _attend_group(
+    group: GroupParts, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:  # (S, heads, D) -> (P + N, H, D)
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.narrow(0, group.begin, group.prompt + group.nodes).transpose(0, 1)
+        return x.split((group.prompt, group.nodes), dim=1)  # type: ignore[return-value]
+
+    (q_prompt, q), (k_prompt, k), (v_prompt, v) = map(split, (query, key, value))
+    of_prompt = sdpa(q_prompt[None], k_prompt[None], v_prompt[None], scale=scale, is_causal=True)[0]
+    of_nodes = attend_in_parts(q, k_prompt, v_prompt, k, v, group, scale)
+    return torch.cat((of_prompt.transpose(0, 1), of_nodes.transpose(0, 1)))
 
 
 def sdpa(

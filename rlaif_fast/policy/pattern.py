@@ -122,6 +122,9 @@ class _Masked(SdpaContext):
         self._window, self._runs = window, runs
         super().__init__(row, device)
 
+    def _parts(self, row: PackedRow, bucket: Bucket, device: torch.device) -> None:
+        """A pattern is a mask."""
+
     def _mask(self, row: PackedRow, bucket: Bucket, device: torch.device) -> Tensor:
         """(n, 1, P + R, P + R) bool; a padding slot sees at least itself, and is dropped later."""
         place = torch.arange(bucket.prompt, device=device)
