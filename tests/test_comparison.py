@@ -74,6 +74,11 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
         ({"feedback": {"exact": {"max_steps": 3}}}, "feedback.exact.max_steps is set by the comparison"),
         ({"start": {"max_steps": 3}}, "start.max_steps is set by the comparison"),
         ({"tabels": {}}, "unknown sections tabels"),
+        (
+            {"arms": {name: {"advantage": "zscore"} for name in ("grpo", "oracle", "third")}},
+            "arms.third is in no table",
+        ),
+        ({"feedback": {"exact": {}, "noise": {}, "more": {}}}, "feedback.more is in no table"),
         ({"tables": {"main": {"seeds": [1]}}}, "tables.main needs exactly"),
         (
             {"tables": {"main": {"seeds": [1], "arms": ["ppo"], "feedback": ["exact"], "baseline": "ppo"}}},
@@ -169,7 +174,8 @@ def test_a_run_that_was_made_otherwise_is_refused_by_name(tmp_path, capsys, left
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     tables = {"main": {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}
-    file = write_config(tmp_path, tables=tables, feedback={"exact": {}}, start={"sft_steps": -1})
+    used = {"arms": {"grpo": {"advantage": "zscore"}}, "feedback": {"exact": {}}}
+    file = write_config(tmp_path, tables=tables, **used, start={"sft_steps": -1})
     done = subprocess.run(
         [sys.executable, "-m", "rlaif_fast.compare", "--config", str(file), "--workers", "1"],
         capture_output=True,

@@ -152,7 +152,15 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     )
     for table in plan.tables:
         _check_names(table, plan)
+    _refuse_unused("arms", plan.arms, {arm for table in plan.tables for arm in table.arms})
+    _refuse_unused("feedback", plan.feedback, {kind for table in plan.tables for kind in table.feedback})
     return plan
+
+
+def _refuse_unused(section: str, names: Mapping[str, Any], used: set[str]) -> None:
+    for name in names:
+        if name not in used:
+            raise UsageError(f"config: {section}.{name} is in no table; name it in one, or leave it out")
 
 
 def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:
