@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -162,6 +163,11 @@ def gains(gain: Callable[[int], float], scale: Callable[[Tensor], Tensor] = unit
     return lambda feed: scale(centred(shared(gain, feed.ranks)))
 
 
+def normal_scores(scale: Callable[[Tensor], Tensor] = unit) -> Use:
+    """Normal scores of the samples' places in a group of that size."""
+    return lambda feed: gains(partial(normal, count=feed.ranks.shape[1]), scale)(feed)
+
+
 def root(advantages: Tensor) -> Tensor:
     """Divided by the square root of what `unit` divides by."""
     return advantages / (advantages.square().mean(1, keepdim=True).sqrt() + 1e-6).sqrt()
@@ -183,9 +189,9 @@ USES: Mapping[str, Use] = {
     "first place alone": gains(lambda k: float(k == 0)),
     "win rate": gains(lambda k: -float(k)),
     "win rate, by root": gains(lambda k: -float(k), root),
-    "normal scores": gains(normal),
-    "normal, undivided": gains(normal, lambda a: a),
-    "normal, by root": gains(normal, root),
+    "normal scores": normal_scores(),
+    "normal, undivided": normal_scores(lambda a: a),
+    "normal, by root": normal_scores(root),
     "leave one out": lambda feed: leave_one_out(shared(paper, feed.ranks)),
     "texts share a place": lambda feed: unit(of_texts(paper, feed, once=False)),
     "texts, undivided": lambda feed: of_texts(paper, feed, once=False),

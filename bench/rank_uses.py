@@ -1,6 +1,7 @@
 """What a use of an oracle's ranks promises before a training run tries it: its advantages beside those of clean scores.
 
     python bench/rank_uses.py                                     # groups that are made up
+    python bench/rank_uses.py --distinct --responses 16           # made up, no two responses of a group alike
     python bench/rank_uses.py --rollouts RUN/rollouts.jsonl ...   # groups of runs, scored again by the reference oracle
 
 Every group is corrupted several times as in `rlaif_fast.oracle.feedback`; each use (`rank_shapes.py`) turns ranks or
@@ -38,7 +39,7 @@ from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.runs.folder import read_jsonl
 
-G, STEP = 8, 48  # responses a group; groups a step: 12 videos with 4 questions
+STEP = 48  # groups a step: 12 videos with 4 questions
 RIGHT = 0.9  # the least score of a right response
 KINDS = ("exact", "heavy_tails", "gaussian", "flips", "grades", "warp", "outliers")
 MEASURES = ("cos", "right", "snr", "waste")
@@ -71,14 +72,23 @@ class Known:
         return self._rankings
 
 
-def made_up(count: int, seed: int) -> Groups:
+def distinct(count: int, size: int, seed: int) -> Groups:
+    """Groups in which every response is another text, as long answers are; clean scores are uniform in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    clean, chances = (torch.rand(count, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    texts = torch.arange(size).expand(count, -1)
+    requests = [RankRequest(f"distinct {n}", "", tuple(map(str, range(size)))) for n in range(count)]
+    return Groups(requests, clean, chances, chances.log(), texts)
+
+
+def made_up(count: int, size: int, seed: int) -> Groups:
     """Groups of a policy that has six answers to each question and is often sure of one."""
     rng = random.Random(seed)
     requests, clean, logps, texts = [], [], [], []
     while len(requests) < count:
         chances = torch.tensor([rng.gauss(0.0, 2.5) for _ in range(6)], dtype=torch.float64).log_softmax(0)
         scores = [1.0, *rng.choices(WRONG, OFTEN, k=5)]
-        drawn = rng.choices(range(6), chances.exp().tolist(), k=G)
+        drawn = rng.choices(range(6), chances.exp().tolist(), k=size)
         if len(set(drawn)) > 1:
             requests.append(RankRequest(f"made up {len(requests)}", "", tuple(map(str, drawn))))
             clean.append([scores[i] for i in drawn])
@@ -186,6 +196,8 @@ def main() -> None:
     )
     parser.add_argument("--rollouts", type=Path, nargs="+", help="Files of runs in place of made-up groups.")
     parser.add_argument("--groups", type=int, default=1500, help="Groups with at least two texts.")
+    parser.add_argument("--distinct", action="store_true", help="Make up groups whose texts all differ.")
+    parser.add_argument("--responses", type=int, default=8, help="Of a group that is made up.")
     parser.add_argument("--draws", type=int, default=8, help="Corruptions of each group.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="Where to write the figures as JSON too.")
@@ -194,7 +206,8 @@ def main() -> None:
     if options.rollouts:
         groups = of_runs(options.rollouts, options.groups, options.seed)
     else:
-        groups = made_up(options.groups, options.seed)
+        make = distinct if options.distinct else made_up
+        groups = make(options.groups, options.responses, options.seed)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for kind in KINDS:
         feeds = list(corrupted(groups, kind, options.draws))

@@ -25,7 +25,7 @@ from rank_shapes import (
     soft,
     unit,
 )
-from rank_uses import Groups, corrupted, made_up, measure, of_runs, ranked_alike
+from rank_uses import Groups, corrupted, distinct, made_up, measure, of_runs, ranked_alike
 
 from rlaif_fast.algorithms import AlgorithmOptions, Verdicts
 
@@ -210,7 +210,7 @@ def test_groups_ranked_alike_share_their_mean():
 
 
 def test_made_up_groups_and_their_corruption_depend_on_the_seed_alone():
-    one, again, other = made_up(20, 1), made_up(20, 1), made_up(20, 2)
+    one, again, other = made_up(20, 8, 1), made_up(20, 8, 1), made_up(20, 8, 2)
     assert torch.equal(one.clean, again.clean) and not torch.equal(one.clean, other.clean)
     assert all(len(set(row)) > 1 for row in one.texts.tolist())
     first, second = corrupted(one, "heavy_tails", 2)
@@ -220,6 +220,19 @@ def test_made_up_groups_and_their_corruption_depend_on_the_seed_alone():
         assert torch.equal(feed.scores.gather(1, feed.texts), feed.scores)
     (exact,) = corrupted(one, "exact", 5)
     assert torch.equal(exact.scores, one.clean)
+
+
+def test_evenly_spaced_ranks_survive_outliers_where_all_responses_differ():
+    """A z-score hands an outlier sqrt(G - 1) and leaves next to nothing for the rest; a rank gives it one place."""
+    groups = distinct(200, 16, 0)
+    assert all(len(set(row)) == 16 for row in groups.texts.tolist())
+    feeds = list(corrupted(groups, "outliers", 2))
+    cosines = {
+        name: measure(torch.stack([USES[name](feed) for feed in feeds]), groups)["cos"]
+        for name in ("grpo (z-score)", "gopo", "normal scores")
+    }
+    assert cosines["gopo"] > cosines["grpo (z-score)"] + 0.2
+    assert cosines["normal scores"] > cosines["grpo (z-score)"] + 0.2
 
 
 def test_groups_of_a_run_are_scored_again(tmp_path):
