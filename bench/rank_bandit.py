@@ -5,9 +5,9 @@
 Each prompt has 64 answers with clean scores uniform in [0, 1], and the policy is a softmax over a row of a table. A
 step draws G answers a prompt, corrupts their scores as `rlaif_fast.oracle.feedback` does, turns them into advantages
 (`rank_shapes.py`) and follows the gradient of the mean of advantage times log-probability. What counts is the expected
-clean score of the policy. Every use gets the same search for its rate, on two seeds of its own; the figures are of fresh
-seeds, with the 95% interval of the lead over z-scores (bootstrap over seeds). Long answers of a Video-LLM differ as
-these do; those of the embedded run seldom do.
+clean score of the policy. Every use gets the same search for its rate, on two seeds of its own; the figures are of
+fresh seeds, with the 95% interval of the lead over z-scores (bootstrap over seeds). Long answers of a Video-LLM differ
+as these do; those of the embedded run seldom do.
 """
 
 from __future__ import annotations
