@@ -65,6 +65,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from rlaif_fast.comparison.terminal import run_with_bar
 
     plan = read_plan(arguments.config, arguments.output_dir)
+    if unused := plan.unused():
+        print(f"in no table, so not run: {', '.join(unused)}", file=sys.stderr)
     if arguments.tables:
         unknown = sorted(set(arguments.tables) - {table.name for table in plan.tables})
         if unknown:

@@ -81,6 +81,13 @@ class Plan:
     feedback: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"exact": {}})
     tables: tuple[Table, ...] = ()
 
+    def unused(self) -> list[str]:
+        """Arms and kinds of feedback that no table names, as "arms.NAME" and "feedback.NAME"."""
+        named = {f"arms.{arm}" for table in self.tables for arm in table.arms}
+        named |= {f"feedback.{kind}" for table in self.tables for kind in table.feedback}
+        given = [f"arms.{arm}" for arm in self.arms] + [f"feedback.{kind}" for kind in self.feedback]
+        return [name for name in given if name not in named]
+
     def start_folder(self, seed: int) -> Path:
         """Where the supervised start of a seed lies."""
         return self.output_dir / f"seed-{seed}" / "start"
@@ -152,15 +159,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     )
     for table in plan.tables:
         _check_names(table, plan)
-    _refuse_unused("arms", plan.arms, {arm for table in plan.tables for arm in table.arms})
-    _refuse_unused("feedback", plan.feedback, {kind for table in plan.tables for kind in table.feedback})
     return plan
-
-
-def _refuse_unused(section: str, names: Mapping[str, Any], used: set[str]) -> None:
-    for name in names:
-        if name not in used:
-            raise UsageError(f"config: {section}.{name} is in no table; name it in one, or leave it out")
 
 
 def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:

@@ -105,8 +105,10 @@ def two_level_bootstrap(
     totals = np.zeros(resamples)
     for k, part in enumerate(differences):
         places = np.nonzero(chosen == k)[0]  # one entry for each time that this seed was drawn
-        for some in np.array_split(places, max(1, len(places) * len(part) // 2**20)):
-            drawn = part[generator.integers(len(part), size=(len(some), len(part)))].sum(1)
+        # Few clusters differ, so they are drawn by kind: how often each kind comes is multinomial.
+        kinds, counts = np.unique(part, axis=0, return_counts=True)
+        for some in np.array_split(places, max(1, len(places) * len(kinds) // 2**20)):
+            drawn = generator.multinomial(len(part), counts / len(part), size=len(some)) @ kinds
             np.add.at(totals, some, drawn[:, 0] / drawn[:, 1])
     tail = (1 - confidence) / 2
     low, high = np.quantile(totals / len(differences), [tail, 1 - tail])
