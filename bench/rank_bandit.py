@@ -27,7 +27,7 @@ from torch import Tensor
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 from rlaif_fast.report.stats import paired_bootstrap
 
-PROMPTS, ANSWERS, STEPS = 64, 64, 100
+PROMPTS, ANSWERS = 64, 64
 SHOWN = ("grpo (z-score)", "rloo", "grpo_rank oracle", "grpo_rank directed", "gopo", "rlrr", "odrpo")
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 TUNING_SEEDS = (0, 100)
@@ -53,13 +53,13 @@ def policy_gradient(table: Tensor, drawn: Tensor, advantages: Tensor) -> Tensor:
     return (gradient - advantages.sum(1, keepdim=True) * table.softmax(1)) / drawn.shape[1]
 
 
-def learn(use: str, kind: str, size: int, rate: float, seed: int) -> list[float]:
+def learn(use: str, kind: str, size: int, rate: float, seed: int, steps: int = 100) -> list[float]:
     """The policy's expected clean score before every step and at the end."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
     clean = torch.rand(PROMPTS, ANSWERS, generator=generator, dtype=torch.float64)
     table = torch.randn(PROMPTS, ANSWERS, generator=generator, dtype=torch.float64)
     curve = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         logps = table.log_softmax(1)
         curve.append(float((logps.exp() * clean).sum(1).mean()))
         drawn = torch.multinomial(logps.exp(), size, replacement=True, generator=generator)
@@ -71,13 +71,13 @@ def learn(use: str, kind: str, size: int, rate: float, seed: int) -> list[float]
     return curve
 
 
-def compare(kind: str, size: int, seeds: list[int]) -> dict[str, dict[str, Any]]:
+def compare(kind: str, size: int, seeds: list[int], steps: int) -> dict[str, dict[str, Any]]:
     """Each use at the best of the rates, on fresh seeds, beside z-scores on the same seeds."""
     found: dict[str, dict[str, Any]] = {}
     for use in SHOWN:
-        tried = {r: sum(learn(use, kind, size, r, seed)[-1] for seed in TUNING_SEEDS) for r in RATES}
+        tried = {r: sum(learn(use, kind, size, r, seed, steps)[-1] for seed in TUNING_SEEDS) for r in RATES}
         rate = max(tried, key=lambda r: tried[r])
-        curves = [learn(use, kind, size, rate, seed) for seed in seeds]
+        curves = [learn(use, kind, size, rate, seed, steps) for seed in seeds]
         found[use] = {"rate": rate, "before": [c[0] for c in curves], "after": [c[-1] for c in curves]}
     for row in found.values():
         lead = paired_bootstrap(found[SHOWN[0]]["after"], row["after"])
@@ -101,15 +101,16 @@ def main() -> None:
     )
     parser.add_argument("--responses", type=int, nargs="+", default=[8, 16], help="Sizes of a group.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--output", type=Path, help="Where to write the figures as JSON too.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = {}
     for size in options.responses:
-        table = {kind: compare(kind, size, options.seeds) for kind in options.kinds}
+        table = {kind: compare(kind, size, options.seeds, options.steps) for kind in options.kinds}
         figures[str(size)] = table
-        print(f"\nG={size}: expected clean score after {STEPS} steps, and the lead over z-scores")
+        print(f"\nG={size}: expected clean score after {options.steps} steps, and the lead over z-scores")
         print(f"{'':<20}" + "".join(f"{kind:>30}" for kind in options.kinds))
         for use in SHOWN:
             cells = []

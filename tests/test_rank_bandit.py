@@ -28,8 +28,7 @@ def test_equal_answers_are_told_alike(kind):
 
 
 @pytest.mark.parametrize("use", SHOWN)
-def test_every_use_learns_and_repeats(use, monkeypatch):
-    monkeypatch.setattr("rank_bandit.STEPS", 15)
-    curve = learn(use, "exact", 8, 3.0, seed=4)
-    assert curve[-1] > curve[0] + 0.05
-    assert learn(use, "exact", 8, 3.0, seed=4) == curve
+def test_every_use_learns_and_repeats(use):
+    curve = learn(use, "exact", 8, 3.0, seed=4, steps=15)
+    assert len(curve) == 16 and curve[-1] > curve[0] + 0.05
+    assert learn(use, "exact", 8, 3.0, seed=4, steps=15) == curve
