@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from rank_shapes import USES, Feed, ranks_of
-from rank_uses import KINDS
+from rank_uses import KINDS, rounded
 from torch import Tensor
 
 from rlaif_fast.oracle.feedback import CORRUPTIONS
@@ -85,15 +85,6 @@ def compare(kind: str, size: int, seeds: list[int], steps: int) -> dict[str, dic
     return found
 
 
-def rounded(figures: Any) -> Any:
-    """Figures of four digits."""
-    if isinstance(figures, dict):
-        return {name: rounded(value) for name, value in figures.items()}
-    if isinstance(figures, list):
-        return [rounded(value) for value in figures]
-    return round(figures, 4)
-
-
 def main() -> None:
     """Print a table a group size."""
     parser = argparse.ArgumentParser(
@@ -120,7 +111,7 @@ def main() -> None:
                 cells.append(f"{statistics.mean(row['after']):.3f} {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             print(f"{use:<20}" + "".join(f"{cell:>30}" for cell in cells), flush=True)
     if options.output:
-        options.output.write_text(json.dumps(rounded(figures), indent=1) + "\n")
+        options.output.write_text(json.dumps(rounded(figures), indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

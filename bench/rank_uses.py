@@ -186,6 +186,8 @@ def rounded(figures: Any) -> Any:
     """Figures as JSON: four digits, null where there is no noise to divide by."""
     if isinstance(figures, dict):
         return {name: rounded(value) for name, value in figures.items()}
+    if isinstance(figures, list):
+        return [rounded(value) for value in figures]
     return round(figures, 4) if math.isfinite(figures) else None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlaif_fast.policy.flash import merge
 from rlaif_fast.policy.packing import PackedRow, starts
 
 # Response tokens of a group below which one masked call is used: at 250 both take as long, at 500 two calls are 1.2
@@ -116,10 +117,8 @@ class _TwoParts(torch.autograd.Function):
         out_1, lse_1 = _forward(_fold(q, repeat), prompt_key[None], prompt_value[None], False, scale)
         own = parts.gather(q), parts.gather(key, repeat), parts.gather(value, repeat)
         out_2, lse_2 = _forward(*own, True, scale)
-        lse_1, lse_2 = lse_1.reshape(len(q), -1), parts.bring(lse_2)
-        lse = torch.logaddexp(lse_1, lse_2)
-        share_1, share_2 = ((part - lse).exp_()[..., None] for part in (lse_1, lse_2))
-        out = (share_1 * out_1.reshape(q.shape) + share_2 * parts.bring(out_2)).to(q.dtype)
+        of_prompt = out_1.reshape(q.shape), lse_1.reshape(q.shape[:-1])
+        out, lse = merge(*of_prompt, parts.bring(out_2), parts.bring(lse_2))
         ctx.save_for_backward(q, prompt_key, prompt_value, key, value, out, lse)
         ctx.parts, ctx.scale = parts, scale
         return out

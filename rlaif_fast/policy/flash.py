@@ -153,6 +153,13 @@ class TorchFlash:
         )
 
 
+def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys as one: out (..., D) in its dtype, lse (...)."""
+    lse = torch.logaddexp(lse_1, lse_2)
+    share_1, share_2 = ((part - lse).exp()[..., None] for part in (lse_1, lse_2))
+    return (share_1 * out_1 + share_2 * out_2).to(out_1.dtype), lse
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where the tokens of a row stand, and how they fall into sequences."""
@@ -192,11 +199,9 @@ class _SharedPrefixAttention(torch.autograd.Function):
         if len(q_r):
             out_1, lse_1 = kernel.forward(layout.prefix_call(q_r, k_p, v_p, scale))
             out_2, lse_2 = kernel.forward(layout.response_call(q_r, k_r, v_r, scale))
-            lse_r = torch.logaddexp(lse_1, lse_2)
-            share_1, share_2 = ((lse - lse_r).exp().T[:, :, None] for lse in (lse_1, lse_2))  # (nodes, H, 1)
-            out_r = (share_1 * out_1 + share_2 * out_2).to(q.dtype)
+            out_r, lse_r = merge(out_1, lse_1.T, out_2, lse_2.T)
             output.index_copy_(0, layout.node_index, out_r)
-            saved += [q_r, k_r, v_r, out_r, lse_r]
+            saved += [q_r, k_r, v_r, out_r, lse_r.T.contiguous()]
         ctx.save_for_backward(*saved)
         ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
         return output

@@ -84,10 +84,10 @@ class Folder:
             UsageError: There is no such file, or one has a row that cannot be read.
         """
         for file in self.files(*patterns):
-            yield from self.rows_of(file)
+            yield from self.rows_in(file)
 
     @staticmethod
-    def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows_in(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """("file:line", row) of one file; rows after the first of a line have their number too.
 
         Raises:

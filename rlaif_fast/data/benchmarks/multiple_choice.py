@@ -119,7 +119,7 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem
-        for where, row in folder.rows_of(file):
+        for where, row in folder.rows_in(file):
             options = _options(row, "candidates", where)
             answer, question = text_of(row, "answer", where), text_of(row, "question", where)
             place = options.index(answer) if answer in options else None
