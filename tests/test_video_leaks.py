@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget, VideoError, load_clip
+from rlaif_fast.video import ClipCache, ClipStore, FrameSampling, PixelBudget, VideoError, ffmpeg, load_clip
 from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
@@ -90,6 +90,18 @@ def test_500_decodes(files, isolate):
 @pytest.mark.parametrize("isolate", [True, False])
 def test_10000_decodes(files, isolate):
     check(files, 500, 10_000, isolate)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts this process's threads in /proc")
+def test_small_frames_are_converted_without_threads(files):
+    """FFmpeg starts one a core unless told otherwise, which takes ten times longer than the work."""
+    for path in map(str, files[0]):
+        found = ffmpeg.scan(path)
+        before = len(list(Path("/proc/self/task").iterdir()))
+        frames = ffmpeg.read_frames(path, found, [0, 5])
+        next(frames)
+        assert len(list(Path("/proc/self/task").iterdir())) == before, path
+        frames.close()
 
 
 def test_dali_pipelines_do_not_pile_up(files):
