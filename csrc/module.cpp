@@ -1,7 +1,8 @@
 // The operators' schemas and shape functions, and a small module that says how the extension was built.
 // rank_penalty has CPU and CUDA implementations; the others have CPU ones (Triton serves CUDA devices).
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>

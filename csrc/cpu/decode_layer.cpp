@@ -6,8 +6,12 @@
 // Letters: A nodes (one token each), E hidden size, N groups, W nodes a group at most, H query heads, K key heads,
 // R = H / K, D head size, L columns of a group's buffer, C columns in use.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,8 +1,9 @@
 // The row kernels as operators: checks, the choice of an instruction set, and parallel loops over rows.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cstring>

@@ -3,8 +3,10 @@
 //
 // Letters: N groups, G responses a group, B = N * G rows, T tokens.
 
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>

@@ -2,7 +2,9 @@
 // for G <= 32 and two for G <= 64. Keys travel by shuffles; nothing but the outputs is allocated, so the launch can be
 // captured in a graph. No atomics: results are bit-for-bit reproducible.
 
-#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

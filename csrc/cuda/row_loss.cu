@@ -8,7 +8,8 @@
 // merged over the warp, the block and the other block. Later it reads back only what it stored, so no barrier guards the
 // row. float32 inside; equal inputs give equal bits.
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
