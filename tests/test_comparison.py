@@ -148,6 +148,18 @@ def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
     written = summary.stat().st_mtime_ns
     assert main(["--config", str(file), "--workers", "1"]) == 0
     assert summary.stat().st_mtime_ns == written
+    assert "without a scored answer" not in text
+    # A file that one run could not read costs that run its questions, and the comparison nothing else.
+    final = summary.with_name("predictions-final.jsonl")
+    rows = final.read_text().splitlines()
+    final.write_text("\n".join(rows[2:]) + "\n")
+    assert main(["--config", str(file), "--report_only"]) == 0
+    text = (folder / "comparison.md").read_text()
+    assert f"{len(rows) - 2} or {len(rows)} test questions" in text
+    assert "Questions without a scored answer: 2 of seed 1, exact/oracle." in text
+    final.write_text("")
+    assert main(["--config", str(file), "--report_only"]) == 2
+    assert "oracle: no test answer was scored" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["--report_only"]])

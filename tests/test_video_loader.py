@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -90,6 +92,37 @@ def test_hung_decoder_is_timed_out_and_replaced(videos):
             store.load(videos[1])  # in quarantine: not tried again
         pids = store._pool.pids
     assert not any(running(pid) for pid in pids)
+
+
+STOPPED_WHILE_WAITING = """
+import os, sys
+from rlaif_fast.video import ClipStore
+with ClipStore(workers=1, timeout=3.0) as store:
+    store.load(sys.argv[1])
+    print(store._pool.pids[0], flush=True)
+    os.read(0, 1)  # the decoding process is stopped before the next file is asked for
+    pending = store.submit(sys.argv[2])
+    print("asked", flush=True)
+    print(len(pending.result().frames), flush=True)
+"""
+
+
+def test_time_in_which_the_run_itself_was_stopped_is_not_the_fault_of_a_file(videos):
+    """As by Ctrl-Z: every process of the run stands still for longer than a file may take."""
+    script = [sys.executable, "-c", STOPPED_WHILE_WAITING, videos[0], videos[1]]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        decoding = int(run.stdout.readline())
+        os.kill(decoding, signal.SIGSTOP)
+        run.stdin.write("x")
+        run.stdin.flush()
+        assert run.stdout.readline() == "asked\n"
+        os.kill(run.pid, signal.SIGSTOP)
+        time.sleep(5)
+        for pid in (decoding, run.pid):
+            os.kill(pid, signal.SIGCONT)
+        assert int(run.stdout.readline()) > 0
+        run.stdin.close()
+    assert run.returncode == 0
 
 
 def test_crashed_decoder_costs_one_file(videos):

@@ -40,11 +40,32 @@ def describe(table: Table, cells: Cells) -> str:
     found = sum(len(cell.outcomes) for cell in cells.values())
     questions = sorted({len(o.correct) for cell in cells.values() for o in cell.outcomes.values()})
     sizes = " or ".join(map(str, questions)) or "no"
+    left_out = missing_questions(cells)
+    partly = (
+        f" Questions without a scored answer: {', '.join(left_out)}. A lead counts those that both runs answered; "
+        "`quarantine.jsonl` in a run's folder names the files that could not be read."
+        if left_out
+        else ""
+    )
     return (
         f"{found} of {wanted} runs have finished, on {sizes} test questions each. Accuracy is the mean over the seeds. "
         f"The second figure is the lead over {table.baseline} in points with its 95% interval (paired bootstrap over "
-        "seeds and videos); an interval above 0 is bold."
+        f"seeds and videos); an interval above 0 is bold.{partly}"
     )
+
+
+def missing_questions(cells: Cells) -> list[str]:
+    """Name each run that lacks questions which another of its seed has, with their number."""
+    asked: dict[int, set[str]] = {}
+    for cell in cells.values():
+        for seed, outcome in cell.outcomes.items():
+            asked.setdefault(seed, set()).update(outcome.correct, outcome.start)
+    return [
+        f"{lacking} of seed {seed}, {feedback}/{arm}"
+        for (feedback, arm), cell in cells.items()
+        for seed, outcome in cell.outcomes.items()
+        if (lacking := len(asked[seed] - (outcome.correct.keys() & outcome.start.keys())))
+    ]
 
 
 def accuracy_table(table: Table, cells: Cells) -> str:
@@ -78,7 +99,9 @@ def category_table(table: Table, cells: Cells) -> str:
 def _category_change(cell: Cell, category: str) -> float:
     changes = []
     for outcome in cell.outcomes.values():
-        names = [name for name, value in outcome.category.items() if value == category]
+        names = [
+            name for name, value in outcome.category.items() if value == category and name in outcome.start
+        ]
         if names:
             changes.append(_mean(outcome.correct[name] - outcome.start[name] for name in names))
     return _mean(changes)

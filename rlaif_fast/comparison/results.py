@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlaif_fast.comparison.plan import Plan, Table
+from rlaif_fast.errors import UsageError
 from rlaif_fast.report.stats import Interval
 from rlaif_fast.runs.folder import RunDir, read_jsonl
 
@@ -24,6 +25,9 @@ RESAMPLES = 10_000
 @dataclass(frozen=True)
 class Outcome:
     """One finished run.
+
+    A question is missing where its file could not be read (the run's `quarantine.jsonl` says why) or its answer not
+    scored.
 
     Attributes:
         correct: Whether each test question was answered right, by question.
@@ -59,12 +63,21 @@ class Outcome:
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Read a finished run; None where it has not finished."""
+    """Read a finished run; None where it has not finished.
+
+    Raises:
+        UsageError: None of its test answers was scored, before RL or after.
+    """
     run = RunDir(folder)
     if not run.finished:
         return None
     summary = run.read_summary()
-    final, start = list(read_jsonl(run.predictions("final"))), list(read_jsonl(run.predictions("sft")))
+    start, final = (
+        [row for row in read_jsonl(run.predictions(phase)) if row["correct"] is not None]
+        for phase in ("sft", "final")
+    )
+    if not (start and final):
+        raise UsageError(f"{folder}: no test answer was scored, so there is no accuracy to compare")
     curve, tokens, groups = [], 0.0, 0.0
     generations = summary["config"]["num_generations"]
     for record in read_jsonl(run.metrics):
@@ -130,15 +143,16 @@ def gain(arm: Sequence[Outcome]) -> Interval:
 def _by_video(
     after: Mapping[str, bool], before: Mapping[str, bool], video: Mapping[str, str]
 ) -> np.ndarray:  # (videos, 2)
-    """Sum of the changes and number of the questions of each video."""
-    if after.keys() != before.keys():
-        raise ValueError(
-            "the two runs answered different questions: compare runs of one seed and one test set"
+    """Sum of the changes and number of the questions of each video, over the questions that both hold."""
+    both = [name for name in after if name in before]
+    if not both:
+        raise UsageError(
+            "two runs of a seed share no test question; make the comparison again with one test set"
         )
     sums: dict[str, list[float]] = {}
-    for name, value in after.items():
+    for name in both:
         entry = sums.setdefault(video[name], [0.0, 0.0])
-        entry[0] += float(value) - float(before[name])
+        entry[0] += float(after[name]) - float(before[name])
         entry[1] += 1.0
     return np.array(list(sums.values()))
 

@@ -10,6 +10,7 @@ no cleaning up and no room in /dev/shm.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import queue
@@ -35,6 +36,28 @@ from rlaif_fast.video.ffmpeg import Scan
 
 CHUNK_BYTES = 32 << 20  # of frames handed over at a time
 START_SECONDS = 120.0
+SLICE_SECONDS = 1.0
+
+
+class _Patience:
+    """Seconds that may be waited in all.
+
+    It is waited in slices, and a slice counts for no more than its length: where this process was itself stopped
+    (Ctrl-Z, a suspended machine), so was the decoding process, and the file is not to blame.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    def wait(self, channel: Connection) -> None:
+        """Return once there is something to read; raises `TimeoutError`."""
+        ready = False
+        while not ready:
+            if self._left <= 0:
+                raise TimeoutError
+            begun, length = time.monotonic(), min(self._left, SLICE_SECONDS)
+            ready = channel.poll(length)
+            self._left -= min(time.monotonic() - begun, length)
 
 
 class DecodeProcess:
@@ -48,9 +71,9 @@ class DecodeProcess:
 
     def scan(self, path: str, timeout: float | None) -> tuple[Scan, str]:
         """Return what `path` holds and its digest; raises `VideoError`, also when `timeout` seconds pass."""
-        with self._guarded(path, timeout) as end:
+        with self._guarded(path, timeout) as patience:
             self._send(("scan", path))
-            _, facts, digest = self._answer(end)
+            _, facts, digest = self._answer(patience)
             return Scan(**facts), digest
 
     def frames(
@@ -59,13 +82,13 @@ class DecodeProcess:
         """Yield (index, frame (H, W, 3) uint8), ascending; valid until the next one."""
         height, width = scan.shape
         frame_bytes = height * width * 3
-        with self._guarded(path, timeout) as end:
+        with self._guarded(path, timeout) as patience:
             self._grow(max(CHUNK_BYTES, frame_bytes))
             self._send(("frames", path, asdict(scan), list(indices), self._capacity))
             memory = mmap.mmap(self._memory, self._capacity)  # unmapped when its last view is gone
             slots = self._capacity // frame_bytes
             room = np.frombuffer(memory, np.uint8, slots * frame_bytes).reshape(slots, height, width, 3)
-            while (answer := self._answer(end))[0] == "frames":
+            while (answer := self._answer(patience))[0] == "frames":
                 for slot, index in enumerate(answer[1]):
                     yield index, room[slot]
                 self._send(("next",))
@@ -83,14 +106,13 @@ class DecodeProcess:
         return self._process.pid if self._process is not None else None
 
     @contextmanager
-    def _guarded(self, path: str, timeout: float | None) -> Iterator[float | None]:
+    def _guarded(self, path: str, timeout: float | None) -> Iterator[_Patience]:
         """Start the process if need be; kill it unless the body ends with an answer."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        end = None if timeout is None else time.monotonic() + timeout
         whole = False
         try:
-            yield end
+            yield _Patience(math.inf if timeout is None else timeout)
             whole = True
         except _Refused as error:
             whole = True
@@ -122,7 +144,7 @@ class DecodeProcess:
             theirs.close()
         self._channel = ours
         try:
-            self._answer(time.monotonic() + START_SECONDS)  # importing FFmpeg is not the file's fault
+            self._answer(_Patience(START_SECONDS))  # importing FFmpeg is not the file's fault
         except (EOFError, OSError):
             self._kill()
             raise RlaifFastError("the decoding process did not start; its error stands above") from None
@@ -162,12 +184,11 @@ class DecodeProcess:
             raise EOFError
         self._channel.send(message)
 
-    def _answer(self, end: float | None) -> tuple[Any, ...]:
+    def _answer(self, patience: _Patience) -> tuple[Any, ...]:
         channel = self._channel
         if channel is None:
             raise EOFError
-        if not channel.poll(None if end is None else max(0.0, end - time.monotonic())):
-            raise TimeoutError
+        patience.wait(channel)
         answer = channel.recv()
         if answer[0] == "bad":
             raise _Refused(answer[1])
