@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.util import find_spec
@@ -30,7 +31,7 @@ def parse_config(
 ) -> Config:
     """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, in any order.
 
-    Keys that a flag and a file both set are named on standard error. `--print-config` prints the result as YAML and
+    Keys that are set twice are named on standard error with what holds. `--print-config` prints the result as YAML and
     exits; `--help` documents every field.
 
     Args:
@@ -41,7 +42,7 @@ def parse_config(
         under: A file whose values hold where neither a flag nor a file of the user's sets them.
 
     Raises:
-        UsageError: A key is unknown (the nearest name is suggested) or stands twice in a file, a value does not fit
+        UsageError: A key is unknown (the nearest name is suggested), stands twice in a file, a value does not fit
             its type, or the file cannot be read.
     """
     files, flags = _files_and_flags(_words(argv))
@@ -51,8 +52,7 @@ def parse_config(
             _refuse_repeated(path)
     parser = _parser(config_class, prog, description)
     values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
-    if files and flags:
-        _tell_both(parser, files, flags, _names(config_class))
+    _tell_twice(parser, files, flags, _names(config_class))
     return config_class(**{name: _plain(getattr(values, name)) for name in _names(config_class)})
 
 
@@ -111,15 +111,26 @@ def _refuse_repeated(path: Path) -> None:
         return  # the parser reads the file again, and says what is wrong with it
 
 
-def _tell_both(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
-    """Say what holds for each key that a flag and a file both set."""
+def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
+    """Say what holds for each key that two files, a file and a flag, or two flags set."""
     settings = [word for word in flags if not word.startswith("--print-config")]
-    by_file = parser.parse_args(list(files), defaults=False)
-    by_flag = parser.parse_args(settings, defaults=False)
+    paths = [word.removeprefix("--config=") for word in files if word != "--config"]
+    sources = [(path, ["--config", path]) for path in paths] + [("the flag", settings)]
+    before: dict[str, tuple[str, Any]] = {}
+    for source, words in sources:
+        found = parser.parse_args(words, defaults=False)
+        for name in names:
+            if name not in found:
+                continue
+            held = _plain(found[name])
+            if name in before and (source == "the flag" or held != before[name][1]):
+                earlier = "the file" if len(paths) == 1 else before[name][0]
+                print(f"{name}: {held!r} ({source}; {earlier} says {before[name][1]!r})", file=sys.stderr)
+            before[name] = source, held
+    given = Counter(word[2:].partition("=")[0] for word in settings if word.startswith("--"))
     for name in names:
-        if name in by_file and name in by_flag:
-            held, other = (_plain(values[name]) for values in (by_flag, by_file))
-            print(f"{name}: {held!r} (the flag; the file says {other!r})", file=sys.stderr)
+        if given[name] > 1:
+            print(f"{name}: {before[name][1]!r} (the last of {given[name]} flags)", file=sys.stderr)
 
 
 def _names(config_class: type) -> list[str]:

@@ -37,6 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (arguments.config is None) == (not arguments.runs):
         parser.error("give --config FILE, or the folders of finished runs")
+    if arguments.config is None:
+        unread, where = ["output_dir", "workers", "tables", "report_only"], "RUN"
+    else:
+        unread, where = ["categories"], "--config"
+        if arguments.report_only:
+            unread, where = [*unread, "workers"], "--report_only"
+    given = [f"--{name}" for name in unread if getattr(arguments, name)]
+    if given:
+        parser.error(f"{', '.join(given)}: not read with {where}; leave it out")
     return run_command(lambda: _show(arguments) if arguments.config is None else _compare(arguments))
 
 

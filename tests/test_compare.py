@@ -110,3 +110,20 @@ def test_the_command_refuses_an_unfinished_run(tmp_path, capsys):
 
 def test_cells_cannot_break_the_table():
     assert markdown_table(["a", "b"], [["x|y", "1\n2"]]).splitlines()[2] == "| x\\|y | 1 2 |"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--output_dir", "zz", "--tables", "a"], "--output_dir, --tables: not read with RUN"),
+        (["run", "--workers", "7"], "--workers: not read with RUN"),
+        (["run", "--report_only"], "--report_only: not read with RUN"),
+        (["--config", "c.yaml", "--categories"], "--categories: not read with --config"),
+        (["--config", "c.yaml", "--report_only", "--workers", "3"], "--workers: not read with --report_only"),
+    ],
+)
+def test_what_the_other_way_reads_is_refused(capsys, words, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(words)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
