@@ -12,6 +12,7 @@ from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
 from rlaif_fast.comparison.results import two_level_bootstrap
 from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.folder import RunDir
 
 COMMON = {
     "synthetic_sft_clips": 6,
@@ -96,6 +97,9 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
         ({"tables": {"main": MAIN | {"seeds": [1.5]}}}, "tables.main.seeds must list integers, got 1.5"),
         ({"tables": {"main": MAIN | {"arms": ["grpo", "oracle", "grpo"]}}}, "arms names 'grpo' twice"),
         ({"tables": {"main": MAIN | {"feedback": ["exact"] * 2}}}, "feedback names 'exact' twice"),
+        ({"arms": ["grpo"]}, r"arms must give each entry a name, got \['grpo'\]"),
+        ({"arms": None}, "arms must give each entry a name, got None"),
+        ({"feedback": ["exact"]}, r"feedback must give each entry a name, got \['exact'\]"),
         ({"common": {"overwrite_output_dir": True}}, "common.overwrite_output_dir is set by the comparison"),
         ({"arms": {"grpo": {"resume": "runs/old"}}}, "arms.grpo.resume is set by the comparison"),
         (
@@ -107,6 +111,19 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
 def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         read_plan(write_config(tmp_path, **changes))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "compare.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot read .*compare.yaml"):
+        read_plan(file)
+
+
+def test_a_report_before_any_run_says_that_there_is_none(tmp_path, capsys):
+    assert main(["--config", str(write_config(tmp_path)), "--report_only"]) == 0
+    assert "0 of 8 runs have finished" in (tmp_path / "compare/comparison.md").read_text()
+    assert "comparison.md" in capsys.readouterr().out
 
 
 def test_an_arm_that_stands_twice_in_the_file_is_named(tmp_path):
@@ -153,11 +170,16 @@ def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
     final = summary.with_name("predictions-final.jsonl")
     rows = final.read_text().splitlines()
     final.write_text("\n".join(rows[2:]) + "\n")
+    assert main(["--config", str(file), "--report_only"]) == 2
+    assert "predictions-final.jsonl is not as the run wrote it" in capsys.readouterr().err
+    run = RunDir(summary.parent)
+    run.write_summary(run.read_summary())
     assert main(["--config", str(file), "--report_only"]) == 0
     text = (folder / "comparison.md").read_text()
     assert f"{len(rows) - 2} or {len(rows)} test questions" in text
     assert "Questions without a scored answer: 2 of seed 1, exact/oracle." in text
     final.write_text("")
+    run.write_summary(run.read_summary())
     assert main(["--config", str(file), "--report_only"]) == 2
     assert "oracle: no test answer was scored" in capsys.readouterr().err
 
@@ -171,6 +193,12 @@ def test_a_run_that_was_made_otherwise_is_refused_by_name(tmp_path, capsys, left
     (job.folder / left).write_text("{}")
     assert main(["--config", str(file), *words]) == 2
     assert "oracle.yaml, which says how" in capsys.readouterr().err
+    for damage in (b"", b"\xff\xfe", b"a: [1"):
+        job.folder.with_name("oracle.yaml").write_bytes(damage)
+        assert main(["--config", str(file), *words]) == 2
+        assert (
+            "oracle.yaml, which says how" in (message := capsys.readouterr().err) and "is damaged" in message
+        )
     made = dict(job.values) | {"learning_rate": 0.5, "output_dir": "moved", "sft": "moved/start"}
     job.folder.with_name("oracle.yaml").write_text(yaml.safe_dump(made))
     assert main(["--config", str(file), *words]) == 2

@@ -130,7 +130,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     try:
         refuse_repeated_keys(file)
         values = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"config: cannot read {file}: {error}") from error
     known = [entry.name for entry in dataclasses.fields(Plan)]
     if not isinstance(values, dict) or not {"arms", "tables"} <= values.keys():
@@ -145,8 +145,11 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     folder = output_dir or values.get("output_dir")
     if not folder:
         raise UsageError(f"config: {file} names no output_dir; add one, or --output_dir")
-    arms = {name: _keys(keys, f"arms.{name}", OWN) for name, keys in values["arms"].items()}
     feedback = values.get("feedback") or {"exact": {}}
+    for section, named in (("arms", values["arms"]), ("feedback", feedback)):
+        if not isinstance(named, dict):
+            raise UsageError(f"config: {section} must give each entry a name, got {named!r}")
+    arms = {name: _keys(keys, f"arms.{name}", OWN) for name, keys in values["arms"].items()}
     plan = Plan(
         output_dir=Path(folder),
         common=_keys(values.get("common"), "common", OWN),

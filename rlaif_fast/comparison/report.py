@@ -19,6 +19,7 @@ Cells = Mapping[tuple[str, str], Cell]
 def write_report(plan: Plan) -> Path:
     """Write `comparison.md`, `comparison.json` and a figure a table; what has not finished is said. Returns the
     first."""
+    plan.output_dir.mkdir(parents=True, exist_ok=True)
     tables = {table.name: read_table(plan, table) for table in plan.tables}
     parts = ["# Comparison\n"]
     for table in plan.tables:

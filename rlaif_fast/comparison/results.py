@@ -66,12 +66,13 @@ def read_outcome(folder: Path) -> Outcome | None:
     """Read a finished run; None where it has not finished.
 
     Raises:
-        UsageError: None of its test answers was scored, before RL or after.
+        UsageError: Its records are not what it wrote, or none of its test answers was scored, before RL or after.
     """
     run = RunDir(folder)
     if not run.finished:
         return None
     summary = run.read_summary()
+    run.refuse_damaged_results(summary)
     start, final = (
         [row for row in read_jsonl(run.predictions(phase)) if row["correct"] is not None]
         for phase in ("sft", "final")

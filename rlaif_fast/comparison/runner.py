@@ -112,6 +112,12 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
             raise UsageError(
                 f"config: {_config_file(job)}, which says how {job.folder} was made, is missing; {way_out}"
             ) from None
+        except (yaml.YAMLError, UnicodeDecodeError):
+            made = None
+        if not isinstance(made, dict):
+            raise UsageError(
+                f"config: {_config_file(job)}, which says how {job.folder} was made, is damaged; {way_out}"
+            )
         now = yaml.safe_load(yaml.safe_dump(dict(job.values)))
         changes = [
             f"{key} {made.get(key, 'unset')!r} (now {now.get(key, 'unset')!r})"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.runs.integrity import file_digest
 
 if os.name == "posix":
     import fcntl
@@ -163,8 +164,13 @@ class RunDir:
             yield
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json` so that it is there completely or not at all. Call it last."""
-        text = json.dumps(plain(summary), indent=2, ensure_ascii=False, allow_nan=False)
+        """Write `summary.json` so that it is there completely or not at all. Call it last.
+
+        It vouches for the records that its figures come from.
+        """
+        digests = {path.name: file_digest(path) for path in self._results if path.is_file()}
+        whole = {**summary, **({"sha256": digests} if digests else {})}
+        text = json.dumps(plain(whole), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.summary, text + "\n")
 
     def read_summary(self) -> dict[str, Any]:
@@ -184,6 +190,26 @@ class RunDir:
         if not isinstance(summary, dict):
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
         return summary
+
+    def refuse_damaged_results(self, summary: Mapping[str, Any]) -> None:
+        """See to it that metrics and predictions are what the finished run wrote.
+
+        Args:
+            summary: Its summary; one of an earlier version vouches for nothing.
+
+        Raises:
+            UsageError: One of them is missing or was changed.
+        """
+        for path in self._results:
+            digest = summary.get("sha256", {}).get(path.name)
+            if digest is not None and not (path.is_file() and file_digest(path) == digest):
+                raise UsageError(
+                    f"{path} is not as the run wrote it; bring it back, or remove {self.path} and run again"
+                )
+
+    @property
+    def _results(self) -> list[Path]:
+        return [self.metrics, self.predictions("sft"), self.predictions("final")]
 
     @property
     def records(self) -> list[Path]:
