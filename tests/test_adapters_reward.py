@@ -65,6 +65,35 @@ def test_groups_are_equal_prompts_in_any_order_or_neighbours():
         neighbours(prompts=["a"] * 3, completions=["1"] * 3)
 
 
+def test_rows_of_one_prompt_with_other_references_or_media_are_other_groups(tmp_path):
+    rows = {"prompts": ["what is shown?"] * 4, "completions": ["cat", "dog", "cat", "dog"]}
+    references = {"reference": ["cat", "cat", "dog", "dog"]}
+    best, worst = gains(Ranking((0, 1)))
+    assert as_reward(ReferenceOracle())(**rows, **references) == [best, worst, worst, best]
+    films = [str(write_video(tmp_path / f"{n}.mp4", counter_frames(n, 32, 32), fps=2)) for n in (4, 4, 6, 6)]
+    seer = Seer()
+    as_reward(seer)(**rows, video=films, completion_ids=[[1], [2], [3], [4]], split=["a"] * 4)
+    assert [len(request.clips[0].frames) for request in seer.requests] == [4, 6]
+    assert seer.requests[0].metadata == {"video": films[0], "split": "a"}
+    paired = as_reward(seer, group_size=4, media=False)
+    for name, columns in {
+        "reference": references,
+        "video": {"video": films},
+        "form": {"form": films},
+    }.items():
+        with pytest.raises(UsageError, match=rf"^{name}: expected one value a group.*\[0, 1, 2, 3\]"):
+            paired(**rows, **columns)
+    with pytest.raises(UsageError, match=r"^prompts: expected one value a group"):
+        paired(prompts=["a", "a", "b", "b"], completions=rows["completions"])
+
+
+@pytest.mark.parametrize("columns", [{"reference": "7"}, {"video": ["a.mp4"]}, {"images": np.zeros(2)}])
+def test_what_is_asked_is_a_value_a_response(columns):
+    [name] = columns
+    with pytest.raises(UsageError, match=f"^{name}: expected a list of 2, one a response"):
+        as_reward(ReferenceOracle(), media=False)(prompts=["a"] * 2, completions=["7", "9"], **columns)
+
+
 def test_a_response_without_a_verdict_has_no_reward():
     assert gains(Ranking((0, None, 1)))[1] is None
     without_reference = {"prompts": ["a", "a"], "completions": ["1", "2"]}

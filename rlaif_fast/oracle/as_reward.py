@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,14 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.video import ClipStore
+
+ASKED = (
+    "video",
+    "videos",
+    "image",
+    "images",
+    "form",
+)  # columns beside the reference that a verdict depends on
 
 
 def as_reward(
@@ -32,7 +40,8 @@ def as_reward(
 
     Args:
         oracle: Ranks the groups.
-        group_size: G, where the responses of a group follow one another; None groups equal prompts.
+        group_size: G, where the responses of a group follow one another; None groups rows of equal prompt, reference,
+            media and `form`.
         reference: Name of the column that holds the reference answer, where there is one.
         failed: Reward of a response without a verdict. TRL and ms-swift take None; verl needs a number.
         media: Show the oracle the pictures and videos of the prompts, by a store of one's own where frames are chosen
@@ -72,12 +81,13 @@ class OracleReward:
         Args:
             prompts: B prompts, texts or chats. ms-swift has `messages` in their place, verl none.
             completions: B responses, texts or chats; verl has `solution_strs`.
-            columns: Whatever else the trainer passes. Lists of B become the metadata of a group, but
-                `ground_truths` (verl) is the reference answer and `extra_infos[i]["question"]` the prompt. Other
-                things, as TRL's callbacks, say nothing about a response.
+            columns: Whatever else the trainer passes. Lists of B become the metadata of a group where all its rows
+                agree, but `ground_truths` (verl) is the reference answer and `extra_infos[i]["question"]` the prompt.
+                Other things, as TRL's callbacks, say nothing about a response.
 
         Raises:
-            UsageError: No responses or prompts, or not as many of them.
+            UsageError: No responses or prompts, or not as many of them; references, media or forms that are not one a
+                response; or `group_size` rows that ask different things.
         """
         names = dict(columns)
         reference = self.reference
@@ -97,8 +107,13 @@ class OracleReward:
         if len(prompts) != len(completions):
             raise UsageError(f"expected a prompt a response, got {len(prompts)} for {len(completions)}")
         columns_of_rows = {name: x for name, x in names.items() if _is_column(x, len(completions))}
+        for name in (reference, *ASKED):
+            if names.get(name) is not None and name not in columns_of_rows:
+                raise UsageError(
+                    f"{name}: expected a list of {len(completions)}, one a response, got {names[name]!r:.60}"
+                )
         rewards: list[float | None] = [self.failed] * len(completions)
-        groups = grouped(prompts, self.group_size)
+        groups = grouped(prompts, self.group_size, _asked(columns_of_rows, reference))
         requests = requests_of(groups, prompts, completions, columns_of_rows, reference, self.media)
         for rows, ranking in zip(groups, self.oracle.rank(requests)):
             for row, gain in zip(rows, gains(ranking)):
@@ -124,17 +139,49 @@ def gains(ranking: Ranking) -> list[float | None]:
     return [None if rank is None else mean[rank] for rank in ranking.ranks]
 
 
-def grouped(prompts: Sequence[Any], group_size: int | None = None) -> list[list[int]]:
-    """Return the rows of each group: `group_size` neighbours, or where it is None the rows of equal prompts."""
+def grouped(
+    prompts: Sequence[Any],
+    group_size: int | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> list[list[int]]:
+    """Return the rows of each group: `group_size` neighbours, or where it is None the rows that ask the same.
+
+    Args:
+        prompts: B prompts.
+        group_size: G; None groups by content.
+        columns: What else has to be equal in a group, B values each.
+
+    Raises:
+        UsageError: B is no multiple of `group_size`.
+    """
     count = len(prompts)
     if group_size is not None:
         if count % group_size:
             raise UsageError(f"{count} responses are no whole groups of {group_size}")
         return [list(range(first, first + group_size)) for first in range(0, count, group_size)]
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(json.dumps(prompt, sort_keys=True, default=_content), []).append(row)
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for row, asked in enumerate(zip(prompts, *(columns or {}).values())):
+        rows.setdefault(tuple(map(_key, asked)), []).append(row)
     return list(rows.values())
+
+
+def _asked(columns: Mapping[str, Sequence[Any]], reference: str) -> dict[str, Sequence[Any]]:
+    """The columns that say what is asked; the others may say something of a single response."""
+    return {name: columns[name] for name in (reference, *ASKED) if name in columns}
+
+
+def _key(value: Any) -> str:
+    """A text that two values share where they are equal."""
+    try:
+        return json.dumps(value, sort_keys=True, default=_content)
+    except (TypeError, ValueError):  # keys that are no texts, or a value inside itself
+        return repr(value)
+
+
+def _equal(values: Iterable[Any]) -> bool:
+    first, *others = values
+    unlike = [value for value in others if value is not first]
+    return not unlike or {_key(value) for value in unlike} == {_key(first)}
 
 
 def _content(value: Any) -> str:
@@ -155,10 +202,26 @@ def requests_of(
     reference: str = "reference",
     media: PromptMedia | None = None,
 ) -> list[RankRequest]:
-    """Return what an oracle is asked about each group of rows; columns and media are those of its first row."""
+    """Return what an oracle is asked about each group of rows.
+
+    Columns of which the rows of a group agree are its metadata; others are left out.
+
+    Raises:
+        UsageError: The prompts, references, media or forms of a group differ.
+    """
     requests = []
+    asked = {"prompts": prompts, **_asked(columns, reference)}
     for number, rows in enumerate(groups):
-        metadata = {name: column[rows[0]] for name, column in columns.items()}
+        for name, column in asked.items():
+            if not _equal(column[row] for row in rows):
+                raise UsageError(
+                    f"{name}: expected one value a group, got different ones in rows {list(rows)}"
+                )
+        metadata = {
+            name: column[rows[0]]
+            for name, column in columns.items()
+            if name in asked or _equal(column[row] for row in rows)
+        }
         answer = metadata.pop(reference, None)
         clips = () if media is None else media.clips(prompts[rows[0]], metadata)
         requests.append(
