@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rlaif_fast.cli import flag_is_true, parse_config, run_command
 from rlaif_fast.errors import UsageError
-from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
+from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.scoring import scorer_by_name
 
-    config = configuration(options)
+    config = configuration(options, tell)
     known = None
     if options.data is not None:
         rows = read_examples(

@@ -10,10 +10,12 @@ import yaml
 from rlaif_fast.cli import given_values, packaged_config
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.checkpoint import CheckpointIndex
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.integrity import Manifest, sealed, text_digest, write_manifest
 from rlaif_fast.trainer import datasets, setup
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.resume import resumed_config
+from rlaif_fast.trainer.resume import resumed_config, saved_config
 
 
 @pytest.mark.parametrize(
@@ -192,6 +194,38 @@ def test_resume_changes_what_it_may_and_refuses_the_rest(begun):
         resumed_config(begun, {"output_dir": "another"})
     with pytest.raises(UsageError, match="keys do not belong"):
         resumed_config(begun, {"oracle_options": {"api_key": "x"}})
+
+
+DAMAGES = {
+    "cut": lambda text: text[: len(text) // 2],
+    "edited": lambda text: text.replace(b"nframes: null", b"nframes: 9"),
+    "of another type": lambda text: text.replace(b"seed: 0", b"seed: abc"),
+    "no YAML": lambda text: b"seed: [",
+    "no keys": lambda text: b"",
+    "no text": lambda text: b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_configuration_is_noticed(begun, damage):
+    whole = begun.config.read_bytes()
+    saved = saved_config(begun)
+    begun.config.write_bytes(DAMAGES[damage](whole))
+    assert begun.config.read_bytes() != whole
+    if damage != "edited":  # nothing vouches for it before the first checkpoint
+        with pytest.raises(UsageError, match=r"config\.yaml is damaged"):
+            saved_config(begun)
+    begun.config.write_bytes(whole)
+    checkpoint = begun.checkpoints / "rl-000001"
+    checkpoint.mkdir()
+    write_manifest(checkpoint, Manifest(1, {}, config=whole.decode()))
+    index = CheckpointIndex(last=checkpoint.name, config_sha256=text_digest(whole.decode()))
+    (begun.checkpoints / "index.json").write_text(sealed(dataclasses.asdict(index)))
+    told: list[str] = []
+    assert saved_config(begun, told.append) == saved and not told
+    begun.config.write_bytes(DAMAGES[damage](whole))
+    assert saved_config(begun, told.append) == saved
+    assert told == [f"damaged: {begun.config} is not as it was written; the checkpoint's copy is used"]
 
 
 def test_resume_with_other_processes_has_to_be_asked_for(begun, monkeypatch):

@@ -132,6 +132,15 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     assert "category" in capsys.readouterr().out
 
 
+def test_evaluate_notices_a_damaged_configuration(finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text[: text.index("oracle")])
+    figures = evaluate_command(EvaluateConfig(run=str(folder)))
+    assert f"damaged: {folder / 'config.yaml'} is not as it was written" in capsys.readouterr().err
+    assert figures["accuracy"] == json.loads((folder / "summary.json").read_text())["final_accuracy"]
+
+
 def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
     code, folder, err = run(lora_r=4, sft_steps=2, max_steps=2)
     assert code == 0, err

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint
+from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint, tell
 
 
 def evaluate_benchmark(options: EvaluateConfig) -> Path:
@@ -28,6 +28,8 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
     first = RankZeroFirst()
     with first.turn():
+        if first.rank == 0:
+            configuration(options, tell)
         folder = EvalFolder.open(path, settings_of(options))
         folder.refuse_other_questions(item.example for item in items)
     launch(_evaluate_in, options, options.num_processes, resolve_device(options.device))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +135,22 @@ class EvaluateConfig:
                 raise UsageError(f"{name}: only a benchmark takes it; add --benchmark, or leave it out")
 
 
-def configuration(options: EvaluateConfig) -> TrainConfig:
-    """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate."""
+def tell(line: str) -> None:
+    """Print a line beside the results."""
+    print(line, file=sys.stderr)
+
+
+def configuration(options: EvaluateConfig, tell: Callable[[str], None] = lambda line: None) -> TrainConfig:
+    """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate.
+
+    Args:
+        options: What to evaluate.
+        tell: Gets a line where the run's config.yaml is damaged and a checkpoint's copy is used.
+
+    Raises:
+        UsageError: There is no such run, or its configuration is lost.
+        RlaifFastError: The weights are not as they were written.
+    """
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.integrity import check_weights
@@ -148,7 +164,7 @@ def configuration(options: EvaluateConfig) -> TrainConfig:
         given["nframes"] = None  # a rate takes the place of the run's number
     if options.run is not None:
         run_dir = RunDir.open(options.run)
-        config = saved_config(run_dir)
+        config = saved_config(run_dir, tell)
         best = CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")
         given = {"model": str(best)} | given
     return dataclasses.replace(config, device=options.device, **given)

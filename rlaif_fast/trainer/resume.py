@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.cli import parse_config
+from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, text_digest, unseal
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import resolved
 
@@ -38,19 +41,78 @@ CHANGEABLE = (
 )
 
 
-def saved_config(run_dir: RunDir) -> TrainConfig:
+def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: None) -> TrainConfig:
     """The configuration that a run began with, in the folder where it lies now.
 
+    Where config.yaml is not as it was written, a checkpoint's copy is taken; nothing is changed on disk.
+
+    Args:
+        run_dir: The run.
+        tell: Gets a line where the copy is taken.
+
     Raises:
-        UsageError: There is none, or another version wrote it.
+        UsageError: There is none, another version wrote it, or it is damaged and no checkpoint has a copy.
     """
-    if not run_dir.config.is_file():
-        raise UsageError(f"{run_dir.path} has no {run_dir.config.name}: the run never began; start it again")
-    values = yaml.safe_load(run_dir.config.read_text())
+    text, vouched = _written(run_dir, tell)
     try:
-        return TrainConfig(**(values | {"output_dir": str(run_dir.path)}))
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(f"{run_dir.config} is damaged: not YAML ({reason}); start a new run") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{run_dir.config} is damaged: it holds no keys; start a new run")
+    try:
+        config = TrainConfig(**(values | {"output_dir": str(run_dir.path)}))
     except TypeError as error:
         raise UsageError(f"{run_dir.config} is from another version ({error})") from error
+    if not vouched:
+        _check_values(run_dir, values)
+    return config
+
+
+def _written(run_dir: RunDir, tell: Callable[[str], None]) -> tuple[str, bool]:
+    """The text of config.yaml as the run wrote it, and whether a checkpoint vouches for it."""
+    try:
+        text = run_dir.config.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = None
+    try:
+        index = CheckpointStore(run_dir.checkpoints, {}, read_only=True).index
+    except (RlaifFastError, TypeError):
+        index = CheckpointIndex()  # whoever needs a checkpoint is told of it there
+    copies = [copy for name in index.roles.values() if (copy := _copy_in(run_dir, name)) is not None]
+    known = index.config_sha256 or (text_digest(copies[0]) if copies else None)
+    if text is not None and known in (None, text_digest(text)):
+        return text, known is not None
+    if copies:
+        tell(f"damaged: {run_dir.config} is not as it was written; the checkpoint's copy is used")
+        return next((copy for copy in copies if text_digest(copy) == known), copies[0]), True
+    if not run_dir.config.is_file():
+        raise UsageError(f"{run_dir.path} has no {run_dir.config.name}: the run never began; start it again")
+    raise UsageError(f"{run_dir.config} is damaged, and no checkpoint has a copy; start a new run")
+
+
+def _copy_in(run_dir: RunDir, name: str | None) -> str | None:
+    """The configuration that a checkpoint holds; None where it has none, or its manifest is damaged."""
+    if name is None:
+        return None
+    try:
+        return Manifest(**unseal(run_dir.checkpoints / name / MANIFEST)).config
+    except (Damage, TypeError):
+        return None
+
+
+def _check_values(run_dir: RunDir, values: Mapping[str, Any]) -> None:
+    """Refuse a file that no digest vouches for where a key is missing or its value is of another type."""
+    lacking = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in values]
+    if lacking:
+        raise UsageError(
+            f"{run_dir.config} is damaged, or from another version: it lacks {', '.join(lacking[:4])}; start a new run"
+        )
+    try:
+        parse_config(TrainConfig, [], prog="rlaif_fast.train", description="", under=run_dir.config)
+    except UsageError as error:
+        raise UsageError(f"{run_dir.config} is damaged: {error}; start a new run") from None
 
 
 def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
