@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from rlaif_fast.oracle.records import (
 )
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
+from rlaif_fast.oracle.row_clips import RowClips
+from rlaif_fast.video.base import Clip
+
+_Row = tuple[str, dict[str, Any]]  # "file:line" and what stands there
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank.add_argument("--output", type=Path, help="File to write; FILE.ranked.jsonl without it.")
     rank.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
     rank.add_argument("--no_clips", action="store_true", help="Do not decode the videos.")
-    rank.add_argument("--nframes", type=int, default=8, help="Frames decoded of each video.")
+    rank.add_argument(
+        "--nframes", type=int, default=8, help="Frames of a video whose row does not say which."
+    )
     rank.add_argument("--batch_size", type=int, default=64, help="Groups ranked at a time.")
     rank.add_argument(
         "--max_invalid_fraction", type=float, default=0.5, help="Stop when more of the last groups failed."
@@ -88,8 +94,7 @@ def _rank(options: argparse.Namespace) -> int:
     rows = list(read_rows(options.file))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")
-    for where, row in rows:
-        row_request(row, where)  # a wrong row is reported before anything is paid for
+    media = _checked(rows, options)  # a wrong row is reported before anything is paid for
     output = _output(options, "ranked")
     oracle = build_oracle(
         options.oracle,
@@ -97,7 +102,7 @@ def _rank(options: argparse.Namespace) -> int:
         max_invalid_fraction=options.max_invalid_fraction,
         **dict(_option(text) for text in options.option),
     )
-    requests, rankings = _rank_rows(oracle, rows, options, output)
+    requests, rankings = _rank_rows(oracle, rows, media, options, output)
     stats = {**oracle_stats(requests, rankings, reference=ReferenceOracle()), **counters(oracle)}
     for key, value in stats.items():
         print(f"{key:<28} {value:.4g}", file=sys.stderr)
@@ -106,6 +111,19 @@ def _rank(options: argparse.Namespace) -> int:
         print(f"{len(invalid)} groups could not be ranked; the last: {invalid[-1].error}", file=sys.stderr)
     print(output)
     return 0
+
+
+def _checked(rows: Sequence[_Row], options: argparse.Namespace) -> Callable[[_Row], list[Clip]]:
+    """What decodes the media of a row, once every row and every file has been looked at."""
+    for where, row in rows:
+        row_request(row, where)
+    if options.no_clips:
+        return lambda _: []
+    clips = RowClips(options.media_root or options.file.parent, options.nframes)
+    media = {where: clips.find(row, where) for where, row in rows}
+    for where, found in media.items():
+        clips.check(found, where)
+    return lambda pair: clips.load(media[pair[0]], pair[0])
 
 
 def _output(options: argparse.Namespace, suffix: str) -> Path:
@@ -127,7 +145,11 @@ def _writer(output: Path) -> Any:
 
 
 def _rank_rows(
-    oracle: Oracle, rows: Sequence[tuple[str, dict[str, Any]]], options: argparse.Namespace, output: Path
+    oracle: Oracle,
+    rows: Sequence[_Row],
+    clips_of: Callable[[_Row], list[Clip]],
+    options: argparse.Namespace,
+    output: Path,
 ) -> tuple[list[RankRequest], list[Ranking]]:
     """Rank in batches; the file appears under its name only when all of it is there."""
     try:
@@ -145,7 +167,7 @@ def _rank_rows(
             task = progress.add_task("ranking", total=len(rows))
             for start in range(0, len(rows), options.batch_size):
                 part = rows[start : start + options.batch_size]
-                batch = [row_request(row, where, _clips(row, where, options)) for where, row in part]
+                batch = [row_request(row, where, clips_of((where, row))) for where, row in part]
                 ranked = oracle.rank(batch)
                 for (_, row), ranking in zip(part, ranked):
                     line = {**row, **ranking_to_json(ranking)}
@@ -157,25 +179,6 @@ def _rank_rows(
     finally:
         Path(partial.name).unlink(missing_ok=True)
     return requests, rankings
-
-
-def _clips(row: dict[str, Any], where: str, options: argparse.Namespace) -> list[Any]:
-    """The decoded media of a row."""
-    named = {key: row.get(key) for key in ("video", "videos", "images")}
-    videos = [named["video"]] if named["video"] else named["videos"] or []
-    images = named["images"] or []
-    if options.no_clips or not (videos or images):
-        return []
-    from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image
-
-    root = options.media_root or options.file.parent
-    try:
-        sampling = FrameSampling(nframes=options.nframes)
-        return [load_clip(root / path, sampling=sampling) for path in videos] + [
-            load_image(root / path) for path in images
-        ]
-    except VideoError as error:
-        raise UsageError(f"{where}: {error}") from None
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.judge import Verdict
 
+_REFERENCE = ("reference", "answer", "solution")
 _VERDICT_KEYS = {"order", "ranks", "raw", "error"}
 
 
@@ -148,7 +149,7 @@ def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -
     question = row.get("question")
     if not isinstance(question, str):
         raise UsageError(f"{where}: 'question' must be a text")
-    reference = row.get("reference", row.get("answer"))
+    reference = next((row[key] for key in _REFERENCE if row.get(key) is not None), None)
     options, metadata = row.get("options") or [], row.get("metadata") or {}
     if reference is not None and not isinstance(reference, str):
         raise UsageError(f"{where}: 'answer' must be a text")
@@ -156,6 +157,8 @@ def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -
         raise UsageError(f"{where}: 'options' must be a list of texts")
     if not isinstance(metadata, dict):
         raise UsageError(f"{where}: 'metadata' must be an object")
+    if row.get("form") is not None:
+        metadata = {"form": row["form"], **metadata}
     return RankRequest(
         id=row_id(row) or where,
         question=question,

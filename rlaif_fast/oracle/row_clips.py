@@ -1,0 +1,94 @@
+"""The media of a row as the dataset reader finds them, for rows that are ranked from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.converters import Fields, place_media
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import row_media
+from rlaif_fast.data.published import named_video
+from rlaif_fast.data.reader import _Media, _refuse_mistyped_media
+from rlaif_fast.errors import UsageError
+from rlaif_fast.video import FrameSampling, PixelBudget, VideoError, load_clip, load_frames, load_image, probe
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.image import MAX_IMAGE_PIXELS
+from rlaif_fast.video.refs import MediaRef
+
+_ANY_SIZE = PixelBudget(factor=1, min_pixels=1, max_pixels=MAX_IMAGE_PIXELS)
+
+
+class RowClips:
+    """Finds, checks and loads the media of rows.
+
+    Args:
+        root: Folder that relative paths start from.
+        nframes: Frames of a video whose row does not say which are seen.
+    """
+
+    def __init__(self, root: Path, nframes: int) -> None:
+        self._files = _Media(root, check=True)
+        self._sampling = FrameSampling(nframes=nframes)
+        self._opened: set[MediaRef] = set()
+
+    def find(self, row: Mapping[str, Any], where: str) -> tuple[MediaRef, ...]:
+        """The media of a row in the order its question shows them.
+
+        Args:
+            row: A dataset row with a `question`.
+            where: Its place, "file:line".
+
+        Raises:
+            UsageError: A medium is not there, not one that is read, or has keys that do not fit.
+        """
+        try:
+            media = row_media(row)
+            if not media and (video := named_video(row)) is not None:
+                media = [video]
+            fields = Fields(row["question"], media=media)
+            _refuse_mistyped_media(dict(row), [fields])
+            place_media(fields)
+            return tuple(map(self._files.resolve, fields.media))
+        except RowError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def check(self, media: Sequence[MediaRef], where: str) -> None:
+        """Open each medium once, and find the frames that its row asks for.
+
+        Raises:
+            UsageError: A file is bad, or holds too few frames.
+        """
+        for medium in media:
+            if medium in self._opened:
+                continue
+            self._opened.add(medium)
+            if medium.is_image or medium.frames:
+                self.load([medium], where)
+                continue
+            try:
+                self._sampling.cut(medium.cut).sample(probe(medium.path))
+            except VideoError as error:
+                raise UsageError(f"{where}: {error}") from None
+
+    def load(self, media: Sequence[MediaRef], where: str) -> list[Clip]:
+        """The decoded media, in their order.
+
+        Raises:
+            UsageError: A file is bad, or holds too few frames.
+        """
+        try:
+            return [self._load(medium) for medium in media]
+        except VideoError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def _load(self, medium: MediaRef) -> Clip:
+        bounded = any(key.endswith("_pixels") for key in medium.cut.given())
+        resize = _ANY_SIZE.cut(medium.cut) if bounded else None
+        if medium.is_image:
+            return load_image(medium.path, resize=resize)
+        sampling = self._sampling.cut(medium.cut)
+        if medium.frames:
+            return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize)
+        return load_clip(medium.path, sampling=sampling, resize=resize)
