@@ -19,18 +19,21 @@ import torch
 from rlaif_fast import evaluate
 from rlaif_fast.data import VOCABULARY
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.answering import likeliest
 from rlaif_fast.evals.grading import RankingGrader, make_grader
+from rlaif_fast.evals.identity import asked_digest, model_digest
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
 from rlaif_fast.evals.tables import as_text, table_of
 from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.runs.integrity import Manifest, digests, write_manifest
 from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.video.refs import Cut
+from rlaif_fast.video.refs import Cut, MediaRef
 from rlaif_fast.video.testing import counter_frames, write_video
 
 VIDEOMME_ROW = {
@@ -333,6 +336,68 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     assert "an answer to '0-1' that was asked 'How many candles are on the tree?' (right: 'A')" in (
         capsys.readouterr().err
     )
+
+
+def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, capsys):
+    own = shutil.copytree(model, tmp_path / "own")
+    assert run(folder, own, tmp_path / "out", "--limit=2") == 0
+    before = (tmp_path / "out/items.jsonl").read_bytes()
+    words = set(VOCABULARY) | set(words_of(("A B C D . one two man who is driving ? ball",)))
+    other = make_tiny(tmp_path / "other", words, seed=4)
+    shutil.copy(other / "model.safetensors", own / "model.safetensors")
+    capsys.readouterr()
+    assert run(folder, own, tmp_path / "out", "--limit=2") == 2
+    assert "holds an evaluation with other weights; give another folder" in capsys.readouterr().err
+    assert (tmp_path / "out/items.jsonl").read_bytes() == before
+
+
+def test_what_identifies_a_model(model, tmp_path):
+    own = shutil.copytree(model, tmp_path / "own")
+    seen = {model_digest(str(model))}
+    assert model_digest(str(own)) in seen
+    write_manifest(own, Manifest(1, digests(own)))
+    assert model_digest(str(own)) in seen
+    (own / "chat_template.jinja").write_text("other")
+    seen.add(model_digest(str(own)))
+    put(own / "adapter_model.safetensors", "adapters")
+    put(own / "adapter_config.json", {"base_model_name_or_path": str(model), "r": 4})
+    seen.add(model_digest(str(own)))
+    put(own / "adapter_config.json", {"base_model_name_or_path": "/nonexistent/base", "r": 4})
+    seen.add(model_digest(str(own)))
+    assert len(seen) == 4 and None not in seen
+    assert model_digest("/nonexistent/base") is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"options": ("One.", "Five.")},
+        {"asked": "How many?\nA. One.\nB. Two."},
+        {"media": (MediaRef("a.mp4", cut=Cut(video_end=2.0)),)},
+        {"media": (MediaRef("b.mp4"),)},
+        {"system": "Be brief."},
+    ],
+)
+def test_answers_to_other_options_media_or_cuts_are_refused(change, tmp_path):
+    example = Example("x", "How many?", "A", options=("One.", "Two."), media=(MediaRef("a.mp4"),))
+    folder = EvalFolder.open(tmp_path / "out", {})
+    asked = asked_digest(example)
+    folder.add([Record("x", "a.mp4", {}, "How many?", "A", "A", True, asked=asked)])
+    folder.refuse_other_questions([example])
+    with pytest.raises(UsageError, match="'x' that was asked 'How many\\?' with other options, media, cuts"):
+        folder.refuse_other_questions([dataclasses.replace(example, **change)])
+
+
+def test_what_could_not_be_asked_is_asked_again(folder, model, tmp_path, video, capsys):
+    assert run(folder, model, tmp_path / "out") == 0
+    video("bench/data/bad.mp4")
+    video("bench/data/gone.mp4")
+    assert run(folder, model, tmp_path / "out") == 0
+    assert all(record.prediction is not None for record in read_records(tmp_path / "out/items.jsonl"))
+    assert len(read_records(tmp_path / "out/items.jsonl")) == 8
+    put(folder / "data/one.mp4", "other\n")
+    assert run(folder, model, tmp_path / "out") == 2
+    assert "'0-1' that was asked" in capsys.readouterr().err
 
 
 def test_two_processes_answer_as_one_does(folder, model, tmp_path):

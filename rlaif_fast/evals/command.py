@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint, tell
+from rlaif_fast.trainer.options import TrainConfig
 
 
 def evaluate_benchmark(options: EvaluateConfig) -> Path:
@@ -28,14 +29,16 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
     first = RankZeroFirst()
     with first.turn():
+        settings = {}
         if first.rank == 0:
-            configuration(options, tell)
-        folder = EvalFolder.open(path, settings_of(options))
-        folder.refuse_other_questions(item.example for item in items)
-    launch(_evaluate_in, options, options.num_processes, resolve_device(options.device))
+            settings = settings_of(options, configuration(options, tell))
+            folder = EvalFolder.open(path, settings)
+            folder.refuse_other_questions(item.example for item in items)
+    work = (options, settings)
+    launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
     if first.rank != 0:
         return path
-    known = EvalFolder.open(path, settings_of(options)).records
+    known = EvalFolder.open(path, settings).records
     records = [known[item.example.id] for item in items]
     lines = table_of(records, before)
     write_tables(
@@ -53,8 +56,15 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     return path
 
 
-def settings_of(options: EvaluateConfig) -> dict[str, Any]:
-    """What an answer depends on; an evaluation goes on only where all of it is the same."""
+def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
+    """What an answer depends on; an evaluation goes on only where all of it is the same.
+
+    Args:
+        options: The command's.
+        config: What `configuration` makes of them; its model's files are read.
+    """
+    from rlaif_fast.evals.identity import model_digest
+
     names = (
         "benchmark",
         "data",
@@ -66,15 +76,15 @@ def settings_of(options: EvaluateConfig) -> dict[str, Any]:
         "judge_options",
         "blank_frames",
     )
-    config = configuration(options)
     return {name: getattr(options, name) for name in names} | {
         "model": config.model,
+        "weights": model_digest(config.model),
         **{name: getattr(config, name) for name in FROM_RUN},
     }
 
 
-def _evaluate_in(world, options: EvaluateConfig) -> None:
-    """One process's part of an evaluation."""
+def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
+    """One process's part of an evaluation: what to evaluate, and in rank 0 its settings."""
     import torch
 
     from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
@@ -86,12 +96,13 @@ def _evaluate_in(world, options: EvaluateConfig) -> None:
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.scoring import rules
 
+    options, settings = work
     assert options.benchmark is not None and options.data is not None
     # A bad file is an unanswered question, however many there are.
     config = dataclasses.replace(configuration(options), max_bad_fraction=1.0)
     setup.set_threads(config.threads, world.local_size)
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
-    folder = EvalFolder.open(path, settings_of(options)) if world.is_main else None
+    folder = EvalFolder.open(path, settings) if world.is_main else None
     items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
     grader = None if options.judge is None else make_grader(options.judge, options.judge_options)
     loaded = load_checkpoint(config)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError, writing
+from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.runs.folder import json_line, read_jsonl, write_atomically
 
 
@@ -28,6 +29,7 @@ class Record:
         trouble: Why it could not be asked.
         pred: A judge's yes or no; None where it gave none, or was not asked.
         score: A judge's grade, 0 to 5.
+        asked: Digest of all that was asked (see `asked_digest`).
     """
 
     id: str
@@ -40,6 +42,7 @@ class Record:
     trouble: str = ""
     pred: bool | None = None
     score: int | None = None
+    asked: str = ""
 
 
 @dataclass
@@ -83,23 +86,39 @@ class EvalFolder:
             )
         if folder.items.exists():
             folder.records = {record.id: record for record in read_records(folder.items, cut_off=True)}
-            write_atomically(folder.items, "".join(json_line(asdict(r)) for r in folder.records.values()))
+            folder._write()
         return folder
 
     def refuse_other_questions(self, examples: Iterable[Example]) -> None:
-        """See to it that what is answered already was asked as it would be now.
+        """See to it that what is answered already was asked as it would be now; the rest is asked again.
 
         Raises:
-            UsageError: A question or its answer has changed since.
+            UsageError: A question, its answer, options or media have changed since.
         """
+        known = len(self.records)
         for example in examples:
             record = self.records.get(example.id)
-            if record is not None and (record.question, record.answer) != (example.question, example.answer):
+            if record is None:
+                continue
+            if record.prediction is None:
+                del self.records[example.id]
+                continue
+            what = f"output_dir: {self.path} holds an answer to {example.id!r} that was asked "
+            if (record.question, record.answer) != (example.question, example.answer):
                 raise UsageError(
-                    f"output_dir: {self.path} holds an answer to {example.id!r} that was asked "
-                    f"{record.question!r:.60} (right: {record.answer!r:.40}), and the data now ask "
+                    f"{what}{record.question!r:.60} (right: {record.answer!r:.40}), and the data now ask "
                     f"{example.question!r:.60} (right: {example.answer!r:.40}); give another folder"
                 )
+            if record.asked != asked_digest(example):
+                raise UsageError(
+                    f"{what}{record.question!r:.60} with other options, media, cuts or prompt than the data "
+                    "have now; give another folder"
+                )
+        if len(self.records) < known:
+            self._write()
+
+    def _write(self) -> None:
+        write_atomically(self.items, "".join(json_line(asdict(r)) for r in self.records.values()))
 
     def add(self, records: Sequence[Record]) -> None:
         """Note some answers."""

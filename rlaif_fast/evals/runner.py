@@ -11,6 +11,7 @@ from rlaif_fast.data.benchmarks import Item
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.evals.grading import Grader
+from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.evals.records import EvalFolder, Record
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.prompts.batches import BatchMaker
@@ -113,6 +114,7 @@ def _record(
         trouble=item.trouble or ("" if found is not None else f"{_video(example)} cannot be read"),
         pred=None if grade is None else grade[0],
         score=None if grade is None else grade[1],
+        asked=asked_digest(example),
     )
 
 
