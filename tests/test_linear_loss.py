@@ -519,3 +519,25 @@ def test_a_group_index_on_policy_needs_an_order():
         fused_linear_grpo_rank_loss(problem.hidden, problem.weight, problem.token_ids, ranks, **arguments)
     with pytest.raises(ValueError, match="group_size must be None with group_index"):
         grpo_rank_loss(problem.logps, ranks, group_size=4, **arguments)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("loss", [True, False], ids=["loss", "logps"])
+def test_gradients_are_contiguous_however_the_inputs_lie(loss, chunk_size):
+    """On a GPU the upstream scale is multiplied in by a kernel that walks over memory."""
+    problem = random_problem(dtype=torch.float64)
+    weight = problem.weight.t().contiguous().t().requires_grad_()
+    hidden = problem.hidden.flatten(0, 1).t().contiguous().t().requires_grad_()
+    lengths = torch.full((12,), problem.hidden.shape[1])
+    layouts = []
+    for x in (hidden, weight):
+        assert not x.is_contiguous()
+        x.register_hook(lambda grad: layouts.append(grad.is_contiguous()))
+    if loss:
+        ids = problem.token_ids.flatten()
+        arguments = {"lengths": lengths, "chunk_size": chunk_size}
+        fused_linear_grpo_rank_loss(hidden, weight, ids, problem.oracle_ranks, **arguments).loss.backward()
+    else:
+        logps = token_logps(hidden, weight, problem.token_ids.flatten(), chunk_size=chunk_size)
+        logps.sum().backward()
+    assert layouts == [True, True]

@@ -27,7 +27,7 @@ from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import PlainSampler, SamplingParams, SharedPrefixSampler
 from rlaif_fast.trainer import sft
 from rlaif_fast.trainer.drawing import draw, weights_to_draw_with
-from rlaif_fast.trainer.optimizer import Updater, combine_stats
+from rlaif_fast.trainer.optimizer import Updater, combine_stats, mean_of_updates
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
@@ -271,6 +271,26 @@ def test_stats_of_parts():
         (3, {"loss": 0.25, "tokens": 3.0, "ratio_max": 2.0, "kl": 2.0}),
     ]
     assert combine_stats(parts) == {"loss": 0.75, "tokens": 4.0, "ratio_max": 3.0, "kl": 1.75}
+
+
+def test_a_part_whose_tokens_are_all_masked_does_not_dilute_a_mean():
+    masked = {"loss": 0.0, "tokens": 0.0, "kl": 0.0}
+    assert combine_stats([(5, masked), (5, {"loss": 0.5, "tokens": 5.0, "kl": 1.0})]) == {
+        "loss": 0.5,
+        "tokens": 5.0,
+        "kl": 1.0,
+    }
+    assert combine_stats([(5, masked)]) == masked
+
+
+def test_a_step_of_several_updates_logs_all_of_them():
+    updates = [
+        {"loss": 0.5, "tokens": 4.0, "ratio_max": 2.0, "grad_norm": torch.tensor(1.0)},
+        {"loss": 1.5, "tokens": 2.0, "ratio_max": 1.0, "grad_norm": torch.tensor(3.0)},
+    ]
+    assert mean_of_updates(updates) == {"loss": 1.0, "tokens": 6.0, "ratio_max": 2.0, "grad_norm": 2.0}
+    assert mean_of_updates(updates[:1]) is updates[0]
+    assert mean_of_updates([]) == {}
 
 
 # --- the optimizer ------------------------------------------------------------------------------------------

@@ -68,7 +68,8 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:  # (M,), (B,) -> (B,)
     """Add up what packed tokens have, response by response."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    responses = torch.arange(len(lengths), device=values.device)
+    owner = torch.repeat_interleave(responses, lengths, output_size=len(values))  # else the host waits for it
     return values.new_zeros(len(lengths)).index_add_(0, owner, values)
 
 

@@ -45,8 +45,9 @@ class Gradients:
         of_weight = head.leaf.dtype if one_chunk else wide
         self.kernels = kernels
         self.head = head
-        self.hidden = torch.zeros_like(hidden) if needs.hidden else None
-        self.weight = torch.empty_like(head.weight, dtype=of_weight) if needs.weight else None
+        # Contiguous however the inputs lie: the kernel that scales them walks over memory.
+        self.hidden = hidden.new_zeros(hidden.shape) if needs.hidden else None
+        self.weight = head.weight.new_empty(head.weight.shape, dtype=of_weight) if needs.weight else None
         self.bias = hidden.new_zeros(head.weight.shape[0], dtype=wide) if needs.bias else None
         self._first = True
 

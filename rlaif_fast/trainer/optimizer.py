@@ -214,12 +214,14 @@ def _collect(copy: nn.Parameter):
 def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The loss's statistics of a whole update from those of its parts, each with its number of tokens.
 
-    Losses and token counts are parts of a sum; the others are means over the tokens, and `ratio_max` a maximum.
+    Losses and token counts are parts of a sum, and `ratio_max` is a maximum. The others are means over the tokens that
+    the loss counts, which are fewer than all where some are masked.
     """
-    tokens = max(sum(weight for weight, _ in shards), 1)
+    parts = [(stats.get("tokens", weight), stats) for weight, stats in shards]
+    tokens = sum(weight for weight, _ in parts) or 1
     combined = {}
     for name in shards[0][1] if shards else ():
-        values = [(weight, stats[name]) for weight, stats in shards]
+        values = [(weight, stats[name]) for weight, stats in parts]
         if name == "tokens" or name.startswith("loss"):
             combined[name] = sum(value for _, value in values)
         elif name == "ratio_max":
@@ -227,3 +229,18 @@ def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, f
         else:
             combined[name] = sum(weight * value for weight, value in values) / tokens
     return combined
+
+
+def mean_of_updates(updates: Sequence[dict]) -> dict:
+    """What is logged of the updates of one step: the mean of each statistic, of `tokens` the sum, of `ratio_max` the
+    largest. Those of a single update stay where they are, on its device.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    merged = {}
+    for name in updates[0] if updates else ():
+        values = [float(stats[name]) for stats in updates]
+        merged[name] = max(values) if name == "ratio_max" else sum(values)
+        if name not in ("tokens", "ratio_max"):
+            merged[name] /= len(values)
+    return merged

@@ -22,7 +22,7 @@ from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.ahead import RolloutAhead
 from rlaif_fast.trainer.drawing import asked, keeps_graph, on_policy, roll_out, weights_to_draw_with
-from rlaif_fast.trainer.optimizer import Updater, combine_stats
+from rlaif_fast.trainer.optimizer import Updater, combine_stats, mean_of_updates
 from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
@@ -108,15 +108,17 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             if critic is not None:
                 with logger.timer("critic"):
                     groups, loss_stats = critic.appraise(groups, progress.step)
+            updates: list[dict] = []
             for _ in range(config.num_iterations):
                 for part in minibatches(groups, config.steps_per_generation):
                     with logger.timer("update"):
                         update_stats = update_loss(run, part, features)
                         if update_stats is not None:
-                            loss_stats |= update_stats | {"grad_norm": updater.step()}
+                            updates.append(update_stats | {"grad_norm": updater.step()})
                     if critic is not None:
                         with logger.timer("critic"):
                             loss_stats |= critic.update(part)
+            loss_stats |= mean_of_updates(updates)
             # Behind the update: what is logged is read on the host, and until here nothing had to be.
             stats = log_rollouts(run, sampled, progress.step) | loss_stats
             progress.step += 1
@@ -234,8 +236,9 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
     stats = _accumulate(run, groups, features, items)
     if world.size == 1:
         return stats
+    values = torch.stack([torch.as_tensor(value) for value in stats.values()]).tolist() if stats else []
     mine = {
-        name: float(value) / (world.size if name.startswith("loss") else 1) for name, value in stats.items()
+        name: value / (world.size if name.startswith("loss") else 1) for name, value in zip(stats, values)
     }
     return combine_stats([(weight, shard) for weight, shard in world.gather((tokens, mine)) if shard])
 
