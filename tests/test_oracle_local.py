@@ -11,6 +11,7 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.local import LocalOracle
 from rlaif_fast.oracle.monitors import blind_control, oracle_stats
 from rlaif_fast.policy.plain import model_inputs
@@ -55,6 +56,10 @@ def next_logps(oracle, prompt, reply=()):
     with torch.no_grad():
         logits = oracle.policy.model(**inputs).logits[0, -1]
     return (logits.float() + oracle.policy.head_bias).log_softmax(-1)
+
+
+def test_the_weights_are_part_of_the_identity(checkpoint):
+    assert f"weights={model_digest(str(checkpoint))} " in judge(checkpoint).identity
 
 
 def test_likelihood_is_the_mean_token_log_probability(checkpoint):

@@ -14,6 +14,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest, embedding
 from rlaif_fast.oracle.embedding import EmbeddingOracle, resolve_model
+from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.reward_model import RewardModelOracle
 
 WORDS = (
@@ -320,3 +321,34 @@ def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tm
         RewardModelOracle(model=str(two))
     with pytest.raises(UsageError, match="cannot load"):
         RewardModelOracle(model=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reward_model"])
+def test_other_weights_in_the_same_folder_are_another_oracle(encoder, reward_model, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
+    source, build = {
+        "embedding": (encoder, EmbeddingOracle),
+        "reward_model": (reward_model, RewardModelOracle),
+    }[kind]
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    before = build(model=str(folder), device="cpu").identity
+    assert build(model=str(folder), device="cpu").identity == before
+    weights = load_file(folder / "model.safetensors")
+    first = next(iter(weights))
+    weights[first] = weights[first] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert build(model=str(folder), device="cpu").identity != before
+
+
+def test_adapters_are_told_apart_by_their_base_too(tmp_path):
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    base.mkdir()
+    adapters.mkdir()
+    (base / "model.safetensors").write_bytes(b"1")
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = model_digest(str(adapters))
+    (base / "model.safetensors").write_bytes(b"2")
+    assert model_digest(str(adapters)) != before
+    assert model_digest("hub/name", "abc") != model_digest("hub/name", "def")

@@ -237,11 +237,15 @@ class CachedOracle:
     Args:
         inner: The oracle that is asked where the cache has nothing.
         path: The cache file.
+
+    Raises:
+        UsageError: No identity can be made of the oracle, or the file cannot be one.
     """
 
     def __init__(self, inner: Oracle, *, path: str | Path) -> None:
         self.inner = inner
         self.name = inner.name
+        identity_of(inner)
         self.cache = VerdictCache(path)
         self.hits = 0
         self.misses = 0

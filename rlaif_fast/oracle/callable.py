@@ -7,11 +7,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.identity import function_digest
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,8 @@ class CallableOracle:
     traceback is logged.
 
     Args:
-        function: The function, or its name as "package.module:function".
+        function: The function, or its name as "package.module:function". For the verdict cache its code counts, and
+            what of its own module it uses; an attribute `identity`, a text, stands for all that.
         returns: "scores" (higher is better) or "ranks" (lower is better).
     """
 
@@ -39,9 +42,18 @@ class CallableOracle:
             raise UsageError(f"oracle option 'function' must be a function, got {self.function!r}")
         self.returns = returns
         self.gives_scores = returns == "scores"
-        module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
-        self.identity = f"callable/2 {module}:{name or type(self.function).__qualname__} returns={returns}"
         self._told = False
+
+    @cached_property
+    def identity(self) -> str:
+        """What a cached verdict depends on beside the request.
+
+        Raises:
+            UsageError: The function holds a value that has no identity.
+        """
+        module, name = getattr(self.function, "__module__", ""), getattr(self.function, "__qualname__", "")
+        name = name or type(self.function).__qualname__
+        return f"callable/2 {module}:{name} {function_digest(self.function)} returns={self.returns}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import show_responses
 
@@ -58,6 +60,7 @@ class EmbeddingOracle:
 
         folder = resolve_model(model)
         self.model_name = model
+        self._folder = folder
         self.batch_size = batch_size
         self.max_response_chars = max_response_chars
         if device == "auto":
@@ -79,10 +82,16 @@ class EmbeddingOracle:
                 "the encoder takes need"
             )
 
+    @cached_property
+    def _weights(self) -> str:
+        return model_digest(self._folder, getattr(self._model.config, "_commit_hash", None))
+
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"embedding/4 model={self.model_name} max_chars={self.max_response_chars}"
+        return (
+            f"embedding/4 model={self.model_name} weights={self._weights} max_chars={self.max_response_chars}"
+        )
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""

@@ -20,6 +20,7 @@ import torch
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
 from rlaif_fast.oracle.untrusted import seeded_generator
@@ -93,10 +94,17 @@ class LocalOracle(Judge):
             max_packed_tokens,
         )
 
+    @cached_property
+    def _weights(self) -> str:
+        return model_digest(self.model, getattr(self.policy.model.config, "_commit_hash", None))
+
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"{super().identity} model={self.model} pixels={self.pixels} scores={self.gives_scores}"
+        return (
+            f"{super().identity} model={self.model} weights={self._weights} pixels={self.pixels} "
+            f"scores={self.gives_scores}"
+        )
 
     @property
     def gives_scores(self) -> bool:

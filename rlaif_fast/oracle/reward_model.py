@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rlaif_fast.data.schema import option_letters
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
+from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.untrusted import show_responses
 
 
@@ -84,11 +86,15 @@ class RewardModelOracle:
         self.max_response_chars = max_response_chars
         self.tie = tie
 
+    @cached_property
+    def _weights(self) -> str:
+        return model_digest(self.model_name, getattr(self._model.config, "_commit_hash", None))
+
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return (
-            f"reward_model/3 model={self.model_name} max_tokens={self.max_tokens} "
+            f"reward_model/3 model={self.model_name} weights={self._weights} max_tokens={self.max_tokens} "
             f"max_chars={self.max_response_chars} tie={self.tie}"
         )
 
