@@ -43,6 +43,17 @@ def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
     [
         (ROWS, [{"example_id": "other", "prediction": "x"}], "no prediction for a row"),
         (ROWS, [{"id": "one"}], "example_id, prediction"),
+        (
+            ROWS,
+            [{"example_id": "one", "prediction": "x"}, {"example_id": "other", "prediction": "y"}],
+            "1 of 2 predictions are of no row of",
+        ),
+        (
+            ROWS,
+            [{"example_id": "one", "prediction": "x"}, {"example_id": "one", "prediction": "y"}],
+            "p.jsonl:2: 'one' has a prediction already",
+        ),
+        (ROWS[:1] * 2, [{"example_id": "one", "prediction": "x"}], "rl.jsonl:2: the id 'one' stands twice"),
         ([{"messages": []}], [{"example_id": "one", "prediction": "x"}], "the texts question"),
     ],
 )
@@ -50,6 +61,19 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, rows, said, wor
     file, predictions = lines(tmp_path / "rl.jsonl", rows), lines(tmp_path / "p.jsonl", said)
     assert main(["label", str(file), str(tmp_path / "o.jsonl"), "--predictions", str(predictions)]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("out", ["rl.jsonl", "../DIR/rl.jsonl", "soft.jsonl", "hard.jsonl", "p.jsonl"])
+def test_what_is_read_is_not_written_over(tmp_path, out, capsys):
+    file = lines(tmp_path / "rl.jsonl", ROWS)
+    predictions = lines(tmp_path / "p.jsonl", [{"example_id": "one", "prediction": "a cat"}])
+    (tmp_path / "soft.jsonl").symlink_to(file)
+    (tmp_path / "hard.jsonl").hardlink_to(file)
+    before = file.read_bytes(), predictions.read_bytes()
+    path = tmp_path / out.replace("DIR", tmp_path.name)
+    assert main(["label", str(file), str(path), "--predictions", str(predictions)]) == 2
+    assert "would be lost; write to another file" in capsys.readouterr().err
+    assert (file.read_bytes(), predictions.read_bytes()) == before
 
 
 def test_rows_without_answers_are_answered_and_labelled(tmp_path, capsys):

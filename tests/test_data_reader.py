@@ -334,6 +334,12 @@ def test_skipping_leaves_wrong_rows_out_and_says_so(write, media, caplog):
     assert "1 of 3 rows are wrong" in caplog.text and f"{path}:2" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["on_error", "scored"])
+def test_a_value_that_is_not_known_is_refused(write, media, key):
+    with pytest.raises(UsageError, match=f"{key}: expected .* or .*, got 'bogus'"):
+        read_examples(write(NATIVE), media_root=media, **{key: "bogus"})
+
+
 def test_a_file_without_a_usable_row_is_refused(write, media, tmp_path):
     with pytest.raises(UsageError, match="the file is empty"):
         read_examples(write(), media_root=media)

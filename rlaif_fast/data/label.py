@@ -27,14 +27,24 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         Rows written, and rows without a prediction, which are left out.
 
     Raises:
-        UsageError: A file cannot be read, a row asks more than one question, or no row has a prediction.
+        UsageError: A file cannot be read, `out` is one of the two that are read, a row asks more than one question, an
+            id stands twice, no row has a prediction, or a prediction has no row.
     """
-    said = {
-        row["example_id"]: row["prediction"] for _, row in _objects(predictions, "example_id", "prediction")
-    }
-    lines, missing = [], 0
+    for name, source in (("FILE", file), ("predictions", predictions)):
+        if _same(out, source):
+            raise UsageError(f"OUT: {out} is {name}, which would be lost; write to another file")
+    said: dict[str, str] = {}
+    for number, row in _objects(predictions, "example_id", "prediction"):
+        if row["example_id"] in said:
+            raise UsageError(f"{predictions}:{number}: {row['example_id']!r:.60} has a prediction already")
+        said[row["example_id"]] = row["prediction"]
+    lines, missing, met = [], 0, set()
     for number, row in _objects(file, "question"):
-        text = said.get(str(row.get("id", f"{file.stem}:{number}")))
+        name = str(row.get("id", f"{file.stem}:{number}"))
+        if name in met:
+            raise UsageError(f"{file}:{number}: the id {name!r:.60} stands twice")
+        met.add(name)
+        text = said.get(name)
         if text is None or not text.strip():
             missing += 1
             continue
@@ -44,10 +54,35 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         lines.append(json.dumps({**row, "answer": text}, ensure_ascii=False) + "\n")
     if not lines:
         raise UsageError(f"{predictions}: it holds no prediction for a row of {file}")
+    if unknown := [name for name in said if name not in met]:
+        raise UsageError(
+            f"{predictions}: {len(unknown)} of {len(said)} predictions are of no row of {file}, such as "
+            f"{unknown[0]!r:.60}; give what was predicted for this file"
+        )
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("".join(lines), encoding="utf-8")
+        _replace(out, "".join(lines))
     return len(lines), missing
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _same(first: Path, second: Path) -> bool:
+    try:
+        return first.resolve() == second.resolve() or first.samefile(second)
+    except (OSError, RuntimeError):  # one is not there; a loop of links
+        return False
 
 
 def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:

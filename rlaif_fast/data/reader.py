@@ -17,7 +17,7 @@ from rlaif_fast.data.media_keys import Medium
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.schema import Example
 from rlaif_fast.data.sources import read_text, rows_of
-from rlaif_fast.errors import UsageError, printable
+from rlaif_fast.errors import UsageError, printable, require
 from rlaif_fast.video.refs import Cut, MediaRef
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,10 @@ def read_examples(
         on_error: "raise" refuses a file with wrong rows and names them; "skip" leaves them out and logs them.
 
     Raises:
-        UsageError: The file cannot be read, has no usable row, or has wrong rows and `on_error` is "raise".
+        UsageError: The file cannot be read, has no usable row, or has wrong rows and `on_error` is "raise"; or `scored`
+            or `on_error` is none of its values.
     """
+    require(on_error in ("raise", "skip"), "on_error", "raise or skip", on_error)
     report = read_report(
         path, media_root=media_root, require_answer=require_answer, check_files=check_files, scored=scored
     )
@@ -112,8 +114,9 @@ def read_report(
     """Read a dataset as `read_examples` does, but return everything there is to say about it.
 
     Raises:
-        UsageError: The file itself cannot be read.
+        UsageError: The file itself cannot be read, or `scored` is none of its values.
     """
+    require(scored in ("answer", "whole"), "scored", "answer or whole", scored)
     path = Path(path)
     root = Path(media_root) if media_root is not None else path.parent
     report = ReadReport(path)
