@@ -1,12 +1,15 @@
 """Algorithms: their advantages against the formulas, what they refuse, and how another package adds one."""
 
+import re
+
 import pytest
 import torch
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, Verdicts, make_algorithm
+from rlaif_fast.algorithms.group import verdicts_of
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.trainer.options import TrainConfig
 
@@ -73,6 +76,16 @@ def test_grpo_is_the_z_score_and_its_older_name():
     assert type(older) is type(plain)
     whole = verdicts(plain)
     assert torch.equal(older.advantages(whole).advantages, plain.advantages(whole).advantages)
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("-inf"), float("nan"), 1e39, None])
+def test_a_score_that_no_float32_holds_is_the_oracle_s_fault_and_not_the_learning_rate_s(score):
+    ranking = Ranking((0, 1, 2), scores=(0.5, 0.25, score))
+    with pytest.raises(RlaifFastError, match=f"gave it the score {re.escape(str(score))}; expected"):
+        verdicts_of([ranking], POLICY[:1, :3], make_algorithm(AlgorithmOptions(algorithm="grpo")))
+    unranked = Ranking((0, 1, None), scores=(0.5, 0.25, score))  # what stands there is not read
+    found = verdicts_of([unranked], POLICY[:1, :3], make_algorithm(AlgorithmOptions(algorithm="grpo")))
+    assert found.judged.tolist() == [[True, True, False]]
 
 
 def test_rloo_compares_with_the_mean_of_the_others():

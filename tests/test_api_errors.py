@@ -245,6 +245,12 @@ def test_module():
         loss(logits=LOGITS, oracle_ranks=RANKS)
     with pytest.raises(ValueError, match="weight must be given with hidden"):
         loss(hidden=HIDDEN, token_ids=IDS, oracle_ranks=RANKS)
+    with pytest.raises(ValueError, match="weight, lengths, entropy must be None with logits"):
+        loss(
+            logits=LOGITS, token_ids=IDS, oracle_ranks=RANKS, weight=WEIGHT, lengths=IDS[:, 0], entropy=LOGPS
+        )
+    with pytest.raises(ValueError, match="token_ids must be None with logps"):
+        loss(LOGPS, RANKS, token_ids=IDS)
     with pytest.raises(TypeError, match="mask belong"):
         GRPORankLoss(mask=LOGPS)
     with pytest.raises(TypeError, match="no option 'betta'"):
@@ -262,3 +268,19 @@ def test_module_gives_what_the_functions_give():
     for inputs in ({"logps": logps}, {"logits": logits}, {"hidden": hidden, "weight": weight}):
         ids = {} if "logps" in inputs else {"token_ids": IDS}
         torch.testing.assert_close(loss(oracle_ranks=RANKS, **inputs, **ids).loss, want)
+
+
+def test_counts_are_integers():
+    with pytest.raises(TypeError, match="max_completion_length must be an integer; got float"):
+        grpo_rank_loss(LOGPS, RANKS, loss_type="dr_grpo", max_completion_length=7.5)
+    with pytest.raises(TypeError, match="chunk_size must be an integer; got float"):
+        fused_linear_grpo_rank_loss(HIDDEN, WEIGHT, IDS, RANKS, chunk_size=1.5)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -0.5])
+def test_confidence_is_no_sign_and_no_gap(weight):
+    weights = torch.tensor([1.0, weight])
+    with pytest.raises(ValueError, match="weights must be finite and at least 0"):
+        grpo_rank_loss(LOGPS, RANKS, weights=weights)
+    with pytest.raises(ValueError, match="weights must be finite and at least 0"):
+        rank_advantages(torch.zeros(2, 3), RANKS, weights=weights)

@@ -249,10 +249,15 @@ def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None
     """What the algorithm makes advantages of: the ranking's scores or its ranks.
 
     Raises:
-        RlaifFastError: The oracle promised scores and gave none.
+        RlaifFastError: The oracle promised scores and gave none, or one that float32 does not hold.
     """
     if algorithm.feedback == "ranks":
         return ranking.ranks
     if ranking.scores is None:
         raise RlaifFastError("the oracle says gives_scores and returned a ranking without scores")
+    for rank, score in zip(ranking.ranks, ranking.scores):
+        if rank is not None and not (score is not None and abs(score) <= torch.finfo(torch.float32).max):
+            raise RlaifFastError(
+                f"the oracle ranked a response and gave it the score {score}; expected a finite number"
+            )
     return ranking.scores

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs
-from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_number
+from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_number
 
 
 def describe(value: Any) -> str:
@@ -133,6 +133,8 @@ def ranking(
         boolean("judged", judged, (N, G), like=like)
     if weights is not None:
         floating("weights", weights, (N,), like=like)
+        if can_read(weights, validate) and not ((weights >= 0) & weights.isfinite()).all():
+            raise ValueError("weights must be finite and at least 0")
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
     if can_read(oracle_ranks, validate):
@@ -294,9 +296,7 @@ def given_advantages(
     floating("advantages", advantages, (responses,) if per_response else shape, like=like)
     for name in ("valid", "judged", "weights", "scores"):
         if arguments.get(name) is not None:
-            raise ValueError(
-                f"{name} belongs to oracle_ranks; with advantages it has no use (mask rows instead)"
-            )
+            raise ValueError(f"{name} belongs to oracle_ranks, not to advantages (mask rows instead)")
     divides("group_size", arguments.get("group_size"), responses)
     return advantages.detach()
 
@@ -383,7 +383,7 @@ def head(
         if float32.dtype != torch.promote_types(weight.dtype, torch.float32):
             raise TypeError(f"float32_weight must be float32; got {describe(float32)}")
     if chunk_size is not None:
-        check_number("chunk_size", chunk_size, minimum=1)
+        check_count("chunk_size", chunk_size)
 
 
 def lengths(value: Any, packed: int, like: Tensor, validate: bool = True) -> int:

@@ -84,6 +84,21 @@ class GRPORankLoss(nn.Module):
         ]
         if len(given) != 1:
             raise ValueError(f"exactly one of logps, logits and hidden must be given; got {given or 'none'}")
+        of_form = {
+            "logps": ["entropy"],
+            "logits": ["token_ids"],
+            "hidden": ["token_ids", "weight", "bias", "lengths"],
+        }
+        others = {
+            "weight": weight,
+            "bias": bias,
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "entropy": entropy,
+        }
+        unread = [name for name, x in others.items() if x is not None and name not in of_form[given[0]]]
+        if unread:
+            raise ValueError(f"{', '.join(unread)} must be None with {given[0]}")
         merged: LossArguments = {**self.options, **arguments}
         if logps is not None:
             return grpo_rank_loss(logps, oracle_ranks, entropy=entropy, backend=self.backend, **merged)

@@ -60,6 +60,13 @@ def check_number(name: str, value: object, *, minimum: float, strict: bool = Fal
         )
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {type(value).__name__}")
+    check_number(name, value, minimum=1)
+
+
 @dataclass(frozen=True)
 class RankOptions:
     """How ranks become advantages.
@@ -151,7 +158,7 @@ class LossOptions(RankOptions):
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given with loss_type='dr_grpo'; got None")
         if self.max_completion_length is not None:
-            check_number("max_completion_length", self.max_completion_length, minimum=0.0, strict=True)
+            check_count("max_completion_length", self.max_completion_length)
 
     def _check_combinations(self) -> None:
         if self.surrogate != "clip":
