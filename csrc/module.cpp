@@ -1,5 +1,5 @@
 // The operators' schemas and shape functions, and a small module that says how the extension was built.
-// rank_penalty has CPU and CUDA implementations; the others have CPU ones (Triton serves CUDA devices).
+// rank_penalty and row_loss_ have CPU and CUDA implementations, the others CPU ones (Triton serves CUDA devices).
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

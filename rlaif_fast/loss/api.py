@@ -265,7 +265,7 @@ def fused_linear_grpo_rank_loss(
             the gradient of `hidden`. Not under torch.compile.
         float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding, as an optimizer keeps
             it: the weight's gradient is its gradient, summed and scaled in float32, and `weight` gets none.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns:
         `LossOutput`: loss, advantages (B,) (or as given) and stats.

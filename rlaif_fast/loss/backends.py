@@ -25,8 +25,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         never a read; `row_grad` then has no one-hot term.
 
     linear_loss(hidden (M, H), head: Head, token_ids (M,), padding: Padding | None, close: Close,
-                chunk_size: int | None, needs: Needs, shard: VocabularyShard | None,
-                weight_dtype: torch.dtype | None)
+                chunk_size: int | None, needs: Needs, shard: VocabularyShard | None)
                 -> (TokenGradients, grad_hidden | None, grad_weight | None, grad_bias | None)
     linear_stats(hidden (M, H), head: Head, token_ids (M,), chunk_size) -> RowStats
     linear_grad(hidden (M, H), head: Head, token_ids (M,), stats: RowStats, grad_logps (M,), grad_entropy (M,),
@@ -39,7 +38,8 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
             Adds grad_logits.T @ hidden to total, or with `first` writes it there.
 
 The holders are those of `rlaif_fast.loss.inputs` and `rlaif_fast.loss.options`, handed on whole.
-All results are detached, of float32 or wider, and on the device of the inputs.
+All results are detached and on the device of the inputs; those of `rank_penalty` have the dtype of the scores, the others
+are float32 or wider.
 """
 
 from __future__ import annotations
