@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -10,6 +11,8 @@ import yaml
 from rlaif_fast.cli import given_values, packaged_config
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import RankRequest
+from rlaif_fast.oracle.wrappers import OracleFailedError
 from rlaif_fast.runs.checkpoint import CheckpointIndex
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Manifest, sealed, text_digest, write_manifest
@@ -134,6 +137,56 @@ def test_preflight_needs_scores_for_zscore(tmp_path):
         setup.check_oracle(TrainConfig(advantage="zscore", **only_orders))
     with pytest.raises(UsageError, match="needs option 'model'"):
         setup.preflight(TrainConfig(oracle="local"))
+
+
+def test_the_window_of_the_circuit_breaker_is_an_oracle_option():
+    config = TrainConfig(oracle="callable", oracle_options={"function": f"{__name__}:cannot", "window": 4})
+    oracle = setup.make_oracle(config)
+    with pytest.raises(OracleFailedError, match="2 of the last 2 groups"):
+        oracle.rank([RankRequest(str(n), "?", ("a", "b")) for n in range(2)])
+
+
+def cannot(request):
+    raise ValueError
+
+
+@pytest.mark.parametrize(
+    ("oracle", "options", "words"),
+    [
+        ("reference", {"window": "abc"}, "window: expected a whole number of at least 1, got 'abc'"),
+        ("local", {"model": "x", "window": 0}, "window: expected a whole number of at least 1, got 0"),
+        ("reference", {"max_invalid_fraction": 0.1}, "set the run's own key max_invalid_fraction"),
+        ("reference", {"name": "api"}, "set the run's own key oracle"),
+        ("reference", {"cache": 5}, "cache: expected the path of a file, got 5"),
+        ("reference", {"tolerance": "abc"}, "option 'tolerance': expected a number, got 'abc'"),
+        ("replay", {"path": 5}, "option 'path': expected a text or a path, got 5"),
+        ("local", {"model": "x", "batch_size": "8"}, "option 'batch_size': expected a whole number, got '8'"),
+        (
+            "local",
+            {"model": "x", "orders": True},
+            "option 'orders': expected a whole number or null, got True",
+        ),
+        (
+            "api",
+            {"model": "x", "extra_body": "a"},
+            "option 'extra_body': expected an object or null, got 'a'",
+        ),
+        ("api", {"model": "x", "timeout": math.nan}, "option 'timeout': expected a number, got nan"),
+        (
+            "shuffled",
+            {"inner": {"name": "reference", "window": 8}},
+            "window: expected no value where max_invalid_fraction is null, got 8",
+        ),
+        (
+            "shuffled",
+            {"inner": {"name": "reference", "tolerance": "x"}},
+            "option 'tolerance': expected a number",
+        ),
+    ],
+)
+def test_an_oracle_option_that_does_not_fit_is_named(oracle, options, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        setup.check_oracle(TrainConfig(oracle=oracle, oracle_options=options))
 
 
 def test_preflight_keeps_the_checkpoint_that_the_run_starts_from(tmp_path):

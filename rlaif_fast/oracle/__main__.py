@@ -31,6 +31,7 @@ from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
 from rlaif_fast.video.base import Clip
 
+_FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
 _Row = tuple[str, dict[str, Any]]  # "file:line" and what stands there
 
 
@@ -100,7 +101,7 @@ def _rank(options: argparse.Namespace) -> int:
         options.oracle,
         cache=options.cache,
         max_invalid_fraction=options.max_invalid_fraction,
-        **dict(_option(text) for text in options.option),
+        **_options(options.option),
     )
     requests, rankings = _rank_rows(oracle, rows, media, options, output)
     stats = {**oracle_stats(requests, rankings, reference=ReferenceOracle()), **counters(oracle)}
@@ -179,6 +180,19 @@ def _rank_rows(
     finally:
         Path(partial.name).unlink(missing_ok=True)
     return requests, rankings
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """The oracle's options by name."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, value = _option(text)
+        if key in _FLAGS:
+            raise UsageError(f"--option {key}: give it as {_FLAGS[key]}")
+        if key in found:
+            raise UsageError(f"--option {key}: expected it once, got {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
 
 
 def _option(text: str) -> tuple[str, Any]:

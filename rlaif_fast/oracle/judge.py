@@ -127,7 +127,8 @@ class Judge(ABC):
     """
 
     name = "judge"
-    more_options = tuple(option.name for option in fields(JudgeOptions))  # what **judge of a subclass takes
+    options_class = JudgeOptions  # what **judge of a subclass takes
+    more_options = tuple(option.name for option in fields(JudgeOptions))
 
     def __init__(self, options: JudgeOptions) -> None:
         self.options = options

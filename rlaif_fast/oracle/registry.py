@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.oracle.base import Oracle
-from rlaif_fast.oracle.wrappers import CircuitBreaker
+from rlaif_fast.oracle.option_types import check_types
+from rlaif_fast.oracle.wrappers import WINDOW, CircuitBreaker
 from rlaif_fast.plugins import find, plugins
 
 _SECRET = re.compile(
@@ -34,7 +35,7 @@ _BUILTIN = {
 }
 
 
-_SHARED_OPTIONS = ("cache", "window")  # of `build_oracle` itself
+SHARED_OPTIONS = ("cache", "max_invalid_fraction", "window")  # of `build_oracle` itself
 
 
 def oracle_names() -> list[str]:
@@ -64,7 +65,7 @@ def build_oracle(
     *,
     cache: str | Path | None = None,
     max_invalid_fraction: float | None = 0.5,
-    window: int = 64,
+    window: int | None = None,
     **options: Any,
 ) -> Oracle:
     """Build an oracle by name.
@@ -74,7 +75,7 @@ def build_oracle(
         cache: File to keep verdicts in; None keeps none.
         max_invalid_fraction: Stop the run when more of the last `window` groups could not be ranked; None
             never does.
-        window: How many groups the circuit breaker looks back.
+        window: How many groups the circuit breaker looks back; None for 64.
         **options: The oracle's own; see its class. An option `inner` (of "corrupted" and "shuffled") is another
             oracle's name, or a mapping of `name` and its options; `members` (of "ensemble") is a list of
             such.
@@ -84,9 +85,12 @@ def build_oracle(
         `max_invalid_fraction` is None.
 
     Raises:
-        UsageError: If the name or an option is unknown.
+        UsageError: If the name or an option is unknown, or a value does not fit.
     """
     factory = find_oracle(name, options)
+    _check_cache(cache)
+    unread = max_invalid_fraction is None and window is not None
+    require(not unread, "window", "no value where max_invalid_fraction is null", window)
     if "inner" in options:
         options["inner"] = _nested(name, "inner", options["inner"])
     if "members" in options:
@@ -102,6 +106,7 @@ def build_oracle(
 
         oracle = CachedOracle(oracle, path=cache)
     if max_invalid_fraction is not None:
+        window = WINDOW if window is None else window
         oracle = CircuitBreaker(oracle, max_invalid_fraction=max_invalid_fraction, window=window)
     return oracle
 
@@ -110,13 +115,20 @@ def find_oracle(name: str, options: Mapping[str, Any]) -> Callable[..., Oracle]:
     """What builds the oracle, once its options are known to be its own; nothing is built.
 
     Raises:
-        UsageError: If the name or an option is unknown.
+        UsageError: If the name or an option is unknown, or a value is of another type.
     """
     refuse_secrets(options)
     factory = _factory(name)
-    own = {key: value for key, value in options.items() if key not in _SHARED_OPTIONS}
+    own = {key: value for key, value in options.items() if key not in SHARED_OPTIONS}
     _check_options(name, factory, own)
+    if name in _BUILTIN:
+        check_types(name, factory, own)
+    _check_cache(options.get("cache"))
     return factory
+
+
+def _check_cache(cache: Any) -> None:
+    require(cache is None or isinstance(cache, (str, Path)), "cache", "the path of a file", cache)
 
 
 def _nested(name: str, option: str, value: Any) -> Oracle:

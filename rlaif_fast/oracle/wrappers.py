@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, require
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
 
 T = TypeVar("T")
 
+WINDOW = 64  # groups that the circuit breaker looks back, where nothing else is said
 FIRST_GROUPS = 8  # a judge that failed all of so many at the start is not waited for
 
 
@@ -70,11 +71,11 @@ class CircuitBreaker:
             every group of the first eight stops the run.
     """
 
-    def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = 64) -> None:
-        if not 0.0 <= max_invalid_fraction <= 1.0:
-            raise UsageError(f"max_invalid_fraction must be in [0, 1], got {max_invalid_fraction}")
-        if window < 1:
-            raise UsageError(f"window must be at least 1, got {window}")
+    def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = WINDOW) -> None:
+        share = isinstance(max_invalid_fraction, (int, float)) and 0.0 <= max_invalid_fraction <= 1.0
+        if not share:
+            raise UsageError(f"max_invalid_fraction must be in [0, 1], got {max_invalid_fraction!r}")
+        check_window(window)
         self.inner = inner
         self.name = inner.name
         self.max_invalid_fraction = max_invalid_fraction
@@ -116,6 +117,12 @@ class CircuitBreaker:
                 "Check the judge, or raise max_invalid_fraction"
             )
         return rankings
+
+
+def check_window(window: object) -> None:
+    """Raise `UsageError` unless a circuit breaker can look back so many groups."""
+    whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+    require(whole, "window", "a whole number of at least 1", window)
 
 
 def identity_of(oracle: Oracle) -> str:

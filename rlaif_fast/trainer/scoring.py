@@ -12,7 +12,7 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, RankRequest
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.oracle.registry import build_oracle, find_oracle
+from rlaif_fast.oracle.registry import SHARED_OPTIONS, build_oracle, find_oracle
 from rlaif_fast.oracle.scoring import answer_kind
 
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
@@ -40,7 +40,7 @@ def scorer_by_name(name: str, options: Mapping[str, Any]) -> AnswerScorer:
     """The scorer that a run with this oracle has, without loading a judge."""
     for inner, own in _named(name, options):
         if hasattr(find_oracle(inner, own), "is_correct"):
-            plain = {key: value for key, value in own.items() if key not in ("cache", "window")}
+            plain = {key: value for key, value in own.items() if key not in SHARED_OPTIONS}
             oracle: Any = build_oracle(inner, max_invalid_fraction=None, **plain)
             return oracle
     return rules(options)

@@ -25,6 +25,7 @@ from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.preflight import ask_once
 from rlaif_fast.oracle.registry import find_oracle
+from rlaif_fast.oracle.wrappers import WINDOW, check_window
 from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.frontend import load_frontend
@@ -130,7 +131,8 @@ def check_overwrite(config: TrainConfig) -> None:
 
 def check_oracle(config: TrainConfig) -> None:
     """Refuse an oracle that cannot be built; one that is a model is only looked up, a remote one is asked once."""
-    find_oracle(config.oracle, config.oracle_options)
+    options, _ = _oracle_options(config)
+    find_oracle(config.oracle, options)
     if config.oracle not in MODEL_ORACLES:
         ask_once(make_oracle(config))
 
@@ -295,7 +297,8 @@ def make_oracle(config: TrainConfig) -> Oracle:
     Raises:
         UsageError: It cannot be built, or has no scores where the algorithm needs them.
     """
-    oracle = build_oracle(config.oracle, max_invalid_fraction=None, **config.oracle_options)
+    options, window = _oracle_options(config)
+    oracle = build_oracle(config.oracle, max_invalid_fraction=None, **options)
     if find_algorithm(config).feedback == "scores" and not gives_scores(oracle):
         raise UsageError(
             f"algorithm: {config.algorithm} with advantage {config.advantage} needs scores, and the oracle "
@@ -310,7 +313,23 @@ def make_oracle(config: TrainConfig) -> Oracle:
         oracle = CorruptedOracle(oracle, kind="gaussian", strength=config.oracle_noise, seed=config.seed)
     if config.oracle_shuffle:
         oracle = ShuffledOracle(oracle, seed=config.seed)
-    return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction)
+    return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction, window=window)
+
+
+def _oracle_options(config: TrainConfig) -> tuple[dict[str, Any], int]:
+    """The options of the oracle itself, and how many groups its circuit breaker looks back.
+
+    Raises:
+        UsageError: One belongs elsewhere.
+    """
+    options = dict(config.oracle_options)
+    for key, place in (("max_invalid_fraction", "max_invalid_fraction"), ("name", "oracle")):
+        if key in options:
+            raise UsageError(f"oracle_options: {key}: set the run's own key {place} instead")
+    window = options.pop("window", None)
+    window = WINDOW if window is None else window
+    check_window(window)
+    return options, window
 
 
 def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
