@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import os
 import subprocess
 import sys
 
@@ -53,85 +51,6 @@ def test_a_failing_function_makes_the_group_invalid(function, caplog):
     assert not any(ranking.valid for ranking in rankings)
     assert all("the oracle function failed" in ranking.error for ranking in rankings)
     assert len(caplog.records) == 1
-
-
-def scaled(request, *, by=1):
-    return [by * len(text) for text in request.responses]
-
-
-def closed(by):
-    return lambda request: [by * len(text) for text in request.responses]
-
-
-class Holder:
-    def __init__(self, by):
-        self.by = by
-
-    def __call__(self, request):
-        return scaled(request, by=self.by)
-
-
-def edited(text, extra=""):
-    """A function called `f` of a module whose text is given."""
-    names = {"__name__": "judges"}
-    exec(f"{extra}\ndef f(request):\n    return {text}", names)
-    return names["f"]
-
-
-OTHERS = {
-    "lambdas": (lambda r: [len(t) for t in r.responses], lambda r: [-len(t) for t in r.responses]),
-    "closures": (closed(1), closed(-1)),
-    "partials": (functools.partial(scaled, by=1), functools.partial(scaled, by=-1)),
-    "objects": (Holder(1), Holder(-1)),
-    "edited": (edited("[1, 0]"), edited("[0, 1]")),
-    "names": (edited("request.a"), edited("request.b")),
-    "a helper": (edited("g()", "def g():\n    return [1, 0]"), edited("g()", "def g():\n    return [0, 1]")),
-    "a global": (edited("[n, 0]", "n = 1"), edited("[n, 0]", "n = -1")),
-    "inner": (edited("[*map(lambda t: 1, [2, 3])]"), edited("[*map(lambda t: 2, [2, 3])]")),
-}
-
-
-@pytest.mark.parametrize("pair", OTHERS.values(), ids=OTHERS)
-def test_a_cache_tells_functions_apart(pair):
-    first, second = (CallableOracle(function=function).identity for function in pair)
-    assert first != second
-    assert CallableOracle(function=pair[0]).identity == first
-
-
-def test_an_equal_function_has_the_cached_verdicts(tmp_path):
-    longest, shortest = (functools.partial(scaled, by=by) for by in (1, -1))
-    for function, expected, hits in ((longest, (1, 0), 0), (shortest, (0, 1), 0), (longest, (1, 0), 1)):
-        oracle = build_oracle(
-            "callable", function=function, cache=tmp_path / "cache", max_invalid_fraction=None
-        )
-        assert oracle.rank([request(("a", "bb"))])[0].ranks == expected
-        assert oracle.stats()["oracle/cache_hits"] == hits
-
-
-def test_the_identity_of_a_function_is_the_same_in_every_process():
-    code = (
-        "from rlaif_fast.oracle.identity import function_digest\n"
-        "def f(request, known=('a', 'b')):\n    return [t in {'x', 'y', 'z'} for t in request.responses]\n"
-        "print(function_digest(f))"
-    )
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    ]  # fmt: skip
-    assert runs[0] == runs[1]
-
-
-def test_a_function_without_an_identity_has_no_cache(tmp_path):
-    function = closed(object())
-    with pytest.raises(UsageError, match=r"^cache: no identity .*: 'by' holds a object"):
-        build_oracle("callable", function=function, cache=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-    build_oracle("callable", function=function)
-    function.identity = "object/1"
-    build_oracle("callable", function=function, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3])
@@ -186,6 +105,13 @@ def test_replay_matches_by_content_whatever_the_order(tmp_path):
         ('{"responses": ["a", "b"], "ranks": [0]}', "1 ranks for 2"),
         ('{"responses": ["a", "b"], "ranks": [0, "1"]}', "'ranks' must be"),
         ('{"responses": ["a", "b"]}', "'ranks' must be"),
+        *(
+            (
+                f'{{"responses": ["a", "b"], "ranks": [0, 1], "confidence": {value}}}',
+                r"v.jsonl:1: 'confidence' must be",
+            )
+            for value in ("NaN", "-3", "7", "null", '"x"', "true")
+        ),
     ],
 )
 def test_a_wrong_verdict_file_is_reported_with_its_line(tmp_path, line, message):
@@ -194,6 +120,18 @@ def test_a_wrong_verdict_file_is_reported_with_its_line(tmp_path, line, message)
         ReplayOracle(path=tmp_path / "v.jsonl")
     with pytest.raises(UsageError, match="cannot read"):
         ReplayOracle(path=tmp_path / "none.jsonl")
+
+
+def test_replay_counts_the_confidence_and_takes_no_row_that_contradicts_itself(tmp_path):
+    row = {"question": "?", "responses": ["p", "q", "q"], "ranks": [1, 0, 0]}
+    oracles = [
+        ReplayOracle(path=write(tmp_path / "v.jsonl", {**row, **more}))
+        for more in ({"confidence": 0.5}, {"confidence": 0.6}, {"ranks": [1, 0, 2]})
+    ]
+    assert len({oracle.identity for oracle in oracles}) == 3
+    rankings = [oracle.rank([request(("p", "q"))])[0] for oracle in oracles]
+    assert [ranking.confidence for ranking in rankings] == [0.5, 0.6, 0.0]
+    assert "contradicts itself" in rankings[2].error
 
 
 def test_an_ensemble_fuses_and_measures_agreement():
@@ -327,6 +265,22 @@ def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):
     assert "1 groups are in the first file alone" in err
     third = write(tmp_path / "c.jsonl", {**base, "id": 9, "ranks": [0, 1, 2]})
     assert main(["agree", str(first), str(third)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (({}, {"responses": ["b", "a"]}), "v.jsonl:2: ranks the group '1' otherwise than"),
+        (({"responses": ["a", "a"]},), "v.jsonl:1: gives the response 'a' two ranks"),
+    ],
+)
+def test_agree_refuses_a_group_that_is_ranked_in_two_ways(tmp_path, capsys, rows, message):
+    base = {"id": 1, "responses": ["a", "b"], "ranks": [0, 1]}
+    path = write(tmp_path / "v.jsonl", *({**base, **row} for row in rows))
+    assert main(["agree", str(path), str(path)]) == 2
+    assert message in capsys.readouterr().err
+    same = write(tmp_path / "w.jsonl", base, {**base, "responses": ["b", "a"], "ranks": [1, 0]})
+    assert main(["agree", str(same), str(same)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -258,11 +258,19 @@ def _agree(options: argparse.Namespace) -> int:
 
 def _read_rankings(path: Path) -> dict[tuple[str, frozenset[str]], tuple[str, dict[str, int | None]]]:
     """Category and rank of each response, by group."""
-    rankings = {}
+    rankings: dict[tuple[str, frozenset[str]], tuple[str, dict[str, int | None]]] = {}
+    places: dict[tuple[str, frozenset[str]], str] = {}
     for where, row in read_rows(path):
         responses, ranks = row_responses(row, where), row_ranks(row, where)
         name = row_id(row) or str(row.get("question"))
-        rankings[name, frozenset(responses)] = str(row.get("category", "")), dict(zip(responses, ranks))
+        key, found = (name, frozenset(responses)), dict(zip(responses, ranks))
+        unlike = [text for text, rank in zip(responses, ranks) if found[text] != rank]
+        if unlike:
+            raise UsageError(f"{where}: gives the response {unlike[0]!r:.60} two ranks")
+        if key in rankings and rankings[key][1] != found:
+            raise UsageError(f"{where}: ranks the group {name!r:.60} otherwise than {places[key]}")
+        rankings[key] = str(row.get("category", "")), found
+        places[key] = where
     if not rankings:
         raise UsageError(f"{path} holds no rows")
     return rankings

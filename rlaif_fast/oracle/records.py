@@ -134,6 +134,19 @@ def row_ranks(row: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
     return parsed
 
 
+def row_confidence(row: Mapping[str, Any], where: str) -> float:
+    """The confidence of a row's ranks, in [0, 1]; 1 where it names none.
+
+    Raises:
+        UsageError: If it is no such number.
+    """
+    value = row.get("confidence", 1.0)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise UsageError(f"{where}: 'confidence' must be a number in [0, 1], got {value!r:.60}")
+    return float(value)
+
+
 def row_id(row: Mapping[str, Any]) -> str | None:
     """The name of a row: `id`, or `example_id` in a run's rollouts.jsonl."""
     name = row.get("id", row.get("example_id"))

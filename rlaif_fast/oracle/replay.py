@@ -6,22 +6,25 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
-from rlaif_fast.oracle.records import read_rows, row_id, row_ranks, row_responses
+from rlaif_fast.oracle.records import read_rows, row_confidence, row_id, row_ranks, row_responses
 
 
 class ReplayOracle:
     """Looks rankings up by what was asked: the question and the responses, in whatever order.
 
     Where several rows ask the same, the row's `id` (or `example_id`) decides; rows that still contradict each
-    other are no verdict. A group that the file does not hold gets a `Ranking` with an error.
+    other, or give equal texts two ranks, are no verdict. A group that the file does not hold gets a `Ranking` with an
+    error.
 
     Args:
         path: JSONL with `question`, `responses`, `ranks` (or `oracle_ranks`, as in a run's rollouts.jsonl),
-            maybe `id` and `confidence`.
+            maybe `id` and `confidence`, in [0, 1].
+
+    Raises:
+        UsageError: The file cannot be read, or a row of it is wrong.
     """
 
     name = "replay"
@@ -32,10 +35,11 @@ class ReplayOracle:
         digest = hashlib.sha256()
         for where, row in read_rows(self.path):
             responses, ranks = row_responses(row, where), row_ranks(row, where)
-            digest.update(repr((row_id(row), row.get("question"), responses, ranks)).encode())
-            kept = _Row(row_id(row), dict(zip(responses, ranks)), float(row.get("confidence", 1.0)))
+            confidence = row_confidence(row, where)
+            digest.update(repr((row_id(row), row.get("question"), responses, ranks, confidence)).encode())
+            kept = _Row(row_id(row), responses, ranks, confidence)
             self._rows[str(row.get("question")), frozenset(responses)].append(kept)
-        self.identity = f"replay/1 {digest.hexdigest()}"
+        self.identity = f"replay/2 {digest.hexdigest()}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -55,13 +59,18 @@ class ReplayOracle:
             )
             for row in rows
         }
-        if len(found) > 1:
+        if len(found) > 1 or any(row.contradicts_itself for row in rows):
             return Ranking(none, 0.0, error=f"{self.path} contradicts itself on request {request.id!r}")
         return Ranking(found.pop(), min(row.confidence for row in rows))
 
 
 class _Row:
-    def __init__(self, name: str | None, rank_of: dict[str, Any], confidence: float) -> None:
+    def __init__(
+        self, name: str | None, responses: Sequence[str], ranks: Sequence[int | None], confidence: float
+    ) -> None:
         self.id = name
-        self.rank_of = rank_of
+        self.rank_of = dict(zip(responses, ranks))
+        self.contradicts_itself = any(
+            self.rank_of[text] != rank for text, rank in zip(responses, ranks)
+        )  # equal texts
         self.confidence = confidence
