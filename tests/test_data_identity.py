@@ -102,3 +102,16 @@ def test_other_files_of_the_same_size_are_other_media(folder):
     held, other = (write(folder / "media" / f"{n}.jsonl", [f"{n}.mp4"]) for n in (5, 6))
     loaded = datasets.load_data(TrainConfig(data=data, validation_data=held, test_data=other))
     assert len(loaded.rl) == 3
+
+
+@pytest.mark.parametrize(
+    "own", [(), ("validation",), ("test",), ("validation", "test")], ids=lambda own: "+".join(own) or "none"
+)
+def test_rows_are_held_out_for_the_splits_without_a_file_alone(folder, own):
+    names = [f"{number}.mp4" for number in range(8)]
+    data = write(folder / "media" / "data.jsonl", names)
+    files = {f"{split}_data": write(folder / "media" / f"{split}.jsonl", ["9.mp4"]) for split in own}
+    loaded = datasets.load_data(TrainConfig(data=data, holdout_fraction=0.25, **files))
+    sizes = {split: len(getattr(loaded, split)) for split in ("validation", "test")}
+    assert sizes == {split: 1 if split in own else 2 for split in sizes}
+    assert len(loaded.rl) == len(loaded.sft) == 8 - 2 * (2 - len(own))

@@ -126,11 +126,12 @@ def split_files(
 
 def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
     """Take the validation and test rows that no file has from the RL rows, in place."""
-    _, validation, test = hold_out(rows["rl"], config.holdout_fraction, config.seed)
-    held = {id(row) for row in (*validation, *test)}  # one file serves both stages with the same objects
+    missing = [split for split in ("validation", "test") if not rows[split]]
+    _, *parts = hold_out(rows["rl"], config.holdout_fraction, config.seed, parts=len(missing))
+    held = {id(row) for part in parts for row in part}  # one file serves both stages with the same objects
     for split in ("sft", "rl"):
         rows[split] = [row for row in rows[split] if id(row) not in held]
-    rows["validation"], rows["test"] = rows["validation"] or validation, rows["test"] or test
+    rows |= dict(zip(missing, parts, strict=True))
 
 
 def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
@@ -195,17 +196,18 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
     )
 
 
-def hold_out(
-    rows: list[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example], list[Example]]:
-    """Split rows by their media into train, validation and test; the last two get `fraction` of the media each."""
+def hold_out(rows: list[Example], fraction: float, seed: int, *, parts: int = 2) -> list[list[Example]]:
+    """Split rows by their media: what is left to learn from, then `parts` parts that get `fraction` of the media each.
+
+    Raises:
+        UsageError: Too few media are there.
+    """
     groups = group_by_content(rows)
     count = max(1, round(len(groups) * fraction))
-    if len(groups) < 2 * count + 1:
+    if len(groups) < parts * count + 1:
         raise UsageError(
             f"data: {len(groups)} videos are too few to hold some out; give validation_data and test_data"
         )
     random.Random(seed).shuffle(groups)
-    parts = groups[2 * count :], groups[:count], groups[count : 2 * count]
-    train, validation, test = ([row for group in part for row in group] for part in parts)
-    return train, validation, test
+    chosen = [groups[parts * count :], *(groups[k * count : (k + 1) * count] for k in range(parts))]
+    return [[row for group in part for row in group] for part in chosen]
