@@ -18,7 +18,6 @@ from torch import Tensor
 from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms import AlgorithmOptions, GroupAlgorithm, Verdicts
 from rlaif_fast.algorithms.base import Feedback
-from rlaif_fast.algorithms.rlrr import levels_below
 
 
 class Levels(GroupAlgorithm):
@@ -39,7 +38,7 @@ class Levels(GroupAlgorithm):
         """See `Algorithm.advantages`."""
         members = verdicts.members
         agreement = verdicts.agreement()
-        below = levels_below(verdicts)
+        below = verdicts.levels_below()
         level = (below.amax(1, keepdim=True) - below).to(verdicts.scores.dtype)
         gains = (1 / ((1 + level) * torch.log2(2 + level))).where(members, 0.0)
         centred = gains - gains.sum(1, keepdim=True) / members.sum(1, keepdim=True).clamp(min=1)

@@ -22,12 +22,6 @@ class Gopo(GroupAlgorithm):
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """See `Algorithm.advantages`."""
-        ranks, members = verdicts.feedback, verdicts.members
         agreement = verdicts.agreement()
-        others = members[:, None, :]
-        better = ((ranks[:, None, :] < ranks[:, :, None]) & others).sum(2)
-        level = ((ranks[:, None, :] == ranks[:, :, None]) & others).sum(2)  # the response itself included
-        position = better + (level - 1) / 2
-        last = (members.sum(1, keepdim=True) - 1).clamp(min=1)
-        advantages = (2 - 4 * position / last).masked_fill(~agreement.has_signal[:, None], 0.0)
-        return agreement._replace(advantages=verdicts.weigh(advantages))
+        spaced = (4 * verdicts.win_rates() - 2).masked_fill(~agreement.has_signal[:, None], 0.0)
+        return agreement._replace(advantages=verdicts.weigh(spaced))

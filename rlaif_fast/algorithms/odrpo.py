@@ -7,7 +7,6 @@ from collections.abc import Collection
 from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
-from rlaif_fast.algorithms.rlrr import levels_below
 from rlaif_fast.algorithms.verdicts import Verdicts
 
 
@@ -29,7 +28,7 @@ class Odrpo(GroupAlgorithm):
         """See `Algorithm.advantages`."""
         members = verdicts.members
         agreement = verdicts.agreement()
-        level = levels_below(verdicts)  # (N, G)
+        level = verdicts.levels_below()  # (N, G)
         thresholds = level.new_tensor(range(1, level.shape[1]))
         reached = ((level[:, None, :] >= thresholds[:, None]) & members[:, None, :]).to(verdicts.scores.dtype)
         share = reached.sum(2, keepdim=True) / members.sum(1).clamp(min=1)[:, None, None]  # (N, G - 1, 1)

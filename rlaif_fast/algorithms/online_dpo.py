@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast import LossOutput, RankAdvantages, fused_linear_dpo_loss, rank_advantages
+from rlaif_fast import LossOutput, RankAdvantages, fused_linear_dpo_loss
 from rlaif_fast.algorithms.preference import PreferenceAlgorithm, as_output
 from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.oracle.base import Ranking
@@ -25,9 +25,7 @@ class OnlineDpo(PreferenceAlgorithm):
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """1 for the chosen response, -1 for the rejected one, for the log; the loss makes none of them."""
         ranks, members = verdicts.feedback, verdicts.members
-        agreement = rank_advantages(
-            verdicts.scores, ranks, kind="oracle", judged=verdicts.judged, validate=False
-        )
+        agreement = verdicts.agreement()
         best = ranks.masked_fill(~members, torch.iinfo(ranks.dtype).max).argmin(1, keepdim=True)
         worst = ranks.masked_fill(~members, -1).argmax(1, keepdim=True)
         signs = torch.zeros_like(verdicts.scores).scatter(1, best, 1.0).scatter(1, worst, -1.0)

@@ -8,7 +8,6 @@ from typing import Any
 from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm, MakeUpdater
 from rlaif_fast.algorithms.critic import RewardAndValue
-from rlaif_fast.algorithms.lipo import centred_win_rates
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.distributed.world import World
@@ -40,7 +39,7 @@ class PpoRm(GroupAlgorithm):
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
         """The rates of wins, centred, for the log; the loss takes the critic's, of each token."""
-        return centred_win_rates(verdicts)
+        return verdicts.centred_win_rates()
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
         """Nothing: the loop adds the advantages of the critic."""

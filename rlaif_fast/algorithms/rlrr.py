@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from torch import Tensor
-
 from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
@@ -31,7 +29,7 @@ class Rlrr(GroupAlgorithm):
         """See `Algorithm.advantages`."""
         members = verdicts.members
         agreement = verdicts.agreement()
-        worse = levels_below(verdicts).to(verdicts.scores.dtype)
+        worse = verdicts.levels_below().to(verdicts.scores.dtype)
         rewards = worse / worse.amax(1, keepdim=True).clamp(min=1)
         count = members.sum(1, keepdim=True).clamp(min=1)
         centred = (rewards - rewards.sum(1, keepdim=True) / count).where(members, 0.0)
@@ -40,13 +38,3 @@ class Rlrr(GroupAlgorithm):
             centred = centred / spread.where(spread > 0, 1.0)
         centred = centred.masked_fill(~agreement.has_signal[:, None], 0.0)
         return agreement._replace(advantages=verdicts.weigh(centred))
-
-
-def levels_below(verdicts: Verdicts) -> Tensor:
-    """(N, G) how many distinct ranks of its group are worse than a response's; 0 where it was not judged."""
-    ranks = verdicts.feedback.masked_fill(~verdicts.members, -1)
-    ordered = ranks.sort(1).values
-    is_first = ordered >= 0
-    is_first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    worse = (ordered[:, None, :] > ranks[:, :, None]) & is_first[:, None, :]
-    return worse.sum(2).where(verdicts.members, 0)
