@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import math
 import re
@@ -9,7 +10,8 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 # What to do about what the system refuses, by `OSError.errno`.
 HINTS = {
@@ -103,3 +105,19 @@ def require_least(name: str, value: float | None, minimum: int) -> None:
     """Raise `UsageError` unless an option is None or a finite number of at least `minimum`."""
     ok = value is None or (math.isfinite(value) and value >= minimum)
     require(ok, name, f"{minimum} or more", value)
+
+
+def require_given(options: Any, prefix: str = "") -> None:
+    """Raise `UsageError` where a field of an option class, or of one nested in it, is None and its type is not.
+
+    A YAML file can say `KEY: null` for any key.
+    """
+    hints = get_type_hints(type(options))
+    for option in dataclasses.fields(options):
+        value, hint = getattr(options, option.name), hints[option.name]
+        if dataclasses.is_dataclass(value):
+            require_given(value, f"{prefix}{option.name}.")
+        elif value is None and hint is not Any and NoneType not in (hint, *get_args(hint)):
+            raise UsageError(
+                f"{prefix}{option.name}: expected a value, got null; leave it out for the default"
+            )

@@ -1,11 +1,12 @@
 """A key that nothing reads is refused where a flag sets it, and told where a file does."""
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from dataclasses import field as dataclass_field
 
 import pytest
 
 from rlaif_fast import train as train_module
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require_given
 from rlaif_fast.evals.options import EvaluateConfig
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.trainer.drawing import sampling_params
@@ -76,3 +77,42 @@ def test_an_evaluation_takes_a_rate_or_a_number_of_frames():
 def test_responses_are_drawn_as_configured():
     config = TrainConfig(temperature=0.7, top_p=0.9, top_k=5, max_completion_length=9, max_reasoning_tokens=4)
     assert sampling_params(config, 3) == SamplingParams(9, 0.7, 0.9, 5, seed=3, max_reasoning_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["learning_rate", "eval_steps", "seed", "top_p", "temperature", "min_pixels", "data", "sampler_options"],
+)
+def test_null_is_refused_where_a_key_needs_a_value(name, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(f"{name}: null\n")
+    words = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert train_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert name in err and "Traceback" not in err and not (tmp_path / "run").exists()
+
+
+def test_every_key_says_whether_it_may_be_null():
+    for field in fields(TrainConfig):
+        if "None" in str(field.type):
+            continue
+        with pytest.raises(UsageError, match=field.name):
+            TrainConfig(**{field.name: None})
+
+
+def test_null_is_refused_in_nested_options():
+    @dataclass
+    class Inner:
+        rate: float = 1.0
+
+    @dataclass
+    class Outer:
+        inner: object = dataclass_field(default_factory=lambda: Inner(None))
+
+    with pytest.raises(UsageError, match=r"inner\.rate: expected a value, got null"):
+        require_given(Outer())
+
+
+@pytest.mark.parametrize(("name", "least"), [("max_cached_tokens", 1), ("feature_cache_bytes", 0)])
+def test_sizes_below_what_works_are_refused(name, least):
+    with pytest.raises(UsageError, match=f"{name}: expected {least} or more, got -5"):
+        TrainConfig(**{name: -5})

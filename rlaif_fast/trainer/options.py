@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.errors import require, require_least, require_positive
+from rlaif_fast.errors import require, require_given, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.options import OracleOptions
 from rlaif_fast.policy.loading import ModelOptions, check_lora
@@ -24,13 +24,14 @@ class DataOptions:
 
     Attributes:
         data: "synthetic" (clips made on the spot), a JSONL file, or a folder with sft, rl, validation and test .jsonl.
-            A single file serves SFT and RL, and `holdout_fraction` of its videos is held out twice (validation, test).
+            A single file serves SFT and RL; `holdout_fraction` of its videos is held out for validation, and for the
+            test, unless that has a file of its own.
         sft_data: JSONL for supervised fine-tuning, in place of the one in `data`.
         validation_data: JSONL that checkpoints are chosen by, in place of the one in `data`; or a published benchmark,
             as "videomme:FOLDER" (see `rlaif_fast.evaluate --benchmark`).
         test_data: JSONL that the final figures are measured on, in place of the one in `data`.
         media_root: Folder that relative media paths start from; null is the folder of the JSONL file.
-        holdout_fraction: Share of the videos held out for validation, and as many again for the test.
+        holdout_fraction: Share of the videos held out for validation, and as many for the test, where it has no file.
         scored_answer: Part of an answer that is scored: what stands in its `<answer>` block, or the "whole".
         on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
         max_bad_fraction: Share of unreadable media above which the run stops.
@@ -85,16 +86,10 @@ class DataOptions:
 
     def check_data(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        require(0.0 <= self.label_noise <= 1.0, "label_noise", "a share in [0, 1]", self.label_noise)
-        require(
-            0.0 <= self.label_confusion <= 1.0, "label_confusion", "a share in [0, 1]", self.label_confusion
-        )
-        require(
-            0.0 < self.holdout_fraction < 0.5,
-            "holdout_fraction",
-            "a share in (0, 0.5)",
-            self.holdout_fraction,
-        )
+        for name in ("label_noise", "label_confusion"):
+            require(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]", getattr(self, name))
+        share = self.holdout_fraction
+        require(0 < share < 0.5, "holdout_fraction", "a share in (0, 0.5)", share)
         require_positive("fps", self.fps)
         require_least("nframes", self.nframes, 1)
         require(
@@ -346,6 +341,7 @@ class TrainConfig(
     total_pixels: int | None = 16384 * 32 * 32
 
     def __post_init__(self) -> None:
+        require_given(self)
         self.check_model()
         self.check_data()
         self.check_sft()
@@ -385,6 +381,8 @@ class TrainConfig(
         check_lora(self)
         require(0 <= self.lora_dropout < 1, "lora_dropout", "a share in [0, 1)", self.lora_dropout)
         require_least("max_packed_tokens", self.max_packed_tokens, 1)
+        require_least("max_cached_tokens", self.max_cached_tokens, 1)
+        require_least("feature_cache_bytes", self.feature_cache_bytes, 0)
         require(
             1 <= self.min_pixels <= self.max_pixels,
             "min_pixels",
