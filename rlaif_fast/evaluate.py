@@ -37,21 +37,20 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     """Evaluate as configured, print the table, and return {"accuracy", "by_category", "chance"}."""
     import torch
 
-    from rlaif_fast.data import chance_by_category, read_examples
+    from rlaif_fast.data import chance_by_category
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.folder import write_jsonl
     from rlaif_fast.trainer import datasets, setup
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.scoring import scorer_by_name
 
+    output = None if options.output is None else _writable(options)
     config = configuration(options, tell)
     known = None
     if options.data is not None:
-        rows = read_examples(
-            Path(options.data).expanduser(),
-            media_root=config.media_root,
-            require_answer=options.output is None,  # answers are wanted, and may be all that is wanted
-        )
+        # Answers are wanted, and may be all that is wanted.
+        file = Path(options.data).expanduser()
+        rows = datasets.read_file(file, config, require_answer=output is None)
     else:
         data = datasets.load_data(config)
         rows, known = data.test, data.rl
@@ -73,12 +72,19 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             max_reasoning_tokens=config.max_reasoning_tokens,
             videos_per_step=options.videos_per_step,
         )
-    if not result.by_category() and options.output is None:
+        unread = make_batch.store.stats.summary()
+    if not result.predictions:
+        raise UsageError(f"evaluate: none of the {len(rows)} rows could be answered: {unread}")
+    if len(result.predictions) < len(rows):
+        tell(
+            f"left out: {len(rows) - len(result.predictions)} of {len(rows)} rows, whose media cannot be read: {unread}"
+        )
+    if not result.by_category() and output is None:
         raise UsageError("evaluate: no row has a reference answer, so accuracy cannot be measured")
     chance = chance_by_category(rows, reference=known)
-    if options.output is not None:
+    if output is not None:
         write_jsonl(
-            Path(options.output),
+            output,
             (
                 {
                     "example_id": p.example.id,
@@ -98,6 +104,25 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             f"{options.output}: {len(result.predictions)} answers; no row has a reference answer to measure by"
         )
     return figures
+
+
+def _writable(options: EvaluateConfig) -> Path:
+    """Where the predictions are written, once it is known that they can be.
+
+    Raises:
+        UsageError: Its folder does not exist or is not writable, it is a folder, or the data would be lost.
+    """
+    path = Path(options.output or "").expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"output: the folder {path.parent} does not exist; make it, or give another file")
+    if path.is_dir():
+        raise UsageError(f"output: {path} is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"output: the folder {path.parent} is not writable; give another file")
+    data = None if options.data is None else Path(options.data).expanduser()
+    if data is not None and data.exists() and path.exists() and path.samefile(data):
+        raise UsageError(f"output: {path} is the data, which would be lost; give another file")
+    return path
 
 
 def print_table(figures: dict) -> None:

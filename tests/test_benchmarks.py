@@ -243,6 +243,20 @@ def test_jsonl_keeps_what_its_rows_say(tmp_path, video):
     assert "gone.mp4" in second.trouble
 
 
+def test_jsonl_in_a_relative_folder_and_by_name(tmp_path, video, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video("bench/a.mp4")
+    video("bench/deep/b.mp4")
+    rows = [{"question": "What?", "answer": "x", "video": name} for name in ("a.mp4", "b.mp4", "gone.mp4")]
+    rows[1]["video_end"] = 1.0
+    put(tmp_path / "bench/test.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+    first, second, third = read_benchmark("jsonl", "./bench")
+    assert (first.trouble, second.trouble) == ("", "") and "gone.mp4" in third.trouble
+    assert [medium.path for medium in first.example.seen] == ["bench/a.mp4"]
+    assert second.example.seen == (MediaRef("bench/deep/b.mp4", cut=Cut(video_end=1.0)),)
+    assert second.example.videos == ("bench/deep/b.mp4",)
+
+
 @pytest.mark.parametrize(
     ("name", "files", "words"),
     [
@@ -304,7 +318,8 @@ def folder(tmp_path, video) -> Path:
 
 def run(folder, model, out, *more) -> int:
     words = ["--benchmark=videomme", f"--data={folder}", f"--model={model}", f"--output_dir={out}", "--fps=4"]
-    return evaluate.main([*words, "--max_completion_length=4", *more])
+    length = [] if "--short=false" in more else ["--max_completion_length=4"]
+    return evaluate.main([*words, *length, *(word for word in more if word != "--short=false")])
 
 
 def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp_path, capsys):
@@ -327,7 +342,7 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     assert run(folder, model, out) == 0
     assert sorted((out / "items.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
     # Other settings do not go into the same folder.
-    assert run(folder, model, out, "--answering=letter") == 2
+    assert run(folder, model, out, "--answering=letter", "--short=false") == 2
     assert "other answering" in capsys.readouterr().err
     # Nor do answers to what the files asked before.
     rows = json.loads((folder / "test-0.json").read_text())
@@ -400,9 +415,54 @@ def test_what_could_not_be_asked_is_asked_again(folder, model, tmp_path, video, 
     assert "'0-1' that was asked" in capsys.readouterr().err
 
 
+def test_nothing_that_can_be_answered_is_an_error(folder, model, tmp_path, capsys):
+    for name in ("one", "two"):
+        put(folder / f"data/{name}.mp4", "no video\n")
+    assert run(folder, model, tmp_path / "out") == 2
+    assert "none of the 8 questions could be answered" in capsys.readouterr().err
+    shutil.rmtree(folder / "data")
+    assert run(folder, model, tmp_path / "new") == 2
+    assert "none of the 8 questions can be asked: no video 'one'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--judge=reference"], "judge: it grades open questions"),
+        (["--answering=letter"], "max_completion_length: not read where answering is letter"),
+        (["--before=BEFORE"], "before: it holds 1 questions, 0 of them"),
+    ],
+)
+def test_what_no_question_reads_is_refused(folder, tmp_path, words, said, capsys):
+    EvalFolder.open(tmp_path / "before", {}).add([record(1, "v", True)])
+    words = [word.replace("BEFORE", str(tmp_path / "before/items.jsonl")) for word in words]
+    assert run(folder, "no model", tmp_path / "out", *words) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_choices_alone_have_another_way_to_be_answered(tmp_path, video, capsys):
+    row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7}
+    put(tmp_path / "test_qa.json", [row])
+    video("video7.mp4")
+    words = ["--benchmark=msrvtt_qa", f"--data={tmp_path}", "--model=m", "--answering=letter"]
+    assert evaluate.main(words) == 2
+    assert "answering: it is of multiple choice" in capsys.readouterr().err
+
+
 def test_two_processes_answer_as_one_does(folder, model, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
-        assert run(folder, model, tmp_path / out, f"--num_processes={processes}", "--answering=letter") == 0
+        assert (
+            run(
+                folder,
+                model,
+                tmp_path / out,
+                f"--num_processes={processes}",
+                "--answering=letter",
+                "--short=false",
+            )
+            == 0
+        )
     first, second = (
         sorted((tmp_path / out / "items.jsonl").read_text().splitlines()) for out in ("one", "two")
     )
@@ -570,6 +630,25 @@ def test_the_table_by_hand():
         (["--benchmark=videomme", "--model=m", "--data=d", "--answering=guess"], "answering"),
         (["--benchmark=videomme", "--model=m", "--data=d", "--limit=0"], "limit"),
         (["--benchmark=videomme", "--model=m", "--data=d", '--judge_options={"a": 1}'], "there is no judge"),
+        (
+            ["--benchmark=videomme", "--model=m", "--data=d", "--media_root=x"],
+            "media_root: a benchmark's media",
+        ),
+        (
+            ["--benchmark=videomme", "--model=m", "--data=d", "--videos_per_step=0"],
+            "videos_per_step: expected 1",
+        ),
+        (
+            ["--benchmark=videomme", "--model=m", "--data=d", "--output_dir="],
+            "output_dir: expected a name, got ''",
+        ),
+        (["--model=m", "--data=d", "--videos_per_step=-1"], "videos_per_step: expected 1 or more, got -1"),
+        (["--model=m", "--data=d", "--output="], "output: expected a name, got ''"),
+        (
+            ["--model=m", "--data=d", "--output=/nonexistent/p.jsonl"],
+            "output: the folder /nonexistent does not",
+        ),
+        (["--model=m", "--data=d", "--output=/"], "output: / is a folder"),
         (["--model=m", "--data=d", "--subtitles=true"], "subtitles: only a benchmark"),
         (["--model=m", "--data=d", "--limit=5"], "limit: only a benchmark"),
     ],
@@ -586,6 +665,35 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     put(tmp_path / "items.jsonl", '{"id": 1}\n')
     with pytest.raises(UsageError, match=r"is not the items\.jsonl"):
         read_records(tmp_path / "items.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]\n"])
+def test_damaged_settings_are_refused_by_name(tmp_path, content):
+    out = EvalFolder.open(tmp_path / "out", {"model": "m"})
+    (out.path / "settings.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"settings\.json is damaged"):
+        EvalFolder.open(out.path, {"model": "m"})
+    put(tmp_path / "file", "x")
+    with pytest.raises(UsageError, match="file is a file; give a folder"):
+        EvalFolder.open(tmp_path / "file", {})
+
+
+@pytest.mark.parametrize(
+    "content", [b"{\n", b"\xff\xfe\n", b"[]\n", b"\xff\n{", b'{"id": 1, "video": "", "groups": {}}\n']
+)
+def test_damaged_records_are_refused_by_name_and_kept(tmp_path, content):
+    out = EvalFolder.open(tmp_path / "out", {})
+    out.add([record(1, "v", True)])
+    content = out.items.read_bytes() + content
+    out.items.write_bytes(content)
+    with pytest.raises(UsageError, match=r"items\.jsonl is not the items\.jsonl of an evaluation"):
+        EvalFolder.open(out.path, {})
+    with pytest.raises(UsageError, match=r"items\.jsonl is not the items\.jsonl of an evaluation"):
+        read_records(out.items)
+    assert out.items.read_bytes() == content
+    row = dataclasses.asdict(record(1, "v", True)) | {"correct": "yes"}
+    with pytest.raises(UsageError, match="'1' is of another type"):
+        read_records(put(tmp_path / "typed.jsonl", json.dumps(row) + "\n"))
 
 
 def made_up_replies(count: int) -> list[tuple[str, str]]:

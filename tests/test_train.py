@@ -10,6 +10,7 @@ from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.policy.loading import ModelOptions, load_model
+from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.trainer import rl
 
@@ -130,6 +131,24 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     blind = evaluate_command(EvaluateConfig(run=str(finished), blank_frames=True))
     assert 0.0 <= blind["accuracy"] <= 1.0
     assert "category" in capsys.readouterr().out
+
+
+def test_evaluate_reads_other_data_as_the_run_did(finished, cache, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text().replace("on_bad_row: raise", "on_bad_row: skip")
+    (folder / "config.yaml").write_text(text)
+    CheckpointStore(folder / "checkpoints", {}).note_config(text)
+    rows = next(cache.glob("data/*/test.jsonl"))
+    data = rows.with_name("other.jsonl")
+    data.write_text(rows.read_text().splitlines()[0] + '\n{"question": 5}\n')
+    words = ["--data", str(data), "--output"]
+    assert evaluate_module.main(["--run", str(folder), *words, str(tmp_path / "p.jsonl")]) == 0
+    assert len(list(read_jsonl(tmp_path / "p.jsonl"))) == 1
+    assert evaluate_module.main(["--run", str(finished), *words, str(tmp_path / "q.jsonl")]) == 2
+    assert "1 of 2 rows are wrong" in capsys.readouterr().err
+    before = data.read_bytes()
+    assert evaluate_module.main(["--run", str(folder), *words, str(data)]) == 2
+    assert "is the data, which would be lost" in capsys.readouterr().err and data.read_bytes() == before
 
 
 def test_evaluate_notices_a_damaged_configuration(finished, tmp_path, capsys):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint, tell
 from rlaif_fast.trainer.options import TrainConfig
 
@@ -20,12 +23,18 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
     from rlaif_fast.evals.records import EvalFolder, read_records
-    from rlaif_fast.evals.tables import as_text, table_of, write_tables
+    from rlaif_fast.evals.tables import as_text, refuse_other_questions, table_of, write_tables
     from rlaif_fast.policy.loading import resolve_device
 
     assert options.benchmark is not None and options.data is not None
     items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    check_read(options, [item.example for item in items])
+    if all(item.trouble for item in items):
+        raise UsageError(f"data: none of the {len(items)} questions can be asked: {items[0].trouble}")
     before = None if options.before is None else read_records(options.before)
+    if before is not None:
+        asked = {item.example.id: (item.example.question, item.example.answer) for item in items}
+        refuse_other_questions(before, asked)
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
     first = RankZeroFirst()
     with first.turn():
@@ -40,6 +49,11 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         return path
     known = EvalFolder.open(path, settings).records
     records = [known[item.example.id] for item in items]
+    if all(record.prediction is None for record in records):
+        raise UsageError(
+            f"data: none of the {len(records)} questions could be answered: {records[0].trouble}; "
+            f"{path / 'items.jsonl'} has the reason of each"
+        )
     lines = table_of(records, before)
     write_tables(
         path, lines, records, f"{options.benchmark}: accuracy by {BENCHMARKS[options.benchmark].category}"
@@ -54,6 +68,28 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         json.dumps({"accuracy": lines[0].accuracy.mean, "n": lines[0].n, "unanswered": lines[0].unanswered})
     )
     return path
+
+
+def check_read(options: EvaluateConfig, examples: Sequence[Example]) -> None:
+    """Refuse what the command sets and no question of the benchmark reads.
+
+    Raises:
+        UsageError: A judge has no open question, `answering` no choice, or `max_completion_length` nothing to write.
+    """
+    open_ended = any(not example.options for example in examples)
+    if options.judge is not None and not open_ended:
+        raise UsageError("judge: it grades open questions, and every question here has options; leave it out")
+    if options.answering == "generate":
+        return
+    if not any(example.options for example in examples):
+        raise UsageError(
+            "answering: it is of multiple choice, and no question here has options; leave it out"
+        )
+    if options.max_completion_length is not None and not open_ended:
+        raise UsageError(
+            f"max_completion_length: not read where answering is {options.answering} and every question has "
+            "options; leave it out"
+        )
 
 
 def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ BENCHMARK_ONLY = (
     "limit",
     "num_processes",
 )
+PATHS = ("run", "model", "data", "output_dir", "judge", "before", "output", "media_root")
 FROM_RUN = (
     "media_root",
     "fps",
@@ -102,6 +103,10 @@ class EvaluateConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            require(getattr(self, name) != "", name, "a name", "")
+        require_least("videos_per_step", self.videos_per_step, 1)
+        require_least("max_completion_length", self.max_completion_length, 1)
         if self.fps is not None and self.nframes is not None:
             raise UsageError("fps: give it or nframes, not both")
         if self.benchmark is None:
@@ -111,6 +116,8 @@ class EvaluateConfig:
             raise UsageError(
                 "evaluate: a benchmark needs --data FOLDER, and --model CHECKPOINT or --run RUN_DIR"
             )
+        if self.media_root is not None:
+            raise UsageError("media_root: a benchmark's media are found below its data folder; leave it out")
         if self.output is not None:
             raise UsageError("output: a benchmark writes its answers to output_dir; leave output out")
         require(

@@ -72,14 +72,16 @@ class EvalFolder:
         folder = cls(Path(path).expanduser())
         file = folder.path / "settings.json"
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UsageError(f"output_dir: {folder.path} is a file; give a folder")
         if not file.exists():
             if folder.path.is_dir() and any(folder.path.iterdir()):
                 raise UsageError(f"output_dir: {folder.path} is not empty and holds no evaluation")
             folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(file, text)
             return folder
-        if file.read_text(encoding="utf-8") != text:
-            was, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+        if file.read_bytes() != text.encode():
+            was, now = _settings(file), json.loads(text)
             other = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
             raise UsageError(
                 f"output_dir: {folder.path} holds an evaluation with other {', '.join(other)}; give another folder"
@@ -127,6 +129,16 @@ class EvalFolder:
             lines.writelines(json_line(asdict(record)) for record in records)
 
 
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is damaged: not JSON ({error}); give another output_dir") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} is damaged: it holds no object; give another output_dir")
+    return found
+
+
 def read_records(path: str | Path, *, cut_off: bool = False) -> list[Record]:
     """The records of an `items.jsonl`.
 
@@ -140,10 +152,38 @@ def read_records(path: str | Path, *, cut_off: bool = False) -> list[Record]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"{path} does not exist; give the items.jsonl of an evaluation")
-    data = path.read_bytes()
-    if cut_off and not data.endswith(b"\n"):
-        write_atomically(path, data[: data.rfind(b"\n") + 1].decode())
+    if cut_off:
+        data = path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1]
+        if lines != data and _is_text(lines):
+            write_atomically(path, lines.decode())
     try:
-        return [Record(**row) for row in read_jsonl(path)]
-    except (TypeError, RlaifFastError) as error:
+        return [_record(row) for row in read_jsonl(path)]
+    except (TypeError, ValueError, RecursionError, RlaifFastError) as error:
         raise UsageError(f"{path} is not the items.jsonl of an evaluation: {error}") from None
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _record(row: Mapping[str, Any]) -> Record:
+    """A record, its values of the types that an evaluation writes."""
+    record = Record(**row)
+    texts = (record.id, record.video, record.question, record.trouble, record.asked)
+    optional = (record.answer, record.prediction)
+    if (
+        not all(isinstance(text, str) for text in texts)
+        or not all(text is None or isinstance(text, str) for text in optional)
+        or not isinstance(record.groups, Mapping)
+        or not all(isinstance(value, str) for value in record.groups.values())
+        or not isinstance(record.correct, bool)
+        or not isinstance(record.pred, bool | None)
+        or not isinstance(record.score, int | None)
+    ):
+        raise TypeError(f"a value of {str(record.id)!r:.60} is of another type")
+    return record

@@ -60,25 +60,38 @@ def table_of(records: Sequence[Record], before: Sequence[Record] | None = None) 
     """
     known: Mapping[str, Record] | None = None
     if before is not None:
+        refuse_other_questions(before, {record.id: (record.question, record.answer) for record in records})
         known = {record.id: record for record in before}
-        if known.keys() != {record.id for record in records}:
-            raise UsageError(
-                f"before: it holds {len(known)} questions, {len({r.id for r in records} & known.keys())} of them among "
-                f"the {len(records)} of this evaluation; compare evaluations of the same questions"
-            )
-        for record in records:
-            other = known[record.id]
-            if (other.question, other.answer) != (record.question, record.answer):
-                raise UsageError(
-                    f"before: its {record.id!r} asked {other.question!r:.60} (right: {other.answer!r:.40}), this "
-                    f"evaluation {record.question!r:.60} (right: {record.answer!r:.40}); compare evaluations of the "
-                    "same questions"
-                )
     parts: dict[tuple[str, str], list[Record]] = {("all", "all"): list(records)}
     for group in dict.fromkeys(name for record in records for name in record.groups):
         for value in sorted({record.groups[group] for record in records if group in record.groups}):
             parts[group, value] = [record for record in records if record.groups.get(group) == value]
     return [_line(group, value, part, known) for (group, value), part in parts.items()]
+
+
+def refuse_other_questions(before: Sequence[Record], asked: Mapping[str, tuple[str, str | None]]) -> None:
+    """See to it that two evaluations can be compared.
+
+    Args:
+        before: All of one.
+        asked: (question, reference answer) by id of the other.
+
+    Raises:
+        UsageError: The two are of other questions.
+    """
+    known = {record.id: record for record in before}
+    if known.keys() != asked.keys():
+        raise UsageError(
+            f"before: it holds {len(known)} questions, {len(asked.keys() & known.keys())} of them among the "
+            f"{len(asked)} of this evaluation; compare evaluations of the same questions"
+        )
+    for name, (question, answer) in asked.items():
+        other = known[name]
+        if (other.question, other.answer) != (question, answer):
+            raise UsageError(
+                f"before: its {name!r} asked {other.question!r:.60} (right: {other.answer!r:.40}), this "
+                f"evaluation {question!r:.60} (right: {answer!r:.40}); compare evaluations of the same questions"
+            )
 
 
 def _line(group: str, value: str, part: Sequence[Record], before: Mapping[str, Record] | None) -> Line:

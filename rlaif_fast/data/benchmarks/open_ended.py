@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 from rlaif_fast.data.benchmarks.base import Folder, Item, index_of, make_item, text_of
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.reader import read_report
+from rlaif_fast.data.schema import Example
 from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
+from rlaif_fast.video.refs import MediaRef
 
 _BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
 _ACTIVITYNET_TYPES = (
@@ -73,6 +77,28 @@ def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
         if report.errors:
             raise UsageError(report.describe_errors())
         for example in report.examples:
-            missing = [medium.path for medium in example.seen if folder.video(medium.path)[0] is None]
-            trouble = f"no video {missing[0]!r}" if missing else ""
-            yield Item(example, {}, trouble)
+            found = [_find(folder, medium) for medium in example.seen]
+            media = tuple(medium for medium, _ in found)
+            trouble = next((why for _, why in found if why), "")
+            yield Item(example if media == example.seen else _about(example, media), {}, trouble)
+
+
+def _find(folder: Folder, medium: MediaRef) -> tuple[MediaRef, str]:
+    """The medium where its row says, or else the video of that name below the folder; and what is wrong with it."""
+    gone = [path for path in medium.frames or (medium.path,) if not _exists(path)]
+    if not gone:
+        return medium, ""
+    other = None if medium.is_image or medium.frames else folder.video(Path(medium.path).name)[0]
+    return (medium, f"no video {gone[0]!r}") if other is None else (replace(other, cut=medium.cut), "")
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False
+
+
+def _about(example: Example, media: tuple[MediaRef, ...]) -> Example:
+    videos, images = (tuple(m.path for m in media if m.is_image is still) for still in (False, True))
+    return replace(example, media=media, videos=videos, images=images)
