@@ -18,6 +18,7 @@ LEFT = {
     ("data", "synthetic"): ("media_root", "holdout_fraction"),
     ("sft", "none"): ("sft_steps", "sft_learning_rate"),
     ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds"),
+    ("sft_steps", 0): ("sft_learning_rate", "sft_warmup_steps"),
     ("nframes", 8): ("fps",),
     ("lr_scheduler_type", "linear"): ("min_lr_ratio",),
     ("dynamic_sampling", False): ("dynamic_sampling_rounds",),
@@ -34,6 +35,21 @@ def test_what_one_key_leaves_unread(key, names):
     for name in names:
         with pytest.raises(UsageError, match=f"{name}.*: not read where .*; leave it out"):
             tell_unread(TrainConfig(**(READ | dict([key]))), [name], [])
+
+
+@pytest.mark.parametrize("split", ["sft", "validation", "test"])
+def test_a_file_of_its_own_leaves_a_synthetic_split_unread(split):
+    found = unread(TrainConfig(**{f"{split}_data": "rows.jsonl"}))
+    clips = {f"synthetic_{split}_clips"} | ({"label_noise", "label_confusion"} if split == "sft" else set())
+    told = {name for name in SYNTHETIC if name in found}
+    assert told == clips
+
+
+def test_a_number_of_frames_leaves_bounds_to_rows_that_have_rates_of_their_own():
+    bounds = {"min_frames", "max_frames"}
+    assert unread(TrainConfig(nframes=8)).keys() >= bounds
+    assert not unread(TrainConfig(nframes=8, data="rows.jsonl")).keys() & bounds
+    assert not unread(TrainConfig(nframes=8, test_data="rows.jsonl")).keys() & bounds
 
 
 def test_what_is_read_is_not_told():

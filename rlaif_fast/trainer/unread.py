@@ -29,18 +29,26 @@ def unread(config: TrainConfig) -> dict[str, str]:
 
 
 def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
+    own = config.sft_data or config.validation_data or config.test_data
     if config.data != "synthetic":
         yield SYNTHETIC, f"data is {config.data}"
-    elif not (config.sft_data or config.validation_data or config.test_data):
+    else:
+        yield from _replaced(config)
+    if config.data == "synthetic" and not own:
         yield ("media_root",), "data is synthetic"
     if all(_has_file(config, split) for split in ("validation", "test")):
         yield ("holdout_fraction",), "validation and test have files of their own"
     if config.sft != "auto":
         yield SUPERVISED, f"sft is {config.sft}"
+    elif config.sft_steps == 0:
+        yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
         yield REINFORCED, "max_steps is 0"
     if config.nframes is not None:
-        yield ("fps",), f"nframes is {config.nframes}"
+        where = f"nframes is {config.nframes}"
+        yield ("fps",), where
+        if config.data == "synthetic" and not own:  # rows of other data may have rates of their own
+            yield ("min_frames", "max_frames"), where
     if config.lr_scheduler_type != "cosine":
         yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
     if not config.dynamic_sampling:
@@ -49,6 +57,14 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield ("sampling_ratio_cap",), f"sampler is {config.sampler}"
     if not config.shared_prefix:
         yield PACKED, "shared_prefix is false"
+
+
+def _replaced(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
+    """What the synthetic data is told of splits that files of their own take the place of."""
+    for split in ("sft", "validation", "test"):
+        if getattr(config, f"{split}_data") is not None:
+            weak = ("label_noise", "label_confusion") if split == "sft" else ()
+            yield (f"synthetic_{split}_clips", *weak), f"{split}_data is given"
 
 
 def _has_file(config: TrainConfig, split: str) -> bool:
