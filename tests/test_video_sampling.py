@@ -127,3 +127,10 @@ def test_too_few_frames_names_the_file(frames, options, words):
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         FrameSampling(**options)
+
+
+@pytest.mark.parametrize("name", ["video_start", "video_end", "fps"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        FrameSampling(**{name: value})

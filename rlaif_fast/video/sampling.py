@@ -39,8 +39,12 @@ class FrameSampling:
     video_end: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise ValueError(f"fps must be positive, got {self.fps}")
+        if not (self.fps > 0 and math.isfinite(self.fps)):
+            raise ValueError(f"fps must be positive and finite, got {self.fps}")
+        for name in ("video_start", "video_end"):
+            seconds = getattr(self, name)
+            if seconds is not None and not math.isfinite(seconds):
+                raise ValueError(f"{name} must be a finite number of seconds, got {seconds}")
         if self.frame_factor < 1:
             raise ValueError(f"frame_factor must be at least 1, got {self.frame_factor}")
         if self.nframes is not None and self.nframes < 1:
