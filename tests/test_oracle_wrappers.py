@@ -84,6 +84,15 @@ def test_wrapped_scores_tell_the_order_that_the_ranks_tell(wrap):
             assert Counter(ranking.scores) == Counter(clean.scores)
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda inner: CorruptedOracle(inner, kind="flips", strength=0.5), ShuffledOracle, CircuitBreaker]
+)
+def test_what_the_inner_oracle_counts_is_not_lost(wrap):
+    counting = ReferenceOracle()
+    counting.stats = lambda: {"oracle/api/requests": 3.0}
+    assert wrap(counting).stats() == {"oracle/api/requests": 3.0}
+
+
 def test_noise_on_an_oracle_that_only_orders_gives_no_scores():
     oracle = CorruptedOracle(_Failing(lambda request: False), kind="gaussian", strength=1.0)
     assert not gives_scores(oracle)

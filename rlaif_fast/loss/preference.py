@@ -75,6 +75,20 @@ class PreferenceClose:
         """Return None: a row's gradient needs the whole unit."""
         return None
 
+    def close(self, logps: Tensor, entropy: Tensor) -> TokenGradients:  # (B, T)
+        """Return the loss of all units and its gradient."""
+        loss, rewards, stats = self.reference(logps)
+        grad, _ = self.part(slice(0, len(logps)), logps, entropy)
+        return TokenGradients(loss, rewards, stats, grad, None)
+
+    def reference(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss, rewards and statistics in plain PyTorch."""
+        raise NotImplementedError
+
+    def part(self, responses: slice, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of logps (b, T) and entropy of some whole units."""
+        raise NotImplementedError
+
     def rewards(self, responses: slice, logps: Tensor) -> Tensor:  # (b, T) -> (b,)
         """Return the implicit rewards of some responses."""
         return implicit_rewards(logps, self.mask[responses], self.ref_logps_sum[responses], self.beta)
@@ -91,12 +105,6 @@ class DpoClose(PreferenceClose):
     pair_weights: Tensor | None  # (P,)
 
     unit = 2
-
-    def close(self, logps: Tensor, entropy: Tensor) -> TokenGradients:  # (B, T)
-        """Return the loss of all pairs and its gradient."""
-        loss, rewards, stats = self.reference(logps)
-        grad, _ = self.part(slice(0, len(logps)), logps, entropy)
-        return TokenGradients(loss, rewards, stats, grad, None)
 
     def reference(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, rewards and statistics in plain PyTorch."""
@@ -123,12 +131,6 @@ class LipoClose(PreferenceClose):
     def unit(self) -> int:
         """G."""
         return self.labels.shape[1]
-
-    def close(self, logps: Tensor, entropy: Tensor) -> TokenGradients:  # (B, T)
-        """Return the loss of all groups and its gradient."""
-        loss, rewards, stats = self.reference(logps)
-        grad, _ = self.part(slice(0, len(logps)), logps, entropy)
-        return TokenGradients(loss, rewards, stats, grad, None)
 
     def reference(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, rewards and statistics in plain PyTorch."""

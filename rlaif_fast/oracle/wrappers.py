@@ -47,6 +47,10 @@ class ShuffledOracle:
         """Whether the inner oracle gives scores; they come back shuffled as the ranks are."""
         return gives_scores(self.inner)
 
+    def stats(self) -> dict[str, float]:
+        """The inner oracle's own figures."""
+        return getattr(self.inner, "stats", dict)()
+
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
         return [self._shuffle_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
