@@ -244,6 +244,13 @@ def test_what_cannot_be_planned_is_refused(capsys):
     for words, told in (
         (["--gpu", "H1000"], "gpu: expected A100-40"),
         (["--sharding", "fsdp2"], "gpus: expected 2 or more"),
+        (
+            ["--gpus", "8", "--sharding", "fsdp2", "--sharding_size", "3"],
+            "sharding_size: expected a divisor of the 8 GPUs larger than 1, got 3",
+        ),
+        (["--gpus", "8", "--sharding", "fsdp2", "--sharding_size", "100"], "got 100"),
+        (["--sft", "none", "--sft_steps", "5"], "sft_steps: not read where sft is none"),
+        (["--nframes", "8", "--fps", "3"], "fps: not read where nframes is 8"),
         (["--shared_prefix", "false"], "shared_prefix: expected true in a plan"),
         (["--optimizer_offload", "true"], "optimizer_offload: expected false in a plan"),
         (["--lora_r", "4", "--load_in_4bit", "true"], "load_in_4bit: expected false in a plan"),

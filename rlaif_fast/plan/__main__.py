@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from rlaif_fast.cli import flag_is_true, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
 from rlaif_fast.plan.options import GPUS, PlanConfig
+from rlaif_fast.trainer.unread import tell_unread
 
 PHASES = ("rollout", "update")
 
@@ -20,7 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    config = parse_config(PlanConfig, words, prog="rlaif_fast.plan", description=__doc__)
+    texts: dict[str, Any] = {"prog": "rlaif_fast.plan", "description": __doc__ or ""}
+    config = parse_config(PlanConfig, words, **texts)
+    given = [word for word in words if not word.startswith("--print-config")]
+    by_flag = given_values(PlanConfig, given, **texts, flags_alone=True)
+    for line in tell_unread(
+        config, by_flag, given_values(PlanConfig, given, **texts).keys() - by_flag.keys()
+    ):
+        print(line, file=sys.stderr)
     from rlaif_fast.plan.plan import GIB, make_fit, make_plan
 
     plan = make_plan(config)

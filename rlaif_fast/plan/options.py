@@ -76,6 +76,9 @@ class PlanConfig(TrainConfig):
             require(not getattr(self, name), name, "false in a plan", getattr(self, name))
         sharded = self.sharding == "fsdp2"
         require(not (sharded and self.gpus == 1), "gpus", "2 or more where sharding is fsdp2", self.gpus)
+        divides = self.together > 1 and self.gpus % self.together == 0
+        expected = f"a divisor of the {self.gpus} GPUs larger than 1"
+        require(divides or not sharded, "sharding_size", expected, self.together)
 
     @property
     def together(self) -> int:
