@@ -98,3 +98,19 @@ def test_errors_are_one_line(folder, capsys, arguments, code, words):
     assert words in said
     assert said.startswith("error: ")
     assert "\n" not in said
+
+
+def test_check_looks_at_what_each_row_shows(folder, tmp_path, capsys):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    pictures = {"video": [f"{number}.png" for number in range(4)], "question": "?", "answer": "a"}
+    late = {"video": str(folder / "good.webm"), "video_start": 50, "question": "?", "answer": "a"}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(pictures) + "\n")
+    assert main(["check", str(data), "--workers", "1"]) == 0
+    assert "1 good, 0 bad of 1" in capsys.readouterr().out
+    data.write_text(json.dumps(pictures) + "\n" + json.dumps(late) + "\n")
+    assert main(["check", str(data), "--workers", "1"]) == 1
+    assert "no frames between 50 s" in capsys.readouterr().out

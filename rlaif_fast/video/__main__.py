@@ -18,10 +18,11 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
-from rlaif_fast.video.image import load_image
+from rlaif_fast.video.image import load_frames, load_image
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preview import draw_contact_sheet
 from rlaif_fast.video.probe import info_of, probe
+from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
 
 
@@ -146,8 +147,7 @@ def _check(options: argparse.Namespace) -> int:
     report = read_report(
         options.dataset, media_root=options.media_root, require_answer=False, check_files=False
     )
-    media = dict.fromkeys((path, False) for example in report.examples for path in example.videos)
-    media |= dict.fromkeys((path, True) for example in report.examples for path in example.images)
+    media = dict.fromkeys(medium for example in report.examples for medium in example.seen)
     console = Console()
     for row in report.errors[: options.shown]:
         console.print(f"[red]row[/red] {_escaped(row)}", highlight=False, soft_wrap=True)
@@ -165,27 +165,34 @@ def _check(options: argparse.Namespace) -> int:
     if options.quarantine is not None:
         lines = [json.dumps({"path": r.path, "reason": r.reason}, ensure_ascii=False) + "\n" for r in bad]
         options.quarantine.write_text("".join(lines), encoding="utf-8")
-    _summarise(vetted, bad, report.examples, len(report.errors), seconds, console)
+    gone = {medium for medium, result in zip(media, vetted, strict=True) if result.reason}
+    _summarise(vetted, bad, gone, report.examples, len(report.errors), seconds, console)
     return 1 if bad or report.errors else 0
 
 
 def _vet_all(
-    media: list[tuple[str, bool]], sampling: FrameSampling, options: argparse.Namespace, console: Any
+    media: list[MediaRef], sampling: FrameSampling, options: argparse.Namespace, console: Any
 ) -> list[_Vetted]:
-    """Decode every file in processes that can be stopped; results come in the order of `media`."""
+    """Decode what is seen of every medium in processes that can be stopped; results are in the order of `media`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     pool = DecodePool(options.workers)
 
-    def vet(path: str, image: bool) -> _Vetted:
+    def vet(medium: MediaRef) -> _Vetted:
+        path = medium.path
         try:
-            if image:
+            if medium.is_image:
                 load_image(path)
                 return _Vetted(path, None, 1)
+            own = sampling.cut(medium.cut)
+            if medium.frames:
+                clip = load_frames(path, medium.frames, sampling=own)
+                return _Vetted(path, None, len(clip.frames))
             with pool.lend() as process:
                 scan, _ = process.scan(path, options.timeout)
                 info = info_of(path, scan)
-                indices = range(info.frames) if options.full else sampling.sample(info)[0]
+                sampled = own.sample(info)[0]
+                indices = range(info.frames) if options.full else sampled
                 frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
             return _Vetted(path, info, frames)
         except VideoError as error:
@@ -209,7 +216,7 @@ def _vet_all(
             task = progress.add_task("", total=len(media), bad=0)
             while len(results) < len(media):
                 while len(waiting) < 4 * options.workers and (item := next(source, None)) is not None:
-                    waiting.append(threads.submit(vet, *item))
+                    waiting.append(threads.submit(vet, item))
                 results.append(waiting.popleft().result())
                 progress.update(task, advance=1, bad=sum(1 for r in results if r.reason))
     finally:
@@ -220,6 +227,7 @@ def _vet_all(
 def _summarise(
     vetted: list[_Vetted],
     bad: list[_Vetted],
+    gone: set[MediaRef],
     examples: Sequence[Any],
     wrong_rows: int,
     seconds: float,
@@ -227,8 +235,7 @@ def _summarise(
 ) -> None:
     from rich.table import Table
 
-    gone = {result.path for result in bad}
-    kept = sum(1 for e in examples if not gone.intersection((*e.videos, *e.images)))
+    kept = sum(1 for e in examples if not gone.intersection(e.seen))
     infos = [result.info for result in vetted if result.info is not None]
     frames = sum(result.frames for result in vetted)
     table = Table(box=None, show_header=False, pad_edge=False)
