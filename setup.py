@@ -1,8 +1,8 @@
 """Builds the extension rlaif_fast._C: the C++ kernels always, the CUDA ones where torch has CUDA and nvcc is found.
 
-RLAIF_FAST_EXT=0 skips it: a CPU then runs the plain PyTorch references, a GPU the Triton kernels. TORCH_CUDA_ARCH_LIST overrides the
-CUDA architectures, MAX_JOBS the number of compilers at a time. An extension that was built in this folder from the same
-sources, torch and flags is taken as it is. The metadata is in pyproject.toml.
+RLAIF_FAST_EXT=0 skips it: a CPU then runs the plain PyTorch references, a GPU the Triton kernels. TORCH_CUDA_ARCH_LIST
+overrides the CUDA architectures, MAX_JOBS the number of compilers at a time. An extension that was built in this folder
+from the same sources, torch and flags is taken as it is. The metadata is in pyproject.toml.
 """
 
 import hashlib

@@ -116,7 +116,7 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
 def test_a_file_that_is_no_text_is_named(tmp_path):
     file = tmp_path / "compare.yaml"
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="cannot read .*compare.yaml"):
+    with pytest.raises(UsageError, match=r"cannot read .*compare\.yaml"):
         read_plan(file)
 
 

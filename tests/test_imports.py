@@ -28,7 +28,7 @@ FLOORS = (
     ("video",),
     ("cli", "plugins"),
     ("yaml_keys",),
-    ("errors", "machine", "termination"),
+    ("digests", "errors", "machine", "termination"),
     ("loss",),
 )
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,12 +10,13 @@ import yaml
 
 from rlaif_fast.cli import given_values, packaged_config
 from rlaif_fast.data.schema import Example
+from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest
 from rlaif_fast.oracle.wrappers import OracleFailedError
 from rlaif_fast.runs.checkpoint import CheckpointIndex
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.runs.integrity import Manifest, sealed, text_digest, write_manifest
+from rlaif_fast.runs.integrity import Manifest, sealed, write_manifest
 from rlaif_fast.trainer import datasets, setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.resume import resumed_config, saved_config

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from rlaif_fast.data.identity import files_of
 from rlaif_fast.data.schema import Example
+from rlaif_fast.digests import file_digest, text_digest
 from rlaif_fast.policy.loading import adapter_folder
 from rlaif_fast.policy.weights import adapter_config
-from rlaif_fast.runs.integrity import MANIFEST, Damage, file_digest, text_digest, unseal
+from rlaif_fast.runs.integrity import MANIFEST, Damage, unseal
 
 _WEIGHTS = (".safetensors", ".bin")
 _SETTINGS = (".json", ".jinja", ".model", ".txt")  # the model's, its tokenizer's, its processor's

@@ -38,8 +38,8 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
             Adds grad_logits.T @ hidden to total, or with `first` writes it there.
 
 The holders are those of `rlaif_fast.loss.inputs` and `rlaif_fast.loss.options`, handed on whole.
-All results are detached and on the device of the inputs; those of `rank_penalty` have the dtype of the scores, the others
-are float32 or wider.
+All results are detached and on the device of the inputs; those of `rank_penalty` have the dtype of the scores, the
+others are float32 or wider.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import UsageError
-from rlaif_fast.runs.integrity import file_digest
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), PurePath)
 _MODEL_FILES = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt", ".model"}

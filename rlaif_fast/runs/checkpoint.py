@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError, refusal, writing
 from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
@@ -33,7 +34,6 @@ from rlaif_fast.runs.integrity import (
     digests,
     read_manifest,
     sealed,
-    text_digest,
     unseal,
     write_manifest,
 )

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.integrity import file_digest
 
 if os.name == "posix":
     import fcntl

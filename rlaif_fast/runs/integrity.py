@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.digests import BLOCK, file_digest, text_digest
 from rlaif_fast.errors import RlaifFastError
 
 MANIFEST = "manifest.json"
-BLOCK = 2**20
 
 
 class Damage(Exception):
@@ -170,22 +170,6 @@ def damaged_logs(folder: Path, manifest: Manifest) -> list[Path]:
         if length and not (path.is_file() and file_digest(path, length) == digest):
             damaged.append(path)
     return damaged
-
-
-def file_digest(path: Path, length: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `length` bytes; of all there is where it is shorter."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        left = path.stat().st_size if length is None else length
-        while left > 0 and (block := file.read(min(BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
-
-
-def text_digest(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest_of(values: Mapping[str, Any]) -> str:

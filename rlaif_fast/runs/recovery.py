@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
 from rlaif_fast.runs.folder import RunDir, write_atomically
-from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, text_digest, unseal
+from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, unseal
 
 
 def recover(run_dir: RunDir) -> list[str]:

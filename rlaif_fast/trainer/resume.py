@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from rlaif_fast.cli import parse_config
+from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, text_digest, unseal
+from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, unseal
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import resolved
 
