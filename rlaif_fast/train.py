@@ -222,6 +222,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
     import torch
 
     from rlaif_fast.algorithms import make_algorithm
+    from rlaif_fast.data.identity import digest_of_rows
     from rlaif_fast.policy.loading import load_model
     from rlaif_fast.report.outcome import older_names, uneven_steps
     from rlaif_fast.rollout import make_sampler
@@ -234,6 +235,9 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
     with world.main_first():
         with logger.timer("data"):
             data = load_with_progress(config, logger, data_notes.append)
+            run_dir.refuse_other_data(
+                {split: digest_of_rows(getattr(data, split)) for split in ("sft", "rl", "validation", "test")}
+            )
         with logger.timer("model"):
             options = setup.resolved_model(config, data)
     with logger.timer("model"):

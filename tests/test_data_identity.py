@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from rlaif_fast.data import Example
+from rlaif_fast.data.identity import digest_of_rows
 from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.video.refs import Cut, MediaRef
 
 
 def spell_parent(folder):
@@ -115,3 +119,17 @@ def test_rows_are_held_out_for_the_splits_without_a_file_alone(folder, own):
     sizes = {split: len(getattr(loaded, split)) for split in ("validation", "test")}
     assert sizes == {split: 1 if split in own else 2 for split in sizes}
     assert len(loaded.rl) == len(loaded.sft) == 8 - 2 * (2 - len(own))
+
+
+def test_the_digest_of_rows_is_of_what_they_ask_and_show():
+    row = Example("a", "what?", "red", videos=("old/clip.mp4",))
+    same = digest_of_rows([row])
+    assert same.startswith("1 rows, ")
+    assert digest_of_rows([replace(row, videos=("moved/clip.mp4",), source="x:1")]) == same
+    cut = (MediaRef("old/clip.mp4", cut=Cut(video_start=1.0)),)
+    others = [replace(row, answer="blue"), replace(row, options=("a",)), replace(row, id="b")]
+    others += [replace(row, videos=("old/other.mp4",)), replace(row, media=cut)]
+    digests = {digest_of_rows([other]) for other in others} | {same, digest_of_rows([row, row])}
+    assert len(digests) == len(others) + 2
+    second = replace(row, id="c")
+    assert digest_of_rows([row, second]) != digest_of_rows([second, row])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rlaif_fast.data.schema import Example
@@ -28,6 +28,24 @@ def contents(rows: Iterable[Example]) -> dict[str, str]:
         for name, size in sizes.items()
     }
     return {path: names[name] for path, name in real.items()}
+
+
+def digest_of_rows(rows: Sequence[Example]) -> str:
+    """How many rows there are and a digest of what they ask and show, in their order; folders may have other names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        text = (row.id, row.question, row.answer, row.options, row.category)
+        turns = (row.system, row.layout, row.asked, row.target)
+        shown = [
+            (
+                [Path(file).name for file in files_of(medium)],
+                medium.is_image,
+                sorted(medium.cut.given().items()),
+            )
+            for medium in row.seen
+        ]
+        digest.update(repr((text, turns, shown)).encode("utf-8", "surrogatepass"))
+    return f"{len(rows)} rows, {digest.hexdigest()}"
 
 
 def files_of(medium: MediaRef) -> tuple[str, ...]:
