@@ -6,6 +6,7 @@ from dataclasses import field as dataclass_field
 import pytest
 
 from rlaif_fast import train as train_module
+from rlaif_fast.data.synthetic.dataset import SyntheticConfig
 from rlaif_fast.errors import UsageError, require_given
 from rlaif_fast.evals.options import EvaluateConfig
 from rlaif_fast.rollout import SamplingParams
@@ -132,3 +133,11 @@ def test_null_is_refused_in_nested_options():
 def test_sizes_below_what_works_are_refused(name, least):
     with pytest.raises(UsageError, match=f"{name}: expected {least} or more, got -5"):
         TrainConfig(**{name: -5})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [(EvaluateConfig, "videos_per_step"), (SyntheticConfig, "seed")]
+)
+def test_null_is_refused_by_the_other_commands(options, name):
+    with pytest.raises(UsageError, match=f"{name}: expected a value, got null"):
+        options(**{name: None})

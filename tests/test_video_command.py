@@ -45,6 +45,11 @@ def test_probe_as_json(folder, capsys):
     good, bad = map(json.loads, capsys.readouterr().out.splitlines())
     assert (good["codec"], good["frames"], len(good["timestamps"])) == ("vp9", 60, 60)
     assert bad["error"].startswith("truncated")
+    assert main(["probe", "--json", "--nframes", "8", str(folder / "good.webm")]) == 0
+    asked = json.loads(capsys.readouterr().out)
+    assert len(asked["sampled"]) == 8 and len(good["sampled"]) == 4
+    assert main(["probe", "--json", "--video_start", "50", str(folder / "good.webm")]) == 0
+    assert json.loads(capsys.readouterr().out)["sampled"] is None
 
 
 @pytest.mark.parametrize(("extra", "frames"), [([], 4), (["--full"], 60), (["--nframes", "8"], 8)])

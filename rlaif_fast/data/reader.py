@@ -122,7 +122,7 @@ def read_report(
     report = ReadReport(path)
     lines_of: dict[str, int] = {}  # id -> line
     renamed = uncategorised = 0
-    media = _Media(root, check_files)
+    media = MediaFiles(root, check_files)
     for line, row in rows_of(path):
         report.rows += 1
         try:
@@ -132,7 +132,7 @@ def read_report(
                 raise RowError(f"expected a JSON object, got {type(row).__name__}")
             name, found = convert(row, scored)
             examples = []
-            _refuse_mistyped_media(row, found)
+            refuse_mistyped_media(row, found)
             for turn, fields in enumerate(found):
                 if require_answer and fields.answer is None:
                     raise RowError(_no_answer(row))
@@ -164,8 +164,13 @@ def read_report(
     return report
 
 
-class _Media:
-    """Resolves paths, and looks once at each file."""
+class MediaFiles:
+    """Resolves the paths of rows, and looks once at each file.
+
+    Args:
+        root: Folder that relative paths start from.
+        check: Whether each file has to be there and to be read.
+    """
 
     def __init__(self, root: Path, check: bool) -> None:
         self.root = root
@@ -248,7 +253,7 @@ def by_number(path: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
-def _example(fields: Fields, id_: str, media: _Media, source: str) -> Example:
+def _example(fields: Fields, id_: str, media: MediaFiles, source: str) -> Example:
     refs = tuple(media.resolve(medium) for medium in fields.media)
     videos, images = ([ref for ref in refs if ref.is_image is still] for still in (False, True))
     plain = [*videos, *images] == list(refs) and all(ref.cut == Cut() and not ref.frames for ref in refs)
@@ -269,7 +274,7 @@ def _example(fields: Fields, id_: str, media: _Media, source: str) -> Example:
     )
 
 
-def _refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
+def refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
     """A row without media is about text alone, unless a key of it looks like a name of media."""
     if any(fields.media for fields in found):
         return

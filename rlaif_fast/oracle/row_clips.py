@@ -10,7 +10,7 @@ from rlaif_fast.data.converters import Fields, place_media
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import row_media
 from rlaif_fast.data.published import named_video
-from rlaif_fast.data.reader import _Media, _refuse_mistyped_media
+from rlaif_fast.data.reader import MediaFiles, refuse_mistyped_media
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video import FrameSampling, PixelBudget, VideoError, load_clip, load_frames, load_image, probe
 from rlaif_fast.video.base import Clip
@@ -29,7 +29,7 @@ class RowClips:
     """
 
     def __init__(self, root: Path, nframes: int) -> None:
-        self._files = _Media(root, check=True)
+        self._files = MediaFiles(root, check=True)
         self._sampling = FrameSampling(nframes=nframes)
         self._opened: set[MediaRef] = set()
 
@@ -48,7 +48,7 @@ class RowClips:
             if not media and (video := named_video(row)) is not None:
                 media = [video]
             fields = Fields(row["question"], media=media)
-            _refuse_mistyped_media(dict(row), [fields])
+            refuse_mistyped_media(dict(row), [fields])
             place_media(fields)
             return tuple(map(self._files.resolve, fields.media))
         except RowError as error:

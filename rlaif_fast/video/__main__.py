@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     look = commands.add_parser("probe", help="Say what files hold.")
     look.add_argument("files", nargs="+", metavar="FILE")
-    look.add_argument("--json", action="store_true", help="One JSON object a line, with every frame's time.")
+    look.add_argument(
+        "--json",
+        action="store_true",
+        help="One JSON object a line, with every frame's time.",
+    )
     _add_sampling(look)
 
     check = commands.add_parser("check", help="Decode the sampled frames of every file of a dataset.")
@@ -105,7 +109,7 @@ def _probe(options: argparse.Namespace) -> int:
                 console.print(f"[red]bad[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
             continue
         if options.json:
-            print(json.dumps(vars(info)))
+            print(json.dumps(vars(info) | _sampled_as_json(info, sampling)))
         else:
             console.print(f"[bold]{_escaped(path)}[/bold]", highlight=False, soft_wrap=True)
             console.print(f"    {_facts(info)}; {_sampled(info, sampling)}", highlight=False, soft_wrap=True)
@@ -118,6 +122,13 @@ def _facts(info: VideoInfo) -> str:
     size = f"{info.width}x{info.height}"
     length = f"{info.frames} frame{'s' if info.frames != 1 else ''}, {rate}, {info.duration:.2f} s"
     return f"{info.codec} {size} {info.pixel_format}, {length}{turned}"
+
+
+def _sampled_as_json(info: VideoInfo, sampling: FrameSampling) -> dict[str, Any]:
+    try:
+        return {"sampled": sampling.sample(info)[0]}
+    except VideoError as error:
+        return {"sampled": None, "error": error.reason}
 
 
 def _sampled(info: VideoInfo, sampling: FrameSampling) -> str:

@@ -26,7 +26,7 @@ from rlaif_fast.data.synthetic.encode import CODECS, CONTAINERS, encode_video
 from rlaif_fast.data.synthetic.questions import LETTERS, VOCABULARY, drafts
 from rlaif_fast.data.synthetic.render import render
 from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world, with_digits
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, require_given
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
 
@@ -84,6 +84,7 @@ class SyntheticConfig:
     container: str = "mp4"
 
     def __post_init__(self) -> None:
+        require_given(self)
         checks = {
             "sft_clips, rl_clips, validation_clips, test_clips": (
                 min(self.clips(split) for split in SPLITS) >= 0,
