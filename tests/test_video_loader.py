@@ -97,7 +97,7 @@ def test_hung_decoder_is_timed_out_and_replaced(videos):
 STOPPED_WHILE_WAITING = """
 import os, sys
 from rlaif_fast.video import ClipStore
-with ClipStore(workers=1, timeout=3.0) as store:
+with ClipStore(workers=1, timeout=6.0) as store:
     store.load(sys.argv[1])
     print(store._pool.pids[0], flush=True)
     os.read(0, 1)  # the decoding process is stopped before the next file is asked for
@@ -117,7 +117,7 @@ def test_time_in_which_the_run_itself_was_stopped_is_not_the_fault_of_a_file(vid
         run.stdin.flush()
         assert run.stdout.readline() == "asked\n"
         os.kill(run.pid, signal.SIGSTOP)
-        time.sleep(5)
+        time.sleep(8)
         for pid in (decoding, run.pid):
             os.kill(pid, signal.SIGCONT)
         assert int(run.stdout.readline()) > 0
