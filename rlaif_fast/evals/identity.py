@@ -9,13 +9,10 @@ from pathlib import Path
 
 from rlaif_fast.data.identity import files_of
 from rlaif_fast.data.schema import Example
-from rlaif_fast.digests import file_digest, text_digest
-from rlaif_fast.policy.loading import adapter_folder
-from rlaif_fast.policy.weights import adapter_config
+from rlaif_fast.oracle import identity
 from rlaif_fast.runs.integrity import MANIFEST, Damage, unseal
 
-_WEIGHTS = (".safetensors", ".bin")
-_SETTINGS = (".json", ".jinja", ".model", ".txt")  # the model's, its tokenizer's, its processor's
+WEIGHTS = (".safetensors", ".bin")
 
 
 def model_digest(model: str) -> str | None:
@@ -30,29 +27,16 @@ def model_digest(model: str) -> str | None:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return _commit(model)
-    known = _written_digests(folder)
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in (*_WEIGHTS, *_SETTINGS) and path.name != MANIFEST and path.is_file()
-    )
-    found: dict[str, str | None] = {
-        path.name: (known.get(path.name) if path.suffix in _WEIGHTS else None) or file_digest(path)
-        for path in files
-    }
-    if adapter_folder(model) is not None:
-        base = adapter_config(folder, f"model: {model}")["base_model_name_or_path"]
-        found["base"] = model_digest(base)
-    return text_digest(json.dumps(found, sort_keys=True))
+    return identity.model_digest(model, known=_written_digests(folder), commit_of=_commit)
 
 
 def _written_digests(folder: Path) -> dict[str, str]:
     """The digests in a checkpoint's manifest, which `check_weights` has compared with its files."""
     try:
-        files = unseal(folder / MANIFEST)["files"]
-    except (Damage, KeyError):
+        files = dict(unseal(folder / MANIFEST)["files"])
+    except (Damage, KeyError, TypeError, ValueError):
         return {}
-    return dict(files) if isinstance(files, dict) else {}
+    return {name: digest for name, digest in files.items() if name.endswith(WEIGHTS)}
 
 
 def _commit(model: str) -> str | None:

@@ -6,6 +6,7 @@ T tokens, M packed tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class PreferenceArguments(TypedDict, total=False):
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceClose:
+class PreferenceClose(ABC):
     """What the `linear.Close` of every loss of preferences has in common: a unit needs all its responses."""
 
     mask: Tensor  # (B, T) bool
@@ -81,13 +82,13 @@ class PreferenceClose:
         grad, _ = self.part(slice(0, len(logps)), logps, entropy)
         return TokenGradients(loss, rewards, stats, grad, None)
 
+    @abstractmethod
     def reference(self, logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the loss, rewards and statistics in plain PyTorch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, responses: slice, logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of logps (b, T) and entropy of some whole units."""
-        raise NotImplementedError
 
     def rewards(self, responses: slice, logps: Tensor) -> Tensor:  # (b, T) -> (b,)
         """Return the implicit rewards of some responses."""

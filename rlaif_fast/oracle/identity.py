@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlaif_fast.errors import UsageError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), PurePath)
 _MODEL_FILES = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt", ".model"}
+_MANIFEST = "manifest.json"  # what a run says of a checkpoint (`runs.integrity`), no part of the model
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -34,24 +35,33 @@ def function_digest(function: Any) -> str:
     return hashlib.sha256(repr(parts.of(function, "it")).encode()).hexdigest()[:32]
 
 
-def model_digest(model: str, revision: str | None = None) -> str:
-    """A digest of the files of a model's folder, and where it holds adapters of the base's; every byte is read.
+def model_digest(
+    model: str,
+    revision: str | None = None,
+    *,
+    known: Mapping[str, str] | None = None,
+    commit_of: Callable[[str], str | None] = lambda model: None,
+) -> str:
+    """A digest of the files of a model's folder, and where it holds adapters of the base's.
 
     Args:
-        model: A folder, or a hub name.
+        model: A folder, whose files are read, or a hub name.
         revision: The commit that a hub name was loaded at.
+        known: Digests of files of the folder that need not be read again, by name.
+        commit_of: Finds the commit of a base that is a hub name.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        return str(revision)
+        return str(revision or commit_of(model))
     files = {
-        path.relative_to(folder).as_posix(): file_digest(path)
+        path.relative_to(folder).as_posix(): (known or {}).get(path.name) or file_digest(path)
         for path in sorted((*folder.glob("*"), *folder.glob("*/*.json")))
-        if path.suffix in _MODEL_FILES and path.is_file()
+        if path.suffix in _MODEL_FILES and path.name != _MANIFEST and path.is_file()
     }
     base = _base_of(folder)
-    own = [files, model_digest(base) if base and Path(base).expanduser() != folder else base]
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:32]
+    if base and Path(base).expanduser() != folder:
+        base = model_digest(base, commit_of=commit_of)
+    return hashlib.sha256(json.dumps([files, base], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _base_of(folder: Path) -> str | None:
