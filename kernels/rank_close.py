@@ -26,6 +26,7 @@ from rlaif_fast_kernels.token_terms import importance_ratio, load_float, one_sid
 ROW_SUMS = 11
 STATISTICS = tl.constexpr(len(STATS))
 GROUP_SUMS = tl.constexpr(20)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 GROUP_ROWS = tl.constexpr(32)  # of a block of them
 
 
@@ -65,8 +66,10 @@ def close_group(
     if oracle_ranks is not None:
         if scores is not None:
             score = load_float(scores, at, live)
-        elif SCORE == "mean":
-            score = score / length
+        else:
+            if SCORE == "mean":
+                score = score / length
+            score = tl.where(tokens > 0, score, LOWEST)  # a response without a token stands last
         member = kept
         if judged is not None:
             member = member & (tl.load(judged + at, mask=live, other=0) != 0)

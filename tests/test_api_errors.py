@@ -131,7 +131,11 @@ LOSS_CASES = {
         ValueError,
         "max_completion_length must be .* got 0",
     ),
-    "num_items": ({"num_items_in_batch": 0}, ValueError, "num_items_in_batch must be above 0; got 0"),
+    "num_items": (
+        {"num_items_in_batch": 0},
+        ValueError,
+        "num_items_in_batch must be above 0 and finite; got 0",
+    ),
     "num_items a list": ({"num_items_in_batch": [1]}, TypeError, "num_items_in_batch must be a number"),
     "num_items a vector": ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be"),
     "unknown backend": ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of .* got 'fast'"),

@@ -311,3 +311,11 @@ def test_refusals_name_the_reason() -> None:
     assert "float64" in (supports("rank_loss", DEVICE, torch.float64, 8) or "")
     assert "65" in (supports("rank_loss", DEVICE, torch.float32, 65) or "")
     assert "meta" in (supports("rank_loss", "meta", torch.float32, 8) or "")
+
+
+@pytest.mark.parametrize("score", ["mean", "sum"])
+def test_a_response_without_a_token_stands_last(score):
+    inputs = batch(5, 4, 9) | {"oracle_ranks": torch.arange(4.0, device=DEVICE).expand(5, 4).contiguous()}
+    assert inputs["mask"] is not None
+    inputs["mask"][2::4] = False
+    check(inputs, LossOptions(kind="directed", score=score))

@@ -155,7 +155,11 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
             ++length[b];
           }
         }
-        score[b] = static_cast<scalar_t>(loss_of.mean_score ? total / std::max<int64_t>(1, length[b]) : total);
+        if (length[b] == 0) {
+          score[b] = std::numeric_limits<scalar_t>::lowest();  // stands last: no sum of logarithms is above 0
+        } else {
+          score[b] = static_cast<scalar_t>(loss_of.mean_score ? total / length[b] : total);
+        }
       }
     });
 

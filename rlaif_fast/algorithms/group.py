@@ -11,6 +11,7 @@ from torch import Tensor
 from rlaif_fast.algorithms.base import Algorithm
 from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.loss import reference
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Rollout
@@ -202,11 +203,7 @@ def rank_rollout(
 def policy_scores(rollout: Rollout, score: str) -> Tensor:
     """(N, G) log-probability of each response, per token ("mean") or in all ("sum"), of the tokens it chose."""
     chosen = rollout.mask if rollout.forced is None else rollout.mask & ~rollout.forced
-    mask = chosen.to(torch.float32)
-    total = (rollout.logps * mask).sum(1)
-    if score == "mean":
-        total = total / mask.sum(1).clamp(min=1.0)
-    return total.view(-1, rollout.num_generations)
+    return reference.policy_scores(rollout.logps, chosen, rollout.num_generations, score)
 
 
 def verdicts_of(

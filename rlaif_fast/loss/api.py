@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from typing_extensions import Unpack
 
-from rlaif_fast.loss import checks, ops
+from rlaif_fast.loss import checks, ops, values
 from rlaif_fast.loss.grouping import close_groups, rank_by_index
 from rlaif_fast.loss.inputs import Head, LossArguments, Padding, RankAdvantages
 from rlaif_fast.loss.options import RankOptions
@@ -102,7 +102,8 @@ def grpo_rank_loss(
         logps: (B, T) float, log-probability of each sampled token under the policy; differentiable.
         oracle_ranks: (N, G) int or float with N * G = B, 0 is best, equal is a tie (scalar rewards, higher is
             better, with `kind="zscore"`); or (B,) with `group_size`.
-        advantages: (B,) or (B, T) float, any trainer's own, in place of `oracle_ranks`.
+        advantages: (B,) or (B, T) float, any trainer's own, in place of `oracle_ranks` and all that belongs to
+            them (`kind`, `penalty_weight`, `scale`, `score`, `scores`, `judged`, `weights`, `valid`).
         group_size: G, where `oracle_ranks` is flat.
         old_logps: (B, T) float under the policy that sampled. None is on-policy: the ratio is 1 with the
             gradient of `logps`. Where they are given, they are also what the policy's own order is taken
@@ -115,7 +116,8 @@ def grpo_rank_loss(
         kind: "directed" (default), "oracle", "paper", "paper_swapped" or "zscore".
         penalty_weight: w >= 0 of the directed advantage.
         scale: "none", or "group" to divide advantages by their root mean square over the group.
-        score: "mean" (per token) or "sum": which log-probability of a response orders the policy's responses.
+        score: "mean" (per token) or "sum": which log-probability of a response orders the policy's responses. One
+            without a token stands last.
         scores: (N, G) float, what orders the policy's responses; else `old_logps` do, else `logps`.
         judged: (N, G) bool; a response without a verdict is false: its advantage is 0, its tokens still count,
             and the others are a smaller group.
@@ -162,9 +164,9 @@ def grpo_rank_loss(
     checks.floating("logps", logps, ("B", "T"))
     if entropy is not None:
         checks.floating("entropy", entropy, tuple(logps.shape), like=logps)
-    shape = tuple(logps.shape)
-    oracle_ranks, arguments, extra = close_groups(logps, logps, oracle_ranks, arguments, None, backend)
-    inputs, options = checks.loss_inputs(logps, shape, shape[0], oracle_ranks, arguments)
+    shape, wide = tuple(logps.shape), _wide(logps)
+    oracle_ranks, arguments, extra = close_groups(wide, shape, logps, oracle_ranks, arguments, None, backend)
+    inputs, options = checks.loss_inputs(wide, shape, shape[0], oracle_ranks, arguments)
     if options.entropy_coef != 0.0 and entropy is None:
         raise ValueError(
             f"entropy must be given when entropy_coef is not 0; got None with {options.entropy_coef}"
@@ -195,9 +197,9 @@ def grpo_rank_loss_from_logits(
         temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
         logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
         logit_scale: Above 0; multiplies the logits, before the cap.
-        inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. The logits
-            must not be used afterwards, and backward runs once. Ignored by the reference and under
-            torch.compile.
+        inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. Backward then
+            runs once, and raises where the logits changed meanwhile; what else reads them in its backward
+            pass raises. Ignored by the reference and under torch.compile.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -216,8 +218,8 @@ def grpo_rank_loss_from_logits(
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, (B, T), logits, validate)
     if mask is not None:
         token_ids = token_ids.where(mask, 0)
-    logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend, inplace_backward)
-    oracle_ranks, arguments, extra = close_groups(wide, logps, oracle_ranks, arguments, None, backend)
+    logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend, inplace_backward, mask)
+    oracle_ranks, arguments, extra = close_groups(wide, (B, T), logps, oracle_ranks, arguments, None, backend)
     inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)
     closed = ops.rank_loss(logps, entropy, inputs, options, backend)
     return named(closed, inputs, options, entropy is not None, extra)
@@ -282,7 +284,9 @@ def fused_linear_grpo_rank_loss(
     padding = None
     if lengths is not None and arguments.get("group_index") is not None:
         padding = Padding(lengths, shape[0])
-    oracle_ranks, arguments, extra = close_groups(wide, None, oracle_ranks, arguments, padding, backend)
+    oracle_ranks, arguments, extra = close_groups(
+        wide, shape, None, oracle_ranks, arguments, padding, backend
+    )
     inputs, options = checks.loss_inputs(wide, shape, responses, oracle_ranks, arguments)
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
     if process_group is not None and backend == "reference":
@@ -290,7 +294,7 @@ def fused_linear_grpo_rank_loss(
     vocabulary = weight.shape[0]
     if process_group is not None:
         vocabulary = VocabularyShard(process_group, vocabulary, weight.device).vocabulary
-    checks.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
+    values.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
     rest = (token_ids, lengths, inputs, options, chunk_size, process_group, backend)
@@ -378,7 +382,7 @@ def token_logps(
     checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape = tuple(hidden.shape[:-1])
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
-    checks.ids_in_range("token_ids", token_ids, weight.shape[0], None, validate)
+    values.ids_in_range("token_ids", token_ids, weight.shape[0], None, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
     head = Head(weight, bias, scaling, float32_weight)
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)

@@ -1,19 +1,19 @@
-"""Checks of the arguments of the public functions: each failure names the argument, what was expected and what came.
-
-Checks of values read the data. On an accelerator that is one synchronisation a call; they are skipped while
-torch.compile traces and while a CUDA graph is captured, where the kernels still guard every read by id.
-"""
+"""Checks of the arguments of the public functions: each failure names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss import values
 from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_number
+
+OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
 
 
 def describe(value: Any) -> str:
@@ -58,50 +58,6 @@ def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor
         raise TypeError(f"{name} must be bool; got {describe(value)}")
 
 
-def can_read(x: Tensor, validate: bool = True) -> bool:
-    """Return whether values may be looked at: not while tracing, nor while a CUDA graph is captured."""
-    if not validate or torch.compiler.is_compiling():
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def finite_ranks(name: str, value: Tensor, judged: Tensor | None, *, negative: bool) -> None:
-    """Raise if a rank that counts is NaN, infinite, or (unless `negative`) below 0."""
-    if not value.numel():
-        return
-    low, high = value.aminmax()  # one pass; NaN comes through
-    if low.isfinite() and high.isfinite() and (negative or low >= 0):
-        return
-    bad = ~value.isfinite() if negative else ~(value.isfinite() & (value >= 0))
-    if judged is not None:
-        bad = bad & judged
-    if bad.any():
-        n, g = bad.nonzero()[0].tolist()
-        expected = "finite" if negative else "finite and at least 0"
-        raise ValueError(f"{name} must be {expected}; got {value[n, g].item()} at [{n}, {g}]")
-
-
-def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None, validate: bool = True) -> None:
-    """Raise if the id of an unmasked token is outside [0, vocabulary)."""
-    if not can_read(ids, validate):
-        return
-    bad = (ids < 0) | (ids >= vocabulary)
-    if mask is not None:
-        bad = bad & mask
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name} must be in [0, {vocabulary}); got {ids[tuple(at)].item()} at {at}")
-
-
-def not_nan(name: str, value: Tensor, judged: Tensor | None) -> None:
-    """Raise if a score that counts is NaN, which has no place in an order."""
-    if not value.numel() or not value.amax().isnan():
-        return
-    bad = value.isnan() if judged is None else value.isnan() & judged
-    if bad.any():
-        raise ValueError(f"{name} must not be NaN; got NaN at {bad.nonzero()[0].tolist()}")
-
-
 def counting(judged: Tensor | None, valid: Tensor | None) -> Tensor | None:  # (N, G) bool
     """Return which responses count in their group: the judged ones of valid groups; None is all."""
     if valid is None:
@@ -133,15 +89,18 @@ def ranking(
         boolean("judged", judged, (N, G), like=like)
     if weights is not None:
         floating("weights", weights, (N,), like=like)
-        if can_read(weights, validate) and not ((weights >= 0) & weights.isfinite()).all():
+        if values.can_read(weights, validate) and not ((weights >= 0) & weights.isfinite()).all():
             raise ValueError("weights must be finite and at least 0")
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
-    if can_read(oracle_ranks, validate):
+    if values.can_read(oracle_ranks, validate):
         count = counting(judged, valid)
-        finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
+        values.finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
+        wide = torch.promote_types(like.dtype, torch.float32)
+        if oracle_ranks.element_size() > wide.itemsize or oracle_ranks.dtype == torch.int32:
+            values.distinct_in(wide, "oracle_ranks", oracle_ranks, count)
         if scores is not None and kind not in ("oracle", "zscore"):
-            not_nan("scores", scores, count)
+            values.not_nan("scores", scores, count)
 
 
 def rank_inputs(
@@ -205,13 +164,13 @@ def num_items(value: Any, like: Tensor, validate: bool) -> Tensor | None:  # sca
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"num_items_in_batch must be a number or a scalar tensor; got {describe(value)}")
-        if can_read(value, validate) and not value > 0:
-            raise ValueError(f"num_items_in_batch must be above 0; got {value.item()}")
+        if values.can_read(value, validate) and not 0 < value < math.inf:
+            raise ValueError(f"num_items_in_batch must be above 0 and finite; got {value.item()}")
         return value.detach().reshape(()).to(like.device, dtype)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"num_items_in_batch must be a number or a scalar tensor; got {describe(value)}")
-    if not value > 0:
-        raise ValueError(f"num_items_in_batch must be above 0; got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"num_items_in_batch must be above 0 and finite; got {value}")
     return torch.full((), value, device=like.device, dtype=dtype)
 
 
@@ -257,6 +216,9 @@ def loss_inputs(
         sampling_ratio=sampling_ratio(get("sampling_ratio"), shape, responses, like),
         num_items=num_items(get("num_items_in_batch"), like, validate),
     )
+    if values.can_read(like, validate):
+        for name in ("advantages", "sampling_ratio"):
+            values.finite_weights(name, getattr(inputs, name), inputs.mask)
     return inputs, options
 
 
@@ -297,6 +259,10 @@ def given_advantages(
     for name in ("valid", "judged", "weights", "scores"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} belongs to oracle_ranks, not to advantages (mask rows instead)")
+    for name in OF_RANKS:
+        value, default = arguments.get(name), getattr(LossOptions, name)
+        if value is not None and value != default:
+            raise ValueError(f"{name} belongs to oracle_ranks, not to advantages; got {value!r}")
     divides("group_size", arguments.get("group_size"), responses)
     return advantages.detach()
 
@@ -325,7 +291,7 @@ def mask(value: Any, shape: tuple[int, ...], like: Tensor, validate: bool = True
     tensor("mask", value, shape, like=like)
     if value.dtype == torch.bool:
         return value
-    if can_read(value, validate) and not ((value == 0) | (value == 1)).all():
+    if values.can_read(value, validate) and not ((value == 0) | (value == 1)).all():
         raise ValueError("mask must be bool or hold only 0 and 1; got other values")
     return value != 0
 
@@ -346,7 +312,7 @@ def scaling(
         check_number("temperature", temperature, minimum=0.0, strict=True)
         return Scaling(temperature, None, softcap, scale)
     floating("temperature", temperature, shape, like=like)
-    if can_read(temperature, validate) and not (temperature > 0).all():
+    if values.can_read(temperature, validate) and not (temperature > 0).all():
         raise ValueError("temperature must be above 0 for every token; got 0 or less, or NaN")
     return Scaling(1.0, temperature.detach().reshape(-1), softcap, scale)
 
@@ -361,7 +327,7 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool =
         )
     floating("logits", value, tuple(value.shape))
     token_ids("token_ids", ids, tuple(value.shape[:-1]), like=value)
-    ids_in_range("token_ids", ids, value.shape[-1], mask, validate)
+    values.ids_in_range("token_ids", ids, value.shape[-1], mask, validate)
 
 
 def head(
@@ -372,7 +338,8 @@ def head(
         raise TypeError(f"hidden must be a tensor of shape (..., H); got {describe(hidden)}")
     floating("hidden", hidden, tuple(hidden.shape))
     floating("weight", weight, ("V", hidden.shape[-1]), like=hidden)
-    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (weight.dtype, hidden.dtype)
+    if weight.dtype != hidden.dtype and not cast:
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}; got {describe(weight)}")
     if weight.shape[0] < 1:
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {describe(weight)}")
@@ -391,7 +358,7 @@ def lengths(value: Any, packed: int, like: Tensor, validate: bool = True) -> int
     tensor("lengths", value, ("B",), like=like)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"lengths must be int64 or int32; got {describe(value)}")
-    if can_read(value, validate):
+    if values.can_read(value, validate):
         if (value < 0).any():
             raise ValueError(f"lengths must be at least 0; got {int(value.min())}")
         if int(value.sum()) != packed:

@@ -73,8 +73,9 @@ def rank_by_index(
 
 
 def close_groups(
-    like: Tensor,  # of the dtype of the statistics
-    logps: Tensor | None,  # (B, T), (M,) with padding; None where they are not known yet
+    like: Tensor,  # of the dtype of the statistics, float32 or wider
+    shape: tuple[int, ...],  # of the tokens: (B, T), or (M,) with padding
+    logps: Tensor | None,  # None where they are not known yet
     oracle_ranks: Tensor | None,  # (B,)
     arguments: LossArguments,
     padding: Padding | None,
@@ -88,27 +89,31 @@ def close_groups(
     index = arguments.get("group_index")
     if index is None:
         return oracle_ranks, arguments, {}
-    if oracle_ranks is None:
+    if oracle_ranks is None or arguments.get("advantages") is not None:
         raise ValueError("group_index belongs to oracle_ranks; got advantages")
     for name in ("group_size", "valid"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} must be None with group_index, which says which responses are a group")
     options = checks.loss_options(arguments)
+    responses = shape[0] if padding is None else len(padding.mask)
+    checks.tensor("oracle_ranks", oracle_ranks, (responses,), like=like)
     scores: Any = arguments.get("scores")
-    old = arguments.get("old_logps")
-    logps = logps if old is None else old
-    if scores is None and not options.orders_policy:
-        scores = like.new_zeros(oracle_ranks.shape)
-    if scores is None:
+    if scores is not None:
+        checks.floating("scores", scores, (responses,), like=like)
+    elif not options.orders_policy:
+        scores = like.new_zeros(responses)
+    else:
+        old = checks.per_token("old_logps", arguments.get("old_logps"), shape, like)
+        logps = logps if old is None else old
         if logps is None:
             raise ValueError(
                 "scores or old_logps must be given with group_index and hidden states; got neither"
             )
-        mask = checks.mask(arguments.get("mask"), tuple(logps.shape), logps, arguments.get("validate", True))
+        mask = checks.mask(arguments.get("mask"), shape, like, arguments.get("validate", True))
         mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
         if padding is not None:
             logps, mask = padding.pad(logps), padding.pad(mask)
-        scores = policy_scores(logps, mask, 1, options.score).view(-1)
+        scores = policy_scores(logps.to(like.dtype), mask, 1, options.score).view(-1)
     ranking, stats = rank_by_index(
         scores.to(like.dtype),
         oracle_ranks,
@@ -120,7 +125,7 @@ def close_groups(
         arguments.get("validate", True),
         backend,
     )
-    used = ("group_index", "judged", "weights", "scores")
+    used = ("group_index", "judged", "weights", "scores", *checks.OF_RANKS)
     rest: Any = {name: value for name, value in arguments.items() if name not in used}
     rest["advantages"] = ranking.advantages
     return None, rest, dict(zip(_RANKING_STATS, stats))

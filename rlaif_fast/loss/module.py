@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from rlaif_fast.loss import backends, checks
 from rlaif_fast.loss.api import (
     LossOutput,
     fused_linear_grpo_rank_loss,
@@ -14,7 +15,7 @@ from rlaif_fast.loss.api import (
     grpo_rank_loss_from_logits,
 )
 from rlaif_fast.loss.inputs import BATCH_TENSORS, LossArguments
-from rlaif_fast.loss.options import check_number
+from rlaif_fast.loss.options import check_choice, check_number
 
 __all__ = ["GRPORankLoss"]
 
@@ -57,7 +58,12 @@ class GRPORankLoss(nn.Module):
         unknown = [name for name in options if name not in LossArguments.__annotations__]
         if unknown:
             raise TypeError(f"GRPORankLoss has no option {', '.join(map(repr, unknown))}")
+        checks.loss_options(options)
+        check_choice("backend", backend, ("auto", *backends.NAMES))
         check_number("temperature", temperature, minimum=0.0, strict=True)
+        check_number("logit_scale", logit_scale, minimum=0.0, strict=True)
+        if logit_softcap is not None:
+            check_number("logit_softcap", logit_softcap, minimum=0.0, strict=True)
         self.scaling: dict[str, Any] = {
             "temperature": temperature, "logit_softcap": logit_softcap, "logit_scale": logit_scale
         }  # fmt: skip
@@ -99,6 +105,11 @@ class GRPORankLoss(nn.Module):
         unread = [name for name, x in others.items() if x is not None and name not in of_form[given[0]]]
         if unread:
             raise ValueError(f"{', '.join(unread)} must be None with {given[0]}")
+        fixed = sorted(arguments.keys() & {*self.scaling, "backend"})
+        if fixed:
+            raise TypeError(
+                f"{', '.join(fixed)} belong(s) to the construction of GRPORankLoss, not to the call"
+            )
         merged: LossArguments = {**self.options, **arguments}
         if logps is not None:
             return grpo_rank_loss(logps, oracle_ranks, entropy=entropy, backend=self.backend, **merged)

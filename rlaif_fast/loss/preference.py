@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from rlaif_fast.loss import backends, checks, ops, reference
+from rlaif_fast.loss import backends, checks, ops, reference, values
 from rlaif_fast.loss.inputs import Head, Padding, RowInputs, TokenGradients
 from rlaif_fast.loss.linear import Close
 from rlaif_fast.loss.options import LossOptions, check_number
@@ -143,6 +143,8 @@ class LipoClose(PreferenceClose):
         here = slice(responses.start // self.unit, responses.stop // self.unit)
         rewards = self.rewards(responses, logps).view(-1, self.unit)
         judged, weights = (None if x is None else x[here] for x in (self.judged, self.group_weights))
+        if judged is not None:
+            rewards = rewards.where(judged, 0.0)
         pairs = lambda_weights(self.labels[here], rewards, judged, weights)
         pull = pairs * torch.sigmoid(rewards[:, None, :] - rewards[:, :, None])  # [i, j]: i before j
         return self.spread(responses, (pull.sum(1) - pull.sum(2)).view(-1))
@@ -194,8 +196,7 @@ def fused_linear_dpo_loss(
     if call.responses % 2:
         raise ValueError(f"hidden must hold pairs, chosen before rejected; got {call.responses} responses")
     call.check_reference()
-    if pair_weights is not None:
-        checks.floating("pair_weights", pair_weights, (call.responses // 2,), like=hidden)
+    pair_weights = call.weights("pair_weights", pair_weights, call.responses // 2)
     items = call.items(call.responses // 2)
     return call.run(DpoClose(call.grid, call.ref_logps_sum, call.beta, items, pair_weights))
 
@@ -244,12 +245,17 @@ def fused_linear_lipo_loss(
             f"labels must be (N, G) with N * G = {call.responses} responses, got {tuple(labels.shape)}"
         )
     call.check_reference()
+    if size < 1:
+        raise ValueError(f"labels must be (N, G) with G of at least 1, got {tuple(labels.shape)}")
     if judged is not None:
         checks.boolean("judged", judged, (groups, size), like=hidden)
-    if group_weights is not None:
-        checks.floating("group_weights", group_weights, (groups,), like=hidden)
+    if values.can_read(labels, call.validate):
+        counts = labels if judged is None else labels.where(judged, 0.0)
+        if not torch.exp2(counts.float()).isfinite().all():
+            raise ValueError("labels must be finite, and 2 ** label too; got another in a judged response")
+    group_weights = call.weights("group_weights", group_weights, groups)
     close = LipoClose(
-        call.grid, call.ref_logps_sum, call.beta, call.items(groups), labels, judged, group_weights
+        call.grid, call.ref_logps_sum, call.beta, call.items(groups), labels.detach(), judged, group_weights
     )
     return call.run(close)
 
@@ -289,8 +295,8 @@ class _Call:
         check_number("beta", self.beta, minimum=0.0, strict=True)
         mask = checks.mask(arguments.get("mask"), shape, hidden, self.validate)
         checks.token_ids("token_ids", token_ids, shape, like=hidden)
-        checks.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
-        self.hidden, self.lengths, self.ref_logps_sum = hidden, lengths, ref_logps_sum
+        values.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
+        self.hidden, self.lengths, self.ref_logps_sum, self.mask = hidden, lengths, ref_logps_sum, mask
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
         self.padding = None if lengths is None else Padding(lengths, shape[0])
         self.grid = _grid(mask, self.padding, hidden)  # (B, T)
@@ -309,6 +315,15 @@ class _Call:
         checks.floating("ref_logps_sum", self.ref_logps_sum, (self.responses,), like=self.hidden)
         self.ref_logps_sum = self.ref_logps_sum.detach()
 
+    def weights(self, name: str, value: Tensor | None, units: int) -> Tensor | None:
+        """Return what multiplies the loss of each pair or group, detached, or raise."""
+        if value is None:
+            return None
+        checks.floating(name, value, (units,), like=self.hidden)
+        if values.can_read(value, self.validate) and not ((value >= 0) & value.isfinite()).all():
+            raise ValueError(f"{name} must be finite and at least 0")
+        return value.detach()
+
     def items(self, default: int) -> float | Tensor:
         """Return what a sum over pairs or groups is divided by."""
         wide = self.hidden.new_empty((), dtype=torch.promote_types(self.hidden.dtype, torch.float32))
@@ -319,7 +334,10 @@ class _Call:
         """Return the loss of a close."""
         chosen = backends.select("linear_loss", self.backend, self.hidden)
         if chosen == "reference":
-            logps, _, _ = reference.padded_logps(self.hidden, self.head, self.token_ids, self.lengths)
+            hidden = self.hidden
+            if self.mask is not None:  # autograd would carry NaN through a gradient of 0
+                hidden = hidden.masked_fill(~self.mask[..., None], 0.0)
+            logps, _, _ = reference.padded_logps(hidden, self.head, self.token_ids, self.lengths)
             loss, rewards, stats = close.reference(logps)
         else:
             made: Close = close

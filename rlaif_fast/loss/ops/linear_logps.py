@@ -20,8 +20,12 @@ def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Cast as autocast would for the matmul of the head; of two weights only the leaf stays in the graph."""
     device, (weight, bias) = hidden.device.type, (head.weight, head.bias)
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        low = torch.get_autocast_dtype(device)
+
+        def cast(x: Tensor) -> Tensor:
+            return x if x.dtype == torch.float64 else x.to(low)
+
+        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
     if head.float32_weight is not None:
         weight = weight.detach()
     return hidden, head._replace(weight=weight, bias=bias)

@@ -17,8 +17,9 @@ from torch.distributed import ProcessGroup
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import Head, Needs, Padding, Scaling, TokenGradients, TokenInputs
 from rlaif_fast.loss.linear import Close
-from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype
-from rlaif_fast.loss.ops.scale import scaled
+from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype, linear_logps
+from rlaif_fast.loss.ops.rank_loss import rank_loss
+from rlaif_fast.loss.ops.scale import refuse_double_backward, scaled
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.rank_close import RankClose
 from rlaif_fast.loss.schema import declare, flatten, unflatten
@@ -111,6 +112,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     results = [None] * ctx.count
     if grad_loss is not None:
+        refuse_double_backward()
         for at, grad, need in zip((0, ctx.leaf_at, 2), ctx.saved_tensors, ctx.needs):
             results[at] = scaled(grad, grad_loss, ctx.backend) if need else None
     return tuple(results)
@@ -133,9 +135,19 @@ def linear_loss(
     """Return loss, advantages and statistics; differentiable in hidden, the head's leaf and bias."""
     backend = backends.select("linear_loss", backend, hidden, inputs.group_size)
     if backend == "reference":
+        if inputs.mask is not None:  # autograd would carry NaN through a gradient of 0
+            hidden = hidden.masked_fill(~inputs.mask[..., None], 0.0)
         logps, entropy, padding = reference.padded_logps(hidden, head, token_ids, lengths)
         padded = inputs if padding is None else padding.pad_inputs(inputs)
-        return reference.rank_loss(logps, entropy, padded, options)
+        loss, ranked, stats = reference.rank_loss(logps, entropy, padded, options)
+        return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+    hidden, head = autocast(hidden, head)
+    leaves = (hidden, head.leaf, head.bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    if hidden.dtype == torch.float16 and any(needs):
+        if group is not None:
+            raise ValueError("process_group must be None where float16 needs a gradient; use bfloat16")
+        return _in_backward(hidden, head, token_ids, lengths, inputs, options, chunk_size, backend)
     if group is not None:
         padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
@@ -143,11 +155,33 @@ def linear_loss(
             hidden, head, token_ids, padding, make_close, chunk_size, backend, group
         )
         return loss, ranked if inputs.advantages is None else inputs.advantages, stats
-    hidden, head = autocast(hidden, head)
-    leaves = (hidden, head.leaf, head.bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
+    return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+
+
+def _in_backward(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    lengths: Tensor | None,  # (B,)
+    inputs: TokenInputs,
+    options: LossOptions,
+    chunk_size: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss with its gradients made in the backward pass, from logits made again.
+
+    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
+    """
+    rows = (hidden.reshape(-1, hidden.shape[-1]), head, token_ids.reshape(-1))
+    logps, entropy = (x.view(token_ids.shape) for x in linear_logps(*rows, chunk_size, backend))
+    padded = inputs
+    if lengths is not None:
+        padding = Padding(lengths, hidden.shape[0])
+        logps, entropy, padded = padding.pad(logps), padding.pad(entropy), padding.pad_inputs(inputs)
+    closing = "auto" if backend == "cuda" else backend
+    loss, ranked, stats = rank_loss(logps, entropy, padded, options, closing)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
 
 
@@ -189,6 +223,7 @@ class _InForward(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         results: list[Tensor | None] = [None] * 5
         if grad_loss is not None:
+            refuse_double_backward()
             for place, (grad, need) in enumerate(zip(ctx.saved_tensors, ctx.needs)):
                 if need:
                     results[place] = scaled(grad, grad_loss, ctx.backend)

@@ -100,7 +100,7 @@ class _InplaceLogitsStats(torch.autograd.Function):
     def forward(ctx, logits, token_ids, scaling, backend):
         logps, lse, entropy = _logits_stats(logits, token_ids, *flatten(scaling), backend)
         ctx.save_for_backward(token_ids, lse, entropy)
-        ctx.logits = logits.detach()
+        ctx.logits, ctx.version = logits.detach(), logits._version
         ctx.scaling, ctx.backend = scaling, backend
         return logps, entropy
 
@@ -110,9 +110,17 @@ class _InplaceLogitsStats(torch.autograd.Function):
         logits, ctx.logits = ctx.logits, None
         if logits is None:
             raise RuntimeError("inplace_backward=True runs backward once: the logits have been overwritten")
+        if logits._version != ctx.version:
+            raise RuntimeError(
+                "inplace_backward=True needs the logits as they were: something has written to them since the "
+                "forward pass"
+            )
         _write_logits_grad(
             logits, token_ids, ctx.scaling, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
         )
+        torch.autograd.graph.increment_version(
+            logits
+        )  # what saved them for its own backward pass has to notice
         return logits, None, None, None
 
 
@@ -122,13 +130,16 @@ def selective_log_softmax(
     scaling: Scaling,
     backend: str,
     inplace_backward: bool = False,
+    mask: Tensor | None = None,  # (...) bool
 ) -> tuple[Tensor, Tensor]:
-    """Return logps and entropy (...), differentiable in the logits."""
+    """Return logps and entropy (...), differentiable in the logits; where the mask is false, anything."""
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
+        if mask is not None:  # autograd would carry NaN through a gradient of 0
+            logits = logits.masked_fill(~mask[..., None], 0.0)
         return reference.selective_log_softmax(logits, token_ids.long(), scaling)
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()  # the kernels read a row as one run of memory
+    if logits.stride(-1) != 1 or (inplace_backward and 0 in logits.stride()):
+        logits = logits.contiguous()  # the kernels read a row as one run of memory, and write no row twice
     if inplace_backward and not torch.compiler.is_compiling():
         return _InplaceLogitsStats.apply(logits, token_ids, scaling, backend)
     logps, _, entropy = _logits_stats(logits, token_ids, *flatten(scaling), backend)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
+from rlaif_fast.loss.ops.scale import refuse_double_backward
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
@@ -53,6 +54,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return tuple(None for _ in range(ctx.count))
+    refuse_double_backward()
     grad_logps, grad_entropy = ctx.saved_tensors
     dtype, entropy_dtype = ctx.dtypes
     to_entropy = None if entropy_dtype is None else (grad_loss * grad_entropy).to(entropy_dtype)

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def refuse_double_backward() -> None:
+    """Raise where a graph of the backward pass is asked for: gradients made in the forward pass have none."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("the loss is differentiable once: create_graph=True is not supported")
+
+
 def scaled(grad: Tensor, by: Tensor, backend: str) -> Tensor:
     """Return grad * by, multiplied in float32 and rounded once.
 

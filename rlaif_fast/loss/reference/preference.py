@@ -80,8 +80,9 @@ def lipo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the implicit rewards (B,), and the statistics in the order of PREFERENCE_STATS."""
     rewards = implicit_rewards(logps, mask, ref_logps_sum, beta).view(labels.shape)
-    weights = lambda_weights(labels, rewards, judged, group_weights)
-    margin = rewards[:, :, None] - rewards[:, None, :]
+    compared = rewards if judged is None else rewards.where(judged, 0.0)  # the others may be anything
+    weights = lambda_weights(labels, compared, judged, group_weights)
+    margin = compared[:, :, None] - compared[:, None, :]
     loss = -(weights * logsigmoid(margin)).sum() / items
     pairs = labels[:, :, None] > labels[:, None, :]
     if judged is not None:

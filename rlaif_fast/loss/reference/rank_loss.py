@@ -46,11 +46,14 @@ def policy_scores(
     group_size: int,
     score: str,
 ) -> Tensor:  # (N, G)
-    """Return the log-probability of each response, per token ("mean") or in all ("sum"), without gradient."""
-    total = logps.detach().where(mask, 0.0).sum(-1)
+    """Return the log-probability of each response, per token ("mean") or in all ("sum"), without gradient.
+
+    A response without a token stands last: its sum of 0 would be above every other.
+    """
+    total, length = logps.detach().where(mask, 0.0).sum(-1), mask.sum(-1)
     if score == "mean":
-        total = total / mask.sum(-1).clamp(min=1)
-    return total.view(-1, group_size)
+        total = total / length.clamp(min=1)
+    return total.masked_fill(length == 0, torch.finfo(total.dtype).min).view(-1, group_size)
 
 
 def rank_loss(
@@ -59,7 +62,8 @@ def rank_loss(
     inputs: TokenInputs,
     options: LossOptions,
 ) -> TokenLoss:
-    """Return the loss (see the module's docstring), the advantages it used and its statistics."""
+    """Return the loss (see the module's docstring), the advantages it used and its statistics, in float32 or wider."""
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     B, T = logps.shape
     zero = logps.new_zeros(())
     row_valid = logps.new_ones(B, dtype=torch.bool)
