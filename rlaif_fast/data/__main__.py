@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     preview.add_argument("file", type=Path, help="JSONL, or a JSON array.")
     preview.add_argument("out", type=Path, help="PNG to write.")
     preview.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
-    preview.add_argument("--clips", type=int, default=8, help="Number of clips.")
-    preview.add_argument("--frames", type=int, default=6, help="Frames of each, evenly spread.")
+    preview.add_argument("--clips", type=int, default=8, help="Most clips and images to draw.")
+    preview.add_argument("--frames", type=int, default=6, help="Most frames of each, evenly spread.")
 
     relabel = commands.add_parser("label", help="Put a model's answers in place of the reference ones.")
     relabel.add_argument("file", type=Path, help="JSONL, one question a row.")
@@ -167,6 +167,8 @@ def _preview(options: argparse.Namespace) -> int:
     report = read_report(options.file, media_root=options.media_root, require_answer=False)
     if not report.examples:
         raise UsageError(report.describe_errors() if report.errors else f"{report.path}: no row to draw")
+    if report.errors:
+        print(f"left out: {report.describe_errors()}", file=sys.stderr)
     drawn = draw_preview(report.examples, options.out, clips=options.clips, frames=options.frames)
     print(f"{options.out}: {drawn} clips")
     return 0

@@ -1,57 +1,88 @@
-"""A contact sheet: frames of clips beside what is asked about them."""
+"""A contact sheet: frames of clips and images beside what is asked about them."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlaif_fast.data.schema import Example, option_letters
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require_least
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlaif_fast.video.refs import MediaRef
 
 
 def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8, frames: int = 6) -> int:
-    """Draw the first clips of a dataset, evenly spread frames of each, with their questions and answers.
+    """Draw what the first rows of a dataset see, evenly spread frames of it, with their questions and answers.
 
     Args:
-        examples: The rows; those without a video are left out.
-        out: PNG to write.
-        clips: Most clips to draw.
-        frames: Frames of each.
+        examples: The rows; those about the same media share a line, those without media are left out.
+        out: Picture to write; the ending names the format.
+        clips: Most lines to draw.
+        frames: Most pictures in one, those of all its media.
 
     Returns:
-        The number of clips drawn.
+        The number of lines drawn.
+
+    Raises:
+        UsageError: A number is below 1, no row has a medium, or the picture cannot be written.
+        VideoError: A medium cannot be decoded.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from rlaif_fast.video import decode, probe
-
-    asked: dict[str, list[Example]] = {}
+    require_least("clips", clips, 1)
+    require_least("frames", frames, 1)
+    asked: dict[tuple[MediaRef, ...], list[Example]] = {}
     for example in examples:
-        if example.videos and (example.videos[0] in asked or len(asked) < clips):
-            asked.setdefault(example.videos[0], []).append(example)
+        if example.seen and (example.seen in asked or len(asked) < clips):
+            asked.setdefault(example.seen, []).append(example)
     if not asked:
-        raise UsageError("no row has a video to draw")
+        raise UsageError("no row has a video or an image to draw")
     figure = Figure(figsize=(1.3 * frames + 5.5, 1.5 * len(asked)))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
         len(asked), frames + 1, width_ratios=[*[1.3] * frames, 5.5], wspace=0.04, hspace=0.12
     )
     figure.subplots_adjust(left=0.005, right=0.995, top=0.995, bottom=0.005)
-    for row, (path, rows) in enumerate(asked.items()):
-        info = probe(path)
-        indices = [round(k * (info.frames - 1) / max(1, frames - 1)) for k in range(frames)]
-        for column, frame in enumerate(decode(path, indices)):
+    for row, (media, rows) in enumerate(asked.items()):
+        for column, picture in enumerate(_pictures(media, frames)):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(frame.numpy(), interpolation="nearest")
+            axes.imshow(picture.numpy(), interpolation="nearest")
             axes.set_axis_off()
         axes = figure.add_subplot(grid[row, frames])
         axes.set_axis_off()
         lines = [textwrap.shorten(_wording(example), 110) for example in rows[:9]]
         axes.text(0.02, 0.98, "\n".join(lines), va="top", fontsize=6.5, transform=axes.transAxes)
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{out}: cannot be written: {error}") from None
     return len(asked)
+
+
+def _pictures(media: Sequence[MediaRef], most: int) -> list[Tensor]:
+    """At most `most` pictures of the media, in their order: as many of each, and only of the part that is seen."""
+    from rlaif_fast.video import FrameSampling, load_clip, load_frames, load_image
+
+    each = max(1, most // len(media))
+    pictures: list[Tensor] = []
+    for medium in media[:most]:
+        if medium.is_image:
+            pictures.extend(load_image(medium.path).frames)
+            continue
+        part = {name: getattr(medium.cut, name) for name in ("video_start", "video_end")}
+        every = FrameSampling(fps=1000.0, min_frames=1, max_frames=each, frame_factor=1, **part)
+        if medium.frames:
+            clip = load_frames(medium.path, medium.frames, sampling=every)
+        else:
+            clip = load_clip(medium.path, sampling=every)
+        pictures.extend(clip.frames)
+    return pictures
 
 
 def _wording(example: Example) -> str:
