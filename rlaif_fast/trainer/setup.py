@@ -75,7 +75,10 @@ def preflight(config: TrainConfig) -> None:
         RlaifFastError: It starts from a checkpoint whose weights are not as they were written.
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
-    check_backend(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    check_backend(config, device)
+    needless = config.optimizer_offload and device.type == "cpu"
+    require(not needless, "optimizer_offload", "false where the device is cpu", True)
     shards_together(config, config.num_processes, config.num_processes)
     check_model(config.model, shared_prefix=config.shared_prefix)
     for start in (config.model, config.sft):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from rlaif_fast.algorithms.options import OF_A_CRITIC
 from rlaif_fast.errors import UsageError
 from rlaif_fast.trainer.options import OWN_SAMPLERS, SftOptions, TrainConfig
 
@@ -18,7 +19,9 @@ REINFORCED = (
     *("videos_per_step", "questions_per_video", "num_iterations", "steps_per_generation", "rollout_lag"),
     *("learning_rate", "warmup_steps", "lr_scheduler_type", "min_lr_ratio", "weight_decay"),
     *("adam_beta1", "adam_beta2", "sampling_ratio_cap", "mask_truncated_completions"),
-    *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience"),
+    *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience", "blind_control"),
+    *("beta", "kl", "epsilon", "epsilon_high", "delta", "entropy_coef", "loss_type"),
+    *("importance_sampling_level", *OF_A_CRITIC),
 )
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
 
@@ -44,6 +47,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
         yield REINFORCED, "max_steps is 0"
+    elif config.beta == 0:
+        yield ("kl",), "beta is 0"
     if config.nframes is not None:
         where = f"nframes is {config.nframes}"
         yield ("fps",), where
