@@ -67,10 +67,6 @@ def test_rows_of_any_order(options):
     assert ranked.gains[0] == ranked.gains[2] == 1.0 and ranked.gains[5] == 0.0
 
 
-def test_a_response_without_a_token_scores_nothing():
-    assert mean_logps(torch.full((1, 2), float("nan")), torch.zeros(1, 2)).item() == 0.0
-
-
 def responses(width=T):
     """(6, T) token ids: the text's token, then eights."""
     ids = torch.full((6, width), 8)
@@ -132,13 +128,13 @@ def test_openrlhf_spreads_our_advantages():
     for rows, done in zip(batches, made):
         tokens = expected()[rows][:, None] * MASK[rows]
         torch.testing.assert_close(done.advantages[:, 1:] * MASK[rows], tokens, rtol=1e-5, atol=1e-6)
-    args.algo.advantage.estimator = "group_norm"
-    with pytest.raises(ValueError, match="must be \"dr_grpo\", got 'group_norm'"):
-        maker.compute_advantages_and_returns([])
 
 
 class SwiftTrainer:
     """What of ms-swift's trainer the hook needs, of the documented signature."""
+
+    def __init__(self, model, args):
+        self.model, self.args = model, args
 
     def _compute_advantages(self, samples, rewards_per_func, batch_encoded_inputs):
         self.logged = rewards_per_func
@@ -167,15 +163,22 @@ def swift_batches(logps):
     ]
 
 
+def swift_trainer(**options):
+    args = {"advantage_estimator": "grpo", "kl_in_reward": False, "beta": 0.04, "scale_rewards": "group"}
+    return ms_swift.ranked_trainer(SwiftTrainer, Abstaining(), **options)(
+        "model", args=SimpleNamespace(**args)
+    )
+
+
 def test_ms_swift():
-    trainer = ms_swift.ranked_trainer(SwiftTrainer, Abstaining())()
+    trainer = swift_trainer()
     rewards = torch.rand(6, 2)
     advantages = trainer._compute_advantages(swift_samples(), rewards, swift_batches(LOGPS))
     torch.testing.assert_close(advantages, expected())
     assert trainer.logged is rewards
     with pytest.raises(ValueError, match="made no old log-probabilities"):
         trainer._compute_advantages(swift_samples(), rewards, swift_batches(None))
-    plain = ms_swift.ranked_trainer(SwiftTrainer, Abstaining(), kind="oracle")()
+    plain = swift_trainer(kind="oracle")
     advantages = plain._compute_advantages(swift_samples(), rewards, swift_batches(None))
     torch.testing.assert_close(advantages, expected(kind="oracle"))
 
@@ -230,10 +233,3 @@ def test_verl_ranks_before_it_makes_advantages(queue):
     advantages = got["advantages"].to_padded_tensor(0.0)
     torch.testing.assert_close(advantages, expected()[:, None] * MASK, rtol=1e-5, atol=1e-6)
     assert 0.0 < metrics["oracle/gain"] < 1.0
-
-    trainer.config.algorithm.use_kl_in_reward = True
-    with pytest.raises(ValueError, match="use_kl_in_reward must be false"):
-        trainer._compute_advantage(batch, metrics)
-    trainer.config.algorithm.adv_estimator = "grpo"
-    with pytest.raises(ValueError, match="adv_estimator must be rlaif_fast, got 'grpo'"):
-        trainer._compute_advantage(batch, metrics)

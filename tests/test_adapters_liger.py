@@ -64,7 +64,39 @@ def test_sampling_ratio(batch):
 def test_what_is_refused(batch):
     with pytest.raises(ValueError, match=r"loss_type must be one of .* got 'luspo'"):
         FusedLinearGRPOLoss(loss_type="luspo")
-    with pytest.raises(ValueError, match="'sapo' has no importance_sampling_level 'sequence'"):
-        FusedLinearGRPOLoss(loss_type="sapo", importance_sampling_level="sequence")
     with pytest.raises(ValueError, match="ref_per_token_logps"):
         FusedLinearGRPOLoss(beta=0.1)(**batch)
+    logps = torch.zeros(B, T)
+    with pytest.raises(ValueError, match="ref_input must be None where ref_per_token_logps are given"):
+        FusedLinearGRPOLoss(beta=0.1)(
+            **batch, ref_per_token_logps=logps, ref_input=batch["_input"], ref_weight=batch["lin_weight"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_ref_model": False}, "use_ref_model must be True when beta is not 0; got False with 0.04"),
+        (
+            {"loss_type": "sapo", "importance_sampling_level": "sequence"},
+            "importance_sampling_level must be 'token' with loss_type='sapo'; got 'sequence'",
+        ),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "use_bias_correction_kl": True},
+            "use_bias_correction_kl must be False with importance_sampling_level='sequence' and a beta",
+        ),
+        ({"loss_type": "cispo", "delta": 2.0}, "delta must be None with loss_type='cispo'; got 2.0"),
+        ({"loss_type": "dr_grpo"}, "max_completion_length must be given with loss_type='dr_grpo'"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_where_the_loss_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        FusedLinearGRPOLoss(**options)
+
+
+def test_without_a_kl_its_correction_says_nothing(batch):
+    options = {"beta": 0.0, "loss_type": "grpo", "importance_sampling_level": "sequence"}
+    expected, _ = liger(**options, use_bias_correction_kl=True, use_ref_model=False)(**batch)
+    actual, _ = FusedLinearGRPOLoss(**options, use_bias_correction_kl=True)(**batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)

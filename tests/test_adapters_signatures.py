@@ -179,7 +179,7 @@ def samples():
     return [
         SimpleNamespace(
             prompt=f"question {group}", response=text, label=("7", "5")[group], group_index=group,
-            rollout_log_probs=[-0.1 * (row + 1), -0.2],
+            rollout_log_probs=[-0.1 * (row + 1), -0.2], loss_mask=None,
         )
         for row, (text, group) in enumerate(answers)
     ]  # fmt: skip

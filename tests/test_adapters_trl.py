@@ -142,12 +142,3 @@ def test_two_processes_share_a_group(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "two processes agree" in done.stdout
-
-
-def test_options_this_loss_has_not_are_refused(tiny):
-    with pytest.raises(ValueError, match=r"kind must be one of .* got 'zscore'"):
-        OracleGRPOTrainer(tiny.model, ReferenceOracle(), kind="zscore")
-    tiny.top_entropy_quantile = 0.5
-    with pytest.raises(ValueError, match="top_entropy_quantile"):
-        tiny._refuse()
-    tiny.top_entropy_quantile = 1.0

@@ -5,12 +5,11 @@ Tested with liger-kernel 0.8.5, which it neither needs nor imports.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlaif_fast.adapters.grpo_options import grpo_options
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
@@ -23,7 +22,7 @@ class FusedLinearGRPOLoss(nn.Module):
     Args:
         beta: As in `grpo_rank_loss`, like everything not listed here.
         compiled: Said by Liger's callers; nothing here needs compiling, and no number depends on it.
-        use_ref_model: Whether `ref_input` and `ref_weight` may stand for `ref_per_token_logps`.
+        use_ref_model: Whether there is a reference policy; a KL needs one.
         chunk_size: Sequences whose logits are in memory at once.
         epsilon_low: `epsilon`.
         loss_type: "grpo", "bnpo", "dapo", "dr_grpo", "cispo" or "sapo".
@@ -31,7 +30,9 @@ class FusedLinearGRPOLoss(nn.Module):
 
     Raises:
         ValueError: A loss type that is not the same thing here ("luspo": Liger's sums masked tokens too) or does not
-            exist here ("vespo"), or sequence level where Liger has none.
+            exist here ("vespo"); a beta without `use_ref_model`, where Liger's KL is 0 whatever it is given; or options
+            that do not go together: `delta` or sequence level with "cispo" or "sapo", which Liger's loss does not read
+            or refuses, and `use_bias_correction_kl` at sequence level.
     """
 
     def __init__(
@@ -56,21 +57,22 @@ class FusedLinearGRPOLoss(nn.Module):
             raise ValueError(
                 f"loss_type must be one of {', '.join(map(repr, LOSS_TYPES))}; got {loss_type!r}"
             )
-        if importance_sampling_level == "sequence" and loss_type in ("cispo", "sapo"):
-            raise ValueError(f"loss_type {loss_type!r} has no importance_sampling_level 'sequence'")
-        self.beta, self.loss_type, self.temperature = beta, loss_type, temperature
-        self.use_ref_model, self.chunk_size = use_ref_model, chunk_size
-        self.options: dict[str, Any] = {
-            "epsilon": epsilon_low,
-            "epsilon_high": epsilon_high,
-            "delta": delta,
-            "unbiased_kl": use_bias_correction_kl,
-            "importance_sampling_level": importance_sampling_level,
-            "max_completion_length": max_completion_length,
-            "sapo_temperature_pos": sapo_temperature_pos,
-            "sapo_temperature_neg": sapo_temperature_neg,
-            "cispo_bound": "absolute",
-        }
+        if beta != 0.0 and not use_ref_model:
+            raise ValueError(f"use_ref_model must be True when beta is not 0; got False with {beta}")
+        self.beta, self.loss_type = beta, loss_type
+        self.temperature, self.chunk_size = temperature, chunk_size
+        self.options = grpo_options(
+            beta=beta,
+            loss_type=loss_type,
+            epsilon=epsilon_low,
+            epsilon_high=epsilon_high,
+            delta=delta,
+            use_bias_correction_kl=use_bias_correction_kl,
+            importance_sampling_level=importance_sampling_level,
+            max_completion_length=max_completion_length,
+            sapo_temperature_pos=sapo_temperature_pos,
+            sapo_temperature_neg=sapo_temperature_neg,
+        )
 
     def forward(
         self,
@@ -91,14 +93,16 @@ class FusedLinearGRPOLoss(nn.Module):
         """Return the loss and Liger's metrics: the KL where beta is not 0, the share of clipped tokens.
 
         Raises:
-            ValueError: beta is not 0 and nothing says what the reference policy thinks (without
-                `use_ref_model` Liger takes the policy itself, whose KL is 0); or a shape or value does not fit.
+            ValueError: beta is not 0 and nothing, or two things, say what the reference policy thinks; or a shape or
+                value does not fit.
         """
+        if ref_per_token_logps is not None and ref_input is not None:
+            raise ValueError("ref_input must be None where ref_per_token_logps are given; got both")
         if self.beta != 0.0 and ref_per_token_logps is None:
-            if ref_input is None or ref_weight is None or not self.use_ref_model:
+            if ref_input is None or ref_weight is None:
                 raise ValueError(
-                    "ref_per_token_logps, or ref_input and ref_weight with use_ref_model=True, must be given "
-                    f"when beta is not 0; got neither with {self.beta}"
+                    "ref_per_token_logps, or ref_input and ref_weight, must be given when beta is not 0; "
+                    f"got neither with {self.beta}"
                 )
             with torch.no_grad():
                 found = token_logps(
@@ -119,8 +123,6 @@ class FusedLinearGRPOLoss(nn.Module):
             old_logps=old_per_token_logps,
             ref_logps=ref_per_token_logps if self.beta != 0.0 else None,
             sampling_ratio=vllm_is_ratio,
-            beta=self.beta,
-            loss_type=self.loss_type,
             num_items_in_batch=items,
             **self.options,
         )

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather, gather_object
 from torch import Tensor
 
-from rlaif_fast.adapters.ranking import RowRanker, mean_logps
+from rlaif_fast.adapters.ranking import RowRanker, check_scale_rewards, mean_logps
 from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle
 
@@ -55,14 +55,21 @@ def ranked_trainer(base: type, oracle: Oracle, *, reference: str = "solution", *
         oracle: Ranks the samples of equal `prompt_id`.
         reference: Column of the data set that holds the reference answer.
         options: Of `RowRanker`.
+
+    The trainer refuses, with a ValueError before anything is loaded, an `advantage_estimator` that is not "grpo",
+    a `kl_in_reward`, and a `scale_rewards` that is neither the default nor the ranker's `scale`.
     """
     ranker = RowRanker(oracle, **options)
 
     class OracleTrainer(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *models: Any, args: Any, **others: Any) -> None:
+            _refuse(args, ranker.options.scale)
+            super().__init__(*models, args=args, **others)
+
         def _compute_advantages(self, samples, rewards_per_func, batch_encoded_inputs):
             """Return the advantages (N,) of the samples of all processes."""
             super()._compute_advantages(samples, rewards_per_func, batch_encoded_inputs)
-            scores = _scores(batch_encoded_inputs, ranker.options["kind"], len(samples))
+            scores = _scores(batch_encoded_inputs, ranker, len(samples))
             ids, prompts, responses, answers = zip(*gather_object([_row(s, reference) for s in samples]))
             columns = {
                 name: gather_object([getattr(s, name) or None for s in samples])
@@ -80,14 +87,18 @@ def _row(sample: Any, reference: str) -> tuple[str, list[dict], str, Any]:
     return sample.prompt_id, prompt, response["content"], sample.extra.get(reference)
 
 
-def _scores(batches: list[dict[str, Any]], kind: str, count: int) -> Tensor:
+def _refuse(args: Any, scale: str) -> None:
+    if args.advantage_estimator != "grpo":
+        raise ValueError(f'advantage_estimator must be "grpo", got {args.advantage_estimator!r}')
+    if args.kl_in_reward and args.beta != 0.0:
+        raise ValueError("kl_in_reward must be false: ranks have no KL; with false the loss has it")
+    check_scale_rewards(args.scale_rewards, scale)
+
+
+def _scores(batches: list[dict[str, Any]], ranker: RowRanker, count: int) -> Tensor:
     """(N,) mean log-probability of each of this process's responses."""
     held = [batch["grpo_batch"] for batch in batches]
     if any(batch.old_per_token_logps is None for batch in held):
-        if kind != "oracle":
-            raise ValueError(
-                f"kind=\"{kind}\" compares the oracle's order with the policy's, and ms-swift made no old "
-                'log-probabilities; set num_iterations above 1, or kind="oracle"'
-            )
-        return torch.zeros(count)
+        missing = "ms-swift made no old log-probabilities; set num_iterations above 1"
+        return ranker.scores([None] * count, missing)
     return torch.cat([mean_logps(batch.old_per_token_logps, batch.completion_mask) for batch in held])

@@ -81,7 +81,8 @@ def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
 
     Set `openrlhf.trainer.ppo_trainer.RemoteExperienceMaker` to it in the process that makes the trainer. The
     advantages stand where rewards do, so `algo.advantage.estimator` must be "dr_grpo": they add up to 0 over a group,
-    and it subtracts nothing else.
+    and it subtracts nothing else; another one is refused where the trainer makes the experience maker. A response
+    without an action has no advantage.
 
     Args:
         base: `RemoteExperienceMaker` of `openrlhf.trainer.ppo_utils.experience_maker`.
@@ -91,14 +92,15 @@ def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
     ranker = RowRanker(oracle, **options)
 
     class OracleExperienceMaker(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *parts: Any, **options: Any) -> None:
+            super().__init__(*parts, **options)
+            estimator = self.strategy.args.algo.advantage.estimator
+            if estimator != "dr_grpo":
+                raise ValueError(f'algo.advantage.estimator must be "dr_grpo", got {estimator!r}')
+
         def compute_advantages_and_returns(self, experiences):
             """Rank the groups, then let OpenRLHF spread the advantages over the tokens."""
-            args = self.strategy.args
-            if args.algo.advantage.estimator != "dr_grpo":
-                raise ValueError(
-                    f'algo.advantage.estimator must be "dr_grpo", got {args.algo.advantage.estimator!r}'
-                )
-            size = args.rollout.n_samples_per_prompt
+            size = self.strategy.args.rollout.n_samples_per_prompt
             scores = [mean_logps(e.action_log_probs.cpu(), e.action_mask.cpu()) for e in experiences]
             ranked = ranker(
                 [place // size for e in experiences for place in e.index],

@@ -33,11 +33,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "luspo": {"loss_type": "luspo"},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
     "sapo": {"loss_type": "sapo"},
-    "sequence level": {"importance_sampling_level": "sequence"},
+    "sequence level": {"importance_sampling_level": "sequence", "use_bias_correction_kl": False},
+    "sequence level, beta 0": {"importance_sampling_level": "sequence", "beta": 0.0},
     "beta 0": {"beta": 0.0},
     "epsilon_high": {"epsilon_high": 0.28},
     "delta": {"delta": 1.05},
     "unbiased KL": {"use_bias_correction_kl": True},
+    "plain KL": {"use_bias_correction_kl": False},
     "entropy bonus": {"entropy_coef": 0.01, "loss_type": "dapo"},
 }
 NOT_IN_LIGER = {"luspo": "differs: counts masked tokens", "entropy bonus": "has none"}
@@ -190,9 +192,9 @@ def _clipped(loss: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Pair:
     return value, list(torch.autograd.grad(value, new))
 
 
-def trl_trainer(folder: str, peft_config: Any = None) -> Any:
+def trl_trainer(folder: str, peft_config: Any = None, **options: Any) -> Any:
     """Return an `OracleGRPOTrainer` of a tiny Qwen3 of random weights, two accumulation steps of its batch; with a
-    `peft_config` adapters alone train."""
+    `peft_config` adapters alone train. `options` are those of `GRPOConfig`."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -207,15 +209,15 @@ def trl_trainer(folder: str, peft_config: Any = None) -> Any:
         num_key_value_heads=1, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
-    args = GRPOConfig(
-        output_dir=folder, per_device_train_batch_size=B, num_generations=B, gradient_accumulation_steps=2,
-        max_completion_length=T, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False,
-        entropy_coef=0.0, temperature=TEMPERATURE,
-    )  # fmt: skip
+    tiny = {
+        "per_device_train_batch_size": B, "num_generations": B, "gradient_accumulation_steps": 2,
+        "max_completion_length": T, "use_cpu": True, "bf16": False, "report_to": "none",
+        "gradient_checkpointing": False, "entropy_coef": 0.0, "temperature": TEMPERATURE,
+    }  # fmt: skip
     trainer = OracleGRPOTrainer(
         Qwen3ForCausalLM(config),
         ReferenceOracle(),
-        args=args,
+        args=GRPOConfig(output_dir=folder, **{**tiny, **options}),
         train_dataset=Dataset.from_list([{"prompt": "1", "reference": "1"}] * B),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1"),
         peft_config=peft_config,
@@ -249,7 +251,7 @@ def _set(trainer: Any, options: dict[str, Any]) -> None:
     """Give a trainer other options of its loss, where it keeps them."""
     options = {
         "importance_sampling_level": "token",
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": True,  # TRL's default
         "entropy_coef": 0.0,
         **options,
     }

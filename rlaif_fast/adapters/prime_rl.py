@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rlaif_fast.adapters.ranking import RowRanker
@@ -99,19 +98,27 @@ def advantages(ranker: RowRanker, traces: Sequence[Any], reference: str = "answe
     """Return the advantage of each trace of one group.
 
     The oracle reads the last branch: what comes before the first sampled message as the prompt, every sampled
-    message as the response. The policy's own order is by the mean log-probability of the sampled tokens.
+    message as the response. The policy's own order is by the mean log-probability of the sampled tokens; a trace
+    without one has no advantage.
+
+    Raises:
+        ValueError: The kind needs that order, and a sampled message has no log-probabilities.
     """
-    prompts, responses, answers, scores = [], [], [], []
+    prompts, responses, answers, logps = [], [], [], []
     for trace in traces:
         nodes = trace.branches[-1].nodes
         first = next((i for i, node in enumerate(nodes) if node.sampled), len(nodes))
         prompts.append([_chat(node.message) for node in nodes[:first]])
         responses.append("\n".join(node.message.content or "" for node in nodes[first:] if node.sampled))
         answers.append(trace.info.get(reference, getattr(trace.task.data, reference, None)))
-        logps = [logp for node in trace.nodes for logp in node.logprobs]
-        scores.append(sum(logps) / max(len(logps), 1))
-    ranked = ranker([0] * len(traces), prompts, responses, answers, torch.tensor(scores))
-    return ranked.advantages.tolist()
+        logps.append(_logps(trace))
+    scores = ranker.scores(logps, "a sampled message has no logprobs; sample with them")
+    return ranker([0] * len(traces), prompts, responses, answers, scores).advantages.tolist()
+
+
+def _logps(trace: Any) -> list[float] | None:
+    sampled = [node.logprobs for node in trace.nodes if node.sampled]
+    return [logp for logps in sampled for logp in logps] if all(sampled) else None
 
 
 def _chat(message: Any) -> dict[str, Any]:

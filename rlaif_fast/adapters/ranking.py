@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlaif_fast.loss.api import rank_advantages
-from rlaif_fast.oracle.as_reward import gains, prompt_media, requests_of
+from rlaif_fast.loss.inputs import RankAdvantages
+from rlaif_fast.loss.options import KINDS, RankOptions, check_choice
+from rlaif_fast.oracle.as_reward import gains, prompt_media, rank_all, requests_of
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.video import ClipStore
+
+RANK_KINDS = tuple(kind for kind in KINDS if kind != "zscore")  # which wants rewards
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class RankedRows:
     """What an oracle made of B responses.
 
     Attributes:
-        gains: B gains of the ranks, the raw reward; 0 where a response was not judged.
-        advantages: (B,) float32 advantages; 0 where a response was not judged.
+        gains: B gains of the ranks, the raw reward; 0 where the oracle gave no rank.
+        advantages: (B,) float32 advantages; 0 where a response was not judged or has no token.
     """
 
     gains: list[float]
@@ -37,6 +41,9 @@ class RowRanker:
         penalty_weight: w of the directed advantage.
         scale: "none" or "group".
         media: Show the oracle the pictures and videos of the prompts, decoded by a given store where there is one.
+
+    Raises:
+        ValueError: See `rank_options`.
     """
 
     def __init__(
@@ -49,8 +56,29 @@ class RowRanker:
         media: bool | ClipStore = True,
     ) -> None:
         self.oracle = oracle
-        self.options: dict[str, Any] = {"kind": kind, "penalty_weight": penalty_weight, "scale": scale}
+        self.options = rank_options(kind, penalty_weight, scale)
         self.media = prompt_media(media)
+
+    def scores(self, logps: Sequence[Sequence[float] | None], missing: str) -> Tensor:  # (B,)
+        """Return what `__call__` takes as scores; zeros where `kind` needs no order and one is not known.
+
+        Args:
+            logps: The log-probabilities of each response's tokens; None where the trainer made none.
+            missing: What the trainer did not make and how to have it, for the error.
+
+        Raises:
+            ValueError: The kind compares with the policy's order, and that of a response is not known.
+        """
+        known = [row for row in logps if row is not None]
+        if len(known) == len(logps):
+            rows = [torch.tensor(row, dtype=torch.float32)[None] for row in known]
+            return torch.cat([mean_logps(row, torch.ones_like(row)) for row in rows] or [torch.zeros(0)])
+        if self.options.orders_policy:
+            raise ValueError(
+                f"kind=\"{self.options.kind}\" compares the oracle's order with the policy's, and {missing}, "
+                'or kind="oracle"'
+            )
+        return torch.zeros(len(logps))
 
     def __call__(
         self,
@@ -68,32 +96,93 @@ class RowRanker:
             prompts: Texts or chats.
             responses: Texts.
             references: Reference answers, None where there is none.
-            scores: The policy's own score of each response; higher is more likely.
+            scores: The policy's own score of each response; higher is more likely, NaN is a response without a token.
             columns: What else the oracle is told of each row.
+
+        Raises:
+            ValueError: An argument has not one value a row.
+            UsageError: The rows of a group ask different things, or the oracle ranks not all of them.
         """
+        told = {**(columns or {}), "reference": references}
+        count = len(group_ids)
+        sizes = {name: len(column) for name, column in told.items()}
+        sizes |= {"prompts": len(prompts), "responses": len(responses), "scores": len(scores)}
+        for name, size in sizes.items():
+            if size != count:
+                raise ValueError(f"{name} must have {count} values, one a row; got {size}")
         numbers = {name: number for number, name in enumerate(dict.fromkeys(group_ids))}
         groups: list[list[int]] = [[] for _ in numbers]
         for row, name in enumerate(group_ids):
             groups[numbers[name]].append(row)
-        told = {**(columns or {}), "reference": references}
-        rankings = self.oracle.rank(requests_of(groups, prompts, responses, told, media=self.media))
-        count = len(group_ids)
-        raw, ranks, judged = [0.0] * count, [0.0] * count, [False] * count
+        raw, ranks = [0.0] * count, [float("nan")] * count
+        rankings = rank_all(self.oracle, requests_of(groups, prompts, responses, told, media=self.media))
         for rows, ranking in zip(groups, rankings):
             for row, rank, gain in zip(rows, ranking.ranks, gains(ranking)):
                 if rank is not None and gain is not None:
-                    raw[row], ranks[row], judged[row] = gain, float(rank), True
-        ranked = rank_advantages(
-            scores.detach().float().cpu(),
-            torch.tensor(ranks),
-            judged=torch.tensor(judged),
-            group_index=torch.tensor([numbers[name] for name in group_ids]),
-            **self.options,
+                    raw[row], ranks[row] = gain, float(rank)
+        index = torch.tensor([numbers[name] for name in group_ids], dtype=torch.int64)
+        scores = scores.detach().float().cpu()
+        return RankedRows(raw, advantages(scores, torch.tensor(ranks), self.options, index)[0].advantages)
+
+
+def rank_options(kind: str, penalty_weight: float, scale: str) -> RankOptions:
+    """Return how ranks become advantages.
+
+    Raises:
+        ValueError: A kind that takes no ranks or does not exist, a weight below 0 or one that the kind does not read,
+            or an unknown scale.
+    """
+    check_choice("kind", kind, RANK_KINDS)
+    if kind != "directed" and penalty_weight != RankOptions.penalty_weight:
+        raise ValueError(
+            f"penalty_weight must be left out with kind={kind!r}, which does not read it; got {penalty_weight}"
         )
-        return RankedRows(raw, ranked.advantages)
+    return RankOptions(kind, penalty_weight, scale)
+
+
+def advantages(
+    scores: Tensor,  # (N, G), or (B,) with group_index
+    ranks: Tensor,  # like scores
+    options: RankOptions,
+    group_index: Tensor | None = None,  # (B,)
+) -> tuple[RankAdvantages, Tensor]:
+    """Return what `rank_advantages` makes of the ranks, and who was judged.
+
+    A NaN among the ranks is a response that the oracle did not judge, one among the scores a response without a
+    token, which has no place in the policy's order.
+    """
+    judged = ~(ranks.isnan() | scores.isnan())
+    scores, ranks = scores.masked_fill(~judged, 0.0), ranks.masked_fill(~judged, 0.0)
+    return rank_advantages(scores, ranks, judged=judged, group_index=group_index, **asdict(options)), judged
 
 
 def mean_logps(logps: Tensor, mask: Tensor) -> Tensor:
-    """(B,) mean log-probability of each response, from (B, T) tokens; 0 for a response without a token."""
-    mask = mask.to(logps.dtype)
-    return (logps.masked_fill(mask == 0, 0.0) * mask).sum(1) / mask.sum(1).clamp(min=1)
+    """(B,) mean log-probability of each response, from (B, T) tokens; NaN for a response without a token.
+
+    Raises:
+        ValueError: The log-probability of a token that counts is NaN.
+    """
+    mask = mask.bool()
+    kept = logps.masked_fill(~mask, 0.0)
+    if kept.isnan().any():
+        row, token = kept.isnan().nonzero()[0].tolist()
+        raise ValueError(f"log-probabilities must not be NaN; got NaN in response {row} at token {token}")
+    return kept.sum(1) / mask.sum(1)  # 0 / 0 is NaN
+
+
+def put_at_last_token(rows: Iterable[Tensor], masks: Iterable[Tensor], values: Tensor) -> None:
+    """Write the value (B,) of each response into its row, at the last token that its mask keeps, if there is one."""
+    for row, mask, value in zip(rows, masks, values, strict=True):
+        row[mask.nonzero()[-1:]] = value.to(row)
+
+
+def check_scale_rewards(value: str | None, scale: str) -> None:
+    """Refuse a way to scale rewards that would be dropped: ranks are scaled by `scale`.
+
+    Raises:
+        ValueError: Neither the trainer's default nor what `scale` says.
+    """
+    if value not in (None, "group", scale):
+        raise ValueError(
+            f"scale_rewards must be left out, ranks are scaled by scale={scale!r}; got {value!r}"
+        )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from rlaif_fast.adapters.ranking import RowRanker
 from rlaif_fast.oracle.base import Oracle
@@ -28,7 +27,8 @@ def estimator(
     """Return `fn(rewards, algorithm_config, traj_groups=...) -> (advantages, returns)`, an array a group.
 
     The oracle reads what comes before the first answer of a trajectory as the prompt and all of its answers as the
-    response; rewards are not read. The policy's own order is by the mean log-probability of the sampled tokens.
+    response; rewards are not read. The policy's own order is by the mean log-probability of the sampled tokens; a
+    trajectory without a step or a token has no advantage.
 
     Args:
         oracle: Ranks the trajectories of each group.
@@ -40,16 +40,25 @@ def estimator(
     def oracle_advantages(
         rewards: Sequence[np.ndarray], algorithm_config: Any, *, traj_groups: Sequence[Any], **other: Any
     ) -> tuple[Arrays, Arrays]:
-        rows = [(number, row) for number, group in enumerate(traj_groups) for row in group.trajectories]
+        places = [
+            (number, place)
+            for number, group in enumerate(traj_groups)
+            for place, trajectory in enumerate(group.trajectories)
+            if trajectory.steps
+        ]
+        rows = [traj_groups[number].trajectories[place] for number, place in places]
         ranked = ranker(
-            [number for number, _ in rows],
-            [_prompt(row) for _, row in rows],
-            ["\n".join(step.model_response for step in row.steps) for _, row in rows],
-            [_metadata(row.task).get(reference) for _, row in rows],
-            torch.tensor([_score(row.steps, ranker.options["kind"]) for _, row in rows]),
+            [number for number, _ in places],
+            [_prompt(row) for row in rows],
+            ["\n".join(step.model_response for step in row.steps) for row in rows],
+            [_metadata(row.task).get(reference) for row in rows],
+            ranker.scores(
+                [_logps(row.steps) for row in rows], "these steps have no logprobs; sample with them"
+            ),
         )
-        ends = np.cumsum([len(group.trajectories) for group in traj_groups])[:-1]
-        advantages = np.split(ranked.advantages.double().numpy(), ends)
+        advantages = [np.zeros(len(group.trajectories)) for group in traj_groups]
+        for (number, place), advantage in zip(places, ranked.advantages.tolist()):
+            advantages[number][place] = advantage
         return advantages, advantages
 
     return oracle_advantages
@@ -63,7 +72,7 @@ def register(name: str, oracle: Oracle, **options: Any) -> None:
 
 
 def _prompt(trajectory: Any) -> Any:
-    chat = trajectory.steps[0].chat_completions if trajectory.steps else []
+    chat = trajectory.steps[0].chat_completions
     return chat[:-1] if chat else getattr(trajectory.task, "instruction", "")
 
 
@@ -72,11 +81,7 @@ def _metadata(task: Any) -> dict[str, Any]:
     return task if isinstance(task, dict) else getattr(task, "metadata", None) or {}
 
 
-def _score(steps: Sequence[Any], kind: str) -> float:
-    if kind != "oracle" and any(step.response_ids and not step.logprobs for step in steps):
-        raise ValueError(
-            f"kind=\"{kind}\" compares the oracle's order with the policy's, and these steps have no logprobs; "
-            'sample with them, or kind="oracle"'
-        )
-    logps = [logp for step in steps for logp in step.logprobs]
-    return sum(logps) / max(len(logps), 1)
+def _logps(steps: Sequence[Any]) -> list[float] | None:
+    if any(step.response_ids and not step.logprobs for step in steps):
+        return None
+    return [logp for step in steps for logp in step.logprobs]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.adapters.ranking import RowRanker, mean_logps
+from rlaif_fast.adapters.ranking import RowRanker, mean_logps, put_at_last_token
 from rlaif_fast.loss.api import grpo_rank_loss
 from rlaif_fast.oracle.base import Oracle
 
@@ -86,20 +86,27 @@ def ranked_trainer(
     """Return a subclass of SkyRL's `RayPPOTrainer` whose advantages come from an oracle's order.
 
     The oracle reads prompts and responses as the tokenizer decodes them. The policy's own order is that of
-    `action_log_probs`.
+    `action_log_probs` where `loss_mask` is set, so that what tools wrote does not count; a response without such a
+    token has no advantage.
 
     Args:
         base: `skyrl.train.trainer.RayPPOTrainer`, or one of its subclasses.
         oracle: Ranks the responses of equal `uids`.
         reference: The reference answer of a decoded prompt; a batch of SkyRL's no longer holds it.
         options: Of `RowRanker`; SkyRL's batch holds no pictures but as patches, so `media` shows none.
+
+    The trainer refuses with a ValueError, where it is made, another estimator, a KL in the reward and step-wise
+    trajectories.
     """
     ranker = RowRanker(oracle, **options)
 
     class OracleTrainer(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *parts: Any, **others: Any) -> None:
+            super().__init__(*parts, **others)
+            _refuse(self.cfg)
+
         def compute_advantages_and_returns(self, data):
             """Put the advantages where SkyRL reads rewards, then go on as SkyRL does."""
-            _refuse(self.cfg)
             mask, ids = data["response_mask"].bool(), data["sequences"]
             responses = [row[-len(kept) :][kept] for row, kept in zip(ids, mask)]
             prompts = [
@@ -110,11 +117,10 @@ def ranked_trainer(
                 self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, responses)
             )
             answers = [reference(prompt) if reference else None for prompt in asked]
-            scores = mean_logps(data["action_log_probs"], mask)
+            scores = mean_logps(data["action_log_probs"], mask & data["loss_mask"].bool())
             ranked = ranker(data.metadata["uids"], asked, texts, answers, scores)
             rewards = torch.zeros_like(data["rewards"])
-            for row, kept, advantage in zip(rewards, mask, ranked.advantages):
-                row[kept.nonzero()[-1:]] = advantage.to(row)
+            put_at_last_token(rewards, mask, ranked.advantages)
             data["rewards"] = rewards
             self.all_metrics["oracle/gain"] = sum(ranked.gains) / len(ranked.gains)
             return super().compute_advantages_and_returns(data)

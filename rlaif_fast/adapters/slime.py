@@ -12,8 +12,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import torch
-
 from rlaif_fast.adapters.ranking import RowRanker
 from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle
@@ -36,26 +34,45 @@ def ranked_advantages(
 ) -> Callable[[Any, Sequence[Any]], tuple[list[float], list[float]]]:
     """Return `post_process(args, samples) -> (raw, rewards)`: gains, and the advantages of `rank_advantages`.
 
-    The policy's own order is by the mean of `Sample.rollout_log_probs`; `Sample.group_index` says what is a group.
+    The policy's own order is by the mean of `Sample.rollout_log_probs` where `Sample.loss_mask` is set; a sample
+    without such a token has no advantage. `Sample.group_index` says what is a group.
 
     Args:
         oracle: Ranks the groups.
         options: `kind`, `penalty_weight`, `scale` and `media`, as of `RowRanker`.
-    """
 
+    The function raises a ValueError where a sample has no group, or none of the log-probabilities that the kind needs.
+    """
     ranker = RowRanker(oracle, **options)
 
     def post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[float]]:
-        scores = [
-            sum(logps) / max(len(logps), 1) for logps in (sample.rollout_log_probs for sample in samples)
-        ]
+        groups = [sample.group_index for sample in samples]
+        if None in groups:
+            raise ValueError(
+                f"Sample.group_index must say what is a group; got None in sample {groups.index(None)}"
+            )
         ranked = ranker(
-            [sample.group_index for sample in samples],
+            groups,
             [sample.prompt for sample in samples],
             [sample.response for sample in samples],
             [sample.label for sample in samples],
-            torch.tensor(scores),
+            ranker.scores(
+                [_logps(sample) for sample in samples],
+                "a sample has no rollout_log_probs; have the rollout return them",
+            ),
         )
         return ranked.gains, ranked.advantages.tolist()
 
     return post_process
+
+
+def _logps(sample: Any) -> Sequence[float] | None:
+    """The log-probabilities of the tokens that are trained; None where the rollout made none."""
+    logps, mask = sample.rollout_log_probs, sample.loss_mask
+    if logps is None or mask is None:
+        return logps
+    if len(mask) != len(logps):
+        raise ValueError(
+            f"Sample.loss_mask must have {len(logps)} values as rollout_log_probs has; got {len(mask)}"
+        )
+    return [logp for logp, trained in zip(logps, mask) if trained]

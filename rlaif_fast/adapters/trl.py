@@ -9,16 +9,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from rlaif_fast.adapters.ranking import mean_logps
-from rlaif_fast.adapters.trl_loss import add_rank_loss, forward_loss
+from rlaif_fast.adapters.ranking import advantages, mean_logps, rank_options
+from rlaif_fast.adapters.trl_loss import add_rank_loss, forward_loss, refuse
 from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
 from rlaif_fast.adapters.trl_metrics import logged
-from rlaif_fast.loss.api import rank_advantages
-from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, prompt_media, requests_of
+from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, prompt_media, rank_all, requests_of
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.video import ClipStore
-
-KINDS = ("directed", "oracle", "paper", "paper_swapped")
 
 
 class OracleGRPOTrainer(VideoPrompts):
@@ -34,14 +31,17 @@ class OracleGRPOTrainer(VideoPrompts):
         oracles: One, or several whose advantages are summed by `args.reward_weights`.
         kind: "directed", "oracle", "paper" or "paper_swapped"; see `rank_advantages`.
         penalty_weight: w of the directed advantage.
-        scale: "none" or "group"; stands in place of `args.scale_rewards`.
+        scale: "none" or "group"; stands in place of `args.scale_rewards`, which must be the default or say the same.
         reference: The column of the data set that holds the reference answer, where there is one.
         media: Show the oracles the pictures and videos of the prompts, decoded by a store of one's own where given.
         options: Of `GRPOTrainer`.
 
     Raises:
-        ValueError: An option of `args` that this loss does not have.
+        ValueError: No oracle, or an option of `args` that this trainer would drop or cannot do, before anything is
+            loaded.
     """
+
+    mask_truncated_completions: bool
 
     def __init__(
         self,
@@ -55,39 +55,31 @@ class OracleGRPOTrainer(VideoPrompts):
         media: bool | ClipStore = True,
         **options: Any,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
+        self.ranking = rank_options(kind, penalty_weight, scale)
         self.oracles = list(oracles) if isinstance(oracles, Sequence) else [oracles]
-        self.ranking: dict[str, Any] = {"kind": kind, "penalty_weight": penalty_weight, "scale": scale}
+        if not self.oracles:
+            raise ValueError("oracles must be an oracle or several; got none")
+        if options.get("args") is not None:
+            refuse(options["args"], scale)
         self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
         super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)
-        self._refuse()
+        if self.aux_loss_enabled:
+            raise ValueError(f"OracleGRPOTrainer has no router_aux_loss_coef={self.router_aux_loss_coef}")
         add_rank_loss(self.accelerator.unwrap_model(self.model), self.args.cast_lm_head_to_fp32)
-
-    def _refuse(self) -> None:
-        refused = {
-            "loss_type": self.loss_type == "vespo",
-            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
-            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
-            "router_aux_loss_coef": self.aux_loss_enabled,
-            "use_adaptive_entropy": self.use_adaptive_entropy,
-        }
-        if any(refused.values()):
-            names = ", ".join(f"{name}={getattr(self.args, name)}" for name, held in refused.items() if held)
-            raise ValueError(f"OracleGRPOTrainer has no {names}")
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Rank the groups of all processes; return the gains (B of all processes, number of oracles)."""
         rows = [{name: x for name, x in row.items() if name != "prompt"} for row in inputs]
         prompts, completions, rows = map(gather_object, (prompts, completions, rows))
-        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
         size = self.num_generations if self.model.training else self.num_generations_eval
         rankings: list[Any] = [None] * len(self.oracles)
         if self.accelerator.is_main_process:
             asked = grouped(prompts, size), prompts, completions, columns, self.reference, self.prompt_media
             requests = requests_of(*asked)
-            rankings = [oracle.rank(requests) for oracle in self.oracles]
+            rankings = [rank_all(oracle, requests) for oracle in self.oracles]
         broadcast_object_list(rankings)
         first, device = self.accelerator.process_index * len(inputs), self.accelerator.device
         self._ranks, rewards = [], []
@@ -100,36 +92,57 @@ class OracleGRPOTrainer(VideoPrompts):
 
     def _generate_and_score_completions(self, inputs):
         """Put our advantages in place of TRL's and what is known of the ranks in place of a reward curve."""
-        output = super()._generate_and_score_completions(inputs)
+        output = self._whole_completions(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name in metrics if name.split("/")[0] in ("reward", "reward_std", "rewards")]:
             del metrics[name]
         local = self._scores(output)
         scores = torch.zeros_like(output["advantages"]) if local is None else local
         scores = self.accelerator.gather(scores).view_as(self._ranks[0])
-        advantages = torch.zeros_like(scores)
+        total = torch.zeros_like(scores)
         for oracle, weight, ranks in zip(self.oracles, self.reward_weights.tolist(), self._ranks):
-            judged = ~ranks.isnan()
-            ranked = rank_advantages(scores, ranks.nan_to_num(), judged=judged, **self.ranking)
-            advantages += weight * ranked.advantages
+            ranked, judged = advantages(scores, ranks, self.ranking)
+            total += weight * ranked.advantages
             metrics[f"rank/{oracle.name}/judged"].append(judged.float().mean().item())
             metrics[f"rank/{oracle.name}/no_signal"].append(1.0 - ranked.has_signal.float().mean().item())
             if local is not None and ranked.has_signal.any():
                 for name in ("ndcg", "kendall_tau", "top1_agreement"):
                     value = getattr(ranked, name)[ranked.has_signal].mean().item()
                     metrics[f"rank/{oracle.name}/{name}"].append(value)
-        advantages, count = advantages.flatten(), len(inputs)
+        total, count = total.flatten(), len(inputs)
         logged = self._logs["advantages"]  # in place of TRL's, the newest
-        for _ in range(min(len(logged), len(advantages))):
+        for _ in range(min(len(logged), len(total))):
             logged.pop()
-        logged.extend(advantages.tolist())
-        output["advantages"] = advantages[self.accelerator.process_index * count :][:count]
+        logged.extend(total.tolist())
+        output["advantages"] = total[self.accelerator.process_index * count :][:count]
+        if self.mask_truncated_completions:
+            self._mask_truncated(output)
         return output
 
+    def _whole_completions(self, inputs: list) -> dict[str, Any]:
+        """Return TRL's output with truncated completions unmasked, so that the policy's order knows of them."""
+        masked, self.mask_truncated_completions = self.mask_truncated_completions, False
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            self.mask_truncated_completions = masked
+
+    def _mask_truncated(self, output: dict[str, Any]) -> None:
+        """Leave completions that have no end out of the loss, as TRL does."""
+        ids, lengths = output["completion_ids"], output["completion_mask"].sum(1, keepdim=True)
+        ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device)
+        ended = torch.isin(ids.gather(1, (lengths - 1).clamp(min=0)), ends)  # (B, 1)
+        for name in {"completion_mask", "tool_mask"} & output.keys():
+            output[name] = output[name] * ended
+        output["num_items_in_batch"] = self.accelerator.gather(mask_of(output).sum()).sum()
+
     def _scores(self, output: dict[str, Any]) -> Tensor | None:
-        """Mean log-probability of each response of this process (B,); None where the kind needs no order."""
+        """Mean log-probability of each response of this process (B,); None where the kind needs no order.
+
+        NaN where the policy wrote no token itself: such a response is not judged.
+        """
         logps, mask = output.get("old_per_token_logps"), mask_of(output)
-        if logps is None and self.ranking["kind"] == "oracle":
+        if logps is None and not self.ranking.orders_policy:
             return None
         logps = self.policy_logps(output) if logps is None else logps
         return mean_logps(logps, mask)

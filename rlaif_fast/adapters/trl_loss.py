@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from rlaif_fast.adapters.grpo_options import grpo_options
+from rlaif_fast.adapters.ranking import check_scale_rewards
 from rlaif_fast.adapters.trl_media import MEDIA, joined, mask_of, whole
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
 from rlaif_fast.loss.output import LossOutput
@@ -48,10 +50,34 @@ def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput
     return out if of_tokens else out._replace(loss=out.loss / steps)
 
 
+def refuse(args: Any, scale: str) -> None:
+    """Refuse options of a `GRPOConfig` that this trainer would drop or cannot do.
+
+    Args:
+        args: The options.
+        scale: What scales the advantages of ranks.
+
+    Raises:
+        ValueError: There is one.
+    """
+    refused = {
+        "top_entropy_quantile": args.top_entropy_quantile < 1.0,
+        "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
+        "use_adaptive_entropy": args.use_adaptive_entropy,
+        "multi_objective_aggregation": args.multi_objective_aggregation != "sum_then_normalize",
+    }
+    if any(refused.values()):
+        names = ", ".join(f"{name}={getattr(args, name)}" for name, held in refused.items() if held)
+        raise ValueError(f"OracleGRPOTrainer has no {names}")
+    check_scale_rewards(args.scale_rewards, scale)
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    _loss_options(args, args, args.epsilon, epsilon_high)
+
+
 def loss_arguments(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the trainer's options and a micro-batch under the names of `fused_linear_grpo_rank_loss`."""
-    args = trainer.args
     return {
+        **_loss_options(trainer, trainer.args, trainer.epsilon_low, trainer.epsilon_high),
         "token_ids": inputs["completion_ids"],
         "mask": mask_of(inputs),
         "advantages": inputs["advantages"],
@@ -59,21 +85,18 @@ def loss_arguments(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         "ref_logps": inputs.get("ref_per_token_logps"),
         "sampling_ratio": inputs.get("importance_sampling_ratio"),
         "temperature": trainer.temperature,
-        "loss_type": trainer.loss_type,
-        "importance_sampling_level": trainer.importance_sampling_level,
-        "epsilon": trainer.epsilon_low,
-        "epsilon_high": trainer.epsilon_high,
-        "delta": args.delta,
-        "beta": trainer.beta,
-        "unbiased_kl": args.use_bias_correction_kl,
-        "cispo_bound": "absolute",
-        "sapo_temperature_pos": args.sapo_temperature_pos,
-        "sapo_temperature_neg": args.sapo_temperature_neg,
-        "max_completion_length": trainer.max_completion_length,
         "entropy_coef": trainer.entropy_coef,
         "entropy_aggregate": "tokens",
         "validate": False,
     }
+
+
+def _loss_options(holder: Any, args: Any, epsilon: float, epsilon_high: float) -> dict[str, Any]:
+    """Return the options of the loss from where TRL's loss reads them."""
+    held = ("beta", "loss_type", "importance_sampling_level", "max_completion_length")
+    of_args = ("delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg")
+    options = {name: getattr(holder, name) for name in held} | {name: getattr(args, name) for name in of_args}
+    return grpo_options(epsilon=epsilon, epsilon_high=epsilon_high, **options)
 
 
 def _items(trainer: Any, inputs: dict[str, Any]) -> Tensor:
@@ -88,7 +111,7 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
 
     Args:
         model: A causal language model of Transformers, plain or under PEFT.
-        float32_head: Whether the head is computed in float32.
+        float32_head: Whether the head is computed in float32, outside autocast.
 
     `arguments` are those of `fused_linear_grpo_rank_loss` but `hidden` and `weight`; `token_ids` (B, T) are the last
     T of `input_ids`. Soft-cap and scale of the logits are the configuration's.
@@ -108,7 +131,8 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
         weight, bias = _gathered(head.weight), _gathered(head.bias)
         hidden = hidden.to(weight.device, torch.float32 if float32_head else hidden.dtype)
         gather: AbstractContextManager = maybe_gather_lm_head_ctx(weight, bias)
-        with gather:
+        precision = torch.autocast(hidden.device.type, enabled=False) if float32_head else nullcontext()
+        with gather, precision:
             return fused_linear_grpo_rank_loss(
                 hidden, weight.to(hidden.dtype), bias=bias, **scaling, **arguments
             )

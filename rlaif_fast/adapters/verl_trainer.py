@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from rlaif_fast.adapters.ranking import RowRanker, mean_logps
+from rlaif_fast.adapters.ranking import RowRanker, mean_logps, put_at_last_token
 from rlaif_fast.oracle.base import Oracle
 
 ESTIMATOR = "rlaif_fast"
@@ -42,19 +42,30 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
     """Return a subclass of one of verl's trainers that ranks the responses to a prompt before advantages are made.
 
     The oracle gets `raw_prompt` with its pictures and videos, the responses as text, and
-    `reward_model["ground_truth"]` as the reference answer. The policy's own order is that of `old_log_probs`.
+    `reward_model["ground_truth"]` as the reference answer. The policy's own order is that of `old_log_probs`; a
+    response without a token has no advantage.
 
     Args:
         trainer: `PPOTrainerSync` or another `PPOTrainer`.
         oracle: Ranks the responses of equal `uid`.
         options: Of `RowRanker`.
+
+    The trainer refuses with a ValueError, where it is made, another estimator and a KL in the reward.
     """
     ranker = RowRanker(oracle, **options)
 
     class OracleTrainer(trainer):  # type: ignore[misc, valid-type]
+        def __init__(self, *parts: Any, **others: Any) -> None:
+            super().__init__(*parts, **others)
+            _refuse(self.config.algorithm)
+
         def _compute_advantage(self, batch, metrics):
             """Put the advantages where verl reads scores, then go on as verl does."""
-            self._refuse(batch)
+            several = [key for key in batch.keys if not key.endswith("_0")]
+            if several:
+                raise ValueError(
+                    f"agent loops with several outputs a session cannot be ranked, got {several[0]!r}"
+                )
             where = {"keys": batch.keys, "partition_id": batch.partition_id}
             data = transfer_queue.kv_batch_get(**where, select_fields=FIELDS)
             mask, logps = (data[name].to_padded_tensor(0) for name in ("response_mask", "old_log_probs"))
@@ -67,8 +78,7 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
                 mean_logps(logps, mask),
             )
             scores = [torch.zeros_like(row) for row in data["rm_scores"].unbind()]
-            for row, response_mask, advantage in zip(scores, data["response_mask"].unbind(), rows.advantages):
-                row[response_mask.nonzero()[-1]] = advantage.to(row)
+            put_at_last_token(scores, data["response_mask"].unbind(), rows.advantages)
             nested = torch.nested.as_nested_tensor(scores, layout=torch.jagged)
             fields = TensorDict({"rm_scores": nested}, batch_size=len(scores))
             metrics["oracle/gain"] = sum(rows.gains) / len(rows.gains)
@@ -76,20 +86,11 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
                 transfer_queue.kv_batch_put(**where, fields=fields) or batch, metrics
             )
 
-        def _refuse(self, batch):
-            algorithm = self.config.algorithm
-            if algorithm.adv_estimator != ESTIMATOR:
-                raise ValueError(
-                    f"algorithm.adv_estimator must be {ESTIMATOR}, got {algorithm.adv_estimator!r}"
-                )
-            if algorithm.use_kl_in_reward:
-                raise ValueError(
-                    "algorithm.use_kl_in_reward must be false: ranks have no KL; use actor.use_kl_loss"
-                )
-            several = [key for key in batch.keys if not key.endswith("_0")]
-            if several:
-                raise ValueError(
-                    f"agent loops with several outputs a session cannot be ranked, got {several[0]!r}"
-                )
-
     return OracleTrainer
+
+
+def _refuse(algorithm: Any) -> None:
+    if algorithm.adv_estimator != ESTIMATOR:
+        raise ValueError(f"algorithm.adv_estimator must be {ESTIMATOR}, got {algorithm.adv_estimator!r}")
+    if algorithm.use_kl_in_reward:
+        raise ValueError("algorithm.use_kl_in_reward must be false: ranks have no KL; use actor.use_kl_loss")

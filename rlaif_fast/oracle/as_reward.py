@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.video import ClipStore
@@ -87,7 +87,7 @@ class OracleReward:
 
         Raises:
             UsageError: No responses or prompts, or not as many of them; references, media or forms that are not one a
-                response; or `group_size` rows that ask different things.
+                response; `group_size` rows that ask different things; or an oracle that ranks not all of them.
         """
         names = dict(columns)
         reference = self.reference
@@ -115,7 +115,7 @@ class OracleReward:
         rewards: list[float | None] = [self.failed] * len(completions)
         groups = grouped(prompts, self.group_size, _asked(columns_of_rows, reference))
         requests = requests_of(groups, prompts, completions, columns_of_rows, reference, self.media)
-        for rows, ranking in zip(groups, self.oracle.rank(requests)):
+        for rows, ranking in zip(groups, rank_all(self.oracle, requests)):
             for row, gain in zip(rows, gains(ranking)):
                 rewards[row] = self.failed if gain is None else gain
         return rewards
@@ -124,6 +124,24 @@ class OracleReward:
 def prompt_media(media: bool | ClipStore) -> PromptMedia | None:
     """Return what turns the media of prompts into clips; None for an oracle that is shown none."""
     return None if media is False else PromptMedia(None if media is True else media)
+
+
+def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
+    """Return the oracle's rankings, one a request, with a rank or None for each response.
+
+    Raises:
+        UsageError: The oracle returned more or fewer, or a rank that is no number.
+    """
+    rankings = oracle.rank(requests)
+    require(
+        len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
+    )
+    for request, ranking in zip(requests, rankings):
+        ranks, name = ranking.ranks, f"oracle {oracle.name}, request {request.id}"
+        require(len(ranks) == len(request.responses), name, f"{len(request.responses)} ranks", len(ranks))
+        finite = all(rank is None or math.isfinite(rank) for rank in ranks)
+        require(finite, name, "ranks that are numbers or None", ranks)
+    return rankings
 
 
 def gains(ranking: Ranking) -> list[float | None]:

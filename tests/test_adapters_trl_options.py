@@ -1,0 +1,152 @@
+"""Options of TRL's: each is used as TRL uses it, or refused by TRL's name before a model is loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlaif-fast[adapters-test]'")
+
+from test_adapters_ranking import InOrder
+from trl import GRPOConfig, GRPOTrainer
+
+from rlaif_fast.adapters import parity
+from rlaif_fast.adapters.trl import OracleGRPOTrainer
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import ReferenceOracle
+
+SEQUENCE = {"importance_sampling_level": "sequence"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "vespo"}, "loss_type must be one of .* got 'vespo'"),
+        ({"top_entropy_quantile": 0.5}, "has no top_entropy_quantile=0.5"),
+        ({"off_policy_mask_threshold": 0.5}, "has no off_policy_mask_threshold=0.5"),
+        ({"use_adaptive_entropy": True}, "has no use_adaptive_entropy=True"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "has no multi_objective_aggregation=normalize",
+        ),
+        ({"scale_rewards": "batch"}, "scale_rewards must be left out, .* scale='none'; got 'batch'"),
+        ({"loss_type": "sapo", "delta": 2.0}, "delta must be None with loss_type='sapo'; got 2.0"),
+        (
+            {"loss_type": "cispo", **SEQUENCE},
+            "importance_sampling_level must be 'token' with loss_type='cispo'",
+        ),
+        ({"loss_type": "grpo", "beta": 0.1, **SEQUENCE}, "use_bias_correction_kl must be False with"),
+        (
+            {"importance_sampling_level": "word"},
+            "importance_sampling_level must be one of 'token', 'sequence'",
+        ),
+    ],
+)
+def test_options_this_trainer_has_not_are_refused_before_a_model_is_loaded(tmp_path, options, message):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+    with pytest.raises(ValueError, match=message):
+        OracleGRPOTrainer("no/such/model", ReferenceOracle(), args=args)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("zscore", 1.0), ("paper", 2.0)])
+def test_kinds_are_checked_before_a_model_is_loaded(kind, weight):
+    with pytest.raises(ValueError, match=r"^(kind must be one of|penalty_weight must be left out)"):
+        OracleGRPOTrainer("no/such/model", ReferenceOracle(), kind=kind, penalty_weight=weight)
+
+
+def test_an_oracle_is_needed():
+    with pytest.raises(ValueError, match="oracles must be an oracle or several; got none"):
+        OracleGRPOTrainer("no/such/model", [])
+
+
+def test_scale_rewards_may_say_what_scale_says(tmp_path):
+    assert parity.trl_trainer(str(tmp_path), scale_rewards="none").ranking.scale == "none"
+
+
+def test_sequence_level_trains_with_trls_defaults(tmp_path):
+    trainer = parity.trl_trainer(str(tmp_path), max_steps=1, save_strategy="no", loss_type="grpo", **SEQUENCE)
+    assert trainer.args.use_bias_correction_kl and trainer.beta == 0.0
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_float32_head_stays_so_under_autocast(tmp_path, bf16):
+    trainer = parity.trl_trainer(str(tmp_path), bf16=bf16, cast_lm_head_to_fp32=True)
+    errors = parity.trl_errors("grpo", trainer)
+    assert errors.loss <= 1e-6
+    assert errors.gradients <= 2e-6
+
+
+def trained(folder, monkeypatch, oracle=None, **options):
+    """The trainer after a step on fixed completions, half of them without an end, and what it made of them."""
+    trainer = parity.trl_trainer(
+        str(folder),
+        max_steps=1,
+        gradient_accumulation_steps=1,
+        save_strategy="no",
+        loss_type="grpo",
+        **options,
+    )
+    trainer.oracles = [oracle or InOrder()]
+    made = []
+    rows = [[9, 8, 7, 1], [5, 1], [6] * 7, [4] * 7, [3, 2, 1], [30] * 7]  # 1 ends a completion
+    monkeypatch.setattr(trainer, "_generate_single_turn", lambda *_, **__: (rows, None))
+    generate = trainer._generate_and_score_completions
+    monkeypatch.setattr(
+        trainer, "_generate_and_score_completions", lambda inputs: made.append(generate(inputs)) or made[0]
+    )
+    trainer.train()
+    return trainer, made[0]
+
+
+@pytest.mark.parametrize("num_iterations", [1, 2])  # 2: TRL makes the old log-probabilities
+def test_truncated_completions_keep_their_place_in_the_policys_order(tmp_path, monkeypatch, num_iterations):
+    options = {"num_iterations": num_iterations}
+    whole, plain = trained(tmp_path, monkeypatch, **options)
+    masked, cut = trained(tmp_path, monkeypatch, mask_truncated_completions=True, **options)
+    torch.testing.assert_close(cut["advantages"], plain["advantages"])
+    ended = torch.tensor([1, 1, 0, 0, 1, 0])[:, None]
+    assert cut["completion_mask"].tolist() == (plain["completion_mask"] * ended).tolist()
+    assert cut["num_items_in_batch"] == 4 + 2 + 3
+    assert masked.mask_truncated_completions and not whole.mask_truncated_completions
+
+    theirs_alone = GRPOTrainer._generate_and_score_completions
+    monkeypatch.setattr(OracleGRPOTrainer, "_generate_and_score_completions", theirs_alone)
+    _, theirs = trained(tmp_path, monkeypatch, mask_truncated_completions=True, **options)
+    assert theirs.keys() == cut.keys()
+    for name in ("completion_ids", "completion_mask", "num_items_in_batch"):
+        assert torch.equal(theirs[name], cut[name])
+    if num_iterations > 1:
+        kept = cut["completion_mask"].bool()
+        torch.testing.assert_close(cut["old_per_token_logps"][kept], theirs["old_per_token_logps"][kept])
+
+
+def test_a_response_of_tools_alone_has_no_place_in_the_order(tmp_path):
+    trainer = parity.trl_trainer(str(tmp_path))
+    logps = torch.tensor([[-1.0, -1.0], [-2.0, -2.0]])
+    output = {"old_per_token_logps": logps, "completion_mask": torch.ones(2, 2)}
+    output["tool_mask"] = torch.tensor([[0, 0], [1, 0]])
+    scores = trainer._scores(output)
+    assert scores[0].isnan() and scores[1] == -2.0
+
+
+def test_an_oracle_that_ranks_not_all_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match=r"^oracle in order: expected 1 rankings, got 0"):
+        trained(tmp_path, monkeypatch, InOrder(lambda rankings: rankings[:0]))
+
+
+def test_what_any_row_says_reaches_the_oracle(tmp_path):
+    asked = []
+
+    class Noting(InOrder):
+        def rank(self, requests):
+            asked.extend(requests)
+            return super().rank(requests)
+
+    trainer = parity.trl_trainer(str(tmp_path))
+    trainer.oracles = [Noting()]
+    inputs = [{"prompt": "1", "reference": "1"}] + [{"prompt": "1", "reference": "1", "hint": "h"}] * 5
+    trainer._calculate_rewards(inputs, ["1"] * 6, list("123456"), None)
+    assert [request.reference for request in asked] == ["1"]
+    assert asked[0].metadata == {}  # the rows do not agree on the hint
