@@ -14,6 +14,7 @@ from pathlib import Path
 from rlaif_fast.cli import flag_is_true, parse_config, run_command
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint, tell
+from rlaif_fast.outputs import check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.scoring import scorer_by_name
 
-    output = None if options.output is None else _writable(options)
+    output = None if options.output is None else check_output("output", options.output, [options.data])
     config = configuration(options, tell)
     known = None
     if options.data is not None:
@@ -104,25 +105,6 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             f"{options.output}: {len(result.predictions)} answers; no row has a reference answer to measure by"
         )
     return figures
-
-
-def _writable(options: EvaluateConfig) -> Path:
-    """Where the predictions are written, once it is known that they can be.
-
-    Raises:
-        UsageError: Its folder does not exist or is not writable, it is a folder, or the data would be lost.
-    """
-    path = Path(options.output or "").expanduser()
-    if not path.parent.is_dir():
-        raise UsageError(f"output: the folder {path.parent} does not exist; make it, or give another file")
-    if path.is_dir():
-        raise UsageError(f"output: {path} is a folder; give a file")
-    if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output: the folder {path.parent} is not writable; give another file")
-    data = None if options.data is None else Path(options.data).expanduser()
-    if data is not None and data.exists() and path.exists() and path.samefile(data):
-        raise UsageError(f"output: {path} is the data, which would be lost; give another file")
-    return path
 
 
 def print_table(figures: dict) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.outputs import refuse_records
 from rlaif_fast.policy.weights import save_quietly
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
         raise UsageError(f"merge: {source} holds no LoRA adapters; leave --merge out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"out: {out} is not empty; choose another folder")
+    refuse_records("out", out)
     loaded = load_model(ModelOptions(model=str(source), dtype=cast(Any, dtype_of(source)), device="cpu"))
     before = probe(loaded)
     out.mkdir(parents=True, exist_ok=True)

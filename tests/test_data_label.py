@@ -72,7 +72,7 @@ def test_what_is_read_is_not_written_over(tmp_path, out, capsys):
     before = file.read_bytes(), predictions.read_bytes()
     path = tmp_path / out.replace("DIR", tmp_path.name)
     assert main(["label", str(file), str(path), "--predictions", str(predictions)]) == 2
-    assert "would be lost; write to another file" in capsys.readouterr().err
+    assert "would be lost; give another file" in capsys.readouterr().err
     assert (file.read_bytes(), predictions.read_bytes()) == before
 
 

@@ -81,4 +81,4 @@ def test_numbers_that_draw_nothing_are_refused(preview, capsys, words):
 
 def test_a_picture_that_cannot_be_written_is_said(preview, capsys):
     assert preview(ROW, out="none/sheet.png")[0] == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "none does not exist" in capsys.readouterr().err

@@ -118,6 +118,9 @@ def test_what_is_refused(base, adapted, tmp_path):
         export(base, tmp_path / "full")
     with pytest.raises(UsageError):
         export(tmp_path / "nothing", tmp_path / "out")
+    run = RunDir.create(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"out: .* belongs to the run"):
+        export(base, run.checkpoints / "mine")
 
 
 def test_a_folder_that_computes_something_else_is_told(base, tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def test_pairs_refuse_a_file_without_any(tmp_path, capsys):
     assert main(["pairs", str(tied)]) == 2
     assert "none of its 1 groups has two responses of different rank" in capsys.readouterr().err
     assert main(["pairs", str(tied), "--output", str(tied)]) == 2
-    assert "would overwrite" in capsys.readouterr().err
+    assert "is read, and would be lost" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["v.jsonl"]
 
 
@@ -298,7 +298,7 @@ def test_agree_refuses_a_group_that_is_ranked_in_two_ways(tmp_path, capsys, rows
         (ROWS[0], ["--option", "name=api"], 2, "--option name: give it as --oracle"),
         (ROWS[0], ["--option", "window=abc"], 2, "window: expected a whole number of at least 1, got 'abc'"),
         ({**ROWS[0], "video": "none.mp4"}, [], 2, "none.mp4"),
-        (ROWS[0], ["--output", "/nonexistent/x"], 2, "cannot write"),
+        (ROWS[0], ["--output", "/nonexistent/x"], 2, "does not exist"),
         ({"question": "?", "responses": ["a", "b"]}, ["--max_invalid_fraction", "0"], 1, "could not rank"),
     ],
 )

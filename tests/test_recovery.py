@@ -69,6 +69,19 @@ def last(run: RunDir) -> str:
     return CheckpointStore(run.checkpoints, {}, read_only=True).path("last").name
 
 
+def test_folders_that_no_run_writes_are_left_alone(run):
+    notes, copy = run.checkpoints / "notes", run.checkpoints / "my-backup"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    shutil.copytree(run.checkpoints / "rl-000004", copy)
+    half = run.checkpoints / ".rl-000007.partial"
+    half.mkdir()
+    assert recover(run) == [] and last(run) == "rl-000006"
+    CheckpointStore(run.checkpoints, {}, run=run).mark(best="rl-000006")
+    assert (notes / "mine.txt").read_text() == "mine" and (copy / "manifest.json").is_file()
+    assert not half.exists() and not (run.checkpoints / "rl-000004.partial").exists()
+
+
 def test_a_whole_run_says_nothing_and_is_cut_back(run):
     assert recover(run) == []
     assert last(run) == "rl-000006"

@@ -91,7 +91,7 @@ def test_preview(folder, tmp_path, capsys):
     ("arguments", "code", "words"),
     [
         (["preview", "{}/cut.webm", "--out", "{}/x.png"], 1, "truncated"),
-        (["preview", "{}/good.webm", "--out", "{}/none/x.png"], 2, "cannot be written"),
+        (["preview", "{}/good.webm", "--out", "{}/none/x.png"], 2, "none does not exist"),
         (["preview", "{}/good.webm", "--out", "{}/x.png", "--fps", "0"], 2, "fps must be positive"),
         (["check", "{}/none.jsonl"], 2, "none.jsonl"),
         (["check", "{}/clean.jsonl", "--workers", "0"], 2, "workers"),

@@ -14,6 +14,7 @@ from rlaif_fast.data.summary import chance_accuracy, summarise
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
+from rlaif_fast.outputs import check_output
 from rlaif_fast.video.refs import MediaRef
 
 
@@ -164,6 +165,7 @@ def _print_table(report: ReadReport) -> None:
 def _preview(options: argparse.Namespace) -> int:
     from rlaif_fast.data.preview import draw_preview
 
+    options.out = check_output("out", options.out, [options.file])
     report = read_report(options.file, media_root=options.media_root, require_answer=False)
     if not report.examples:
         raise UsageError(report.describe_errors() if report.errors else f"{report.path}: no row to draw")

@@ -11,6 +11,7 @@ from typing import Any
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
+from rlaif_fast.outputs import check_output
 
 _PATHS = ("video", "videos", "image", "images")
 
@@ -30,9 +31,9 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         UsageError: A file cannot be read, `out` is one of the two that are read, a row asks more than one question, an
             id stands twice, no row has a prediction, or a prediction has no row.
     """
-    for name, source in (("FILE", file), ("predictions", predictions)):
-        if _same(out, source):
-            raise UsageError(f"OUT: {out} is {name}, which would be lost; write to another file")
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    out = check_output("OUT", out, [file, predictions])
     said: dict[str, str] = {}
     for number, row in _objects(predictions, "example_id", "prediction"):
         if row["example_id"] in said:
@@ -60,7 +61,6 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
             f"{unknown[0]!r:.60}; give what was predicted for this file"
         )
     with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
         _replace(out, "".join(lines))
     return len(lines), missing
 
@@ -76,13 +76,6 @@ def _replace(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _same(first: Path, second: Path) -> bool:
-    try:
-        return first.resolve() == second.resolve() or first.samefile(second)
-    except (OSError, RuntimeError):  # one is not there; a loop of links
-        return False
 
 
 def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -29,6 +29,7 @@ from rlaif_fast.oracle.records import (
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
+from rlaif_fast.outputs import check_output, is_same
 from rlaif_fast.video.base import Clip
 
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
@@ -97,6 +98,8 @@ def _rank(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.file} holds no rows")
     media = _checked(rows, options)  # a wrong row is reported before anything is paid for
     output = _output(options, "ranked")
+    if options.cache is not None and is_same(options.cache, options.file):
+        raise UsageError(f"cache: {options.cache} is the file to rank; give another")
     oracle = build_oracle(
         options.oracle,
         cache=options.cache,
@@ -130,9 +133,7 @@ def _checked(rows: Sequence[_Row], options: argparse.Namespace) -> Callable[[_Ro
 def _output(options: argparse.Namespace, suffix: str) -> Path:
     """The file to write."""
     output: Path = options.output or options.file.with_name(f"{options.file.stem}.{suffix}.jsonl")
-    if output.resolve() == options.file.resolve():
-        raise UsageError(f"--output would overwrite {options.file}")
-    return output
+    return check_output("output", output, [options.file])
 
 
 def _writer(output: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -285,11 +286,20 @@ class CheckpointStore:
         self._remove_unlisted()
 
     def _remove_unlisted(self) -> None:
-        """Remove the checkpoints that play no role, and what is left of those that were not written to the end."""
+        """Remove the checkpoints that play no role, and what is left of those that were not written to the end.
+
+        Folders that no run writes are somebody's own.
+        """
         kept = self._read_index().kept()
         for child in self.folder.iterdir():
-            if child.is_dir() and child.name not in kept:
+            whole = child.name.removeprefix(".").removesuffix(".partial")
+            if child.is_dir() and is_checkpoint_name(whole) and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run names a checkpoint so: the end of a stage, or a step of one."""
+    return re.fullmatch(r"sft|(sft|rl)-\d+", name) is not None
 
 
 def _needs(roles: Mapping[str, str | None]) -> list[str]:

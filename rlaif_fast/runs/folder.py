@@ -308,6 +308,11 @@ class RunDir:
         predictions = self.path.glob("predictions-*.jsonl")
         return [entry for entry in (*files, self.report, *predictions, *folders) if entry.exists()]
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path in the folder is, or is in, something that a run has written."""
+        kept = [*self._written(), *(self.path / name for name in (MARKER, LOCK, REPLACED, MOVING))]
+        return any(path.resolve().is_relative_to(entry.resolve()) for entry in kept)
+
     def _clear(self) -> None:
         for entry in self._written():
             if entry.is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError
-from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
+from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore, is_checkpoint_name
 from rlaif_fast.runs.folder import RunDir, write_atomically
 from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, unseal
 
@@ -118,4 +118,4 @@ def _is_complete(manifest: Manifest, whole: dict[str, Manifest]) -> bool:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [path for path in folder.iterdir() if path.is_dir() and is_checkpoint_name(path.name)]

@@ -15,6 +15,7 @@ from typing import Any
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import UsageError
+from rlaif_fast.outputs import check_output
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
@@ -155,6 +156,8 @@ def _check(options: argparse.Namespace) -> int:
     if options.workers < 1:
         raise UsageError(f"workers must be at least 1, got {options.workers}")
     sampling = _sampling(options)
+    if options.quarantine is not None:
+        options.quarantine = check_output("quarantine", options.quarantine, [options.dataset])
     report = read_report(
         options.dataset, media_root=options.media_root, require_answer=False, check_files=False
     )
@@ -276,6 +279,7 @@ def _preview(options: argparse.Namespace) -> int:
     if options.columns < 1 or options.most < 2:
         raise UsageError("columns must be at least 1 and most at least 2")
     sampling = _sampling(options)
+    options.out = check_output("out", options.out, [options.file])
     info = probe(options.file)
     indices, _ = sampling.sample(info)
     clip = load_clip(options.file, sampling=sampling)

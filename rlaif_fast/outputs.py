@@ -1,0 +1,50 @@
+"""The file that a command is told to write: what would be lost by it is refused before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.folder import MARKER, RunDir
+
+
+def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None] = ()) -> Path:
+    """Return the file that an option names, once it is known that it can be written and that nothing is lost by it.
+
+    Args:
+        name: The option.
+        path: The file; an earlier one is replaced.
+        reads: What the command reads.
+
+    Raises:
+        UsageError: Its folder is missing or read-only, it is a folder, something that is read, or a record of a run.
+    """
+    path = Path(path).expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"{name}: the folder {path.parent} does not exist; make it, or give another file")
+    if path.is_dir():
+        raise UsageError(f"{name}: {path} is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{name}: the folder {path.parent} is not writable; give another file")
+    for read in reads:
+        if read is not None and is_same(path, Path(read).expanduser()):
+            raise UsageError(f"{name}: {path} is read, and would be lost; give another file")
+    refuse_records(name, path)
+    return path
+
+
+def refuse_records(name: str, path: Path) -> None:
+    """Raise `UsageError` where an option names what a run has written, or a path in it."""
+    for folder in path.resolve().parents:
+        if (folder / MARKER).is_file() and RunDir(folder).holds(path):
+            raise UsageError(f"{name}: {path} belongs to the run in {folder}; choose another place")
+
+
+def is_same(first: Path, second: Path) -> bool:
+    """Whether two paths are one file."""
+    try:
+        return first.resolve() == second.resolve() or first.samefile(second)
+    except (OSError, RuntimeError):  # one is not there; a loop of links
+        return False
