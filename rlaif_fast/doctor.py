@@ -101,10 +101,11 @@ def packages() -> list[Finding]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a check failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m rlaif_fast.doctor", description=__doc__)
-    parser.add_argument(
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
         "--check", action="store_true", help="run every kernel and wire of this machine against its reference"
     )
-    parser.add_argument(
+    modes.add_argument(
         "--model", metavar="PATH", help="say how this model would be trained, or why not, without its weights"
     )
     options = parser.parse_args(argv)

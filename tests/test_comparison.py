@@ -106,6 +106,16 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
             {"arms": {"grpo": {"oracle_noise": 0.0}, "oracle": {}}},
             "arms.grpo and feedback.noise, which tables.main puts together, both set oracle_noise",
         ),
+        (
+            {"arms": {"grpo": {"algorithm": "grpo"}, "oracle": {"algorithm": "grpo", "sft_steps": 5000}}},
+            r"arms.oracle.sft_steps: not read where sft is .*; leave it out",
+        ),
+        ({"feedback": {"exact": {}, "noise": {"label_noise": 0.1}}}, "feedback.noise.label_noise: not read"),
+        (
+            {"start": {"learning_rate": 0.5}},
+            "start.learning_rate: not read where max_steps is 0; leave it out",
+        ),
+        ({"arms": {"grpo": {}, "oracle": {"num_generations": 1}}}, "num_generations: expected 2 to 64"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
@@ -209,7 +219,7 @@ def test_a_run_that_was_made_otherwise_is_refused_by_name(tmp_path, capsys, left
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     tables = {"main": {"seeds": [1], "arms": ["grpo"], "feedback": ["exact"], "baseline": "grpo"}}
-    file = write_config(tmp_path, tables=tables, feedback={"exact": {}}, start={"sft_steps": -1})
+    file = write_config(tmp_path, tables=tables, feedback={"exact": {}}, start={"sft_data": "/none.jsonl"})
     done = subprocess.run(
         [sys.executable, "-m", "rlaif_fast.compare", "--config", str(file), "--workers", "1"],
         capture_output=True,
@@ -217,4 +227,4 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path):
     )
     assert done.returncode == 1
     assert "in no table, so not run: arms.oracle\n" in done.stderr
-    assert "2 of 2 runs failed" in done.stderr and "sft_steps: expected 0 or more, got -1" in done.stderr
+    assert "2 of 2 runs failed" in done.stderr and "/none.jsonl" in done.stderr

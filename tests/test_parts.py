@@ -63,6 +63,10 @@ def test_an_adapter_is_saved_in_the_form_that_vllm_reads(model_type, parts, tmp_
     """Plain LoRA, layers by a list of names, and weights under the base model's own names of them."""
     model, _ = family_checkpoints.make_model(model_type)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if model_type == "gemma3" and "projector" in parts:
+        with pytest.raises(UsageError, match="lora_modules: no layer of the projector would get an adapter"):
+            lora_layers(model, parts, None)  # its projector is no linear layer
+        parts = [part for part in parts if part != "projector"]
     chosen = lora_layers(model, parts, None)
     add_lora(model, ModelOptions(lora_r=2, lora_modules=parts)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -76,6 +80,15 @@ def test_an_adapter_is_saved_in_the_form_that_vllm_reads(model_type, parts, tmp_
     expected = {f"base_model.model.{name}.lora_{x}.weight" for name in chosen for x in "AB"}
     assert names == expected
     assert set(chosen) <= layers
+
+
+def test_a_part_that_would_get_no_adapter_is_refused() -> None:
+    model, _ = family_checkpoints.make_model("qwen3_vl")
+    with pytest.raises(
+        UsageError, match="lora_modules: no layer of the vision tower and projector would get an adapter"
+    ):
+        lora_layers(model, ["decoder", "tower", "projector"], ["q_proj"])
+    assert lora_layers(model, ["decoder"], ["q_proj"])
 
 
 def test_layers_that_peft_takes_for_experts_are_left_out_or_refused() -> None:

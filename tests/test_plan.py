@@ -252,6 +252,9 @@ def test_what_cannot_be_planned_is_refused(capsys):
         (["--sft", "none", "--sft_steps", "5"], "sft_steps: not read where sft is none"),
         (["--nframes", "8", "--fps", "3"], "fps: not read where nframes is 8"),
         (["--shared_prefix", "false"], "shared_prefix: expected true in a plan"),
+        (["--sampler", "vllm"], "sampler: expected another than vllm without urls in a plan"),
+        (["--device", "cpu"], "device: expected a GPU in a plan"),
+        (["--num_processes", "4", "--gpus", "2"], "num_processes: expected the number of gpus (2), got 4"),
         (["--optimizer_offload", "true"], "optimizer_offload: expected false in a plan"),
         (["--lora_r", "4", "--load_in_4bit", "true"], "load_in_4bit: expected false in a plan"),
     ):

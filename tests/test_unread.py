@@ -1,5 +1,6 @@
 """A key that nothing reads is refused where a flag sets it, and told where a file does."""
 
+import dataclasses
 from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
 
@@ -20,6 +21,8 @@ LEFT = {
     ("sft", "none"): ("sft_steps", "sft_learning_rate"),
     ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
     ("beta", 0.0): ("kl",),
+    ("oracle", "reference"): ("weight_by_confidence",),
+    ("lora_r", 0): ("feature_cache_bytes",),
     ("sft_steps", 0): ("sft_learning_rate", "sft_warmup_steps"),
     ("nframes", 8): ("fps",),
     ("lr_scheduler_type", "linear"): ("min_lr_ratio",),
@@ -27,7 +30,10 @@ LEFT = {
     ("sampler", "plain"): ("sampling_ratio_cap",),
     ("shared_prefix", False): ("attention_backend", "feature_cache_bytes"),
 }
-READ = {"data": "rows.jsonl", "dynamic_sampling": True, "sampler": "vllm"}
+READ = {
+    **{"data": "rows.jsonl", "dynamic_sampling": True, "sampler": "vllm", "oracle": "api"},
+    **{"lora_r": 4},
+}
 
 
 @pytest.mark.parametrize(("key", "names"), LEFT.items())
@@ -45,6 +51,32 @@ def test_a_file_of_its_own_leaves_a_synthetic_split_unread(split):
     clips = {f"synthetic_{split}_clips"} | ({"label_noise", "label_confusion"} if split == "sft" else set())
     told = {name for name in SYNTHETIC if name in found}
     assert told == clips
+
+
+def test_what_a_start_from_a_checkpoint_leaves_unread(tmp_path):
+    assert unread(TrainConfig(sft="none")).keys() >= {"label_noise", "label_confusion"}
+    folder = TrainConfig(sft="none", data=str(tmp_path), sft_data="rows.jsonl", model="MODEL")
+    assert "sft_data" not in unread(folder)  # there is nothing else to learn from
+    (tmp_path / "rl.jsonl").write_text("")
+    assert "sft_data" in unread(folder)
+    assert "sft_data" not in unread(
+        dataclasses.replace(folder, model="tiny")
+    )  # it knows the words of all rows
+    assert "sft_data" not in unread(dataclasses.replace(folder, sft="auto"))
+
+
+@pytest.mark.parametrize(
+    ("own", "is_read"),
+    [({}, False), ({"test_data": "mvbench:DIR"}, False), ({"test_data": "rows.jsonl"}, True)],
+)
+def test_media_root_is_for_files_of_ones_own(own, is_read):
+    assert ("media_root" not in unread(TrainConfig(**own))) == is_read
+
+
+def test_replacing_groups_needs_a_round():
+    with pytest.raises(UsageError, match="dynamic_sampling_rounds: expected 1 or more, got 0"):
+        TrainConfig(dynamic_sampling=True, dynamic_sampling_rounds=0)
+    TrainConfig(dynamic_sampling=False, dynamic_sampling_rounds=0)
 
 
 def test_a_number_of_frames_leaves_bounds_to_rows_that_have_rates_of_their_own():

@@ -162,7 +162,28 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     )
     for table in plan.tables:
         _check_names(table, plan)
+    _refuse_unread(plan)
     return plan
+
+
+def _refuse_unread(plan: Plan) -> None:
+    """Refuse what is said of the start, an arm or a kind of feedback and changes nothing there.
+
+    What all runs share may hold what only some of them read.
+    """
+    from rlaif_fast.trainer.options import TrainConfig
+    from rlaif_fast.trainer.unread import unread
+
+    start = unread(TrainConfig(**{**plan.common, **plan.start, "max_steps": 0}))
+    for name in plan.start.keys() & start.keys():
+        raise UsageError(f"config: start.{name}: not read where {start[name]}; leave it out")
+    for table in plan.tables:
+        for arm, feedback in itertools.product(table.arms, table.feedback):
+            keys = {**plan.feedback[feedback], **plan.arms[arm]}
+            found = unread(TrainConfig(**{**plan.common, **keys, "sft": str(plan.start_folder(0))}))
+            for name in keys.keys() & found.keys():
+                section = f"arms.{arm}" if name in plan.arms[arm] else f"feedback.{feedback}"
+                raise UsageError(f"config: {section}.{name}: not read where {found[name]}; leave it out")
 
 
 def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:

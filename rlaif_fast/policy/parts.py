@@ -115,6 +115,12 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
         chosen = [name for name in layers if f".{name}".endswith(ends)]
     if not chosen:
         raise UsageError(f"lora_modules: there is no linear layer in the {_named(parts)}")
+    bare = [one for one in parts if not any(part(name) == one for name in chosen)]
+    if bare:
+        raise UsageError(
+            f"lora_modules: no layer of the {_named(bare)} would get an adapter; leave it out, or name its layers in "
+            "lora_target_modules"
+        )
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.identity import contents, group_by_content, media_of
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.trainer.options import DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.trainer.scoring import check_references, choose_metric, has_answer
@@ -88,8 +89,10 @@ def read_splits(
         found = own
     else:
         found = split_files(config, workers=workers, progress=progress) | own
+    generated = dataclasses.replace(config, media_root=None) if config.data == "synthetic" else config
     for split, file in found.items():
-        rows[split] = read_file(file, config, require_answer=needs_answers(config, split))
+        options = config if split in own else generated
+        rows[split] = read_file(file, options, require_answer=needs_answers(config, split))
     return rows
 
 
@@ -182,6 +185,9 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
     """
     name, _, folder = str(path).partition(":")
     if name in BENCHMARKS and folder and not path.exists():
+        require(
+            config.scored_answer == "answer", "scored_answer", f"answer with the benchmark {path}", "whole"
+        )
         items = read_benchmark(name, folder)
         missing = [item for item in items if item.trouble]
         if missing and (config.on_bad_row == "raise" or len(missing) == len(items)):

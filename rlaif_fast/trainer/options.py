@@ -255,7 +255,7 @@ class RlOptions:
         patience = self.early_stopping_patience
         ends = patience == 0 or self.metric_for_best_model != "none"
         require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
-        require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, 0)
+        require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, int(self.dynamic_sampling))
 
     def check_rollout_lag(self) -> None:
         """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""

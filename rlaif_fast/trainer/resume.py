@@ -17,6 +17,7 @@ from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, unseal
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import resolved
+from rlaif_fast.trainer.unread import SUPERVISED, unread
 
 CHANGEABLE = (
     "oracle_options",
@@ -145,6 +146,12 @@ def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
             f"resume: {', '.join(fixed)} cannot change in the middle of a run, leave it out or start a new run; "
             f"what can change is {', '.join(CHANGEABLE)}, and max_steps can be raised"
         )
+    found = unread(config)
+    if CheckpointStore(run_dir.checkpoints, {}, read_only=True).index.sft is not None:
+        found = dict.fromkeys(SUPERVISED, "supervised fine-tuning is over") | found
+    for name in changed:
+        if name in found:
+            raise UsageError(f"resume: {name} is not read, since {found[name]}; leave it out")
     if "num_processes" not in changes and saved.num_processes not in (0, config.num_processes):
         raise UsageError(
             f"num_processes: expected the {saved.num_processes} that the run began with, got "

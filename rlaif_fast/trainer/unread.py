@@ -7,8 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from rlaif_fast.algorithms.options import OF_A_CRITIC
+from rlaif_fast.data.benchmarks import BENCHMARKS
 from rlaif_fast.errors import UsageError
-from rlaif_fast.trainer.options import OWN_SAMPLERS, SftOptions, TrainConfig
+from rlaif_fast.trainer.options import OWN_SAMPLERS, TINY_FAMILIES, SftOptions, TrainConfig
 
 SYNTHETIC = (
     *(field.name for field in fields(TrainConfig) if field.name.startswith("synthetic_")),
@@ -32,17 +33,21 @@ def unread(config: TrainConfig) -> dict[str, str]:
 
 
 def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
-    own = config.sft_data or config.validation_data or config.test_data
+    own = [path for path in (config.sft_data, config.validation_data, config.test_data) if path]
     if config.data != "synthetic":
         yield SYNTHETIC, f"data is {config.data}"
     else:
         yield from _replaced(config)
-    if config.data == "synthetic" and not own:
-        yield ("media_root",), "data is synthetic"
+    if config.data == "synthetic" and all(_is_benchmark(path) for path in own):
+        yield ("media_root",), f"data is synthetic{' and the rest a benchmark' if own else ''}"
     if all(_has_file(config, split) for split in ("validation", "test")):
         yield ("holdout_fraction",), "validation and test have files of their own"
     if config.sft != "auto":
         yield SUPERVISED, f"sft is {config.sft}"
+        if config.data == "synthetic":
+            yield ("label_noise", "label_confusion"), f"sft is {config.sft}"
+        elif _has_file(config, "rl") and config.model not in TINY_FAMILIES:  # whose vocabulary has its words
+            yield ("sft_data",), f"sft is {config.sft}"
     elif config.sft_steps == 0:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
@@ -56,6 +61,10 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
             yield ("min_frames", "max_frames"), where
     if config.lr_scheduler_type != "cosine":
         yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
+    if config.oracle == "reference":
+        yield ("weight_by_confidence",), "the reference oracle is always sure"
+    if not config.lora_r and not config.freeze_vision_tower:
+        yield ("feature_cache_bytes",), "the vision tower trains"
     if not config.dynamic_sampling:
         yield ("dynamic_sampling_rounds",), "dynamic_sampling is false"
     if config.sampler in OWN_SAMPLERS:
@@ -74,8 +83,13 @@ def _replaced(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
 
 def _has_file(config: TrainConfig, split: str) -> bool:
     """Whether a split is read from a file; the synthetic data has all of them."""
-    given = getattr(config, f"{split}_data")
+    given = getattr(config, f"{split}_data", None)
     return given is not None or config.data == "synthetic" or (Path(config.data) / f"{split}.jsonl").exists()
+
+
+def _is_benchmark(path: str) -> bool:
+    """Whether a split is a published benchmark, which knows where its media are."""
+    return path.partition(":")[0] in BENCHMARKS
 
 
 def tell_unread(config: TrainConfig, by_flag: Collection[str], by_file: Collection[str]) -> list[str]:
