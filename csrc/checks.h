@@ -11,6 +11,11 @@
 
 namespace rlaif {
 
+// The dtype of what is computed of logits.
+inline at::ScalarType wide_type(const at::Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 inline void check_optional(const char* name, const std::optional<at::Tensor>& x, at::IntArrayRef shape,
                            at::ScalarType dtype, const at::Tensor& like) {
   if (x.has_value()) {

@@ -16,10 +16,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::ScalarType wide_type(const Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_penalty_meta(
     const Tensor& scores, const Tensor& oracle_ranks, const OptionalTensor&, const OptionalTensor&, c10::string_view,
     double, c10::string_view) {
@@ -60,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_loss_meta(
   const auto grid = logps.sym_sizes();
   const auto options = logps.options();
   return {at::empty({}, options), at::empty_symint(c10::SymIntArrayRef(grid.data(), 1), options),
-          at::empty({17}, options), at::empty_symint(grid, options),
+          at::empty({kStats}, options), at::empty_symint(grid, options),
           entropy.has_value() ? at::empty_symint(grid, options) : at::empty({0}, options)};
 }
 

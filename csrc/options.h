@@ -42,6 +42,8 @@
 
 namespace rlaif {
 
+constexpr int64_t kStats = 17;  // the length of `STATS` in rlaif_fast/loss/options.py
+
 inline int64_t index_of(const char* name, c10::string_view value, std::initializer_list<const char*> choices) {
   int64_t index = 0;
   for (const char* choice : choices) {

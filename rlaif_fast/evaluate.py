@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif_fast.cli import flag_is_true, parse_config, run_command
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint, tell
 from rlaif_fast.outputs import check_output
 
@@ -48,6 +48,13 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     output = None if options.output is None else check_output("output", options.output, [options.data])
     config = configuration(options, tell)
     known = None
+    if options.media_root is not None and options.data is None and config.data == "synthetic":
+        require(
+            config.test_data is not None,
+            "media_root",
+            "null where the run's data are synthetic",
+            options.media_root,
+        )
     if options.data is not None:
         # Answers are wanted, and may be all that is wanted.
         file = Path(options.data).expanduser()

@@ -771,6 +771,9 @@ def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tm
     assert texts == [records[item.example.id] for item in items]
     [cut] = played.generate_until([asked({"max_new_tokens": 4, "until": [texts[0].split()[0]]})])
     assert cut == ""
+    for size in (0, -3, "auto"):
+        with pytest.raises(UsageError, match=f"batch_size: expected 1 or more, got {size!r}"):
+            type(played)(str(model), batch_size=size)
     with pytest.raises(UsageError, match="greedily"):
         played.generate_until([asked({"temperature": 0.7})])
     with pytest.raises(UsageError, match="got ndarray"):

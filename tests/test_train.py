@@ -148,7 +148,9 @@ def test_evaluate_reads_other_data_as_the_run_did(finished, cache, tmp_path, cap
     assert "1 of 2 rows are wrong" in capsys.readouterr().err
     before = data.read_bytes()
     assert evaluate_module.main(["--run", str(folder), *words, str(data)]) == 2
-    assert "is the data, which would be lost" in capsys.readouterr().err and data.read_bytes() == before
+    assert "is read, and would be lost" in capsys.readouterr().err and data.read_bytes() == before
+    assert evaluate_module.main(["--run", str(folder), "--media_root", str(tmp_path)]) == 2
+    assert "media_root: expected null where the run's data are synthetic" in capsys.readouterr().err
 
 
 def test_evaluate_notices_a_damaged_configuration(finished, tmp_path, capsys):

@@ -50,10 +50,6 @@ Dtype dtype_of(const at::Tensor& logits) {
   }
 }
 
-at::ScalarType wide_type(const at::Tensor& logits) {
-  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 void check_rows(const at::Tensor& logits, const at::Tensor& token_ids, double temperature) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 1, "logits must be (M, V) with V of at least 1; got ",
                     logits.sizes());

@@ -21,7 +21,6 @@ namespace rlaif {
 namespace {
 
 constexpr int64_t kGrainTokens = 8192;  // tokens a thread takes at least
-constexpr int64_t kStats = 17;          // the length of `STATS` in rlaif_fast/loss/options.py
 
 // Sums over the tokens of one response. They are added up in the order of the rows, so the result does not depend on
 // the number of threads.

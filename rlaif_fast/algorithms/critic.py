@@ -100,7 +100,8 @@ class RewardAndValue:
         else:
             given = [score for group in groups for score in group.ranking.scores or ()]
             scores = torch.tensor(given, device=self._policy.device)
-        return self._appraised(groups, scores, figures), figures
+        appraised, fit = self._appraised(groups, scores)
+        return appraised, figures | fit
 
     def _learn_order(self, groups: Sequence[Group]) -> dict[str, float]:
         """Updates of the reward model, each from a part of the groups, whose pairs it orders before it learns them."""
@@ -156,8 +157,9 @@ class RewardAndValue:
         return self.scores(*_responses_of(groups))
 
     @torch.no_grad()
-    def _appraised(self, groups: Sequence[Group], scores: Tensor, figures: dict[str, float]) -> list[Group]:
-        """The groups with advantages, whitened over all processes, and what the value model is to predict."""
+    def _appraised(self, groups: Sequence[Group], scores: Tensor) -> tuple[list[Group], dict[str, float]]:
+        """The groups with advantages, whitened over all processes, and what the value model is to predict; how far it
+        does is said in figures."""
         assert self.value is not None
         lengths = torch.tensor([len(tokens) for g in groups for tokens in g.token_ids], dtype=torch.int64)
         padding = Padding(lengths.to(scores.device), int(lengths.sum()))
@@ -173,12 +175,12 @@ class RewardAndValue:
         advantages = padding.pack(generalized_advantages(*grids, gamma=gamma, lam=lam))
         returns = advantages + values
         wide = advantages.double()
-        figures |= self._fit(values, returns, scores)
+        figures = self._fit(values, returns, scores)
         totals = self._world.sum(wide.sum().item(), wide.square().sum().item(), len(wide))
         advantages = whitened(advantages, *totals)
         sizes = [group.tokens for group in groups]
         pieces = zip(*(x.split(sizes) for x in (advantages, values, returns)))
-        return [replace(group, appraisal=Appraisal(*piece)) for group, piece in zip(groups, pieces)]
+        return [replace(group, appraisal=Appraisal(*piece)) for group, piece in zip(groups, pieces)], figures
 
     def _fit(self, values: Tensor, returns: Tensor, scores: Tensor) -> dict[str, float]:
         """The mean score, and the share of the variance of the returns that the values explain."""

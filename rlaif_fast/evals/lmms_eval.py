@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import SamplingParams
@@ -31,7 +31,7 @@ class RlaifFast(lmms):
 
     Args:
         pretrained: A checkpoint folder, a folder of LoRA adapters, or a hub name.
-        batch_size: Prompts answered at once.
+        batch_size: Prompts answered at once, 1 or more.
         device: "auto", "cpu", "cuda".
         frames: How videos are sampled and resized, as keys of `rlaif_fast.evaluate` (fps, nframes, max_pixels, ...).
     """
@@ -46,7 +46,7 @@ class RlaifFast(lmms):
         options = EvaluateConfig(model=pretrained, data="lmms-eval", device=device or "auto", **frames)
         config = configuration(options)
         loaded = load_checkpoint(config)
-        self.batch_size = int(batch_size)
+        self.batch_size = _positive("batch_size", batch_size)
         self._policy = setup.make_policy(loaded, config)
         self._policy.model.eval()
         self._sampler = make_sampler(self._policy)
@@ -103,6 +103,20 @@ class RlaifFast(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered: a prompt has one turn."""
         raise NotImplementedError("rlaif_fast answers one turn; tasks of several rounds are not offered")
+
+
+def _positive(name: str, value: int | str) -> int:
+    """A number that lmms-eval may hand on as text.
+
+    Raises:
+        UsageError: It is none, or below 1.
+    """
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    require(number >= 1, name, "1 or more", value)
+    return number
 
 
 def _cut(text: str, until: Any) -> str:
