@@ -219,33 +219,32 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         open_parts: Closes what has to be closed.
         termination: Knows whether the run was asked to end.
     """
-    import torch
-
     from rlaif_fast.algorithms import make_algorithm
-    from rlaif_fast.data.identity import digest_of_rows
     from rlaif_fast.policy.loading import load_model
+    from rlaif_fast.policy.model_files import base_record, file_prints
     from rlaif_fast.report.outcome import older_names, uneven_steps
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
     from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model
     from rlaif_fast.trainer.run import Run
     from rlaif_fast.trainer.scoring import scorer_of
 
     data_notes: list[str] = []
+    reads_files = world.rank % world.local_size == 0  # one process of each machine
     with world.main_first():
         with logger.timer("data"):
             data = load_with_progress(config, logger, data_notes.append)
-            run_dir.refuse_other_data(
-                {split: digest_of_rows(getattr(data, split)) for split in ("sft", "rl", "validation", "test")}
-            )
+            refuse_other_data(run_dir, data, files=reads_files)
         with logger.timer("model"):
             options = setup.resolved_model(config, data)
+            prints = file_prints(options.model) if reads_files else {}
+            refuse_other_model(run_dir, prints)
     with logger.timer("model"):
         loaded = load_model(options)
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
         setup.shard(policy, config, world)
-        torch.manual_seed(config.seed + world.rank)  # dropout differs between processes, weights do not
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
@@ -259,7 +258,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
     )
     for note in notes:
         logger.message(note)
-    files = read_processor_files(options.model)
+    files = read_processor_files(options.model) | base_record(loaded.model, prints)
     oracle = setup.make_oracle(config)
     sampler = make_sampler(policy, config.sampler, config.sampler_options)
     if hasattr(sampler, "close"):
@@ -291,6 +290,7 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
 def run_sft_stage(run, config, state, train_sft) -> None:
     """Bring the policy to where RL starts: by training, from a checkpoint, or as it is."""
     from rlaif_fast.runs.checkpoint import load_weights
+    from rlaif_fast.trainer.inputs import refuse_other_start
 
     if config.sft == "none":
         return
@@ -298,6 +298,7 @@ def run_sft_stage(run, config, state, train_sft) -> None:
         folder = Path(config.sft).expanduser()
         if not folder.is_dir():
             raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
+        refuse_other_start(run.policy, folder)
         try:
             load_weights(run.policy.model, folder)
         except (OSError, RuntimeError, ValueError) as error:

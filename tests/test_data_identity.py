@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from datetime import date
 
 import pytest
 
-from rlaif_fast.data import Example
-from rlaif_fast.data.identity import digest_of_rows
+from rlaif_fast.data import Example, identity
+from rlaif_fast.data.identity import digest_of_metadata, digest_of_rows, digests_of_media
+from rlaif_fast.digests import sampled_digest
 from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video.refs import Cut, MediaRef
@@ -133,3 +135,57 @@ def test_the_digest_of_rows_is_of_what_they_ask_and_show():
     assert len(digests) == len(others) + 2
     second = replace(row, id="c")
     assert digest_of_rows([row, second]) != digest_of_rows([second, row])
+
+
+def test_the_digest_of_metadata_is_of_all_that_rows_carry():
+    row = Example("a", "what?", "red", metadata={"form": "(.*)", "more": {"b": [1], "a": 2}})
+    same = digest_of_metadata([row])
+    assert digest_of_metadata([replace(row, metadata={"more": {"a": 2, "b": [1]}, "form": "(.*)"})]) == same
+    others = [{"form": ".*", "more": {"b": [1], "a": 2}}, {"form": "(.*)"}, {"when": date(2026, 1, 1)}, {}]
+    digests = [digest_of_metadata([replace(row, metadata=other)]) for other in others]
+    assert len({same, *digests}) == 5
+    assert digest_of_metadata([row, replace(row, metadata={})]) != digest_of_metadata(
+        [replace(row, metadata={}), row]
+    )
+
+
+def test_the_digest_of_media_is_of_what_files_hold(folder, monkeypatch):
+    media = folder / "media"
+
+    def digests():
+        rows = [Example(f"{n}", "what?", videos=(str(media / f"{n}.mp4"),)) for n in range(3)]
+        pictures = MediaRef(str(media), frames=(str(media / "4.mp4"), str(media / "5.mp4")))
+        return digests_of_media({"sft": rows, "rl": rows, "test": [Example("t", "what?", media=(pictures,))]})
+
+    before = digests()
+    assert before["sft"] == before["rl"] != before["test"]
+    for one, other in (("0.mp4", "1.mp4"), ("4.mp4", "5.mp4")):  # trade places
+        first, second = (media / one).read_bytes(), (media / other).read_bytes()
+        (media / one).write_bytes(second), (media / other).write_bytes(first)
+    after = digests()
+    assert all(before[split] != after[split] for split in before)
+    read = []
+    monkeypatch.setattr(
+        identity, "sampled_digest", lambda path, *args, **sizes: read.append(path.name) or path.name
+    )
+    digests()
+    assert sorted(read) == ["0.mp4", "1.mp4", "2.mp4", "4.mp4", "5.mp4"]
+    (media / "0.mp4").unlink()
+    monkeypatch.undo()
+    assert digests()["test"] == after["test"]  # what cannot be read is for decoding to tell
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1000])
+def test_a_sampled_digest_sees_the_size_and_the_blocks(tmp_path, size):
+    path = tmp_path / "file"
+
+    def digest(content):
+        path.write_bytes(content)
+        return sampled_digest(path, blocks=4, block=16)
+
+    content = bytes(i % 251 for i in range(size))
+    assert digest(content) == digest(content) != digest(content + b"?")
+    seen = {i for i in range(size) if digest(content[:i] + b"\xff" + content[i + 1 :]) != digest(content)}
+    starts = [(size - 16) * number // 3 for number in range(4)]
+    read = {i for start in starts for i in range(start, start + 16)} if size > 64 else set(range(size))
+    assert seen == read and (size <= 64 or {0, size - 1} <= seen)

@@ -20,9 +20,9 @@ from vllm_server import VllmServer
 
 from rlaif_fast.rollout.vllm.requests import MediaItem
 from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.trainer.cached_model import tiny_folder
 from rlaif_fast.trainer.datasets import load_data
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.setup import tiny_folder
 
 pytestmark = [
     pytest.mark.engine,

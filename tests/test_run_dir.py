@@ -357,15 +357,11 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_is_removed(tmp_path, 
     assert not (tmp_path / "rl-000001").exists()
 
 
-def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path):
+def test_a_run_knows_what_it_began_with(tmp_path):
     run = RunDir.create(tmp_path / "run")
     created = run.created
     rows = {"sft": "3 rows, aa", "rl": "32 rows, bb"}
-    run.refuse_other_data(rows)
-    run.refuse_other_data(rows)
-    assert run.created == created
-    with pytest.raises(
-        UsageError, match=r"not the rows that .*run began with: rl \(8 rows, 32 rows before\)"
-    ):
-        RunDir.open(run.path).refuse_other_data(rows | {"rl": "8 rows, cc"})
-    run.refuse_other_data(rows)
+    assert run.began_with("data", rows) == rows
+    assert RunDir.open(run.path).began_with("data", {"rl": "8 rows, cc"}) == rows
+    assert run.began_with("model", {"config.json": "dd"}) == {"config.json": "dd"}
+    assert run.began_with("data", {}) == rows and run.created == created

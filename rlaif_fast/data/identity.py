@@ -1,17 +1,21 @@
-"""Which files are the same media: by content, not by the spelling of their paths."""
+"""Which files are the same media, and which rows the same rows: by content, not by the spelling of their paths."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.digests import sampled_digest
 from rlaif_fast.video.refs import MediaRef
 
 _BLOCK = 1 << 20
 _WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last block are compared
+_READERS = 16  # threads: what a network file system takes is mostly waiting
 
 
 def contents(rows: Iterable[Example]) -> dict[str, str]:
@@ -31,7 +35,10 @@ def contents(rows: Iterable[Example]) -> dict[str, str]:
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
-    """How many rows there are and a digest of what they ask and show, in their order; folders may have other names."""
+    """How many rows there are and a digest of what they ask and show, in their order; folders may have other names.
+
+    What a file that they show holds is for `digests_of_media`, and metadata for `digest_of_metadata`.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         text = (row.id, row.question, row.answer, row.options, row.category)
@@ -46,6 +53,33 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
         ]
         digest.update(repr((text, turns, shown)).encode("utf-8", "surrogatepass"))
     return f"{len(rows)} rows, {digest.hexdigest()}"
+
+
+def digest_of_metadata(rows: Sequence[Example]) -> str:
+    """A digest of what rows carry besides, in their order; oracles may read it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row.metadata, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def digests_of_media(splits: Mapping[str, Sequence[Example]]) -> dict[str, str]:
+    """By split a digest of what the files that its rows show hold, in their order.
+
+    Each file is read once, however many rows show it. Of a file its size and four blocks of 16 KiB count, the first
+    and the last among them, since a dataset may have a hundred thousand videos; of one up to 64 KiB all bytes count.
+    """
+    paths = {
+        split: [path for row in rows for medium in row.seen for path in files_of(medium)]
+        for split, rows in splits.items()
+    }
+    distinct = sorted({path for shown in paths.values() for path in shown})
+    with ThreadPoolExecutor(_READERS) as pool:
+        prints = dict(zip(distinct, pool.map(_print, distinct)))
+    return {
+        split: hashlib.blake2b("\n".join(prints[path] for path in shown).encode(), digest_size=16).hexdigest()
+        for split, shown in paths.items()
+    }
 
 
 def files_of(medium: MediaRef) -> tuple[str, ...]:
@@ -79,6 +113,13 @@ def group_by_content(rows: Iterable[Example]) -> list[list[Example]]:
     for number, (row, media) in enumerate(zip(rows, own)):
         groups.setdefault(root(media[0]) if media else number, []).append(row)
     return list(groups.values())
+
+
+def _print(path: str) -> str:
+    try:
+        return sampled_digest(Path(path), blocks=4, block=2**14)
+    except (OSError, ValueError):
+        return "unreadable"  # which decoding tells
 
 
 def _real(path: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rlaif_fast.data.identity import files_of
 from rlaif_fast.data.schema import Example
 from rlaif_fast.oracle import identity
+from rlaif_fast.policy.model_files import hub_commit
 from rlaif_fast.runs.integrity import MANIFEST, Damage, unseal
 
 WEIGHTS = (".safetensors", ".bin")
@@ -26,8 +27,8 @@ def model_digest(model: str) -> str | None:
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        return _commit(model)
-    return identity.model_digest(model, known=_written_digests(folder), commit_of=_commit)
+        return hub_commit(model)
+    return identity.model_digest(model, known=_written_digests(folder), commit_of=hub_commit)
 
 
 def _written_digests(folder: Path) -> dict[str, str]:
@@ -37,15 +38,6 @@ def _written_digests(folder: Path) -> dict[str, str]:
     except (Damage, KeyError, TypeError, ValueError):
         return {}
     return {name: digest for name, digest in files.items() if name.endswith(WEIGHTS)}
-
-
-def _commit(model: str) -> str | None:
-    from transformers.utils.hub import cached_file, extract_commit_hash
-
-    try:
-        return extract_commit_hash(cached_file(model, "config.json"), None)
-    except (OSError, ValueError):
-        return None
 
 
 def asked_digest(example: Example) -> str:

@@ -15,11 +15,9 @@ from typing import Any
 
 from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.model_files import base_of, model_files
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), PurePath)
-_MODEL_FILES = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt", ".model"}
-_MANIFEST = "manifest.json"  # what a run says of a checkpoint (`runs.integrity`), no part of the model
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 def function_digest(function: Any) -> str:
@@ -55,23 +53,12 @@ def model_digest(
         return str(revision or commit_of(model))
     files = {
         path.relative_to(folder).as_posix(): (known or {}).get(path.name) or file_digest(path)
-        for path in sorted((*folder.glob("*"), *folder.glob("*/*.json")))
-        if path.suffix in _MODEL_FILES and path.name != _MANIFEST and path.is_file()
+        for path in model_files(folder)
     }
-    base = _base_of(folder)
+    base = base_of(folder)
     if base and Path(base).expanduser() != folder:
         base = model_digest(base, commit_of=commit_of)
     return hashlib.sha256(json.dumps([files, base], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _base_of(folder: Path) -> str | None:
-    """The model that the adapters in a folder belong to."""
-    path = folder / _ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    base: str | None = saved.get("base_model_name_or_path")
-    return base
 
 
 class _Parts:

@@ -13,9 +13,9 @@ from torch import nn
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import find_family
-from rlaif_fast.policy.families.base import PARTS
 from rlaif_fast.policy.flash import refuses_flash
 from rlaif_fast.policy.frontend import load_frontend, read_config
+from rlaif_fast.policy.model_files import refuse_other_base
 from rlaif_fast.policy.parts import FREEZING, apply_freezing, check_parts, ready_to_train
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, adapter_config, load_adapters, load_strictly
 from rlaif_fast.video import PatchSpec
@@ -43,7 +43,8 @@ class ModelOptions:
         lora_r: Rank of LoRA adapters on linear layers; 0 trains the weights themselves.
         lora_alpha: LoRA scale.
         lora_dropout: Dropout in front of the adapters.
-        lora_modules: Parts that get adapters: "decoder", "tower", "projector".
+        lora_modules: Parts that get adapters: "decoder", "tower", "projector"; an empty list is wherever the layers of
+            `lora_target_modules` are.
         lora_target_modules: Names of the linear layers that get an adapter; null is the family's own in the decoder,
             and all in the tower and the projector.
         shared_prefix: Compute each prompt once a group. false is the plain path of other trainers (any family).
@@ -210,11 +211,13 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     With `lora_r` the adapters are trained on; without it they are merged into the weights, which are trained.
 
     Raises:
-        UsageError: The base cannot be loaded, or the adapters do not fit it or the options.
+        UsageError: The base cannot be loaded, has other files than the adapters were trained on, or the adapters do
+            not fit it or the options.
     """
     what = f"model: {options.model}"
     saved = adapter_config(folder, what)
     base = saved["base_model_name_or_path"]
+    refuse_other_base(folder, base, what)
     r = options.lora_r or saved.get("r", 0)
     alpha = options.lora_alpha if options.lora_r else saved.get("lora_alpha", 0)
     scaled = dataclasses.replace(options, model=base, lora_r=r, lora_alpha=alpha)
@@ -222,7 +225,7 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
         freezing: dict[str, Any] = dict.fromkeys(FREEZING.values())
         targets = saved.get("target_modules")
         names = list(targets) if isinstance(targets, list) else None
-        parts = list(PARTS) if names else ["decoder"]
+        parts = [] if names else ["decoder"]
         scaled = dataclasses.replace(scaled, lora_target_modules=names, lora_modules=parts, **freezing)
     try:
         loaded = load_model(scaled)
@@ -253,7 +256,8 @@ def check_lora(options: ModelOptions) -> None:
             )
         require(options.lora_alpha > 0, "lora_alpha", "1 or more", options.lora_alpha)
         require(options.lora_target_modules != [], "lora_target_modules", "at least one name", [])
-        check_parts(options.lora_modules)
+        if options.lora_modules or not options.lora_target_modules:
+            check_parts(options.lora_modules)
         return
     require(not options.load_in_4bit, "load_in_4bit", "false where lora_r is 0", options.load_in_4bit)
     usual = ModelOptions()

@@ -77,19 +77,19 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
 
     Args:
         model: Without adapters.
-        parts: Some of `PARTS`.
+        parts: Some of `PARTS`, each of which gets one; none is wherever the targets are.
         targets: Names of layers, or ends of their full names; None for the family's own in the decoder, and every
             linear layer of the other parts.
 
     Raises:
         UsageError: A target names no linear layer of these parts, or there is none at all.
     """
-    part = part_of(model)
+    part, among = part_of(model), parts or PARTS
     head = unwrap(model).get_output_embeddings()
     layers = {
         name: part(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and part(name) in parts
+        if isinstance(module, nn.Linear) and module is not head and part(name) in among
     }
     if targets is None:
         family = find_family(unwrap(model).config.model_type)
@@ -109,12 +109,12 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
         if unknown:
             there = sorted({name.rpartition(".")[2] for name in layers})
             raise UsageError(
-                f"lora_target_modules: no linear layer of the {_named(parts)} is named {', '.join(unknown)}; "
+                f"lora_target_modules: no linear layer of the {_named(among)} is named {', '.join(unknown)}; "
                 f"there are {', '.join(there)}"
             )
         chosen = [name for name in layers if f".{name}".endswith(ends)]
     if not chosen:
-        raise UsageError(f"lora_modules: there is no linear layer in the {_named(parts)}")
+        raise UsageError(f"lora_modules: there is no linear layer in the {_named(among)}")
     bare = [one for one in parts if not any(part(name) == one for name in chosen)]
     if bare:
         raise UsageError(

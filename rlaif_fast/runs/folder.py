@@ -191,30 +191,15 @@ class RunDir:
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
         return summary
 
-    def refuse_other_data(self, rows: Mapping[str, str]) -> None:
-        """See to it that a run goes on with the rows that it began with; the first call keeps what they are.
-
-        Args:
-            rows: By split, how many rows there are and their digest (`data.identity.digest_of_rows`).
-
-        Raises:
-            UsageError: A split has other rows than the run began with.
-        """
+    def began_with(self, kind: str, found: Mapping[str, str]) -> dict[str, str]:
+        """What a kind of input was when the run began; the first call keeps what was found, by name."""
         marker = self.path / MARKER
         values = json.loads(marker.read_text(encoding="utf-8"))
-        known = values.get("data")
+        known: dict[str, str] | None = values.get(kind)
         if known is None:
-            write_atomically(marker, json.dumps({**values, "data": dict(rows)}) + "\n")
-            return
-        changed = [
-            f"{split} ({said.partition(',')[0]}, {known.get(split, 'none').partition(',')[0]} before)"
-            for split, said in rows.items()
-            if known.get(split) != said
-        ]
-        if changed:
-            raise UsageError(
-                f"data: not the rows that {self.path} began with: {', '.join(changed)}; bring them back, or begin anew"
-            )
+            known = dict(found)
+            write_atomically(marker, json.dumps({**values, kind: known}) + "\n")
+        return known
 
     def refuse_damaged_results(self, summary: Mapping[str, Any]) -> None:
         """See to it that metrics and predictions are what the finished run wrote.

@@ -27,6 +27,7 @@ from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
+from rlaif_fast.trainer.setup import seed_step
 
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (
@@ -96,6 +97,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
+            seed_step(config, world, "rl", progress.step)
             try:
                 with weights_to_draw_with(run):
                     sampled, groups, features = sample_and_rank(run, order, progress.step)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ import numpy as np
 import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.data import VOCABULARY
+from rlaif_fast.data.benchmarks import BENCHMARKS
 from rlaif_fast.distributed.world import World
-from rlaif_fast.errors import UsageError, require, writing
+from rlaif_fast.errors import UsageError, require
 from rlaif_fast.loss import backends
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
@@ -31,20 +29,22 @@ from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.frontend import load_frontend
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker
-from rlaif_fast.prompts.encoder import PromptEncoder, question_text
+from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.rollout.reasoning import check_budget
 from rlaif_fast.runs.integrity import check_weights
-from rlaif_fast.trainer.datasets import cache_folder, load_data, needs_answers, own_files, read_file
+from rlaif_fast.trainer.cached_model import tiny_folder
+from rlaif_fast.trainer.datasets import load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
+from rlaif_fast.video.preprocess import PATCHIFIERS
 
 TAKES_EXTRACT = ("reference", "api", "local")
 BEHIND_REASONING = r"</think>\s*(.*)"
+OPTION_PATHS = {"model", "path", "cache"}  # of an oracle
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
@@ -61,11 +61,40 @@ def process_count(config: TrainConfig) -> int:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
-    words = {*TINY_FAMILIES, "synthetic", "auto", "none"}
-    values = {name: getattr(config, name) for name in PATHS}
-    paths = {name: Path(value).expanduser() for name, value in values.items() if value and value not in words}
-    whole: dict[str, Any] = {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
+    whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
+    whole["oracle_options"] = _whole_paths(config.oracle_options)
     return dataclasses.replace(config, num_processes=process_count(config), **whole)
+
+
+def _whole_path(value: str | None, *, made: bool = False) -> str | None:
+    """A path, or that of a benchmark, as it is from any folder; other words as they are, and what is not there.
+
+    Args:
+        value: The path, or another word.
+        made: It is a path, which may be made later.
+    """
+    if value is None or value in {*TINY_FAMILIES, "synthetic", "auto", "none"}:
+        return value
+    name, colon, folder = value.partition(":")
+    if name not in BENCHMARKS or Path(value).expanduser().exists():
+        name, colon, folder = "", "", value
+    path = Path(folder).expanduser()
+    is_there = path.exists() if not made else not path.is_absolute()
+    return f"{name}{colon}{path.resolve()}" if is_there else value
+
+
+def _whole_paths(options: Any) -> Any:
+    """The options of an oracle, and of those in it, with whole paths."""
+    if isinstance(options, list):
+        return [_whole_paths(option) for option in options]
+    if not isinstance(options, dict):
+        return options
+    found = {name: _whole_paths(value) for name, value in options.items()}
+    for name in OPTION_PATHS & found.keys():
+        if isinstance(found[name], str):
+            found[name] = _whole_path(found[name], made=name == "cache")
+    return found
 
 
 def preflight(config: TrainConfig) -> None:
@@ -77,6 +106,10 @@ def preflight(config: TrainConfig) -> None:
     """
     device = resolve_device(config.device)
     check_backend(config, device)
+    if config.patchify_backend != "auto":
+        reason = PATCHIFIERS[config.patchify_backend][0](device.type, torch.float32)
+        if reason is not None:
+            raise UsageError(f"patchify_backend: {config.patchify_backend} cannot run here: {reason}")
     needless = config.optimizer_offload and device.type == "cpu"
     require(not needless, "optimizer_offload", "false where the device is cpu", True)
     shards_together(config, config.num_processes, config.num_processes)
@@ -153,25 +186,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
-    """The checkpoint folder of the tiny policy for this seed and this dataset's words, made on first use."""
-    family = TINY_FAMILIES[config.model]
-    words = set(VOCABULARY)
-    for row in (*data.sft, *data.rl, *data.validation, *data.test):
-        words |= words_of((question_text(row), row.taught or "", row.system or ""))
-    key = hashlib.sha256(json.dumps([3, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
-    folder = cache_folder(config) / "models" / f"{config.model}-{key}"
-    if not folder.exists():
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        with writing(partial):
-            make_tiny(partial, words, family=family, seed=config.seed)
-        try:
-            partial.rename(folder)
-        except OSError:
-            shutil.rmtree(partial)
-            if not folder.exists():
-                raise
-    return folder
+def seed_step(config: TrainConfig, world: World, stage: str, step: int) -> None:
+    """Seed the libraries for one step: dropout differs by process and step, and not where a run was resumed."""
+    name = f"{config.seed}/{world.rank}/{stage}/{step}"
+    seed_everything(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
 
 
 def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:

@@ -21,6 +21,7 @@ from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.run import Run
+from rlaif_fast.trainer.setup import seed_step
 
 
 def sft_loss(
@@ -107,6 +108,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
 
     with updater, run.termination.saving(), logger.stage("sft", total=config.sft_steps, start=done):
         for step in range(done, config.sft_steps):
+            seed_step(config, world, "sft", step)
             with logger.timer("decode"):
                 prompts = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
                 run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from rlaif_fast.data.synthetic.encode import CODECS, CONTAINERS, encode_video
 from rlaif_fast.data.synthetic.questions import LETTERS, VOCABULARY, drafts
 from rlaif_fast.data.synthetic.render import render
 from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world, with_digits
+from rlaif_fast.digests import file_digest, text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError, require_given
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
@@ -168,14 +169,14 @@ def make_dataset(
     Args:
         out_dir: Folder to make. A dataset of the same configuration in it is kept and reused.
         config: What to make.
-        overwrite: Replace a dataset of another configuration.
+        overwrite: Replace a dataset of another configuration, or a damaged one.
         workers: Processes that make clips; the files are the same for any number. With more than one, call this
             from a script that guards its entry point, as `multiprocessing` asks.
         progress: Called with the number of clips made and their total.
 
     Raises:
         UsageError: The folder holds something else.
-        RlaifFastError: The files cannot be written.
+        RlaifFastError: The files cannot be written, or those that are there are not as they were made.
     """
     config = config or SyntheticConfig()
     out = Path(out_dir).absolute()
@@ -214,16 +215,54 @@ def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
             raise UsageError(f"{out} is not empty and not a dataset made here; name another folder")
         return False
     try:
-        digest = json.loads(marker.read_text()).get("digest")
-    except (ValueError, AttributeError) as error:
+        values = json.loads(marker.read_text())
+        same = values.get("digest") == config.digest()
+        damaged = _damaged(out, config, values) if same else None
+    except (ValueError, KeyError, AttributeError) as error:
         raise UsageError(f"{marker} is damaged ({error}); delete the folder or name another") from error
-    if digest == config.digest():
-        return True
-    if not overwrite:
+    if overwrite:
+        return same and damaged is None
+    if not same:
         raise UsageError(
             f"{out} holds a dataset of another configuration; name another folder, or overwrite it"
         )
-    return False
+    if damaged is not None:
+        raise RlaifFastError(
+            f"damaged: {out / damaged} is not as it was made; delete {out}, and it is made again"
+        )
+    return True
+
+
+def _damaged(root: Path, config: SyntheticConfig, marker: Mapping[str, Any]) -> str | None:
+    """A file of rows, or a folder of videos, that is not what the marker says; an older one only counts the rows."""
+    known: Mapping[str, Any]
+    found: Mapping[str, Any]
+    if "files" in marker:
+        known, found = marker["files"], _digests(root, config)
+    else:
+        known = {f"{split}.jsonl": rows for split, rows in marker["questions"].items()}
+        found = {f"{split}.jsonl": _rows_in(root, split) for split in SPLITS}
+    return next((name for name in found if known.get(name) != found[name]), None)
+
+
+def _digests(root: Path, config: SyntheticConfig) -> dict[str, str | None]:
+    """A digest of each file of rows, and one of each folder of videos; None where something is missing."""
+    found: dict[str, str | None] = {}
+    for split in SPLITS:
+        videos = [root / _video(config, split, index) for index in range(config.clips(split))]
+        for name, files in ((f"{split}.jsonl", [root / f"{split}.jsonl"]), (f"videos/{split}", videos)):
+            whole = all(file.is_file() for file in files)
+            found[name] = text_digest(" ".join(map(file_digest, files))) if whole else None
+    return found
+
+
+def _rows_in(root: Path, split: str) -> int | None:
+    file = root / f"{split}.jsonl"
+    return len(file.read_bytes().splitlines()) if file.is_file() else None
+
+
+def _video(config: SyntheticConfig, split: str, index: int) -> str:
+    return f"videos/{split}/{index:05d}.{config.container}"
 
 
 def _write_all(
@@ -250,7 +289,12 @@ def _write_all(
             rows_of[split] += len(rows)
             if progress is not None:
                 progress(done, len(clips))
-    marker = {"digest": config.digest(), "config": dataclasses.asdict(config), "questions": rows_of}
+    marker = {
+        "digest": config.digest(),
+        "config": dataclasses.asdict(config),
+        "questions": rows_of,
+        "files": _digests(root, config),
+    }
     (root / _MARKER).write_text(json.dumps(marker, indent=2) + "\n")
 
 
@@ -260,7 +304,7 @@ def _make_clip(
     """Write one clip's video; returns the signature of its world and the rows about it."""
     split, index = clip
     world = _world(config, split, index)
-    video = f"videos/{split}/{index:05d}.{config.container}"
+    video = _video(config, split, index)
     frames = render(world, width=config.width, height=config.height, num_frames=config.num_frames)
     encode_video(root / video, frames, fps=config.fps, codec=config.codec)
     return world.signature, list(_rows(config, split, index, world, video))

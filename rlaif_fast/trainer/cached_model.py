@@ -1,0 +1,57 @@
+"""The tiny policy in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from rlaif_fast.data import VOCABULARY
+from rlaif_fast.errors import RlaifFastError, writing
+from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.prompts.encoder import question_text
+from rlaif_fast.runs.integrity import Damage, Manifest, digests, read_manifest, write_manifest
+from rlaif_fast.trainer.datasets import cache_folder
+from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
+from rlaif_fast.trainer.run import Datasets
+
+
+def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
+    """The checkpoint folder of the tiny policy for this seed and this dataset's words, made on first use.
+
+    Raises:
+        RlaifFastError: One is in the cache, and is not as it was made.
+    """
+    family = TINY_FAMILIES[config.model]
+    words = set(VOCABULARY)
+    for row in (*data.sft, *data.rl, *data.validation, *data.test):
+        words |= words_of((question_text(row), row.taught or "", row.system or ""))
+    key = hashlib.sha256(json.dumps([4, family, config.seed, sorted(words)]).encode()).hexdigest()[:16]
+    folder = cache_folder(config) / "models" / f"{config.model}-{key}"
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        with writing(partial):
+            make_tiny(partial, words, family=family, seed=config.seed)
+            write_manifest(partial, Manifest(0, digests(partial)))
+        try:
+            partial.rename(folder)
+        except OSError:
+            shutil.rmtree(partial)
+            if not folder.exists():
+                raise
+    refuse_damaged(folder)
+    return folder
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Refuse a cached model whose files are not as they were made.
+
+    Raises:
+        RlaifFastError: One is not, is missing, or was added.
+    """
+    try:
+        read_manifest(folder)
+    except Damage as error:
+        raise RlaifFastError(f"damaged: {error}; delete {folder}, and it is made again") from error

@@ -1,0 +1,126 @@
+"""A run goes on with the rows, media and model files that it began with, or says which of them are others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.identity import digest_of_metadata, digest_of_rows, digests_of_media
+from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.model_files import differences, refuse_other_base
+from rlaif_fast.policy.policy import Policy
+from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.trainer.datasets import SPLITS
+from rlaif_fast.trainer.run import Datasets
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+SHOWN = 3  # tokens in a message
+
+
+def refuse_other_data(run_dir: RunDir, data: Datasets, *, files: bool = True) -> None:
+    """See to it that a run goes on with the data that it began with; the first call keeps what it is.
+
+    Args:
+        run_dir: The run.
+        data: Its rows.
+        files: Compare what the media files hold, too.
+
+    Raises:
+        UsageError: A split has other rows, their metadata differ, or a file that they show does.
+    """
+    splits = {split: getattr(data, split) for split in SPLITS}
+    rows = {split: digest_of_rows(found) for split, found in splits.items()}
+
+    def counted(split: str, known: Mapping[str, str]) -> str:
+        before = known.get(split, "none").partition(",")[0]
+        return f"{split} ({rows[split].partition(',')[0]}, {before} before)"
+
+    _refuse_others(run_dir, "data", rows, "data: not the rows", counted)
+    metadata = {split: digest_of_metadata(found) for split, found in splits.items()}
+    _refuse_others(run_dir, "metadata", metadata, "data: not the metadata of the rows")
+    if files:
+        _refuse_others(run_dir, "media", digests_of_media(splits), "data: not the media files")
+
+
+def refuse_other_model(run_dir: RunDir, prints: Mapping[str, str]) -> None:
+    """See to it that a run goes on with the model files that it began with; the first call keeps what they are.
+
+    Args:
+        run_dir: The run.
+        prints: The digests of its model's files (`model_files.file_prints`).
+
+    Raises:
+        UsageError: A file changed, is gone, or is new.
+    """
+    if not prints:
+        return
+    known = run_dir.began_with("model", prints)
+    if changed := differences(known, prints):
+        raise UsageError(_other(run_dir, "model: not the files", changed))
+
+
+def _refuse_others(
+    run_dir: RunDir,
+    kind: str,
+    found: Mapping[str, str],
+    what: str,
+    told: Callable[[str, Mapping[str, str]], str] = lambda split, known: split,
+) -> None:
+    known = run_dir.began_with(kind, found)
+    changed = [told(split, known) for split in found if known.get(split) != found[split]]
+    if changed:
+        raise UsageError(_other(run_dir, what, changed))
+
+
+def _other(run_dir: RunDir, what: str, changed: list[str]) -> str:
+    return f"{what} that {run_dir.path} began with: {', '.join(changed)}; bring them back, or begin anew"
+
+
+def refuse_other_start(policy: Policy, folder: Path) -> None:
+    """Refuse a checkpoint to start from that was made with another tokenizer, or adapters that have another base.
+
+    One without a tokenizer, or without a record of its base, is taken at its word.
+
+    Args:
+        policy: What its weights are put into.
+        folder: The checkpoint.
+
+    Raises:
+        UsageError: Its tokenizer or its base differs, or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    if hasattr(policy.model, "peft_config"):
+        model: Any = policy.model
+        refuse_other_base(folder, model.peft_config["default"].base_model_name_or_path, f"sft: {folder}")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises plain exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"sft: {folder}: its tokenizer cannot be read: {reason}") from error
+    difference = tokenizer_difference(policy.tokenizer, theirs)
+    if difference is not None:
+        raise UsageError(f"sft: {folder} does not fit the model: its tokenizer differs: {difference}")
+
+
+def tokenizer_difference(ours: Any, theirs: Any) -> str | None:
+    """How the tokens of one tokenizer differ from another's: in their ids, or in which are special.
+
+    Padding may differ: no weight depends on it.
+    """
+    mine, other = ours.get_vocab(), theirs.get_vocab()
+    moved = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
+    if moved:
+        shown = ", ".join(
+            f"{token!r} is {other.get(token)}, not {mine.get(token)}" for token in moved[:SHOWN]
+        )
+        return f"of {len(moved)} tokens the id ({shown})"
+    for name in ("eos_token", "bos_token"):
+        if getattr(ours, name) != getattr(theirs, name):
+            return f"{name} is {getattr(theirs, name)!r}, not {getattr(ours, name)!r}"
+    padding = {ours.pad_token, theirs.pad_token}
+    special = sorted((set(ours.all_special_tokens) ^ set(theirs.all_special_tokens)) - padding)
+    return f"special in one of them alone is {', '.join(special[:SHOWN])}" if special else None
