@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.runs.folder import MARKER, RunDir
+
+MARKER = ".rlaif-fast-run"  # in the folder of a run
+LOCK = ".lock"
+REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
+MOVING = ".moving"  # the same on its way there or back
+RECORDS = (
+    *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "quarantine.jsonl", "summary.json"),
+    *("predictions-*.jsonl", "report.html", "figures", "checkpoints", "tensorboard"),
+    *(MARKER, LOCK, REPLACED, MOVING),
+)  # what a run writes into its folder, as patterns
 
 
 def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None] = ()) -> Path:
@@ -37,8 +47,10 @@ def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None]
 
 def refuse_records(name: str, path: Path) -> None:
     """Raise `UsageError` where an option names what a run has written, or a path in it."""
-    for folder in path.resolve().parents:
-        if (folder / MARKER).is_file() and RunDir(folder).holds(path):
+    whole = path.resolve()
+    for folder in whole.parents:
+        first = whole.relative_to(folder).parts[0]
+        if (folder / MARKER).is_file() and any(fnmatch(first, record) for record in RECORDS):
             raise UsageError(f"{name}: {path} belongs to the run in {folder}; choose another place")
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("policy",),
     ("data",),
     ("video",),
-    ("cli", "plugins"),
+    ("cli", "outputs", "plugins"),
     ("yaml_keys",),
     ("digests", "errors", "machine", "termination"),
     ("loss",),

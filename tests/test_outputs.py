@@ -1,11 +1,12 @@
 """No command overwrites what it reads, nor the records of a run."""
 
 import os
+from fnmatch import fnmatch
 
 import pytest
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.outputs import check_output
+from rlaif_fast.outputs import RECORDS, check_output
 from rlaif_fast.runs.folder import RunDir
 
 
@@ -28,6 +29,13 @@ def test_a_record_of_a_run_is_not_written_over(run, name):
     link.symlink_to(run.path)
     with pytest.raises(UsageError, match="belongs to the run"):
         check_output("output", link / name)
+
+
+def test_every_record_is_known(tmp_path):
+    run = RunDir(tmp_path)
+    written = [path.name for path in vars(run).values() if path.parent == run.path]
+    assert len(written) == 10
+    assert all(any(fnmatch(name, one) for one in RECORDS) for name in (*written, run.predictions("sft").name))
 
 
 def test_another_file_in_a_run_is_written(run):

@@ -21,14 +21,11 @@ from typing import Any
 
 from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.outputs import LOCK, MARKER, MOVING, REPLACED
 
 if os.name == "posix":
     import fcntl
 
-MARKER = ".rlaif-fast-run"
-LOCK = ".lock"
-REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
-MOVING = ".moving"  # the same on its way there or back
 MIN_FREE_BYTES = 256 * 2**20
 
 
@@ -292,11 +289,6 @@ class RunDir:
         folders = (self.checkpoints, self.tensorboard, self.figures)
         predictions = self.path.glob("predictions-*.jsonl")
         return [entry for entry in (*files, self.report, *predictions, *folders) if entry.exists()]
-
-    def holds(self, path: Path) -> bool:
-        """Whether a path in the folder is, or is in, something that a run has written."""
-        kept = [*self._written(), *(self.path / name for name in (MARKER, LOCK, REPLACED, MOVING))]
-        return any(path.resolve().is_relative_to(entry.resolve()) for entry in kept)
 
     def _clear(self) -> None:
         for entry in self._written():
