@@ -334,9 +334,7 @@ class _Call:
         """Return the loss of a close."""
         chosen = backends.select("linear_loss", self.backend, self.hidden)
         if chosen == "reference":
-            hidden = self.hidden
-            if self.mask is not None:  # autograd would carry NaN through a gradient of 0
-                hidden = hidden.masked_fill(~self.mask[..., None], 0.0)
+            hidden = reference.cleared(self.hidden, self.mask)
             logps, _, _ = reference.padded_logps(hidden, self.head, self.token_ids, self.lengths)
             loss, rewards, stats = close.reference(logps)
         else:

@@ -134,14 +134,30 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, advantages and statistics; differentiable in hidden, the head's leaf and bias."""
     backend = backends.select("linear_loss", backend, hidden, inputs.group_size)
+    rest = (token_ids, lengths, inputs, options, chunk_size)
     if backend == "reference":
-        if inputs.mask is not None:  # autograd would carry NaN through a gradient of 0
-            hidden = hidden.masked_fill(~inputs.mask[..., None], 0.0)
-        logps, entropy, padding = reference.padded_logps(hidden, head, token_ids, lengths)
-        padded = inputs if padding is None else padding.pad_inputs(inputs)
-        loss, ranked, stats = reference.rank_loss(logps, entropy, padded, options)
-        return loss, ranked if inputs.advantages is None else inputs.advantages, stats
-    hidden, head = autocast(hidden, head)
+        loss, ranked, stats = _in_backward(reference.cleared(hidden, inputs.mask), head, *rest, backend)
+    else:
+        hidden, head = autocast(hidden, head)
+        loss, ranked, stats = _by_kernels(hidden, head, *rest, group, backend)
+    return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+
+
+def _by_kernels(
+    hidden: Tensor,  # (B, T, H) or (M, H)
+    head: Head,
+    token_ids: Tensor,  # (B, T) or (M,)
+    lengths: Tensor | None,  # (B,)
+    inputs: TokenInputs,
+    options: LossOptions,
+    chunk_size: int | None,
+    group: ProcessGroup | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss with its gradients made in the forward pass, but for those of float16.
+
+    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
+    """
     leaves = (hidden, head.leaf, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if hidden.dtype == torch.float16 and any(needs):
@@ -151,13 +167,10 @@ def linear_loss(
     if group is not None:
         padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
-        loss, ranked, stats = with_close(
-            hidden, head, token_ids, padding, make_close, chunk_size, backend, group
-        )
-        return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+        return with_close(hidden, head, token_ids, padding, make_close, chunk_size, backend, group)
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
-    return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+    return loss, ranked, stats
 
 
 def _in_backward(
@@ -170,19 +183,13 @@ def _in_backward(
     chunk_size: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss with its gradients made in the backward pass, from logits made again.
-
-    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
-    """
+    """The loss with its gradients made in the backward pass, from logits made again."""
     rows = (hidden.reshape(-1, hidden.shape[-1]), head, token_ids.reshape(-1))
     logps, entropy = (x.view(token_ids.shape) for x in linear_logps(*rows, chunk_size, backend))
-    padded = inputs
     if lengths is not None:
         padding = Padding(lengths, hidden.shape[0])
-        logps, entropy, padded = padding.pad(logps), padding.pad(entropy), padding.pad_inputs(inputs)
-    closing = "auto" if backend == "cuda" else backend
-    loss, ranked, stats = rank_loss(logps, entropy, padded, options, closing)
-    return loss, ranked if inputs.advantages is None else inputs.advantages, stats
+        logps, entropy, inputs = padding.pad(logps), padding.pad(entropy), padding.pad_inputs(inputs)
+    return rank_loss(logps, entropy, inputs, options, "auto" if backend == "cuda" else backend)
 
 
 def with_close(

@@ -135,9 +135,7 @@ def selective_log_softmax(
     """Return logps and entropy (...), differentiable in the logits; where the mask is false, anything."""
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
-        if mask is not None:  # autograd would carry NaN through a gradient of 0
-            logits = logits.masked_fill(~mask[..., None], 0.0)
-        return reference.selective_log_softmax(logits, token_ids.long(), scaling)
+        return reference.selective_log_softmax(reference.cleared(logits, mask), token_ids.long(), scaling)
     if logits.stride(-1) != 1 or (inplace_backward and 0 in logits.stride()):
         logits = logits.contiguous()  # the kernels read a row as one run of memory, and write no row twice
     if inplace_backward and not torch.compiler.is_compiling():

@@ -14,6 +14,11 @@ from torch import Tensor
 from rlaif_fast.loss.inputs import Scaling
 
 
+def cleared(x: Tensor, mask: Tensor | None) -> Tensor:  # (..., V), (...) bool
+    """Return rows with 0 in those that are masked: autograd would carry NaN through a gradient of 0."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+
+
 def selective_log_softmax(
     logits: Tensor,  # (..., V)
     token_ids: Tensor,  # (...)
