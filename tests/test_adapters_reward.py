@@ -94,6 +94,12 @@ def test_what_is_asked_is_a_value_a_response(columns):
         as_reward(ReferenceOracle(), media=False)(prompts=["a"] * 2, completions=["7", "9"], **columns)
 
 
+def test_a_column_of_references_that_was_asked_for_has_to_be_there():
+    reward = as_reward(ReferenceOracle(), reference="solution")
+    with pytest.raises(UsageError, match="reference='solution': there is no such column among answer"):
+        reward(prompts=["q"] * 2, completions=["1", "2"], answer=["1"] * 2)
+
+
 def test_a_response_without_a_verdict_has_no_reward():
     assert gains(Ranking((0, None, 1)))[1] is None
     without_reference = {"prompts": ["a", "a"], "completions": ["1", "2"]}

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlaif-fast[adapters-test]'")
 
+from datasets import Dataset
 from test_adapters_ranking import InOrder
 from trl import GRPOConfig, GRPOTrainer
 
@@ -15,6 +16,7 @@ from rlaif_fast.adapters.trl import OracleGRPOTrainer
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import ReferenceOracle
 
+ROWS = Dataset.from_list([{"prompt": "1", "answer": "1"}])
 SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
@@ -57,6 +59,14 @@ def test_kinds_are_checked_before_a_model_is_loaded(kind, weight):
 def test_an_oracle_is_needed():
     with pytest.raises(ValueError, match="oracles must be an oracle or several; got none"):
         OracleGRPOTrainer("no/such/model", [])
+
+
+@pytest.mark.parametrize(
+    "data", [{"train_dataset": ROWS}, {"train_dataset": None, "eval_dataset": {"first": ROWS}}]
+)
+def test_a_column_of_references_that_is_not_there_is_refused_before_a_model_is_loaded(data):
+    with pytest.raises(UsageError, match="reference='answr': there is no such column among answer, prompt"):
+        OracleGRPOTrainer("no/such/model", ReferenceOracle(), reference="answr", **data)
 
 
 def test_scale_rewards_may_say_what_scale_says(tmp_path):

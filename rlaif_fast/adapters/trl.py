@@ -13,7 +13,16 @@ from rlaif_fast.adapters.ranking import advantages, mean_logps, rank_options
 from rlaif_fast.adapters.trl_loss import add_rank_loss, forward_loss, refuse
 from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
 from rlaif_fast.adapters.trl_metrics import logged
-from rlaif_fast.oracle.as_reward import as_reward, gains, grouped, prompt_media, rank_all, requests_of
+from rlaif_fast.oracle.as_reward import (
+    REFERENCE,
+    as_reward,
+    check_reference,
+    gains,
+    grouped,
+    prompt_media,
+    rank_all,
+    requests_of,
+)
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.video import ClipStore
 
@@ -32,13 +41,14 @@ class OracleGRPOTrainer(VideoPrompts):
         kind: "directed", "oracle", "paper" or "paper_swapped"; see `rank_advantages`.
         penalty_weight: w of the directed advantage.
         scale: "none" or "group"; stands in place of `args.scale_rewards`, which must be the default or say the same.
-        reference: The column of the data set that holds the reference answer, where there is one.
+        reference: The column of the data sets that holds the reference answer; another than the default must be there.
         media: Show the oracles the pictures and videos of the prompts, decoded by a store of one's own where given.
         options: Of `GRPOTrainer`.
 
     Raises:
         ValueError: No oracle, or an option of `args` that this trainer would drop or cannot do, before anything is
             loaded.
+        UsageError: No column `reference` in a data set.
     """
 
     mask_truncated_completions: bool
@@ -51,7 +61,7 @@ class OracleGRPOTrainer(VideoPrompts):
         kind: str = "directed",
         penalty_weight: float = 1.0,
         scale: str = "none",
-        reference: str = "reference",
+        reference: str = REFERENCE,
         media: bool | ClipStore = True,
         **options: Any,
     ) -> None:
@@ -61,6 +71,11 @@ class OracleGRPOTrainer(VideoPrompts):
             raise ValueError("oracles must be an oracle or several; got none")
         if options.get("args") is not None:
             refuse(options["args"], scale)
+        for rows in (options.get("train_dataset"), options.get("eval_dataset")):
+            for part in rows.values() if isinstance(rows, dict) else [rows]:
+                columns = getattr(part, "column_names", None)
+                if columns is not None:  # a stream may not know them
+                    check_reference(reference, columns)
         self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
         super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)

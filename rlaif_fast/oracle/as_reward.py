@@ -15,6 +15,7 @@ from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.video import ClipStore
 
+REFERENCE = "reference"  # the column of the reference answers, where nobody names another
 ASKED = (
     "video",
     "videos",
@@ -28,7 +29,7 @@ def as_reward(
     oracle: Oracle,
     *,
     group_size: int | None = None,
-    reference: str = "reference",
+    reference: str = REFERENCE,
     failed: float | None = None,
     media: bool | ClipStore = True,
 ) -> OracleReward:
@@ -42,7 +43,8 @@ def as_reward(
         oracle: Ranks the groups.
         group_size: G, where the responses of a group follow one another; None groups rows of equal prompt, reference,
             media and `form`.
-        reference: Name of the column that holds the reference answer, where there is one.
+        reference: Name of the column that holds the reference answer. Another name than the default must be there in
+            TRL, whose rows have all the same columns.
         failed: Reward of a response without a verdict. TRL and ms-swift take None; verl needs a number.
         media: Show the oracle the pictures and videos of the prompts, by a store of one's own where frames are chosen
             otherwise. False spares an oracle that only reads the decoding.
@@ -86,8 +88,9 @@ class OracleReward:
                 Other things, as TRL's callbacks, say nothing about a response.
 
         Raises:
-            UsageError: No responses or prompts, or not as many of them; references, media or forms that are not one a
-                response; `group_size` rows that ask different things; or an oracle that ranks not all of them.
+            UsageError: No responses or prompts, or not as many of them; no column of the name that was asked for;
+                references, media or forms that are not one a response; `group_size` rows that ask different things;
+                or an oracle that ranks not all of them.
         """
         names = dict(columns)
         reference = self.reference
@@ -99,6 +102,8 @@ class OracleReward:
             prompts = [
                 chat[:-1] if chat[-1]["role"] == "assistant" else chat for chat in names.pop("messages")
             ]
+        else:
+            check_reference(reference, names)
         if completions is None or prompts is None or None in prompts:
             raise UsageError(
                 "the reward of an oracle needs prompts and completions; the trainer passed "
@@ -124,6 +129,19 @@ class OracleReward:
 def prompt_media(media: bool | ClipStore) -> PromptMedia | None:
     """Return what turns the media of prompts into clips; None for an oracle that is shown none."""
     return None if media is False else PromptMedia(None if media is True else media)
+
+
+def check_reference(reference: str, columns: Iterable[str]) -> None:
+    """Refuse the name of a column of references that is not there; only the default may be missing.
+
+    Raises:
+        UsageError: It is not.
+    """
+    names = sorted(columns)
+    if reference != REFERENCE and reference not in names:
+        raise UsageError(
+            f"reference={reference!r}: there is no such column among {', '.join(names) or 'none'}"
+        )
 
 
 def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
@@ -217,7 +235,7 @@ def requests_of(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
-    reference: str = "reference",
+    reference: str = REFERENCE,
     media: PromptMedia | None = None,
 ) -> list[RankRequest]:
     """Return what an oracle is asked about each group of rows.
