@@ -21,7 +21,8 @@ FLOORS = (
     ("runs",),
     ("algorithms",),
     ("distributed",),
-    ("oracle", "rollout"),
+    ("oracle",),
+    ("rollout",),
     ("prompts",),
     ("policy",),
     ("data",),
@@ -155,7 +156,7 @@ def test_what_is_imported_is_light(statement, heavy):
     ("edges", "found"),
     [
         ({"rlaif_fast.video.a": {"rlaif_fast.data.b"}}, ["rlaif_fast.video.a -> rlaif_fast.data.b"]),
-        ({"rlaif_fast.oracle.a": {"rlaif_fast.rollout.b"}}, ["rlaif_fast.oracle.a -> rlaif_fast.rollout.b"]),
+        ({"rlaif_fast.evals.a": {"rlaif_fast.plan.b"}}, ["rlaif_fast.evals.a -> rlaif_fast.plan.b"]),
         ({"rlaif_fast.data.a": {"rlaif_fast.video.b", "rlaif_fast.data.c"}}, []),
     ],
 )

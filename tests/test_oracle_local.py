@@ -12,8 +12,9 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.identity import model_digest
-from rlaif_fast.oracle.local import LocalOracle
+from rlaif_fast.oracle.local import _LISTWISE, _POINTWISE, LocalOracle
 from rlaif_fast.oracle.monitors import blind_control, oracle_stats
+from rlaif_fast.oracle.protocols import answers_block, question_block
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.tiny import TinySize, make_tiny
 from rlaif_fast.video.base import Clip
@@ -82,9 +83,6 @@ def test_pointwise_is_the_probability_of_yes(checkpoint):
     oracle = judge(checkpoint, protocol="pointwise")
     [request] = requests(1)
     yes, no = (oracle.encoder.tokenizer.get_vocab()[word] for word in ("Yes", "No"))
-    from rlaif_fast.oracle.local import _POINTWISE
-    from rlaif_fast.oracle.protocols import answers_block, question_block
-
     expected = []
     for text in request.responses:
         question = question_block(request) + answers_block([("answer", text)])
@@ -97,29 +95,53 @@ def test_pointwise_is_the_probability_of_yes(checkpoint):
     assert ranking.ranks == tuple(order.index(value) for value in expected)
 
 
-def test_listwise_generates_a_permutation_greedily(checkpoint):
-    oracle = judge(checkpoint, orders=2)
-    [request] = requests(1)
-    [ranking] = oracle.rank([request])
-    assert len(ranking.verdicts) == 2
-    from rlaif_fast.oracle.local import _LISTWISE
-    from rlaif_fast.oracle.protocols import answers_block, question_block
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """A checkpoint whose tokenizer, like those of real models, spells a letter behind a space by another token."""
+    from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer
 
-    for showing, verdict in zip(oracle._show(request)[0], ranking.verdicts):
-        labels = oracle._labels(showing)
-        block = answers_block((labels[i][0], showing.texts[i]) for i in showing.order)
-        prompt = oracle.encoder.encode(
-            Example(id="x", question=question_block(request) + block, system=_LISTWISE), request.clips
-        )
-        said, left = [], list(range(5))
-        while left:
-            logps = next_logps(oracle, prompt, [labels[i][1] for i in said])
-            best = max(left, key=lambda i: logps[labels[i][1]].item())
-            said.append(best)
-            left.remove(best)
-        assert verdict.ranks == tuple(said.index(i) for i in range(5))
-        assert verdict.raw == (" ".join(labels[i][0] for i in said),)
-        assert sorted(label for label, _ in labels) == list("ABCDE")
+    folder = make_tiny(tmp_path_factory.mktemp("spaced"), " ".join(ANSWERS).split(), size=SIZE, seed=3)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(f" {letter}") for letter in "ABCDEFGH"])
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_listwise_generates_a_permutation_greedily(checkpoint, shared_prefix):
+    check_listwise(judge(checkpoint, orders=2, shared_prefix=shared_prefix))
+
+
+def test_a_label_is_spelled_as_it_stands_in_the_reply(spaced):
+    oracle = judge(spaced, orders=2)
+    assert all(first != behind for _, (first, behind) in oracle._label_tokens)
+    check_listwise(oracle)
+
+
+def check_listwise(oracle):
+    """Compare with a reply that is drawn token by token with the model's own forward."""
+    group = requests(2)  # of five answers and of four
+    for request, ranking in zip(group, oracle.rank(group)):
+        assert len(ranking.verdicts) == 2
+        for showing, verdict in zip(oracle._show(request)[0], ranking.verdicts):
+            labels = oracle._labels(showing)
+            block = answers_block((labels[i][0], showing.texts[i]) for i in showing.order)
+            prompt = oracle.encoder.encode(
+                Example(id="x", question=question_block(request) + block, system=_LISTWISE), request.clips
+            )
+            said, left = [], list(range(len(request.responses)))
+            while left:
+                behind = bool(said)  # a label's token where the reply begins, or behind a space
+                logps = next_logps(oracle, prompt, [labels[i][1][n > 0] for n, i in enumerate(said)])
+                best = max(left, key=lambda i: logps[labels[i][1][behind]].item())
+                said.append(best)
+                left.remove(best)
+            assert verdict.ranks == tuple(said.index(i) for i in range(len(said)))
+            assert verdict.raw == (" ".join(labels[i][0] for i in said),)
+            assert sorted(label for label, _ in labels) == list("ABCDE")[: len(said)]
 
 
 @pytest.mark.parametrize("protocol", ["listwise", "pointwise", "likelihood"])

@@ -2,7 +2,8 @@
 
 Nothing is sampled, so there is nothing to parse and no reply to imitate:
 
-- `listwise` generates a permutation of the labels, constrained to the labels that are left, greedily;
+- `listwise` generates a permutation of the labels, constrained to the labels that are left, greedily, in one prefill
+  and a step a label; the orders of a group share the frames' keys and values;
 - `pointwise` asks "is this answer correct?" and ranks by the probability of yes against no;
 - `likelihood` ranks by the mean log-probability of the answer itself after the plain question, as a model
   that was trained on the task would say it (no rules, no reference: those would be copied).
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from rlaif_fast.policy.policy import Policy
     from rlaif_fast.policy.prompt import EncodedPrompt
     from rlaif_fast.prompts.encoder import PromptEncoder
+    from rlaif_fast.rollout.labels import Label
+    from rlaif_fast.rollout.plain import PlainSampler
+    from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
 LOCAL_PROTOCOLS = ("listwise", "pointwise", "likelihood")
 
@@ -38,6 +42,7 @@ _LISTWISE = (
 _POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
 _YES, _NO = ("Yes", "yes"), ("No", "no")
 _LABELS = (*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789")
+_REPLIES = 2  # changes with how replies are spelled and read
 _SCORE_TIE = 1e-5  # below what float32 and another packing of the same batch change in a probability
 
 
@@ -103,7 +108,7 @@ class LocalOracle(Judge):
         """What a cached verdict depends on beside the request."""
         return (
             f"{super().identity} model={self.model} weights={self._weights} pixels={self.pixels} "
-            f"scores={self.gives_scores}"
+            f"scores={self.gives_scores} replies={_REPLIES}"
         )
 
     @property
@@ -128,22 +133,17 @@ class LocalOracle(Judge):
             block = answers_block((own[i][0], showing.texts[i]) for i in showing.order)
             prompts.append(self._encode(showing, _LISTWISE, question_block(showing.request) + block))
         features = self.policy.encode_media(prompts)
-        chosen: list[list[int]] = [[] for _ in showings]  # texts from best to worst
+        named = [[own[i][1] for i in showing.order] for showing, own in zip(showings, labels)]
+        from rlaif_fast.rollout.base import SamplingParams
+
+        params = SamplingParams(max_new_tokens=max(map(len, named)) - 1, temperature=0.0)
+        replies = self._sampler.sample(prompts, 1, params, features, labels=named).token_ids.tolist()
         tokens = sum(len(prompt.input_ids) for prompt in prompts)
-        for _ in range(max(len(showing.texts) for showing in showings) - 1):
-            left = [[i for i in s.order if i not in done] for s, done in zip(showings, chosen)]
-            open_ = [n for n, items in enumerate(left) if len(items) > 1]
-            replies = []
-            for n in open_:
-                said = [labels[n][i][1] for i in chosen[n]]
-                replies.append([[*said, labels[n][i][1]] for i in left[n]])
-            logps = self._logps([prompts[n] for n in open_], replies, features)
-            for n, candidates in zip(open_, logps):
-                last = [candidate[-1] for candidate in candidates]  # all that the candidates differ in
-                chosen[n].append(left[n][last.index(max(last))])
         seconds = (time.perf_counter() - start) / len(showings)
         outcomes = []
-        for showing, own, done in zip(showings, labels, chosen):
+        for showing, own, reply in zip(showings, labels, replies):
+            text_of = {token: text for text, (_, spellings) in enumerate(own) for token in spellings}
+            done = [text_of[token] for token in reply if token in text_of]
             order = [*done, *(i for i in showing.order if i not in done)]
             ranks = tuple(order.index(i) for i in range(len(order)))
             said_text = " ".join(own[i][0] for i in order)
@@ -232,8 +232,8 @@ class LocalOracle(Judge):
         parts = iter(logps.double().cpu().split(lengths.tolist()))
         return [[next(parts).tolist() for _ in group] for group in replies]
 
-    def _labels(self, showing: Showing) -> list[tuple[str, int]]:
-        """A label of one token for each text, dealt out anew for every order."""
+    def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
+        """A label for each text and its tokens, dealt out anew for every order."""
         count = len(showing.texts)
         if count > len(self._label_tokens):
             raise UsageError(
@@ -245,9 +245,18 @@ class LocalOracle(Judge):
         return labels
 
     @cached_property
-    def _label_tokens(self) -> list[tuple[str, int]]:
-        found = [(label, self._single_token(label)) for label in _LABELS]
-        return [(label, token) for label, token in found if token is not None]
+    def _sampler(self) -> SharedPrefixSampler | PlainSampler:
+        from rlaif_fast.rollout.plain import PlainSampler
+        from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+
+        return (SharedPrefixSampler if self.policy.shared_prefix else PlainSampler)(self.policy)
+
+    @cached_property
+    def _label_tokens(self) -> list[tuple[str, Label]]:
+        """Labels whose tokens are one where a reply begins and one behind a space."""
+        found = [(label, self._tokens(f"{label} {label}")) for label in _LABELS]
+        unknown = self.encoder.tokenizer.unk_token_id
+        return [(label, (ids[0], ids[1])) for label, ids in found if len(ids) == 2 and unknown not in ids]
 
     @cached_property
     def _answer_tokens(self) -> tuple[list[int], list[int]]:
@@ -263,9 +272,11 @@ class LocalOracle(Judge):
         return yes, no
 
     def _single_token(self, word: str) -> int | None:
-        tokenizer = self.encoder.tokenizer
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+        ids = self._tokens(word)
+        return ids[0] if len(ids) == 1 and ids[0] != self.encoder.tokenizer.unk_token_id else None
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _load(

@@ -24,6 +24,7 @@ from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, make_rollout
+from rlaif_fast.rollout.labels import LabelSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
@@ -214,6 +215,7 @@ class GraphSampler(SharedPrefixSampler):
         params: SamplingParams,
         cache: GroupCache,
         hidden: Tensor,
+        draw: TokenSampler | LabelSampler,
         uniform: Tensor,
     ) -> Rollout:
         policy, device, feed = self.policy, self.policy.device, self._step
@@ -222,7 +224,6 @@ class GraphSampler(SharedPrefixSampler):
         group = torch.arange(responses, device=device) // num_generations
         first = [policy.layouts(prompt).next_position for prompt in prompts]
         next_position = torch.tensor(first, device=device)[group]
-        draw = TokenSampler(policy, params, responses)
         eos = torch.tensor(policy.eos_token_ids, device=device)
         token_ids = torch.zeros(responses, params.max_new_tokens, dtype=torch.int64, device=device)
         logps = torch.zeros(responses, params.max_new_tokens, device=device)

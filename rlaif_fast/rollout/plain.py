@@ -17,6 +17,7 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
+from rlaif_fast.rollout.labels import Label, LabelSampler
 
 
 class PlainSampler(ReadsPolicy):
@@ -29,13 +30,22 @@ class PlainSampler(ReadsPolicy):
         num_generations: int,
         params: SamplingParams,
         features: MediaFeatures | None = None,
+        labels: Sequence[Sequence[Label]] | None = None,
     ) -> Rollout:
-        """Return one rollout; see `Sampler`. `generate` runs the vision tower itself, whatever `features` hold."""
+        """Return one rollout; see `SharedPrefixSampler.sample`.
+
+        `generate` runs the vision tower itself, whatever `features` hold.
+        """
         from transformers import GenerationConfig, LogitsProcessorList
 
         check_params(params, num_generations, prompts)
         policy = self.policy
-        draw = _Draw(policy, params, uniforms(len(prompts) * num_generations, params))
+        assert labels is None or num_generations == 1
+        uniform = uniforms(len(prompts) * num_generations, params)
+        sampler = (
+            TokenSampler(policy, params, len(uniform)) if labels is None else LabelSampler(policy, labels)
+        )
+        draw = _Draw(policy, sampler, uniform)
         family = find_family(unwrap(policy.model).config.model_type)
         # Where `generate` would repeat media wrongly for several responses, each response gets a prompt of its own.
         expands = family is not None and family.expands
@@ -79,9 +89,9 @@ def _generation_config(model: Any, settings: Any) -> Iterator[None]:
 class _Draw:
     """A logits processor that draws the tokens itself and leaves `generate` no choice."""
 
-    def __init__(self, policy: Policy, params: SamplingParams, uniform: Tensor) -> None:
+    def __init__(self, policy: Policy, sampler: TokenSampler | LabelSampler, uniform: Tensor) -> None:
         self._policy = policy
-        self.sampler = TokenSampler(policy, params, len(uniform))
+        self.sampler = sampler
         self._uniform = uniform.to(policy.device)
         self.logps: list[Tensor] = []
 

@@ -28,6 +28,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
 from rlaif_fast.rollout.cpu_decoder import CpuDecoder
 from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
+from rlaif_fast.rollout.labels import Label, LabelSampler
 
 
 class GroupCache:
@@ -240,8 +241,13 @@ class SharedPrefixSampler(ReadsPolicy):
         num_generations: int,
         params: SamplingParams,
         features: MediaFeatures | None = None,
+        labels: Sequence[Sequence[Label]] | None = None,
     ) -> Rollout:
-        """Return one rollout; see `Sampler`. With `features` the tower pass is shared with the update."""
+        """Return one rollout; see `Sampler`. With `features` the tower pass is shared with the update.
+
+        With `labels`, those of each prompt, its one response names them from best to worst; see `LabelSampler`.
+        """
+        assert labels is None or num_generations == 1
         check_params(params, num_generations, prompts)
         policy = self.policy
         room = num_generations * (params.max_new_tokens - 1)
@@ -259,9 +265,13 @@ class SharedPrefixSampler(ReadsPolicy):
                 rows = uniform[span.start * num_generations : span.stop * num_generations]
                 cache = self._make_cache(lengths[span], num_generations, int(lengths[span].max()) + room)
                 hidden = self._prefill(prompts[span], cache, features)
-                parts.append(
-                    self._decode(prompts[span], lengths[span], num_generations, params, cache, hidden, rows)
+                draw = (
+                    TokenSampler(policy, params, len(rows))
+                    if labels is None
+                    else LabelSampler(policy, labels[span])
                 )
+                asked = prompts[span], lengths[span], num_generations, params
+                parts.append(self._decode(*asked, cache, hidden, draw, rows))
         return concat_rollouts(parts)
 
     def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
@@ -306,13 +316,13 @@ class SharedPrefixSampler(ReadsPolicy):
         params: SamplingParams,
         cache: GroupCache,
         hidden: Tensor,
+        draw: TokenSampler | LabelSampler,
         uniform: Tensor,
     ) -> Rollout:
         policy, device = self.policy, self.policy.device
         groups, responses = len(prompts), len(prompts) * num_generations
         next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
         vocabulary = policy.head_weight.shape[0]
-        draw = TokenSampler(policy, params, responses)
         drawn = Drawn(policy, responses, params.max_new_tokens)
         if self._cpu_decoder is not None:
             self._cpu_decoder.begin()
