@@ -20,6 +20,7 @@ import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.loss.api import token_logps
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
@@ -221,15 +222,17 @@ class LocalOracle(Judge):
     def _logps(
         self, prompts: Sequence[EncodedPrompt], replies: Sequence[Sequence[Sequence[int]]], features: Any
     ) -> list[list[list[float]]]:
-        """Log-probability of each token of each reply after its prompt."""
-        rows = [torch.tensor(list(reply)) for group in replies for reply in group]
-        lengths = torch.tensor([len(row) for row in rows])
-        token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        logps = self.policy.response_logps(
-            prompts, token_ids, lengths, group_sizes=[len(group) for group in replies], features=features
-        )
-        assert isinstance(logps, torch.Tensor)
-        parts = iter(logps.double().cpu().split(lengths.tolist()))
+        """Log-probability of each token of each reply after its prompt; prompts about one clip read it once."""
+        from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
+
+        policy = self.policy
+        rows = for_policy(response_rows(prompts, replies), policy)
+        hidden = response_hidden(policy, rows, features=features)
+        targets = rows.target_ids.to(hidden.device)
+        logps = token_logps(hidden, policy.head_weight, targets, bias=policy.head_bias, validate=False)
+        assert isinstance(logps, torch.Tensor)  # a pair with return_entropy alone
+        lengths = [len(reply) for group in replies for reply in group]
+        parts = iter(logps.double().cpu().split(lengths))
         return [[next(parts).tolist() for _ in group] for group in replies]
 
     def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
