@@ -68,6 +68,14 @@ class AttentionContext(Protocol):
         ...
 
 
+def dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What attention computes in where the weights are of `dtype`: theirs, or autocast's."""
+    kind = device.type
+    known = torch.amp.is_autocast_available(kind)  # not of "meta"
+    cast = known and torch.is_autocast_enabled(kind) and dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else dtype
+
+
 def install(decoder: Any) -> None:
     """Route the attention of a text decoder through `AttentionContext`s, when one is given."""
     from transformers import AttentionInterface
@@ -83,8 +91,9 @@ def install(decoder: Any) -> None:
 
 def _attention(module, query, key, value, attention_mask, *, base: str, shared_prefix=None, **kwargs):
     if shared_prefix is not None:
-        scale = kwargs["scaling"]
-        return shared_prefix.attend(module.layer_idx, query, key, value, scale), None
+        # Under autocast a head's norm leaves queries and keys wider than values.
+        qkv = (x.to(dtype_of(query.device, x.dtype)) for x in (query, key, value))
+        return shared_prefix.attend(module.layer_idx, *qkv, kwargs["scaling"]), None
     if base == "eager":  # the one implementation that transformers keeps in each model's own file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:

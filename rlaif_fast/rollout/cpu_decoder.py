@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlaif_fast.loss import extension
+from rlaif_fast.policy.attention import dtype_of
 from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
 
@@ -51,7 +52,8 @@ class GroupStep(Protocol):
 
 def refuses_cpu_decoder(policy: Policy) -> str | None:
     """Return why the decode step of a policy cannot run in C++, or None."""
-    if policy.device.type != "cpu" or policy.head_weight.dtype != torch.float32:
+    dtype = dtype_of(policy.device, policy.head_weight.dtype)
+    if policy.device.type != "cpu" or dtype != torch.float32:
         return "it computes in float32 on a CPU"
     missing = extension.unavailable()
     if missing is not None:

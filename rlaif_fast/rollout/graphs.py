@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.attention import dtype_of
 from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode
@@ -75,7 +76,8 @@ class FixedStep:
             raise UsageError(
                 "sampler: cuda_graphs does not know linear-attention layers; use auto or shared_prefix"
             )
-        device, dtype = policy.device, policy.head_weight.dtype
+        device = policy.device
+        self._dtype = dtype = dtype_of(device, policy.head_weight.dtype)
         responses = groups * num_generations
         self.shape = (groups, num_generations, length)
         self.cache = GroupCache(policy, np.zeros(groups, dtype=np.int64), length)
@@ -97,8 +99,10 @@ class FixedStep:
         self._hidden: Tensor | None = None
 
     def fits(self, groups: int, num_generations: int, length: int) -> bool:
-        """Whether a rollout of these sizes can use the step, and the weights are where they were."""
-        return self.shape == (groups, num_generations, length) and self._weights == self._addresses()
+        """Whether a rollout of these sizes can use the step; weights and dtype must be as they were."""
+        dtype = dtype_of(self._policy.device, self._policy.head_weight.dtype)
+        sizes, weights = (groups, num_generations, length), self._addresses()
+        return (self.shape, self._dtype, self._weights) == (sizes, dtype, weights)
 
     def begin(self, prompt_lengths: np.ndarray) -> None:
         """Start a rollout: each response sees its prompt alone."""
@@ -143,7 +147,12 @@ class FixedStep:
         return output.transpose(1, 2).flatten(0, 1)[None]
 
     def _run(self) -> Tensor:
-        return self._policy.decode(self._ids, self._positions, self)
+        kind = self._ids.device.type
+        # The weights that autocast casts are kept no longer than it is on; a captured step casts its own.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            return self._policy.decode(self._ids, self._positions, self)
 
     def _capture(self) -> None:
         # Feeding the same tokens again writes the same keys to the same columns, so warming up changes nothing.

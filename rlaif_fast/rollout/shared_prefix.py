@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import AttentionContext, SdpaContext, sdpa
+from rlaif_fast.policy.attention import AttentionContext, SdpaContext, dtype_of, sdpa
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
@@ -43,12 +43,11 @@ class GroupCache:
     def __init__(self, policy: Policy, prompt_lengths: np.ndarray, length: int) -> None:
         config = policy.decoder.config
         attend = {i: m.self_attn for i, m in enumerate(policy.decoder.layers) if hasattr(m, "self_attn")}
-        weight = policy.head_weight
+        device, dtype = policy.device, dtype_of(policy.device, policy.head_weight.dtype)
         self.length, self.head_size = length, next(iter(attend.values())).head_dim
         shape = (len(prompt_lengths), config.num_key_value_heads, length, self.head_size)
         self.keys, self.values = (
-            {layer: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for layer in attend}
-            for _ in range(2)
+            {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in attend} for _ in range(2)
         )
         self.states = NodeStates() if state_size(policy.decoder) else None
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
