@@ -340,7 +340,13 @@ def _sharded(rank: int, rendezvous: str, where: str) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=len(SHARDS))
     first = sum(SHARDS[:rank])
     own = slice(first, first + SHARDS[rank])
-    results = []
+    results, sizes_asked, all_gather = [], [], dist.all_gather
+
+    def counted(parts, mine, **options):
+        sizes_asked.extend([mine] if mine.dtype == torch.int64 else [])
+        return all_gather(parts, mine, **options)
+
+    dist.all_gather = counted
     for options in SHARDED_OPTIONS:
         problem = random_problem(V=sum(SHARDS))
         if options.pop("on_policy", False):
@@ -359,6 +365,7 @@ def _sharded(rank: int, rendezvous: str, where: str) -> None:
         )
         (2 * out.loss).backward()
         results.append((out.loss.detach(), hidden.grad, weight.grad, bias.grad))
+    assert len(sizes_asked) == len(SHARDED_OPTIONS)  # each call asks the others for their sizes once
     torch.save(results, Path(where) / f"{rank}.pt")
     dist.destroy_process_group()
 

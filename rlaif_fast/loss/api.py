@@ -291,13 +291,13 @@ def fused_linear_grpo_rank_loss(
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
     if process_group is not None and backend == "reference":
         raise ValueError("process_group must be None with backend='reference'")
-    vocabulary = weight.shape[0]
-    if process_group is not None:
-        vocabulary = VocabularyShard(process_group, vocabulary, weight.device).vocabulary
+    rows = weight.shape[0]
+    shard = None if process_group is None else VocabularyShard(process_group, rows, weight.device)
+    vocabulary = rows if shard is None else shard.vocabulary
     values.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
-    rest = (token_ids, lengths, inputs, options, chunk_size, process_group, backend)
+    rest = (token_ids, lengths, inputs, options, chunk_size, shard, backend)
     closed = ops.linear_loss(hidden, Head(weight, bias, scaling, float32_weight), *rest)
     return named(closed, inputs, options, True, extra)
 

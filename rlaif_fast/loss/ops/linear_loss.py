@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import Head, Needs, Padding, Scaling, TokenGradients, TokenInputs
@@ -129,7 +128,7 @@ def linear_loss(
     inputs: TokenInputs,
     options: LossOptions,
     chunk_size: int | None,
-    group: ProcessGroup | None,
+    shard: VocabularyShard | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, advantages and statistics; differentiable in hidden, the head's leaf and bias."""
@@ -139,7 +138,7 @@ def linear_loss(
         loss, ranked, stats = _in_backward(reference.cleared(hidden, inputs.mask), head, *rest, backend)
     else:
         hidden, head = autocast(hidden, head)
-        loss, ranked, stats = _by_kernels(hidden, head, *rest, group, backend)
+        loss, ranked, stats = _by_kernels(hidden, head, *rest, shard, backend)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
 
 
@@ -151,7 +150,7 @@ def _by_kernels(
     inputs: TokenInputs,
     options: LossOptions,
     chunk_size: int | None,
-    group: ProcessGroup | None,
+    shard: VocabularyShard | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss with its gradients made in the forward pass, but for those of float16.
@@ -161,13 +160,13 @@ def _by_kernels(
     leaves = (hidden, head.leaf, head.bias)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     if hidden.dtype == torch.float16 and any(needs):
-        if group is not None:
+        if shard is not None:
             raise ValueError("process_group must be None where float16 needs a gradient; use bfloat16")
         return _in_backward(hidden, head, token_ids, lengths, inputs, options, chunk_size, backend)
-    if group is not None:
+    if shard is not None:
         padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
-        return with_close(hidden, head, token_ids, padding, make_close, chunk_size, backend, group)
+        return with_close(hidden, head, token_ids, padding, make_close, chunk_size, backend, shard)
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
     return loss, ranked, stats
@@ -200,14 +199,13 @@ def with_close(
     make_close: MakeClose,
     chunk_size: int | None,
     backend: str,
-    group: ProcessGroup | None = None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
     hidden, the head's leaf and bias. Not under torch.compile."""
     hidden, head = autocast(hidden, head)
 
     def run(needs: Needs) -> tuple[TokenGradients, tuple[Tensor, ...]]:
-        shard = None if group is None else VocabularyShard(group, head.weight.shape[0], head.weight.device)
         rest = (padding, make_close, chunk_size, needs, backend, shard)
         return _run(hidden.detach(), head.detach(), token_ids, *rest)
 
