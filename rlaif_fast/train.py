@@ -16,10 +16,11 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import flag_is_true, given_values, packaged_config, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
 from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 
@@ -31,15 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
+    from rlaif_fast.trainer.cached_model import defaults_of
+    from rlaif_fast.trainer.options import TrainConfig
     from rlaif_fast.trainer.unread import tell_unread
 
     texts: dict[str, Any] = {"prog": "rlaif_fast.train", "description": __doc__ or ""}
     words = [word for word in argv if not word.startswith("--print-config")]
     given = given_values(TrainConfig, words, **texts)
     under = None
-    if "resume" not in given and given.get("model", "tiny") in TINY_FAMILIES:
-        under = packaged_config("tiny.yaml")
+    if "resume" not in given:
+        under = defaults_of(given.get("model", TrainConfig.model), partial(print, file=sys.stderr))
     config = parse_config(TrainConfig, argv, **texts, under=under)
     if config.resume is None:
         flags = given_values(TrainConfig, words, **texts, flags_alone=True)

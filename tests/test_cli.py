@@ -1,5 +1,6 @@
 """Flags win over files wherever they stand, and what both set is told."""
 
+import json
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ import pytest
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
 from rlaif_fast.errors import UsageError
+from rlaif_fast.evals.options import EvaluateConfig, configuration
+from rlaif_fast.plan import __main__ as plan_module
+from rlaif_fast.policy.tiny import TinySize, make_tiny
+from rlaif_fast.trainer.cached_model import defaults_of
 from rlaif_fast.trainer.options import TrainConfig
 
 TEXTS = {"prog": "p", "description": "d"}
@@ -147,3 +152,38 @@ def test_every_command_refuses_an_argument_that_it_does_not_know(command, monkey
         runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
     assert end.value.code == 2
     assert "no_such_option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_checkpoint_of_a_tiny_run_starts_from_the_tiny_defaults(tmp_path, monkeypatch, capsys, adapters):
+    """It started from those of a model of billions: frames of 128 times as many pixels, a rate 400 times smaller."""
+    checkpoint = make_tiny(tmp_path / "tiny", ["red"])
+    if adapters:
+        (tmp_path / "lora").mkdir()
+        settings = {"base_model_name_or_path": str(checkpoint)}
+        (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+        checkpoint = tmp_path / "lora"
+    seen = []
+    monkeypatch.setattr(train_module, "train", lambda config, given: seen.append(config))
+    assert train_module.main(["--model", str(checkpoint), "--warmup_steps", "7"]) == 0
+    [config] = seen
+    assert (config.model, config.max_pixels, config.learning_rate) == (str(checkpoint), 1024, 4e-4)
+    assert config.warmup_steps == 7
+    assert "is a tiny policy, so what is not set is that of configs/tiny.yaml" in capsys.readouterr().err
+    evaluated = configuration(EvaluateConfig(model=str(checkpoint), data="test.jsonl"))
+    assert (evaluated.model, evaluated.max_pixels, evaluated.fps) == (str(checkpoint), 1024, 3.0)
+
+
+def test_another_small_model_is_not_taken_for_the_tiny_one(tmp_path):
+    checkpoint = make_tiny(tmp_path / "small", ["red"], size=TinySize(hidden_size=64))
+    told: list[str] = []
+    assert defaults_of(str(checkpoint), told.append) is None
+    (checkpoint / "config.json").write_text("{")
+    assert defaults_of(str(checkpoint), told.append) is None and not told
+
+
+def test_a_plan_of_the_tiny_policy_has_the_tiny_defaults(capsys):
+    """Training took those, and the plan foretold a step with frames of 128 times as many pixels."""
+    with pytest.raises(SystemExit):
+        plan_module.main(["--print-config", "--model", "tiny"])
+    assert "\nmax_pixels: 1024\n" in capsys.readouterr().out

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.cli import parse_config
 from rlaif_fast.errors import UsageError, require, require_given, require_least
 from rlaif_fast.evals.answering import Answering
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
+from rlaif_fast.trainer.cached_model import defaults_of
 from rlaif_fast.trainer.options import TrainConfig
 
 BENCHMARK_ONLY = (
@@ -153,7 +155,7 @@ def configuration(options: EvaluateConfig, tell: Callable[[str], None] = lambda 
 
     Args:
         options: What to evaluate.
-        tell: Gets a line where the run's config.yaml is damaged and a checkpoint's copy is used.
+        tell: Gets a line where the run's config.yaml is damaged and a checkpoint's copy is used, or the model is tiny.
 
     Raises:
         UsageError: There is no such run, or its configuration is lost.
@@ -167,6 +169,9 @@ def configuration(options: EvaluateConfig, tell: Callable[[str], None] = lambda 
     config = TrainConfig()
     if options.model is not None:
         check_weights(Path(options.model).expanduser())
+        under = defaults_of(options.model, tell) if options.run is None else None
+        if under is not None:
+            config = parse_config(TrainConfig, [], prog="rlaif_fast.evaluate", description="", under=under)
     given = {name: value for name in ("model", *FROM_RUN) if (value := getattr(options, name)) is not None}
     if options.fps is not None:
         given["nframes"] = None  # a rate takes the place of the run's number

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlaif_fast.policy.model_files import base_of
 from rlaif_fast.policy.weights import save_quietly
 
 END_OF_TEXT = "<|endoftext|>"
@@ -165,6 +166,24 @@ def tiny_config(family: str, vocab_size: int, token_ids: dict[str, int], size: T
         vision |= {"window_size": 4 * size.patch_size, "fullatt_block_indexes": [size.vision_layers - 1]}
         return Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media_ids)
     raise ValueError(f"family: expected 'qwen3_vl' or 'qwen2_5_vl', got {family!r}")
+
+
+def holds_tiny(model: str) -> bool:
+    """Whether a folder holds a tiny policy of the usual size, or LoRA adapters of one."""
+    folder = Path(model).expanduser()
+    try:
+        config = json.loads((Path(base_of(folder) or folder).expanduser() / "config.json").read_bytes())
+        text, vision = config["text_config"], config["vision_config"]
+        found = (
+            text["hidden_size"],
+            text["num_hidden_layers"],
+            text["initializer_range"],
+            vision["hidden_size"],
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # whoever loads it says what is wrong with it
+    size = TinySize()
+    return found == (size.hidden_size, size.layers, size.initializer_range, size.vision_hidden_size)
 
 
 def make_tiny(

@@ -1,4 +1,4 @@
-"""The tiny policy in the cache."""
+"""The tiny policy: what its runs start from, and its folder in the cache."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from rlaif_fast.cli import packaged_config
 from rlaif_fast.data import VOCABULARY
 from rlaif_fast.errors import RlaifFastError, writing
-from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.policy.tiny import holds_tiny, make_tiny, words_of
 from rlaif_fast.prompts.encoder import question_text
 from rlaif_fast.runs.integrity import Damage, Manifest, digests, read_manifest, write_manifest
 from rlaif_fast.trainer.datasets import cache_folder
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
+
+
+def defaults_of(model: str, tell: Callable[[str], None]) -> Path | None:
+    """The file whose values hold where a user sets none: the tiny policy's own; None where those of the classes do.
+
+    Args:
+        model: A name or a checkpoint folder; a tiny run's counts as the tiny policy.
+        tell: Gets a line where that is not known by the name.
+    """
+    if model not in TINY_FAMILIES:
+        if not holds_tiny(model):
+            return None
+        tell(f"model: {model} is a tiny policy, so what is not set is that of configs/tiny.yaml")
+    return packaged_config("tiny.yaml")
 
 
 def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
