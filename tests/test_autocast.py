@@ -58,3 +58,17 @@ def test_attention_in_two_parts(family: str, monkeypatch) -> None:
         found = gradients()
     assert found.dtype == torch.float32
     assert relative_l2(found, expected) < 5e-2
+
+
+def test_features_of_a_frozen_tower_are_not_mixed() -> None:
+    """Those made under autocast were taken for exact ones afterwards, and the other way round."""
+    policy = make_policy("qwen3_vl")
+    policy.vision.tower.requires_grad_(False)
+    prompts = standard_prompts("qwen3_vl")
+    exact = policy.encode_media(prompts).levels[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = policy.encode_media(prompts).levels[0]
+        calls = policy.vision.calls
+        assert torch.equal(policy.encode_media(prompts).levels[0], rounded) and policy.vision.calls == calls
+    assert not torch.equal(rounded.float(), exact)
+    assert torch.equal(policy.encode_media(prompts).levels[0], exact)

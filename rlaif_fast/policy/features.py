@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rlaif_fast.policy.attention import dtype_of
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families.base import Family
 from rlaif_fast.policy.packing import ranges
@@ -137,7 +138,10 @@ class VisionEncoder:
         return self.family.features(self.tower, media)
 
     def _forget_if_changed(self) -> None:
-        fingerprint = tuple((p.data_ptr(), p._version) for p in self.tower.parameters())
+        parameters = list(self.tower.parameters())
+        # Features of autocast are no others'.
+        computed = {dtype_of(p.device, p.dtype) for p in parameters}
+        fingerprint = (computed, *((p.data_ptr(), p._version) for p in parameters))
         if fingerprint != self._fingerprint:
             self._forget()
             self._fingerprint = fingerprint
