@@ -88,6 +88,22 @@ def test_trl_has_these_names():
         assert name in source, name
 
 
+def test_mlflow_gets_names_that_it_takes(tmp_path, monkeypatch):
+    """It refuses a category's other characters, and nothing more was reported after the first evaluation."""
+    module = types.ModuleType("mlflow")
+    module.set_experiment = module.log_params = lambda *_, **__: None
+    module.start_run, module.end_run = lambda **_: None, lambda: None
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    module.search_runs = lambda **_: []
+    module.log_metrics = lambda values, step: module.logged.extend(values)
+    module.logged = []
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    folder = RunDir.create(tmp_path / "run")
+    with RunLogger(folder, tensorboard=False, stream=io.StringIO(), report_to=["mlflow"]) as log:
+        log.log("eval", 1, phase="rl", split="test", by_category={"who? (names)": {"accuracy": 0.5, "n": 2}})
+    assert module.logged == ["eval_test_accuracy/who_ _names_"]
+
+
 def test_a_tracker_that_fails_does_not_end_the_run(played, tmp_path):
     def fail(values, step):
         raise ConnectionError("gone\nmore")
@@ -134,4 +150,11 @@ def test_the_real_library(name, tmp_path, monkeypatch):
         said = io.StringIO()
         with RunLogger(folder, tensorboard=False, stream=said, report_to=[name], config={"seed": 3}) as log:
             log.log("rl", step, **RL)
+            log.log(
+                "eval",
+                step,
+                phase="rl",
+                split="test",
+                by_category={"who? (names)": {"accuracy": 0.5, "n": 2}},
+            )
         assert "no longer reported to" not in said.getvalue()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
 
 PROJECT = "rlaif_fast"
+UNKNOWN_TO_MLFLOW = re.compile(r"[^\w\-. /]")
 
 # Ours -> TRL's (`GRPOTrainer`), where the two mean the same.
 TRL_NAMES = {
@@ -95,7 +97,12 @@ def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     module.start_run(run_id=earlier, run_name=_name(run_dir), tags={"rlaif_fast": identity})
     if earlier is None:
         module.log_params({key: str(value)[:500] for key, value in config.items()})
-    return _Calls(module.log_metrics, module.end_run)
+
+    def send(values: Mapping[str, float], step: int) -> None:
+        # MLflow refuses names with other characters, which a category may have.
+        module.log_metrics({UNKNOWN_TO_MLFLOW.sub("_", name): x for name, x in values.items()}, step=step)
+
+    return _Calls(send, module.end_run)
 
 
 MAKERS: dict[str, Callable[[Any, RunDir, dict[str, Any]], Tracker]] = {
