@@ -84,9 +84,10 @@ def test_media_root_is_not_that_of_generated_clips(tmp_path):
     [
         ({"optimizer_offload": True}, "optimizer_offload: expected false where the device is cpu"),
         ({"patchify_backend": "triton"}, "patchify_backend: triton cannot run here"),
+        ({"seed": 1_732_692_658_000_000_000}, "seed: expected a number of 32 bits"),
     ],
 )
-def test_what_needs_a_gpu_is_refused_before_the_run(monkeypatch, changes, words):
+def test_what_cannot_work_here_is_refused_before_the_run(monkeypatch, changes, words):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(UsageError, match=words):
         preflight(TrainConfig(device="cpu", num_processes=1, **changes))

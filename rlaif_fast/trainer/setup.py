@@ -104,6 +104,8 @@ def preflight(config: TrainConfig) -> None:
         RlaifFastError: It starts from a checkpoint whose weights are not as they were written.
         UsageError: The model, the data or the oracle cannot be what the configuration says.
     """
+    # Draws are numbered from a multiple of it, in 64 bits.
+    require(abs(config.seed) < 2**32, "seed", "a number of 32 bits", config.seed)
     device = resolve_device(config.device)
     check_backend(config, device)
     if config.patchify_backend != "auto":
