@@ -166,7 +166,10 @@ def test_preferences_are_learned_from_as_their_formulas_say(algorithm):
         group.texts if algorithm == "lipo" else (group.texts[0], group.texts[-1]) for group in groups[:2]
     ]
     assert len(learned) == (2 if algorithm == "online_dpo" else 3)
-    _, ours = updated(policy, learned, algorithm=algorithm, beta=0.1, max_packed_tokens=40)
+    stats, ours = updated(policy, learned, algorithm=algorithm, beta=0.1, max_packed_tokens=40)
+    whole, _ = updated(policy, learned, algorithm=algorithm, beta=0.1)
+    assert stats == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert stats["pairs"] == (2 if algorithm == "online_dpo" else 2 * G * (G - 1) // 2)
 
     rows = [tokens for group in groups[:3] for tokens in group.token_ids]
     padded = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

@@ -33,4 +33,8 @@ class Lipo(PreferenceAlgorithm):
     def loss(self, hidden: Tensor, weight: Tensor, token_ids: Tensor, **inputs: Any) -> LossOutput:
         """The LiPO-lambda loss of the groups; see `Algorithm.loss`."""
         arguments = self.arguments(inputs, inputs["labels"].shape[1])
-        return as_output(fused_linear_lipo_loss(hidden, weight, token_ids, **arguments))
+        labels, judged = inputs["labels"], inputs["judged"]
+        pairs = labels[:, :, None] > labels[:, None, :]
+        if judged is not None:
+            pairs = pairs & judged[:, :, None] & judged[:, None, :]
+        return as_output(fused_linear_lipo_loss(hidden, weight, token_ids, **arguments), pairs.sum())

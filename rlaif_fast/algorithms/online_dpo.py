@@ -38,4 +38,5 @@ class OnlineDpo(PreferenceAlgorithm):
 
     def loss(self, hidden: Tensor, weight: Tensor, token_ids: Tensor, **inputs: Any) -> LossOutput:
         """The DPO loss of the pairs, each best response before its worst; see `Algorithm.loss`."""
-        return as_output(fused_linear_dpo_loss(hidden, weight, token_ids, **self.arguments(inputs, 2)))
+        found = fused_linear_dpo_loss(hidden, weight, token_ids, **self.arguments(inputs, 2))
+        return as_output(found, len(inputs["lengths"]) // 2)

@@ -73,10 +73,16 @@ def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:  # (M,), (B,) ->
     return values.new_zeros(len(lengths)).index_add_(0, owner, values)
 
 
-def as_output(found: PreferenceOutput) -> LossOutput:
-    """What the loop reads, under TRL's names; `advantages` are the implicit rewards."""
+def as_output(found: PreferenceOutput, pairs: int | Tensor) -> LossOutput:
+    """What the loop reads, under TRL's names; `advantages` are the implicit rewards.
+
+    Args:
+        found: From a loss of preferences.
+        pairs: How many its statistics are means over.
+    """
     stats = {
         "loss/policy": found.loss.detach(),
+        "pairs": torch.as_tensor(pairs, device=found.loss.device).float(),
         "rewards/margins": found.stats["margin"],
         "rewards/accuracies": found.stats["accuracy"],
         "rewards/chosen": found.stats["reward_chosen"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.shard import whole
 from rlaif_fast.policy.weights import set_float32_copy
 from rlaif_fast.runs.sharded import read_shards
+
+COUNTS = ("tokens", "pairs")  # of what a loss counted
 
 
 class Updater:
@@ -214,25 +217,25 @@ def _collect(copy: nn.Parameter):
 def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """The loss's statistics of a whole update from those of its parts, each with its number of tokens.
 
-    Losses and token counts are parts of a sum, and `ratio_max` is a maximum. The others are means over the tokens that
-    the loss counts, which are fewer than all where some are masked.
+    Losses and counts are parts of a sum, and `ratio_max` is a maximum. Rewards are means over the pairs, the others
+    over the tokens that the loss counts, which are fewer than all where some are masked.
     """
-    parts = [(stats.get("tokens", weight), stats) for weight, stats in shards]
-    tokens = sum(weight for weight, _ in parts) or 1
     combined = {}
     for name in shards[0][1] if shards else ():
-        values = [(weight, stats[name]) for weight, stats in parts]
-        if name == "tokens" or name.startswith("loss"):
-            combined[name] = sum(value for _, value in values)
+        values = [stats[name] for _, stats in shards]
+        if name in COUNTS or name.startswith("loss"):
+            combined[name] = sum(values)
         elif name == "ratio_max":
-            combined[name] = max(value for _, value in values)
+            combined[name] = max(values)
         else:
-            combined[name] = sum(weight * value for weight, value in values) / tokens
+            counted = "pairs" if name.startswith("rewards/") else "tokens"
+            weights = [stats.get(counted, tokens) for tokens, stats in shards]
+            combined[name] = sum(map(operator.mul, weights, values)) / (sum(weights) or 1)
     return combined
 
 
 def mean_of_updates(updates: Sequence[dict]) -> dict:
-    """What is logged of the updates of one step: the mean of each statistic, of `tokens` the sum, of `ratio_max` the
+    """What is logged of the updates of one step: the mean of each statistic, of `COUNTS` the sum, of `ratio_max` the
     largest. Those of a single update stay where they are, on its device.
     """
     if len(updates) == 1:
@@ -241,6 +244,6 @@ def mean_of_updates(updates: Sequence[dict]) -> dict:
     for name in updates[0] if updates else ():
         values = [float(stats[name]) for stats in updates]
         merged[name] = max(values) if name == "ratio_max" else sum(values)
-        if name not in ("tokens", "ratio_max"):
+        if name not in (*COUNTS, "ratio_max"):
             merged[name] /= len(values)
     return merged

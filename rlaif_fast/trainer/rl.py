@@ -32,7 +32,7 @@ from rlaif_fast.trainer.setup import seed_step
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (
     *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
-    *("rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+    *("pairs", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
 )
 
 
