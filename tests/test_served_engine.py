@@ -15,6 +15,7 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.testing import make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import SharedPrefixSampler, VllmSampler
 from rlaif_fast.rollout.base import Answer, EngineLost, SamplingParams
+from rlaif_fast.rollout.vllm import served
 from rlaif_fast.rollout.vllm.requests import MediaItem
 from rlaif_fast.rollout.vllm.sampler import GUARDED_PROMPTS
 from rlaif_fast.rollout.vllm.served import share_of
@@ -135,6 +136,22 @@ def test_several_servers_share_the_prompts_and_the_answers_keep_their_order(poli
         counts = [paths(server).count(GENERATE) for server in servers]
     assert shared.token_ids.tolist() == alone.token_ids.tolist()
     assert counts == [1 + 1, 2 + 1, 2 + 2]  # ours, and the four of the guard
+
+
+def test_a_request_is_made_when_it_is_sent(policy, server, sampler, monkeypatch):
+    """All of a rollout's at once would hold each prompt's patches as text."""
+    sampler.sample(PROMPTS, 2, PARAMS)
+    server.asked.clear()
+    sent, made = [], served.generate_body
+
+    def counted(*arguments):
+        sent.append(sum(path == GENERATE for path, _ in server.asked))
+        return made(*arguments)
+
+    monkeypatch.setattr(served, "generate_body", counted)
+    monkeypatch.setattr(served, "REQUESTS_AT_ONCE", 1)
+    sampler.sample(PROMPTS, 2, PARAMS)
+    assert sent == list(range(len(PROMPTS)))
 
 
 def test_each_process_has_servers_of_its_own(monkeypatch):

@@ -152,13 +152,15 @@ class ServedEngine:
         self._on_all(self._check_weights)
         bounds = [len(prompts) * i // len(self._servers) for i in range(len(self._servers) + 1)]
         asked = [
-            (server, generate_body(prompts[i], self._config, options, seeds[i]))
+            (server, i)
             for server, low, high in zip(self._servers, bounds, bounds[1:])
             for i in range(low, high)
         ]
 
-        def answers(request: tuple[Server, bytes]) -> list[Answer]:
-            server, body = request
+        def answers(request: tuple[Server, int]) -> list[Answer]:
+            server, i = request
+            # Made here: a body holds its clip's patches, hundreds of megabytes.
+            body = generate_body(prompts[i], self._config, options, seeds[i])
             try:
                 return read_answers(server.post("/inference/v1/generate", body), options["n"])
             except MalformedAnswer as error:
