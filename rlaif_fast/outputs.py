@@ -13,6 +13,7 @@ MARKER = ".rlaif-fast-run"  # in the folder of a run
 LOCK = ".lock"
 REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
 MOVING = ".moving"  # the same on its way there or back
+INDEX = "index.json"  # in the folder of its checkpoints
 RECORDS = (
     *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "quarantine.jsonl", "summary.json"),
     *("predictions-*.jsonl", "report.html", "figures", "checkpoints", "tensorboard"),

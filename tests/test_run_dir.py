@@ -203,18 +203,44 @@ def test_a_summary_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_kill_while_the_summary_is_written_leaves_none(tmp_path):
-    script = """
+@pytest.mark.parametrize(
+    ("before", "killed_in", "left"),
+    [
+        ("", "RunDir.create(path)", "..rlaif-fast-run.*.tmp"),
+        (
+            "run = RunDir.create(path)",
+            "run.write_summary({'final_accuracy': 1.0})",
+            ".summary.json.*.tmp",
+        ),
+        (
+            "store = CheckpointStore(RunDir.create(path).checkpoints, {})",
+            "store.mark()",
+            "checkpoints/.index.json.*.tmp",
+        ),
+    ],
+)
+def test_a_kill_while_a_file_is_written_leaves_none(tmp_path, before, killed_in, left):
+    """What it leaves under a temporary name goes with the next run that has the folder."""
+    script = f"""
 import os, sys
+from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.folder import RunDir
-run = RunDir.create(sys.argv[1])
+path = sys.argv[1]
+{before}
 os.fsync = lambda _: os._exit(9)
-run.write_summary({"final_accuracy": 1.0})
+{killed_in}
 """
     path = tmp_path / "run"
     process = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
-    assert process.returncode == 9
-    assert not RunDir.open(path).finished
+    assert process.returncode == 9 and not RunDir(path).finished
+    assert len(list(path.glob(left))) == 1
+    own = path / ".notes.txt.12.tmp"
+    if before:
+        own.touch()
+        with RunDir.open(path).lock():
+            assert own.exists() and not list(path.glob(left))
+    RunDir.create(path)
+    assert not list(path.glob(left))
 
 
 def test_summary_holds_numbers_of_every_kind_and_stays_json(tmp_path):

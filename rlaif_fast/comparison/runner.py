@@ -16,6 +16,7 @@ import yaml
 
 from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.outputs import INDEX
 from rlaif_fast.runs.folder import RunDir, write_atomically
 
 POLL_SECONDS = 0.5
@@ -133,7 +134,7 @@ def _config_file(job: Job) -> Path:
 
 
 def _has_checkpoint(job: Job) -> bool:
-    return (job.folder / "checkpoints" / "index.json").exists()
+    return (job.folder / "checkpoints" / INDEX).exists()
 
 
 def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError, refusal, writing
+from rlaif_fast.outputs import INDEX
 from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
     ADAPTER_CONFIG,
@@ -129,7 +130,7 @@ class CheckpointStore:
             self._background.wait()
 
     def _read_index(self) -> CheckpointIndex:
-        path = self.folder / "index.json"
+        path = self.folder / INDEX
         if not path.exists():
             return CheckpointIndex()
         try:
@@ -282,7 +283,7 @@ class CheckpointStore:
         return replace(index, recent=newest, order=index.order + 1, config_sha256=digest)
 
     def _write_index(self, index: CheckpointIndex) -> None:
-        write_atomically(self.folder / "index.json", sealed(asdict(index)))
+        write_atomically(self.folder / INDEX, sealed(asdict(index)))
         self._remove_unlisted()
 
     def _remove_unlisted(self) -> None:

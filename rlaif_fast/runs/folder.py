@@ -13,15 +13,17 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.outputs import LOCK, MARKER, MOVING, REPLACED
+from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED
 
 if os.name == "posix":
     import fcntl
@@ -95,8 +97,8 @@ class RunDir:
                 f"output_dir {run.path} is a file; choose a folder that is empty or does not exist"
             )
         try:
-            entries = [entry.name for entry in run.path.iterdir()] if run.path.exists() else []
-            if set(entries) - {LOCK} and MARKER not in entries:
+            entries = {entry.name for entry in run.path.iterdir()} if run.path.exists() else set()
+            if MARKER not in entries and any(_written_as(name) != MARKER for name in entries - {LOCK}):
                 raise UsageError(
                     f"output_dir {run.path} is not empty and was not made by a run; choose another folder"
                 )
@@ -141,7 +143,8 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Keep other runs out of the folder while the block runs; a process that dies lets go of it.
 
-        A file system without locks keeps nobody out.
+        A file system without locks keeps nobody out. Elsewhere nobody is writing now, so what a killed process left
+        under a temporary name is removed.
 
         Raises:
             UsageError: Another run has it.
@@ -158,7 +161,15 @@ class RunDir:
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
+            else:
+                if os.name == "posix":
+                    self._sweep()
             yield
+
+    def _sweep(self) -> None:
+        for entry in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            if any(fnmatch(_written_as(entry.name), record) for record in (*RECORDS, INDEX)):
+                entry.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` so that it is there completely or not at all. Call it last.
@@ -371,6 +382,12 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _written_as(name: str) -> str:
+    """What `write_atomically` calls a file in the end that has this name meanwhile; "" where it is another's."""
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found[1] if found else ""
 
 
 def _size(count: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.outputs import INDEX
 from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore, is_checkpoint_name
 from rlaif_fast.runs.folder import RunDir, write_atomically
 from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, unseal
@@ -47,7 +48,7 @@ def recover(run_dir: RunDir) -> list[str]:
 
 def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
     """The index; an empty one where it is damaged, or missing beside checkpoints."""
-    path = store.folder / "index.json"
+    path = store.folder / INDEX
     if not path.exists() and not any(_folders(store.folder)):
         return CheckpointIndex()
     try:
