@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from rlaif_fast.errors import UsageError
@@ -16,7 +17,9 @@ from rlaif_fast.oracle import (
     build_oracle,
     oracle_names,
 )
-from rlaif_fast.oracle.base import gives_scores
+from rlaif_fast.oracle.base import gives_scores, rank_all
+from rlaif_fast.oracle.cache import CachedOracle
+from rlaif_fast.oracle.ensemble import EnsembleOracle
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import kendall_tau, ranks_from_scores
 
@@ -32,6 +35,55 @@ def groups(count, size=5):
         )
         for n in range(count)
     ]
+
+
+class Says:
+    """An oracle of somebody else's, which says the same of every group."""
+
+    name = "says"
+
+    def __init__(self, *ranks, rankings=1, **others):
+        self.said = [Ranking(ranks, **others)] * rankings
+
+    def rank(self, requests):
+        return self.said * len(requests)
+
+
+AROUND = {
+    "nothing": lambda oracle, folder: oracle,
+    "breaker": lambda oracle, folder: CircuitBreaker(oracle),
+    "cache": lambda oracle, folder: CachedOracle(oracle, path=folder / "verdicts.db"),
+    "ensemble": lambda oracle, folder: EnsembleOracle([oracle, oracle]),
+    "corrupted": lambda oracle, folder: CorruptedOracle(oracle, kind="flips", strength=0.0),
+    "shuffled": lambda oracle, folder: ShuffledOracle(oracle),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(
+    ("oracle", "message"),
+    [
+        (Says(0, 1, 2, rankings=2), r"oracle says: expected \d rankings, got \d"),
+        (Says(0, 1), "oracle says, request g0: expected 3 ranks, got 2"),
+        (Says(0, 1, float("nan")), "request g0: expected ranks that are numbers or None"),
+        (Says("0", "1", "2"), "request g0: expected ranks that are numbers or None"),
+        (Says(0, 1, 2, scores=(1.0, 0.5)), "request g0: expected 3 scores"),
+        (Says(0, 1, 2, confidence=float("nan")), r"request g0: expected a confidence in \[0, 1\], got nan"),
+    ],
+)
+def test_what_is_no_ranking_of_the_requests_is_refused_wherever_the_oracle_stands(
+    oracle, message, around, tmp_path
+):
+    with pytest.raises(UsageError, match=message):
+        rank_all(AROUND[around](oracle, tmp_path), groups(2, size=3))
+
+
+@pytest.mark.parametrize("around", [name for name in AROUND if name != "shuffled"])
+@pytest.mark.parametrize("ranks", [(0.5, 0.75, 0.5), (1, 2, 1), (-3, -1, -3), (0, 2, 0), np.array([0, 1, 0])])
+def test_of_ranks_the_order_counts(ranks, around, tmp_path):
+    """Also those that int64 would cut off, and those that begin elsewhere: 0 is best whoever reads them."""
+    [ranking] = rank_all(AROUND[around](Says(*ranks), tmp_path), groups(1, size=3))
+    assert ranking.ranks == (0, 1, 0) and {type(rank) for rank in ranking.ranks} == {int}
 
 
 def corrupted(kind, strength, seed=0):

@@ -12,8 +12,8 @@ from torch import Tensor
 from rlaif_fast.loss.api import rank_advantages
 from rlaif_fast.loss.inputs import RankAdvantages
 from rlaif_fast.loss.options import KINDS, RankOptions, check_choice
-from rlaif_fast.oracle.as_reward import gains, prompt_media, rank_all, requests_of
-from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.oracle.as_reward import gains, prompt_media, requests_of
+from rlaif_fast.oracle.base import Oracle, rank_all
 from rlaif_fast.video import ClipStore
 
 RANK_KINDS = tuple(kind for kind in KINDS if kind != "zscore")  # which wants rewards

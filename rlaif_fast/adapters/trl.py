@@ -20,10 +20,9 @@ from rlaif_fast.oracle.as_reward import (
     gains,
     grouped,
     prompt_media,
-    rank_all,
     requests_of,
 )
-from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.oracle.base import Oracle, rank_all
 from rlaif_fast.video import ClipStore
 
 

@@ -12,7 +12,7 @@ from rlaif_fast.algorithms.base import Algorithm
 from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.loss import reference
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Rollout
 
@@ -163,7 +163,7 @@ def rank_rollout(
         rank_request(prompt, rollout.texts[span], place)
         for place, (prompt, span) in enumerate(zip(prompts, spans))
     ]
-    rankings = oracle.rank(requests)
+    rankings = rank_all(oracle, requests)
     verdicts = verdicts_of(rankings, policy_scores(rollout, algorithm.options.score), algorithm)
     worth = algorithm.advantages(verdicts)
     agreement = torch.stack((worth.ndcg, worth.kendall_tau), dim=1).float()

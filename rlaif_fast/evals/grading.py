@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, RankRequest
+from rlaif_fast.oracle.base import Oracle, RankRequest, rank_all
 from rlaif_fast.oracle.grading import MAX_GRADE, Grade
 from rlaif_fast.oracle.registry import build_oracle
 
@@ -35,7 +35,7 @@ class RankingGrader:
         """See `Grader`; a right answer has 5, another has 0."""
         pairs = [replace(r, responses=(r.responses[0], r.reference or "")) for r in requests]
         grades: list[Grade | None] = []
-        for ranking in self.oracle.rank(pairs):
+        for ranking in rank_all(self.oracle, pairs):
             ours, theirs = ranking.ranks
             if not ranking.valid or ours is None or theirs is None:
                 grades.append(None)

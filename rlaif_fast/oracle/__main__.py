@@ -14,7 +14,7 @@ from typing import Any
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import counters, oracle_stats
 from rlaif_fast.oracle.pairs import pair_rows
@@ -170,7 +170,7 @@ def _rank_rows(
             for start in range(0, len(rows), options.batch_size):
                 part = rows[start : start + options.batch_size]
                 batch = [row_request(row, where, clips_of((where, row))) for where, row in part]
-                ranked = oracle.rank(batch)
+                ranked = rank_all(oracle, batch)
                 for (_, row), ranking in zip(part, ranked):
                     line = {**row, **ranking_to_json(ranking)}
                     partial.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlaif_fast.errors import UsageError, require
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.video import ClipStore
 
@@ -142,24 +142,6 @@ def check_reference(reference: str, columns: Iterable[str]) -> None:
         raise UsageError(
             f"reference={reference!r}: there is no such column among {', '.join(names) or 'none'}"
         )
-
-
-def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
-    """Return the oracle's rankings, one a request, with a rank or None for each response.
-
-    Raises:
-        UsageError: The oracle returned more or fewer, or a rank that is no number.
-    """
-    rankings = oracle.rank(requests)
-    require(
-        len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
-    )
-    for request, ranking in zip(requests, rankings):
-        ranks, name = ranking.ranks, f"oracle {oracle.name}, request {request.id}"
-        require(len(ranks) == len(request.responses), name, f"{len(request.responses)} ranks", len(ranks))
-        finite = all(rank is None or math.isfinite(rank) for rank in ranks)
-        require(finite, name, "ranks that are numbers or None", ranks)
-    return rankings
 
 
 def gains(ranking: Ranking) -> list[float | None]:

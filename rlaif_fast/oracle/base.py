@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
+from rlaif_fast.errors import require
+from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.video.base import Clip
 
 
@@ -81,3 +85,35 @@ class Oracle(Protocol):
 def gives_scores(oracle: Oracle) -> bool:
     """Whether every valid ranking of the oracle carries `scores` beside its ranks."""
     return bool(getattr(oracle, "gives_scores", False))
+
+
+def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
+    """Have an oracle rank requests, and see to it that what comes back are rankings of them.
+
+    Of ranks the order counts: those that begin at 1, have gaps or are fractions become dense whole numbers from 0.
+
+    Returns:
+        One ranking a request, in their order.
+
+    Raises:
+        UsageError: The oracle returned more or fewer; or of one the ranks or scores are not one a response, a rank is
+            no finite number, or the confidence is not in [0, 1].
+    """
+    rankings = list(oracle.rank(requests))
+    require(
+        len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
+    )
+    return [_checked(oracle, *pair) for pair in zip(requests, rankings)]
+
+
+def _checked(oracle: Oracle, request: RankRequest, ranking: Ranking) -> Ranking:
+    ranks, scores, name = ranking.ranks, ranking.scores, f"oracle {oracle.name}, request {request.id}"
+    count = len(request.responses)
+    require(len(ranks) == count, name, f"{count} ranks", len(ranks))
+    finite = all(rank is None or (isinstance(rank, Real) and math.isfinite(rank)) for rank in ranks)
+    require(finite, name, "ranks that are numbers or None", ranks)
+    require(scores is None or len(scores) == count, name, f"{count} scores", scores)
+    sure = ranking.confidence
+    require(0.0 <= sure <= 1.0, name, "a confidence in [0, 1]", sure)
+    dense = ranks_from_scores([None if rank is None else -rank for rank in ranks], 0.0)
+    return replace(ranking, ranks=dense)

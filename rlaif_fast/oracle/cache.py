@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
 from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json, request_to_json
 from rlaif_fast.oracle.wrappers import identity_of
 
@@ -273,7 +273,7 @@ class CachedOracle:
         missing = sorted(first.values())
         self.hits += len(requests) - len(missing)
         self.misses += len(missing)
-        fresh = dict(zip(missing, self.inner.rank([requests[at] for at in missing]))) if missing else {}
+        fresh = dict(zip(missing, rank_all(self.inner, [requests[at] for at in missing]))) if missing else {}
         self.cache.put_many([(keys[at], ranking) for at, ranking in fresh.items() if ranking.valid])
         return [
             fresh[at] if at in fresh else found.get(key) or fresh[first[key]] for at, key in enumerate(keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import agreement
 from rlaif_fast.oracle.judge import FUSIONS
 from rlaif_fast.oracle.wrappers import identity_of
@@ -54,7 +54,7 @@ class EnsembleOracle:
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        by_member = [member.rank(requests) for member in self.members]
+        by_member = [rank_all(member, requests) for member in self.members]
         return [self._fuse(rankings) for rankings in zip(*by_member)]
 
     def _fuse(self, rankings: Sequence[Ranking]) -> Ranking:

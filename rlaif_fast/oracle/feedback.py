@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
 from rlaif_fast.oracle.fusion import preferences, ranks_from_scores
 from rlaif_fast.oracle.wrappers import identity_of, request_generator
 
@@ -181,7 +181,7 @@ class CorruptedOracle:
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        return [self._rank_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
+        return [self._rank_one(*pair) for pair in zip(requests, rank_all(self.inner, requests))]
 
     def _rank_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
         if not ranking.valid:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import Order, kendall_tau, top1_agreement
 from rlaif_fast.oracle.judge import Verdict
 from rlaif_fast.oracle.reference import ReferenceOracle
@@ -112,7 +112,7 @@ def blind_control(
     chosen = random.Random(seed).sample(seen, min(sample, len(seen)))
     if not chosen:
         return {}
-    blind = oracle.rank([replace(request, clips=()) for request, _ in chosen])
+    blind = rank_all(oracle, [replace(request, clips=()) for request, _ in chosen])
     pairs = [(ranking.ranks, other.ranks) for (_, ranking), other in zip(chosen, blind) if other.valid]
     stats = {
         "oracle/blind_tau": _mean([kendall_tau(*pair) for pair in pairs]),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError, require
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class ShuffledOracle:
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
-        return [self._shuffle_one(*pair) for pair in zip(requests, self.inner.rank(requests))]
+        return [self._shuffle_one(*pair) for pair in zip(requests, rank_all(self.inner, requests))]
 
     def _shuffle_one(self, request: RankRequest, ranking: Ranking) -> Ranking:
         scores = None if ranking.scores is None else self._shuffle(request, ranking.scores)
@@ -105,7 +105,7 @@ class CircuitBreaker:
         Raises:
             OracleFailedError: If more than `max_invalid_fraction` of the last window failed.
         """
-        rankings = self.inner.rank(requests)
+        rankings = rank_all(self.inner, requests)
         self._window.extend(
             None if ranking.valid else ranking.error or "fewer than two responses could be judged"
             for ranking in rankings

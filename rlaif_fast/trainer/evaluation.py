@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rlaif_fast.algorithms.group import rank_request
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
-from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.oracle.base import Oracle, rank_all
 from rlaif_fast.prompts.batches import BatchMaker, by_media
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Sampler, SamplingParams
@@ -137,7 +137,7 @@ def compare_with(
     if oracle is None or not asked:
         return wins
     requests = [rank_request(prompts[i], [others[i] or "", texts[i]], i) for i in asked]
-    for i, ranking in zip(asked, oracle.rank(requests)):
+    for i, ranking in zip(asked, rank_all(oracle, requests)):
         theirs, ours = ranking.ranks
         if ranking.valid and theirs is not None and ours is not None:
             wins[i] = 1.0 if ours < theirs else 0.5 if ours == theirs else 0.0
