@@ -253,6 +253,13 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     assert issubclass(UsageError, RlaifFastError)
 
 
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    VerdictCache("~/verdicts.db").put_many([("key", Ranking((0, 1)))])
+    assert (tmp_path / "home" / "verdicts.db").is_file() and not (tmp_path / "~").exists()
+
+
 def test_build_with_a_cache_keeps_scores(tmp_path):
     oracle = build_oracle("reference", cache=tmp_path / "c")
     group = request("1", reference="a")

@@ -160,6 +160,16 @@ def test_what_the_oracle_could_not_judge_stays_so():
     assert failed.error == "no answer"
 
 
+def test_a_score_without_a_rank_is_not_read():
+    class Partial(Scored):
+        def rank(self, requests):
+            return [Ranking(ranks=(1, None, 0), scores=(0.1, score, 0.9)) for score in (None, 2.0)]
+
+    two = [RankRequest(id="n", question="q", responses=("a", "b", "c"))] * 2
+    without, with_one = CorruptedOracle(Partial(), kind="flips", strength=0.0).rank(two)
+    assert without.scores == with_one.scores == (0.0, None, 1.0)
+
+
 def test_a_listwise_judge_gets_better_with_orders_and_two_cancel_its_slots():
     def right(strength):  # share of the pairs of distinct scores that are ordered as they are
         pairs = [(i, j) for i in range(len(SCORES)) for j in range(len(SCORES)) if SCORES[i] > SCORES[j]]

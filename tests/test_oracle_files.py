@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import subprocess
 import sys
 
@@ -110,8 +112,15 @@ def test_replay_matches_by_content_whatever_the_order(tmp_path):
                 f'{{"responses": ["a", "b"], "ranks": [0, 1], "confidence": {value}}}',
                 r"v.jsonl:1: 'confidence' must be",
             )
-            for value in ("NaN", "-3", "7", "null", '"x"', "true")
+            for value in ("-3", "7", "null", '"x"', "true")
         ),
+        ('{"responses": ["a", "b"], "ranks": [0, 1], "confidence": NaN}', "v.jsonl:1: NaN is no JSON"),
+        (
+            '{"responses": ["a", "b"], "ranks": [0, 1], "ranks": [1, 0]}',
+            "v.jsonl:1: the key 'ranks' stands twice",
+        ),
+        ('{"responses": ["a", "\\ud800"], "ranks": [0, 1]}', "v.jsonl:1: .* half of a character"),
+        ("[" * 5000, "v.jsonl:1: nested more than"),
     ],
 )
 def test_a_wrong_verdict_file_is_reported_with_its_line(tmp_path, line, message):
@@ -308,6 +317,35 @@ def test_errors_are_one_line_with_a_code(tmp_path, capsys, row, arguments, code,
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1]
     assert err[-1].startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def endless(request):
+    return [math.inf, *range(1, len(request.responses))]
+
+
+def test_what_rank_writes_is_json_that_others_may_read(tmp_path):
+    source = write(tmp_path / "in.jsonl", ROWS[0])
+    source.chmod(0o644)
+    arguments = ["--oracle", "callable", "--option", f"function={__name__}:endless"]
+    mask = os.umask(0o022)
+    try:
+        assert main(["rank", str(source), *arguments]) == 0
+    finally:
+        os.umask(mask)
+    ranked = tmp_path / "in.ranked.jsonl"
+    row = json.loads(ranked.read_text(), parse_constant=pytest.fail)
+    assert (row["ranks"], row["scores"]) == ([0, 2, 1], [None, 1.0, 2.0])
+    assert ranked.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("output", [[], ["--output", "out"]])
+def test_a_cache_and_what_rank_writes_are_two_files(tmp_path, capsys, output, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "in.jsonl", ROWS[0])
+    cache = output[-1] if output else "in.ranked.jsonl"
+    assert main(["rank", "in.jsonl", "--cache", cache, *output]) == 2
+    assert f"cache: {cache} is the file to write" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,27 @@ def test_rank_shows_the_media_as_the_row_says(tmp_path, media, expected):
     function = f"function={__name__}:lengths"
     assert main(["rank", str(source), "--oracle", "callable", "--option", function]) == 0
     assert json.loads(note.read_text()) == [row["question"], expected]
+
+
+SEEN = []  # weak references to the frames that a judge was shown
+
+
+def alive(request):
+    """How many of the groups that were shown before still have their frames."""
+    values = [float(sum(frames() is not None for frames in SEEN)), 0.5]
+    SEEN.append(weakref.ref(request.clips[0].frames))
+    return values
+
+
+def test_rank_lets_the_frames_of_a_batch_go(tmp_path):
+    write_video(tmp_path / "film.mp4", counter_frames(12, 32, 32), fps=2)
+    source = write(
+        tmp_path / "in.jsonl", *[{"question": "?", "responses": ["a", "b"], "video": "film.mp4"}] * 6
+    )
+    arguments = ["--oracle", "callable", "--option", f"function={__name__}:alive", "--batch_size", "1"]
+    assert main(["rank", str(source), *arguments]) == 0
+    rows = map(json.loads, (tmp_path / "in.ranked.jsonl").read_text().splitlines())
+    assert max(row["scores"][0] for row in rows) <= 1.0  # the batch before, until the next is there
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
 from rlaif_fast.outputs import check_output, is_same
+from rlaif_fast.runs.folder import json_line
 from rlaif_fast.video.base import Clip
 
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
@@ -98,8 +99,9 @@ def _rank(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.file} holds no rows")
     media = _checked(rows, options)  # a wrong row is reported before anything is paid for
     output = _output(options, "ranked")
-    if options.cache is not None and is_same(options.cache, options.file):
-        raise UsageError(f"cache: {options.cache} is the file to rank; give another")
+    for role, file in (("rank", options.file), ("write", output)):
+        if options.cache is not None and is_same(options.cache.expanduser(), file):
+            raise UsageError(f"cache: {options.cache} is the file to {role}; give another")
     oracle = build_oracle(
         options.oracle,
         cache=options.cache,
@@ -139,9 +141,7 @@ def _output(options: argparse.Namespace, suffix: str) -> Path:
 def _writer(output: Path) -> Any:
     """A new file beside the output, which takes its name when all of it is there."""
     try:
-        return tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=output.parent, prefix=f".{output.name}.", delete=False
-        )
+        return output.with_name(f".{output.name}.{os.getpid()}.tmp").open("w", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from None
 
@@ -172,9 +172,10 @@ def _rank_rows(
                 batch = [row_request(row, where, clips_of((where, row))) for where, row in part]
                 ranked = rank_all(oracle, batch)
                 for (_, row), ranking in zip(part, ranked):
-                    line = {**row, **ranking_to_json(ranking)}
-                    partial.write(json.dumps(line, ensure_ascii=False) + "\n")
-                requests += batch
+                    partial.write(json_line({**row, **ranking_to_json(ranking)}))
+                requests += [
+                    replace(request, clips=()) for request in batch
+                ]  # frames of all would fill memory
                 rankings += ranked
                 progress.advance(task, len(part))
         Path(partial.name).replace(output)
@@ -215,7 +216,7 @@ def _pairs(options: argparse.Namespace) -> int:
             for where, row in read_rows(options.file):
                 found = list(pair_rows(row, where, options.pairs))
                 groups, written, without = groups + 1, written + len(found), without + (not found)
-                partial.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in found)
+                partial.writelines(map(json_line, found))
         if not written:
             raise UsageError(
                 f"{options.file}: none of its {groups} groups has two responses of different rank"

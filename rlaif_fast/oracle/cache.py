@@ -56,7 +56,7 @@ class VerdictCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._lock = threading.Lock()
         self._opened: tuple[int, int] | None = None
         try:

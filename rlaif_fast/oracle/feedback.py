@@ -188,8 +188,10 @@ class CorruptedOracle:
             return ranking
         clean = {
             text: score
-            for text, score in zip(request.responses, ranking.scores or _scores_of(ranking.ranks))
-            if score is not None
+            for text, score, rank in zip(
+                request.responses, ranking.scores or _scores_of(ranking.ranks), ranking.ranks
+            )
+            if rank is not None and score is not None
         }
         rng = request_generator(self.seed, request)
         corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.judge import Verdict
@@ -81,25 +82,16 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a JSONL file with their place as "file:line".
 
     Raises:
-        UsageError: If the file cannot be read, or a line is no JSON object.
+        UsageError: If the file cannot be read, or a line is no JSON object that a file can hold.
     """
-    path = Path(path)
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{where}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise UsageError(f"{where}: expected one JSON object a line")
-                yield where, row
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"cannot read {path}: {reason}") from None
+    path = Path(path).expanduser()
+    for number, row in rows_of(path):
+        where = f"{path}:{number}"
+        if isinstance(row, RowError):
+            raise UsageError(f"{where}: {row}")
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: expected one JSON object a line")
+        yield where, row
 
 
 def row_responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
