@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +75,25 @@ def given_values(
     words = flags if flags_alone else [*files, *flags]
     values = _parser(config_class, prog, description).parse_args(words, defaults=False)
     return {name: _plain(values[name]) for name in _names(config_class) if name in values}
+
+
+def typed_sections(
+    config_class: type, sections: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The sections of a file of some other form, each with keys of a dataclass, as `--config` would read them.
+
+    Raises:
+        UsageError: A key is unknown, or a value does not fit its type; the section is named.
+    """
+    parser = _parser(config_class, "", "")
+    found = {}
+    for section, keys in sections.items():
+        try:
+            values = parser.parse_object(dict(keys), defaults=False)
+        except UsageError as error:
+            raise UsageError(f"config: {section}: {error}") from None
+        found[section] = {name: _plain(values[name]) for name in keys}
+    return found
 
 
 def flag_is_true(argv: Sequence[str], name: str) -> bool:

@@ -93,6 +93,12 @@ def test_a_summary_that_lacks_something_is_named(tmp_path):
         read_result(run.path)
 
 
+def test_a_run_whose_answers_were_not_scored_is_named(runs, tmp_path, capsys):
+    bare = finished(tmp_path / "bare", 3, None, None, by_category={})
+    assert main([*map(str, runs), str(bare)]) == 2
+    assert f"{bare}: no test answer was scored" in capsys.readouterr().err
+
+
 def test_the_command_prints_tables_and_where_they_come_from(runs, capsys):
     assert main(["--categories", *map(str, runs)]) == 0
     printed = capsys.readouterr().out

@@ -10,9 +10,10 @@ import yaml
 
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
-from rlaif_fast.comparison.results import two_level_bootstrap
+from rlaif_fast.comparison.report import write_report
+from rlaif_fast.comparison.results import read_outcome, two_level_bootstrap
 from rlaif_fast.errors import UsageError
-from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.folder import RunDir, write_jsonl
 
 COMMON = {
     "synthetic_sft_clips": 6,
@@ -115,12 +116,30 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
             {"start": {"learning_rate": 0.5}},
             "start.learning_rate: not read where max_steps is 0; leave it out",
         ),
-        ({"arms": {"grpo": {}, "oracle": {"num_generations": 1}}}, "num_generations: expected 2 to 64"),
+        (
+            {"arms": {"grpo": {}, "oracle": {"num_generations": 1}}},
+            "config: arms.oracle, feedback.exact: num_generations: expected 2 to 64",
+        ),
+        ({"arms": {"grpo": {}, "oracle": {"beta": "high"}}}, "config: arms.oracle: .*beta.* value: high"),
+        ({"start": {"oracle_options": "none"}}, "config: start: .*oracle_options.* Got value: none"),
+        ({"arms": {"grpo": {}, "../oracle": {}}}, "config: arms: expected names .*, got '../oracle'"),
+        ({"feedback": {"exact": {}, 0.3: {}}}, "config: feedback: expected names .*, got 0.3"),
+        ({"feedback": {"start": {}}}, "config: feedback: expected names .*, got 'start'"),
+        ({"tables": {"main/first": MAIN}}, "config: tables: expected names .*, got 'main/first'"),
+        ({"tables": {"main": MAIN | {"arms": [{"grpo": 1}]}}}, "tables.main.arms must list names, got {"),
+        ({"output_dir": 7}, "names no output_dir"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         read_plan(write_config(tmp_path, **changes))
+
+
+def test_values_are_read_as_those_of_a_run(tmp_path):
+    """YAML takes 1e-5 for a text, and `train --config` for a number."""
+    file = write_config(tmp_path)
+    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 2\n  learning_rate: 1e-5"))
+    assert {job.values["learning_rate"] for job in read_plan(file).jobs()} == {1e-5}
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
@@ -157,6 +176,46 @@ def test_the_bootstrap_knows_both_levels():
     rng = np.random.default_rng(0)
     one = two_level_bootstrap([np.column_stack([rng.normal(0.1, 1.0, 400), np.ones(400)])])
     assert one.high - one.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def finished_run(folder, metrics, video):
+    run = RunDir.create(folder)
+    for phase in ("sft", "final"):
+        rows = [{"example_id": str(n), "category": "c", "video": video, "correct": n < 2} for n in range(4)]
+        write_jsonl(run.predictions(phase), rows)
+    write_jsonl(run.metrics, metrics)
+    run.write_summary({"config": {"num_generations": 4}, "seconds": 1.0, "peak_rss_bytes": 1})
+    return read_outcome(folder)
+
+
+def test_a_line_of_the_metrics_stands_for_the_steps_since_the_one_before(tmp_path):
+    def line(step, **figures):
+        return {"stage": "rl", "step": step, "time": float(step), **figures}
+
+    usual = {"completion_length": 10.0, "groups": 2, "oracle/groups": 2.0}
+    every = finished_run(tmp_path / "every", [line(n, **usual) for n in range(1, 5)], "a.mp4")
+    some = finished_run(tmp_path / "some", [line(2, **usual), line(4, **usual)], "a.mp4")
+    assert every.sampled_tokens == some.sampled_tokens == 4 * 10 * 2 * 4
+    assert every.oracle_groups == some.oracle_groups == 8
+    # No file of the third step could be read.
+    lost = finished_run(tmp_path / "lost", [line(1, **usual), line(2), line(3, **usual)], "a.mp4")
+    assert (lost.sampled_tokens, lost.oracle_groups) == (160.0, 4.0)
+
+
+def test_questions_without_a_video_are_no_cluster(tmp_path):
+    assert len(set(finished_run(tmp_path / "a", [], "a.mp4").video.values())) == 1
+    assert len(set(finished_run(tmp_path / "b", [], None).video.values())) == 4
+
+
+@pytest.mark.parametrize("accuracies", [[0.25, 0.5], [None, None], []])
+def test_the_curves_are_drawn_of_what_was_scored_on_validation(tmp_path, accuracies):
+    metrics = [
+        {"stage": "eval", "phase": "rl", "step": n, "time": 1.0, "accuracy": value}
+        for n, value in enumerate(accuracies)
+    ]
+    plan = read_plan(write_config(tmp_path, tables={"main": MAIN}))
+    finished_run(plan.arm_folder(1, "exact", "grpo"), metrics, "a.mp4")
+    assert write_report(plan).is_file() and (plan.output_dir / "main.png").is_file()
 
 
 def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):

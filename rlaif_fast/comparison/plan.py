@@ -22,10 +22,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rlaif_fast.cli import typed_sections
 from rlaif_fast.errors import UsageError
 from rlaif_fast.yaml_keys import refuse_repeated_keys
+
+if TYPE_CHECKING:
+    from rlaif_fast.trainer.options import TrainConfig
 
 OWN = (
     "seed",
@@ -137,27 +141,22 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
         raise UsageError(
             f"config: {file} needs the sections arms and tables; there can be {', '.join(known)}"
         )
-    unknown = sorted(values.keys() - set(known))
+    unknown = sorted(map(str, values.keys() - set(known)))
     if unknown:
         raise UsageError(
             f"config: {file} has unknown sections {', '.join(unknown)}; there can be {', '.join(known)}"
         )
     folder = output_dir or values.get("output_dir")
-    if not folder:
+    if not folder or not isinstance(folder, (str, Path)):
         raise UsageError(f"config: {file} names no output_dir; add one, or --output_dir")
-    feedback = values.get("feedback") or {"exact": {}}
-    for section, named in (("arms", values["arms"]), ("feedback", feedback)):
-        if not isinstance(named, dict):
-            raise UsageError(f"config: {section} must give each entry a name, got {named!r}")
-    arms = {name: _keys(keys, f"arms.{name}", OWN) for name, keys in values["arms"].items()}
+    values = {**values, "feedback": values.get("feedback") or {"exact": {}}}
+    sections = _sections(values)
     plan = Plan(
         output_dir=Path(folder),
-        common=_keys(values.get("common"), "common", OWN),
-        start=_keys(values.get("start"), "start", (*OWN, "max_steps")),
-        arms=arms,
-        feedback={
-            name: _keys(keys, f"feedback.{name}", (*OWN, "max_steps")) for name, keys in feedback.items()
-        },
+        common=sections["common"],
+        start=sections["start"],
+        arms={name: sections[f"arms.{name}"] for name in values["arms"]},
+        feedback={name: sections[f"feedback.{name}"] for name in values["feedback"]},
         tables=tuple(_tables(values["tables"])),
     )
     for table in plan.tables:
@@ -166,24 +165,63 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     return plan
 
 
+def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The keys of each section and of its entries ("arms.NAME"), of the types that the trainer reads."""
+    from rlaif_fast.trainer.options import TrainConfig
+
+    for section in ("arms", "feedback", "tables"):
+        if not isinstance(values[section], dict):
+            raise UsageError(f"config: {section} must give each entry a name, got {values[section]!r}")
+        for name in values[section]:
+            _check_name(section, name)
+    start = (*OWN, "max_steps")
+    found = {
+        "common": _keys(values.get("common"), "common", OWN),
+        "start": _keys(values.get("start"), "start", start),
+        **{f"arms.{name}": _keys(keys, f"arms.{name}", OWN) for name, keys in values["arms"].items()},
+        **{f"feedback.{k}": _keys(keys, f"feedback.{k}", start) for k, keys in values["feedback"].items()},
+    }
+    return typed_sections(TrainConfig, found)
+
+
+def _check_name(section: str, name: Any) -> None:
+    """Refuse a name that its runs, or its figure, cannot be stored under."""
+    usable = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
+    if not usable or (section == "feedback" and name == "start"):
+        raise UsageError(
+            f"config: {section}: expected names that can be file names (numbers in quotes; no feedback start), got "
+            f"{name!r}"
+        )
+
+
 def _refuse_unread(plan: Plan) -> None:
     """Refuse what is said of the start, an arm or a kind of feedback and changes nothing there.
 
     What all runs share may hold what only some of them read.
     """
-    from rlaif_fast.trainer.options import TrainConfig
     from rlaif_fast.trainer.unread import unread
 
-    start = unread(TrainConfig(**{**plan.common, **plan.start, "max_steps": 0}))
+    start = unread(_config("start", {**plan.common, **plan.start, "max_steps": 0}))
     for name in plan.start.keys() & start.keys():
         raise UsageError(f"config: start.{name}: not read where {start[name]}; leave it out")
     for table in plan.tables:
         for arm, feedback in itertools.product(table.arms, table.feedback):
             keys = {**plan.feedback[feedback], **plan.arms[arm]}
-            found = unread(TrainConfig(**{**plan.common, **keys, "sft": str(plan.start_folder(0))}))
+            sft = str(plan.start_folder(0))
+            found = unread(_config(f"arms.{arm}, feedback.{feedback}", {**plan.common, **keys, "sft": sft}))
             for name in keys.keys() & found.keys():
                 section = f"arms.{arm}" if name in plan.arms[arm] else f"feedback.{feedback}"
                 raise UsageError(f"config: {section}.{name}: not read where {found[name]}; leave it out")
+
+
+def _config(section: str, values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of a run; what is wrong with its values is said with the section that it is of."""
+    from rlaif_fast.trainer.options import TrainConfig
+
+    try:
+        return TrainConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"config: {section}: {error}") from None
 
 
 def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:
@@ -203,16 +241,19 @@ def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _tables(tables: Any) -> Iterator[Table]:
-    if not isinstance(tables, dict):
-        raise UsageError(f"config: tables must name each table, got {tables!r}")
     for name, keys in tables.items():
         wanted = [entry.name for entry in dataclasses.fields(Table) if entry.name != "name"]
         if not isinstance(keys, dict) or sorted(keys) != sorted(wanted):
             raise UsageError(f"config: tables.{name} needs exactly {', '.join(wanted)}, got {keys!r}")
         lists = {key: _entries(keys[key], f"tables.{name}.{key}") for key in ("seeds", "arms", "feedback")}
-        for seed in lists["seeds"]:
-            if type(seed) is not int:
-                raise UsageError(f"config: tables.{name}.seeds must list integers, got {seed!r}")
+        for key, kind, words in (
+            ("seeds", int, "integers"),
+            ("arms", str, "names"),
+            ("feedback", str, "names"),
+        ):
+            for value in lists[key]:
+                if type(value) is not kind:
+                    raise UsageError(f"config: tables.{name}.{key} must list {words}, got {value!r}")
         yield Table(name, **lists, baseline=str(keys["baseline"]))
 
 

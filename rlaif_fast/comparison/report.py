@@ -161,7 +161,9 @@ def draw_curves(table: Table, cells: Cells, file: Path) -> None:
             cell = cells.get((feedback, arm))
             if cell is None:
                 continue
-            curves = [outcome.curve for outcome in cell.outcomes.values()]
+            curves = [outcome.curve for outcome in cell.outcomes.values() if outcome.curve]
+            if not curves:
+                continue
             steps = min(map(len, curves))
             points = np.array([curve[:steps] for curve in curves]).mean(0)  # (steps, 4)
             begun = points[0, 2]
@@ -172,7 +174,8 @@ def draw_curves(table: Table, cells: Cells, file: Path) -> None:
         row[1].set_xlabel("seconds of the RL stage")
         for axis in row:
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8, frameon=False)
+    if axes[0][0].get_lines():
+        axes[0][0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     pyplot.close(figure)

@@ -7,6 +7,7 @@ video are not independent). Both arms of a difference share the seeds, the start
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,13 @@ class Outcome:
 
     Attributes:
         correct: Whether each test question was answered right, by question.
-        video: The video of each question.
+        video: The video of each question; of one without any, the question itself.
         category: The category of each question.
         start: As `correct`, where RL began.
-        curve: (step, sampled tokens, seconds, validation accuracy) of each evaluation of the RL stage.
-        sampled_tokens: Tokens drawn by the policy.
+        curve: (step, sampled tokens, seconds, validation accuracy) of each evaluation of the RL stage; the accuracy
+            is NaN where no validation answer was scored.
+        sampled_tokens: Tokens drawn by the policy. A line of the metrics stands for all steps since the one before
+            (`logging_steps`), here and below.
         oracle_groups: Groups that the oracle was asked to rank.
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
@@ -79,17 +82,20 @@ def read_outcome(folder: Path) -> Outcome | None:
     )
     if not (start and final):
         raise UsageError(f"{folder}: no test answer was scored, so there is no accuracy to compare")
-    curve, tokens, groups = [], 0.0, 0.0
+    curve, tokens, groups, step = [], 0.0, 0.0, 0
     generations = summary["config"]["num_generations"]
     for record in read_jsonl(run.metrics):
         if record["stage"] == "rl":
-            tokens += record["completion_length"] * record["groups"] * generations
-            groups += record.get("oracle/groups", record["groups"])
+            steps, step = record["step"] - step, record["step"]
+            sampled = record.get("groups", 0)  # none where no file of the step could be read
+            tokens += steps * (record.get("completion_length") or 0.0) * sampled * generations
+            groups += steps * record.get("oracle/groups", sampled)
         elif record["stage"] == "eval" and record["phase"] == "rl":
-            curve.append((record["step"], tokens, record["time"], record["accuracy"]))
+            accuracy = math.nan if record["accuracy"] is None else record["accuracy"]
+            curve.append((record["step"], tokens, record["time"], accuracy))
     return Outcome(
         correct={row["example_id"]: row["correct"] for row in final},
-        video={row["example_id"]: str(row["video"]) for row in final},
+        video={row["example_id"]: str(row["video"] or row["example_id"]) for row in final},
         category={row["example_id"]: row["category"] for row in final},
         start={row["example_id"]: row["correct"] for row in start},
         curve=tuple(curve),

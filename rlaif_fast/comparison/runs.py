@@ -92,7 +92,7 @@ def read_result(path: str | Path) -> Result:
     """Read the summary of a run.
 
     Raises:
-        UsageError: It is not a finished run, or its summary lacks something.
+        UsageError: It is not a finished run, none of its test answers was scored, or its summary lacks something.
     """
     run = RunDir.open(path)
     summary = run.read_summary()
@@ -102,6 +102,8 @@ def read_result(path: str | Path) -> Result:
         versions,
         f"commit {str(summary.get('git_commit') or 'unknown')[:10]}",
     )
+    if None in (summary.get("sft_accuracy", 0), summary.get("final_accuracy", 0)):
+        raise UsageError(f"{path}: no test answer was scored, so there is no accuracy to compare")
     try:
         return Result(
             name=run.path.resolve().name,
