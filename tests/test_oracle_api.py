@@ -142,6 +142,10 @@ class Judge:
             message = {"role": "assistant", "content": None, "refusal": "I cannot help with that"}
         elif fault == "filtered":
             finish = "content_filter"
+        elif fault == "cut":
+            finish, message["content"] = "length", '{"ranking": [["'
+        elif fault == "all thought":
+            finish, message["content"] = "length", None
         else:
             message["content"] = self._verdict(body, fault)
         if status == 200:
@@ -319,6 +323,13 @@ def test_a_lasting_fault_makes_the_group_invalid_and_keeps_the_key_secret(fault,
     assert server.keys[0] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize("fault", ["cut", "all thought", "malformed"])
+def test_a_reply_that_was_cut_says_what_to_raise(fault):
+    with Judge(fault=lambda body, number: fault) as server:
+        (ranking,) = oracle(server, orders=1, max_attempts=1).rank([request()])
+    assert ("raise the option 'max_tokens'" in ranking.error) == (fault != "malformed")
+
+
 @pytest.mark.parametrize("secret", ["open sesame", "hf_abcdefghijkl"])
 def test_a_key_of_any_form_is_removed_from_what_a_server_echoes(monkeypatch, secret):
     monkeypatch.setenv("OPENAI_API_KEY", secret)
@@ -441,6 +452,11 @@ def test_concurrency_is_bounded():
         ({"extra_body": {"headers": [{"Authorization": KEY}]}}, "environment variable"),
         ({"concurrency": 0}, "concurrency"),
         ({"deadline": 0}, "deadline"),
+        ({"frames_per_clip": 0}, "'frames_per_clip' must be at least 1, got 0"),
+        ({"image_size": 0}, "'image_size' must be at least 1, got 0"),
+        ({"max_tokens": 0}, "'max_tokens' must be at least 1, got 0"),
+        ({"temperature": -0.5}, "'temperature' must be at least 0, got -0.5"),
+        ({"backoff": -1}, "'backoff' must be at least 0, got -1"),
     ],
 )
 def test_wrong_options(options, message):

@@ -27,7 +27,7 @@ from rlaif_fast.oracle.images import encode_frames
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
 from rlaif_fast.oracle.untrusted import cut_middle
-from rlaif_fast.oracle.wire import Fault, post, read_completion, status_fault
+from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, status_fault
 from rlaif_fast.video.base import Clip
 
 T = TypeVar("T")
@@ -100,9 +100,13 @@ class ApiOracle(Judge):
             raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
         if response_format not in _RESPONSE_FORMATS:
             raise UsageError(f"oracle option 'response_format' must be one of {_RESPONSE_FORMATS}")
-        for option, value in (("concurrency", concurrency), ("max_attempts", max_attempts)):
-            if value < 1:
-                raise UsageError(f"oracle option {option!r} must be at least 1, got {value}")
+        counts = {"concurrency": concurrency, "max_attempts": max_attempts, "max_tokens": max_tokens}
+        counts |= {"frames_per_clip": frames_per_clip, "image_size": image_size}
+        numbers = {"temperature": temperature, "backoff": backoff, "max_backoff": max_backoff}
+        for least, options in ((1, counts), (0, numbers)):
+            for option, value in options.items():
+                if value < least:
+                    raise UsageError(f"oracle option {option!r} must be at least {least}, got {value}")
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
         self.model = model
@@ -265,15 +269,16 @@ class _Session:
                 start = time.perf_counter()
                 self.counts["requests"] += 1
                 try:
-                    reply = await self._post(client, body, tally)
+                    completion = await self._post(client, body, tally)
                 finally:
                     tally.seconds += time.perf_counter() - start
                     self.free.append(client)
-            tally.raw.append(cut_middle(self._redact(reply), MAX_RAW_CHARS))
+            tally.raw.append(cut_middle(self._redact(completion.content), MAX_RAW_CHARS))
             try:
-                return ask.parse(reply)
+                return ask.parse(completion.content)
             except MalformedVerdict as error:
-                raise Fault(error.kind, str(error), partial=error.partial) from None
+                cut = "; the reply was cut: raise the option 'max_tokens'" if completion.cut else ""
+                raise Fault(error.kind, f"{error}{cut}", partial=error.partial) from None
         except Fault as fault:
             self._note(fault, tally)
             raise
@@ -283,8 +288,8 @@ class _Session:
         fault.args = (self._redact(str(fault)),)
         tally.fault = fault
 
-    async def _post(self, client: Any, body: dict[str, Any], tally: _Tally) -> str:
-        """One request; the text of the reply's message."""
+    async def _post(self, client: Any, body: dict[str, Any], tally: _Tally) -> Completion:
+        """One request; what it costs is counted."""
         response = await post(client, f"{self.oracle.base_url}/chat/completions", body, self.oracle.timeout)
         if response.status != 200:
             raise status_fault(response)
@@ -293,7 +298,7 @@ class _Session:
             tokens = getattr(completion, kind)
             self.counts[kind] += tokens or 0
             tally.tokens += tokens or 0
-        return completion.content
+        return completion
 
     def _format(self, ask: Ask) -> dict[str, Any]:
         if self.oracle.response_format == "none":

@@ -53,11 +53,15 @@ class Response:
 
 @dataclass(frozen=True)
 class Completion:
-    """The text of a chat completion and the tokens it says it took; None for a count that cannot be read."""
+    """The text of a chat completion and the tokens it says it took; None for a count that cannot be read.
+
+    `cut` says that it ends where the tokens did.
+    """
 
     content: str
     prompt_tokens: int | None
     completion_tokens: int | None
+    cut: bool = False
 
 
 async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -> Response:
@@ -149,7 +153,8 @@ def _completion(payload: Any) -> Completion:
         raise Fault("refusal", "the judge refused")
     content = message["content"]
     if content is None:
-        raise Fault("refusal", f"the judge gave no content (finish_reason {str(finish)[:40]!r})")
+        why = "; raise the option 'max_tokens'" if finish == "length" else ""
+        raise Fault("refusal", f"the judge gave no content (finish_reason {str(finish)[:40]!r}){why}")
     if isinstance(content, list):  # content parts
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -159,7 +164,8 @@ def _completion(payload: Any) -> Completion:
         usage.get(key) if isinstance(usage, Mapping) else None
         for key in ("prompt_tokens", "completion_tokens")
     ]
-    return Completion(content, *map(_count, counts))
+    read, written = map(_count, counts)
+    return Completion(content, read, written, cut=finish == "length")
 
 
 def _count(value: Any) -> int | None:
