@@ -84,6 +84,18 @@ def test_a_warp_keeps_the_order_and_not_the_scale():
     assert max(spreads) > 20 * min(spreads)
 
 
+def test_scores_that_cannot_be_warped_are_named():
+    class Large(Scored):
+        def rank(self, requests):
+            return [Ranking(ranks=(1, 0), scores=(-900.0, 900.0)) for _ in requests]
+
+    some = [RankRequest(id=str(n), question="q", responses=("a", "b")) for n in range(20)]
+    with pytest.raises(
+        UsageError, match=r"feedback: warp takes scores of about 0 to 1; request '.*' has \[-900"
+    ):
+        CorruptedOracle(Large(), kind="warp").rank(some)
+
+
 def test_grades_are_whole_and_tie():
     [ranking] = corrupted("grades", count=1)
     assert ranking.scores == (1.0, 5.0, 3.0, 3.0, 1.0, 5.0)

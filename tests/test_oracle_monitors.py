@@ -95,6 +95,21 @@ def test_the_blind_control_tells_who_looks():
         blind_control(careless, requests, [], sample=0)
 
 
+def test_a_judge_that_declines_to_judge_blindly_does_not_stop_the_run():
+    class Looking:
+        name = "looking"
+
+        def rank(self, requests):
+            none = (None,) * 2
+            return [Ranking((0, 1)) if r.clips else Ranking(none, error="no frames") for r in requests]
+
+    requests = [request("a", "b", name=str(n), clips=(CLIP,)) for n in range(64)]
+    breaker = CircuitBreaker(Looking(), max_invalid_fraction=0.0)
+    rankings = breaker.rank(requests)
+    assert blind_control(breaker, requests, rankings) == {}
+    assert breaker.rank(requests) == rankings
+
+
 def test_counters_pass_through_wrappers(tmp_path):
     oracle = build_oracle("reference", cache=tmp_path / "c")
     assert isinstance(oracle, CircuitBreaker)

@@ -125,7 +125,7 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
 
 
 class CorruptedOracle:
-    """Another oracle whose scores are corrupted; the ranks follow the corrupted scores.
+    """Another oracle whose scores are corrupted; the ranks follow the corrupted scores, of about 0 to 1.
 
     Where it gives no scores, its ranks are corrupted in their place, the best as 1 and the worst as 0, and the
     verdict has no scores either.
@@ -194,7 +194,12 @@ class CorruptedOracle:
             if rank is not None and score is not None
         }
         rng = request_generator(self.seed, request)
-        corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))
+        try:
+            corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))
+        except OverflowError:
+            raise UsageError(
+                f"feedback: {self.kind} takes scores of about 0 to 1; request {request.id!r} has {list(clean.values())}"
+            ) from None
         scores = tuple(
             corrupted[text] if rank is not None else None
             for text, rank in zip(request.responses, ranking.ranks)

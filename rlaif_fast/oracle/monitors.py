@@ -15,6 +15,7 @@ from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import Order, kendall_tau, top1_agreement
 from rlaif_fast.oracle.judge import Verdict
 from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.wrappers import CircuitBreaker
 
 
 def oracle_stats(
@@ -112,6 +113,8 @@ def blind_control(
     chosen = random.Random(seed).sample(seen, min(sample, len(seen)))
     if not chosen:
         return {}
+    if isinstance(oracle, CircuitBreaker):
+        oracle = oracle.inner  # a judge that declines to judge blindly is no reason to stop
     blind = rank_all(oracle, [replace(request, clips=()) for request, _ in chosen])
     pairs = [(ranking.ranks, other.ranks) for (_, ranking), other in zip(chosen, blind) if other.valid]
     stats = {
