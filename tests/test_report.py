@@ -14,7 +14,7 @@ from rlaif_fast.report import figures
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
 from rlaif_fast.report.html import compare_predictions, main, write_report
 from rlaif_fast.report.panels import learning_panels
-from rlaif_fast.runs.folder import RunDir, write_jsonl
+from rlaif_fast.runs.folder import RunDir, read_jsonl, write_jsonl
 
 ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 777*777 }}'
 
@@ -426,6 +426,14 @@ def test_every_hostile_text_is_shown_as_it_is(hostile):
         "(empty)",
     ):
         assert shown in text
+
+
+def test_options_behind_the_26th_have_the_labels_of_the_question(hostile, tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    [record, _] = read_jsonl(hostile.samples)
+    write_jsonl(run.samples, [record | {"options": [f"o{n}" for n in range(30)], "answer": "AB"}])
+    [card] = gallery(run)
+    assert card.options[25:28] == ("Z. o25", "AA. o26", "AB. o27") and card.answer == "AB. o27"
 
 
 def test_the_summary_given_is_not_written(hostile):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from rlaif_fast.data.schema import option_letters
 from rlaif_fast.runs.folder import RunDir, read_jsonl
 from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image, probe
 
@@ -108,9 +109,8 @@ def gallery(run_dir: RunDir) -> list[Card]:
         asked = phases["sft"] if "sft" in phases else phases["final"]
         frames, problem = _strip(media_of(asked))
         answer = asked.get("answer") or ""
-        options = tuple(
-            f"{chr(ord('A') + index)}. {text}" for index, text in enumerate(asked.get("options") or ())
-        )
+        texts = asked.get("options") or ()
+        options = tuple(f"{letter}. {text}" for letter, text in zip(option_letters(len(texts)), texts))
         cards.append(
             Card(
                 category=asked["category"],
