@@ -394,6 +394,12 @@ def test_the_deadline_ends_a_call_and_keeps_what_was_judged():
     assert "deadline" in late.error
 
 
+def test_the_deadline_keeps_what_can_be_used_of_a_reply():
+    with Judge(fault=lambda body, number: "missing_ids" if number == 1 else "timeout") as server:
+        (ranking,) = oracle(server, orders=1, timeout=60.0, deadline=2.0).rank([request()])
+    assert ranking.valid and ranking.ranks == (None, 0, 1, 2, 3)
+
+
 def test_the_deadline_keeps_the_pairs_that_were_compared():
     def fault(body, number):
         return "timeout" if '"nothing"' in body["messages"][1]["content"][-1]["text"] else None

@@ -215,16 +215,20 @@ class _Session:
         return await self.answer((), ask, _Tally())
 
     async def answer(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:
-        """The parsed reply; None where none could be had in the tries and the time there are."""
+        """The parsed reply, else the last of which a part can be used; None where none could be had in the tries and
+        the time there are."""
         left = self.end - asyncio.get_running_loop().time()
+        partial: list[Any] = []
         try:
-            return await asyncio.wait_for(self._tries(clips, ask, tally), timeout=left)
+            return await asyncio.wait_for(self._tries(clips, ask, tally, partial), timeout=left)
         except asyncio.TimeoutError:
             last = f"; last: {tally.fault}" if tally.fault else ""
             self._note(Fault("deadline", f"the deadline of {self.oracle.deadline:g} s passed{last}"), tally)
-            return None
+        except Fault:
+            self.counts["gave_up"] += 1
+        return partial[-1] if partial else None
 
-    async def _tries(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:
+    async def _tries(self, clips: Sequence[Clip], ask: Ask, tally: _Tally, partial: list[Any]) -> Any:
         tenacity = _import_tenacity()
         jitter = tenacity.wait_random_exponential(multiplier=self.oracle.backoff, max=self.oracle.max_backoff)
 
@@ -247,19 +251,14 @@ class _Session:
             **self._format(ask),
             **self.oracle.extra_body,
         }
-        partial = None
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    self.counts["retries"] += attempt.retry_state.attempt_number > 1
-                    try:
-                        return await self._attempt(ask, body, tally)
-                    except Fault as fault:
-                        partial = fault.partial or partial
-                        raise
-        except Fault:
-            self.counts["gave_up"] += 1
-            return partial
+        async for attempt in retrying:
+            with attempt:
+                self.counts["retries"] += attempt.retry_state.attempt_number > 1
+                try:
+                    return await self._attempt(ask, body, tally)
+                except Fault as fault:
+                    partial += [] if fault.partial is None else [fault.partial]
+                    raise
         raise AssertionError("a retry loop ends by a result or an exception")
 
     async def _attempt(self, ask: Ask, body: dict[str, Any], tally: _Tally) -> Any:
