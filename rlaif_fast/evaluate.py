@@ -40,9 +40,10 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
     from rlaif_fast.data import chance_by_category
     from rlaif_fast.rollout import make_sampler
-    from rlaif_fast.runs.folder import write_jsonl
+    from rlaif_fast.runs.folder import RunDir, write_jsonl
     from rlaif_fast.trainer import datasets, setup
     from rlaif_fast.trainer.evaluation import evaluate
+    from rlaif_fast.trainer.inputs import refuse_other_test
     from rlaif_fast.trainer.scoring import scorer_by_name
 
     output = None if options.output is None else check_output("output", options.output, [options.data])
@@ -60,7 +61,9 @@ def evaluate_command(options: EvaluateConfig) -> dict:
         file = Path(options.data).expanduser()
         rows = datasets.read_file(file, config, require_answer=output is None)
     else:
+        assert options.run is not None
         data = datasets.load_data(config)
+        refuse_other_test(RunDir.open(options.run), data.test)
         rows, known = data.test, data.rl
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)

@@ -206,6 +206,43 @@ def test_a_run_does_not_go_on_with_an_input_that_was_replaced(stopped, kept, cha
     assert files_of(stopped.checkpoints) == before
 
 
+def other_answers(root):
+    rows = list(read_jsonl(root / "data/test.jsonl"))
+    rows[0]["answer"] = rows[1]["answer"] = "a bird."
+    (root / "data/test.jsonl").write_text("".join(json.dumps(row | {"metadata": {}}) + "\n" for row in rows))
+    return r"not the rows that .* began with: test \(6 rows, 6 rows before\); bring them back, or give what is there"
+
+
+def other_test_clips(root):
+    clips = [root / f"data/videos/test/{number:05d}.mp4" for number in range(2)]
+    first, second = (clip.read_bytes() for clip in clips)
+    clips[0].write_bytes(second)
+    clips[1].write_bytes(first)
+    return (
+        "not the media files that .* began with: test; bring them back, or give what is there now as --data"
+    )
+
+
+@pytest.mark.parametrize("change", [other_answers, other_test_clips])
+def test_a_run_is_not_evaluated_on_other_rows_under_its_name(whole, kept, change, tmp_path, capsys):
+    run = RunDir(shutil.copytree(whole.path, tmp_path / "run"))
+    marker = (run.path / MARKER).read_bytes()
+    words = change(kept)
+    assert evaluate_module.main(["--run", str(run.path)]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert evaluate_module.main(["--run", str(run.path), "--data", str(kept / "data/test.jsonl")]) == 0
+    assert (run.path / MARKER).read_bytes() == marker
+    # A run of an earlier version does not know what its rows were, and an evaluation does not make it known.
+    known = {name: json.loads(marker)[name] for name in ("format", "created")}
+    (run.path / MARKER).write_text(json.dumps(known))
+    assert evaluate_module.main(["--run", str(run.path)]) == 0
+    assert json.loads((run.path / MARKER).read_text()) == known
+    (run.path / MARKER).write_bytes(marker[:30])
+    capsys.readouterr()
+    assert evaluate_module.main(["--run", str(run.path)]) == 2
+    assert f"{run.path / MARKER} is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [other_weights, other_ids])
 def test_adapters_are_not_put_on_another_base(whole, kept, change, tmp_path, capsys):
     best = CheckpointStore(whole.checkpoints, {}, read_only=True).path("best")

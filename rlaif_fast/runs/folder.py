@@ -199,14 +199,29 @@ class RunDir:
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
         return summary
 
-    def began_with(self, kind: str, found: Mapping[str, str]) -> dict[str, str]:
-        """What a kind of input was when the run began; the first call keeps what was found, by name."""
+    def began_with(self, kind: str, found: Mapping[str, str], *, keep: bool = True) -> dict[str, str]:
+        """What a kind of input was when the run began; where that is not known, what was found.
+
+        Args:
+            kind: The kind.
+            found: What it is now, by name.
+            keep: Note what was found where nothing is known, so that later calls compare with it.
+
+        Raises:
+            UsageError: The marker is damaged.
+        """
         marker = self.path / MARKER
-        values = json.loads(marker.read_text(encoding="utf-8"))
+        try:
+            values = dict(json.loads(marker.read_bytes()))
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"{marker} is damaged, and says no more what the run began with; bring it back"
+            ) from None
         known: dict[str, str] | None = values.get(kind)
         if known is None:
             known = dict(found)
-            write_atomically(marker, json.dumps({**values, kind: known}) + "\n")
+            if keep:
+                write_atomically(marker, json.dumps({**values, kind: known}) + "\n")
         return known
 
     def refuse_damaged_results(self, summary: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.identity import digest_of_metadata, digest_of_rows, digests_of_media
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.model_files import differences, refuse_other_base
 from rlaif_fast.policy.policy import Policy
@@ -29,18 +30,47 @@ def refuse_other_data(run_dir: RunDir, data: Datasets, *, files: bool = True) ->
     Raises:
         UsageError: A split has other rows, their metadata differ, or a file that they show does.
     """
-    splits = {split: getattr(data, split) for split in SPLITS}
+    _refuse_rows(run_dir, {split: getattr(data, split) for split in SPLITS}, files=files)
+
+
+def refuse_other_test(run_dir: RunDir, test: Sequence[Example]) -> None:
+    """See to it that a run is evaluated on the test rows that it began with; nothing is written.
+
+    Args:
+        run_dir: The run.
+        test: The rows that its configuration stands for now.
+
+    Raises:
+        UsageError: They are other rows, their metadata differ, or a file that they show does.
+    """
+    _refuse_rows(run_dir, {"test": test}, keep=False, way_out="give what is there now as --data")
+
+
+def _refuse_rows(
+    run_dir: RunDir,
+    splits: Mapping[str, Sequence[Example]],
+    *,
+    files: bool = True,
+    keep: bool = True,
+    way_out: str = "begin anew",
+) -> None:
+    """Compare rows, their metadata and, with `files`, what their media files hold with what a run began with."""
     rows = {split: digest_of_rows(found) for split, found in splits.items()}
 
-    def counted(split: str, known: Mapping[str, str]) -> str:
-        before = known.get(split, "none").partition(",")[0]
-        return f"{split} ({rows[split].partition(',')[0]}, {before} before)"
+    def compare(kind: str, found: Mapping[str, str], what: str) -> None:
+        known = run_dir.began_with(kind, found, keep=keep)
+        changed = [split for split in found if known.get(split) != found[split]]
+        if kind == "data":
+            before = {split: known.get(split, "none").partition(",")[0] for split in changed}
+            changed = [f"{s} ({rows[s].partition(',')[0]}, {before[s]} before)" for s in changed]
+        if changed:
+            raise UsageError(_other(run_dir, what, changed, way_out))
 
-    _refuse_others(run_dir, "data", rows, "data: not the rows", counted)
+    compare("data", rows, "data: not the rows")
     metadata = {split: digest_of_metadata(found) for split, found in splits.items()}
-    _refuse_others(run_dir, "metadata", metadata, "data: not the metadata of the rows")
+    compare("metadata", metadata, "data: not the metadata of the rows")
     if files:
-        _refuse_others(run_dir, "media", digests_of_media(splits), "data: not the media files")
+        compare("media", digests_of_media(splits), "data: not the media files")
 
 
 def refuse_other_model(run_dir: RunDir, prints: Mapping[str, str]) -> None:
@@ -60,21 +90,8 @@ def refuse_other_model(run_dir: RunDir, prints: Mapping[str, str]) -> None:
         raise UsageError(_other(run_dir, "model: not the files", changed))
 
 
-def _refuse_others(
-    run_dir: RunDir,
-    kind: str,
-    found: Mapping[str, str],
-    what: str,
-    told: Callable[[str, Mapping[str, str]], str] = lambda split, known: split,
-) -> None:
-    known = run_dir.began_with(kind, found)
-    changed = [told(split, known) for split in found if known.get(split) != found[split]]
-    if changed:
-        raise UsageError(_other(run_dir, what, changed))
-
-
-def _other(run_dir: RunDir, what: str, changed: list[str]) -> str:
-    return f"{what} that {run_dir.path} began with: {', '.join(changed)}; bring them back, or begin anew"
+def _other(run_dir: RunDir, what: str, changed: list[str], way_out: str = "begin anew") -> str:
+    return f"{what} that {run_dir.path} began with: {', '.join(changed)}; bring them back, or {way_out}"
 
 
 def refuse_other_start(policy: Policy, folder: Path) -> None:
