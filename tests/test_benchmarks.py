@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rlaif_fast import evaluate
 from rlaif_fast.data import VOCABULARY
@@ -33,6 +34,7 @@ from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.runs.integrity import Manifest, digests, write_manifest
 from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.video import ClipStore, FrameSampling
 from rlaif_fast.video.refs import Cut, MediaRef
 from rlaif_fast.video.testing import counter_frames, write_video
 
@@ -191,6 +193,37 @@ def test_of_two_videos_of_one_name_neither_is_guessed(tmp_path, video):
     (tmp_path / "video/perception/video_7.mp4").symlink_to(first)
     linked, _ = read_benchmark("mvbench", tmp_path)
     assert linked.example.seen[0].path == first
+
+
+def test_mvbench_takes_the_video_of_its_tasks_own_folder(tmp_path, video):
+    row = {"video": "video_7.mp4", "question": "What?", "candidates": ["Put. ", "Took."], "answer": "Put. "}
+    for task in ("moving_count", "action_count", "action_antonym"):
+        put(tmp_path / f"json/{task}.json", [row])
+    perception, clevrer = (
+        video(f"video/{home}/video_7.mp4") for home in ("perception/videos", "clevrer/video_validation")
+    )
+    neither, theirs, ours = read_benchmark("mvbench", tmp_path)
+    assert [theirs.example.seen[0].path, ours.example.seen[0].path] == [perception, clevrer]
+    assert not neither.example.seen and "2 videos are called 'video_7'" in neither.trouble
+    assert ours.example.answer == "A" and ours.example.options == ("Put.", "Took.")
+
+
+def test_frames_of_mvbench_are_three_a_second_whatever_is_sampled(tmp_path):
+    row = {"video": "friends", "question": "What?", "candidates": ["Put.", "Took."], "answer": "Put."}
+    put(tmp_path / "json/episodic_reasoning.json", [row | {"start": 4.0, "end": 7.7}])
+    frames = tmp_path / "tvqa/frames_fps3_hq/friends"
+    frames.mkdir(parents=True)
+    for number in range(40):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(frames / f"{number:05d}.png")
+    [item] = read_benchmark("mvbench", tmp_path)
+    for sampling, numbers in (
+        (FrameSampling(fps=1.0), list(range(12, 24))),
+        (FrameSampling(nframes=4), [12, 16, 19, 23]),
+    ):
+        with ClipStore(sampling, isolate=False) as store:
+            clip = store.load(item.example.seen[0])
+        assert clip.frames[:, 0, 0, 0].tolist() == numbers
+        assert clip.timestamps[0] == 4.0
 
 
 def test_mvbench_cuts_whatever_the_folder_is_called(tmp_path, clip):

@@ -17,7 +17,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, markup_of
-from rlaif_fast.video import ClipStore, FrameSampling, PatchSpec, PixelBudget
+from rlaif_fast.video import ClipStore, FrameSampling, PatchSpec, PixelBudget, load_frames
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 
@@ -335,6 +335,19 @@ def test_keys_hold_for_pictures_too(write, media):
     )
     assert counters(clip) == [4, 5, 6, 7] or counters(clip) == [4, 5, 7, 8] or min(counters(clip)) >= 4
     assert clip.timestamps[0] == pytest.approx(1.0)
+
+
+def test_the_rate_of_pictures_does_not_say_how_many_are_seen(write, media):
+    example = example_of(write, media, {"videos": [{"video": FRAMES, "fps": 4.0}]})
+    [clip] = load(example, nframes=6)
+    assert len(counters(clip)) == 6 and clip.timestamps[-1] == pytest.approx(11 / 4)
+
+
+def test_all_pictures_are_seen_at_any_rate(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    for rate, count in ((25.0, 58), (15.0, 246), (29.97, 768)):  # 58 / 25 * 25 is less than 58
+        clip = load_frames("p", [str(tmp_path / "p.png")] * count, sampling=FrameSampling(fps=rate))
+        assert len(clip.frames) == count
 
 
 def test_a_missing_frame_is_named(write, media):

@@ -127,11 +127,11 @@ def _open_medium(medium: MediaRef) -> None:
     if medium.is_image:
         load_image(medium.path)
     elif medium.frames:
-        load_frames(medium.path, medium.frames, sampling=FrameSampling().cut(medium.cut))
+        load_frames(medium.path, medium.frames, sampling=FrameSampling().cut(medium))
     else:
         info = probe(medium.path)
         if medium.cut.given():
-            FrameSampling().cut(medium.cut).sample(info)
+            FrameSampling().cut(medium).sample(info)
 
 
 def _print_table(report: ReadReport) -> None:

@@ -68,7 +68,7 @@ class RowClips:
                 self.load([medium], where)
                 continue
             try:
-                self._sampling.cut(medium.cut).sample(probe(medium.path))
+                self._sampling.cut(medium).sample(probe(medium.path))
             except VideoError as error:
                 raise UsageError(f"{where}: {error}") from None
 
@@ -88,7 +88,7 @@ class RowClips:
         resize = _ANY_SIZE.cut(medium.cut) if bounded else None
         if medium.is_image:
             return load_image(medium.path, resize=resize)
-        sampling = self._sampling.cut(medium.cut)
+        sampling = self._sampling.cut(medium)
         if medium.frames:
             return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize)
         return load_clip(medium.path, sampling=sampling, resize=resize)

@@ -198,7 +198,7 @@ def _vet_all(
             if medium.is_image:
                 load_image(path)
                 return _Vetted(path, None, 1)
-            own = sampling.cut(medium.cut)
+            own = sampling.cut(medium)
             if medium.frames:
                 clip = load_frames(path, medium.frames, sampling=own)
                 return _Vetted(path, None, len(clip.frames))

@@ -72,7 +72,7 @@ def load_frames(
     rate = sampling.fps
     times = tuple(i / rate for i in range(len(frames)))
     info = VideoInfo(path, "pictures", 0, 0, len(frames), rate, len(frames) / rate, times)
-    indices, sample_fps = replace(sampling, min_frames=1).sample(info)
+    indices, sample_fps = replace(sampling, min_frames=sampling.max_frames).sample(info)
     budget = "" if resize is None else str(resize)
     key = clip_key(",".join(file_digest(frames[i]) for i in indices), indices, f"pictures:{rate}:{budget}")
     known = cache.get(key) if cache is not None else None

@@ -160,7 +160,7 @@ class ClipStore:
         resize = None if self.resize is None else self.resize.cut(medium.cut)
         if medium.is_image:
             return load_image(medium.path, resize=resize, cache=self.cache)
-        sampling = self.sampling.cut(medium.cut)
+        sampling = self.sampling.cut(medium)
         if medium.frames:
             return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize, cache=self.cache)
         lent = nullcontext() if self._pool is None else self._pool.lend()

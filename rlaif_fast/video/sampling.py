@@ -11,7 +11,7 @@ import torch
 
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.errors import VideoError
-from rlaif_fast.video.refs import Cut
+from rlaif_fast.video.refs import MediaRef
 
 _OF_ROWS = ("video_start", "video_end", "fps", "nframes", "min_frames", "max_frames")
 
@@ -54,10 +54,11 @@ class FrameSampling:
                 f"expected 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}"
             )
 
-    def cut(self, cut: Cut) -> FrameSampling:
+    def cut(self, medium: MediaRef) -> FrameSampling:
         """This sampling with what a row or a message part says of its own video."""
-        own: dict[str, Any] = {key: value for key, value in cut.given().items() if key in _OF_ROWS}
-        if "fps" in own or "min_frames" in own or "max_frames" in own:
+        own: dict[str, Any] = {key: value for key, value in medium.cut.given().items() if key in _OF_ROWS}
+        # Of pictures `fps` is the rate that they were taken at, and says nothing of how many are seen.
+        if ("fps" in own and not medium.frames) or "min_frames" in own or "max_frames" in own:
             own.setdefault(
                 "nframes", None
             )  # a rate of the row's own comes before a count of the configuration

@@ -121,23 +121,34 @@ class Folder:
                 found.setdefault(path.parent.name, {}).setdefault(path.parent.resolve(), path.parent)
         return {name: list(paths.values()) for name, paths in found.items()}
 
-    def video(self, *names: str, cut: Cut | None = None) -> tuple[MediaRef | None, str]:
+    def video(
+        self, *names: str, cut: Cut | None = None, home: str | None = None
+    ) -> tuple[MediaRef | None, str]:
         """The video of the first name that there is one of; else None, and why. Of two, neither is guessed.
 
         Args:
             names: Names with or without suffix, or paths below the folder, without which they are found too.
             cut: What part of it is seen.
+            home: Of several videos of one name the one is meant that lies in a folder of this name ("star"), or of one
+                that begins with it ("star_480").
         """
         for name in names:
             direct, own = self.path / name, Path(name)
             stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
             paths = [direct] if _is_file(direct) else self._videos.get(stem, [])
             if len(paths) > 1:
+                at_home = [path for path in paths if home and self._lies_in(path, home)]
+                paths = at_home if len(at_home) == 1 else paths
+            if len(paths) > 1:
                 places = ", ".join(str(path.relative_to(self.path)) for path in paths)
                 return None, f"{len(paths)} videos are called {stem!r}: {places}"
             if paths:
                 return MediaRef(str(paths[0]), cut=cut or Cut(), frames=_frames(paths[0])), ""
         return None, f"no video {' or '.join(map(repr, names))} below {self.path}"
+
+    def _lies_in(self, path: Path, home: str) -> bool:
+        above = path.relative_to(self.path).parts[:-1]
+        return any(part == home or part.startswith(f"{home}_") for part in above)
 
 
 def _is_file(path: Path) -> bool:

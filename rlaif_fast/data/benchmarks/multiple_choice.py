@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlaif_fast.data.benchmarks.base import (
 from rlaif_fast.data.schema import index_of_letter
 from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
+from rlaif_fast.video.refs import Cut
 
 # As its authors ask (arXiv 2405.21075, "Evaluation Pipeline" of their repository).
 _VIDEOMME = (
@@ -33,6 +35,31 @@ _VIDEOMME = (
 _LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
 _FONT = re.compile(r"<[^>]*>")
 _TIMES = re.compile(r"^\d+$|-->")
+
+# Where the authors keep the videos of a task (`data_list` of their notebook): names of other folders can be the same.
+_MVBENCH_HOMES = {
+    "action_sequence": "star",
+    "action_prediction": "star",
+    "action_antonym": "ssv2",
+    "fine_grained_action": "Moments_in_Time",
+    "unexpected_action": "FunQA",
+    "object_existence": "clevrer",
+    "object_interaction": "star",
+    "object_shuffle": "perception",
+    "moving_direction": "clevrer",
+    "action_localization": "sta",
+    "scene_transition": "scene_qa",
+    "action_count": "perception",
+    "moving_count": "clevrer",
+    "moving_attribute": "clevrer",
+    "state_change": "perception",
+    "fine_grained_pose": "nturgbd",
+    "character_order": "perception",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa",
+    "counterfactual_inference": "clevrer",
+}
+_MVBENCH_FPS = 3.0  # of its folders of frames: `frames_fps3_hq`
 
 NEXTQA_TYPES = {
     "CW": "causal why",
@@ -119,13 +146,17 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem
+        home = _MVBENCH_HOMES.get(task)
         for where, row in folder.rows_in(file):
             options = _options(row, "candidates", where)
             answer, question = text_of(row, "answer", where), text_of(row, "question", where)
             place = options.index(answer) if answer in options else None
-            found, trouble = folder.video(text_of(row, "video", where), cut=cut_of(row, where))
+            name, cut = text_of(row, "video", where), cut_of(row, where)
+            found, trouble = folder.video(name, cut=cut, home=home)
             if found is not None and "segment" in str(Path(found.path).relative_to(folder.path)):
-                found, trouble = folder.video(text_of(row, "video", where))
+                found = replace(found, cut=Cut())
+            elif found is not None and found.frames:
+                found = replace(found, cut=replace(cut, fps=_MVBENCH_FPS))
             yield make_item(
                 (found, trouble),
                 id=f"{task}:{where.rpartition(':')[2]}",
@@ -151,7 +182,7 @@ def _mapping(file: Path) -> dict[str, Any]:
 def _options(row: dict[str, Any], key: str, where: str) -> list[str]:
     value = row.get(key)
     if isinstance(value, list) and 2 <= len(value) <= MAX_OPTIONS:
-        return list(map(str, value))
+        return [str(option).strip() for option in value]
     raise UsageError(
         f"{where}: expected {key!r} to list the options, got {value!r:.60}; is this the benchmark named?"
     )
