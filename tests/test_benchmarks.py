@@ -23,7 +23,7 @@ from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.answering import likeliest
-from rlaif_fast.evals.grading import RankingGrader, make_grader
+from rlaif_fast.evals.grading import RankingGrader, grade_answers, make_grader
 from rlaif_fast.evals.identity import asked_digest, model_digest
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
 from rlaif_fast.evals.tables import as_text, table_of
@@ -540,6 +540,9 @@ class JudgeServer(http.server.BaseHTTPRequestHandler):
         reference = json.loads(text.split("Reference answer: ")[1].splitlines()[0])
         answer = json.loads(text.split("<answers>\n")[1].splitlines()[0])["text"]
         self.server.seen.append(body)
+        if self.server.down:
+            self.send_error(400)
+            return
         right = reference in answer.split()
         reply = json.dumps({"pred": "yes" if right else "no", "score": 4 if right else 1})
         if "nonsense" in answer:
@@ -560,7 +563,7 @@ class JudgeServer(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def judge():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), JudgeServer)
-    server.seen = []
+    server.seen, server.down = [], False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -576,6 +579,21 @@ def test_a_judge_grades_answers_over_http(judge):
     grades = grader.grade([request("a man"), request("a dog"), request("nonsense")])
     assert grades == [Grade(True, 4), Grade(False, 1), None]
     assert all("image" not in json.dumps(body) for body in judge.seen)
+
+
+def test_reasoning_is_no_part_of_what_is_graded(judge):
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    options = {"model": "m", "base_url": url}
+    row = Example("x", "who is driving ?", "man")
+    said = ["a man or a dog ? </think> a dog", "<answer>a man</answer>", "final: man is what I say; dog"]
+    for extract, expected in ((None, [False, True, True]), (r"; (.*)", [False, True, False])):
+        grader = make_grader("api", options | ({} if extract is None else {"extract": extract}))
+        grades = grade_answers(grader, [(row, text) for text in said])
+        assert [grade.correct for grade in grades] == expected
+    shown = [body["messages"][1]["content"][-1]["text"] for body in judge.seen]
+    assert not any("think" in text for text in shown)
+    with pytest.raises(UsageError, match="judge_options: 'protocol' is of rankings, not of grades"):
+        make_grader("api", options | {"protocol": "pairwise"})
 
 
 def test_any_oracle_grades_by_ranking():
@@ -619,6 +637,28 @@ def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video)
     answered, missing = read_records(tmp_path / "out/items.jsonl")
     assert answered.score in (1, 4) and answered.pred == (answered.score == 4) and missing.pred is None
     assert len(judge.seen) == 1
+
+
+def test_grades_that_a_judge_did_not_give_are_told_and_asked_for_again(judge, model, tmp_path, video, capsys):
+    row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7010}
+    put(tmp_path / "msrvtt/test_qa.json", [row, row | {"id": 2}])
+    video("msrvtt/video7010.mp4")
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    words = [f"--data={tmp_path / 'msrvtt'}", f"--model={model}", f"--output_dir={tmp_path / 'out'}"]
+    words += ["--benchmark=msrvtt_qa", "--fps=4", "--max_completion_length=4", "--judge=api"]
+    words += ["--judge_options", json.dumps({"model": "m", "base_url": url, "max_attempts": 1})]
+    judge.down = True
+    assert evaluate.main(words) == 1
+    said = capsys.readouterr()
+    assert "not graded by the judge: 2 answers" in said.out
+    assert "judge: api graded none of 2 answers; they are kept" in said.err
+    before = read_records(tmp_path / "out/items.jsonl")
+    judge.down = False
+    assert evaluate.main(words) == 0
+    after = read_records(tmp_path / "out/items.jsonl")
+    assert all(record.pred is not None and record.score in (1, 4) for record in after)
+    assert [dataclasses.replace(record, pred=None, score=None) for record in after] == before
+    assert "not graded" not in capsys.readouterr().out
 
 
 # Tables

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint, tell
 from rlaif_fast.trainer.options import TrainConfig
 
@@ -19,10 +19,13 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
 
     Raises:
         UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
+        RlaifFastError: The judge graded not one answer.
     """
     from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
+    from rlaif_fast.evals.grading import make_grader
     from rlaif_fast.evals.records import EvalFolder, read_records
+    from rlaif_fast.evals.runner import grade_rest
     from rlaif_fast.evals.tables import as_text, refuse_other_questions, table_of, write_tables
     from rlaif_fast.policy.loading import resolve_device
 
@@ -47,8 +50,11 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
     if first.rank != 0:
         return path
-    known = EvalFolder.open(path, settings).records
-    records = [known[item.example.id] for item in items]
+    folder = EvalFolder.open(path, settings)
+    ungraded = 0
+    if options.judge is not None:
+        ungraded = grade_rest(items, folder, make_grader(options.judge, options.judge_options))
+    records = [folder.records[item.example.id] for item in items]
     if all(record.prediction is None for record in records):
         raise UsageError(
             f"data: none of the {len(records)} questions could be answered: {records[0].trouble}; "
@@ -64,9 +70,16 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         print(f"unanswered, counted as wrong: {record.id}: {record.trouble}")
     if len(unanswered) > 10:
         print(f"... and {len(unanswered) - 10} more; all are in {path / 'summary.json'}")
+    if ungraded:
+        print(f"not graded by the judge: {ungraded} answers; the same command asks for them again")
     print(
         json.dumps({"accuracy": lines[0].accuracy.mean, "n": lines[0].n, "unanswered": lines[0].unanswered})
     )
+    if ungraded and not lines[0].judged:
+        raise RlaifFastError(
+            f"judge: {options.judge} graded none of {ungraded} answers; they are kept in {path}, and the same command "
+            "asks for the grades again"
+        )
     return path
 
 

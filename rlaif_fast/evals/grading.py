@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, RankRequest, rank_all
+from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.grading import MAX_GRADE, Grade
 from rlaif_fast.oracle.registry import build_oracle
+
+# Options of a judge that grading does not read: how orders are drawn and fused, and what else than words is shown.
+OF_RANKINGS = (
+    *("protocol", "orders", "fusion", "min_confidence", "use_reference", "use_clips", "seed"),
+    *("frames_per_clip", "image_size"),
+)
 
 
 @runtime_checkable
@@ -44,18 +52,50 @@ class RankingGrader:
         return grades
 
 
+def grade_answers(grader: Grader, answers: Sequence[tuple[Example, str]]) -> list[Grade | None]:
+    """Grade answers to open questions by their words alone, as published: the frames are not shown.
+
+    Args:
+        grader: Grades.
+        answers: Questions with the answers to them; of one that reasons, what stands behind the reasoning is graded.
+
+    Returns:
+        A grade for each, None where there could be none.
+    """
+    requests = [
+        RankRequest(
+            id=f"{place}:{example.id}",
+            question=example.question,
+            responses=(final_part(text) or text,),
+            reference=example.answer,
+            category=example.category,
+            metadata=example.metadata,
+        )
+        for place, (example, text) in enumerate(answers)
+    ]
+    return grader.grade(requests) if requests else []
+
+
 def make_grader(name: str, options: Mapping[str, Any]) -> Grader:
     """The grader that an oracle's name and options make.
 
     Raises:
-        UsageError: An option is the oracle's in training alone, or unknown.
+        UsageError: An option is of rankings alone, or unknown.
     """
-    for option in ("cache", "window", "max_invalid_fraction"):
+    refuse_options(options, ("cache", "window", "max_invalid_fraction"))
+    oracle = build_oracle(name, max_invalid_fraction=None, **options)
+    if not isinstance(oracle, Grader):
+        return RankingGrader(oracle)
+    refuse_options(options, OF_RANKINGS)
+    return oracle
+
+
+def refuse_options(options: Mapping[str, Any], of_rankings: Sequence[str]) -> None:
+    """Refuse options that no grade depends on.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for option in of_rankings:
         if option in options:
             raise UsageError(f"judge_options: {option!r} is of rankings, not of grades; leave it out")
-    return grader_of(build_oracle(name, max_invalid_fraction=None, **options))
-
-
-def grader_of(oracle: Oracle) -> Grader:
-    """The oracle where it grades by itself, else one that has it rank."""
-    return oracle if isinstance(oracle, Grader) else RankingGrader(oracle)

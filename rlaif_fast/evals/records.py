@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError, writing
 from rlaif_fast.evals.identity import asked_digest
+from rlaif_fast.oracle.grading import Grade
 from rlaif_fast.runs.folder import json_line, read_jsonl, write_atomically
 
 
@@ -121,6 +122,14 @@ class EvalFolder:
 
     def _write(self) -> None:
         write_atomically(self.items, "".join(json_line(asdict(r)) for r in self.records.values()))
+
+    def grade(self, grades: Mapping[str, Grade]) -> None:
+        """Note a judge's grades of answers, by id."""
+        if not grades:
+            return
+        for name, grade in grades.items():
+            self.records[name] = replace(self.records[name], pred=grade.correct, score=grade.score)
+        self._write()
 
     def add(self, records: Sequence[Record]) -> None:
         """Note some answers."""

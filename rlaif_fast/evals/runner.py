@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -10,9 +9,10 @@ from rlaif_fast.algorithms.group import rank_request
 from rlaif_fast.data.benchmarks import Item
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
-from rlaif_fast.evals.grading import Grader
+from rlaif_fast.evals.grading import Grader, grade_answers
 from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.evals.records import EvalFolder, Record
+from rlaif_fast.oracle.grading import Grade
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import Prompt
@@ -66,6 +66,26 @@ def run_items(
         advance(len(everyone))
 
 
+def grade_rest(items: Sequence[Item], folder: EvalFolder, grader: Grader) -> int:
+    """Ask once more for the grades that a judge did not give, and note them; returns how many it still did not give.
+
+    Args:
+        items: The benchmark, all of it answered.
+        folder: Where the answers are.
+        grader: The judge.
+    """
+    waiting = [
+        (item.example, record.prediction)
+        for item in items
+        if not item.example.options
+        and (record := folder.records[item.example.id]).pred is None
+        and record.prediction is not None
+    ]
+    grades = grade_answers(grader, waiting)
+    folder.grade({example.id: grade for (example, _), grade in zip(waiting, grades) if grade is not None})
+    return grades.count(None)
+
+
 def _answer_chunk(
     items: Sequence[Item],
     make_batch: BatchMaker,
@@ -78,18 +98,11 @@ def _answer_chunk(
     prompts = make_batch([item.example for item in asked.values()]) if asked else []
     texts = answers(prompts) if prompts else []
     requests = [rank_request(prompt, [text], 0) for prompt, text in zip(prompts, texts)]
-    grades: dict[str, tuple[bool, int]] = {}
+    grades: dict[str, Grade | None] = {}
     if grader is not None:
-        open_ended = [i for i, prompt in enumerate(prompts) if not prompt.example.options]
-        # The grade is of the words alone, as published: the frames are not shown.
-        graded = (
-            grader.grade([dataclasses.replace(requests[i], clips=()) for i in open_ended])
-            if open_ended
-            else []
-        )
-        grades = {
-            prompts[i].example.id: (g.correct, g.score) for i, g in zip(open_ended, graded) if g is not None
-        }
+        open_ended = [(p.example, text) for p, text in zip(prompts, texts) if not p.example.options]
+        found_grades = grade_answers(grader, open_ended)
+        grades = {example.id: grade for (example, _), grade in zip(open_ended, found_grades)}
     found = {
         prompt.example.id: (text, rules.is_correct(request, text))
         for prompt, text, request in zip(prompts, texts, requests)
@@ -99,9 +112,7 @@ def _answer_chunk(
     ]
 
 
-def _record(
-    item: Item, category: str, found: tuple[str, bool] | None, grade: tuple[bool, int] | None
-) -> Record:
+def _record(item: Item, category: str, found: tuple[str, bool] | None, grade: Grade | None) -> Record:
     example = item.example
     return Record(
         id=example.id,
@@ -112,8 +123,8 @@ def _record(
         prediction=None if found is None else found[0],
         correct=found is not None and found[1],
         trouble=item.trouble or ("" if found is not None else f"{_video(example)} cannot be read"),
-        pred=None if grade is None else grade[0],
-        score=None if grade is None else grade[1],
+        pred=None if grade is None else grade.correct,
+        score=None if grade is None else grade.score,
         asked=asked_digest(example),
     )
 

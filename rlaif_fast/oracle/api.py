@@ -211,7 +211,8 @@ class _Session:
         return Outcome(ranks, tuple(tally.raw), tally.tokens, tally.seconds, error)
 
     async def grade(self, request: RankRequest) -> Grade | None:
-        ask = grade_ask(request, self.oracle.options.max_response_chars)
+        options = self.oracle.options
+        ask = grade_ask(request, options.max_response_chars, options.extract)
         return await self.answer((), ask, _Tally())
 
     async def answer(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:

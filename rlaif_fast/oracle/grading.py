@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlaif_fast.oracle.base import RankRequest
+from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.protocols import (
     Ask,
     MalformedVerdict,
@@ -14,7 +15,7 @@ from rlaif_fast.oracle.protocols import (
     parse_object,
     question_block,
 )
-from rlaif_fast.oracle.untrusted import clean_text, draw_labels
+from rlaif_fast.oracle.untrusted import draw_labels, show_responses
 
 MAX_GRADE = 5
 
@@ -41,9 +42,10 @@ class Grade:
     score: int
 
 
-def grade_ask(request: RankRequest, max_response_chars: int) -> Ask:
-    """The question to a judge about the one response of a request."""
-    text = clean_text(request.responses[0], max_response_chars)
+def grade_ask(request: RankRequest, max_response_chars: int, extract: str | None = None) -> Ask:
+    """The question to a judge about the one response of a request, or about what `extract` captures of it."""
+    [shown], _ = show_responses(request.responses, max_response_chars, compile_extract(extract))
+    text = str(shown) if shown.answer is None else shown.answer
     [label] = draw_labels(1, request.question, text)
     schema: dict[str, Any] = object_schema(
         pred={"type": "string", "enum": ["yes", "no"]},
