@@ -10,6 +10,7 @@ import pytest
 
 from rlaif_fast.data import read_examples, read_report
 from rlaif_fast.errors import UsageError
+from rlaif_fast.video.refs import Cut
 
 
 @pytest.fixture
@@ -277,6 +278,25 @@ def test_every_kind_of_file_gives_the_same_rows(folder, name):
         (r["id"], r["question"], "B", ("x", "y")) for r in ROWS
     ]
     assert {e.videos for e in examples} == {(str(folder / "a.mp4"),)}
+
+
+def test_what_a_row_of_a_table_sees_of_its_video(folder):
+    (folder / "data.csv").write_text("video,question,answer,video_start,nframes\na.mp4,what?,5,1.5,4\n")
+    [example] = read_examples(folder / "data.csv")
+    assert example.seen[0].cut == Cut(video_start=1.5, nframes=4) and example.answer == "5"
+    (folder / "data.csv").write_text("video,question,answer,video_start\na.mp4,what?,5,soon\n")
+    with pytest.raises(UsageError, match="video_start: expected a number, got 'soon'"):
+        read_examples(folder / "data.csv")
+
+
+def test_a_placeholder_of_a_table_has_keys_that_are_null(folder):
+    """Arrow gives every part of a message the keys of all parts."""
+    datasets = pytest.importorskip("datasets")
+    content = [{"type": "video"}, {"type": "text", "text": "what?"}]
+    row = {"messages": [{"role": "user", "content": content}], "answer": "x", "videos": ["a.mp4"]}
+    datasets.Dataset.from_list([row]).save_to_disk(str(folder / "saved"))
+    [example] = read_examples(folder / "saved", media_root=folder)
+    assert example.videos == (str(folder / "a.mp4"),) and example.question == "what?"
 
 
 def test_a_missing_library_says_how_to_install_it(folder, monkeypatch):

@@ -38,6 +38,23 @@ def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
     assert second == ROWS[1] | {"answer": "a dog", "videos": ["../in/v/a.mp4"]}
 
 
+def test_rows_are_called_and_found_as_they_are_read(tmp_path):
+    """Whatever key names the row, and where the path stands beside what is seen of it."""
+    rows = [
+        {"question": "What?", "question_id": 7, "video": {"path": "v/a.mp4", "video_start": 1.0}},
+        {"question": "What?", "id": None, "sample_id": " s ", "videos": [{"video": "v/a.mp4"}]},
+    ]
+    file = lines(tmp_path / "in/rl.jsonl", rows)
+    names = [example.id for example in read_examples(file, require_answer=False, check_files=False)]
+    said = lines(tmp_path / "p.jsonl", [{"example_id": name, "prediction": name} for name in names])
+    out = tmp_path / "out/labelled.jsonl"
+    assert main(["label", str(file), str(out), "--predictions", str(said)]) == 0
+    labelled = read_examples(out, check_files=False)
+    assert [example.answer for example in labelled] == ["7", "s"]
+    found = {Path(example.seen[0].path).resolve() for example in labelled}
+    assert found == {(tmp_path / "in/v/a.mp4").resolve()} and labelled[0].seen[0].cut.video_start == 1.0
+
+
 @pytest.mark.parametrize(
     ("rows", "said", "words"),
     [

@@ -202,7 +202,9 @@ def _user_text(content: Any, media: list[Medium], row: Row) -> str:
             texts.append(f"<{kind[:5]}>")
             if any(part.get(key) is not None for key in (kind, "path", "url")):
                 media.append(read_medium(part, kind[:5], kind, row_cut(row, kind[:5])))
-            elif len(part) > 1:  # else a placeholder for the next of `videos` or `images`
+            elif any(
+                value is not None for key, value in part.items() if key != "type"
+            ):  # else a placeholder for the next of `videos` or `images`
                 raise RowError(f"content: a {kind} without its path, {part!r:.60}")
         else:
             raise RowError(f"content: unknown part {part!r:.60}; use the types 'text', 'video' and 'image'")
@@ -236,7 +238,7 @@ def _finish(fields: Fields, row: Row, scored: str) -> Fields:
         fields.answer = _optional_text(row, "answer")
     if row.get("system") is not None:
         fields.system = _text(row, "system")
-    fields.id = next((_name(row, key) for key in _ID if row.get(key) is not None), None)
+    fields.id = id_of(row)
     fields.category = next((_name(row, key) for key in _CATEGORY if row.get(key) not in (None, "")), None)
     process = row.get("process")
     if isinstance(process, str) and process.strip() and fields.answer is not None:  # Video-R1-COT
@@ -303,6 +305,15 @@ def place_media(fields: Fields) -> None:
     fields.media = first + tagged
     pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
     fields.layout = [] if not any(piece.strip() for piece in pieces[:-1]) else [""] * len(first) + pieces
+
+
+def id_of(row: Row) -> str | None:
+    """What a row calls itself; None where it does not.
+
+    Raises:
+        RowError: It is neither a text nor a number.
+    """
+    return next((_name(row, key) for key in _ID if row.get(key) is not None), None)
 
 
 def _name(row: Row, key: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.converters import id_of
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import NAMES
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.outputs import check_output
@@ -41,7 +43,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         said[row["example_id"]] = row["prediction"]
     lines, missing, met = [], 0, set()
     for number, row in _objects(file, "question"):
-        name = str(row.get("id", f"{file.stem}:{number}"))
+        name = _id(file, number, row)
         if name in met:
             raise UsageError(f"{file}:{number}: the id {name!r:.60} stands twice")
         met.add(name)
@@ -63,6 +65,14 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
     with writing(out):
         _replace(out, "".join(lines))
     return len(lines), missing
+
+
+def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
+    """What the reader calls a row of a file."""
+    try:
+        return id_of(row) or f"{file.stem}:{number}"
+    except RowError as error:
+        raise UsageError(f"{file}:{number}: {error}") from None
 
 
 def _replace(path: Path, text: str) -> None:
@@ -88,7 +98,10 @@ def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _moved(value: Any, source: Path, target: Path) -> Any:
-    """Relative paths from another folder on; anything but texts and lists of them stays as it is."""
+    """Relative paths from another folder on, in lists and beside the keys of a medium too."""
+    if isinstance(value, Mapping):
+        moved = {key: _moved(value[key], source, target) for key in value if key in NAMES}
+        return {**value, **moved}
     if isinstance(value, list):
         return [_moved(item, source, target) for item in value]
     if not isinstance(value, str) or Path(value).is_absolute():

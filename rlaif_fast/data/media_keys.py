@@ -14,7 +14,7 @@ SECONDS = ("video_start", "video_end")
 COUNTS = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 CUT_KEYS = (*SECONDS, "fps", *COUNTS)
 OF_IMAGES = ("min_pixels", "max_pixels")
-_NAMES = {
+NAMES = {
     "video": "video",
     "video_url": "video",
     "image": "image",
@@ -102,14 +102,14 @@ def read_medium(value: Any, kind: str, key: str, default: Cut | None = None) -> 
 def _from_mapping(value: Mapping[str, Any], kind: str, key: str, default: Cut | None) -> Medium:
     if value.get("bytes") is not None:
         raise RowError(f"{key}: holds the bytes of a file; write them to a file and give its path")
-    named = [name for name in _NAMES if value.get(name) is not None]
-    known = {*_NAMES, *CUT_KEYS, "type", "bytes"}
+    named = [name for name in NAMES if value.get(name) is not None]
+    known = {*NAMES, *CUT_KEYS, "type", "bytes"}
     unknown = [str(name) for name in value if name not in known and value[name] is not None]
     if unknown:
         raise RowError(
             f"{key}: the key {unknown[0]!r:.60} of a {kind} is not used; use {', '.join(CUT_KEYS)}"
         )
-    if len(named) != 1 or _NAMES[named[0]] not in ("", kind):
+    if len(named) != 1 or NAMES[named[0]] not in ("", kind):
         raise RowError(f"{key}: expected the path of a {kind}, got {dict(value)!r:.60}")
     inner = value[named[0]]
     found = read_medium(inner, kind, key, default)

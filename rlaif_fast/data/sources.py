@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import CUT_KEYS
 from rlaif_fast.errors import UsageError
 
 MAX_DEPTH = 64  # of lists and objects inside each other
@@ -161,7 +163,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a CSV file with a header; a cell that holds a JSON list or object is one, an empty one is absent."""
+    """The rows of a CSV file with a header; a cell that holds a JSON list or object is one, an empty one is absent.
+
+    Cells are texts, but for the seconds, rates and sizes of `media_keys`, which are numbers.
+    """
     csv.field_size_limit(_CELL_CHARS)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -172,7 +177,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
                 if None in row or None in row.values():
                     yield reader.line_num, RowError(f"expected {len(reader.fieldnames or ())} fields")
                     continue
-                yield reader.line_num, {key: _cell(value) for key, value in row.items() if value != ""}
+                yield reader.line_num, {key: _cell(key, value) for key, value in row.items() if value != ""}
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
     except csv.Error as error:
@@ -181,7 +186,10 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
         raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
 
 
-def _cell(value: str) -> Any:
+def _cell(key: str, value: str) -> Any:
+    if key in CUT_KEYS:
+        with contextlib.suppress(ValueError):  # what is no number is refused where it is read
+            return float(value)
     if value.lstrip()[:1] in ("[", "{"):
         found = _guarded(lambda: _DECODER.decode(value))
         return value if isinstance(found, RowError) else found
