@@ -1,6 +1,7 @@
 """From rows to encoded prompts: each file is loaded once for all rows that ask about it."""
 
 import pytest
+from PIL import Image
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.policy.loading import load_model
@@ -48,6 +49,26 @@ def test_rows_of_a_bad_file_are_left_out(maker, tmp_path):
     maker.prefetch(rows)
     assert [prompt.example.id for prompt in maker(rows)] == [row.id for row in rows[4:]]
     assert maker.store.stats.bad_files.keys() == {str(bad)}
+
+
+def test_grey_frames_have_the_times_of_what_they_hide(maker, tmp_path):
+    paths = [write_video(tmp_path / f"{fps}.mp4", counter_frames(8), fps=fps) for fps in (4, 8)]
+    Image.fromarray(next(counter_frames(1))).save(tmp_path / "p.png")
+    rows = [*rows_about(paths), Example("p", "what moves 0", images=(str(tmp_path / "p.png"),))]
+    maker.blank_frames = False
+    seen = maker(rows)
+    maker.blank_frames = True
+    try:
+        grey = maker(rows)
+    finally:
+        maker.blank_frames = False
+    for prompt, blank in zip(seen, grey, strict=True):
+        [clip], [media], [hidden] = prompt.clips, prompt.media, blank.media
+        assert (blank.clips[0].frames == 128).all() and blank.clips[0].sample_fps == clip.sample_fps
+        assert (hidden.seconds_per_grid, hidden.timestamps) == (media.seconds_per_grid, media.timestamps)
+        assert hidden.grid_thw == media.grid_thw and hidden.is_video == media.is_video
+        assert blank.input_ids.tolist() == prompt.input_ids.tolist()
+        assert not hidden.patches.equal(media.patches)
 
 
 def test_rows_about_the_same_media_stay_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import family_checkpoints
@@ -72,6 +73,8 @@ def test_a_processors_prompts_train_as_the_tables_do() -> None:
     again = policy.response_logps(made, rollout.token_ids, rollout.mask.sum(1))
     torch.testing.assert_close(again, rollout.logps[rollout.mask], rtol=1e-4, atol=1e-4)
     assert own.encode(examples[0], [clips[0]]).inputs is made[0].inputs  # remembered
+    asked = dataclasses.replace(examples[0], asked="what color is it")  # the user's turn word for word
+    assert len(own.encode(asked, [clips[0]]).input_ids) == len(made[0].input_ids) + 2
 
 
 def test_a_refusal_of_the_processor_is_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.video import ClipStore, VideoError
 from rlaif_fast.video.base import Clip
+from rlaif_fast.video.clips import clip_key
 from rlaif_fast.video.refs import MediaRef
 
 
@@ -147,11 +149,7 @@ def files(example: Example) -> tuple[MediaRef, ...]:
 
 
 def blanked(clip: Clip) -> Clip:
-    """The clip with every frame mid-grey: what is left to a policy that cannot see."""
-    return Clip(
-        frames=torch.full_like(clip.frames, 128),
-        timestamps=clip.timestamps,
-        key=f"blank:{tuple(clip.frames.shape)}",
-        path=clip.path,
-        is_image=clip.is_image,
-    )
+    """The clip with every frame mid-grey, of the same times: what is left to a policy that cannot see."""
+    kind = "image" if clip.is_image else f"video:{clip.sample_fps}"
+    key = clip_key(f"blank:{kind}", clip.timestamps, tuple(clip.frames.shape))
+    return replace(clip, frames=torch.full_like(clip.frames, 128), key=key)

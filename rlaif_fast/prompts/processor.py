@@ -11,7 +11,7 @@ import torch
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import Family
-from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
+from rlaif_fast.prompts.encoder import Prompt, PromptEncoder, question_text
 from rlaif_fast.video import PatchSpec, PixelBudget
 from rlaif_fast.video.base import Clip
 
@@ -49,7 +49,7 @@ class ProcessorEncoder(PromptEncoder):
         Raises:
             UsageError: The processor refuses it.
         """
-        text = (example.question, *example.options, example.system or "", *example.layout)
+        text = (question_text(example), *example.options, example.system or "", *example.layout)
         key = (*text, *(clip.key for clip in clips))
         known = self._prompts.get(key)
         if known is None:

@@ -85,7 +85,7 @@ def load_clip(
     return clip
 
 
-def clip_key(digest: str, indices: Sequence[int], size: object) -> str:
-    """Return the content address of frames: the file's content, which frames, how large."""
+def clip_key(digest: str, indices: Sequence[float], size: object) -> str:
+    """Return the content address of frames: the file's content, which frames (their numbers or times), how large."""
     described = f"{digest}:{','.join(map(str, indices))}:{size}"
     return hashlib.blake2b(described.encode(), digest_size=20).hexdigest()
