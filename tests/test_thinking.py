@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import family_checkpoints
+import numpy as np
 import pytest
+import torch
 
+from rlaif_fast.data import Example
+from rlaif_fast.evals.answering import likeliest
 from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.registry import build_oracle
+from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import PromptEncoder, ends_in_reasoning
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import for_reasoning
@@ -45,6 +50,31 @@ def test_an_answer_goes_behind_the_reasoning(generation, answer, taught) -> None
     assert encoder.reasons == (generation == THINKING)
     expected = encoder.tokenizer(taught, add_special_tokens=False)["input_ids"]
     assert encoder.encode_answer(answer) == [*expected, encoder.tokenizer.eos_token_id]
+
+
+def test_likelihoods_are_of_the_text_behind_the_reasoning() -> None:
+    """What closes the reasoning is as unlikely before every option, and would favour the longer ones."""
+    model, _ = family_checkpoints.make_model("qwen3_vl")
+    encoder = encoder_of(THINKING)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(encoder.tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(40)  # untrained, it finds all tokens alike
+    policy = Policy(model.eval(), encoder.tokenizer)
+    words = ("what", "color", "is", "the", "red", "square", "blue")
+    texts = [*words, *(" ".join(words[i : i + n]) for n in (2, 3, 5) for i in range(3))]
+    prompts = [encoder.encode(Example(str(i), word), ()) for i, word in enumerate(words)]
+    expected = []
+    with torch.no_grad():
+        for prompt in prompts:
+            means = []
+            for text in texts:
+                own = len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+                ids = encoder.encode_answer(text)[:-1]
+                logps = policy.response_logps([prompt], torch.tensor([ids]), torch.tensor([len(ids)]))
+                means.append(logps[-own:].double().mean().item())
+            expected.append(int(np.argmax(means)))
+        assert likeliest(policy, encoder, prompts, [texts] * len(prompts)) == expected
 
 
 def test_which_prompts_end_in_reasoning() -> None:

@@ -59,6 +59,8 @@ def likeliest(
 ) -> list[int]:
     """The place of the text of highest mean log-probability a token, for each prompt; the first of equal ones.
 
+    Where the prompt ends inside the reasoning, what closes it stands before every text and is not counted.
+
     Args:
         policy: The policy.
         encoder: Encodes the texts.
@@ -75,8 +77,10 @@ def likeliest(
     sizes = [len(texts) for texts in candidates]
     logps = policy.response_logps(prompts, padded, lengths, group_sizes=sizes)
     assert isinstance(logps, torch.Tensor)
+    closing = encoder.encode_answer("")[:-1]
+    before = torch.tensor([len(closing) if ids[: len(closing)] == closing else 0 for ids in tokens])
     row_of = torch.repeat_interleave(torch.arange(len(tokens)), lengths)
-    means = (
-        torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, row_of, logps.double().cpu()) / lengths
-    )
+    own = torch.cat([torch.arange(len(ids)) for ids in tokens]) >= before[row_of]
+    sums = torch.zeros(len(tokens), dtype=torch.float64)
+    means = sums.index_add_(0, row_of[own], logps.double().cpu()[own]) / (lengths - before)
     return [int(part.argmax()) for part in means.split(sizes)]
