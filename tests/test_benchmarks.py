@@ -363,7 +363,7 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     records = {record.id: record for record in read_records(out / "items.jsonl")}
     assert len(records) == 8
     assert [records[f"{n}-1"].prediction is None for n in range(4)] == [False, False, True, True]
-    assert "bad.mp4" in records["2-1"].trouble and "gone" in records["3-1"].trouble
+    assert "bad.mp4: not a readable video: " in records["2-1"].trouble and "gone" in records["3-1"].trouble
     rows = list(csv.DictReader((out / "table.csv").open()))
     assert rows[0]["n"] == "8" and rows[0]["unanswered"] == "4"
     assert float(rows[0]["accuracy"]) == sum(record.correct for record in records.values()) / 8

@@ -16,6 +16,7 @@ from rlaif_fast.oracle.grading import Grade
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.video.refs import MediaRef
 
 
 class Answers(Protocol):
@@ -107,13 +108,22 @@ def _answer_chunk(
         prompt.example.id: (text, rules.is_correct(request, text))
         for prompt, text, request in zip(prompts, texts, requests)
     }
+    reason = make_batch.store.reason
     return [
-        _record(item, category, found.get(item.example.id), grades.get(item.example.id)) for item in items
+        _record(item, category, found.get(item.example.id), grades.get(item.example.id), reason)
+        for item in items
     ]
 
 
-def _record(item: Item, category: str, found: tuple[str, bool] | None, grade: Grade | None) -> Record:
+def _record(
+    item: Item,
+    category: str,
+    found: tuple[str, bool] | None,
+    grade: Grade | None,
+    reason: Callable[[MediaRef], str | None],
+) -> Record:
     example = item.example
+    unread = item.trouble or next((f"{m.path}: {why}" for m in example.seen if (why := reason(m))), "")
     return Record(
         id=example.id,
         video=_video(example) or example.id,
@@ -122,7 +132,7 @@ def _record(item: Item, category: str, found: tuple[str, bool] | None, grade: Gr
         answer=example.answer,
         prediction=None if found is None else found[0],
         correct=found is not None and found[1],
-        trouble=item.trouble or ("" if found is not None else f"{_video(example)} cannot be read"),
+        trouble="" if found is not None else unread or f"{_video(example)} cannot be read",
         pred=None if grade is None else grade.correct,
         score=None if grade is None else grade.score,
         asked=asked_digest(example),

@@ -124,6 +124,11 @@ class ClipStore:
         future.add_done_callback(lambda _: self._landed(medium))
         return future
 
+    def reason(self, medium: MediaRef) -> str | None:
+        """Why a medium was found bad; None where it was not."""
+        names = (medium.path, _name(medium))
+        return next((found for name in names if (found := self.stats.bad_files.get(name))), None)
+
     def close(self) -> None:
         """End the threads and processes. Loads in progress are given up."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -142,7 +147,7 @@ class ClipStore:
             self._in_flight.pop(medium, None)
 
     def _load(self, medium: MediaRef) -> Clip:
-        reason = self.stats.bad_files.get(medium.path) or self.stats.bad_files.get(_name(medium))
+        reason = self.reason(medium)
         if reason is not None:
             raise VideoError(medium.path, reason)
         try:
