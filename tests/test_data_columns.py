@@ -198,6 +198,14 @@ PUBLISHED = {
         | {"process": "", "solution": "<answer>B</answer>", "path": "./a.mp4", "data_source": "CLEVRER"},
         ("a.mp4", "B", 2),
     ),
+    "MVBench": (
+        {"video": "a.mp4", "question": "What?", "candidates": ["Put.", "Took."], "answer": "Took."},
+        ("a.mp4", "B", 2),
+    ),
+    "choices": (
+        {"video": "a.mp4", "question": "What?", "choices": {"A": "Put.", "B": "Took."}, "answer": "A"},
+        ("a.mp4", "A", 2),
+    ),
     "LLaVA-Video-178K": (
         {
             "id": "1",

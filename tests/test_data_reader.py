@@ -280,6 +280,15 @@ WRONG = {
     "only a tag": ({**NATIVE, "question": "<video>"}, "the question is empty"),
     "missing video": ({**NATIVE, "video": "nowhere.mp4"}, "nowhere.mp4 does not exist"),
     "folder without frames": ({**NATIVE, "video": "empty"}, "is a folder without pictures"),
+    "media by another name": (
+        {"question": "x", "answer": "y", "video_path": "v/a.mp4"},
+        "no video and no image, but 'video_path' names 'v/a.mp4'; call it 'video'",
+    ),
+    "a path without a format": ({"question": "x", "answer": "y", "path": "v/A.MP4"}, "but 'path' names"),
+    "pictures by another name": (
+        {"messages": [{"role": "user", "content": "x"}], "answer": "y", "frame_files": ["1.jpg", "2.jpg"]},
+        "but 'frame_files' names",
+    ),
     "mistyped media": ({"question": "x", "answer": "y", "vidoe": "a.mp4"}, "did you mean 'video' by 'vidoe'"),
     "video of a wrong type": ({**NATIVE, "video": 3}, "video: expected the path"),
     "url": ({**NATIVE, "video": "https://example.org/a.mp4"}, "download it"),

@@ -151,6 +151,7 @@ FORMATS: dict[str, tuple[str, Callable[[Row], list[Fields]]]] = {
     "prompt": ("prompt and completion", _prompt_completion),
 }
 _OWN = {*FORMATS, "solution", "completion", "response", "history", "path", "data_type"}
+TEXT_KEYS = _COMMON | _OWN - {"path"}  # beside which a key that holds a file's name names media
 
 
 # Parts

@@ -3,6 +3,7 @@
 | dataset        | told by                             | video                     | options and answer          |
 |----------------|-------------------------------------|---------------------------|-----------------------------|
 | NExT-QA        | `a0` to `a4`                        | `video`                   | `a0`..., the index `answer` |
+| MVBench        | `candidates` (or `choices`)         | `video`                   | `candidates`, text or letter |
 | Video-MME      | `videoID`                           | `{videoID}`               | `options`, letter           |
 | ActivityNet-QA | `video_name`                        | `{video_name}`, `v_...`   | text                        |
 | MSRVTT-QA      | `video_id`, `category_id`           | `video{video_id}`         | text                        |
@@ -35,10 +36,20 @@ def unfold(row: Row) -> Row:
     model = row.get("reward_model")
     if isinstance(model, Mapping) and model.get("ground_truth") is not None:  # verl
         changed.setdefault("answer", model["ground_truth"])
-    options = row.get("options")
+    if changed.get("options") is None:
+        listed = next((key for key in ("candidates", "choices") if _are_texts(row.get(key))), None)
+        if listed is not None:
+            changed["options"] = changed.pop(listed)
+    options = changed.get("options")
     if isinstance(options, Mapping):
         changed["options"] = _in_order(options)
     return changed
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a value lists two or more texts or numbers, or names them by letters."""
+    texts = list(value.values()) if isinstance(value, Mapping) else value
+    return isinstance(texts, list) and len(texts) > 1 and all(isinstance(x, (str, int, float)) for x in texts)
 
 
 def _by_index(answer: Any, count: int) -> Any:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rlaif_fast.data.converters import Fields, convert
+from rlaif_fast.data.converters import TEXT_KEYS, Fields, convert
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import Medium
 from rlaif_fast.data.published import youtube_names
@@ -275,13 +275,26 @@ def _example(fields: Fields, id_: str, media: MediaFiles, source: str) -> Exampl
 
 
 def refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
-    """A row without media is about text alone, unless a key of it looks like a name of media."""
+    """A row without media is about text alone, unless a key of it looks like a name of media, or holds a file's."""
     if any(fields.media for fields in found):
         return
     for key in row:
         near = difflib.get_close_matches(key, ("video", "videos", "image", "images"), 1, 0.75)
         if near and key != near[0]:
             raise RowError(f"no video and no image; did you mean {near[0]!r} by {key!r}?")
+    for key, value in row.items():
+        if key not in TEXT_KEYS and _names_media(value):
+            raise RowError(
+                f"no video and no image, but {key!r} names {value!r:.60}; call it 'video' or 'image', or put it into "
+                "'metadata'"
+            )
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is the name of a video or picture, or a list of such."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_names_media, value))
+    return isinstance(value, str) and value.casefold().endswith((*VIDEO_SUFFIXES, *PICTURE_SUFFIXES))
 
 
 def _no_answer(row: dict[str, Any]) -> str:
