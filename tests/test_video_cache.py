@@ -1,5 +1,6 @@
 """The clip cache: what it returns, what it forgets, and what a killed process leaves behind."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +175,24 @@ def test_cached_clip_is_not_decoded_again(video, tmp_path, monkeypatch):
     first = load_clip(video, cache=ClipCache(disk_dir=tmp_path))
     monkeypatch.setattr("rlaif_fast.video.clips.decode_sized", lambda *_: pytest.fail("decoded again"))
     assert same(load_clip(video, cache=ClipCache(disk_dir=tmp_path)), first)
+
+
+def test_a_folder_that_refuses_what_is_done_to_it_costs_no_clip(tmp_path, monkeypatch):
+    """As a read-only mount does: what is there is used, and nothing else ends."""
+    ClipCache(disk_dir=tmp_path).put(clip())
+    (tmp_path / "k3.clip").write_bytes(b"damaged")
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    for name in ("unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    cache = ClipCache(memory_bytes=0, disk_dir=tmp_path)
+    assert same(cache.get("k1"), clip())
+    assert cache.get("k3") is None
+    cache.put(clip("k2"))
+    assert cache.get("k2") is None
 
 
 def test_folder_that_cannot_be_used(tmp_path):

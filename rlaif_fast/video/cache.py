@@ -30,7 +30,7 @@ class ClipCache:
     A clip on disk is one file: a JSON header and the raw frames, with a checksum over both. It is written
     under a temporary name and renamed, so a process killed half-way leaves nothing that looks like a clip. A
     file that is short or fails its checksum counts as absent and is deleted. The least recently used go
-    first.
+    first. A folder that can only be read is read.
 
     What other processes write to a shared folder is noticed after an eighth of the budget has been written
     here.
@@ -122,20 +122,21 @@ class ClipCache:
                 file.write(pixels)
                 size = file.tell()
             temporary.replace(folder / (_name(clip.key) + SUFFIX))
+            self._account(folder, _name(clip.key), size)
         except OSError:
-            temporary.unlink(missing_ok=True)
-            return
-        self._account(folder, _name(clip.key), size)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _read(self, file: Path, key: str) -> Clip | None:
         try:
             data = bytearray(file.read_bytes())
-            os.utime(file)
         except OSError:
             return None
         clip = _parse(data)
-        if clip is None or clip.key != key:
-            file.unlink(missing_ok=True)
+        whole = clip is not None and clip.key == key
+        with contextlib.suppress(OSError):  # a folder that can be read alone is of use, too
+            os.utime(file) if whole else file.unlink(missing_ok=True)
+        if clip is None or not whole:
             return None
         with self._lock:
             if file.stem in self._on_disk:
