@@ -208,6 +208,19 @@ def test_mvbench_takes_the_video_of_its_tasks_own_folder(tmp_path, video):
     assert ours.example.answer == "A" and ours.example.options == ("Put.", "Took.")
 
 
+def test_folders_behind_links_are_searched(tmp_path, video):
+    """As where the videos lie on another disk; a link back to the folder itself ends."""
+    row = {"answer": "x", "category_id": 1, "id": 1, "question": "who?", "video_id": 7}
+    put(tmp_path / "disk/annotations/test_qa.json", [row])
+    video("disk/videos/video7.mp4")
+    (tmp_path / "bench").mkdir()
+    for name in ("annotations", "videos"):
+        (tmp_path / "bench" / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "bench/again").symlink_to(tmp_path / "bench")
+    [item] = read_benchmark("msrvtt_qa", tmp_path / "bench")
+    assert item.example.seen[0].path == str(tmp_path / "bench/videos/video7.mp4") and not item.trouble
+
+
 def test_frames_of_mvbench_are_three_a_second_whatever_is_sampled(tmp_path):
     row = {"video": "friends", "question": "What?", "candidates": ["Put.", "Took."], "answer": "Put."}
     put(tmp_path / "json/episodic_reasoning.json", [row | {"start": 4.0, "end": 7.7}])

@@ -264,8 +264,11 @@ def as_datasets(path):
 
 
 def as_parquet_folder(path):
+    elsewhere = path.with_name("another disk")
+    elsewhere.mkdir()
     path.mkdir()
-    as_parquet(path / "train-00000-of-00001.parquet")
+    as_parquet(elsewhere / "train-00000-of-00001.parquet")
+    (path / "data").symlink_to(elsewhere)
 
 
 WRITERS = {

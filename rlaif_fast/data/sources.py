@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,21 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
             source = _answered(source, answers)
     for number, row in source:
         yield number, row if isinstance(row, RowError) else _checked(row)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, in order; links to folders are followed, and each folder is read once."""
+    found: list[Path] = []
+    walked: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        real = os.path.realpath(place)
+        if real in walked:
+            folders.clear()
+            continue
+        walked.add(real)
+        found += [Path(place, name) for name in names]
+    return sorted(found)
 
 
 def _checked(row: Any) -> Any:
@@ -226,7 +242,7 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
     """A folder of `datasets.Dataset.save_to_disk`, or of parquet files."""
     state = path / "state.json"
     if not state.is_file():
-        found = sorted(path.glob("**/*.parquet"))
+        found = [file for file in files_below(path) if file.suffix == ".parquet"]
         if (path / "dataset_dict.json").is_file():
             raise UsageError(f"{path}: holds several splits; name one of its folders")
         if not found:

@@ -13,7 +13,7 @@ from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import read_cut
 from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, by_number
 from rlaif_fast.data.schema import Example, option_letters
-from rlaif_fast.data.sources import rows_of
+from rlaif_fast.data.sources import files_below, rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut, MediaRef
 
@@ -73,7 +73,7 @@ class Folder:
             UsageError: None does.
         """
         for pattern in patterns:
-            if found := sorted(self.path.glob(pattern)):
+            if found := self._matching(pattern):
                 return found
         raise UsageError(f"data: {self.path} holds none of {', '.join(patterns)}")
 
@@ -103,18 +103,29 @@ class Folder:
 
     def optional(self, pattern: str) -> Path | None:
         """The first file that matches, where there is one."""
-        return next(iter(sorted(self.path.glob(pattern))), None)
+        return next(iter(self._matching(pattern)), None)
+
+    def _matching(self, pattern: str) -> list[Path]:
+        """The files whose path below the folder is `pattern`, or behind "**/" ends with it, in order."""
+        end = pattern.removeprefix("**/")
+        depth = None if end != pattern else len(Path(pattern).parts)
+        inside = ((path, path.relative_to(self.path)) for path in self._files)
+        return [path for path, own in inside if depth in (None, len(own.parts)) and own.match(end)]
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return files_below(self.path)
 
     @cached_property
     def subtitles(self) -> dict[str, Path]:
         """Every file of subtitles (.srt) below the folder by its name without suffix; of two the first."""
-        return {path.stem: path for path in sorted(self.path.rglob("*.srt"), reverse=True)}
+        return {path.stem: path for path in reversed(self._matching("**/*.srt"))}
 
     @cached_property
     def _videos(self) -> dict[str, list[Path]]:
         """Every video below the folder, and every folder of pictures, by its name without suffix."""
         found: dict[str, dict[Path, Path]] = {}  # links to one file are one video
-        for path in sorted(self.path.rglob("*")):
+        for path in self._files:
             if path.suffix.casefold() in VIDEO_SUFFIXES:
                 found.setdefault(path.stem, {}).setdefault(path.resolve(), path)
             elif path.suffix.casefold() in PICTURE_SUFFIXES:
