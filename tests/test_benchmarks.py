@@ -23,8 +23,10 @@ from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.answering import likeliest
+from rlaif_fast.evals.command import settings_of
 from rlaif_fast.evals.grading import RankingGrader, grade_answers, make_grader
 from rlaif_fast.evals.identity import asked_digest, model_digest
+from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
 from rlaif_fast.evals.tables import as_text, table_of
 from rlaif_fast.oracle import RankRequest, build_oracle
@@ -410,6 +412,23 @@ def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, c
     assert run(folder, own, tmp_path / "out", "--limit=2") == 2
     assert "holds an evaluation with other weights; give another folder" in capsys.readouterr().err
     assert (tmp_path / "out/items.jsonl").read_bytes() == before
+
+
+def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):
+    """A resumed run can have other rules, and the same best checkpoint."""
+    options = EvaluateConfig(benchmark="videomme", data="folder", model=model)
+    config = configuration(options)
+    before = settings_of(options, config)
+    for change, name in (
+        ({"oracle_options": {"tolerance": 0.1}}, "rules"),
+        ({"oracle_options": {"extract": "Answer: (.*)"}}, "rules"),
+        ({"system_prompt": "Be brief."}, "system_prompt"),
+        ({"max_reasoning_tokens": 8}, "max_reasoning_tokens"),
+    ):
+        after = settings_of(options, dataclasses.replace(config, **change))
+        assert [key for key in after if after[key] != before[key]] == [name]
+    unread = {"model": "other", "threshold": 0.5}  # of a judge in training
+    assert settings_of(options, dataclasses.replace(config, oracle_options=unread)) == before
 
 
 def test_what_identifies_a_model(model, tmp_path):

@@ -113,6 +113,7 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
         config: What `configuration` makes of them; its model's files are read.
     """
     from rlaif_fast.evals.identity import model_digest
+    from rlaif_fast.trainer.scoring import rules
 
     names = (
         "benchmark",
@@ -128,7 +129,8 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {
         "model": config.model,
         "weights": model_digest(config.model),
-        **{name: getattr(config, name) for name in FROM_RUN},
+        "rules": rules(config.oracle_options).identity,
+        **{name: getattr(config, name) for name in ("system_prompt", "max_reasoning_tokens", *FROM_RUN)},
     }
 
 
