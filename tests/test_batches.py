@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.loading import load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import EpochOrder, by_media
@@ -82,3 +83,11 @@ def test_order_fills_the_last_step_of_an_epoch_from_the_next():
     visited = [item for step in range(5) for item in order.step(step)]
     assert sorted(visited[:5]) == sorted(visited[5:]) == list(range(5))
     assert order.step(1) == EpochOrder(range(5), per_step=2, seed=3).step(1)
+
+
+def test_a_count_below_what_the_model_sees_at_a_time_is_refused_before_any_file_is(tmp_path):
+    loaded = load_model(TrainConfig(model=str(make_tiny(tmp_path / "tiny", ["what"])), device="cpu"))
+    with pytest.raises(
+        UsageError, match="nframes is 1, and the model sees 2 frames at a time; give that many"
+    ):
+        make_batch_maker(loaded, TrainConfig(device="cpu", nframes=1))

@@ -110,6 +110,8 @@ def test_uneven_rate_respects_start_and_end():
     [
         (1, {}, "holds 1 frame, but 2"),
         (5, {"nframes": 8}, "holds 5 frames, but 8"),
+        (5, {"nframes": 1}, "nframes is 1, and the model sees 2 frames at a time"),
+        (5, {"min_frames": 1, "max_frames": 1}, "max_frames is 1, and the model sees 2 frames at a time"),
         (50, {"video_start": 9.0}, "no frames between 9 s"),
         (50, {"video_start": 3.0, "video_end": 2.0}, "no frames between 3 s and 2 s"),
     ],

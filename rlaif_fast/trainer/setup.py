@@ -273,6 +273,9 @@ def make_batch_maker(
         max_frames=config.max_frames,
         frame_factor=spec.temporal_patch_size,
     )
+    fault = sampling.fault()
+    if fault is not None:
+        raise UsageError(f"{fault}; give that many or more")
     store = ClipStore(
         sampling,
         resize=pixels,

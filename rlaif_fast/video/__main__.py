@@ -210,7 +210,7 @@ def _vet_all(
                 frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
             return _Vetted(path, info, frames)
         except VideoError as error:
-            return _Vetted(path, None, 0, error.reason)
+            return _Vetted(error.path, None, 0, error.reason)
 
     results: list[_Vetted] = []
     columns = (

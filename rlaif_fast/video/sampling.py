@@ -87,8 +87,26 @@ class FrameSampling:
             indices = torch.linspace(first, last, count).round().long().tolist()
         return indices, count / seconds
 
+    def fault(self) -> str | None:
+        """Why not one video can be sampled so; None where some can."""
+        name = "max_frames" if self.nframes is None else "nframes"
+        wanted = getattr(self, name)
+        count = (
+            math.floor(wanted / self.frame_factor)
+            if self.nframes is None
+            else round(wanted / self.frame_factor)
+        )
+        return (
+            f"{name} is {wanted}, and the model sees {self.frame_factor} frames at a time"
+            if not count
+            else None
+        )
+
     def _count(self, path: str, total: int, seconds: float) -> int:
         factor = self.frame_factor
+        fault = self.fault()
+        if fault is not None:
+            raise VideoError(path, fault)
         if self.nframes is not None:
             count = round(self.nframes / factor) * factor
         else:
