@@ -33,6 +33,7 @@ from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
 from rlaif_fast.policy.tiny import make_tiny, words_of
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Manifest, digests, write_manifest
 from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
@@ -399,6 +400,17 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     assert "an answer to '0-1' that was asked 'How many candles are on the tree?' (right: 'A')" in (
         capsys.readouterr().err
     )
+
+
+def test_two_evaluations_do_not_write_into_one_folder_at_once(folder, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(folder, model, out, "--limit=2") == 0
+    before = (out / "items.jsonl").read_bytes()
+    with RunDir(out).lock():  # as the other one holds it
+        assert run(folder, model, out) == 2
+    assert f"output_dir {out} is in use by a run that still goes on" in capsys.readouterr().err
+    assert (out / "items.jsonl").read_bytes() == before
+    assert run(folder, model, out) == 0
 
 
 def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, capsys):

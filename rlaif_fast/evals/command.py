@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint, tell
 from rlaif_fast.trainer.options import TrainConfig
+
+if TYPE_CHECKING:
+    from rlaif_fast.data.benchmarks import Item
+    from rlaif_fast.evals.records import EvalFolder, Record
 
 
 def evaluate_benchmark(options: EvaluateConfig) -> Path:
@@ -21,13 +26,12 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
         RlaifFastError: The judge graded not one answer.
     """
-    from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+    from rlaif_fast.data.benchmarks import read_benchmark
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
-    from rlaif_fast.evals.grading import make_grader
     from rlaif_fast.evals.records import EvalFolder, read_records
-    from rlaif_fast.evals.runner import grade_rest
-    from rlaif_fast.evals.tables import as_text, refuse_other_questions, table_of, write_tables
+    from rlaif_fast.evals.tables import refuse_other_questions
     from rlaif_fast.policy.loading import resolve_device
+    from rlaif_fast.runs.folder import RunDir
 
     assert options.benchmark is not None and options.data is not None
     items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
@@ -40,18 +44,37 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         refuse_other_questions(before, asked)
     path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
     first = RankZeroFirst()
-    with first.turn():
-        settings = {}
+    with contextlib.ExitStack() as held:
+        settings: dict[str, Any] = {}
+        with first.turn():
+            if first.rank == 0:
+                settings = settings_of(options, configuration(options, tell))
+                folder = EvalFolder.open(path, settings)
+                held.enter_context(RunDir(path).lock())
+                folder.refuse_other_questions(item.example for item in items)
+        work = (options, settings)
+        launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
         if first.rank == 0:
-            settings = settings_of(options, configuration(options, tell))
-            folder = EvalFolder.open(path, settings)
-            folder.refuse_other_questions(item.example for item in items)
-    work = (options, settings)
-    launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
-    if first.rank != 0:
-        return path
-    folder = EvalFolder.open(path, settings)
-    ungraded = 0
+            _conclude(options, items, before, EvalFolder.open(path, settings))
+    return path
+
+
+def _conclude(
+    options: EvaluateConfig, items: Sequence[Item], before: Sequence[Record] | None, folder: EvalFolder
+) -> None:
+    """Ask for the grades that are missing, write the tables, and say what came out.
+
+    Raises:
+        UsageError: Not one question could be answered.
+        RlaifFastError: The judge graded not one answer.
+    """
+    from rlaif_fast.data.benchmarks import BENCHMARKS
+    from rlaif_fast.evals.grading import make_grader
+    from rlaif_fast.evals.runner import grade_rest
+    from rlaif_fast.evals.tables import as_text, table_of, write_tables
+
+    assert options.benchmark is not None
+    path, ungraded = folder.path, 0
     if options.judge is not None:
         ungraded = grade_rest(items, folder, make_grader(options.judge, options.judge_options))
     records = [folder.records[item.example.id] for item in items]
@@ -80,7 +103,6 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
             f"judge: {options.judge} graded none of {ungraded} answers; they are kept in {path}, and the same command "
             "asks for the grades again"
         )
-    return path
 
 
 def check_read(options: EvaluateConfig, examples: Sequence[Example]) -> None:

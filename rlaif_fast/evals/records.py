@@ -89,7 +89,6 @@ class EvalFolder:
             )
         if folder.items.exists():
             folder.records = {record.id: record for record in read_records(folder.items, cut_off=True)}
-            folder._write()
         return folder
 
     def refuse_other_questions(self, examples: Iterable[Example]) -> None:
