@@ -416,6 +416,19 @@ def test_no_frames_asked_for(good):
 # ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_sixteen_bits_become_eight_and_values_without_a_range_are_refused(tmp_path, name):
+    image = pytest.importorskip("PIL.Image")
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    image.fromarray(grey).save(tmp_path / name)
+    frames = load_image(tmp_path / name).frames
+    assert frames[0, :, :, 1].flatten().tolist() == list(range(256))
+    for kind in (np.float32, np.int32):
+        image.fromarray(grey.astype(kind)).save(tmp_path / "b.tif")
+        with pytest.raises(VideoError, match=r"b\.tif: holds values of 32 bits"):
+            load_image(tmp_path / "b.tif")
+
+
 def test_image_is_upright_and_on_white(tmp_path):
     image = pytest.importorskip("PIL.Image")
     picture = image.new("RGBA", (6, 4), (255, 0, 0, 255))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlaif_fast.video.base import Clip, VideoInfo
@@ -25,7 +26,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"
 def load_image(
     path: str | Path, *, resize: PixelBudget | None = None, cache: ClipCache | None = None
 ) -> Clip:
-    """Return a still image as a clip of one frame, upright (EXIF), transparent parts on white.
+    """Return a still image as a clip of one frame, upright (EXIF), transparent parts on white, 16 bits as 8.
 
     Raises:
         VideoError: When the file is not an image, or not a whole one.
@@ -108,6 +109,11 @@ def _read(path: str) -> Any:
             if opened.width * opened.height > MAX_IMAGE_PIXELS:
                 raise VideoError(path, f"{opened.width}x{opened.height} is too large for an image")
             picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I;16") or (picture.mode == "I" and opened.format in ("PNG", "PPM")):
+                values = (np.asarray(picture).astype(np.uint32) + 128) // 257  # 65535 becomes 255
+                picture = Image.fromarray(values.astype(np.uint8))
+            if picture.mode in ("I", "F"):
+                raise VideoError(path, "holds values of 32 bits, whose range nothing says; save 8 or 16 bits")
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
