@@ -96,7 +96,8 @@ def test_videomme_from_parquet_with_subtitles(tmp_path, video):
     put(
         tmp_path / "subtitle/fFjv93ACGo8.srt",
         '1\n00:00:00,000 --> 00:00:02,000\n<font color="white" size=".72c">Hello there.</font>\n\n'
-        "2\n00:00:02,000 --> 00:00:04,000\n3 candles\n",
+        "2\n00:00:02,000 --> 00:00:04,000\n3 candles\n\n3\n00:00:04,000 --> 00:00:05,000\n3\n\n"
+        "4\n00:00:05,000 --> 00:00:06,000\n2024\nno\n",
     )
     first, _, gone = read_benchmark("videomme", tmp_path)
     example = first.example
@@ -112,7 +113,7 @@ def test_videomme_from_parquet_with_subtitles(tmp_path, video):
     assert "gone" in gone.trouble and not gone.example.seen
     spoken = read_benchmark("videomme", tmp_path, subtitles=True)
     assert spoken[0].example.asked.startswith(
-        "This video's subtitles are listed below:\nHello there.\n3 candles\nSelect the best answer"
+        "This video's subtitles are listed below:\nHello there.\n3 candles\n3\n2024\nno\nSelect the best answer"
     )
     assert "based on the video and the subtitles." in spoken[0].example.asked
     assert "No subtitles available" in spoken[2].example.asked

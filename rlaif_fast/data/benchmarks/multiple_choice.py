@@ -34,7 +34,6 @@ _VIDEOMME = (
 )
 _LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
 _FONT = re.compile(r"<[^>]*>")
-_TIMES = re.compile(r"^\d+$|-->")
 
 # Where the authors keep the videos of a task (`data_list` of their notebook): names of other folders can be the same.
 _MVBENCH_HOMES = {
@@ -114,8 +113,15 @@ def _subtitle(folder: Folder, name: str) -> str:
     file = folder.subtitles.get(name)
     if file is None:
         return "No subtitles available"
-    lines = (line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines())
-    return "\n".join(_FONT.sub("", line) for line in lines if line and not _TIMES.search(line))
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    lines = [line for each in text.splitlines() if (line := each.strip())]
+    # Before the times of a subtitle stands its number; any other number is said.
+    said = (
+        line
+        for line, after in zip(lines, [*lines[1:], ""])
+        if "-->" not in line and not (line.isdecimal() and "-->" in after)
+    )
+    return "\n".join(_FONT.sub("", line) for line in said)
 
 
 def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
