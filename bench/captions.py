@@ -27,7 +27,8 @@ from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_data
 from rlaif_fast.data.synthetic.worlds import COLORS, QUADRANTS, SHAPES, World, sample_world
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle.base import RankRequest
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 QUESTION = "what objects are there and where?"
 _PART = re.compile(rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) in the ({'|'.join(QUADRANTS)})")

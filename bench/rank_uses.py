@@ -37,7 +37,7 @@ from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.files import read_jsonl
 
 STEP = 48  # groups a step: 12 videos with 4 questions
 RIGHT = 0.9  # the least score of a right response

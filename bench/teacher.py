@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from rlaif_fast.report.stats import paired_bootstrap
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 COMMON = yaml.safe_load((Path(__file__).parents[1] / "configs" / "compare.yaml").read_text())["common"]
 TEACHER_SEED = 907

@@ -40,7 +40,8 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
     from rlaif_fast.data import chance_by_category
     from rlaif_fast.rollout import make_sampler
-    from rlaif_fast.runs.folder import RunDir, write_jsonl
+    from rlaif_fast.runs.files import write_jsonl
+    from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.trainer import datasets, setup
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.inputs import refuse_other_test

@@ -117,7 +117,7 @@ def recover_all(run_dir, *, extends: bool) -> None:
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
     from rlaif_fast.runs.checkpoint import CheckpointStore
-    from rlaif_fast.runs.folder import write_atomically
+    from rlaif_fast.runs.files import write_atomically
 
     text = dump_config(dataclasses.replace(config, resume=None))
     write_atomically(run_dir.config, text)
@@ -203,7 +203,7 @@ def train_in(world, config) -> None:
 
 def opponents_of(run, run_dir) -> dict[str, str] | None:
     """The test answers where RL began, which the final ones are ranked against where the oracle is the metric."""
-    from rlaif_fast.runs.folder import read_jsonl
+    from rlaif_fast.runs.files import read_jsonl
 
     if run.data.metric != "oracle":
         return None

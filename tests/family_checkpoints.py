@@ -12,7 +12,8 @@ from rlaif_fast.data import VOCABULARY
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import END_OF_TEXT, build_tokenizer
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = ROPE | {"mrope_section": [2, 1, 1]}

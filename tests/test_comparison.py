@@ -13,7 +13,8 @@ from rlaif_fast.comparison.plan import read_plan
 from rlaif_fast.comparison.report import write_report
 from rlaif_fast.comparison.results import read_outcome, two_level_bootstrap
 from rlaif_fast.errors import UsageError
-from rlaif_fast.runs.folder import RunDir, write_jsonl
+from rlaif_fast.runs.files import write_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 COMMON = {
     "synthetic_sft_clips": 6,

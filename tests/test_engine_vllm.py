@@ -19,7 +19,7 @@ from engine_agreement import write_start
 from vllm_server import VllmServer
 
 from rlaif_fast.rollout.vllm.requests import MediaItem
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.trainer.cached_model import tiny_folder
 from rlaif_fast.trainer.datasets import load_data
 from rlaif_fast.trainer.options import TrainConfig

@@ -21,7 +21,8 @@ from rlaif_fast.export import export
 from rlaif_fast.policy.model_files import ADAPTER_BASE, BASE, file_prints
 from rlaif_fast.policy.tiny import build_tokenizer, make_tiny, words_of
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import MARKER, RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import MARKER, RunDir
 from rlaif_fast.trainer import rl, sft
 from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model, tokenizer_difference
 from rlaif_fast.trainer.options import TrainConfig

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.logging import PackageLog, RunLogger
 
 

@@ -26,7 +26,7 @@ from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy.testing import make_media, make_policy, make_prompt
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.trainer import rl
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import make_updater

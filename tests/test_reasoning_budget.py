@@ -21,7 +21,8 @@ from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.reasoning import closing_tokens
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 from rlaif_fast.rollout.vllm.requests import sampling_options
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import for_reasoning
 

@@ -14,7 +14,8 @@ from rlaif_fast.report import figures
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
 from rlaif_fast.report.html import compare_predictions, main, write_report
 from rlaif_fast.report.panels import learning_panels
-from rlaif_fast.runs.folder import RunDir, read_jsonl, write_jsonl
+from rlaif_fast.runs.files import read_jsonl, write_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 777*777 }}'
 

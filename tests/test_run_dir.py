@@ -18,7 +18,8 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.runs import checkpoint as checkpoint_module
 from rlaif_fast.runs import folder as module
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir, plain, read_jsonl, write_jsonl
+from rlaif_fast.runs.files import plain, read_jsonl, write_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 
 def test_create_makes_parents_and_an_unfinished_run(tmp_path):

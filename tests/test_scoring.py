@@ -14,7 +14,7 @@ from rlaif_fast.oracle import CircuitBreaker, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.evaluation import EvalResult, Prediction, compare_with, evaluate
 from rlaif_fast.trainer.options import TrainConfig

@@ -15,7 +15,7 @@ from test_train import SMALL, metrics
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import RlaifFastError, writing
-from rlaif_fast.runs.folder import read_jsonl
+from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.termination import EXIT_CODE, Terminated, Termination
 from rlaif_fast.trainer import rl
 

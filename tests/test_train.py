@@ -11,7 +11,8 @@ from rlaif_fast import train as train_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import rl
 
 SMALL = {

@@ -32,7 +32,8 @@ from rlaif_fast.distributed.world import World, buckets
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.report.outcome import uneven_steps, write_samples
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import minibatches

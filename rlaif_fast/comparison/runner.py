@@ -17,7 +17,8 @@ import yaml
 from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.outputs import INDEX
-from rlaif_fast.runs.folder import RunDir, write_atomically
+from rlaif_fast.runs.files import write_atomically
+from rlaif_fast.runs.folder import RunDir
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # that a stopped run has to save

@@ -30,7 +30,7 @@ from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
 from rlaif_fast.outputs import check_output, is_same
-from rlaif_fast.runs.folder import json_line
+from rlaif_fast.runs.files import json_line
 from rlaif_fast.video.base import Clip
 
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}

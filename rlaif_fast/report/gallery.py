@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from rlaif_fast.data.schema import option_letters
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image, probe
 
 STRIP_FRAMES = 6

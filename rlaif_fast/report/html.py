@@ -25,7 +25,8 @@ from rlaif_fast.report.figures import HALF, NARROW, WIDE, Draw, Panel, Score, du
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, media_of
 from rlaif_fast.report.panels import learning_panels
 from rlaif_fast.report.stats import paired_bootstrap, wilson_interval
-from rlaif_fast.runs.folder import RunDir, read_jsonl
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 
 def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -> Path:

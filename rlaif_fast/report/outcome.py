@@ -18,7 +18,8 @@ from rlaif_fast.errors import writing
 from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.prompts.batches import by_media
 from rlaif_fast.report.html import write_report
-from rlaif_fast.runs.folder import RunDir, json_line, read_jsonl, write_jsonl
+from rlaif_fast.runs.files import json_line, read_jsonl, write_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.evaluation import EvalResult

@@ -28,7 +28,8 @@ from rlaif_fast.policy.weights import (
     save_quietly,
 )
 from rlaif_fast.runs.background import Background, copied, copied_weights
-from rlaif_fast.runs.folder import RunDir, write_atomically
+from rlaif_fast.runs.files import write_atomically
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import (
     Damage,
     LogDigests,

@@ -8,22 +8,20 @@ the line being written.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
-import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.digests import file_digest
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED
+from rlaif_fast.runs.files import plain, write_atomically, written_as
 
 if os.name == "posix":
     import fcntl
@@ -98,7 +96,7 @@ class RunDir:
             )
         try:
             entries = {entry.name for entry in run.path.iterdir()} if run.path.exists() else set()
-            if MARKER not in entries and any(_written_as(name) != MARKER for name in entries - {LOCK}):
+            if MARKER not in entries and any(written_as(name) != MARKER for name in entries - {LOCK}):
                 raise UsageError(
                     f"output_dir {run.path} is not empty and was not made by a run; choose another folder"
                 )
@@ -168,7 +166,7 @@ class RunDir:
 
     def _sweep(self) -> None:
         for entry in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            if any(fnmatch(_written_as(entry.name), record) for record in (*RECORDS, INDEX)):
+            if any(fnmatch(written_as(entry.name), record) for record in (*RECORDS, INDEX)):
                 entry.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -322,87 +320,6 @@ class RunDir:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-
-def plain(value: Any) -> Any:
-    """Turn a value into what JSON can hold: tensors become numbers and lists, NaN and infinity None."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-    if hasattr(value, "tolist"):  # torch.Tensor, numpy.ndarray and numpy scalars
-        return plain(value.tolist())
-    raise TypeError(f"value: expected something JSON can hold, got {type(value).__name__}")
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file; a missing file has none, and a last line cut off by a kill is left out.
-
-    Raises:
-        RlaifFastError: A complete line is not a JSON object.
-    """
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RlaifFastError(f"{path}:{number} is not valid JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise RlaifFastError(f"{path}:{number} holds {type(record).__name__}, expected an object")
-            yield record
-
-
-def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file by `records`, one a line, completely or not at all."""
-    write_atomically(path, "".join(json_line(record) for record in records))
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """One line of a `.jsonl` file."""
-    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None:  # a full disk is met without a name
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _written_as(name: str) -> str:
-    """What `write_atomically` calls a file in the end that has this name meanwhile; "" where it is another's."""
-    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
-    return found[1] if found else ""
 
 
 def _size(count: float) -> str:

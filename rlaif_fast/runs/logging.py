@@ -25,7 +25,8 @@ from rich.progress import (
 )
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.runs.folder import RunDir, json_line, plain, read_jsonl
+from rlaif_fast.runs.files import json_line, plain, read_jsonl
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.trackers import Trackers
 
 if TYPE_CHECKING:
