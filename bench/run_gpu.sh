@@ -233,6 +233,7 @@ wait
 run bench_linear_loss 90 benchmark bench_linear_loss
 run bench_step 240 benchmark bench_step
 run bench_prefix_decode 45 benchmark bench_prefix_decode
+run bench_decode_step 60 benchmark bench_decode_step
 run bench_logits_loss 60 benchmark bench_logits_loss
 run gpu_tests 120 gpu_tests
 run train 150 train float32

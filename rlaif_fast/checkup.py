@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {"beta": 0.04, "entropy_coef": 0.01}
 INTERPRETER_FACTOR = 2.5
 # A logit between two numbers of 16 bits may be rounded the other way than the reference's.
 LINEAR_FACTOR = 2.0
-ATTENTION_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2.0**-6  # of bfloat16 results
+ATTENTION_TOLERANCE, STEP_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2e-2, 2.0**-6  # of bfloat16 results
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def _policy_checks(device: str) -> Iterator[Check]:
         if name != "reference":
             yield _run(f"attention, {name}, bf16", partial(_attention, name, device, dtype), 0.0)
     yield _run("decode step, cpp, fp32", _decode_step, 1e-5)
+    yield _run("decode step, triton, bf16", partial(_fused_step, device, dtype), STEP_TOLERANCE)
     yield _run("patchify, triton, bf16", partial(_patchify, device, dtype), PATCH_TOLERANCE)
     yield _run("video, dali", partial(_video, device), 2 / 255)
 
@@ -214,6 +215,41 @@ def _decode_step() -> float | str:
         if in_cpp and not sampler.decodes_in_cpp:
             return "raised or differed: the first step is off, see the warning"
     return relative_l2(*logps)
+
+
+def _fused_step(device: str, dtype: torch.dtype) -> float | str:
+    """What lies between the matmuls of a decode step, by kernels against their references in float64."""
+    from rlaif_fast.policy.decode_step import (
+        add_rms_norm_reference,
+        refuses_decode_step,
+        rotate_reference,
+        silu_mul_reference,
+    )
+
+    reason = refuses_decode_step(device, dtype, 256, 64)
+    if reason is not None:
+        return reason
+    from rlaif_fast_kernels.decode_step import add_rms_norm, rotate_store, silu_mul
+
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8, 256, generator=generator).to(device, dtype)
+    weight, delta, heads = rows[0].clone(), rows.flip(0).contiguous(), rows.view(8, 4, 64)
+    angles = rows[:, :64].contiguous()
+    keys, place = rows.new_zeros(1, 4, 8, 64), torch.arange(8, device=device)
+    query, cells = heads.clone(), (keys, keys.clone(), torch.zeros_like(place), place)
+    exact = rows.double()
+    normed, total = add_rms_norm_reference(exact, delta.double(), weight.double(), 1e-6)
+    rotated = rotate_reference(heads.double(), angles.double(), angles.double(), None, 1e-6)
+    rotate_store(query, heads, heads, angles, angles, None, 1e-6, *cells)
+    residual = rows.clone()
+    pairs = [
+        (add_rms_norm(residual, delta, weight, 1e-6), normed),
+        (residual, total),
+        (query, rotated),
+        (keys[0].transpose(0, 1), rotated),
+        (silu_mul(rows.clone(), delta), silu_mul_reference(exact, delta.double())),
+    ]
+    return max(relative_l2(found, expected) for found, expected in pairs)
 
 
 def _patchify(device: str, dtype: torch.dtype) -> float | str:

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 from rlaif_fast.loss.inputs import RankInputs, RowInputs, RowStats, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
 from rlaif_fast_kernels import (
+    decode_step,
     linear_loss,
     logits_loss,
     prefix_decode,
@@ -135,6 +136,17 @@ def decode_steps() -> None:
         prompts = torch.full((N,), 290, dtype=torch.int32)
         own = torch.ones(1, dtype=torch.int32)
         prefix_decode.prefix_decode(query, keys, keys, prompts, own, 0.1)
+        rows, place = torch.rand(N * G, H * D, dtype=dtype), torch.zeros(N * G, dtype=torch.int64)
+        for delta in (None, rows):
+            decode_step.add_rms_norm(rows, delta, rows[0], 1e-6)
+        decode_step.silu_mul(rows, rows)
+        heads, few, angles = (
+            rows.view(-1, H, D),
+            torch.rand(N * G, K, D, dtype=dtype),
+            rows[:, :D].contiguous(),
+        )
+        for norms in (None, (angles[0], angles[0])):
+            decode_step.rotate_store(heads, few, few, angles, angles, norms, 1e-6, keys, keys, place, place)
 
 
 def main() -> None:

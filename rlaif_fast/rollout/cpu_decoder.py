@@ -2,30 +2,25 @@
 
 A decode step feeds a few tokens through every layer, and on a CPU the sixty small operators of a layer cost as much as
 its matmuls. `decode_layer_` (csrc/cpu/decode_layer.cpp) does what lies between the matmuls in a few loops. It knows the
-layer of Llama, Qwen2 and Qwen3: RMSNorm, grouped-query attention with rotary positions, SwiGLU. Whether a model has
-such layers is read from its modules, and the first step is compared with the model's own.
+layers of `plain_layers`; the first step is compared with the model's own.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlaif_fast.loss import extension
 from rlaif_fast.policy.attention import dtype_of
-from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.rollout.plain_layers import PlainLayer, plain_layers, refuses_plain_layers
 
 log = logging.getLogger(__name__)
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-HEAD_NORMS = ("q_norm", "k_norm")
-LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 TOLERANCE = 1e-4  # relative l2 distance of two float32 results that add up in another order
 
 
@@ -58,76 +53,7 @@ def refuses_cpu_decoder(policy: Policy) -> str | None:
     missing = extension.unavailable()
     if missing is not None:
         return missing
-    if policy.shards is not None:
-        return "the weights are sharded"
-    if policy.pattern is not None or state_size(policy.decoder):
-        return "not every layer attends causally to all that came before"
-    activation = getattr(policy.decoder.config, "hidden_act", None)
-    if activation != "silu":
-        return f"the activation is {activation}"
-    absent = [name for name in ("rotary_emb", "norm") if not hasattr(policy.decoder, name)]
-    if absent:
-        return f"{type(policy.decoder).__name__} has no {absent[0]}"
-    reasons = (_refuses_layer(layer) for layer in policy.decoder.layers)
-    return _refuses_call(policy.decoder) or next((reason for reason in reasons if reason), None)
-
-
-def _refuses_layer(layer: Any) -> str | None:
-    parts = {name for name, _ in layer.named_children()}
-    if parts != LAYER_PARTS:
-        return f"a layer has the parts {', '.join(sorted(parts))}"
-    for owner, names, others in ((layer.self_attn, ATTENTION, HEAD_NORMS), (layer.mlp, MLP, ("act_fn",))):
-        children = dict(owner.named_children())
-        if set(names) - set(children) or set(children) - {*names, *others}:
-            return f"{type(owner).__name__} has the parts {', '.join(children)}"
-        for name in names:  # an adapter or a quantized layer has another type
-            if type(children[name]) is not nn.Linear:
-                return f"{name} is a {type(children[name]).__name__}"
-    if not hasattr(layer.self_attn, "scaling"):
-        return f"{type(layer.self_attn).__name__} has no scaling"
-    epsilons = {_epsilon(norm) for norm in _norms(layer) if norm is not None}
-    if None in epsilons or len(epsilons) > 1:
-        return f"the norms of a layer have the epsilons {', '.join(sorted(map(str, epsilons)))}"
-    reasons = (_refuses_call(module) for module in layer.modules())
-    return _refuses_tensors(layer) or next((reason for reason in reasons if reason), None)
-
-
-def _refuses_call(module: nn.Module) -> str | None:
-    """Why a module may not be passed by: something else happens when it is called."""
-    name = type(module).__name__
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{name} has hooks"
-    return f"{name} has another forward than its class" if "forward" in vars(module) else None
-
-
-def _refuses_tensors(layer: Any) -> str | None:
-    """Why a layer's tensors are not just those that the operator reads; others may start at 0 and train."""
-    read = {id(x) for linear in _linear_layers(layer) for x in (linear.weight, linear.bias)}
-    read |= {id(getattr(norm, "weight", None)) for norm in _norms(layer)}
-    for name, x in (*layer.named_parameters(), *layer.named_buffers()):
-        if id(x) not in read:
-            return f"a layer has the weight {name}"
-        if type(x) is not nn.Parameter or x.dtype != torch.float32 or x.device.type != "cpu":
-            return f"{name} is no float32 parameter on the CPU"
-        if not x.is_contiguous():
-            return f"{name} is not contiguous"
-    return None
-
-
-def _linear_layers(layer: Any) -> list[nn.Linear]:
-    """The linear layers in the operator's order."""
-    attention = [getattr(layer.self_attn, name) for name in ATTENTION]
-    return attention + [getattr(layer.mlp, name) for name in MLP]
-
-
-def _norms(layer: Any) -> list[Any]:
-    """The norms in the operator's order; None for one of the heads that is absent."""
-    of_heads = [getattr(layer.self_attn, name, None) for name in HEAD_NORMS]
-    return [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
-
-
-def _epsilon(norm: Any) -> float | None:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return refuses_plain_layers(policy)
 
 
 class CpuDecoder:
@@ -139,7 +65,7 @@ class CpuDecoder:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._layers: list[_Layer] = []
+        self._layers: list[PlainLayer] = []
         self._agrees: bool | None = None  # with the model's own step; None before the first
 
     @property
@@ -151,7 +77,7 @@ class CpuDecoder:
         """Start a rollout: adapters or hooks may have come or gone since the last one."""
         before = [layer.modules for layer in self._layers]
         refused = refuses_cpu_decoder(self._policy)
-        self._layers = [] if refused else [_Layer(layer) for layer in self._policy.decoder.layers]
+        self._layers = [] if refused else plain_layers(self._policy)
         if [layer.modules for layer in self._layers] != before:
             self._agrees = None
 
@@ -194,41 +120,19 @@ class CpuDecoder:
         given = positions[:, None] if self._policy.position_axes == 3 else positions[:1]
         cos, sin = (x[0].contiguous() for x in decoder.rotary_emb(hidden[None], given))
         for index, layer in enumerate(self._layers):
-            layer(hidden, cos, sin, step.keys[index], step.values[index], step)
+            torch.ops.rlaif_fast.decode_layer_(
+                hidden,
+                cos,
+                sin,
+                step.keys[index],
+                step.values[index],
+                step.bias,
+                step.slots,
+                step.columns,
+                layer.weights,
+                layer.biases,
+                layer.norms,
+                layer.eps,
+                layer.scale,
+            )
         return decoder.norm(hidden)
-
-
-class _Layer:
-    """The tensors of one layer, in the operator's order, for one rollout; reading them off the modules takes longer.
-
-    Attributes:
-        modules: All of them, the ones that are passed by too: a layer with another activation is another layer.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        projections = _linear_layers(layer)
-        self.modules = list(layer.modules())
-        self._weights = [linear.weight for linear in projections]
-        self._biases = [linear.bias for linear in projections]
-        self._norms = [None if norm is None else norm.weight for norm in _norms(layer)]
-        self._scale = layer.self_attn.scaling
-        self._eps = _epsilon(layer.input_layernorm)
-
-    def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, step: GroupStep
-    ) -> None:
-        torch.ops.rlaif_fast.decode_layer_(
-            hidden,
-            cos,
-            sin,
-            keys,
-            values,
-            step.bias,
-            step.slots,
-            step.columns,
-            self._weights,
-            self._biases,
-            self._norms,
-            self._eps,
-            self._scale,
-        )

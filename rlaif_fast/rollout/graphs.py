@@ -10,6 +10,8 @@ Draws, and so tokens, are those of the other samplers.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -24,13 +26,17 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Rollout, SamplingParams
+from rlaif_fast.rollout.fused_layers import FusedLayers, refuses_fused_layers
 from rlaif_fast.rollout.generate import TokenSampler, make_rollout
 from rlaif_fast.rollout.labels import LabelSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
+log = logging.getLogger(__name__)
+
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
 STOP_CHECK = 8  # steps between two looks at whether every response has ended
 MAX_STEPS = 3  # kept at a time: a rollout's, its last part's, an evaluation's
+TIMED_STEPS = 20  # two kinds of which are compared
 WARM_UP_STEPS = 3  # before a capture, as torch asks: libraries allocate and choose kernels on first use
 
 
@@ -59,13 +65,21 @@ class FixedStep:
         num_generations: G.
         length: L, columns of a group's buffer.
         attention: "auto", "kernel" (`prefix_decode`) or "sdpa" (see `uses_kernel`).
+        fused: Compute the layers by fused kernels where nothing is against it (see `fused_layers`).
 
     Raises:
         UsageError: The decoder has linear-attention layers, whose states a replayed step would move on twice.
     """
 
     def __init__(
-        self, policy: Policy, groups: int, num_generations: int, length: int, *, attention: str = "auto"
+        self,
+        policy: Policy,
+        groups: int,
+        num_generations: int,
+        length: int,
+        *,
+        attention: str = "auto",
+        fused: bool = False,
     ) -> None:
         if policy.pattern is not None:
             raise UsageError(
@@ -81,12 +95,13 @@ class FixedStep:
         responses = groups * num_generations
         self.shape = (groups, num_generations, length)
         self.cache = GroupCache(policy, np.zeros(groups, dtype=np.int64), length)
+        self.keys, self.values = self.cache.keys, self.cache.values
         self._policy = policy
         self._ids = torch.zeros(responses, dtype=torch.int64, device=device)
         self._positions = torch.zeros(3, responses, dtype=torch.int64, device=device)
-        self._columns = torch.zeros(responses, dtype=torch.int64, device=device)
+        self.columns = torch.zeros(responses, dtype=torch.int64, device=device)
         each = torch.arange(responses, device=device)
-        self._group, self._slot = each // num_generations, each % num_generations
+        self.groups, self._slot = each // num_generations, each % num_generations
         self._prompts = torch.zeros(groups, dtype=torch.int32, device=device)
         self._own = torch.zeros(1, dtype=torch.int32, device=device)
         self._bias: Tensor | None = None  # (N, heads that share a key head, G, L) additive
@@ -94,6 +109,7 @@ class FixedStep:
             self._bias = torch.zeros(
                 groups, self.cache.heads_per_key, num_generations, length, dtype=dtype, device=device
             )
+        self._layers = FusedLayers(policy) if fused and refuses_fused_layers(policy) is None else None
         self._weights = self._addresses()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._hidden: Tensor | None = None
@@ -109,7 +125,7 @@ class FixedStep:
         self.cache.used = prompt_lengths.copy()
         lengths = torch.from_numpy(prompt_lengths).to(self._ids.device)
         self._prompts.copy_(lengths)
-        self._begins = lengths[self._group]
+        self._begins = lengths[self.groups]
         if self._bias is None:
             return
         visible = torch.arange(self.shape[2], device=self._ids.device) < self._begins[:, None]  # (B, L)
@@ -121,10 +137,10 @@ class FixedStep:
         """Feed one token (B,) to each response at positions (B,); hidden states (B, H), valid until the next call."""
         self._ids.copy_(tokens)
         self._positions.copy_(positions.expand(3, -1))
-        self._columns.copy_(self._begins + step * self.shape[1] + self._slot)
+        self.columns.copy_(self._begins + step * self.shape[1] + self._slot)
         self._own.fill_(step + 1)
         if self._bias is not None:
-            self._bias[self._group, :, self._slot, self._columns] = 0.0
+            self._bias[self.groups, :, self._slot, self.columns] = 0.0
         if self._graph is not None:
             with torch.cuda.device(self._ids.device):
                 self._graph.replay()
@@ -136,15 +152,18 @@ class FixedStep:
         return self._hidden
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.cache.write(layer, self._group, self._columns, key, value)
+        self.cache.write(layer, self.groups, self.columns, key, value)
+        return self.read(layer, query[0].transpose(0, 1), scale)[None]
+
+    def read(self, layer: int, query: Tensor, scale: float) -> Tensor:
+        """Attend from the queries (B, H, D) of a layer to what is in its buffer, (B, H, D)."""
         groups, num_generations, length = self.shape
-        q = query[0].transpose(0, 1)  # (B, H, D)
         if self._bias is not None:
-            return self.cache.attend(layer, q, self._bias.view(groups, 1, -1, length), scale)[None]
-        q = q.unflatten(0, (groups, num_generations)).transpose(1, 2)  # (N, H, G, D)
+            return self.cache.attend(layer, query, self._bias.view(groups, 1, -1, length), scale)
+        q = query.unflatten(0, (groups, num_generations)).transpose(1, 2)  # (N, H, G, D)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         output = prefix_decode(q, keys, values, self._prompts, self._own, scale)
-        return output.transpose(1, 2).flatten(0, 1)[None]
+        return output.transpose(1, 2).flatten(0, 1)
 
     def _run(self) -> Tensor:
         kind = self._ids.device.type
@@ -152,6 +171,8 @@ class FixedStep:
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
         ):
+            if self._layers is not None:
+                return self._layers(self._ids, self._positions, self)
             return self._policy.decode(self._ids, self._positions, self)
 
     def _capture(self) -> None:
@@ -182,25 +203,86 @@ def check_graphs(policy: Policy) -> str | None:
     """
     try:
         with torch.no_grad(), policy.evaluating():
-            step = FixedStep(policy, groups=1, num_generations=2, length=LENGTH_STEP)
-            step.begin(np.ones(1, dtype=np.int64))
-            tokens = torch.tensor(policy.eos_token_ids[:1] * 2, device=policy.device)
-            captured = step(tokens, torch.ones_like(tokens), 0).clone()
-            eager = step._run()
+            step, captured = _small_step(policy)
+            return _unlike("a captured step", captured, "an eager one", step._run(), 2e-2)
     except Exception as error:  # a driver, a library or a model's own code may refuse a capture
-        lines = str(error).splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0][:160]}"
-    distance = float((captured - eager).float().norm() / eager.float().norm())
-    bound = 1e-4 if eager.dtype == torch.float32 else 2e-2
-    return None if distance < bound else f"a captured step is off by {distance:.1e} of an eager one"
+        return _first_line(error)
+
+
+def check_fused(policy: Policy, attention: str = "auto") -> str | None:
+    """Return why the layers of a policy must not be computed by fused kernels on its device, or None.
+
+    A small step of them is compared with one of the model's own modules, in values and in time; both are captured.
+    """
+    reason = refuses_fused_layers(policy)
+    if reason is not None:
+        return reason
+    try:
+        with torch.no_grad(), policy.evaluating():
+            plain, expected = _small_step(policy, attention)
+            fused, found = _small_step(policy, attention, fused=True)
+            # Sums in another order: in 16 bits a deep decoder's last hidden states differ by a few percent.
+            reason = _unlike("a step by fused kernels", found, "one of the modules", expected, 5e-2)
+            by_modules, by_kernels = _milliseconds(plain), _milliseconds(fused)
+    except Exception as error:  # a driver or a compiler may refuse a kernel
+        return _first_line(error)
+    log.info("rollout: a decode step takes %.2f ms by fused kernels, %.2f by modules", by_kernels, by_modules)
+    if reason is None and by_kernels > by_modules:
+        return f"a step takes {by_kernels:.2f} ms by them, {by_modules:.2f} by the modules"
+    return reason
+
+
+def _small_step(policy: Policy, attention: str = "auto", *, fused: bool = False) -> tuple[FixedStep, Tensor]:
+    """A step of two responses behind a prompt of one token, and its hidden states."""
+    step = FixedStep(
+        policy, groups=1, num_generations=2, length=LENGTH_STEP, attention=attention, fused=fused
+    )
+    step.begin(np.ones(1, dtype=np.int64))
+    tokens = torch.tensor(policy.eos_token_ids[:1] * 2, device=policy.device)
+    return step, step(tokens, torch.ones_like(tokens), 0).clone()
+
+
+def _milliseconds(step: FixedStep) -> float:
+    """Time of a step that has been fed before."""
+    tokens, positions = step._ids.clone(), step._positions[0].clone()
+    _wait(tokens.device)
+    begun = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        step(tokens, positions, 0)
+    _wait(tokens.device)
+    return 1000 * (time.perf_counter() - begun) / TIMED_STEPS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _unlike(what: str, found: Tensor, other: str, expected: Tensor, bound_16_bit: float) -> str | None:
+    """Say that two results differ by more than rounding, or None."""
+    distance = float((found - expected).float().norm() / expected.float().norm())
+    bound = 1e-4 if expected.dtype == torch.float32 else bound_16_bit
+    return None if distance < bound else f"{what} is off by {distance:.1e} of {other}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 class GraphSampler(SharedPrefixSampler):
-    """`SharedPrefixSampler` with fixed decode steps; a CUDA graph on a GPU, the same steps uncaptured elsewhere."""
+    """`SharedPrefixSampler` with fixed decode steps; a CUDA graph on a GPU, the same steps uncaptured elsewhere.
 
-    def __init__(self, policy: Policy, *, attention: str = "auto") -> None:
+    Args:
+        policy: The policy.
+        attention: See `FixedStep`.
+        fused: See `FixedStep`; None asks `check_fused` before the first rollout on a GPU, and is False elsewhere.
+    """
+
+    def __init__(self, policy: Policy, *, attention: str = "auto", fused: bool | None = None) -> None:
         super().__init__(policy, cpu_decoder=False)
         self._attention = attention
+        self._fused = fused if fused is not None or policy.device.type == "cuda" else False
         self._steps: OrderedDict[tuple[int, int, int], FixedStep] = OrderedDict()  # the last used is the last
         self._step: FixedStep | None = None
 
@@ -211,7 +293,14 @@ class GraphSampler(SharedPrefixSampler):
             self._step = step = None
             while len(self._steps) >= MAX_STEPS:  # buffers are freed before new ones are made
                 self._steps.popitem(last=False)
-            step = FixedStep(self.policy, *sizes, attention=self._attention)
+            if self._fused is None:
+                reason = check_fused(self.policy, self._attention)
+                self._fused = reason is None
+                log.info(
+                    "rollout: fused decode layers %s",
+                    "are used" if reason is None else f"are not used: {reason}",
+                )
+            step = FixedStep(self.policy, *sizes, attention=self._attention, fused=self._fused)
         self._steps[sizes] = self._step = step
         step.begin(prompt_lengths)
         return step.cache
