@@ -162,7 +162,8 @@ def test_an_update_by_rankings_waits_for_the_device_where_the_table_says(family,
     assert reads.total() <= MOST_READS, reads
 
 
-def test_a_decode_step_never_waits(gpu, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_decode_step_never_waits(fused, gpu, monkeypatch):
     run = make_run("qwen3_vl")
     steps = []
     step = FixedStep.__call__
@@ -177,7 +178,7 @@ def test_a_decode_step_never_waits(gpu, monkeypatch):
     longer = STOP_CHECK + 1
     params = SamplingParams(max_new_tokens=longer, min_new_tokens=longer, seed=3)
     with counting() as reads:
-        rollout = run.sampler.sample(run.prompts, G, params)
+        rollout = GraphSampler(run.policy, fused=fused).sample(run.prompts, G, params)
     assert steps == [{}] * STOP_CHECK
     assert set(reads) == documented()["rollout"]
     assert rollout.token_ids.device.type == "cuda"
