@@ -149,6 +149,8 @@ def test_groups_do_not_depend_on_their_batch_and_frames_are_seen(checkpoint, pro
     group = requests(4)
     oracle = judge(checkpoint, protocol=protocol)
     whole = oracle.rank(group)
+    few = judge(checkpoint, protocol=protocol, max_packed_tokens=64)  # a group is never cut
+    assert [ranking.ranks for ranking in few.rank(group)] == [ranking.ranks for ranking in whole]
     alone = judge(checkpoint, protocol=protocol, batch_size=1)
     assert [ranking.ranks for ranking in whole] == [alone.rank([request])[0].ranks for request in group]
     assert all(ranking.valid for ranking in whole)

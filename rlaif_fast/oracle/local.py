@@ -59,7 +59,7 @@ class LocalOracle(Judge):
         min_pixels: Fewest pixels of a frame after resizing.
         max_pixels: Most pixels of a frame after resizing.
         shared_prefix: Compute a group's prompt once; False for families that this package does not know.
-        max_packed_tokens: Most tokens in one forward pass.
+        max_packed_tokens: Most tokens in one forward pass, and most whose keys and values `listwise` holds at once.
         batch_size: Groups whose frames are encoded together.
         **judge: The options of `JudgeOptions`.
     """
@@ -312,7 +312,11 @@ def _load(
     loaded = load_model(options)
     loaded.model.requires_grad_(False).eval()
     policy = Policy(
-        loaded.model, loaded.tokenizer, shared_prefix=shared_prefix, max_packed_tokens=max_packed_tokens
+        loaded.model,
+        loaded.tokenizer,
+        shared_prefix=shared_prefix,
+        max_packed_tokens=max_packed_tokens,
+        max_cached_tokens=max_packed_tokens,
     )
     spec = loaded.patch_spec
     pixels = spec.budget(min_pixels, max_pixels)
