@@ -26,7 +26,7 @@ from rlaif_fast.policy.testing import make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import graphs
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.fused_layers import FusedLayers, refuses_fused_layers
-from rlaif_fast.rollout.graphs import GraphSampler, check_fused
+from rlaif_fast.rollout.graphs import CHECKED_STEPS, GraphSampler, check_fused
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 from rlaif_fast_kernels.decode_step import add_rms_norm, rotate_store, silu_mul, supports
 from rlaif_fast_kernels.launch import INTERPRETED
@@ -173,16 +173,14 @@ def test_on_a_gpu_the_fused_step_is_checked_and_the_faster_one_taken(monkeypatch
         policy = make_policy("qwen2_5_vl", model=make_model("qwen2_5_vl").to("cuda"))
         prompts, params = standard_prompts("qwen2_5_vl"), SamplingParams(max_new_tokens=3, seed=3)
         drawn = []
-        for taken in ((2.0, 1.0), (1.0, 2.0)):
+        for taken in ((2.0, 1.0), (1.0, 2.0)):  # by modules, by kernels
             times = iter(taken)
             monkeypatch.setattr(graphs, "_milliseconds", lambda step, times=times: next(times))
             with caplog.at_level(logging.INFO, logger=graphs.__name__):
                 sampler = GraphSampler(policy)
                 drawn.append(sampler.sample(prompts, 2, params).texts)
-            responses = 2 * len(prompts)
-            assert steps == (
-                [2, responses, responses] if taken[0] > taken[1] else [2]
-            )  # the first is the check's
+            of_check, of_rollout = [2] * CHECKED_STEPS, [2 * len(prompts)] * 2
+            assert steps == (of_check + of_rollout if taken[0] > taken[1] else of_check)
             steps.clear()
     assert drawn[0] == drawn[1]
     assert "a decode step takes 1.00 ms by fused kernels, 2.00 by modules" in caplog.text
@@ -190,10 +188,40 @@ def test_on_a_gpu_the_fused_step_is_checked_and_the_faster_one_taken(monkeypatch
     assert "are not used: a step takes 2.00 ms by them, 1.00 by the modules" in caplog.text
 
 
-def test_a_layer_that_only_looks_plain_is_found() -> None:
+def test_equal_times_do_not_decide_by_chance(monkeypatch) -> None:
+    """On a seed the responses are those of one kind of step, the same in every run."""
+    policy = make_policy("qwen3_vl")
+    reasons = []
+    for taken in ((1.0, 1.05), (1.05, 1.0)):
+        times = iter(taken)
+        monkeypatch.setattr(graphs, "_milliseconds", lambda step, times=times: next(times))
+        reasons.append(check_fused(policy))
+    assert reasons == [None, None]
+
+
+def shift_norm(layer: nn.Module) -> None:
+    layer.input_layernorm = ShiftedNorm(layer.input_layernorm)
+
+
+def leave_unrotated(layer: nn.Module) -> None:
+    """As every fourth layer of SmolLM3."""
+    kind = type(layer.self_attn)
+
+    class Unrotated(kind):
+        def forward(self, hidden_states, position_embeddings, **others):
+            cos, sin = position_embeddings
+            return super().forward(
+                hidden_states, position_embeddings=(torch.ones_like(cos), torch.zeros_like(sin)), **others
+            )
+
+    layer.self_attn.__class__ = Unrotated
+
+
+@pytest.mark.parametrize("change", [shift_norm, leave_unrotated])
+def test_a_layer_that_only_looks_plain_is_found(change) -> None:
     model = make_model("qwen3_vl")
     for layer in model.model.language_model.layers:
-        layer.input_layernorm = ShiftedNorm(layer.input_layernorm)
+        change(layer)
     policy = make_policy("qwen3_vl", model=model)
     assert refuses_fused_layers(policy) is None
     assert "a step by fused kernels is off by" in check_fused(policy)

@@ -23,7 +23,14 @@ from rlaif_fast.policy.testing import (
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
-from rlaif_fast.rollout.graphs import LENGTH_STEP, MAX_STEPS, FixedStep, GraphSampler, check_graphs
+from rlaif_fast.rollout.graphs import (
+    CHECKED_STEPS,
+    LENGTH_STEP,
+    MAX_STEPS,
+    FixedStep,
+    GraphSampler,
+    check_graphs,
+)
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
@@ -287,7 +294,7 @@ def test_the_attention_of_fixed_steps_is_named_or_refused(family: str) -> None:
 def test_the_check_of_captured_steps_passes_and_fails(family: str, monkeypatch) -> None:
     policy = make_policy(family)
     assert check_graphs(policy) is None
-    runs = iter((1.0, 1.5))
+    runs = iter((*[1.0] * CHECKED_STEPS, 1.5))
     run = FixedStep._run
     monkeypatch.setattr(FixedStep, "_run", lambda step: run(step) * next(runs))
     assert "is off by" in check_graphs(policy)
