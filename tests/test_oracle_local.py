@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import string
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from rlaif_fast.oracle.monitors import blind_control, oracle_stats
 from rlaif_fast.oracle.protocols import answers_block, question_block
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.tiny import TinySize, make_tiny
+from rlaif_fast.rollout.shared_prefix import GroupCache
 from rlaif_fast.video.base import Clip
 
 SIZE = TinySize(
@@ -104,7 +107,8 @@ def spaced(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([AddedToken(f" {letter}") for letter in "ABCDEFGH"])
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    model.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # which would make them all but equal
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -117,8 +121,48 @@ def test_listwise_generates_a_permutation_greedily(checkpoint, shared_prefix):
 
 def test_a_label_is_spelled_as_it_stands_in_the_reply(spaced):
     oracle = judge(spaced, orders=2)
-    assert all(first != behind for _, (first, behind) in oracle._label_tokens)
+    capitals = [tokens for label, tokens in oracle._label_tokens if label.isupper()]
+    assert len(capitals) == 8 and all(first != behind for first, behind in capitals)
     check_listwise(oracle)
+
+
+@pytest.fixture(scope="module")
+def lettered(tmp_path_factory):
+    """A checkpoint that spells every letter by one token, and no digit, as Qwen's behind a space."""
+    return make_tiny(tmp_path_factory.mktemp("lettered"), {*string.ascii_letters, "square"}, size=SIZE)
+
+
+def test_a_group_of_more_responses_than_capitals_is_ranked(lettered):
+    request = RankRequest("r", "what ?", tuple("square " * n for n in range(1, 33)), clips=(clip(0),))
+    [ranking] = judge(lettered, orders=2).rank([request])
+    assert ranking.error is None
+    for verdict in ranking.verdicts:
+        assert sorted(verdict.ranks) == list(range(32))
+        assert {*string.ascii_uppercase} < {*verdict.raw[0].split()} < {*string.ascii_letters}
+
+
+def test_letters_that_a_tokenizer_does_not_tell_apart_are_one_label(lettered):
+    from tokenizers.normalizers import Lowercase
+
+    oracle = judge(lettered)
+    oracle.encoder.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    assert [label for label, _ in oracle._label_tokens] == list(string.ascii_uppercase)
+
+
+def test_keys_and_values_of_few_prompts_are_held_at_once(checkpoint, monkeypatch):
+    held = []
+    make = GroupCache.__init__
+
+    def init(cache, policy, prompt_lengths, length):
+        held.append(len(prompt_lengths) * length)
+        make(cache, policy, prompt_lengths, length)
+
+    monkeypatch.setattr(GroupCache, "__init__", init)
+    group = requests(6)
+    whole = judge(checkpoint).rank(group)
+    in_parts = judge(checkpoint, max_packed_tokens=600).rank(group)
+    assert [ranking.ranks for ranking in in_parts] == [ranking.ranks for ranking in whole]
+    assert held[0] > 1200 and len(held) > 2 and max(held[1:]) <= 1200
 
 
 def check_listwise(oracle):

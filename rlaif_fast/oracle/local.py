@@ -11,6 +11,7 @@ Nothing is sampled, so there is nothing to parse and no reply to imitate:
 
 from __future__ import annotations
 
+import string
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -42,7 +43,7 @@ _LISTWISE = (
 )
 _POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
 _YES, _NO = ("Yes", "yes"), ("No", "no")
-_LABELS = (*"ABCDEFGHIJKLMNOPQRSTUVWXYZ", *"0123456789")
+_LABELS = (*string.ascii_uppercase, *string.digits, *string.ascii_lowercase)
 _REPLIES = 2  # changes with how replies are spelled and read
 _SCORE_TIE = 1e-5  # below what float32 and another packing of the same batch change in a probability
 
@@ -59,7 +60,7 @@ class LocalOracle(Judge):
         min_pixels: Fewest pixels of a frame after resizing.
         max_pixels: Most pixels of a frame after resizing.
         shared_prefix: Compute a group's prompt once; False for families that this package does not know.
-        max_packed_tokens: Most tokens in one forward pass, and most whose keys and values `listwise` holds at once.
+        max_packed_tokens: Most tokens in one forward pass; of twice as many keys and values are held at once.
         batch_size: Groups whose frames are encoded together.
         **judge: The options of `JudgeOptions`.
     """
@@ -256,10 +257,15 @@ class LocalOracle(Judge):
 
     @cached_property
     def _label_tokens(self) -> list[tuple[str, Label]]:
-        """Labels whose tokens are one where a reply begins and one behind a space."""
-        found = [(label, self._tokens(f"{label} {label}")) for label in _LABELS]
-        unknown = self.encoder.tokenizer.unk_token_id
-        return [(label, (ids[0], ids[1])) for label, ids in found if len(ids) == 2 and unknown not in ids]
+        """Labels whose tokens are one where a reply begins and one behind a space, and no other label's."""
+        found: list[tuple[str, Label]] = []
+        taken = {self.encoder.tokenizer.unk_token_id}
+        for label in _LABELS:
+            ids = self._tokens(f"{label} {label}")
+            if len(ids) == 2 and taken.isdisjoint(ids):
+                found.append((label, (ids[0], ids[1])))
+                taken.update(ids)
+        return found
 
     @cached_property
     def _answer_tokens(self) -> tuple[list[int], list[int]]:
@@ -316,7 +322,8 @@ def _load(
         loaded.tokenizer,
         shared_prefix=shared_prefix,
         max_packed_tokens=max_packed_tokens,
-        max_cached_tokens=max_packed_tokens,
+        # A policy in training may lie beside it on the device, with a rollout's buffers.
+        max_cached_tokens=2 * max_packed_tokens,
     )
     spec = loaded.patch_spec
     pixels = spec.budget(min_pixels, max_pixels)
