@@ -2,6 +2,7 @@
 
     python -m lmms_eval --model rlaif_fast --model_args pretrained=CHECKPOINT,fps=1 --tasks videomme
 
+Also under torchrun or `accelerate launch`: lmms-eval deals its questions out to the processes, a GPU each.
 Tested with lmms-eval 0.7.3, which finds it by the entry-point group `lmms_eval.models`.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -42,6 +44,7 @@ class RlaifFast(lmms):
         self, pretrained: str, batch_size: int | str = 8, device: str | None = None, **frames: Any
     ) -> None:
         super().__init__()
+        self.accelerator = Accelerator(cpu=device == "cpu")  # makes this process's own GPU the present one
         frames.pop("max_batch_size", None)  # lmms-eval passes it to every model
         options = EvaluateConfig(model=pretrained, data="lmms-eval", device=device or "auto", **frames)
         config = configuration(options)
@@ -51,6 +54,11 @@ class RlaifFast(lmms):
         self._policy.model.eval()
         self._sampler = make_sampler(self._policy)
         self._make_batch = setup.make_batch_maker(loaded, config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval gathers what its processes have counted."""
+        return self._policy.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request, greedily, cut at the first of its stopping texts.
