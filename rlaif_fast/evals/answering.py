@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from rlaif_fast.data.schema import option_letters
+from rlaif_fast.policy.forward_rows import reply_logps
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.rollout.base import Sampler, SamplingParams
@@ -67,20 +68,12 @@ def likeliest(
         prompts: N prompts.
         candidates: Texts to choose from, for each prompt.
     """
-    tokens = [
-        encoder.encode_answer(text)[:-1] for texts in candidates for text in texts
-    ]  # the end is no part of it
-    lengths = torch.tensor([len(ids) for ids in tokens])
-    padded = torch.zeros(len(tokens), int(lengths.max()), dtype=torch.int64)
-    for row, ids in zip(padded, tokens):
-        row[: len(ids)] = torch.tensor(ids)
-    sizes = [len(texts) for texts in candidates]
-    logps = policy.response_logps(prompts, padded, lengths, group_sizes=sizes)
-    assert isinstance(logps, torch.Tensor)
-    closing = encoder.encode_answer("")[:-1]
-    before = torch.tensor([len(closing) if ids[: len(closing)] == closing else 0 for ids in tokens])
-    row_of = torch.repeat_interleave(torch.arange(len(tokens)), lengths)
-    own = torch.cat([torch.arange(len(ids)) for ids in tokens]) >= before[row_of]
-    sums = torch.zeros(len(tokens), dtype=torch.float64)
-    means = sums.index_add_(0, row_of[own], logps.double().cpu()[own]) / (lengths - before)
-    return [int(part.argmax()) for part in means.split(sizes)]
+    end = -1  # which is no part of a text
+    replies = [[encoder.encode_answer(text)[:end] for text in texts] for texts in candidates]
+    closing = encoder.encode_answer("")[:end]
+    places = []
+    for group, found in zip(replies, reply_logps(policy, prompts, replies)):
+        before = [len(closing) if reply[: len(closing)] == closing else 0 for reply in group]
+        means = torch.stack([logps[skipped:].mean() for logps, skipped in zip(found, before)])
+        places.append(int(means.argmax()))
+    return places

@@ -21,7 +21,6 @@ import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.loss.api import token_logps
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
@@ -128,6 +127,8 @@ class LocalOracle(Judge):
         return outcomes
 
     def _listwise(self, showings: Sequence[Showing]) -> list[Outcome]:
+        from rlaif_fast.rollout.base import SamplingParams
+
         start = time.perf_counter()
         labels = [self._labels(showing) for showing in showings]
         prompts = []
@@ -136,8 +137,6 @@ class LocalOracle(Judge):
             prompts.append(self._encode(showing, _LISTWISE, question_block(showing.request) + block))
         features = self.policy.encode_media(prompts)
         named = [[own[i][1] for i in showing.order] for showing, own in zip(showings, labels)]
-        from rlaif_fast.rollout.base import SamplingParams
-
         params = SamplingParams(max_new_tokens=max(map(len, named)) - 1, temperature=0.0)
         replies = self._sampler.sample(prompts, 1, params, features, labels=named).token_ids.tolist()
         tokens = sum(len(prompt.input_ids) for prompt in prompts)
@@ -179,6 +178,8 @@ class LocalOracle(Judge):
 
     def _yes_probabilities(self, showings: Sequence[Showing]) -> list[tuple[list[float], int]]:
         """For each showing the probability of yes against no for each text, and the tokens read."""
+        from rlaif_fast.policy.forward_rows import reply_logps
+
         yes, no = self._answer_tokens
         words = [[token] for token in (*yes, *no)]
         prompts = [
@@ -190,8 +191,8 @@ class LocalOracle(Judge):
         ]
         features = self.policy.encode_media(prompts)
         values = []
-        for candidates in self._logps(prompts, [words] * len(prompts), features):
-            logps = torch.tensor([candidate[0] for candidate in candidates], dtype=torch.float64)
+        for candidates in reply_logps(self.policy, prompts, [words] * len(prompts), features):
+            logps = torch.cat(candidates)
             split = logps[: len(yes)].logsumexp(0) - logps[len(yes) :].logsumexp(0)
             values.append(split.sigmoid().item())
         results, at = [], 0
@@ -203,14 +204,16 @@ class LocalOracle(Judge):
 
     def _likelihoods(self, showings: Sequence[Showing]) -> list[tuple[list[float], int]]:
         """For each showing the geometric mean of each text's token probabilities, and the tokens read."""
+        from rlaif_fast.policy.forward_rows import reply_logps
+
         prompts = [self._encode(showing, None, showing.request.question) for showing in showings]
         replies = [[self.encoder.encode_answer(text) for text in showing.texts] for showing in showings]
         features = self.policy.encode_media(prompts)
         results = []
-        for prompt, own, candidates in zip(prompts, replies, self._logps(prompts, replies, features)):
-            means = [sum(logps) / len(logps) for logps in candidates]
+        found = reply_logps(self.policy, prompts, replies, features)
+        for prompt, own, candidates in zip(prompts, replies, found):
             tokens = len(prompt.input_ids) + sum(map(len, own))
-            results.append((torch.tensor(means, dtype=torch.float64).exp().tolist(), tokens))
+            results.append(([float(logps.mean().exp()) for logps in candidates], tokens))
         return results
 
     def _encode(self, showing: Showing, rules: str | None, text: str) -> EncodedPrompt:
@@ -219,22 +222,6 @@ class LocalOracle(Judge):
         options = request.options if rules is None else ()
         example = Example(id=request.id, question=text, options=options, system=rules)
         return self.encoder.encode(example, request.clips)
-
-    def _logps(
-        self, prompts: Sequence[EncodedPrompt], replies: Sequence[Sequence[Sequence[int]]], features: Any
-    ) -> list[list[list[float]]]:
-        """Log-probability of each token of each reply after its prompt; prompts about one clip read it once."""
-        from rlaif_fast.policy.forward_rows import for_policy, response_hidden, response_rows
-
-        policy = self.policy
-        rows = for_policy(response_rows(prompts, replies), policy)
-        hidden = response_hidden(policy, rows, features=features)
-        targets = rows.target_ids.to(hidden.device)
-        logps = token_logps(hidden, policy.head_weight, targets, bias=policy.head_bias, validate=False)
-        assert isinstance(logps, torch.Tensor)  # a pair with return_entropy alone
-        lengths = [len(reply) for group in replies for reply in group]
-        parts = iter(logps.double().cpu().split(lengths))
-        return [[next(parts).tolist() for _ in group] for group in replies]
 
     def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
         """A label for each text and its tokens, dealt out anew for every order."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss.api import token_logps
 from rlaif_fast.policy.cut import cut
+from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.packing import Merge
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -149,6 +151,32 @@ def response_hidden(policy: Policy, rows: ForwardRows, **features) -> Tensor:
         rows.prompts, rows.token_ids, rows.lengths, group_sizes=rows.group_sizes, **features
     )
     return hidden.index_select(0, rows.token_index.to(hidden.device))
+
+
+def reply_logps(
+    policy: Policy,
+    prompts: Sequence[EncodedPrompt],
+    replies: Sequence[Sequence[Sequence[int]]],
+    features: MediaFeatures | None = None,
+) -> list[list[Tensor]]:
+    """Log-probabilities of the tokens of given replies, in float64 on the host; prompts about one clip read it once.
+
+    Args:
+        policy: The policy.
+        prompts: N prompts.
+        replies: Tokens of some replies to each.
+        features: From `Policy.encode_media` of the prompts; None to encode here.
+
+    Returns:
+        For each reply to each prompt the log-probability of each of its tokens (T,).
+    """
+    rows = for_policy(response_rows(prompts, replies), policy)
+    hidden = response_hidden(policy, rows, features=features)
+    targets = rows.target_ids.to(hidden.device)
+    logps = token_logps(hidden, policy.head_weight, targets, bias=policy.head_bias, validate=False)
+    assert isinstance(logps, Tensor)  # a pair with return_entropy alone
+    parts = iter(logps.double().cpu().split([len(reply) for group in replies for reply in group]))
+    return [[next(parts) for _ in group] for group in replies]
 
 
 def lay_out(

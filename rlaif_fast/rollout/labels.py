@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout.generate import TokenSampler
 
 Label = tuple[int, int]  # its token at the start of a response, and behind another label
 
@@ -47,3 +49,13 @@ class LabelSampler:
         self._left[of, chosen] = False
         drawn = torch.where(left.any(1), tokens.gather(1, chosen[:, None])[:, 0], self._eos)
         return drawn, logps.gather(1, drawn[:, None])[:, 0]
+
+
+def token_sampler(
+    policy: Policy,
+    params: SamplingParams,
+    responses: int,
+    labels: Sequence[Sequence[Label]] | None,
+) -> TokenSampler | LabelSampler:
+    """What draws the tokens of some responses: labels, where they are given, else any."""
+    return TokenSampler(policy, params, responses) if labels is None else LabelSampler(policy, labels)

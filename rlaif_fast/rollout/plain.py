@@ -17,7 +17,7 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, check_params, make_rollout, uniforms
-from rlaif_fast.rollout.labels import Label, LabelSampler
+from rlaif_fast.rollout.labels import Label, LabelSampler, token_sampler
 
 
 class PlainSampler(ReadsPolicy):
@@ -42,10 +42,7 @@ class PlainSampler(ReadsPolicy):
         policy = self.policy
         assert labels is None or num_generations == 1
         uniform = uniforms(len(prompts) * num_generations, params)
-        sampler = (
-            TokenSampler(policy, params, len(uniform)) if labels is None else LabelSampler(policy, labels)
-        )
-        draw = _Draw(policy, sampler, uniform)
+        draw = _Draw(policy, token_sampler(policy, params, len(uniform), labels), uniform)
         family = find_family(unwrap(policy.model).config.model_type)
         # Where `generate` would repeat media wrongly for several responses, each response gets a prompt of its own.
         expands = family is not None and family.expands

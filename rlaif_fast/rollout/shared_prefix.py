@@ -28,7 +28,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import ReadsPolicy, Rollout, SamplingParams, concat_rollouts
 from rlaif_fast.rollout.cpu_decoder import CpuDecoder
 from rlaif_fast.rollout.generate import Drawn, TokenSampler, check_params, uniforms
-from rlaif_fast.rollout.labels import Label, LabelSampler
+from rlaif_fast.rollout.labels import Label, LabelSampler, token_sampler
 
 
 class GroupCache:
@@ -264,11 +264,7 @@ class SharedPrefixSampler(ReadsPolicy):
                 rows = uniform[span.start * num_generations : span.stop * num_generations]
                 cache = self._make_cache(lengths[span], num_generations, int(lengths[span].max()) + room)
                 hidden = self._prefill(prompts[span], cache, features)
-                draw = (
-                    TokenSampler(policy, params, len(rows))
-                    if labels is None
-                    else LabelSampler(policy, labels[span])
-                )
+                draw = token_sampler(policy, params, len(rows), None if labels is None else labels[span])
                 asked = prompts[span], lengths[span], num_generations, params
                 parts.append(self._decode(*asked, cache, hidden, draw, rows))
         return concat_rollouts(parts)
