@@ -8,7 +8,9 @@ from the same sources, torch and flags is taken as it is. The metadata is in pyp
 import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -52,10 +54,26 @@ def digest(*parts: object) -> str:
     return whole.hexdigest()
 
 
+def name_toolkit() -> None:
+    """Set CUDA_HOME to the toolkit of the nvcc on the PATH.
+
+    torch takes the folder above nvcc's for it, where nothing is to link with if that nvcc is a script that calls another.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        plan = subprocess.run(
+            [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+        )
+        found = re.search(r"^#\$ TOP=(.*\S)", plan.stderr, re.MULTILINE)
+        if found and Path(found[1], "bin", "nvcc").exists():
+            os.environ["CUDA_HOME"] = str(Path(found[1]).resolve())
+
+
 def build_arguments() -> dict:
     """Return what setup() needs to build the extension, or nothing where it is not to be built."""
     if os.environ.get("RLAIF_FAST_EXT", "1") == "0":
         return {}
+    name_toolkit()  # before torch reads it
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
