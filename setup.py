@@ -57,7 +57,7 @@ def digest(*parts: object) -> str:
 def name_toolkit() -> None:
     """Set CUDA_HOME to the toolkit of the nvcc on the PATH.
 
-    torch takes the folder above nvcc's for it, where nothing is to link with if that nvcc is a script that calls another.
+    torch takes the folder above nvcc's for it. If that nvcc is a script that calls another, no library lies there.
     """
     nvcc = shutil.which("nvcc")
     if nvcc and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):

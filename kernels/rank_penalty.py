@@ -95,6 +95,8 @@ def rank_group(
     tied = tl.sum(tl.where(live & (count_u == G), 1, 0)) == G
     if KIND == "zscore":
         advantage = oracle - _group_mean(oracle, live, G)
+        # What the mean's rounding leaves, but not from a reward that equals it.
+        advantage -= tl.where(advantage != 0.0, _group_mean(advantage, live, G), 0.0)
         variance = tl.sum(tl.where(live, advantage * advantage, 0.0)) / tl.maximum(G - 1, 1)
         advantage = advantage / (tl.sqrt(variance) + 1e-4)
     elif KIND == "paper" or KIND == "paper_swapped":

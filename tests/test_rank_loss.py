@@ -34,8 +34,8 @@ def assert_matches(problem: Problem, backend: str, **options):
     assert relative(got.loss, want.loss) <= bound.value
     assert relative(got.advantages, want.advantages) <= bound.value
     assert got.stats.keys() == want.stats.keys()
-    # Shares of clipped tokens go by the sign of the advantage, which rounding decides where one is exactly zero.
-    rounded = bool(((got.advantages == 0) != (want.advantages == 0)).any())
+    # Shares of clipped tokens go by the sign of the advantage, which rounding decides where one is close to zero.
+    rounded = not torch.equal(got.advantages.sign().double(), want.advantages.sign())
     for name, value in want.stats.items():
         if not (rounded and name.startswith("clip")):
             assert relative(got.stats[name], value) <= bound.value, name

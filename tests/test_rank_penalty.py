@@ -189,6 +189,18 @@ def test_all_tied_groups_are_exactly_zero(kind, backend):
         assert (A == 0).all()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_zscores_do_not_inherit_the_rounding_of_their_mean(backend):
+    device = DEVICE.get(backend, "cpu")
+    rewards = (torch.rand(64, 16, generator=torch.Generator().manual_seed(0)) + 10).to(device)
+    got = rank_advantages(rewards, rewards, kind="zscore", backend=backend).advantages
+    want = rank_advantages(rewards.double(), rewards.double(), kind="zscore", backend="reference").advantages
+    assert relative(got, want) <= 2e-6  # 5e-6 without
+    middle = torch.tensor([[0.9, 0.1, 0.5, 0.5]], device=device)  # 0.5 is their mean in float32 alone
+    got = rank_advantages(middle, middle, kind="zscore", backend=backend).advantages
+    assert (got[0, 2:] == 0).all() and got[0, 0] > 1
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_invalid_groups_are_zero_whatever_they_hold(backend):
     scores, ranks = groups(4, 5)

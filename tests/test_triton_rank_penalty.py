@@ -68,6 +68,16 @@ def test_all_tied_is_exactly_zero(kind: str, G: int) -> None:
     assert not result.has_signal.any()
 
 
+def test_zscores_do_not_inherit_the_rounding_of_their_mean() -> None:
+    rewards = torch.rand(8, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE) + 10
+    options = RankOptions(kind="zscore")
+    got = rank_penalty(RankInputs(rewards, rewards), options).advantages
+    want = reference.rank_penalty(RankInputs(rewards.double(), rewards.double()), options).advantages
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    middle = torch.tensor([[0.9, 0.1, 0.5, 0.5]], device=DEVICE)  # 0.5 is their mean in float32 alone
+    assert not rank_penalty(RankInputs(middle, middle), options).advantages[0, 2:].any()
+
+
 def test_only_the_order_counts() -> None:
     scores, ranks = groups(3, 6)
     result = rank_penalty(RankInputs(scores, ranks), RankOptions())

@@ -81,13 +81,24 @@ T mean(const T* x, int G) {
   return total / T(G);
 }
 
+// (R - mean R) / (std R + eps). The mean is rounded once for all of a group: what that leaves is taken off too, but not
+// from a reward that equals the mean.
 template <typename T>
-T zscore_spread(const T* x, T centre, int G) {
-  T total = 0;
+void zscores(const T* rewards, int G, T* out) {
+  const T centre = mean(rewards, G);
   for (int i = 0; i < G; ++i) {
-    total += (x[i] - centre) * (x[i] - centre);
+    out[i] = rewards[i] - centre;
   }
-  return (G > 1 ? std::sqrt(total / T(G - 1)) : T(0)) + T(kZScoreEps);
+  const T rest = mean(out, G);
+  T square = 0;
+  for (int i = 0; i < G; ++i) {
+    out[i] -= out[i] != 0 ? rest : T(0);
+    square += out[i] * out[i];
+  }
+  const T spread = (G > 1 ? std::sqrt(square / T(G - 1)) : T(0)) + T(kZScoreEps);
+  for (int i = 0; i < G; ++i) {
+    out[i] /= spread;
+  }
 }
 
 template <typename T>
@@ -149,12 +160,12 @@ GroupResult<T> rank_all(const T* scores, const T* ranks, int G, const RankOption
     for (int i = 0; i < G; ++i) {
       advantages[i] = 0;
     }
+  } else if (kind == Kind::ZScore) {
+    zscores(ranks, G, advantages);
   } else {
-    const T* value = kind == Kind::ZScore ? ranks : u;
-    const T centre = mean(value, G);
-    const T spread = kind == Kind::ZScore ? zscore_spread(ranks, centre, G) : T(1);
+    const T centre = mean(u, G);
     for (int i = 0; i < G; ++i) {
-      advantages[i] = (value[i] - centre) / spread;
+      advantages[i] = u[i] - centre;
       if (kind == Kind::Directed) {
         advantages[i] *= T(1) + penalty_weight * penalties[i];
       }

@@ -176,17 +176,23 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       }
       const float centre = group_mean(value);
       float spread = float(1);
-      if (kind == Kind::ZScore) {
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        advantage[s] = value[s] - centre;
+      }
+      if (kind == Kind::ZScore) {  // what the mean's rounding leaves, but not from a reward that equals it
+        const float rest = group_mean(advantage);
         float square[SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
-          square[s] = (value[s] - centre) * (value[s] - centre);
+          advantage[s] -= advantage[s] != 0 ? rest : float(0);
+          square[s] = advantage[s] * advantage[s];
         }
         spread = sqrt(group_mean(square) * float(count) / float(count - 1)) + float(kZScoreEps);
       }
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
-        advantage[s] = (value[s] - centre) / spread;
+        advantage[s] /= spread;
         if (kind == Kind::Directed) {
           advantage[s] *= float(1) + penalty_weight * penalty[s];
         }

@@ -31,8 +31,13 @@ def paper(penalty: Tensor, members: Tensor) -> Tensor:
 
 
 def zscore(reward: Tensor, members: Tensor) -> Tensor:
-    """A = (R - mean R) / (std R + 1e-4): plain GRPO."""
+    """A = (R - mean R) / (std R + 1e-4): plain GRPO.
+
+    A float's mean is rounded once for all of a group. What that leaves is taken off too, so that a loss that sums over
+    tokens does not gather it. A reward that equals the mean keeps its exact zero.
+    """
     centred = reward - _mean(reward, members)
+    centred = centred - _mean(centred, members).where(centred != 0, 0.0)
     freedom = (members.sum(-1, keepdim=True) - 1).clamp(min=1)
     std = (centred.square().where(members, 0.0).sum(-1, keepdim=True) / freedom).sqrt()
     return centred / (std + ZSCORE_EPS)
