@@ -345,6 +345,23 @@ def run(folder, cache, **changes) -> int:
     return train_module.main([f"--{key}={value}" for key, value in values.items()])
 
 
+def test_the_log_has_the_mean_of_a_step_s_value_updates(tmp_path, cache, monkeypatch):
+    losses = []
+    original = RewardAndValue.update
+
+    def told(self, groups):
+        stats = original(self, groups)
+        if stats:  # there are none while the reward model learns
+            losses.append(stats["value/loss"])
+        return stats
+
+    monkeypatch.setattr(RewardAndValue, "update", told)
+    assert run(tmp_path / "run", cache, num_iterations=2, max_steps=3) == 0
+    logged = [row["value/loss"] for row in metrics(tmp_path / "run") if "value/loss" in row]
+    assert len(losses) == 2 and losses[0] != losses[1]
+    assert logged == pytest.approx([sum(losses) / 2])
+
+
 def metrics(folder) -> list[dict]:
     """Everything logged but how long it took."""
     return [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(folder / "metrics.jsonl")]

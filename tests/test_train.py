@@ -8,8 +8,10 @@ import pytest
 
 from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module
+from rlaif_fast.data import SyntheticConfig, make_dataset
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.policy.loading import ModelOptions, load_model
+from rlaif_fast.prompts.batches import EpochOrder
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -360,8 +362,6 @@ def test_resume_refuses_what_cannot_change(finished, run, capsys):
 
 
 def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):
-    from rlaif_fast.data import SyntheticConfig, make_dataset
-
     small = SyntheticConfig(
         seed=1, sft_clips=12, rl_clips=0, validation_clips=0, test_clips=0, questions_per_clip=2
     )
@@ -391,6 +391,24 @@ def test_own_data_bad_files_and_missing_categories(run, cache, tmp_path):
     code, folder, err = run("bad", **changes)
     assert code == 1 and "bad" in err
     assert not (folder / "summary.json").exists()
+
+
+def test_a_supervised_step_without_a_readable_row_is_still_evaluated_and_saved(run, tmp_path, monkeypatch):
+    small = SyntheticConfig(seed=1, sft_clips=2, rl_clips=2, validation_clips=2, test_clips=2)
+    made = make_dataset(tmp_path / "made", small)
+    rows = [json.loads(line) for line in made.sft.read_text().splitlines()]
+    clips = sorted({row["video"] for row in rows})
+    first = EpochOrder(clips, 1, SMALL["seed"]).step(3)[0]  # what the fourth step shows
+    (made.root / first).write_bytes(b"not a video")
+    saved = []
+    original = CheckpointStore.save
+    monkeypatch.setattr(CheckpointStore, "save", lambda *a, **k: saved.append(a[1]) or original(*a, **k))
+    changes = {"data": made.root, "sft_videos_per_step": 1, "sft_steps": 5, "eval_steps": 1, "max_steps": 0}
+    code, folder, err = run(**changes, max_bad_fraction=0.9)
+    assert code == 0, err
+    steps = [row["step"] for row in metrics(folder) if row["stage"] == "sft" and "loss" in row]
+    assert 4 not in steps and 1 <= len(steps) < 5
+    assert "sft-000004" in saved
 
 
 def test_empty_dataset_is_refused(run, tmp_path):

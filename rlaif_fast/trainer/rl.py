@@ -111,6 +111,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 with logger.timer("critic"):
                     groups, loss_stats = critic.appraise(groups, progress.step)
             updates: list[dict] = []
+            critic_updates: list[dict] = []
             for _ in range(config.num_iterations):
                 for part in minibatches(groups, config.steps_per_generation):
                     with logger.timer("update"):
@@ -119,8 +120,8 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                             updates.append(update_stats | {"grad_norm": updater.step()})
                     if critic is not None:
                         with logger.timer("critic"):
-                            loss_stats |= critic.update(part)
-            loss_stats |= mean_of_updates(updates)
+                            critic_updates.append(critic.update(part))
+            loss_stats |= mean_of_updates(updates) | mean_of_updates([one for one in critic_updates if one])
             # Behind the update: what is logged is read on the host, and until here nothing had to be.
             stats = log_rollouts(run, sampled, progress.step) | loss_stats
             progress.step += 1

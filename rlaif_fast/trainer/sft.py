@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy,
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.batches import EpochOrder, by_media
-from rlaif_fast.prompts.encoder import PromptEncoder
+from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
@@ -54,6 +55,19 @@ def accumulate(
 
     losses = backward_in_parts(run, prompts, [len(answer) for answer in answers], None, loss_of)
     return torch.stack(losses).sum().item() if losses else 0.0
+
+
+def learn(run: Run, prompts: Sequence[Prompt], updater: Updater) -> dict[str, Any] | None:
+    """One update from the answers of a step, and its log; None where no process has a row that can be read."""
+    world, encoder = run.world, run.make_batch.encoder
+    answers = [encoder.encode_answer(prompt.example.taught or "") for prompt in prompts]
+    (tokens,) = world.sum(sum(map(len, answers)))
+    if tokens == 0:
+        return None
+    local_loss = accumulate(run, prompts, answers, world.size / tokens)
+    grad_norm = updater.step()
+    (loss,) = world.sum(local_loss / tokens)
+    return {"loss": loss, "grad_norm": grad_norm, "tokens": int(tokens)}
 
 
 def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completion_length: int) -> None:
@@ -113,22 +127,9 @@ def train_sft(run: Run, *, resume_from=None) -> None:
                 prompts = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
                 run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
             with logger.timer("sft"):
-                examples = [prompt.example for prompt in prompts]
-                answers = [run.make_batch.encoder.encode_answer(row.taught or "") for row in examples]
-                (tokens,) = world.sum(sum(map(len, answers)))
-                if tokens == 0:
-                    continue
-                local_loss = accumulate(run, prompts, answers, world.size / tokens)
-                grad_norm = updater.step()
-                (loss,) = world.sum(local_loss / tokens)
-            logger.log(
-                "sft",
-                step + 1,
-                loss=loss,
-                grad_norm=grad_norm,
-                tokens=int(tokens),
-                learning_rate=updater.learning_rate,
-            )
+                learned = learn(run, prompts, updater)
+            if learned is not None:
+                logger.log("sft", step + 1, **learned, learning_rate=updater.learning_rate)
             unfinished = step + 1 < config.sft_steps
             due = (step + 1) % (4 * config.eval_steps) == 0 and unfinished
             if due:
