@@ -329,6 +329,9 @@ class Stream:
     def synchronize(self) -> None:
         self.waits += 1
 
+    def is_capturing(self) -> bool:
+        return False
+
 
 @contextlib.contextmanager
 def fresh_table() -> Iterator[None]:
@@ -384,6 +387,7 @@ def simulated_gpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(torch.accelerator, "current_stream", Stream)
         patch.setattr(torch.cuda, "synchronize", lambda *_: None)
         patch.setattr(torch.cuda, "stream", lambda *_: contextlib.nullcontext())
         patch.setattr(torch.cuda, "device_of", lambda *_: contextlib.nullcontext())
