@@ -37,7 +37,9 @@ from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
-from rlaif_fast.video import decoders, transfer
+from rlaif_fast.video import ClipStore, decoders, transfer
+from rlaif_fast.video.dali import DaliDecoder
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 from rlaif_fast_kernels import launch
 from rlaif_fast_kernels.launch import INTERPRETED
 
@@ -240,3 +242,39 @@ def test_frames_travel_beside_what_is_computed(gpu):
     assert isinstance(moved, DeviceTensor) and torch.equal(moved.value, frames)
     assert transfer._stream(DEVICE).waits >= 1  # the thread that prefetches waits, nothing that computes does
     transfer._stream.cache_clear()
+
+
+def test_what_decodes_for_a_gpu_ends_before_its_memory_is_freed(gpu, tmp_path, monkeypatch):
+    path = str(write_video(tmp_path / "a.webm", counter_frames(4)))
+
+    class OnTheCpu:
+        decode = staticmethod(lambda path, indices: decoders.PyAVDecoder().decode(path, indices))
+        unavailable = staticmethod(lambda: None)
+
+    monkeypatch.setitem(decoders.DECODERS, "on the cpu", lambda device: OnTheCpu)
+    monkeypatch.setattr(decoders, "_unavailable", lambda name: None)
+    frames = decoders.decode_sized(path, [2], (64, 64), "on the cpu", DEVICE)
+    assert isinstance(frames, DeviceTensor) and frames.shape == (1, 64, 64, 3)
+    assert transfer._stream(DEVICE).waits == 1
+    if DaliDecoder.unavailable() is None:
+        dali = DaliDecoder()
+        dali._pipeline, dali.device = dali._build(), DEVICE  # DALI's own memory, here the host's
+        assert [read_counter(frame) for frame in dali.decode(path, [3, 1])] == [3, 1]
+        assert transfer._stream(DEVICE).waits == 2
+        dali.close()
+    transfer._stream.cache_clear()
+
+
+def test_threads_get_the_gpu_of_the_process(gpu, monkeypatch):
+    """The current GPU is a thread's own, so a device without a number would be another one in a new thread."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with ClipStore(device="cuda", isolate=False) as store:
+        assert store.device == torch.device("cuda:1")
+
+    def asked(name, device, dtype):
+        raise UsageError(f"attention of {device}")
+
+    monkeypatch.setattr(loading, "resolve_attention", asked)
+    for device, found in (("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        with pytest.raises(UsageError, match=f"attention of {found}$"):
+            loading.load_model(loading.ModelOptions(model="none", device=device))

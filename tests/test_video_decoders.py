@@ -105,6 +105,23 @@ def test_bad_file_in_a_batch_fails_alone(files, tmp_path):
     dali.close()
 
 
+@pytest.mark.parametrize("error", [MemoryError("full"), torch.OutOfMemoryError("full")])
+def test_a_full_memory_is_no_fault_of_the_file(files, error):
+    needs("dali")
+    dali = DaliDecoder(timeout=10)
+    real = dali._run
+
+    def fail(batch):
+        dali._run = real
+        raise error
+
+    dali._run = fail
+    with pytest.raises(type(error), match="full"):
+        dali.decode(files["vp9"], [3])
+    assert [read_counter(f) for f in dali.decode(files["vp9"], [3])] == [3]  # the thread has gone on
+    dali.close()
+
+
 def _held_back(dali):
     """Make the thread wait for an event before it gathers, so that files share a batch."""
     start = threading.Event()

@@ -19,6 +19,7 @@ from rlaif_fast.policy.model_files import refuse_other_base
 from rlaif_fast.policy.parts import FREEZING, apply_freezing, check_parts, ready_to_train
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, adapter_config, load_adapters, load_strictly
 from rlaif_fast.video import PatchSpec
+from rlaif_fast.video.transfer import numbered
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -152,7 +153,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    device = resolve_device(options.device)
+    device = numbered(resolve_device(options.device))
     dtype = resolve_dtype(options.dtype, device)
     attention, attention_note = resolve_attention(options.attn_implementation, device, dtype)
     adapters = adapter_folder(options.model)

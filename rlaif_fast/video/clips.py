@@ -18,7 +18,7 @@ from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.probe import MEMO, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
-from rlaif_fast.video.transfer import to_device
+from rlaif_fast.video.transfer import numbered, to_device
 
 MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
 
@@ -52,7 +52,7 @@ def load_clip(
         VideoError: When the file is bad, with the reason.
     """
     path = str(path)
-    device = torch.device(device)
+    device = numbered(torch.device(device))
     version = file_version(path)
     if process is not None and MEMO.scan(version) is None:
         found, digest = process.scan(path, timeout)

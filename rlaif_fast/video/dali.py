@@ -2,9 +2,9 @@
 
 Any thread submits a file and gets a future. One thread gathers what has been submitted into batches, of
 unequal sizes and lengths, and runs the pipeline on DALI's own stream while the callers do something else; the
-frames come back without a copy (DLPack). A file that cannot be decoded makes DALI fail the whole batch and
-spoils the pipeline, so the pipeline is built again and the files of that batch go through it one by one: only
-the bad ones fail.
+frames are copied out of DALI's memory, which it takes back in the order of that stream alone. A file that cannot be
+decoded makes DALI fail the whole batch and spoils the pipeline, so the pipeline is built again and the files of that
+batch go through it one by one: only the bad ones fail.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_file
+from rlaif_fast.video.transfer import beside
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
@@ -137,7 +138,13 @@ class DaliDecoder:
 
     def _work(self) -> None:
         while (batch := self._gather()) is not None:
-            self._serve(batch)
+            try:
+                self._serve(batch)
+            except Exception as error:  # out of memory, say: no fault of the files, and the thread goes on
+                self._pipeline = None
+                for job in batch:
+                    if not job.result.done():
+                        job.result.set_exception(error)
         self._pipeline = None
 
     def _serve(self, batch: list[_Job]) -> None:
@@ -150,6 +157,8 @@ class DaliDecoder:
                 return
         try:
             frames = self._run(batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._pipeline = None  # it is of no more use
             if len(batch) == 1:
@@ -187,7 +196,10 @@ class DaliDecoder:
         self._pipeline.feed_input("encoded", [job.data for job in batch])
         self._pipeline.feed_input("indices", [job.indices for job in batch])
         (output,) = self._pipeline.run()
-        return [torch.from_dlpack(output[i]) for i in range(len(batch))]
+        with beside(self.device):  # `output` holds DALI's memory until the copies are whole
+            decoded = [torch.from_dlpack(output[i]) for i in range(len(batch))]
+            turns = [-(job.scan.rotation // 90) for job in batch]
+            return [torch.rot90(x, k, (1, 2)) for x, k in zip(decoded, turns)]  # a copy where k is 0, too
 
     def _build(self) -> Any:
         from nvidia.dali import fn
@@ -214,12 +226,12 @@ class DaliDecoder:
 
 
 def _settle(job: _Job, decoded: Tensor) -> None:
-    wanted = (len(job.indices), job.scan.height, job.scan.width, 3)
-    if tuple(decoded.shape) != wanted:
+    wanted = (len(job.indices), *job.scan.shape, 3)
+    if tuple(decoded.shape) == wanted:
+        job.result.set_result(decoded)
+    else:
         got = "x".join(map(str, decoded.shape))
         job.result.set_exception(VideoError(job.path, f"DALI gave frames of {got}, not {wanted}"))
-        return
-    job.result.set_result(torch.rot90(decoded, -(job.scan.rotation // 90), (1, 2)))
 
 
 def _done(frames: Tensor) -> Future[Tensor]:

@@ -21,7 +21,7 @@ from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
 from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.torchcodec import TorchCodecDecoder
-from rlaif_fast.video.transfer import to_device
+from rlaif_fast.video.transfer import beside, numbered, to_device, used_here
 
 log = logging.getLogger(__name__)
 
@@ -183,16 +183,17 @@ def decode(
         VideoError: When the file is bad or one of the frames cannot be decoded whole.
         UsageError: When the decoder asked for cannot run.
     """
-    return decode_sized(path, indices, None, decoder, torch.device(device))
+    return used_here(decode_sized(path, indices, None, decoder, numbered(torch.device(device))))
 
 
 def decode_sized(
     path: str, indices: Sequence[int], size: tuple[int, int] | None, name: str, device: torch.device
 ) -> Tensor:
-    """Like `decode`, resized to (height, width) where `size` is given."""
+    """Like `decode`, resized to (height, width) where `size` is given; on a GPU `beside` what it computes."""
     chosen = decoder(choose(name, scan_file(str(path)), indices, device), str(device))
     resized = getattr(chosen, "decode_resized", None)
-    if resized is not None:
-        return resized(str(path), indices, size).to(device)
-    frames = chosen.decode(str(path), indices).to(device)
-    return frames if size is None else resize_frames(frames, size)
+    with beside(device):
+        if resized is not None:
+            return resized(str(path), indices, size).to(device)
+        frames = chosen.decode(str(path), indices).to(device)
+        return frames if size is None else resize_frames(frames, size)

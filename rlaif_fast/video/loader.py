@@ -23,6 +23,7 @@ from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
+from rlaif_fast.video.transfer import numbered
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class ClipStore:
             raise UsageError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
         if timeout <= 0:
             raise UsageError(f"timeout must be positive, got {timeout}")
-        self.workers, self.device = workers, torch.device(device)
+        self.workers, self.device = workers, numbered(torch.device(device))
         self.sampling = sampling or FrameSampling()
         self.resize, self.decoder, self.timeout = resize, decoder, timeout
         self.cache = cache if cache is not None else ClipCache()

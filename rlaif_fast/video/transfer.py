@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on the device, ready to be read.
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number. Without one it is the current GPU, and that is the first one in any new thread."""
+    nameless = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if nameless else device
 
-    To a GPU it travels through pinned memory on a stream of its own. The calling thread waits for the copy and no
-    computation does, so call it from a thread that prefetches, and `used_here` where the copy is read.
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Queue the block's work on a GPU on a stream of its own, and wait for it at the end; elsewhere change nothing.
+
+    The calling thread waits and no computation does, so call it from a thread that prefetches. What the block makes is
+    whole behind it, and what it read may be freed; `used_here` comes before its results are read.
     """
-    if device.type != "cuda" or x.device.type == "cuda":
-        return x.to(device)
+    if device.type != "cuda":
+        yield
+        return
     stream = _stream(device)
     with torch.cuda.stream(stream):
-        moved = x.pin_memory().to(device, non_blocking=True)
+        yield
     stream.synchronize()
-    return moved
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x` on the device, ready to be read; to a GPU it travels through pinned memory, `beside` the rest."""
+    if device.type != "cuda" or x.device.type == "cuda":
+        return x.to(device)
+    with beside(device):
+        return x.pin_memory().to(device, non_blocking=True)
 
 
 def used_here(x: Tensor) -> Tensor:
