@@ -332,6 +332,9 @@ class Stream:
     def is_capturing(self) -> bool:
         return False
 
+    def wait_stream(self, other: Stream) -> None:
+        """Nothing is behind anything."""
+
 
 @contextlib.contextmanager
 def fresh_table() -> Iterator[None]:

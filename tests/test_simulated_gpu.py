@@ -5,12 +5,14 @@ The table is in docs/kernels.md ("Where the host waits"); it and the code may no
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ from rlaif_fast.policy.attention import ATTENTION_BACKENDS
 from rlaif_fast.policy.flash import FlashContext
 from rlaif_fast.policy.testing import FAMILIES, make_media, make_model, make_policy, make_prompt, words
 from rlaif_fast.prompts.encoder import Prompt
-from rlaif_fast.rollout import SamplingParams, make_sampler
+from rlaif_fast.rollout import SamplingParams, graphs, make_sampler
 from rlaif_fast.rollout.graphs import STOP_CHECK, FixedStep, GraphSampler
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
@@ -47,6 +49,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="stands in for a GPU on 
 
 G = 3
 MOST_READS = 3  # of an update
+CAPTURE = FixedStep._capture  # the simulated GPU has another
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 
 
@@ -184,6 +187,28 @@ def test_a_decode_step_never_waits(fused, gpu, monkeypatch):
     assert steps == [{}] * STOP_CHECK
     assert set(reads) == documented()["rollout"]
     assert rollout.token_ids.device.type == "cuda"
+
+
+def test_steps_are_captured_on_one_stream(gpu, monkeypatch):
+    """PyTorch keeps a workspace for each stream that a matmul ran on, and another stream may be of another GPU."""
+    policy, used = make_run("qwen3_vl").policy, []
+
+    def capture(graph, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # threads that prefetch call CUDA meanwhile
+        used.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(FixedStep, "_capture", CAPTURE)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
+    with torch.no_grad(), policy.evaluating():
+        for length in (256, 512):
+            step = FixedStep(policy, 1, 2, length)
+            step.begin(np.ones(1, dtype=np.int64))
+            assert step(tokens, tokens + 1, 0).isfinite().all()
+    assert len(used) == 2 and used[0] is used[1] is graphs._stream(DEVICE)
+    graphs._stream.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "reference"])
