@@ -278,7 +278,7 @@ def test_what_decodes_for_a_gpu_ends_before_its_memory_is_freed(gpu, tmp_path, m
 
     monkeypatch.setitem(decoders.DECODERS, "on the cpu", lambda device: OnTheCpu)
     monkeypatch.setattr(decoders, "_unavailable", lambda name: None)
-    frames = decoders.decode_sized(path, [2], (64, 64), "on the cpu", DEVICE)
+    frames = decoders.decode_sized(path, [2], (64, 64), DEVICE, "on the cpu")
     assert isinstance(frames, DeviceTensor) and frames.shape == (1, 64, 64, 3)
     assert transfer._stream(DEVICE).waits == 1
     if DaliDecoder.unavailable() is None:

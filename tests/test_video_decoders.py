@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.video import VideoError, decode, probe
+from rlaif_fast.video import ClipStore, FrameSampling, VideoError, decode, decoders, load_clip, probe
 from rlaif_fast.video.dali import BATCH_FILES, DaliDecoder
 from rlaif_fast.video.decoders import DECODERS, choose, decoder
 from rlaif_fast.video.probe import scan_file
@@ -153,6 +153,55 @@ def test_named_decoder_says_what_it_cannot_read(files, name):
     with pytest.raises(VideoError, match="frame 60 of 60"):
         decode(files["vp9"], [60], decoder=name)
     assert decode(files["vp9"], [], decoder=name).shape == (0, 96, 128, 3)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_what_dali_cannot_read_here_is_left_to_pyav(files, isolate, tmp_path, monkeypatch, caplog):
+    """As on a GPU whose NVDEC lacks a codec: DALI has no H.264 on a CPU."""
+    needs("dali")
+    monkeypatch.setitem(decoders.AUTO, "cpu", ("dali", "pyav"))
+    monkeypatch.setattr("rlaif_fast.video.dali.CPU_CODECS", ("vp9", "h264"))
+    monkeypatch.setattr(decoders, "_CAN", set())
+    monkeypatch.setattr(decoders, "_CANNOT", {})
+    asked, submit = [], DaliDecoder.submit
+    monkeypatch.setattr(DaliDecoder, "submit", lambda self, *a: (asked.append(a[0]), submit(self, *a))[1])
+    with pytest.raises(VideoError, match="DALI cannot decode it"):
+        decode(files["h264"], [3], decoder="dali")  # by name nothing else is tried
+    assert not decoders._CANNOT
+    asked.clear()
+    again = str(shutil.copy(files["h264"], tmp_path / "again.mp4"))
+    sampling = FrameSampling(nframes=4)
+    with ClipStore(sampling, isolate=isolate, workers=1) as store:
+        clips = [store.load(path) for path in (files["h264"], again, files["vp9"])]
+        assert not store.stats.bad_files
+    assert asked == [files["h264"], files["vp9"]]
+    for clip, path in zip(clips, (files["h264"], again, files["vp9"])):
+        expected = load_clip(path, sampling=sampling, decoder="pyav")
+        assert clip.timestamps == expected.timestamps
+        assert (clip.frames.float() - expected.frames.float()).abs().mean() <= MEAN_TOLERANCE
+    bad = tmp_path / "bad.webm"
+    bad.write_bytes((tmp_path / "again.mp4").read_bytes()[:3000])
+    with pytest.raises(VideoError):
+        decode(str(bad), [0])
+    assert list(decoders._CANNOT) == [("dali", "cpu", "h264", "yuv420p", "small")]
+
+
+def test_a_file_that_dali_cannot_read_leaves_its_kind_there(files, monkeypatch):
+    monkeypatch.setitem(decoders.AUTO, "cpu", ("dali", "pyav"))
+    monkeypatch.setattr(decoders, "_unavailable", lambda name: None)
+    monkeypatch.setattr(decoders, "_CAN", set())
+    monkeypatch.setattr(decoders, "_CANNOT", {})
+    scan, tried = scan_file(files["vp9"]), []
+
+    def attempt(name):
+        tried.append(name)
+        if len(tried) == 2:
+            raise VideoError(files["vp9"], "DALI cannot decode it")
+        return torch.zeros(1)
+
+    for _ in range(3):
+        decoders.by_name("auto", scan, [0], torch.device("cpu"), attempt)
+    assert tried == ["dali", "dali", "pyav", "dali"]
 
 
 def test_cut_film_is_left_to_ffmpeg(tmp_path, caplog):

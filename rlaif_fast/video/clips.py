@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
-from rlaif_fast.video.decoders import assemble, choose, decode_sized
+from rlaif_fast.video.decoders import assemble, by_name, decode_sized
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
@@ -73,11 +73,14 @@ def load_clip(
             f"{len(indices)} frames of {size[1]}x{size[0]} need {wanted_bytes / 2**30:.1f} GiB;"
             " lower max_frames or resize",
         )
-    if process is not None and choose(decoder, scan, indices, device) == "pyav":
+
+    def attempt(name: str) -> Tensor:
+        if process is None or name != "pyav":
+            return decode_sized(path, indices, size, device, name)
         pictures = process.frames(path, scan, indices, timeout)
-        frames: Tensor = to_device(assemble(pictures, indices, scan.shape, size), device)
-    else:
-        frames = decode_sized(path, indices, size, decoder, device)
+        return to_device(assemble(pictures, indices, scan.shape, size), device)
+
+    frames = by_name(decoder, scan, indices, device, attempt)
     times = info.timestamps
     clip = Clip(frames, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)
     if cache is not None:

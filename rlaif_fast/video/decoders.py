@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.plugins import find
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoDecoder
@@ -31,6 +31,7 @@ AUTO = {"cuda": ("dali", "pyav"), "cpu": ("pyav",)}  # device -> in order of pre
 THREADED_PIXELS = (
     1280 * 720
 )  # of a frame; from here on several threads per file pay (2 cores: 1.1 to 1.4 times)
+SMALL, LARGE = 256, 4096  # pixels of a side within which a GPU reads every file of a codec that it reads
 
 
 class PyAVDecoder:
@@ -137,13 +138,66 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
         return name
     passed_over: list[str] = []
     for candidate in AUTO.get(device.type, ("pyav",)):
-        reason = _unavailable(candidate) or DECODERS[candidate].refuses(scan, device)
+        reason = (
+            _unavailable(candidate)
+            or DECODERS[candidate].refuses(scan, device)
+            or _CANNOT.get((candidate, *_kind(scan, device)))
+        )
         if reason is None:
             if device.type == "cuda":
                 _say_once(candidate, scan.codec, "; ".join(passed_over))
             return candidate
         passed_over.append(f"no {candidate}: {reason}")
     raise AssertionError("PyAV is always there and refuses nothing")
+
+
+# Which kinds of files a decoder has read, and why it does not read others: that depends on the GPU and its driver.
+# NVDEC of an H100 has no AV1, every codec has a least and a largest size, and a container may lack the library.
+_CAN: set[tuple[str, ...]] = set()
+_CANNOT: dict[tuple[str, ...], str] = {}
+
+
+def _kind(scan: ffmpeg.Scan, device: torch.device) -> tuple[str, ...]:
+    least, most = sorted((scan.width, scan.height))
+    size = "small" if least < SMALL else "large" if most > LARGE else "usual"
+    return str(device), scan.codec, scan.pixel_format, size
+
+
+def by_name(
+    name: str,
+    scan: ffmpeg.Scan,
+    indices: Sequence[int],
+    device: torch.device,
+    attempt: Callable[[str], Tensor],
+) -> Tensor:
+    """Decode by the decoder that `name` stands for. Where "auto" took another than PyAV and that fails, PyAV decides.
+
+    What PyAV can decode is no bad file; where the other has read none of its kind yet, PyAV gets all of that kind.
+
+    Args:
+        name: "auto" or one of the table.
+        scan: The file.
+        indices: As for `decode`.
+        device: Where the frames end up.
+        attempt: Decodes by the decoder of that name.
+
+    Raises:
+        VideoError: The file is bad.
+        UsageError: As in `choose`.
+    """
+    chosen = choose(name, scan, indices, device)
+    kind = chosen, *_kind(scan, device)
+    try:
+        frames = attempt(chosen)
+    except RlaifFastError as error:
+        if name != "auto" or chosen == "pyav":
+            raise
+        frames = attempt("pyav")
+        if kind not in _CAN:
+            _CANNOT[kind] = error.reason if isinstance(error, VideoError) else str(error)
+        return frames
+    _CAN.add(kind)
+    return frames
 
 
 @cache
@@ -183,17 +237,23 @@ def decode(
         VideoError: When the file is bad or one of the frames cannot be decoded whole.
         UsageError: When the decoder asked for cannot run.
     """
-    return used_here(decode_sized(path, indices, None, decoder, numbered(torch.device(device))))
+    path, place = str(path), numbered(torch.device(device))
+    scan = scan_file(path)
+    attempt = partial(decode_sized, path, indices, None, place)
+    return used_here(by_name(decoder, scan, indices, place, attempt))
 
 
 def decode_sized(
-    path: str, indices: Sequence[int], size: tuple[int, int] | None, name: str, device: torch.device
+    path: str, indices: Sequence[int], size: tuple[int, int] | None, device: torch.device, name: str
 ) -> Tensor:
-    """Like `decode`, resized to (height, width) where `size` is given; on a GPU `beside` what it computes."""
-    chosen = decoder(choose(name, scan_file(str(path)), indices, device), str(device))
+    """The frames of a file by the decoder called `name`, resized to (height, width) where `size` is given.
+
+    On a GPU that is done `beside` what it computes.
+    """
+    chosen = decoder(name, str(device))
     resized = getattr(chosen, "decode_resized", None)
     with beside(device):
         if resized is not None:
-            return resized(str(path), indices, size).to(device)
-        frames = chosen.decode(str(path), indices).to(device)
+            return resized(path, indices, size).to(device)
+        frames = chosen.decode(path, indices).to(device)
         return frames if size is None else resize_frames(frames, size)
