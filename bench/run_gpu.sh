@@ -134,7 +134,7 @@ build() {
 tests() { # every kernel on the device; most of the time is compilation, so the tests are dealt to processes
   local files=() pids=() shard failed=0
   local shards=$(($(nproc) < 12 ? $(nproc) : 12))
-  for file in tests/test_triton_*.py; do [[ $file == tests/test_triton_aot.py ]] || files+=("$file"); done
+  for file in tests/test_{triton_*,decode_step,patchify,prefix_decode}.py; do [[ $file == tests/test_triton_aot.py ]] || files+=("$file"); done
   for ((shard = 0; shard < shards; shard++)); do
     RLAIF_FAST_TEST_SHARD=$shard/$shards "$python" -m pytest -q -p no:cacheprovider "${collect[@]}" "${files[@]}" \
       >"$out/kernel_tests.$shard.log" 2>&1 &
@@ -147,7 +147,7 @@ tests() { # every kernel on the device; most of the time is compilation, so the 
 
 gpu_tests() {
   local others=()
-  mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -v test_triton_)
+  mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py)
   "$python" -m pytest -q -rs "${collect[@]}" -m "gpu and not slow" "${others[@]}" tests/test_rank_penalty.py
 }
 

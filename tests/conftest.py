@@ -9,12 +9,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+KERNEL_TESTS = ("test_triton_", "test_decode_step", "test_patchify", "test_prefix_decode")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark compiled Triton tests as GPU tests; RLAIF_FAST_TEST_SHARD=index/count keeps one share of all."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         for item in items:
-            if item.path.name.startswith("test_triton_") and item.path.name != "test_triton_aot.py":
+            if item.path.name.startswith(KERNEL_TESTS) and item.path.name != "test_triton_aot.py":
                 item.add_marker(pytest.mark.gpu)
     if shard := os.environ.get("RLAIF_FAST_TEST_SHARD"):
         index, count = map(int, shard.split("/"))

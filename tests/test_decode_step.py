@@ -26,7 +26,7 @@ from rlaif_fast.policy.testing import make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import graphs
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.fused_layers import FusedLayers, refuses_fused_layers
-from rlaif_fast.rollout.graphs import CHECKED_STEPS, GraphSampler, check_fused
+from rlaif_fast.rollout.graphs import CHECKED_STEPS, WARM_UP_STEPS, GraphSampler, check_fused
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 from rlaif_fast_kernels.decode_step import add_rms_norm, rotate_store, silu_mul, supports
 from rlaif_fast_kernels.launch import INTERPRETED
@@ -135,19 +135,19 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_a_rollout_is_that_of_the_modules(model_type: str, steps) -> None:
     model, tokenizer = family_checkpoints.make_model(model_type)
-    policy = Policy(model, tokenizer)
+    policy = Policy(model.to(DEVICE), tokenizer)
     prompts = make_prompts(make_encoder(model_type, tokenizer, model.config))
     params = SamplingParams(max_new_tokens=5, seed=1)
     modules = GraphSampler(policy, fused=False).sample(prompts, 3, params)
     assert not steps
     assert_same(GraphSampler(policy, fused=True).sample(prompts, 3, params), modules)
-    assert steps == [3 * len(prompts)] * 4
+    assert steps == [3 * len(prompts)] * (4 if INTERPRETED else WARM_UP_STEPS + 1)  # the others are replayed
 
 
 @pytest.mark.parametrize("model_type", ["glm4v", "qwen3_vl_moe"])
 def test_other_layers_are_left_to_the_modules(model_type: str, steps) -> None:
     model, tokenizer = family_checkpoints.make_model(model_type)
-    policy = Policy(model, tokenizer)
+    policy = Policy(model.to(DEVICE), tokenizer)
     assert OTHERS[model_type] in (refuses_fused_layers(policy) or "")
     prompts = make_prompts(make_encoder(model_type, tokenizer, model.config))
     params = SamplingParams(max_new_tokens=3, seed=1)
@@ -157,17 +157,20 @@ def test_other_layers_are_left_to_the_modules(model_type: str, steps) -> None:
 
 
 def test_a_bfloat16_step_is_that_of_the_modules() -> None:
-    policy = make_policy("qwen3_vl", model=make_model("qwen3_vl").bfloat16())
-    assert re.fullmatch("a step takes .* ms by them, .* by the modules", check_fused(policy, "kernel") or "")
+    policy = make_policy("qwen3_vl", model=make_model("qwen3_vl").to(DEVICE, torch.bfloat16))
+    reason = check_fused(policy, "kernel")  # the interpreter is slower
+    slower = re.fullmatch("a step takes .* ms by them, .* by the modules", reason or "")
+    assert slower or (reason is None and not INTERPRETED), reason
 
 
 def test_autocast_is_left_to_the_modules() -> None:
-    policy = make_policy("qwen3_vl")
-    with torch.autocast("cpu", torch.bfloat16):
+    policy = make_policy("qwen3_vl", model=make_model("qwen3_vl").to(DEVICE))
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert refuses_fused_layers(policy) == "autocast casts the weights"
     assert refuses_fused_layers(policy) is None
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="stands in for a GPU on a machine without one")
 def test_on_a_gpu_the_fused_step_is_checked_and_the_faster_one_taken(monkeypatch, caplog, steps) -> None:
     with simulated_gpu():
         policy = make_policy("qwen2_5_vl", model=make_model("qwen2_5_vl").to("cuda"))
@@ -190,7 +193,7 @@ def test_on_a_gpu_the_fused_step_is_checked_and_the_faster_one_taken(monkeypatch
 
 def test_equal_times_do_not_decide_by_chance(monkeypatch) -> None:
     """On a seed the responses are those of one kind of step, the same in every run."""
-    policy = make_policy("qwen3_vl")
+    policy = make_policy("qwen3_vl", model=make_model("qwen3_vl").to(DEVICE))
     reasons = []
     for taken in ((1.0, 1.05), (1.05, 1.0)):
         times = iter(taken)
@@ -222,6 +225,6 @@ def test_a_layer_that_only_looks_plain_is_found(change) -> None:
     model = make_model("qwen3_vl")
     for layer in model.model.language_model.layers:
         change(layer)
-    policy = make_policy("qwen3_vl", model=model)
+    policy = make_policy("qwen3_vl", model=model.to(DEVICE))
     assert refuses_fused_layers(policy) is None
     assert "a step by fused kernels is off by" in check_fused(policy)

@@ -141,7 +141,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="backend must be"):
         patchify(random_frames(2, 16, 16), spec(), backend="numpy")
     with pytest.raises(ValueError, match=r"backend 'triton' cannot run: patches must be"):
-        patchify(random_frames(2, 16, 16), spec(), torch.float64, backend="triton")
+        run("triton", random_frames(2, 16, 16), spec(), torch.float64)
     with pytest.raises(TypeError, match="uint8"):
         run("triton", random_frames(2, 16, 16).float(), spec())
     with pytest.raises(ValueError, match="multiples of 16"):
