@@ -19,7 +19,16 @@ import torch
 from rlaif_fast.loss import backends
 from rlaif_fast.loss.inputs import RankInputs, RowInputs, Scaling, TokenInputs
 from rlaif_fast.loss.options import LossOptions, RankOptions
-from rlaif_fast_kernels import linear_loss, logits_loss, rank_loss, rank_penalty
+from rlaif_fast_kernels import (
+    decode_step,
+    linear_loss,
+    logits_loss,
+    patchify,
+    prefix_decode,
+    rank_loss,
+    rank_penalty,
+    scale_gradient,
+)
 
 
 def main() -> int:
@@ -59,6 +68,29 @@ def main() -> int:
             order = linear_loss.compact_rows(logits, keep)
             assert out.isfinite().all() and logits.isfinite().all() and len(order) == 3, f"V={V} {dtype}"
             print(f"row kernels V={V} {dtype}: {stats.logps.mean().item():.4f}")
+
+    for H, K, D, G in ((4, 2, 48, 3), (7, 1, 128, 1)):
+        for dtype in (torch.bfloat16, torch.float16):
+            rows = torch.rand(G, H * D, device=device).to(dtype)
+            query, key = rows.view(G, H, D).clone(), torch.rand(G, K, D, device=device).to(dtype)
+            angles, eps = torch.rand(G, D, device=device).to(dtype), 1e-6
+            keys = torch.zeros(1, K, 96, D, device=device, dtype=dtype)
+            columns = torch.arange(70, 70 + G, device=device)  # behind a prompt of 70
+            cells = keys, keys.clone(), torch.zeros_like(columns), columns
+            decode_step.rotate_store(query, key, key, angles, angles, (angles[0], angles[0]), eps, *cells)
+            prompts, own = (torch.full((1,), n, dtype=torch.int32, device=device) for n in (70, 1))
+            attended = prefix_decode.prefix_decode(query.transpose(0, 1)[None], *cells[:2], prompts, own, 0.1)
+            normed = decode_step.add_rms_norm(rows, rows.clone(), rows[0].clone(), eps)
+            gated = decode_step.silu_mul(normed.clone(), rows)
+            scale_gradient.scale_gradient_(gated, torch.tensor(2.0, device=device))
+            assert all(x.isfinite().all() for x in (attended, normed, gated)), f"H={H} K={K} D={D} {dtype}"
+            print(f"decode step H={H} K={K} D={D} G={G} {dtype}: {attended.mean().item():.4f}")
+    for P in (14, 16):
+        frames = torch.randint(0, 256, (3, 4 * P, 2 * P, 3), device=device).to(torch.uint8)
+        sizes = {"patch_size": P, "temporal_patch_size": 2, "merge_size": 2}
+        patches = patchify.patchify(frames, **sizes, mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert patches.isfinite().all() and len(patches) == 16, f"P={P}"
+        print(f"patchify P={P}: {tuple(patches.shape)}")
     if device == "cuda":
         torch.cuda.synchronize()
     print("done")

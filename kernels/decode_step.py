@@ -110,7 +110,7 @@ def rotate_store_kernel(
     BLOCK_D: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    s, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    s, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     half: tl.constexpr = D // 2
     offs_d = tl.arange(0, BLOCK_D)
     live_d = offs_d < half

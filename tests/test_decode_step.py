@@ -87,6 +87,22 @@ def test_rotate_store(shape, has_norms, dtype):
         assert (buffer == 7.0).all()  # nothing else was written
 
 
+def test_cells_lie_beyond_32_bits(tmp_path):
+    """Heads so far apart that a product of 32 bits would come back to the first cells."""
+    K, D, apart = 5, 16, 2**30 + 16
+    size, dtype = K * apart, torch.bfloat16
+    if INTERPRETED:  # a file without content takes no memory
+        cells = torch.from_file(str(tmp_path / "cells"), shared=True, size=size, dtype=dtype)
+    else:
+        cells = torch.zeros(size, dtype=dtype, device=DEVICE)
+    keys, values = (cells.as_strided((1, K, 1, D), (size, apart, D, 1), at) for at in (0, 512))
+    heads = normal(1, K, D, dtype=dtype, seed=1)
+    cos, sin = (torch.full((1, D), value, dtype=dtype, device=DEVICE) for value in (1.0, 0.0))
+    place = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    rotate_store(heads.clone(), heads, heads, cos, sin, None, EPS, keys, values, place, place)
+    assert torch.equal(keys[0, :, 0], heads[0]) and torch.equal(values[0, :, 0], heads[0])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 341), (1, 1024), (5, 1025)])
 def test_silu_mul(shape, dtype):
