@@ -25,7 +25,7 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_file
-from rlaif_fast.video.transfer import beside
+from rlaif_fast.video.transfer import beside, numbered
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
@@ -67,7 +67,7 @@ class DaliDecoder:
         reason = self.unavailable()
         if reason is not None:
             raise UsageError(f"decoder 'dali' cannot run here: {reason}")
-        self.device = torch.device(device)
+        self.device = numbered(torch.device(device))
         self.threads = min(threads or os.cpu_count() or 1, BATCH_FILES)
         self.timeout = timeout
         self.builds = 0
