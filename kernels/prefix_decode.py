@@ -45,6 +45,12 @@ def launch_config(Q: int, D: int) -> dict[str, int]:
     }
 
 
+def merge_config(S: int, D: int) -> dict[str, int]:
+    """All parts of a row in one tile, 64 elements of it a thread: many more would spill."""
+    BLOCK_S, BLOCK_D = triton.next_power_of_2(S), launch_config(1, D)["BLOCK_D"]
+    return {"BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": min(32, max(4, BLOCK_S * BLOCK_D // 2048))}
+
+
 def split_count(programs: int, L: int, BLOCK_L: int, processors: int) -> int:
     """Parts of the buffer: as many as fill the GPU, no smaller than two tiles."""
     wanted = triton.cdiv(PROGRAMS_PER_SM * processors, max(1, programs))
@@ -224,9 +230,7 @@ def prefix_decode(
             Q=Q,
             D=D,
             S=S,
-            BLOCK_S=triton.next_power_of_2(S),
-            BLOCK_D=config["BLOCK_D"],
-            num_warps=4,
+            **merge_config(S, D),
         )
     return out
 
@@ -247,10 +251,14 @@ def supports(device_type: str, dtype: torch.dtype, head_size: int) -> str | None
 
 
 def aot_configs() -> list[AotConfig]:
-    """The configurations that the ahead-of-time gate compiles: Qwen3-VL-4B and 8B, Qwen2.5-VL-7B, G = 8."""
+    """The configurations that the ahead-of-time gate compiles: Qwen3-VL-4B and 8B, Qwen2.5-VL-7B, G = 8; and the
+    most parts, those of one group with a single key head.
+    """
     configs = []
-    for K, R, G, D in ((8, 4, 8, 128), (4, 7, 8, 128), (8, 4, 1, 128), (4, 2, 16, 256)):
-        Q, S = R * G, 33
+    for K, R, G, D, S in (
+        (8, 4, 8, 128, 33), (4, 7, 8, 128, 33), (8, 4, 1, 128, 33), (4, 2, 16, 256, 33), (1, 8, 8, 128, 264)
+    ):  # fmt: skip
+        Q = R * G
         config = launch_config(Q, D)
         warps, stages = config["num_warps"], config["num_stages"]
         label = f"K={K}, R={R}, G={G}, D={D}"
@@ -270,6 +278,8 @@ def aot_configs() -> list[AotConfig]:
                 AotConfig(prefix_part_kernel, types, constexprs, warps, stages, f"{label}, {kind}")
             )
             merge_types = dict.fromkeys(("parts", "maxima", "sums"), "*fp32:16") | {"out": f"*{kind}:16"}
-            constexprs = {"Q": Q, "D": D, "S": S, "BLOCK_S": 64, "BLOCK_D": config["BLOCK_D"]}
-            configs.append(AotConfig(prefix_merge_kernel, merge_types, constexprs, 4, 1, f"{label}, {kind}"))
+            constexprs = {"Q": Q, "D": D, "S": S} | merge_config(S, D)
+            warps_of_merge = constexprs.pop("num_warps")
+            merge = prefix_merge_kernel, merge_types, constexprs, warps_of_merge, 1, f"{label}, {kind}"
+            configs.append(AotConfig(*merge))
     return configs
