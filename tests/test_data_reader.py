@@ -259,6 +259,15 @@ def test_answers_of_choices_become_letters(write, media, answer, letter):
     assert (example.answer, example.options) == (letter, ("a dog", "a cat"))
 
 
+@pytest.mark.parametrize(
+    ("options", "letter"),
+    [(["A. B", "B. A", "C. C"], "A"), (["B", "A", "C"], "B")],
+    ids=["labelled", "texts"],
+)
+def test_a_letter_is_the_label_where_options_are_labelled_letters(write, media, options, letter):
+    assert one(write, media, {**NATIVE, "options": options, "answer": "A"}).answer == letter
+
+
 def test_options_that_only_look_labelled_stay(write, media):
     row = {**NATIVE, "options": ["A. Lincoln", "J. Adams"], "answer": "A. Lincoln"}
     assert one(write, media, row).options == ("A. Lincoln", "J. Adams")

@@ -118,6 +118,22 @@ def test_choice_is_scored_by_letter():
     assert not oracle.is_correct(group, "A")
 
 
+def test_options_that_are_letters_themselves():
+    oracle = ReferenceOracle()
+    for reference, options in (("C", ("b", "c", "a")), ("B", ("B", "A", "C", "D"))):
+        group = request(reference, (reference, f"({reference})", "D"), options=options)
+        scores = scores_of(oracle, group)
+        assert scores[0] == scores[1] == 1.0 > scores[2]
+        assert [oracle.is_correct(group, text) for text in group.responses] == [True, True, False]
+
+
+def test_a_letter_of_no_option_is_a_text():
+    group = request("E", ("E", "A"), options=("red", "blue"))
+    scores = scores_of(ReferenceOracle(), group)
+    assert scores[0] == 1.0 > scores[1]
+    assert not ReferenceOracle().is_correct(group, "A")
+
+
 def test_a_letter_reference_without_options():
     oracle = ReferenceOracle()
     assert scores_of(oracle, request("B", ("B.", "C", "the cat"))) == (1.0, 0.2, 0.0)

@@ -53,7 +53,7 @@ def settle_options(question: str, answer: str | None, options: Any) -> tuple[str
     found = unlabelled(texts)
     if answer is None:
         return question, found, None
-    letter = letter_of(answer, found)
+    letter = letter_of(answer, found, labelled=found != [text.strip() for text in texts])
     if letter is None:
         raise RowError(f"answer: {answer!r:.60} is none of the options; give its letter")
     return question, found, letter
@@ -72,7 +72,7 @@ def _from_question(question: str, answer: str | None) -> tuple[str, list[str], s
             break
         found.append(line)
     inside = unlabelled(found)
-    letter = letter_of(answer, inside)
+    letter = letter_of(answer, inside, labelled=True)
     if len(inside) < 2 or letter is None:
         return question, [], answer
     rest = [line for line in lines[first + len(found) :] if line.strip()]
@@ -92,11 +92,14 @@ def unlabelled(options: list[str]) -> list[str]:
     return [match.group(3) for option in options if (match := _LABEL.match(option))]
 
 
-def letter_of(answer: str, options: list[str]) -> str | None:
-    """The letter an answer names: "B", "(B)", "B. the text", "(B) the text" or "the text"."""
+def letter_of(answer: str, options: list[str], *, labelled: bool = False) -> str | None:
+    """The letter an answer names: "B", "(B)", "B. the text", "(B) the text" or "the text".
+
+    Where options are letters themselves, "B" is the label if the row had `labelled` them, else the text.
+    """
     letters = option_letters(len(options))
     texts = [_plain(option) for option in options]
-    if texts.count(_plain(answer)) == 1:
+    if not (labelled and answer.strip() in letters) and texts.count(_plain(answer)) == 1:
         return letters[texts.index(_plain(answer))]
     match = _LETTER.match(answer)
     index = index_of_letter(match.group(1) or match.group(2), len(options)) if match else None

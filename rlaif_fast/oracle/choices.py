@@ -72,6 +72,15 @@ def parse_choice(response: str, options: Sequence[str], num_letters: int = 26) -
     return _by_sentences(text, options, count)
 
 
+def reference_choice(reference: str, options: Sequence[str]) -> int | None:
+    """The index of the option that a reference answer names; None where it names none.
+
+    Rows give the letter, so a letter is the option's label, even where it is another option's text.
+    """
+    label = _bare_label(reference.strip(), len(options))
+    return parse_choice(reference, options) if label is None else label
+
+
 def _final_part(response: str, options: Sequence[str], count: int) -> str | None:
     """The part of the reply that is the answer, without markup; None where it has none."""
     text = final_part(unicodedata.normalize("NFKC", response))

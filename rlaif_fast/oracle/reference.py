@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest
-from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.choices import reference_choice
 from rlaif_fast.oracle.extract import compile_extract, final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.scoring import (
@@ -47,7 +47,7 @@ class ReferenceOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         extract = self._extract.pattern if self._extract else None
-        return f"reference/3 tolerance={self.tolerance} extract={extract}"
+        return f"reference/4 tolerance={self.tolerance} extract={extract}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -94,7 +94,9 @@ class ReferenceOracle:
         if kind == "form":
             return score_form(text, reference, request.metadata["form"])
         if kind == "choice":
-            answer = parse_choice(reference, request.options)
+            if normalise(text) == normalise(reference):
+                return 1.0
+            answer = reference_choice(reference, request.options)
             assert answer is not None
             return score_choice(text, answer, request.options)
         if kind == "number":

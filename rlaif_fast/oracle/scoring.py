@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.choices import parse_choice
+from rlaif_fast.oracle.choices import parse_choice, reference_choice
 
 _FINAL_PUNCTUATION = " \t\n.!?,;:"
 _WORD = re.compile(r"[^\W_]+")
@@ -170,10 +170,10 @@ def score_text(response: str, reference: str) -> float:
 
 def answer_kind(reference: str, options: Sequence[str], form: str | None) -> str:
     """Which rule a reference answer is judged by: "form", "choice", "number" or "text"."""
-    if options and parse_choice(reference, options) is not None:
+    if options and reference_choice(reference, options) is not None:
         return "choice"
     if form is not None:
         return "form"
-    if re.fullmatch(r"\(?[A-H]\)?[.):]?", reference.strip()):
+    if not options and re.fullmatch(r"\(?[A-H]\)?[.):]?", reference.strip()):
         return "choice"
     return "number" if _is_number(reference) and parse_number(reference) is not None else "text"
