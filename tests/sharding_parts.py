@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from vllm_parts import serving
@@ -21,7 +22,7 @@ from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.shard import make_mesh, own_part, shard_policy, whole
 from rlaif_fast.prompts.encoder import Prompt
-from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler, VllmSampler
+from rlaif_fast.rollout import PlainSampler, Sampler, SamplingParams, SharedPrefixSampler, VllmSampler
 from rlaif_fast.rollout.vllm.weights import merged_weights
 from rlaif_fast.runs.checkpoint import CheckpointStore, load_state, load_weights
 from rlaif_fast.trainer.optimizer import Updater
@@ -71,6 +72,7 @@ class Outcome:
     sampled: list[list[int]]
     drawn_at_start: list[list[int]]
     drawn_by_reference: list[list[int]]  # after the steps
+    drawn_plainly: list[list[int]]
     kept: float  # numbers that this process holds, as a share of all
     dtypes: set[torch.dtype]  # of what the optimizer updates and of its moments
 
@@ -186,6 +188,7 @@ def train(world: World, case: Case) -> Outcome:
         sampled=sample(policy, prompts),
         drawn_at_start=drawn_at_start,
         drawn_by_reference=drawn_by_reference,
+        drawn_plainly=sample(policy, prompts, PlainSampler),
         kept=sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
         dtypes={tensor.dtype for tensor in updated},
     )
@@ -259,11 +262,16 @@ def supervised(run, groups: Sequence[Group]) -> float:
     return accumulate(run, [group.prompt for group in groups], answers, run.world.size / tokens) / tokens
 
 
-def sample(policy: Policy, groups: Sequence[Group]) -> list[list[int]]:
-    """What is drawn for some prompts, of which the processes have different numbers."""
-    with torch.no_grad(), policy.gathered():
+def sample(
+    policy: Policy, groups: Sequence[Group], sampler: Callable[[Policy], Sampler] = SharedPrefixSampler
+) -> list[list[int]]:
+    """What is drawn for some prompts, of which the processes have different numbers: none may wait for another."""
+    waits = patch.object(
+        torch.distributed, "all_reduce", side_effect=AssertionError("a process waits for others")
+    )
+    with torch.no_grad(), policy.gathered(), waits:
         params = SamplingParams(max_new_tokens=5, seed=3)
-        rollout = SharedPrefixSampler(policy).sample([group.prompt for group in groups], G, params)
+        rollout = sampler(policy).sample([group.prompt for group in groups], G, params)
     return rollout.token_ids.tolist()
 
 

@@ -71,6 +71,7 @@ def test_two_processes_equal_one(name, pair):
             assert (ours[key] - gradient).norm() <= 1e-5 * norm, key
     assert_close(two.weights, one.weights, 1e-5)
     assert two.sampled == one.sampled
+    assert two.drawn_plainly == one.drawn_plainly
     assert two.drawn_by_reference == two.drawn_at_start == one.drawn_at_start
     assert one.kept == 1.0
     assert two.kept < (0.51 if TRAINED[name].trains == "all" else 0.9)

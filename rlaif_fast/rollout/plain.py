@@ -63,6 +63,7 @@ class PlainSampler(ReadsPolicy):
             sequences = unwrap(policy.model).generate(
                 **inputs,
                 logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=False,  # sharded weights are whole here, and processes may draw for themselves
             )
         tokens = sequences[:, inputs["input_ids"].shape[1] :].numpy(force=True)
         logps = torch.stack(draw.logps, dim=1).numpy(force=True)
