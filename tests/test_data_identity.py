@@ -123,6 +123,17 @@ def test_rows_are_held_out_for_the_splits_without_a_file_alone(folder, own):
     assert len(loaded.rl) == len(loaded.sft) == 8 - 2 * (2 - len(own))
 
 
+@pytest.mark.parametrize("own", ["validation", "test"])
+def test_what_is_held_out_is_apart_from_the_split_that_has_a_file(folder, own):
+    names = [f"{number}.mp4" for number in range(8)]
+    data = write(folder / "media" / "data.jsonl", names)
+    file = write(folder / "media" / "own.jsonl", names[:5])  # of which a blind draw would take some
+    loaded = datasets.load_data(TrainConfig(data=data, holdout_fraction=0.4, **{f"{own}_data": file}))
+    seen = [{video for row in split for video in row.videos} for split in (loaded.validation, loaded.test)]
+    assert sorted(map(len, seen)) == [1, 5] and not seen[0] & seen[1]
+    assert len(loaded.rl) == len(loaded.sft) == 2
+
+
 def test_the_digest_of_rows_is_of_what_they_ask_and_show():
     row = Example("a", "what?", "red", videos=("old/clip.mp4",))
     same = digest_of_rows([row])

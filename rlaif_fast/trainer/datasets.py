@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
@@ -128,9 +128,14 @@ def split_files(
 
 
 def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
-    """Take the validation and test rows that no file has from the RL rows, in place."""
+    """Take the validation and test rows that no file has from the RL rows, in place.
+
+    None of them is about media of the other split's file: the checkpoint is chosen by one, and measured on the other.
+    """
     missing = [split for split in ("validation", "test") if not rows[split]]
-    _, *parts = hold_out(rows["rl"], config.holdout_fraction, config.seed, parts=len(missing))
+    given = (*rows["validation"], *rows["test"])
+    free = rows_apart(rows["rl"], given, contents((*rows["rl"], *given)))
+    _, *parts = hold_out(free, config.holdout_fraction, config.seed, parts=len(missing))
     held = {id(row) for part in parts for row in part}  # one file serves both stages with the same objects
     for split in ("sft", "rl"):
         rows[split] = [row for row in rows[split] if id(row) not in held]
@@ -163,9 +168,8 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
     """
     held = (*rows["validation"], *rows["test"])
     names = contents((*rows["sft"], *rows["rl"], *held))
-    evaluated = media_of(held, names)
     for split in ("sft", "rl"):
-        kept = [row for row in rows[split] if media_of([row], names).isdisjoint(evaluated)]
+        kept = rows_apart(rows[split], held, names)
         dropped = len(rows[split]) - len(kept)
         if dropped and not kept and split == "rl":
             raise UsageError(
@@ -175,6 +179,12 @@ def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], N
         if dropped and note is not None:
             note(f"Left out: {dropped} {split} rows about media of validation or test.")
         rows[split] = kept
+
+
+def rows_apart(rows: Sequence[Example], others: Sequence[Example], names: Mapping[str, str]) -> list[Example]:
+    """The rows that share no video or picture with the others; `names` are the `contents` of all."""
+    theirs = media_of(others, names)
+    return [row for row in rows if media_of([row], names).isdisjoint(theirs)]
 
 
 def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
