@@ -38,6 +38,19 @@ def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
     assert second == ROWS[1] | {"answer": "a dog", "videos": ["../in/v/a.mp4"]}
 
 
+def test_a_form_that_the_prediction_does_not_match_is_left_out(tmp_path):
+    form = r"it is (red|blue)\."
+    row = {"question": "What color?", "video": "v/a.mp4", "answer": "it is red."}
+    rows = [row | {"id": name, "metadata": {"kind": "color", "form": form}} for name in ("a", "b")]
+    said = [{"example_id": "a", "prediction": "it is blue."}, {"example_id": "b", "prediction": "it it red"}]
+    file, predictions = lines(tmp_path / "rl.jsonl", rows), lines(tmp_path / "p.jsonl", said)
+    out = tmp_path / "labelled.jsonl"
+    assert main(["label", str(file), str(out), "--predictions", str(predictions)]) == 0
+    first, second = read_examples(out, check_files=False)
+    assert (first.answer, dict(first.metadata)) == ("it is blue.", {"kind": "color", "form": form})
+    assert (second.answer, dict(second.metadata)) == ("it it red", {"kind": "color"})
+
+
 def test_rows_are_called_and_found_as_they_are_read(tmp_path):
     """Whatever key names the row, and where the path stands beside what is seen of it."""
     rows = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlaif_fast.data.converters import id_of
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import NAMES
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
@@ -20,6 +21,8 @@ _PATHS = ("video", "videos", "image", "images")
 
 def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
     """Write the rows of `file` that have a prediction, with it as their `answer`.
+
+    `metadata.form` describes the reference answer, so it is left out where the prediction does not match it.
 
     Args:
         file: JSONL in the native format, one question a row; media are named by `video(s)` and `image(s)`.
@@ -54,6 +57,8 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         for key in _PATHS:
             if key in row:
                 row[key] = _moved(row[key], file.parent, out.parent)
+        if not _fits(row, text):
+            row["metadata"] = {key: value for key, value in row["metadata"].items() if key != "form"}
         lines.append(json.dumps({**row, "answer": text}, ensure_ascii=False) + "\n")
     if not lines:
         raise UsageError(f"{predictions}: it holds no prediction for a row of {file}")
@@ -73,6 +78,18 @@ def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
         return id_of(row) or f"{file.stem}:{number}"
     except RowError as error:
         raise UsageError(f"{file}:{number}: {error}") from None
+
+
+def _fits(row: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer matches the row's `metadata.form`; without one it does."""
+    metadata = row.get("metadata")
+    if not isinstance(metadata, dict) or metadata.get("form") is None:
+        return True
+    try:
+        check_form(metadata["form"], answer)
+    except RowError:
+        return False
+    return True
 
 
 def _replace(path: Path, text: str) -> None:
