@@ -74,6 +74,11 @@ def writing(path: str | Path) -> Iterator[None]:
         raise RlaifFastError(f"cannot write {path}: {reason}") from error
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def refusal(error: Exception) -> str | None:
     """Why the system refused to write, and what to do; None for an error of another kind.
 

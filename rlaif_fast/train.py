@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
 
 
@@ -304,8 +304,9 @@ def run_sft_stage(run, config, state, train_sft) -> None:
         try:
             load_weights(run.policy.model, folder)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"sft: {folder} does not fit the model {config.model!r}: {reason}") from error
+            raise UsageError(
+                f"sft: {folder} does not fit the model {config.model!r}: {first_line(error)}"
+            ) from error
         return
     if state is not None:
         load_weights(run.policy.model, run.store.path("last"))

@@ -10,7 +10,7 @@ import pytest
 
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.plan import __main__ as plan_module
 from rlaif_fast.policy.tiny import TinySize, make_tiny
@@ -187,3 +187,8 @@ def test_a_plan_of_the_tiny_policy_has_the_tiny_defaults(capsys):
     with pytest.raises(SystemExit):
         plan_module.main(["--print-config", "--model", "tiny"])
     assert "\nmax_pixels: 1024\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")])
+def test_of_an_error_its_first_line_is_told_or_its_type(text, line):
+    assert first_line(ValueError(text)) == line

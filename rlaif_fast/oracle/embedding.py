@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.extract import final_part
@@ -72,9 +72,8 @@ class EmbeddingOracle:
             self._model = found.eval().to(device)
             self._use_first, self._max_tokens = _pooling(folder)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UsageError(
-                f"oracle option 'model': cannot load an encoder from {model!r}: {reason}"
+                f"oracle option 'model': cannot load an encoder from {model!r}: {first_line(error)}"
             ) from None
         if not self._tokenizer.is_fast:
             raise UsageError(

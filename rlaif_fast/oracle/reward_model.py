@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlaif_fast.data.schema import option_letters
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
@@ -68,9 +68,8 @@ class RewardModelOracle:
             found = load_whole(AutoModelForSequenceClassification, model, f"oracle option 'model': {model!r}")
             self._model: Any = found.eval().to(device)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise UsageError(
-                f"oracle option 'model': cannot load a reward model from {model!r}: {reason}"
+                f"oracle option 'model': cannot load a reward model from {model!r}: {first_line(error)}"
             ) from None
         if self._model.config.num_labels != 1:
             raise UsageError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line
 from rlaif_fast.policy.families import find_family
 from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.families.processor import check_head, load_processor
@@ -54,7 +54,7 @@ def read_config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise refuse(f"cannot load {model!r}: {_first_line(error)}") from error
+        raise refuse(f"cannot load {model!r}: {first_line(error)}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise refuse(
             f"{model!r} is of the type {config.model_type!r}, which AutoModelForImageTextToText of transformers "
@@ -86,7 +86,7 @@ def load_frontend(model: str, config: Any = None) -> Frontend:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise refuse(f"cannot load {model!r}: {_first_line(error)}") from error
+        raise refuse(f"cannot load {model!r}: {first_line(error)}") from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = read_chat_template(model)
     if tokenizer.chat_template is None:
@@ -134,7 +134,3 @@ def _read_json(model: str, name: str) -> dict | None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"model: {model!r}: {name} is not valid JSON ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from rlaif_fast.errors import UsageError, require
+from rlaif_fast.errors import UsageError, first_line, require
 from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import find_family
 from rlaif_fast.policy.flash import refuses_flash
@@ -173,8 +173,7 @@ def load_model(options: ModelOptions) -> LoadedModel:
             **packing,
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"model: cannot load {options.model!r}: {reason}") from error
+        raise UsageError(f"model: cannot load {options.model!r}: {first_line(error)}") from error
     model = ready_to_train(cast(nn.Module, loaded).to(device), options)
     model.train()
     for module in model.modules():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import IMAGE, VIDEO, find_family
 from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.frontend import Frontend
@@ -65,8 +65,9 @@ def check_encoding(frontend: Frontend) -> int:
     except UsageError as error:
         raise refuse(f"a prompt about a clip cannot be made for {config.model_type}: {error}") from error
     except Exception as error:  # templates and tokenizers raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise refuse(f"a prompt about a clip cannot be made for {config.model_type}: {reason}") from error
+        raise refuse(
+            f"a prompt about a clip cannot be made for {config.model_type}: {first_line(error)}"
+        ) from error
     family = find_family(config.model_type)
     if family is not None:
         types = family.token_types(config, prompt.input_ids.numpy())

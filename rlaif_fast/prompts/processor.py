@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import Family
 from rlaif_fast.prompts.encoder import Prompt, PromptEncoder, question_text
 from rlaif_fast.video import PatchSpec, PixelBudget
@@ -86,10 +86,9 @@ class ProcessorEncoder(PromptEncoder):
             )
             made = dict(self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **media))
         except Exception as error:  # a processor raises whatever it likes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UsageError(
                 f"{example.source or example.id}: the processor {type(self.processor).__name__} refuses the prompt: "
-                f"{reason}"
+                f"{first_line(error)}"
             ) from error
         ids = made.pop("input_ids")[0]
         made.pop("attention_mask", None)

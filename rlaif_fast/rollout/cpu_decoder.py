@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlaif_fast.errors import first_line
 from rlaif_fast.loss import extension
 from rlaif_fast.policy.attention import dtype_of
 from rlaif_fast.policy.policy import Policy
@@ -105,7 +106,7 @@ class CpuDecoder:
         try:
             found = self._run(ids, positions, step)
         except (TypeError, ValueError) as error:  # shapes of a layer that looks plain and is not
-            reason, self._agrees = str(error).splitlines()[0], False
+            reason, self._agrees = first_line(error), False
         else:
             distance = float((found - expected).norm() / expected.norm())
             reason, self._agrees = f"it is off by {distance:.1e} of the model's own", distance < TOLERANCE

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlaif_fast.data.identity import digest_of_metadata, digest_of_rows, digests_of_media
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.model_files import differences, refuse_other_base
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.runs.folder import RunDir
@@ -116,8 +116,7 @@ def refuse_other_start(policy: Policy, folder: Path) -> None:
     try:
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain exceptions
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"sft: {folder}: its tokenizer cannot be read: {reason}") from error
+        raise UsageError(f"sft: {folder}: its tokenizer cannot be read: {first_line(error)}") from error
     difference = tokenizer_difference(policy.tokenizer, theirs)
     if difference is not None:
         raise UsageError(f"sft: {folder} does not fit the model: its tokenizer differs: {difference}")

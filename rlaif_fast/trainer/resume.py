@@ -11,7 +11,7 @@ import yaml
 
 from rlaif_fast.cli import parse_config
 from rlaif_fast.digests import text_digest
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line
 from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, unseal
@@ -59,8 +59,9 @@ def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: Non
     try:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UsageError(f"{run_dir.config} is damaged: not YAML ({reason}); start a new run") from None
+        raise UsageError(
+            f"{run_dir.config} is damaged: not YAML ({first_line(error)}); start a new run"
+        ) from None
     if not isinstance(values, dict):
         raise UsageError(f"{run_dir.config} is damaged: it holds no keys; start a new run")
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_file
@@ -35,7 +35,7 @@ class TorchCodecDecoder:
         try:
             import torchcodec.decoders  # noqa: F401
         except (ImportError, OSError, RuntimeError) as error:  # it loads FFmpeg's libraries when imported
-            return f"torchcodec does not import ({str(error).splitlines()[0][:200]})"
+            return f"torchcodec does not import ({first_line(error)[:200]})"
         return None
 
     @staticmethod
@@ -66,6 +66,4 @@ class TorchCodecDecoder:
             )
             return reader.get_frames_at(list(indices)).data
         except (RuntimeError, ValueError, IndexError) as error:
-            raise VideoError(
-                path, f"torchcodec cannot decode it: {str(error).splitlines()[0][:200]}"
-            ) from None
+            raise VideoError(path, f"torchcodec cannot decode it: {first_line(error)[:200]}") from None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.errors import first_line
 from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -34,7 +35,7 @@ def load_processor(model: str, model_type: str) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a processor raises whatever its files lead to
-        raise refuse(f"{what}, which cannot be built: {_first_line(error)}") from error
+        raise refuse(f"{what}, which cannot be built: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise refuse(f"{what}, and the folder has none (preprocessor_config.json, processor_config.json)")
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
@@ -83,7 +84,3 @@ def processor_inputs(rows: Sequence[EncodedPrompt], width: int, padding_side: st
 def _padded(value: Tensor, width: int, side: str) -> Tensor:
     missing = width - value.shape[1]
     return functional.pad(value, (0, missing) if side == "right" else (missing, 0))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
