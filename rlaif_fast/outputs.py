@@ -1,8 +1,10 @@
-"""The file that a command is told to write: what would be lost by it is refused before any work is done."""
+"""Files that are written: what would be lost by it is refused before any work is done, and none is half there."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -61,3 +63,40 @@ def is_same(first: Path, second: Path) -> bool:
         return first.resolve() == second.resolve() or first.samefile(second)
     except (OSError, RuntimeError):  # one is not there; a loop of links
         return False
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk is met without a name
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)  # the rename itself must survive a power cut
+
+
+def sync(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, on the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def written_as(name: str) -> str:
+    """What `write_atomically` calls a file in the end that has this name meanwhile; "" where it is another's."""
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found[1] if found else ""

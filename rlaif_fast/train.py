@@ -116,8 +116,8 @@ def recover_all(run_dir, *, extends: bool) -> None:
 
 def prepare(run_dir, config) -> None:
     """Bring a run's folder to the state that its processes start from."""
+    from rlaif_fast.outputs import write_atomically
     from rlaif_fast.runs.checkpoint import CheckpointStore
-    from rlaif_fast.runs.files import write_atomically
 
     text = dump_config(dataclasses.replace(config, resume=None))
     write_atomically(run_dir.config, text)

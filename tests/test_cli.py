@@ -189,6 +189,8 @@ def test_a_plan_of_the_tiny_policy_has_the_tiny_defaults(capsys):
     assert "\nmax_pixels: 1024\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")])
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")]
+)
 def test_of_an_error_its_first_line_is_told_or_its_type(text, line):
     assert first_line(ValueError(text)) == line

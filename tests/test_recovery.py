@@ -14,8 +14,9 @@ from fuzzing import fuzz_seed
 from test_run_dir import Weights, Words
 
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.outputs import write_atomically
 from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.files import json_line, write_atomically
+from rlaif_fast.runs.files import json_line
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Damage, sealed, unseal
 from rlaif_fast.runs.recovery import recover

@@ -10,8 +10,8 @@ import numpy as np
 from rlaif_fast.comparison.plan import Plan, Table
 from rlaif_fast.comparison.results import Cell, read_table, write_results
 from rlaif_fast.comparison.runs import markdown_table
+from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report.stats import Interval
-from rlaif_fast.runs.files import write_atomically
 
 Cells = Mapping[tuple[str, str], Cell]
 

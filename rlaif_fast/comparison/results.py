@@ -17,6 +17,7 @@ import numpy as np
 
 from rlaif_fast.comparison.plan import Plan, Table
 from rlaif_fast.errors import UsageError
+from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report.stats import Interval
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -212,8 +213,6 @@ def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
 
 def write_results(file: Path, tables: Mapping[str, Mapping[tuple[str, str], Cell]]) -> None:
     """Write every figure of the tables as JSON."""
-    from rlaif_fast.runs.files import write_atomically
-
     def cell(value: Cell) -> dict[str, Any]:
         return {
             "seeds": sorted(value.outcomes),

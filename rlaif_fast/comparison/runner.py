@@ -16,8 +16,7 @@ import yaml
 
 from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.outputs import INDEX
-from rlaif_fast.runs.files import write_atomically
+from rlaif_fast.outputs import INDEX, write_atomically
 from rlaif_fast.runs.folder import RunDir
 
 POLL_SECONDS = 0.5

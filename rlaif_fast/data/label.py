@@ -14,7 +14,7 @@ from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import NAMES
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
-from rlaif_fast.outputs import check_output
+from rlaif_fast.outputs import check_output, write_atomically
 
 _PATHS = ("video", "videos", "image", "images")
 
@@ -68,7 +68,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
             f"{unknown[0]!r:.60}; give what was predicted for this file"
         )
     with writing(out):
-        _replace(out, "".join(lines))
+        write_atomically(out, "".join(lines))
     return len(lines), missing
 
 
@@ -90,19 +90,6 @@ def _fits(row: Mapping[str, Any], answer: str) -> bool:
     except RowError:
         return False
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,7 +12,8 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError, writing
 from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.oracle.grading import Grade
-from rlaif_fast.runs.files import json_line, read_jsonl, write_atomically
+from rlaif_fast.outputs import write_atomically
+from rlaif_fast.runs.files import json_line, read_jsonl
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.evals.records import Record
+from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report.stats import Interval, paired_bootstrap
-from rlaif_fast.runs.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

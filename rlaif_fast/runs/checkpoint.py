@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError, refusal, writing
-from rlaif_fast.outputs import INDEX
+from rlaif_fast.outputs import INDEX, sync, write_atomically
 from rlaif_fast.policy.shard import cut_like
 from rlaif_fast.policy.weights import (
     ADAPTER_CONFIG,
@@ -28,7 +27,6 @@ from rlaif_fast.policy.weights import (
     save_quietly,
 )
 from rlaif_fast.runs.background import Background, copied, copied_weights
-from rlaif_fast.runs.files import write_atomically
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import (
     Damage,
@@ -215,7 +213,8 @@ class CheckpointStore:
         """Seal what was written aside, and put it in its place."""
         index = self._index_with(roles)
         write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
-        _flush(partial)
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         self._write_index(index)
@@ -306,17 +305,6 @@ def is_checkpoint_name(name: str) -> bool:
 
 def _needs(roles: Mapping[str, str | None]) -> list[str]:
     return sorted({name for name in roles.values() if name is not None})
-
-
-def _flush(folder: Path) -> None:
-    """Have the system put the files of a folder, and their names, on the disk."""
-    paths = [*folder.rglob("*"), folder]
-    for path in paths if os.name == "posix" else ():  # elsewhere a folder cannot be opened
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def save_model(

@@ -1,18 +1,17 @@
-"""Files of records: JSON lines, and files that are there completely or not at all."""
+"""Files of records: JSON lines, and what JSON can hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.outputs import write_atomically
 
 
 def plain(value: Any) -> Any:
@@ -63,34 +62,3 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def json_line(record: Mapping[str, Any]) -> str:
     """One line of a `.jsonl` file."""
     return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to the disk and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None:  # a full disk is met without a name
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself must survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def written_as(name: str) -> str:
-    """What `write_atomically` calls a file in the end that has this name meanwhile; "" where it is another's."""
-    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
-    return found[1] if found else ""

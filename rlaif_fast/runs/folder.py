@@ -20,8 +20,8 @@ from typing import Any
 
 from rlaif_fast.digests import file_digest
 from rlaif_fast.errors import UsageError
-from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED
-from rlaif_fast.runs.files import plain, write_atomically, written_as
+from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED, write_atomically, written_as
+from rlaif_fast.runs.files import plain
 
 if os.name == "posix":
     import fcntl
