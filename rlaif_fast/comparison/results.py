@@ -213,6 +213,7 @@ def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
 
 def write_results(file: Path, tables: Mapping[str, Mapping[tuple[str, str], Cell]]) -> None:
     """Write every figure of the tables as JSON."""
+
     def cell(value: Cell) -> dict[str, Any]:
         return {
             "seeds": sorted(value.outcomes),

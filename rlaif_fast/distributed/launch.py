@@ -45,7 +45,7 @@ class RankZeroFirst:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self._store: dist.Store | None = None
-        if _under_torchrun():
+        if under_torchrun():
             rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             self._store = dist.PrefixStore("rank zero first", rendezvous)
 
@@ -59,7 +59,7 @@ class RankZeroFirst:
             self._store.set("ready", "")
 
 
-def _under_torchrun() -> bool:
+def under_torchrun() -> bool:
     """Whether this process is one of several that torchrun started."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
@@ -83,7 +83,7 @@ def launch(
         UsageError: There are several processes, and too few GPUs or `device` names one of them.
         RlaifFastError: Another process failed; it has printed why, unless it was killed.
     """
-    if _under_torchrun():
+    if under_torchrun():
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank)), device) as world:
             world.connect()  # torchrun started them together: none begins before rank 0 is ready

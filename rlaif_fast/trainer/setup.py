@@ -14,6 +14,7 @@ import torch
 
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.data.benchmarks import BENCHMARKS
+from rlaif_fast.distributed.launch import under_torchrun
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.loss import backends
@@ -51,7 +52,7 @@ MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its
 
 def process_count(config: TrainConfig) -> int:
     """How many processes the configuration asks for on this machine; under torchrun those that it started."""
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if config.num_processes > 0:
         return config.num_processes
