@@ -138,7 +138,6 @@ def train_in(world, config) -> None:
     from rlaif_fast.termination import Termination
     from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
-    from rlaif_fast.trainer.sft import train_sft
 
     keep_freed_memory()
     run_dir = RunDir(config.output_dir)
@@ -169,7 +168,7 @@ def train_in(world, config) -> None:
         describe(run)
 
         if index.sft is None:
-            run_sft_stage(run, config, state, train_sft)
+            run_sft_stage(run, state)
             sft_predictions = run.evaluate(data.test, phase="sft", split="test", step=config.sft_steps)
             write_predictions(run_dir, "sft", sft_predictions, run)
             write_samples(run_dir, "sft", run)
@@ -289,11 +288,13 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
     return run, notes
 
 
-def run_sft_stage(run, config, state, train_sft) -> None:
+def run_sft_stage(run, state) -> None:
     """Bring the policy to where RL starts: by training, from a checkpoint, or as it is."""
     from rlaif_fast.runs.checkpoint import load_weights
     from rlaif_fast.trainer.inputs import refuse_other_start
+    from rlaif_fast.trainer.sft import train_sft
 
+    config = run.config
     if config.sft == "none":
         return
     if config.sft != "auto":

@@ -68,11 +68,11 @@ def test_a_step_that_is_not_recorded_does_not_read_its_tensors(run):
             logger.log("rl", 2, loss=Unread())
 
 
-def test_rollouts_carry_their_step(run):
+def test_rollouts_are_on_the_disk_at_once(run):
+    records = [{"example_id": "a", "responses": ["é\n"]}, {"example_id": "b", "responses": []}]
     with _logger(run) as logger:
-        logger.rollouts(3, [{"example_id": "a", "responses": ["é\n"]}, {"example_id": "b", "responses": []}])
-        assert [line["example_id"] for line in read_jsonl(run.rollouts)] == ["a", "b"]
-    assert [line["step"] for line in read_jsonl(run.rollouts)] == [3, 3]
+        logger.rollouts(records)
+        assert list(read_jsonl(run.rollouts)) == records
 
 
 @pytest.mark.parametrize("kind", ["metrics", "rollouts"])
@@ -86,7 +86,7 @@ def test_a_disk_that_takes_no_more_is_said_in_one_line(run, kind):
                 if kind == "metrics":
                     logger.log("rl", step, loss=0.0)
                 else:
-                    logger.rollouts(step, [{"example_id": "a"}])
+                    logger.rollouts([{"step": step, "example_id": "a"}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)

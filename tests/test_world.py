@@ -26,6 +26,7 @@ from world_parts import (
 )
 
 from rlaif_fast import train as train_module
+from rlaif_fast.algorithms.group import minibatches
 from rlaif_fast.distributed import launch as launch_module
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import World, buckets
@@ -36,7 +37,6 @@ from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.rl import minibatches
 
 
 def test_what_two_processes_exchange(tmp_path):

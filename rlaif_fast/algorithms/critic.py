@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlaif_fast.algorithms.base import GroupAlgorithm, MakeUpdater, Updates
-from rlaif_fast.algorithms.group import Appraisal, Group
+from rlaif_fast.algorithms.group import Appraisal, Group, minibatches
 from rlaif_fast.algorithms.scalar_model import Responses, ScalarModel, parts_of
 from rlaif_fast.distributed.world import World
 from rlaif_fast.loss.actor_critic import (
@@ -50,7 +49,6 @@ class RewardAndValue:
         self.options = options = algorithm.options
         self.first_policy_step = options.reward_model_steps
         self._policy, self._world, self._make_updater = policy, world, make_updater
-        self._algorithm = algorithm
         self.reward = ScalarModel(policy)
         self.value: ScalarModel | None = None
         end = None if options.reward_model_refresh else options.reward_model_steps
@@ -105,9 +103,8 @@ class RewardAndValue:
 
     def _learn_order(self, groups: Sequence[Group]) -> dict[str, float]:
         """Updates of the reward model, each from a part of the groups, whose pairs it orders before it learns them."""
-        parts = self.options.reward_model_updates
-        bounds = [len(groups) * i // parts for i in range(parts + 1)]
-        sums = [self._learn_part(groups[low:high]) for low, high in pairwise(bounds)]
+        parts = minibatches(groups, self.options.reward_model_updates)
+        sums = [self._learn_part(part) for part in parts]
         loss, ordered, pairs, judged = map(sum, zip(*sums))
         if not judged:
             return {}

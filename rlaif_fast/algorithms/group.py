@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -258,3 +259,9 @@ def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None
                 f"the oracle ranked a response and gave it the score {score}; expected a finite number"
             )
     return ranking.scores
+
+
+def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+    """The groups cut into `parts` as evenly as possible; some may be empty."""
+    bounds = [len(groups) * i // parts for i in range(parts + 1)]
+    return [groups[low:high] for low, high in pairwise(bounds)]

@@ -170,13 +170,13 @@ class RunLogger:
         if running is not None:
             running.update(step, self._live_text())
 
-    def rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Record the groups of an RL step.
 
         Raises:
             RlaifFastError: The disk is full or fails.
         """
-        _append(self._rollouts, "".join(json_line({"step": step, **record}) for record in records))
+        _append(self._rollouts, "".join(json_line(record) for record in records))
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -273,7 +273,7 @@ class SilentLogger:
     def log(self, stage: str, step: int, **scalars: Any) -> None:
         pass
 
-    def rollouts(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    def rollouts(self, records: Sequence[Mapping[str, Any]]) -> None:
         pass
 
     def timer(self, name: str) -> contextlib.AbstractContextManager[None]:

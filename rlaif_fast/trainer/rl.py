@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlaif_fast.algorithms.group import Group, rank_rollout, to_learn_from, verdicts_on
+from rlaif_fast.algorithms.group import Group, minibatches, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.distributed.world import World
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
@@ -47,6 +46,11 @@ class Progress:
     def is_over(self, patience: int) -> bool:
         """Whether the last `patience` evaluations brought no better score; 0 never ends the stage."""
         return 0 < patience <= self.evals_without_gain
+
+    def note(self, score: float, *, improved: bool, counts: bool) -> None:
+        """Take down an evaluation; one that does not count may be as bad as it is."""
+        self.evals_without_gain = 0 if improved or not counts else self.evals_without_gain + 1
+        self.best_score = max(score, self.best_score)
 
 
 def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
@@ -99,31 +103,12 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
             seed_step(config, world, "rl", progress.step)
             try:
-                with weights_to_draw_with(run):
-                    sampled, groups, features = sample_and_rank(run, order, progress.step)
+                stats = train_step(run, order, updater, progress.step)
             except EngineLost:
                 if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
                     save(f"rl-{progress.step:06d}", last=True)
                     run.store.wait()
                 raise
-            loss_stats: dict = {}
-            if critic is not None:
-                with logger.timer("critic"):
-                    groups, loss_stats = critic.appraise(groups, progress.step)
-            updates: list[dict] = []
-            critic_updates: list[dict] = []
-            for _ in range(config.num_iterations):
-                for part in minibatches(groups, config.steps_per_generation):
-                    with logger.timer("update"):
-                        update_stats = update_loss(run, part, features)
-                        if update_stats is not None:
-                            updates.append(update_stats | {"grad_norm": updater.step()})
-                    if critic is not None:
-                        with logger.timer("critic"):
-                            critic_updates.append(critic.update(part))
-            loss_stats |= mean_of_updates(updates) | mean_of_updates([one for one in critic_updates if one])
-            # Behind the update: what is logged is read on the host, and until here nothing had to be.
-            stats = log_rollouts(run, sampled, progress.step) | loss_stats
             progress.step += 1
             logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
 
@@ -137,11 +122,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 )
                 score = run.score(result)
                 improved = score > progress.best_score or run.data.metric == "none"
-                if improved or progress.step <= begin:  # the policy has not begun to learn
-                    progress.evals_without_gain = 0
-                else:
-                    progress.evals_without_gain += 1
-                progress.best_score = max(score, progress.best_score)
+                progress.note(score, improved=improved, counts=progress.step > begin)
                 save(f"rl-{progress.step:06d}", last=True, best=improved)
                 saved = progress.step
             if progress.step < config.max_steps and run.asked_to_end():
@@ -184,6 +165,35 @@ def make_updater(
     )
 
 
+def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict:
+    """One rollout with its updates; what is logged of it.
+
+    Raises:
+        EngineLost: What draws was lost; the policy is as it was.
+    """
+    config, logger, critic = run.config, run.logger, run.critic
+    with weights_to_draw_with(run):
+        sampled, groups, features = sample_and_rank(run, order, step)
+    stats: dict = {}
+    if critic is not None:
+        with logger.timer("critic"):
+            groups, stats = critic.appraise(groups, step)
+    updates: list[dict] = []
+    critic_updates: list[dict] = []
+    for _ in range(config.num_iterations):
+        for part in minibatches(groups, config.steps_per_generation):
+            with logger.timer("update"):
+                update_stats = update_loss(run, part, features)
+                if update_stats is not None:
+                    updates.append(update_stats | {"grad_norm": updater.step()})
+            if critic is not None:
+                with logger.timer("critic"):
+                    critic_updates.append(critic.update(part))
+    stats |= mean_of_updates(updates) | mean_of_updates([one for one in critic_updates if one])
+    # Behind the update: what is logged is read on the host, and until here nothing had to be.
+    return log_rollouts(run, sampled, step) | stats
+
+
 def sample_and_rank(
     run: Run, order: EpochOrder, step: int
 ) -> tuple[list[Group], list[Group], MediaFeatures | None]:
@@ -212,12 +222,6 @@ def sample_and_rank(
     learnable = [g for g in sampled if g.ranking.valid and (g.has_signal or not config.dynamic_sampling)]
     features = towers[0] if len(towers) == 1 else MediaFeatures.concat(towers) if towers else None
     return sampled, to_learn_from(learnable[:wanted], run.algorithm), features
-
-
-def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
-    """The groups cut into `parts` as evenly as possible; some may be empty."""
-    bounds = [len(groups) * i // parts for i in range(parts + 1)]
-    return [groups[low:high] for low, high in pairwise(bounds)]
 
 
 def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> dict | None:

@@ -26,7 +26,7 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
     stats: dict = {}
     asked = run.critic is None or run.critic.asks_oracle(step)
     if everything:
-        logger.rollouts(step + 1, rollout_records(everything, step + 1))
+        logger.rollouts(rollout_records(everything, step + 1))
         stats |= rollout_stats(everything, run.scorer, asked) | ratio_stats(
             everything, config.sampling_ratio_cap
         )
