@@ -57,8 +57,6 @@ class RewardAndValue:
         self._reward_updates: Updates | None = make_updater(self.reward, rate, end=end, updates=updates)
         self._value_updates: Updates | None = None
 
-    # --- who judges -----------------------------------------------------------------------------------------
-
     def asks_oracle(self, step: int) -> bool:
         """Whether the oracle ranks the rollout of this step, from 0."""
         return step < self.first_policy_step or self.options.reward_model_refresh
@@ -80,8 +78,6 @@ class RewardAndValue:
         lengths = torch.tensor([len(tokens) for group in ended for tokens in group])
         states = self.reward(prompts, ended)
         return states[(lengths.cumsum(0) - 1).to(states.device)]
-
-    # --- what is learned ------------------------------------------------------------------------------------
 
     def appraise(self, groups: Sequence[Group], step: int) -> tuple[list[Group], dict[str, float]]:
         """Learn from the oracle where it was asked, and say what each token of the policy's responses is worth.
@@ -214,8 +210,6 @@ class RewardAndValue:
         self._value_updates.step()
         loss, clipped = self._world.sum(loss, clipped)
         return {"value/loss": loss / tokens, "value/clipped": clipped / tokens}
-
-    # --- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on: both models and their optimizers, as far as they are there."""

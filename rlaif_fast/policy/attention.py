@@ -108,9 +108,6 @@ def _attention(module, query, key, value, attention_mask, *, base: str, shared_p
         module.config._attn_implementation = ours
 
 
-# --- padding inside attention -------------------------------------------------------------------------------
-
-
 class _Pad(torch.autograd.Function):
     """Rows to their slots of a zeroed grid; the backward pass reads the same slots."""
 
@@ -138,9 +135,6 @@ class _Unpad(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (slots,) = ctx.saved_tensors
         return grad.new_zeros(ctx.size, *grad.shape[1:]).index_copy_(0, slots, grad), None
-
-
-# --- SDPA ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -274,9 +268,6 @@ def sdpa(
     )
 
 
-# --- dense reference ----------------------------------------------------------------------------------------
-
-
 class ReferenceContext:
     """One dense mask over the whole row; the softmax is written out in the input's dtype."""
 
@@ -289,9 +280,6 @@ class ReferenceContext:
         scores = query @ key.transpose(-1, -2) * scale
         weights = scores.masked_fill(~self._allowed, float("-inf")).softmax(-1)
         return (weights @ value).transpose(1, 2)
-
-
-# --- the table ----------------------------------------------------------------------------------------------
 
 
 def refuses_flex(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -228,7 +228,7 @@ class RowStates:
                 cells[places.reshape(-1)[real]] = begin + real
                 begin += places.size
             last = np.take_along_axis(windows, fed[:, None] + np.arange(tail), axis=1)
-            group = np.searchsorted(bucket.groups, _group_of(row)[mine])
+            group = np.searchsorted(bucket.groups, row.group_of_response[mine])
             index = [torch.from_numpy(x).to(device) for x in (prompts, windows, group, last)]
             self._parts.append(_Part(mine, *index))
         self._cells = torch.from_numpy(cells).to(device)
@@ -267,16 +267,11 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # (S + 1, C), (b, L) -> (b, L, C
     return x.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
 
-def _group_of(row: PackedRow) -> np.ndarray:
-    """(B,) the group of each response."""
-    return np.repeat(np.arange(len(row.group_sizes)), row.group_sizes)
-
-
 def _windows(
     row: PackedRow, bucket: Bucket, holders: np.ndarray, tail: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Places of the prompts (n, P), of the tail and tokens of each response (b, K - 1 + T), and the responses (b,)."""
-    nowhere, group = row.tokens, _group_of(row)
+    nowhere, group = row.tokens, row.group_of_response
     begins, lengths = row.group_starts, row.prompt_lengths
     column = np.arange(bucket.prompt)
     prompts = begins[bucket.groups, None] + column

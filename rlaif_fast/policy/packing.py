@@ -73,6 +73,11 @@ class PackedRow:
         """(N,) where each group begins."""
         return starts(self.group_lengths)
 
+    @cached_property
+    def group_of_response(self) -> np.ndarray:
+        """(B,) the group of each response."""
+        return np.repeat(np.arange(len(self.group_sizes)), self.group_sizes)
+
     @property
     def tokens(self) -> int:
         """S."""
@@ -98,7 +103,7 @@ class PackedRow:
         """(M,) the place whose hidden state predicts each response token, response after response."""
         within = ranges(self.lengths)
         response = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        group = np.repeat(np.arange(len(self.group_sizes)), self.group_sizes)[response]
+        group = self.group_of_response[response]
         index = (self.group_starts + self.prompt_lengths - 1)[group]
         later = within > 0
         index[later] = self.node_index[self.path[response[later], within[later] - 1]]

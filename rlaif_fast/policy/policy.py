@@ -114,8 +114,6 @@ class Policy:
             if family.batched_vision:
                 vision_attention.install(unwrap(model).get_submodule(family.tower))
 
-    # --- the head -------------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """Where passes compute; sharded weights may lie in main memory between them."""
@@ -154,8 +152,6 @@ class Policy:
             )
         return head
 
-    # --- where the weights are ------------------------------------------------------------------------------
-
     def call(self, work: Callable[[], T]) -> T:
         """Run `work`, which reads weights to train them; with sharded ones all processes call it together."""
         return work() if self.shards is None else self.shards.call(work)
@@ -163,8 +159,6 @@ class Policy:
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Hold sharded weights whole, so that each process may run the model as often as it likes."""
         return contextlib.nullcontext() if self.shards is None else self.shards.gathered()
-
-    # --- the passes -----------------------------------------------------------------------------------------
 
     def encode_media(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
         """Run the vision tower once for each distinct video or image of `prompts` (those with equal
@@ -318,8 +312,6 @@ class Policy:
             chunk_size=chunk_size,
             validate=False,
         )
-
-    # --- the reference --------------------------------------------------------------------------------------
 
     @property
     def has_adapter(self) -> bool:

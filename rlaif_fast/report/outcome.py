@@ -99,7 +99,6 @@ def notes_on_data(run: Run) -> list[str]:
 
 def write_predictions(run_dir: RunDir, phase: str, result: EvalResult, run: Run) -> None:
     """predictions-PHASE.jsonl: every test row with its greedy answer and the accuracy of blind guessing."""
-
     if not run.world.is_main:
         return
     chance = chance_by_category(run.data.test, reference=run.data.rl)
@@ -267,6 +266,5 @@ def versions() -> dict[str, str]:
 
 def machine() -> str:
     """CPU count and GPU, in words."""
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{platform.machine()}, {cores()} cores, {gpu}"

@@ -21,7 +21,7 @@ from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media
 from rlaif_fast.policy.linear_attention import Keep, NodeStates, state_size
-from rlaif_fast.policy.packing import PackedRow, pack, ranges
+from rlaif_fast.policy.packing import PackedRow, pack, ranges, starts
 from rlaif_fast.policy.pattern import Pattern, row_context, window_of
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -117,9 +117,9 @@ class _Prefill:
         packed: AttentionContext,
         device: torch.device,
     ) -> None:
-        group = np.repeat(np.arange(len(row.group_sizes)), row.group_sizes)  # of each response
+        group = row.group_of_response
         common = row.prompt_lengths[group]
-        begins = np.cumsum(row.prompt_lengths) - row.prompt_lengths
+        begins = starts(row.prompt_lengths)
         # Each response is its prompt's rest and one token more; the tokens before the last are fed.
         ends = np.cumsum(rests + 1)
         shared = row.prompt_index[np.repeat(begins[group], common) + ranges(common)]

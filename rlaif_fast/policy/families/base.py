@@ -82,8 +82,6 @@ class Family:
     image_mark = "<|vision_start|><|image_pad|><|vision_end|>"
     turn_end: str | None = None
 
-    # --- the prompt -----------------------------------------------------------------------------------------
-
     def patch_spec(self, config: Any, settings: Mapping[str, Any]) -> PatchSpec:
         """Patch sizes of the tower.
 
@@ -128,8 +126,6 @@ class Family:
     def count(self, config: Any, media: Media) -> int:
         """Features of a medium, which is how many media tokens stand for it."""
         return int(np.prod(media.grid_thw)) // config.vision_config.spatial_merge_size**2
-
-    # --- the model ------------------------------------------------------------------------------------------
 
     def part_of(self, parameter: str) -> str:
         """Which of `PARTS` a parameter or module belongs to, by its name in the model without adapters."""
