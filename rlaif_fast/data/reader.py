@@ -224,10 +224,9 @@ class MediaFiles:
         return MediaRef(paths[0], medium.kind == "image", medium.cut, paths if medium.frames else ())
 
     def _folder(self, path: Path) -> tuple[str, ...]:
-        """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+        """Its pictures, which stand for a video."""
         if path not in self.folders:
-            found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
-            self.folders[path] = tuple(map(str, sorted(found, key=by_number)))
+            self.folders[path] = pictures_in(path)
         if not self.folders[path]:
             raise RowError(f"{path} is a folder without pictures; give a video file, or a folder of frames")
         return self.folders[path]
@@ -247,7 +246,13 @@ class MediaFiles:
             return f"{path} cannot be read: {error.strerror}"
 
 
-def by_number(path: Path) -> list[tuple[int, int, str]]:
+def pictures_in(folder: Path) -> tuple[str, ...]:
+    """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+    found = [file for file in folder.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
+    return tuple(map(str, sorted(found, key=_by_number)))
+
+
+def _by_number(path: Path) -> list[tuple[int, int, str]]:
     """Sorts frame2 before frame10."""
     parts = re.split(r"(\d+)", path.name)
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]

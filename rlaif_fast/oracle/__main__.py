@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import RlaifFastError, UsageError
@@ -138,12 +139,20 @@ def _output(options: argparse.Namespace, suffix: str) -> Path:
     return check_output("output", output, [options.file])
 
 
-def _writer(output: Path) -> Any:
-    """A new file beside the output, which takes its name when all of it is there."""
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[TextIO]:
+    """A file that appears under its name only when all of it is there."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        return output.with_name(f".{output.name}.{os.getpid()}.tmp").open("w", encoding="utf-8")
+        file = partial.open("w", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _rank_rows(
@@ -153,7 +162,7 @@ def _rank_rows(
     options: argparse.Namespace,
     output: Path,
 ) -> tuple[list[RankRequest], list[Ranking]]:
-    """Rank in batches; the file appears under its name only when all of it is there."""
+    """Rank in batches, and write what came of each."""
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError as error:
@@ -163,24 +172,17 @@ def _rank_rows(
     requests: list[RankRequest] = []
     rankings: list[Ranking] = []
     columns = ("ranking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    partial = _writer(output)
-    try:
-        with partial, Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("ranking", total=len(rows))
-            for start in range(0, len(rows), options.batch_size):
-                part = rows[start : start + options.batch_size]
-                batch = [row_request(row, where, clips_of((where, row))) for where, row in part]
-                ranked = rank_all(oracle, batch)
-                for (_, row), ranking in zip(part, ranked):
-                    partial.write(json_line({**row, **ranking_to_json(ranking)}))
-                requests += [
-                    replace(request, clips=()) for request in batch
-                ]  # frames of all would fill memory
-                rankings += ranked
-                progress.advance(task, len(part))
-        Path(partial.name).replace(output)
-    finally:
-        Path(partial.name).unlink(missing_ok=True)
+    with _writing(output) as file, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("ranking", total=len(rows))
+        for start in range(0, len(rows), options.batch_size):
+            part = rows[start : start + options.batch_size]
+            batch = [row_request(row, where, clips_of((where, row))) for where, row in part]
+            ranked = rank_all(oracle, batch)
+            for (_, row), ranking in zip(part, ranked):
+                file.write(json_line({**row, **ranking_to_json(ranking)}))
+            requests += [replace(request, clips=()) for request in batch]  # frames of all would fill memory
+            rankings += ranked
+            progress.advance(task, len(part))
     return requests, rankings
 
 
@@ -210,20 +212,15 @@ def _option(text: str) -> tuple[str, Any]:
 def _pairs(options: argparse.Namespace) -> int:
     groups, written, without = 0, 0, 0
     output = _output(options, "pairs")
-    partial = _writer(output)
-    try:
-        with partial:
-            for where, row in read_rows(options.file):
-                found = list(pair_rows(row, where, options.pairs))
-                groups, written, without = groups + 1, written + len(found), without + (not found)
-                partial.writelines(map(json_line, found))
+    with _writing(output) as file:
+        for where, row in read_rows(options.file):
+            found = list(pair_rows(row, where, options.pairs))
+            groups, written, without = groups + 1, written + len(found), without + (not found)
+            file.writelines(map(json_line, found))
         if not written:
             raise UsageError(
                 f"{options.file}: none of its {groups} groups has two responses of different rank"
             )
-        Path(partial.name).replace(output)
-    finally:
-        Path(partial.name).unlink(missing_ok=True)
     print(f"{written} pairs of {groups} groups; {without} groups have none", file=sys.stderr)
     print(output)
     return 0

@@ -67,6 +67,11 @@ class Ranking:
         return self.error is None and sum(rank is not None for rank in self.ranks) >= 2
 
 
+def unranked(request: RankRequest, error: str, **more: Any) -> Ranking:
+    """The verdict on a group that could not be ranked; `more` are other fields of it."""
+    return Ranking((None,) * len(request.responses), 0.0, error=error, **more)
+
+
 @runtime_checkable
 class Oracle(Protocol):
     """Orders the responses of each request; never raises for one it cannot judge (see `Ranking.error`).

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import function_digest
 
@@ -67,8 +67,7 @@ class CallableOracle:
             if not self._told:
                 logger.exception("the oracle function failed on %r", request.id)
                 self._told = True
-            none: tuple[None, ...] = (None,) * len(request.responses)
-            return Ranking(none, 0.0, error=f"the oracle function failed: {type(error).__name__}: {error}")
+            return unranked(request, f"the oracle function failed: {type(error).__name__}: {error}")
         sign = 1.0 if self.returns == "scores" else -1.0
         ranks = ranks_from_scores([None if value is None else sign * value for value in values])
         scores = tuple(values) if self.gives_scores else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError, UsageError, first_line
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
@@ -100,9 +100,8 @@ class EmbeddingOracle:
         rankings = []
         for request, scores in zip(requests, scored):
             if scores is None:
-                none: tuple[None, ...] = (None,) * len(request.responses)
                 reason = f"request {request.id!r} has no reference answer; the embedding oracle needs one"
-                rankings.append(Ranking(none, confidence=0.0, error=reason))
+                rankings.append(unranked(request, reason))
             else:
                 verdicts = tuple(round(score, 6) for score in scores)
                 ranks = ranks_from_scores(scores, _TIE)

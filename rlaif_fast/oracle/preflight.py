@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle.api import ApiOracle
 from rlaif_fast.oracle.base import RankRequest
+from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.video.base import Clip
 
 ATTEMPTS = 2
@@ -26,7 +25,9 @@ def ask_once(oracle: object) -> None:
     Raises:
         RlaifFastError: A judge cannot be asked, or its reply is no verdict; the message says why.
     """
-    for judge in _remote(oracle):
+    for judge in oracles_in(oracle):
+        if not isinstance(judge, ApiOracle):
+            continue
         asked = copy.copy(judge)
         asked.max_attempts = min(judge.max_attempts, ATTEMPTS)
         asked.deadline = min(judge.deadline, DEADLINE_SECONDS)
@@ -37,15 +38,6 @@ def ask_once(oracle: object) -> None:
                 f"{ranking.error or 'it declined to judge'}. Check its address, its name and the key in "
                 f"{judge.api_key_env}"
             )
-
-
-def _remote(oracle: Any) -> Iterator[ApiOracle]:
-    """The remote judges inside an oracle and its wrappers."""
-    if isinstance(oracle, ApiOracle):
-        yield oracle
-    for inner in (getattr(oracle, "inner", None), *(getattr(oracle, "members", None) or ())):
-        if inner is not None:
-            yield from _remote(inner)
 
 
 def _tiny_group(use_clips: bool) -> RankRequest:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.choices import reference_choice
 from rlaif_fast.oracle.extract import compile_extract, final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
@@ -71,7 +71,7 @@ class ReferenceOracle:
         try:
             scores = self._score(request)
         except UsageError as error:
-            return Ranking(ranks=(None,) * len(request.responses), confidence=0.0, error=str(error))
+            return unranked(request, str(error))
         return Ranking(
             ranks=ranks_from_scores(scores),
             scores=scores,

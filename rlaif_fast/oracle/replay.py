@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.records import read_rows, row_confidence, row_id, row_ranks, row_responses
 
@@ -46,13 +46,12 @@ class ReplayOracle:
         return [self._rank_one(request) for request in requests]
 
     def _rank_one(self, request: RankRequest) -> Ranking:
-        none: tuple[None, ...] = (None,) * len(request.responses)
         rows = self._rows.get((request.question, frozenset(request.responses)), [])
         # A run names its requests "position:id"; the file's rows carry the id alone.
         named = [row for row in rows if row.id in (request.id, request.id.partition(":")[2])]
         rows = named or rows
         if not rows:
-            return Ranking(none, 0.0, error=f"{self.path} holds no verdict on request {request.id!r}")
+            return unranked(request, f"{self.path} holds no verdict on request {request.id!r}")
         found = {
             ranks_from_scores(
                 [None if (rank := row.rank_of[text]) is None else -rank for text in request.responses]
@@ -60,7 +59,7 @@ class ReplayOracle:
             for row in rows
         }
         if len(found) > 1 or any(row.contradicts_itself for row in rows):
-            return Ranking(none, 0.0, error=f"{self.path} contradicts itself on request {request.id!r}")
+            return unranked(request, f"{self.path} contradicts itself on request {request.id!r}")
         return Ranking(found.pop(), min(row.confidence for row in rows))
 
 

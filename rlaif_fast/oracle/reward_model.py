@@ -13,7 +13,7 @@ import torch
 
 from rlaif_fast.data.schema import option_letters
 from rlaif_fast.errors import RlaifFastError, UsageError, first_line
-from rlaif_fast.oracle.base import Ranking, RankRequest
+from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.untrusted import show_responses
@@ -105,10 +105,8 @@ class RewardModelOracle:
         rankings = []
         for request, scores in zip(requests, scored):
             if any(score is not None and math.isnan(score) for score in scores):
-                none: tuple[None, ...] = (None,) * len(request.responses)
-                rankings.append(
-                    Ranking(none, 0.0, scores, seconds=seconds, error="the reward model gave NaN")
-                )
+                told = {"verdicts": scores, "seconds": seconds}
+                rankings.append(unranked(request, "the reward model gave NaN", **told))
             else:
                 ranks = ranks_from_scores(scores, self.tie)
                 verdicts = tuple(None if score is None else round(score, 6) for score in scores)

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import random
 from collections import deque
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError, require
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
@@ -127,6 +127,14 @@ def check_window(window: object) -> None:
     """Raise `UsageError` unless a circuit breaker can look back so many groups."""
     whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
     require(whole, "window", "a whole number of at least 1", window)
+
+
+def oracles_in(oracle: Any) -> Iterator[Any]:
+    """An oracle and those that it is made of."""
+    yield oracle
+    for inner in (getattr(oracle, "inner", None), *(getattr(oracle, "members", None) or ())):
+        if inner is not None:
+            yield from oracles_in(inner)
 
 
 def identity_of(oracle: Oracle) -> str:

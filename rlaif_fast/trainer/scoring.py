@@ -14,6 +14,7 @@ from rlaif_fast.oracle.base import Oracle, RankRequest
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import SHARED_OPTIONS, build_oracle, find_oracle
 from rlaif_fast.oracle.scoring import answer_kind
+from rlaif_fast.oracle.wrappers import oracles_in
 
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
 RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
@@ -33,7 +34,7 @@ def scorer_of(oracle: Oracle, options: Mapping[str, Any]) -> AnswerScorer:
 
     What disturbs an oracle for an experiment is looked through: accuracy is measured by the clean one.
     """
-    return next((o for o in _inside(oracle) if isinstance(o, AnswerScorer)), None) or rules(options)
+    return next((o for o in oracles_in(oracle) if isinstance(o, AnswerScorer)), None) or rules(options)
 
 
 def scorer_by_name(name: str, options: Mapping[str, Any]) -> AnswerScorer:
@@ -116,14 +117,6 @@ def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
     if answer_kind(answer, row.options, row.metadata.get("form")) != "text":
         return False
     return not oracle_knows_answers or len(answer.split()) >= FREE_TEXT_WORDS
-
-
-def _inside(oracle: Any) -> Iterator[Any]:
-    """An oracle and those that it is made of."""
-    yield oracle
-    for inner in (getattr(oracle, "inner", None), *(getattr(oracle, "members", None) or ())):
-        if inner is not None:
-            yield from _inside(inner)
 
 
 def _named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import read_cut
-from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, by_number
+from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, pictures_in
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.data.sources import files_below, rows_of
 from rlaif_fast.errors import UsageError
@@ -154,7 +154,8 @@ class Folder:
                 places = ", ".join(str(path.relative_to(self.path)) for path in paths)
                 return None, f"{len(paths)} videos are called {stem!r}: {places}"
             if paths:
-                return MediaRef(str(paths[0]), cut=cut or Cut(), frames=_frames(paths[0])), ""
+                frames = pictures_in(paths[0]) if paths[0].is_dir() else ()
+                return MediaRef(str(paths[0]), cut=cut or Cut(), frames=frames), ""
         return None, f"no video {' or '.join(map(repr, names))} below {self.path}"
 
     def _lies_in(self, path: Path, home: str) -> bool:
@@ -167,14 +168,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # a name that no file system takes
         return False
-
-
-def _frames(path: Path) -> tuple[str, ...]:
-    """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
-    if not path.is_dir():
-        return ()
-    found = [file for file in path.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
-    return tuple(map(str, sorted(found, key=by_number)))
 
 
 def make_item(
