@@ -60,9 +60,8 @@ def build(shape: tuple[int, int, int, int, torch.dtype], device: str) -> Case:
 
     def step(backend: str, inplace: bool = False) -> None:
         x = logits
-        if (
-            inplace
-        ):  # the logits are a fresh output of the model each step; here they hold gradients after the first
+        # the logits are a fresh output of the model each step; here they hold gradients after the first
+        if inplace:
             x = logits.detach().requires_grad_()
         out = grpo_rank_loss_from_logits(
             x,

@@ -159,9 +159,8 @@ def _quack_chunked(quack: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> L
 
 
 def _quack_head(quack: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Logps:
-    nll = quack.linear_cross_entropy_func(
-        hidden, weight, None, ids, reduction="none", inplace_backward=True
-    )  # the logits are its own
+    # the logits are its own
+    nll = quack.linear_cross_entropy_func(hidden, weight, None, ids, reduction="none", inplace_backward=True)
     return -nll, None
 
 

@@ -167,9 +167,8 @@ def prefix_merge_kernel(
     at = (nk * S + offs_s) * Q + q
     m_s = tl.load(maxima + at, mask=live_s, other=float("-inf"))
     l_s = tl.load(sums + at, mask=live_s, other=0.0)
-    weight = tl.exp(
-        m_s - tl.max(m_s, 0)
-    )  # the first column of a prompt is seen by all, so the maximum is finite
+    # the first column of a prompt is seen by all, so the maximum is finite
+    weight = tl.exp(m_s - tl.max(m_s, 0))
     total = tl.sum(weight * l_s, 0)
     acc = tl.load(
         parts + at[:, None] * D + offs_d[None, :], mask=live_s[:, None] & live_d[None, :], other=0.0

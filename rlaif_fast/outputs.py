@@ -16,11 +16,12 @@ LOCK = ".lock"
 REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
 MOVING = ".moving"  # the same on its way there or back
 INDEX = "index.json"  # in the folder of its checkpoints
+# What a run writes into its folder, as patterns.
 RECORDS = (
     *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "quarantine.jsonl", "summary.json"),
     *("predictions-*.jsonl", "report.html", "figures", "checkpoints", "tensorboard"),
     *(MARKER, LOCK, REPLACED, MOVING),
-)  # what a run writes into its folder, as patterns
+)
 
 
 def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None] = ()) -> Path:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # spinning threads on a shared core slow small operators several times
+# spinning threads on a shared core slow small operators several times
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
 import dataclasses

@@ -380,9 +380,8 @@ def simulated_gpu() -> Iterator[None]:
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", by_device)
         patch.setattr(torch.autograd, "_engine_run_backward", backward)
         patch.setattr(launch, "INTERPRETED", False)  # tensors are to be on a GPU
-        patch.setattr(
-            cuda, "unavailable", lambda: None
-        )  # the operator is the same, the CPU's kernel behind it
+        # the operator is the same, the CPU's kernel behind it
+        patch.setattr(cuda, "unavailable", lambda: None)
         patch.setattr(FixedStep, "_capture", _capture)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

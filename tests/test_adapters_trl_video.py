@@ -49,9 +49,8 @@ def test_six_steps_see_the_videos(example, tmp_path, monkeypatch):
     assert set(asked) == set(example.COUNTS)
     assert {2 * depth for depth in rows} == set(example.COUNTS)  # two frames a temporal patch
     first = next(entry for entry in trainer.state.log_history if "kl" in entry)
-    assert first["kl"] == pytest.approx(
-        0.0, abs=1e-6
-    )  # the reference pass sees the video as the learning one does
+    # the reference pass sees the video as the learning one does
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_log_probabilities_are_those_of_the_model_that_sees(example, tmp_path, monkeypatch):

@@ -14,10 +14,8 @@ from rlaif_fast.rollout.graphs import GraphSampler
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
-BOUND = {
-    torch.bfloat16: 5e-2,
-    torch.float16: 1e-2,
-}  # of a log-probability: 8 and 11 bits, added up in another order
+# of a log-probability: 8 and 11 bits, added up in another order
+BOUND = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)

@@ -728,9 +728,8 @@ def test_the_table_by_hand():
     assert lines["duration", "long"].change.mean == pytest.approx(2 / 3)
     assert lines["duration", "long"].accuracy.low == lines["duration", "long"].accuracy.high  # one video
     low, high = lines["all", "all"].accuracy.low, lines["all", "all"].accuracy.high
-    assert (
-        low < 5 / 9 < high and low == pytest.approx(1 / 3) and high == pytest.approx(2 / 3)
-    )  # videos: 2, 1, 2 of 3
+    # videos: 2, 1, 2 of 3
+    assert low < 5 / 9 < high and low == pytest.approx(1 / 3) and high == pytest.approx(2 / 3)
     assert "duration" in as_text(list(lines.values()))
     with pytest.raises(UsageError, match="same questions"):
         table_of(records, before[1:])

@@ -174,9 +174,8 @@ def test_a_few_even_frames_tell_all_times_apart(kind, sampled):
     for time in range(3):
         world = World("when", 2, (thing(),), (Event(kind, actor, time, color=color),))
         frames = render(world).astype(float)[indices]
-        looks = np.round(frames[:, 6:26, 6:26].mean(axis=(1, 2)) / 40).astype(
-            int
-        )  # (frames, RGB), noise lost
+        # (frames, RGB), noise lost
+        looks = np.round(frames[:, 6:26, 6:26].mean(axis=(1, 2)) / 40).astype(int)
         seen[time] = tuple(looks.ravel())
         assert len({tuple(look) for look in looks}) > 1
     assert len(set(seen.values())) == 3

@@ -105,9 +105,8 @@ def test_grades_are_whole_and_tie():
 def test_flips_turn_their_share_of_comparisons():
     none = corrupted("flips", 0.0, count=1)[0]
     assert none.ranks == ranks_from_scores(SCORES)
-    wrong = [
-        r.scores[5] < r.scores[4] for r in corrupted("flips", 0.4)
-    ]  # the best against the worst, by wins
+    # the best against the worst, by wins
+    wrong = [r.scores[5] < r.scores[4] for r in corrupted("flips", 0.4)]
     assert 0.05 < sum(wrong) / len(wrong) < 0.5
     chance = corrupted("flips", 0.5)
     assert sum(r.scores[5] > r.scores[4] for r in chance) / len(chance) == pytest.approx(0.42, abs=0.1)

@@ -249,9 +249,8 @@ def test_appraisals_are_the_score_at_the_end_seen_from_each_token():
         scores = group.ranking.scores
         told = zip(scores, *(x.split([len(t) for t in group.token_ids]) for x in _fields(group)))
         for score, _, values, returns in told:
-            torch.testing.assert_close(
-                returns, torch.full_like(returns, score)
-            )  # no discount, no value behind
+            # no discount, no value behind
+            torch.testing.assert_close(returns, torch.full_like(returns, score))
             assert values[-1].item() == pytest.approx(score, abs=1e-5) or not all(group.finished)
     advantages = torch.cat([group.appraisal.advantages for group in found])
     assert advantages.mean().item() == pytest.approx(0, abs=1e-5)

@@ -76,9 +76,8 @@ def test_equal_texts_take_one_place_and_other_texts_one_each():
 
 def test_plackett_luce_is_the_gradient_of_the_rankings_likelihood():
     logps = [math.log(0.5), math.log(0.3), math.log(0.2)]
-    ranked = feed(
-        [0.1, 0.9, 0.5], [0, 1, 2], logps
-    )  # the second is drawn first, then the third, then the first
+    # the second is drawn first, then the third, then the first
+    ranked = feed([0.1, 0.9, 0.5], [0, 1, 2], logps)
     assert_near(plackett_luce(ranked), -0.5 - 5 / 7, 1 - 0.3, 1 - 2 / 7 - 0.2)
     scores = tensor(*logps).requires_grad_()
     order = scores[0, [1, 2, 0]]

@@ -181,10 +181,8 @@ def test_random_damages_are_told_and_gone_back_from(written, tmp_path):
             outcomes["refused"] += 1
         else:
             used = last(run)
-            expected = {
-                "rl-000006": "sft",
-                "rl-000004": "sft",
-            }  # the best is rl-000004, which rl-000006 needs
+            # the best is rl-000004, which rl-000006 needs
+            expected = {"rl-000006": "sft", "rl-000004": "sft"}
             if path.parent.name == "rl-000006":
                 assert used == "rl-000004", where
             elif path.parent.name in expected:

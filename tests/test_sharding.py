@@ -58,9 +58,8 @@ def assert_close(ours, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_processes_equal_one(name, pair):
-    one = train(
-        World(), dataclasses.replace(TRAINED[name], offload=False)
-    )  # gradients that stay beside the weights
+    # gradients that stay beside the weights
+    one = train(World(), dataclasses.replace(TRAINED[name], offload=False))
     two = pair.trained[name]
     assert len(two.losses) == len(TRAINED[name].splits)
     assert two.losses == pytest.approx(one.losses, rel=1e-5, abs=1e-6)

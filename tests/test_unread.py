@@ -59,9 +59,8 @@ def test_what_a_start_from_a_checkpoint_leaves_unread(tmp_path):
     assert "sft_data" not in unread(folder)  # there is nothing else to learn from
     (tmp_path / "rl.jsonl").write_text("")
     assert "sft_data" in unread(folder)
-    assert "sft_data" not in unread(
-        dataclasses.replace(folder, model="tiny")
-    )  # it knows the words of all rows
+    # it knows the words of all rows
+    assert "sft_data" not in unread(dataclasses.replace(folder, model="tiny"))
     assert "sft_data" not in unread(dataclasses.replace(folder, sft="auto"))
 
 

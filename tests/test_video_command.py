@@ -119,9 +119,8 @@ def test_check_looks_at_what_each_row_shows(folder, tmp_path, capsys):
     data.write_text(json.dumps(pictures) + "\n" + json.dumps(late) + "\n")
     assert main(["check", str(data), "--workers", "1"]) == 1
     assert "no frames between 50 s" in capsys.readouterr().out
-    Image.new("RGB", (8, 8)).save(
-        tmp_path / "2.png"
-    )  # the picture at fault is named, not the first of its video
+    # the picture at fault is named, not the first of its video
+    Image.new("RGB", (8, 8)).save(tmp_path / "2.png")
     data.write_text(json.dumps(pictures) + "\n")
     assert main(["check", str(data), "--workers", "1"]) == 1
     assert f"{tmp_path / '2.png'}: 8x8, but the first picture" in capsys.readouterr().out

@@ -14,10 +14,8 @@ CLIPPED = {
     "clip_ratio/region_mean": "clip_ratio/region_mean",
 }
 EXTREMES = {"clip_ratio/low_min": torch.min, "clip_ratio/high_max": torch.max}
-OF_TYPE = {
-    "cispo": {"clip_high": "cispo_clip_ratio"},
-    "sapo": {},
-}  # what is no clipping of a ratio has no share of it
+# what is no clipping of a ratio has no share of it
+OF_TYPE = {"cispo": {"clip_high": "cispo_clip_ratio"}, "sapo": {}}
 
 
 def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -31,13 +31,8 @@ from rlaif_fast.yaml_keys import refuse_repeated_keys
 if TYPE_CHECKING:
     from rlaif_fast.trainer.options import TrainConfig
 
-OWN = (
-    "seed",
-    "output_dir",
-    "sft",
-    "resume",
-    "overwrite_output_dir",
-)  # keys that the comparison sets for every run
+# keys that the comparison sets for every run
+OWN = ("seed", "output_dir", "sft", "resume", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,6 @@ _OWN = {*FORMATS, "solution", "completion", "response", "history", "path", "data
 TEXT_KEYS = _COMMON | _OWN - {"path"}  # beside which a key that holds a file's name names media
 
 
-# Parts
-
-
 def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
     """One entry for each user turn with the answer after it; all see all media of the dialogue."""
     found: list[Fields] = []
@@ -203,9 +200,8 @@ def _user_text(content: Any, media: list[Medium], row: Row) -> str:
             texts.append(f"<{kind[:5]}>")
             if any(part.get(key) is not None for key in (kind, "path", "url")):
                 media.append(read_medium(part, kind[:5], kind, row_cut(row, kind[:5])))
-            elif any(
-                value is not None for key, value in part.items() if key != "type"
-            ):  # else a placeholder for the next of `videos` or `images`
+            elif any(value is not None for key, value in part.items() if key != "type"):
+                # else a placeholder for the next of `videos` or `images`
                 raise RowError(f"content: a {kind} without its path, {part!r:.60}")
         else:
             raise RowError(f"content: unknown part {part!r:.60}; use the types 'text', 'video' and 'image'")

@@ -17,9 +17,8 @@ except ImportError:  # Python 3.10
 MAX_FORM_CHARS = 4000
 MAX_TEXT_CHARS = 4000  # of a text that is matched; a longer one is malformed
 _MANY = 20  # repeats from here on count as without bound
-_MOST_REPEATS = (
-    2  # of anything, one behind the other: their number is the power of the time that matching takes
-)
+# of anything, one behind the other: their number is the power of the time that matching takes
+_MOST_REPEATS = 2
 
 
 def check_form(form: Any, answer: str | None) -> None:
@@ -50,14 +49,25 @@ def fault_of(form: Any) -> str | None:
         re.compile(form, re.IGNORECASE)
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         return f"not a regular expression ({error})"
-    wide, problem = _walk(tree, inside=False)
-    if problem is None and wide > _MOST_REPEATS:
-        problem = f"{wide} repeats of almost anything, at most {_MOST_REPEATS} are matched in bounded time"
-    return problem
+    try:
+        wide = _wide_repeats(tree, inside=False)
+    except _Unbounded as fault:
+        return str(fault)
+    if wide > _MOST_REPEATS:
+        return f"{wide} repeats of almost anything, at most {_MOST_REPEATS} are matched in bounded time"
+    return None
 
 
-def _walk(tree: Any, inside: bool) -> tuple[int, str | None]:
-    """How many unbounded repeats of a wide class there are, and what may take exponential time."""
+class _Unbounded(Exception):
+    """Matching may take exponential time; the message says why."""
+
+
+def _wide_repeats(tree: Any, inside: bool) -> int:
+    """How many unbounded repeats of a wide class there are.
+
+    Raises:
+        _Unbounded: There is what may take exponential time.
+    """
     wide = 0
     for code, argument in tree:
         if code in (_codes.MAX_REPEAT, _codes.MIN_REPEAT):
@@ -65,30 +75,20 @@ def _walk(tree: Any, inside: bool) -> tuple[int, str | None]:
             many = most is _codes.MAXREPEAT or most >= _MANY
             single = len(body) == 1 and body[0][0] in _SINGLE
             if many and inside:
-                return wide, "a repeat inside a repeat may take forever"
+                raise _Unbounded("a repeat inside a repeat may take forever")
             if many and not single:
-                return wide, "a repeat of a group may take forever; write it out"
+                raise _Unbounded("a repeat of a group may take forever; write it out")
             wide += many and _is_wide(body[0])
             if not single:
-                count, problem = _walk(body, inside or most > 1)
-                wide += count
-                if problem:
-                    return wide, problem
+                wide += _wide_repeats(body, inside or most > 1)
         elif code is _codes.BRANCH:
-            counts = [_walk(branch, inside) for branch in argument[1]]
-            wide += max((count for count, _ in counts), default=0)
-            if found := next((problem for _, problem in counts if problem), None):
-                return wide, found
+            wide += max((_wide_repeats(branch, inside) for branch in argument[1]), default=0)
         elif code in (_codes.GROUPREF, _codes.GROUPREF_EXISTS):
-            return wide, "references to groups may take very long"
-        else:
-            for part in argument if isinstance(argument, tuple) else ():
-                if isinstance(part, _parser.SubPattern):
-                    count, problem = _walk(part, inside)
-                    wide += count
-                    if problem:
-                        return wide, problem
-    return wide, None
+            raise _Unbounded("references to groups may take very long")
+        elif isinstance(argument, tuple):
+            parts = (part for part in argument if isinstance(part, _parser.SubPattern))
+            wide += sum(_wide_repeats(part, inside) for part in parts)
+    return wide
 
 
 _SINGLE = (_codes.LITERAL, _codes.NOT_LITERAL, _codes.ANY, _codes.IN, _codes.CATEGORY)

@@ -24,13 +24,8 @@ logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
-VIDEO_FOLDERS = (
-    Path(),
-    Path("videos"),
-    Path("video"),
-    Path("data"),
-    Path("YouTubeClips"),
-)  # as published datasets unpack
+# as published datasets unpack
+VIDEO_FOLDERS = (Path(), Path("videos"), Path("video"), Path("data"), Path("YouTubeClips"))
 _SHOWN = 10  # wrong rows that a message names
 
 

@@ -65,9 +65,8 @@ class TokenInputs:
     mask: Tensor | None = None  # (B, T) bool
     sampling_ratio: Tensor | None = None  # (B, T) or (B, 1)
     num_items: Tensor | None = None  # scalar, for the number of tokens or responses
-    num_tokens: Tensor | None = (
-        None  # scalar, for the number of tokens of an entropy that is a mean over them
-    )
+    # scalar, for the number of tokens of an entropy that is a mean over them
+    num_tokens: Tensor | None = None
 
     @property
     def group_size(self) -> int | None:

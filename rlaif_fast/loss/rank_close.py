@@ -66,9 +66,8 @@ class RankClose:
             return None
         inputs, wide = self.inputs, self.like.dtype
         advantages = inputs.advantages
-        if (
-            advantages is None
-        ):  # the order is that of the scores, of the old log-probabilities, or none is needed
+        # the order is that of the scores, of the old log-probabilities, or none is needed
+        if advantages is None:
             old = self.like.new_zeros(self.shape) if inputs.old_logps is None else inputs.old_logps.to(wide)
             advantages = self.close(old, torch.zeros_like(old)).advantages
         advantages = advantages.to(wide)

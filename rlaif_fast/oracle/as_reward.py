@@ -16,13 +16,8 @@ from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.video import ClipStore
 
 REFERENCE = "reference"  # the column of the reference answers, where nobody names another
-ASKED = (
-    "video",
-    "videos",
-    "image",
-    "images",
-    "form",
-)  # columns beside the reference that a verdict depends on
+# columns beside the reference that a verdict depends on
+ASKED = ("video", "videos", "image", "images", "form")
 
 
 def as_reward(

@@ -160,9 +160,8 @@ class VerdictCache:
                     connection.execute(_SCHEMA)
                     connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
                 connection.execute("SELECT key, ranking, checksum FROM verdicts LIMIT 1").fetchone()
-                connection.text_factory = (
-                    bytes  # a flipped bit may leave no text; rows are decoded where they are checked
-                )
+                # a flipped bit may leave no text; rows are decoded where they are checked
+                connection.text_factory = bytes
             except sqlite3.Error:
                 connection.close()
                 raise

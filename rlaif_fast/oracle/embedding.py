@@ -135,9 +135,8 @@ class EmbeddingOracle:
         if request.reference is None or not request.reference.strip():
             return None
         plain = []
-        answers = [
-            final_part(text) or "" for text in request.responses
-        ]  # behind the reasoning, where there is some
+        # behind the reasoning, where there is some
+        answers = [final_part(text) or "" for text in request.responses]
         for text in (request.reference, *answers):
             option = parse_choice(text, request.options) if request.options else None
             plain.append(text if option is None else request.options[option])

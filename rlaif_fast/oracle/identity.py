@@ -96,9 +96,8 @@ class _Parts:
             return "method", self.of(value.__func__, where), self.of(value.__self__, where)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        if (
-            callable(value) and hasattr(value, "__wrapped__") and not isinstance(value, type)
-        ):  # a cache around one
+        # a cache around one
+        if callable(value) and hasattr(value, "__wrapped__") and not isinstance(value, type):
             return "wrapped", self.of(value.__wrapped__, where)
         if isinstance(value, types.CodeType):
             return self._code(value, where)

@@ -69,7 +69,6 @@ class _Row:
     ) -> None:
         self.id = name
         self.rank_of = dict(zip(responses, ranks))
-        self.contradicts_itself = any(
-            self.rank_of[text] != rank for text, rank in zip(responses, ranks)
-        )  # equal texts
+        # equal texts
+        self.contradicts_itself = any(self.rank_of[text] != rank for text, rank in zip(responses, ranks))
         self.confidence = confidence

@@ -17,13 +17,8 @@ from collections.abc import Sequence
 
 _TERMINAL_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONTROL_TOKEN = re.compile(r"<\|[^<>]{0,64}\|>|\[/?INST\]|</?s>|<</?SYS>>")
-_DROPPED = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-}  # control, invisible format (bidi, zero width), unpaired, private, unassigned
+# control, invisible format (bidi, zero width), unpaired, private, unassigned
+_DROPPED = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _CUT = " …[cut]… "
 _LABEL_LETTERS = "BCDFGHJKLMNPQRSTVWXZ"  # no vowels: no label is a word
 _LABEL_DIGITS = "23456789"

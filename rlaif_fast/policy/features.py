@@ -157,9 +157,8 @@ class VisionEncoder:
         for key, piece in fresh.items():
             size = _bytes(piece)
             if size <= self.cache_bytes:
-                self._cache[key] = tuple(
-                    level.clone() for level in piece
-                )  # a view would keep the whole call alive
+                # a view would keep the whole call alive
+                self._cache[key] = tuple(level.clone() for level in piece)
                 self._used += size
         while self._used > self.cache_bytes:
             _, oldest = self._cache.popitem(last=False)

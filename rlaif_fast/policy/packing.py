@@ -164,9 +164,8 @@ def pack(
     filled = np.arange(slots) < group_sizes[:, None]  # (N, G)
     fed = np.zeros((groups, slots), dtype=np.int64)
     fed[filled] = np.maximum(lengths - 1, 0)
-    common = np.zeros(
-        (groups, slots), dtype=np.int64
-    )  # leading tokens that an earlier response of the group holds
+    # leading tokens that an earlier response of the group holds
+    common = np.zeros((groups, slots), dtype=np.int64)
     holder = np.zeros((groups, slots), dtype=np.int64)  # that response
     if merge != "none" and slots > 1:
         tokens = np.full((groups, slots, width), -1, dtype=token_ids.dtype)

@@ -99,9 +99,8 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
             for name, own in layers.items()
             if own != "decoder" or usual is None or name.rpartition(".")[2] in usual
         ]
-        if is_mixture(
-            unwrap(model).config
-        ):  # peft takes these names for the experts, wherever the layers are
+        # peft takes these names for the experts, wherever the layers are
+        if is_mixture(unwrap(model).config):
             chosen = [name for name in chosen if name.rpartition(".")[2] not in MLP_LAYERS]
     else:
         ends = tuple(f".{target}" for target in targets)

@@ -47,9 +47,8 @@ class EpochOrder:
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epochs = {
-                e: order for e, order in self._epochs.items() if e >= epoch - 1
-            }  # two epochs at most meet in one step
+            # two epochs at most meet in one step
+            self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
             self._epochs[epoch] = torch.randperm(len(self.items), generator=generator).tolist()
         return self._epochs[epoch]
 

@@ -12,9 +12,8 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Answer, Begun, Rollout, Sampler, SamplerElsewhere, SamplingParams
 
-Drawn = list[
-    tuple[str, list[tuple[list[int], list[float]]]]
-]  # answers by example id, as a checkpoint keeps them
+# answers by example id, as a checkpoint keeps them
+Drawn = list[tuple[str, list[tuple[list[int], list[float]]]]]
 
 
 class RolloutAhead:

@@ -28,9 +28,8 @@ log = logging.getLogger(__name__)
 # Where one way overtakes another, measured by bench/bench_video.py (the table is in docs/video.md). On a CPU
 # DALI is never more than 7% faster than PyAV, and up to 2.7 times slower where the frames lie close together.
 AUTO = {"cuda": ("dali", "pyav"), "cpu": ("pyav",)}  # device -> in order of preference
-THREADED_PIXELS = (
-    1280 * 720
-)  # of a frame; from here on several threads per file pay (2 cores: 1.1 to 1.4 times)
+# of a frame; from here on several threads per file pay (2 cores: 1.1 to 1.4 times)
+THREADED_PIXELS = 1280 * 720
 SMALL, LARGE = 256, 4096  # pixels of a side within which a GPU reads every file of a codec that it reads
 
 

@@ -59,9 +59,8 @@ class FrameSampling:
         own: dict[str, Any] = {key: value for key, value in medium.cut.given().items() if key in _OF_ROWS}
         # Of pictures `fps` is the rate that they were taken at, and says nothing of how many are seen.
         if ("fps" in own and not medium.frames) or "min_frames" in own or "max_frames" in own:
-            own.setdefault(
-                "nframes", None
-            )  # a rate of the row's own comes before a count of the configuration
+            # a rate of the row's own comes before a count of the configuration
+            own.setdefault("nframes", None)
         if "max_frames" in own:
             own.setdefault("min_frames", min(self.min_frames, own["max_frames"]))
         if "min_frames" in own:

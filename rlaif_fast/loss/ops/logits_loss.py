@@ -118,9 +118,8 @@ class _InplaceLogitsStats(torch.autograd.Function):
         _write_logits_grad(
             logits, token_ids, ctx.scaling, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
         )
-        torch.autograd.graph.increment_version(
-            logits
-        )  # what saved them for its own backward pass has to notice
+        # what saved them for its own backward pass has to notice
+        torch.autograd.graph.increment_version(logits)
         return logits, None, None, None
 
 

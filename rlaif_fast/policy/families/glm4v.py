@@ -22,11 +22,8 @@ class Glm4v(Family):
     name = "GLM-4.1V and GLM-4.5V"
     model_types: tuple[str, ...] = ("glm4v", "glm4v_moe")
     projector: tuple[str, ...] = ("model.visual.merger", "model.visual.downsample")
-    lora_targets: tuple[str, ...] = (
-        *ATTENTION,
-        "gate_up_proj",
-        "down_proj",
-    )  # gate and up are one linear layer here
+    # gate and up are one linear layer here
+    lora_targets: tuple[str, ...] = (*ATTENTION, "gate_up_proj", "down_proj")
     video_mark = "<|begin_of_video|><|video|><|end_of_video|>"
     image_mark = "<|begin_of_image|><|image|><|end_of_image|>"
 

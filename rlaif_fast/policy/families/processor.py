@@ -14,11 +14,8 @@ from rlaif_fast.errors import first_line
 from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.prompt import EncodedPrompt
 
-SCALED_LOGITS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-)  # the head is then not a linear layer
+# the head is then not a linear layer
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def load_processor(model: str, model_type: str) -> Any:
