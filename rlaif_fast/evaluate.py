@@ -10,11 +10,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlaif_fast.cli import flag_is_true, parse_config, run_command
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint, tell
 from rlaif_fast.outputs import check_output
+from rlaif_fast.trainer.options import TrainConfig
+
+if TYPE_CHECKING:
+    from rlaif_fast.data.schema import Example
+    from rlaif_fast.trainer.evaluation import EvalResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,55 +42,14 @@ def _run(argv: list[str]) -> int:
 
 def evaluate_command(options: EvaluateConfig) -> dict:
     """Evaluate as configured, print the table, and return {"accuracy", "by_category", "chance"}."""
-    import torch
-
     from rlaif_fast.data import chance_by_category
-    from rlaif_fast.rollout import make_sampler
     from rlaif_fast.runs.files import write_jsonl
-    from rlaif_fast.runs.folder import RunDir
-    from rlaif_fast.trainer import datasets, setup
-    from rlaif_fast.trainer.evaluation import evaluate
-    from rlaif_fast.trainer.inputs import refuse_other_test
-    from rlaif_fast.trainer.scoring import scorer_by_name
 
     output = None if options.output is None else check_output("output", options.output, [options.data])
     config = configuration(options, tell)
-    known = None
-    if options.media_root is not None and options.data is None and config.data == "synthetic":
-        require(
-            config.test_data is not None,
-            "media_root",
-            "null where the run's data are synthetic",
-            options.media_root,
-        )
-    if options.data is not None:
-        # Answers are wanted, and may be all that is wanted.
-        file = Path(options.data).expanduser()
-        rows = datasets.read_file(file, config, require_answer=output is None)
-    else:
-        assert options.run is not None
-        data = datasets.load_data(config)
-        refuse_other_test(RunDir.open(options.run), data.test)
-        rows, known = data.test, data.rl
-    loaded = load_checkpoint(config)
-    policy = setup.make_policy(loaded, config)
-    policy.model.eval()
-    with (
-        torch.no_grad(),
-        setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch,
-    ):
-        result = evaluate(
-            rows,
-            make_batch,
-            make_sampler(policy),
-            scorer=scorer_by_name(
-                config.oracle, setup.for_reasoning(config, make_batch.encoder)[0].oracle_options
-            ),
-            max_new_tokens=config.max_completion_length,
-            max_reasoning_tokens=config.max_reasoning_tokens,
-            videos_per_step=options.videos_per_step,
-        )
-        unread = make_batch.store.stats.summary()
+    # Answers are wanted, and may be all that is wanted.
+    rows, known = _rows(options, config, require_answer=output is None)
+    result, unread = _answers(options, config, rows)
     if not result.predictions:
         raise UsageError(f"evaluate: none of the {len(rows)} rows could be answered: {unread}")
     if len(result.predictions) < len(rows):
@@ -116,6 +81,57 @@ def evaluate_command(options: EvaluateConfig) -> dict:
             f"{options.output}: {len(result.predictions)} answers; no row has a reference answer to measure by"
         )
     return figures
+
+
+def _rows(
+    options: EvaluateConfig, config: TrainConfig, *, require_answer: bool
+) -> tuple[Sequence[Example], Sequence[Example] | None]:
+    """The rows to answer, and those that the run learned from; None without a run."""
+    from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.trainer import datasets
+    from rlaif_fast.trainer.inputs import refuse_other_test
+
+    if options.data is not None:
+        file = Path(options.data).expanduser()
+        return datasets.read_file(file, config, require_answer=require_answer), None
+    if options.media_root is not None and config.data == "synthetic":
+        require(
+            config.test_data is not None,
+            "media_root",
+            "null where the run's data are synthetic",
+            options.media_root,
+        )
+    assert options.run is not None
+    data = datasets.load_data(config)
+    refuse_other_test(RunDir.open(options.run), data.test)
+    return data.test, data.rl
+
+
+def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Example]) -> tuple[EvalResult, str]:
+    """The checkpoint's answers, and what of the media could not be read."""
+    import torch
+
+    from rlaif_fast.rollout import make_sampler
+    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer.evaluation import evaluate
+    from rlaif_fast.trainer.scoring import scorer_by_name
+
+    loaded = load_checkpoint(config)
+    policy = setup.make_policy(loaded, config)
+    policy.model.eval()
+    make_batch = setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames)
+    with torch.no_grad(), make_batch:
+        told, _ = setup.for_reasoning(config, make_batch.encoder)
+        result = evaluate(
+            rows,
+            make_batch,
+            make_sampler(policy),
+            scorer=scorer_by_name(config.oracle, told.oracle_options),
+            max_new_tokens=config.max_completion_length,
+            max_reasoning_tokens=config.max_reasoning_tokens,
+            videos_per_step=options.videos_per_step,
+        )
+        return result, make_batch.store.stats.summary()
 
 
 def print_table(figures: dict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -57,8 +57,13 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
     """Return why a call cannot run, or None."""
     if device_type != "cpu":
         return f"the tensors are on {device_type}, not on the CPU"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+    return refuses(dtype, group_size, DTYPES)
+
+
+def refuses(dtype: torch.dtype, group_size: int | None, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why kernels in C++ for some dtypes cannot run a call, or None."""
+    if dtype not in dtypes:
+        return f"dtype {dtype} is not one of {', '.join(map(str, dtypes))}"
     if group_size is not None and group_size > MAX_GROUP_SIZE:
         return f"the group size {group_size} is above {MAX_GROUP_SIZE}"
     return None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlaif_fast.loss import extension
-from rlaif_fast.loss.cpu import rank_penalty
-from rlaif_fast.loss.options import MAX_GROUP_SIZE
+from rlaif_fast.loss.cpu import rank_penalty, refuses
 
 __all__ = ["rank_penalty", "supports", "unavailable"]
 
@@ -27,8 +26,4 @@ def supports(op: str, device_type: str, dtype: torch.dtype, group_size: int | No
     """Return why a call cannot run, or None."""
     if device_type != "cuda":
         return f"the tensors are on {device_type}, not on a CUDA device"
-    if dtype not in DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-    if group_size is not None and group_size > MAX_GROUP_SIZE:
-        return f"the group size {group_size} is above {MAX_GROUP_SIZE}"
-    return None
+    return refuses(dtype, group_size, DTYPES)

@@ -14,10 +14,6 @@ DIRECTIONS = ("left", "right", "up", "down")
 TIMES = ("at the start", "in the middle", "at the end")
 DIGITS = ("1", "7", "4", "0", "2", "5", "3", "8", "6", "9")  # the most distinct first
 
-# Kinds of event: those that fill the clip, and those that happen at one of TIMES.
-LASTING = ("move", "grow", "shrink", "bounce", "turn", "hit")
-TIMED = ("appear", "vanish", "change", "flash")
-
 _TRIES = 200
 
 
@@ -121,7 +117,8 @@ class Event:
     """Something that happens.
 
     Attributes:
-        kind: One of LASTING or TIMED.
+        kind: What fills the clip ("move", "grow", "shrink", "bounce", "turn", "hit"), or happens at one of TIMES
+            ("appear", "vanish", "change", "flash").
         actor: Index of the object; -1 for the screen.
         time: Index into TIMES; -1 for a lasting event.
         direction: "move": where to; "turn": where to at first; "bounce": towards which edge.
