@@ -66,6 +66,12 @@ def refuse_partial(
         raise UsageError(f"{what} fits the model only in part: of its weights, {'; '.join(said)}")
 
 
+def refuse_unlike(what: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose names and shapes are not all those of the model's `own`; see `refuse_partial`."""
+    shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    refuse_partial(what, own.keys() - weights.keys(), weights.keys() - own.keys(), shapes)
+
+
 def load_strictly(model_class: Any, folder: str | Path, what: str, **options: Any) -> Any:
     """`from_pretrained`, refused where the folder's weights fit in part.
 
@@ -144,9 +150,7 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
             raise UsageError(f"{what} was trained with {name} {saved[name]}, which a run here does not have")
     weights = load_peft_weights(str(folder), device="cpu")
     own = get_peft_model_state_dict(model)
-    refuse_partial(
-        what, own.keys() - weights.keys(), weights.keys() - own.keys(), _other_shapes(own, weights)
-    )
+    refuse_unlike(what, weights, own)
     set_peft_model_state_dict(model, cut_like(weights, own))
 
 
@@ -210,10 +214,6 @@ def looks_like_a_path(name: str) -> bool:
         or "\\" in name
         or ("/" in name and Path(name).parent.is_dir())
     )
-
-
-def _other_shapes(ours: Mapping[str, Any], weights: Mapping[str, Any]) -> list[str]:
-    return [name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape]
 
 
 def _first(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from rlaif_fast.policy.weights import (
     check_config,
     load_adapters,
     load_strictly,
-    refuse_partial,
+    refuse_unlike,
     save_quietly,
 )
 from rlaif_fast.runs.background import Background, copied, copied_weights
@@ -347,8 +347,7 @@ def load_weights(model: Any, folder: Path) -> None:
     check_config(folder, what)
     dtype = next(model.parameters()).dtype
     saved, own = load_strictly(type(model), folder, what, dtype=dtype).state_dict(), model.state_dict()
-    shapes = [name for name in own.keys() & saved.keys() if own[name].shape != saved[name].shape]
-    refuse_partial(what, own.keys() - saved.keys(), saved.keys() - own.keys(), shapes)
+    refuse_unlike(what, saved, own)
     model.load_state_dict(cut_like(saved, own))
 
 

@@ -197,6 +197,13 @@ class RunDir:
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
         return summary
 
+    def read_config(self) -> str | None:
+        """The text of config.yaml as it is on disk; None where there is none that can be read."""
+        try:
+            return self.config.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+
     def began_with(self, kind: str, found: Mapping[str, str], *, keep: bool = True) -> dict[str, str]:
         """What a kind of input was when the run began; where that is not known, what was found.
 

@@ -91,10 +91,7 @@ def _check_config(
     Raises:
         RlaifFastError: It is damaged and no checkpoint has it.
     """
-    try:
-        text = run_dir.config.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = None
+    text = run_dir.read_config()
     saved = manifest.config if manifest else None
     known = {index.config_sha256} if index.config_sha256 else {text_digest(saved)} if saved else set()
     if text is not None and (not known or text_digest(text) in known):

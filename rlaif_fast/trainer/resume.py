@@ -75,10 +75,7 @@ def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: Non
 
 def _written(run_dir: RunDir, tell: Callable[[str], None]) -> tuple[str, bool]:
     """The text of config.yaml as the run wrote it, and whether a checkpoint vouches for it."""
-    try:
-        text = run_dir.config.read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = None
+    text = run_dir.read_config()
     try:
         index = CheckpointStore(run_dir.checkpoints, {}, read_only=True).index
     except (RlaifFastError, TypeError):
