@@ -7,7 +7,7 @@ is defined; a figure that no group defines is left out.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rlaif_fast.errors import UsageError
@@ -126,8 +126,7 @@ def blind_control(
 
 def counters(oracle: Oracle) -> dict[str, float]:
     """What the oracle itself has counted since the start (requests, faults by kind, cache hits)."""
-    stats: Callable[[], dict[str, float]] | None = getattr(oracle, "stats", None)
-    return stats() if stats is not None else {}
+    return getattr(oracle, "stats", dict)()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

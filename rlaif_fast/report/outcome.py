@@ -24,7 +24,7 @@ from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.evaluation import EvalResult
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.records import rollout_records
+from rlaif_fast.trainer.rollout_log import rollout_records
 from rlaif_fast.trainer.run import Run
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of a rollout before anything is learned from it."""
+"""What is recorded of a rollout: its groups, and the statistics of the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from rlaif_fast.algorithms.group import Group, for_the_log, requests_of
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.trainer.records import rollout_records
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
 
@@ -43,6 +42,33 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
                 seed=config.seed + step,
             )
     return stats
+
+
+def rollout_records(groups: Sequence[Group], step: int) -> list[dict]:
+    """The groups as records of rollouts.jsonl and samples.jsonl, one each, ready for JSON."""
+    records = []
+    for group in groups:
+        example, scores = group.prompt.example, group.scores.tolist()
+        order = sorted(scores, reverse=True)
+        records.append(
+            {
+                "step": step,
+                "example_id": example.id,
+                "category": example.category,
+                "video": next(iter((*example.videos, *example.images)), None),
+                "question": example.question,
+                "options": list(example.options),
+                "answer": example.answer,
+                "metadata": dict(example.metadata),
+                "responses": list(group.texts),
+                "oracle_ranks": list(group.ranking.ranks),
+                "policy_ranks": [order.index(score) for score in scores],
+                "advantages": [round(value, 4) for value in group.advantages.tolist()],
+                "valid": group.ranking.valid,
+                "confidence": group.ranking.confidence,
+            }
+        )
+    return records
 
 
 def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer, asked: bool = True) -> dict:
