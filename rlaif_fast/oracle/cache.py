@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json, request_to_json
-from rlaif_fast.oracle.wrappers import identity_of
+from rlaif_fast.oracle.wrappers import AroundOracle, identity_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _is_damage(error: sqlite3.Error) -> bool:
     return not any(words in str(error).casefold() for words in _NOT_DAMAGE)
 
 
-class CachedOracle:
+class CachedOracle(AroundOracle):
     """Another oracle behind a verdict cache; only valid rankings are kept.
 
     The key is the content of the request (not its id) and the oracle's `identity`, which names the judge, its
@@ -242,7 +242,7 @@ class CachedOracle:
     """
 
     def __init__(self, inner: Oracle, *, path: str | Path) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.name = inner.name
         identity_of(inner)
         self.cache = VerdictCache(path)
@@ -256,13 +256,8 @@ class CachedOracle:
 
     def stats(self) -> dict[str, float]:
         """Hits and misses since the start, and the inner oracle's own figures."""
-        inner: dict[str, float] = getattr(self.inner, "stats", dict)()
-        return {"oracle/cache_hits": float(self.hits), "oracle/cache_misses": float(self.misses), **inner}
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores; they are kept with its ranks."""
-        return gives_scores(self.inner)
+        own = {"oracle/cache_hits": float(self.hits), "oracle/cache_misses": float(self.misses)}
+        return own | super().stats()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; what the cache holds costs no tokens and no time."""

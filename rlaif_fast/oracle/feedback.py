@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import preferences, ranks_from_scores
-from rlaif_fast.oracle.wrappers import identity_of, request_generator
+from rlaif_fast.oracle.wrappers import AroundOracle, identity_of, request_generator
 
 Corruption = Callable[[list[float], float, random.Random], list[float]]
 TAIL_FREEDOM = 1.5  # degrees of freedom of the heavy tails: the variance is infinite
@@ -124,7 +124,7 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
 }
 
 
-class CorruptedOracle:
+class CorruptedOracle(AroundOracle):
     """Another oracle whose scores are corrupted; the ranks follow the corrupted scores, of about 0 to 1.
 
     Where it gives no scores, its ranks are corrupted in their place, the best as 1 and the worst as 0, and the
@@ -160,7 +160,7 @@ class CorruptedOracle:
             raise UsageError(
                 f"feedback_strength: expected a whole number of orders for listwise, got {strength}"
             )
-        self.inner = inner
+        super().__init__(inner)
         self.kind = kind
         self.strength = strength
         self.seed = seed
@@ -169,15 +169,6 @@ class CorruptedOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return f"corrupted/1 kind={self.kind} strength={self.strength} seed={self.seed} ({identity_of(self.inner)})"
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores; they come back corrupted."""
-        return gives_scores(self.inner)
-
-    def stats(self) -> dict[str, float]:
-        """The inner oracle's own figures."""
-        return getattr(self.inner, "stats", dict)()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""

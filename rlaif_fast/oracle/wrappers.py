@@ -22,7 +22,23 @@ class OracleFailedError(RlaifFastError):
     """Too many groups could not be ranked; the run stops rather than learn from what is left."""
 
 
-class ShuffledOracle:
+class AroundOracle:
+    """What an oracle around another one passes on."""
+
+    def __init__(self, inner: Oracle) -> None:
+        self.inner = inner
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the inner oracle gives scores; where ranks come back changed, so do they."""
+        return gives_scores(self.inner)
+
+    def stats(self) -> dict[str, float]:
+        """The inner oracle's own figures."""
+        return getattr(self.inner, "stats", dict)()
+
+
+class ShuffledOracle(AroundOracle):
     """Another oracle's ranks and scores dealt out at random within each group: the control that must teach nothing.
 
     Args:
@@ -34,22 +50,13 @@ class ShuffledOracle:
     name = "shuffled"
 
     def __init__(self, inner: Oracle, *, seed: int = 0) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.seed = seed
 
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return f"shuffled/1 seed={self.seed} ({identity_of(self.inner)})"
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores; they come back shuffled as the ranks are."""
-        return gives_scores(self.inner)
-
-    def stats(self) -> dict[str, float]:
-        """The inner oracle's own figures."""
-        return getattr(self.inner, "stats", dict)()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -65,7 +72,7 @@ class ShuffledOracle:
         return tuple(shuffled)
 
 
-class CircuitBreaker:
+class CircuitBreaker(AroundOracle):
     """Stops the run when too many of the last groups could not be ranked.
 
     Args:
@@ -80,7 +87,7 @@ class CircuitBreaker:
         if not share:
             raise UsageError(f"max_invalid_fraction must be in [0, 1], got {max_invalid_fraction!r}")
         check_window(window)
-        self.inner = inner
+        super().__init__(inner)
         self.name = inner.name
         self.max_invalid_fraction = max_invalid_fraction
         self._window: deque[str | None] = deque(maxlen=window)
@@ -89,15 +96,6 @@ class CircuitBreaker:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request: the breaker changes none."""
         return identity_of(self.inner)
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores."""
-        return gives_scores(self.inner)
-
-    def stats(self) -> dict[str, float]:
-        """The inner oracle's own figures."""
-        return getattr(self.inner, "stats", dict)()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request.

@@ -74,8 +74,7 @@ class PlanConfig(TrainConfig):
         require(self.shared_prefix, "shared_prefix", "true in a plan", self.shared_prefix)
         for name in ("optimizer_offload", "load_in_4bit"):
             require(not getattr(self, name), name, "false in a plan", getattr(self, name))
-        served = self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
-        require(served, "sampler", "another than vllm without urls in a plan", self.sampler)
+        require(not self.vllm_here, "sampler", "another than vllm without urls in a plan", self.sampler)
         require(self.device != "cpu", "device", "a GPU in a plan", self.device)
         same = self.num_processes in (0, 1, self.gpus)
         require(same, "num_processes", f"the number of gpus ({self.gpus})", self.num_processes)

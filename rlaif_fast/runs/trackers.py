@@ -66,26 +66,18 @@ def _trackio(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
 
 
 def _wandb(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
-    module.init(
-        project=os.environ.get("WANDB_PROJECT", PROJECT),
-        name=_name(run_dir),
-        id=_identity(run_dir),
-        resume="allow",
-        dir=str(run_dir.path),
-        config=config,
-    )
-    return _Calls(module.log, module.finish)
+    project = os.environ.get("WANDB_PROJECT", PROJECT)
+    return _by_identity(module, run_dir, project=project, dir=str(run_dir.path), config=config)
 
 
 def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
-    module.init(
-        project=os.environ.get("SWANLAB_PROJECT", PROJECT),
-        name=_name(run_dir),
-        id=_identity(run_dir),
-        resume="allow",
-        log_dir=str(run_dir.path / "swanlab"),
-        config=config,
-    )
+    project, folder = os.environ.get("SWANLAB_PROJECT", PROJECT), str(run_dir.path / "swanlab")
+    return _by_identity(module, run_dir, project=project, log_dir=folder, config=config)
+
+
+def _by_identity(module: Any, run_dir: RunDir, **options: Any) -> Tracker:
+    """The tracker of a library whose runs have ids, by which a resumed run goes on."""
+    module.init(name=_name(run_dir), id=_identity(run_dir), resume="allow", **options)
     return _Calls(module.log, module.finish)
 
 

@@ -257,12 +257,16 @@ class RlOptions:
         require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, int(self.dynamic_sampling))
 
+    @property
+    def vllm_here(self) -> bool:
+        """Whether vLLM draws in the process of the run, and not on servers."""
+        return self.sampler == "vllm" and not self.sampler_options.get("urls")
+
     def check_rollout_lag(self) -> None:
         """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""
         require(self.rollout_lag == 1, "rollout_lag", "0 or 1", self.rollout_lag)
-        served = self.sampler not in OWN_SAMPLERS and (
-            self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
-        )  # another package's sampler is asked when it is made
+        # Another package's sampler is asked when it is made.
+        served = self.sampler not in OWN_SAMPLERS and not self.vllm_here
         require(served, "rollout_lag", f"0 where sampler is {self.sampler} without urls", self.rollout_lag)
         require(
             not self.dynamic_sampling, "rollout_lag", "0 where dynamic_sampling is true", self.rollout_lag
@@ -361,8 +365,7 @@ class TrainConfig(
     def check_sharding(self) -> None:
         """Refuse what cannot work with sharded weights."""
         require(self.shared_prefix, "sharding", "none where shared_prefix is false", self.sharding)
-        served = self.sampler != "vllm" or bool(self.sampler_options.get("urls"))
-        require(served, "sharding", "none where sampler is vllm without urls", self.sharding)
+        require(not self.vllm_here, "sharding", "none where sampler is vllm without urls", self.sharding)
         fits = {"sampler": self.sampler != "cuda_graphs"}
         fits["algorithm"] = not find_algorithm(self).has_critic
         for name, ok in fits.items():
