@@ -23,7 +23,7 @@ from rlaif_fast import (
     grpo_rank_loss_from_logits,
     rank_advantages,
 )
-from rlaif_fast.errors import first_line
+from rlaif_fast.errors import typed_line
 from rlaif_fast.loss import backends
 from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
@@ -96,7 +96,7 @@ def _run(name: str, compute: Callable[[], float | str], tolerance: float) -> Che
     try:
         result = compute()
     except Exception as error:  # whatever a kernel raises is what the table is for
-        result = f"raised {type(error).__name__}: {first_line(error)[:120]}"
+        result = f"raised {typed_line(error)[:120]}"
     seconds = time.perf_counter() - start
     if isinstance(result, str):
         return Check(name, None, tolerance, result, seconds)

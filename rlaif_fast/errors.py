@@ -79,6 +79,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def typed_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says, if it says something."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def refusal(error: Exception) -> str | None:
     """Why the system refused to write, and what to do; None for an error of another kind.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import first_line
+from rlaif_fast.errors import typed_line
 from rlaif_fast.policy.packing import PackedRow, pack
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str | N
     try:
         results = _run(backend.context(row, device), row, device, dtype)
     except Exception as error:  # a kernel of another release raises whatever it likes
-        return f"it fails here ({type(error).__name__}: {first_line(error)[:160]})", _since(start)
+        return f"it fails here ({typed_line(error)[:160]})", _since(start)
     expected = _run(ReferenceContext(row, device), row, device, torch.float32)
     for what, ours, reference in zip(("output", "dq", "dk", "dv"), results, expected):
         distance = float((ours.detach().float() - reference.detach()).norm() / reference.detach().norm())

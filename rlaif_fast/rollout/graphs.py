@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import UsageError, first_line
+from rlaif_fast.errors import UsageError, typed_line
 from rlaif_fast.policy.attention import dtype_of
 from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
@@ -210,7 +210,7 @@ def check_graphs(policy: Policy) -> str | None:
             step, captured = _small_step(policy)
             return _unlike("a captured step", captured, "an eager one", step._run(), 2e-2)
     except Exception as error:  # a driver, a library or a model's own code may refuse a capture
-        return f"{type(error).__name__}: {first_line(error)[:160]}"
+        return typed_line(error)[:160]
 
 
 def check_fused(policy: Policy, attention: str = "auto") -> str | None:
@@ -229,7 +229,7 @@ def check_fused(policy: Policy, attention: str = "auto") -> str | None:
             reason = _unlike("a step by fused kernels", found, "one of the modules", expected, 5e-2)
             by_modules, by_kernels = _milliseconds(plain), _milliseconds(fused)
     except Exception as error:  # a driver or a compiler may refuse a kernel
-        return f"{type(error).__name__}: {first_line(error)[:160]}"
+        return typed_line(error)[:160]
     log.info("rollout: a decode step takes %.2f ms by fused kernels, %.2f by modules", by_kernels, by_modules)
     if reason is None and by_kernels > SAME_TIME * by_modules:
         return f"a step takes {by_kernels:.2f} ms by them, {by_modules:.2f} by the modules"

@@ -16,7 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
-from rlaif_fast.errors import UsageError, first_line
+from rlaif_fast.errors import UsageError, typed_line
 from rlaif_fast.runs.folder import RunDir
 
 PROJECT = "rlaif_fast"
@@ -175,7 +175,7 @@ class Trackers:
             return call()
         except Exception as error:  # a library of others, often over a network
             self._live.pop(name, None)
-            self._tell(f"{name}: no longer reported to ({type(error).__name__}: {first_line(error)})")
+            self._tell(f"{name}: no longer reported to ({typed_line(error)})")
             return None
 
 
