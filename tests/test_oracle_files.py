@@ -120,7 +120,7 @@ def test_replay_matches_by_content_whatever_the_order(tmp_path):
             "v.jsonl:1: the key 'ranks' stands twice",
         ),
         ('{"responses": ["a", "\\ud800"], "ranks": [0, 1]}', "v.jsonl:1: .* half of a character"),
-        ("[" * 5000, "v.jsonl:1: nested more than"),
+        ("[" * 100_000, "v.jsonl:1: nested more than"),
     ],
 )
 def test_a_wrong_verdict_file_is_reported_with_its_line(tmp_path, line, message):
