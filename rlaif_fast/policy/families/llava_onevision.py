@@ -46,17 +46,15 @@ class LlavaOnevision(FrameFamily):
         return VisionParts(whole, parts, [whole.model.image_newline])
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
-        """Features of each video by the model's own `get_video_features`, one video after the other."""
+        """Features of each video by the model's own `get_video_features`, which is given all frames as one video."""
         parameter = next(vision.parameters())
-        return [(self._of_video(vision.model, m, parameter),) for m in media]
-
-    def _of_video(self, model: Any, media: Media, like: Tensor) -> Tensor:
-        frames = self.frames([media])[None].to(like.device, like.dtype)
-        found = model.get_video_features(frames, return_dict=True).pooler_output[0]
-        if len(found) % len(media.patches) == 0:
-            # The newline is missing: in earlier releases of transformers the model's forward adds it.
-            found = torch.cat((found, model.image_newline[None].to(found)))
-        return found
+        frames = self.frames(media)[None].to(parameter.device, parameter.dtype)
+        found = vision.model.get_video_features(frames, return_dict=True).pooler_output[0]
+        each = self.tokens_a_frame(vision.model.config)
+        newline = vision.model.image_newline[None].to(found)
+        # Some releases of transformers add a newline behind all of it.
+        videos = found[: each * frames.shape[1]].split([each * m.grid_thw[0] for m in media])
+        return [(torch.cat((video, newline)),) for video in videos]
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
         """Videos of equally many frames, since the model takes them as one tensor."""
