@@ -244,10 +244,11 @@ def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, 
         loaded = load_model(options)
         policy = setup.make_policy(loaded, options)
         world.broadcast([p.data for p in policy.model.parameters()])
-        setup.shard(policy, config, world)
     make_batch = open_parts.enter_context(
         setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
     )
+    with logger.timer("model"):
+        setup.shard(policy, config, world, make_batch.encoder)
     config, reasoning = setup.for_reasoning(config, make_batch.encoder)
     notes = (
         *loaded.notes,

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import family_checkpoints
 import torch
+from test_families_packed import make_clip, make_encoder
 from vllm_parts import serving
 
 from rlaif_fast.algorithms import make_algorithm
@@ -17,11 +19,14 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.policy import testing
+from rlaif_fast.policy.families.base import ROUTER
 from rlaif_fast.policy.loading import ModelOptions
 from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.shard import make_mesh, own_part, shard_policy, whole
-from rlaif_fast.prompts.encoder import Prompt
+from rlaif_fast.prompts.batches import filling_prompt
+from rlaif_fast.prompts.encoder import Prompt, PromptEncoder
 from rlaif_fast.rollout import PlainSampler, Sampler, SamplingParams, SharedPrefixSampler, VllmSampler
 from rlaif_fast.rollout.vllm.weights import merged_weights
 from rlaif_fast.runs.checkpoint import CheckpointStore, load_state, load_weights
@@ -47,7 +52,7 @@ SPLITS: tuple[Split, ...] = (
 class Case:
     """What is trained, and how its steps are shared."""
 
-    family: str = "qwen3_vl"
+    family: str = "qwen3_vl"  # of `testing`, or of `family_checkpoints`
     trains: str = "all"  # or "lora", "decoder"
     dtype: torch.dtype = torch.float32
     beta: float = 0.1
@@ -59,6 +64,7 @@ class Case:
     together: int = 2
     asynchronous: bool = False  # its checkpoint
     offload: bool = False
+    long_questions: bool = False
 
 
 @dataclass
@@ -78,30 +84,84 @@ class Outcome:
 
 
 def make_policy(case: Case) -> Policy:
-    model = testing.make_model(case.family, dtype=case.dtype)
+    if case.family in testing.FAMILIES:
+        model, tokenizer = testing.make_model(case.family, dtype=case.dtype), testing.TOKENIZER
+    else:
+        model, tokenizer = family_checkpoints.make_model(case.family, dtype=case.dtype)
     if case.trains == "lora":
         torch.manual_seed(1)
         model.name_or_path = "tiny"  # which adapters name as their base
         model = add_lora(model, ModelOptions(lora_r=4))
-    policy = testing.make_policy(case.family, model=model, max_packed_tokens=case.packed)
+    policy = Policy(model, tokenizer, max_packed_tokens=case.packed)
     if case.trains == "decoder":
         policy.vision.tower.requires_grad_(False)
+    if case.family == "glm4v_moe" and case.dtype == torch.bfloat16:  # as its checkpoints are read
+        for name, parameter in model.named_parameters():
+            if ROUTER in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(False)
     if case.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return policy
 
 
-def make_groups(family: str) -> list[Group]:
-    """Six groups: three about one clip, one about another, two about nothing."""
-    cat, dog = testing.make_media("cat", (2, 4, 4)), testing.make_media("dog", (1, 4, 8))
+def encoder_of(family: str) -> PromptEncoder:
+    """What encodes prompts for a family of `family_checkpoints`."""
+    tokenizer = family_checkpoints.make_tokenizer(family)
+    return make_encoder(family, tokenizer, family_checkpoints.make_config(family, tokenizer))
+
+
+def make_prompts(family: str, long_questions: bool = False) -> list[EncodedPrompt]:
+    """Six prompts: three about one clip, one about another, two about nothing."""
+    if family in testing.FAMILIES:
+        cat, dog = testing.make_media("cat", (2, 4, 4)), testing.make_media("dog", (1, 4, 8))
+        shown = [(cat,), (cat,), (cat,), (dog,), (), ()]
+        prompts = [testing.make_prompt(family, media, before=2, after=3 + k) for k, media in enumerate(shown)]
+        if long_questions:
+            asked = [torch.tensor(testing.words(15, seed=k)) for k in range(len(prompts))]
+            prompts = [
+                replace(prompt, input_ids=torch.cat((prompt.input_ids, more)))
+                for prompt, more in zip(prompts, asked)
+            ]
+        return prompts
+    encoder, cat, dog = encoder_of(family), make_clip("cat", 4), make_clip("dog", 2)
+    shown = [[cat], [cat], [cat], [dog], [], []]
+    return [
+        encoder.encode(Example(id=str(k), question="what color " * (k + 1)), clips)
+        for k, clips in enumerate(shown)
+    ]
+
+
+def make_responses(family: str, lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random words of the family's tokenizer, (B, longest), and how many of each row count."""
+    if family in testing.FAMILIES:
+        return testing.make_responses(lengths, seed=seed)
+    tokenizer = family_checkpoints.make_tokenizer(family)
+    words = torch.tensor(tokenizer("red blue circle square left", add_special_tokens=False)["input_ids"])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(0, len(words), (len(lengths), max(lengths)), generator=generator)
+    return words[chosen], torch.tensor(lengths)
+
+
+def make_filler(policy: Policy, family: str) -> EncodedPrompt:
+    """A short prompt, about something where the tower trains."""
+    if family not in testing.FAMILIES:
+        return filling_prompt(encoder_of(family), with_media=policy.vision.trains)
+    media = (testing.make_media("filler", (1, 2, 2)),) if policy.vision.trains else ()
+    return testing.make_prompt(family, media, before=1, after=1)
+
+
+def make_groups(family: str, long_questions: bool = False) -> list[Group]:
+    """A group for each prompt."""
     groups = []
-    for k, media in enumerate([(cat,), (cat,), (cat,), (dog,), (), ()]):
-        prompt = testing.make_prompt(family, media, before=2, after=3 + k)
-        ids, lengths = testing.make_responses([2 + (k + j) % 4 for j in range(G)], seed=k)
+    for k, prompt in enumerate(make_prompts(family, long_questions)):
+        ids, lengths = make_responses(family, [2 + (k + j) % 4 for j in range(G)], seed=k)
         scores = torch.randn(G, generator=torch.Generator().manual_seed(k))
         groups.append(
             Group(
-                prompt=Prompt(prompt.input_ids, media, example=Example(id=str(k), question="?", answer="!")),
+                prompt=Prompt(
+                    prompt.input_ids, prompt.media, example=Example(id=str(k), question="?", answer="!")
+                ),
                 texts=("",) * G,
                 token_ids=tuple(tuple(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist())),
                 finished=(True,) * G,
@@ -123,7 +183,7 @@ def begin(world: World, case: Case) -> tuple[SimpleNamespace, Updater]:
     if world.size > 1:
         world.connect()
         mesh = make_mesh(torch.device("cpu"), world.size, case.together)
-        shard_policy(policy, mesh, offload=case.offload)
+        shard_policy(policy, mesh, make_filler(policy, case.family), offload=case.offload)
     policy.freeze_reference()
     config = TrainConfig(
         beta=case.beta, num_generations=G, max_packed_tokens=case.packed, num_iterations=case.num_iterations
@@ -151,7 +211,7 @@ def update(
     run: SimpleNamespace, updater: Updater, case: Case, split: Split
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     """One step: the loss, the norm of the gradient and the gradient."""
-    world, groups = run.world, make_groups(case.family)
+    world, groups = run.world, make_groups(case.family, case.long_questions)
     shares = split if world.size > 1 else [sorted(sum(map(tuple, split), ()))]
     mine = [groups[k] for k in shares[world.rank]]
     loss = supervised(run, mine) if case.supervised else update_loss(run, mine, None)["loss"]
@@ -170,7 +230,7 @@ def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
 def train(world: World, case: Case) -> Outcome:
     """Some updates of a policy, and what is drawn from it then."""
     run, updater = begin(world, case)
-    policy, prompts = run.policy, make_groups(case.family)[: 2 + world.rank]
+    policy, prompts = run.policy, make_groups(case.family, case.long_questions)[: 2 + world.rank]
     drawn_at_start = sample(policy, prompts)
     with updater:
         losses, norms, gradients = zip(*(update(run, updater, case, split) for split in case.splits))
@@ -229,11 +289,11 @@ def hand_over(world: World, case: Case) -> tuple[bool, float, int]:
     """
     torch.set_num_threads(1)
     start = make_policy(replace(case, trains="all"))  # what the server is started with, which has no adapters
-    groups = make_groups(case.family)[: 2 + world.rank]
+    groups = make_groups(case.family, case.long_questions)[: 2 + world.rank]
     prompts = [group.prompt for group in groups]
     run, updater = begin(world, case)
     policy = run.policy
-    with serving(start, [group.prompt for group in make_groups(case.family)]) as server:
+    with serving(start, [group.prompt for group in make_groups(case.family, case.long_questions)]) as server:
         sampler = VllmSampler(policy, urls=world.gather(server.url))
         with updater:
             for split in SPLITS[:2]:

@@ -7,11 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharding_parts import SPLITS, Case, Outcome, go_on, hand_over, train, work_of_two
+from sharding_parts import SPLITS, Case, Outcome, go_on, hand_over, make_policy, train, work_of_two
 
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import FAMILIES as FAMILIES_OF_MODELS
+from rlaif_fast.policy.families.base import ROUTER
+from rlaif_fast.policy.shard import shard_policy
 from rlaif_fast.policy.testing import FAMILIES
 from rlaif_fast.runs.integrity import read_manifest
 from rlaif_fast.trainer import setup
@@ -22,10 +25,16 @@ TRAINED = {
     "many passes": Case("qwen2_5_vl", packed=60, splits=SPLITS[1:3]),
     "recomputed": Case("qwen3_vl", "decoder", recompute=True),
     "in main memory": Case("qwen3_vl", offload=True),
+    # Counted for each response, the questions about one clip are more than a row holds.
+    "one row a call": Case("qwen3_vl", packed=150, long_questions=True, splits=SPLITS[1:2]),
     "off policy": Case("qwen2_5_vl", "lora", num_iterations=2, beta=0.0),
     "supervised": Case("qwen2_5_vl", supervised=True, splits=SPLITS[:3]),
 }
+OTHERS = sorted(FAMILIES_OF_MODELS.keys() - set(FAMILIES))
+TRAINED |= {family: Case(family, splits=(SPLITS[3], SPLITS[0])) for family in OTHERS}
+TRAINED["internvl lora"] = Case("internvl", "lora", splits=(SPLITS[3], SPLITS[0]))
 BFLOAT16 = Case("qwen3_vl", dtype=torch.bfloat16, splits=SPLITS[:3])
+WIDE_ROUTER = Case("glm4v_moe", "decoder", dtype=torch.bfloat16, splits=SPLITS[:3])
 RESUMED = {
     "all": Case(),
     "lora": Case("qwen2_5_vl", "lora"),
@@ -45,9 +54,14 @@ class Pair(NamedTuple):
 def pair(tmp_path_factory) -> Pair:
     """Every case in the same two processes, which take a few seconds to start."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    argument = [*TRAINED.values(), BFLOAT16], [(case, folder / name) for name, case in RESUMED.items()]
+    argument = (
+        [*TRAINED.values(), BFLOAT16, WIDE_ROUTER],
+        [(case, folder / name) for name, case in RESUMED.items()],
+    )
     trained, resumed = launch(work_of_two, argument, 2)
-    return Pair(dict(zip([*TRAINED, "bfloat16"], trained)), dict(zip(RESUMED, resumed)), folder)
+    return Pair(
+        dict(zip([*TRAINED, "bfloat16", "wide router"], trained)), dict(zip(RESUMED, resumed)), folder
+    )
 
 
 def assert_close(ours, expected, tolerance: float) -> None:
@@ -81,6 +95,24 @@ def test_a_bfloat16_model_is_updated_in_float32(pair):
     assert two.dtypes == {torch.float32}
     assert two.losses == pytest.approx(one.losses, abs=2e-2)
     assert two.norms == pytest.approx(one.norms, rel=5e-2)
+
+
+def test_a_router_in_float32_stays_whole(pair):
+    one, two = train(World(), WIDE_ROUTER), pair.trained["wide router"]
+    assert two.losses == pytest.approx(one.losses, abs=2e-2)
+    assert two.norms == pytest.approx(one.norms, rel=5e-2)
+    router = [name for name in one.weights if ROUTER in name]
+    assert router and all(two.weights[name].dtype == torch.float32 for name in router)
+    assert all(torch.equal(two.weights[name], one.weights[name]) for name in router)
+
+
+def test_a_weight_that_trains_in_more_bits_is_refused():
+    policy = make_policy(WIDE_ROUTER)
+    policy.model.requires_grad_(True)
+    with pytest.raises(
+        UsageError, match=r"sharding: expected none where .*gate\.weight trains, .* torch.float32"
+    ):
+        shard_policy(policy, None, None)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -59,8 +59,7 @@ def gathered_bytes(policy: Policy, together: int) -> tuple[int, int]:
         return 0, 0
     stacks = [list(cast(nn.ModuleList, policy.decoder.layers))]
     if policy.vision.trains:
-        tower = policy.vision.tower
-        stacks.append(list(cast(nn.ModuleList, tower.blocks)))
+        stacks.append(policy.vision.family.tower_layers(policy.model))
         everything = _bytes(policy.model.parameters())
     else:
         everything = _bytes(policy.model.parameters()) - _bytes(policy.vision.tower.parameters())

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlaif_fast.policy.cut import cut
+
 Merge = Literal["prefixes", "duplicates", "none"]
 
 
@@ -140,6 +142,45 @@ class PackedRow:
         """Whether node `key` is on the path to node `query`, itself included; broadcasts."""
         depth = self.node_depth[key]
         return (depth <= self.node_depth[query]) & (self.path[self.node_response[query], depth] == key)
+
+
+def pack_rows(
+    token_ids: np.ndarray,  # (B, T)
+    lengths: np.ndarray,  # (B,)
+    prompt_lengths: np.ndarray,  # (N,)
+    group_sizes: np.ndarray,  # (N,)
+    max_tokens: int | None,
+    merge: Merge = "prefixes",
+) -> list[tuple[slice, slice, PackedRow]]:
+    """Lay out groups as rows of at most `max_tokens`; a longer group is a row of its own, without a bound all are one.
+
+    Args:
+        token_ids: As for `pack`, and so are the others.
+        max_tokens: Most tokens of a row; None for any number.
+
+    Returns:
+        For each row its groups, their responses, and the row.
+    """
+    ends = np.concatenate(([0], np.cumsum(group_sizes)))
+
+    def row(groups: slice) -> tuple[slice, slice, PackedRow]:
+        own = slice(int(ends[groups.start]), int(ends[groups.stop]))
+        part = (token_ids[own], lengths[own], prompt_lengths[groups], group_sizes[groups])
+        return groups, own, pack(*part, merge)
+
+    if max_tokens is None:
+        return [row(slice(0, len(group_sizes)))]
+    fed = np.add.reduceat(np.append(np.maximum(lengths - 1, 0), 0), ends[:-1])
+    fed[group_sizes == 0] = 0
+    rows = [row(groups) for groups in cut((prompt_lengths + fed).tolist(), max_tokens)]
+    # What the responses of a group have in common is computed once, so that several of these may fit into one.
+    fits = cut([packed.tokens for *_, packed in rows], max_tokens)
+    return [
+        rows[fit.start]
+        if fit.stop == fit.start + 1
+        else row(slice(rows[fit.start][0].start, rows[fit.stop - 1][0].stop))
+        for fit in fits
+    ]
 
 
 def pack(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from rlaif_fast.errors import UsageError
 from rlaif_fast.loss.api import token_logps
 from rlaif_fast.policy import attention, deepstack, linear_attention, vision_attention
-from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families import (
     PromptLayouts,
     eos_token_ids,
@@ -28,7 +27,7 @@ from rlaif_fast.policy.families import (
     unwrap,
 )
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
-from rlaif_fast.policy.packing import PackedRow, count_rows, pack
+from rlaif_fast.policy.packing import PackedRow, count_rows, pack_rows
 from rlaif_fast.policy.pattern import backend_name, row_context
 from rlaif_fast.policy.plain import plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -202,14 +201,13 @@ class Policy:
         host_ids = token_ids.numpy(force=True)
         host_lengths = lengths.numpy(force=True).astype(np.int64)
         prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
-        response_ends = np.concatenate(([0], np.cumsum(sizes)))
-        fed = np.add.reduceat(np.append(np.maximum(host_lengths - 1, 0), 0), response_ends[:-1])
-        fed[sizes == 0] = 0
+        # Sharded weights are gathered once a call in every process, so a call is one row there.
+        one_row = self.shards is not None and not self.shards.is_whole
+        most = None if one_row else self.max_packed_tokens
         hidden = []
-        for groups in cut((prompt_lengths + fed).tolist(), self.max_packed_tokens):
-            rows = slice(response_ends[groups.start], response_ends[groups.stop])
-            part = (host_ids[rows], host_lengths[rows], prompt_lengths[groups], sizes[groups])
-            row = pack(*part, self.backend.merge)
+        for groups, rows, row in pack_rows(
+            host_ids, host_lengths, prompt_lengths, sizes, most, self.backend.merge
+        ):
             hidden.append(self.packed_forward(row, prompts[groups], host_ids[rows], features))
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 

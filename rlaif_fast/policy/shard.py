@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +31,13 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.prompt import EncodedPrompt
-from rlaif_fast.video.media import Media
 
 if TYPE_CHECKING:
     from rlaif_fast.policy.policy import Policy
 
 T = TypeVar("T")
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # whose layers and towers are known here
 
 
 class Shards(nn.Module):
@@ -112,7 +108,7 @@ class Shards(nn.Module):
                 unit.set_reshard_after_forward(unit is not self, recurse=False)
 
 
-def shard_policy(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> None:
+def shard_policy(policy: Policy, mesh: DeviceMesh, filler: EncodedPrompt, *, offload: bool = False) -> None:
     """Cut the weights of a policy over the processes of `mesh`, in place: by layer, and the rest together.
 
     Weights that train become float32 shards, which the optimizer updates and keeps its moments beside; each pass rounds
@@ -122,30 +118,28 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> 
     Args:
         policy: With `shared_prefix`; every process holds the same weights.
         mesh: Of one dimension; or of two, weights being cut over the second and repeated over the first.
+        filler: A short prompt for passes without anything to learn; with a medium where the vision tower trains.
         offload: Keep the shards in main memory, with gradients and moments, and update them there.
 
     Raises:
-        UsageError: The model is of another family than `FAMILIES`.
+        UsageError: A weight that trains is to be computed with in more bits than the rest, which FSDP would round.
     """
-    model_type = unwrap(policy.model).config.model_type
-    if model_type not in FAMILIES:
-        raise UsageError(
-            f"sharding: expected none for the model family {model_type!r}; fsdp2 knows {FAMILIES}"
-        )
     compute = MixedPrecisionPolicy(
         param_dtype=policy.head_weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     place = CPUOffloadPolicy(pin_memory=policy.device.type == "cuda") if offload else OffloadPolicy()
-    tower: Any = policy.vision.tower
-    layers = policy.decoder.layers
     trains = policy.vision.trains
-    root = Shards(policy.model, _filler(policy))
-    stacks = [list(layers), list(tower.blocks)] if trains else [list(layers)]
+    root = Shards(policy.model, filler)
+    stacks = [list(policy.decoder.layers)]
+    if trains:
+        stacks.append(policy.vision.family.tower_layers(policy.model))
+    ignored = _wider_than_the_rest(policy)
+    if not trains:
+        ignored |= set(policy.vision.tower.parameters())
     for layer in itertools.chain(*stacks):
         _widen(layer)
-        fully_shard(layer, mesh=mesh, mp_policy=compute, offload_policy=place)
+        fully_shard(layer, mesh=mesh, mp_policy=compute, offload_policy=place, ignored_params=ignored)
     _widen(root)
-    ignored = None if trains else set(tower.parameters())
     fully_shard(root, mesh=mesh, mp_policy=compute, offload_policy=place, ignored_params=ignored)
     # Left to itself, FSDP gathers ahead in the order of the forward passes it saw, and in a rollout or an evaluation
     # each process makes others. The first of a stack and the root have nothing to gather ahead.
@@ -207,15 +201,20 @@ def _widen(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def _filler(policy: Policy) -> EncodedPrompt:
-    """The shortest prompt that passes through everything that is sharded."""
-    end = policy.eos_token_ids[0]
-    if not policy.vision.trains:
-        return EncodedPrompt(torch.tensor([end, end]))
-    config: Any = unwrap(policy.model).config
-    tower: Any = policy.vision.tower
-    merge = config.vision_config.spatial_merge_size
-    width = math.prod(tower.patch_embed.proj.weight.shape[1:])
-    picture = Media(torch.zeros(merge * merge, width), (1, merge, merge), False, 0.0, "empty pass")
-    ids = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id, end]
-    return EncodedPrompt(torch.tensor(ids), (picture,))
+def _wider_than_the_rest(policy: Policy) -> set[nn.Parameter]:
+    """The frozen weights that the model keeps in more bits than it computes in (the routers of some mixtures).
+
+    Adapters are wider too, and are rounded for a pass as the weights under them are.
+    """
+    bits = policy.head_weight.dtype.itemsize
+    wider = {
+        name: p
+        for name, p in policy.model.named_parameters()
+        if p.is_floating_point() and p.dtype.itemsize > bits and ".lora_" not in name
+    }
+    for name, parameter in wider.items():
+        if parameter.requires_grad:
+            raise UsageError(
+                f"sharding: expected none where {name} trains, which the model keeps in {parameter.dtype}"
+            )
+    return set(wider.values())

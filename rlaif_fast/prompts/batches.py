@@ -147,6 +147,17 @@ def files(example: Example) -> tuple[MediaRef, ...]:
     return example.seen
 
 
+def filling_prompt(encoder: PromptEncoder, *, with_media: bool) -> Prompt:
+    """A short prompt for a pass that learns nothing, about a small black clip where `with_media` is set."""
+    clips = []
+    if with_media:
+        spec = encoder.patch_spec
+        pixels = torch.zeros(spec.temporal_patch_size, spec.factor, spec.factor, 3, dtype=torch.uint8)
+        times = tuple(map(float, range(len(pixels))))
+        clips = [Clip(pixels, times, key="filling prompt", sample_fps=1.0)]
+    return encoder.encode(Example(id="filling prompt", question="?"), clips)
+
+
 def blanked(clip: Clip) -> Clip:
     """The clip with every frame mid-grey, of the same times: what is left to a policy that cannot see."""
     kind = "image" if clip.is_image else f"video:{clip.sample_fps}"

@@ -31,7 +31,7 @@ from rlaif_fast.policy.frontend import load_frontend
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.weights import adapter_config
-from rlaif_fast.prompts.batches import BatchMaker
+from rlaif_fast.prompts.batches import BatchMaker, filling_prompt
 from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.prompts.make import check_encoding, make_encoder
 from rlaif_fast.rollout.reasoning import check_budget
@@ -241,7 +241,7 @@ def shards_together(config: TrainConfig, processes: int, on_machine: int) -> int
     return together
 
 
-def shard(policy: Policy, config: TrainConfig, world: World) -> None:
+def shard(policy: Policy, config: TrainConfig, world: World, encoder: PromptEncoder) -> None:
     """Cut the policy's weights over the processes, where that is asked for."""
     together = shards_together(config, world.size, world.local_size)
     if together > 1:
@@ -249,7 +249,8 @@ def shard(policy: Policy, config: TrainConfig, world: World) -> None:
 
         world.connect()
         mesh = make_mesh(policy.device, world.size, together)
-        shard_policy(policy, mesh, offload=config.optimizer_offload)
+        filler = filling_prompt(encoder, with_media=policy.vision.trains)
+        shard_policy(policy, mesh, filler, offload=config.optimizer_offload)
 
 
 def make_batch_maker(

@@ -137,6 +137,11 @@ class Family:
         """The modules that make features: tower and projector."""
         return unwrap(model).get_submodule(self.tower)
 
+    def tower_layers(self, model: nn.Module) -> list[nn.Module]:
+        """The layers of the vision tower: its longest list of modules."""
+        parts = unwrap(model).get_submodule(self.tower).modules()
+        return max((list(part) for part in parts if isinstance(part, nn.ModuleList)), key=len)
+
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each medium, with the graph of `vision`."""
         parameter = next(vision.parameters())
