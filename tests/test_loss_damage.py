@@ -150,8 +150,9 @@ def test_the_reference_computes_16_bit_logps_in_float32(dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["logits", "hidden", "dpo"])
-def test_a_masked_token_may_be_nan(form, backend):
-    hidden, weight, ids = small(B=4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_masked_token_may_be_nan(dtype, form, backend):
+    hidden, weight, ids = (x.to(dtype) if x.is_floating_point() else x for x in small(B=4))
     mask = torch.ones(4, 4, dtype=torch.bool)
     mask[1, 2:] = False
     gradients = []
@@ -163,7 +164,9 @@ def test_a_masked_token_may_be_nan(form, backend):
         options = {"mask": mask, "backend": backend}
         ranks = torch.tensor([[0, 1], [1, 0]])
         if form == "logits":
-            loss = grpo_rank_loss_from_logits(leaf @ torch.eye(5), ids % 5, ranks, **options).loss
+            loss = grpo_rank_loss_from_logits(
+                leaf @ torch.eye(5, dtype=dtype), ids % 5, ranks, **options
+            ).loss
             loss = loss + 0 * head.sum()
         elif form == "hidden":
             loss = fused_linear_grpo_rank_loss(leaf, head, ids, ranks, **options).loss
@@ -175,6 +178,31 @@ def test_a_masked_token_may_be_nan(form, backend):
     for clean, damaged in zip(*gradients):
         where = kept if clean.shape == hidden.shape else torch.ones_like(clean, dtype=torch.bool)
         torch.testing.assert_close(clean[where], damaged[where])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["logits", "hidden", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_group_that_is_not_valid_may_be_nan(dtype, form, backend):
+    hidden, weight, ids = (x.to(dtype) if x.is_floating_point() else x for x in small(B=4))
+    ranks, valid = torch.tensor([[0, 1], [1, 0]]), torch.tensor([True, False])
+    gradients = []
+    for damage in (0.0, math.nan):
+        leaf, head = hidden.clone(), weight.clone().requires_grad_()
+        leaf[2:] = damage
+        leaf.requires_grad_()
+        if form == "logits":
+            loss = grpo_rank_loss_from_logits(leaf, ids % 5, ranks, valid=valid, backend=backend).loss
+            loss = loss + 0 * head.sum()
+        elif form == "hidden":
+            loss = fused_linear_grpo_rank_loss(leaf, head, ids, ranks, valid=valid, backend=backend).loss
+        else:
+            options = {"lengths": torch.tensor([4, 4, 5, 3]), "valid": valid, "backend": backend}
+            loss = fused_linear_grpo_rank_loss(leaf.flatten(0, 1), head, ids.flatten(), ranks, **options).loss
+        gradients.append((loss, *torch.autograd.grad(loss, (leaf, head))))
+    assert gradients[0][1].count_nonzero() > 0
+    for clean, damaged in zip(*gradients):
+        assert torch.equal(clean, damaged)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,21 +261,34 @@ def test_weights_of_pairs_get_no_gradient(backend):
     assert weights.grad is None
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(packed):
+@pytest.mark.parametrize("name", ["grpo_rank", "dpo", "lipo"])
+def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(name, packed, autocast):
     """With 65,536 items a gradient is 1e-5 of a probability: 0 in float16 before it is scaled."""
     problem = random_problem(N=4, G=3, V=65, dtype=torch.float16)
     mask = problem.tensors["mask"]
     ranks = torch.tensor([[0, 1, 2]] * 4)
+    sums = torch.zeros(12)
     gradients = []
     for dtype, backend in ((torch.float16, "cpu"), (torch.float64, "reference")):
-        hidden = problem.hidden.detach().to(dtype).requires_grad_()
-        weight = problem.weight.detach().to(dtype).requires_grad_()
+        kept = torch.float32 if autocast and dtype == torch.float16 else dtype
+        hidden = problem.hidden.detach().to(kept).requires_grad_()
+        weight = problem.weight.detach().to(kept).requires_grad_()
         rows, ids, layout = hidden, problem.token_ids.where(mask, 0), {"mask": mask}
         if packed:
             rows, ids, layout = hidden[mask], ids[mask], {"lengths": mask.sum(1)}
-        options = {"loss_type": "dapo", "num_items_in_batch": 65536, "backend": backend, **layout}
-        loss = fused_linear_grpo_rank_loss(rows, weight, ids, ranks, **options).loss
+        options = {"num_items_in_batch": 65536, "backend": backend, **layout}
+        with torch.autocast("cpu", torch.float16, enabled=kept != dtype):
+            if name == "grpo_rank":
+                loss = fused_linear_grpo_rank_loss(rows, weight, ids, ranks, loss_type="dapo", **options).loss
+            elif name == "dpo":
+                loss = fused_linear_dpo_loss(rows, weight, ids, ref_logps_sum=sums, **options).loss
+            else:
+                labels = -ranks.to(dtype)
+                loss = fused_linear_lipo_loss(
+                    rows, weight, ids, ref_logps_sum=sums, labels=labels, **options
+                ).loss
         (loss.double() * 4096).backward()
         gradients.append((hidden.grad, weight.grad))
     for got, want in zip(*gradients):

@@ -218,6 +218,9 @@ def grpo_rank_loss_from_logits(
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, (B, T), logits, validate)
     if mask is not None:
         token_ids = token_ids.where(mask, 0)
+    if arguments.get("valid") is not None and arguments.get("group_index") is None:
+        # rows of invalid groups may be anything too
+        mask = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)[0].counting(None)
     logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend, inplace_backward, mask)
     oracle_ranks, arguments, extra = close_groups(wide, (B, T), logps, oracle_ranks, arguments, None, backend)
     inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)

@@ -73,6 +73,18 @@ class TokenInputs:
         """G where the loss ranks, else None."""
         return None if self.oracle_ranks is None else self.oracle_ranks.shape[1]
 
+    def counting(self, lengths: Tensor | None) -> Tensor | None:
+        """Return which tokens count, (B, T) or (B, 1), or (M,) with lengths (B,): those of the mask in valid groups.
+
+        None is all of them.
+        """
+        if self.valid is None:
+            return self.mask
+        assert self.group_size is not None
+        rows = self.valid.repeat_interleave(self.group_size)
+        tokens = rows[:, None] if lengths is None else rows.repeat_interleave(lengths)
+        return tokens if self.mask is None else self.mask & tokens
+
     def responses(self, rows: slice) -> TokenInputs:
         """Return the inputs of some responses: whole groups where the loss ranks."""
         G = self.group_size or 1

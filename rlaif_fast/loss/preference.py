@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from rlaif_fast.loss import backends, checks, ops, reference, values
+from rlaif_fast.loss import backends, checks, ops, values
 from rlaif_fast.loss.inputs import Head, Padding, RowInputs, TokenGradients
 from rlaif_fast.loss.linear import Close
 from rlaif_fast.loss.options import LossOptions, check_number
@@ -296,7 +296,7 @@ class _Call:
         mask = checks.mask(arguments.get("mask"), shape, hidden, self.validate)
         checks.token_ids("token_ids", token_ids, shape, like=hidden)
         values.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
-        self.hidden, self.lengths, self.ref_logps_sum, self.mask = hidden, lengths, ref_logps_sum, mask
+        self.hidden, self.ref_logps_sum, self.mask = hidden, ref_logps_sum, mask
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
         self.padding = None if lengths is None else Padding(lengths, shape[0])
         self.grid = _grid(mask, self.padding, hidden)  # (B, T)
@@ -333,9 +333,9 @@ class _Call:
     def run(self, close: Any) -> PreferenceOutput:
         """Return the loss of a close."""
         chosen = backends.select("linear_loss", self.backend, self.hidden)
-        if chosen == "reference":
-            hidden = reference.cleared(self.hidden, self.mask)
-            logps, _, _ = reference.padded_logps(hidden, self.head, self.token_ids, self.lengths)
+        if ops.in_backward(self.hidden, self.head, chosen):
+            rest = (self.padding, self.mask, self.chunk_size, chosen)
+            logps, _ = ops.padded_logps(self.hidden, self.head, self.token_ids, *rest)
             loss, rewards, stats = close.reference(logps)
         else:
             made: Close = close

@@ -11,14 +11,16 @@ call on the CPU, and on a GPU rank_penalty and row_loss_. Each operator takes th
 """
 
 from rlaif_fast.loss.ops.linear_logps import linear_logps
-from rlaif_fast.loss.ops.linear_loss import linear_loss, with_close
+from rlaif_fast.loss.ops.linear_loss import in_backward, linear_loss, padded_logps, with_close
 from rlaif_fast.loss.ops.logits_loss import selective_log_softmax
 from rlaif_fast.loss.ops.rank_loss import rank_loss
 from rlaif_fast.loss.ops.rank_penalty import rank_advantages
 
 __all__ = [
+    "in_backward",
     "linear_logps",
     "linear_loss",
+    "padded_logps",
     "rank_advantages",
     "rank_loss",
     "selective_log_softmax",

@@ -133,12 +133,19 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return loss, advantages and statistics; differentiable in hidden, the head's leaf and bias."""
     backend = backends.select("linear_loss", backend, hidden, inputs.group_size)
-    rest = (token_ids, lengths, inputs, options, chunk_size)
-    if backend == "reference":
-        loss, ranked, stats = _in_backward(reference.cleared(hidden, inputs.mask), head, *rest, backend)
+    if in_backward(hidden, head, backend):
+        if shard is not None:
+            raise ValueError("process_group must be None where float16 needs a gradient; use bfloat16")
+        padding = None if lengths is None else Padding(lengths, hidden.shape[0])
+        rest = (token_ids, padding, inputs.counting(lengths), chunk_size, backend)
+        logps, entropy = padded_logps(hidden, head, *rest)
+        padded = inputs if padding is None else padding.pad_inputs(inputs)
+        closing = "auto" if backend == "cuda" else backend
+        loss, ranked, stats = rank_loss(logps, entropy, padded, options, closing)
     else:
         hidden, head = autocast(hidden, head)
-        loss, ranked, stats = _by_kernels(hidden, head, *rest, shard, backend)
+        arguments = (token_ids, lengths, inputs, options, chunk_size, shard, backend)
+        loss, ranked, stats = _by_kernels(hidden, head, *arguments)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats
 
 
@@ -153,42 +160,49 @@ def _by_kernels(
     shard: VocabularyShard | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss with its gradients made in the forward pass, but for those of float16.
-
-    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
-    """
-    leaves = (hidden, head.leaf, head.bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    if hidden.dtype == torch.float16 and any(needs):
-        if shard is not None:
-            raise ValueError("process_group must be None where float16 needs a gradient; use bfloat16")
-        return _in_backward(hidden, head, token_ids, lengths, inputs, options, chunk_size, backend)
+    """The loss with its gradients made in the forward pass."""
     if shard is not None:
         padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
         return with_close(hidden, head, token_ids, padding, make_close, chunk_size, backend, shard)
+    leaves = (hidden, head.leaf, head.bias)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
     return loss, ranked, stats
 
 
-def _in_backward(
+def in_backward(hidden: Tensor, head: Head, backend: str) -> bool:
+    """Return whether the gradients of a loss are made in the backward pass: the reference's, and those of float16.
+
+    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
+    """
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    leaves = (hidden, head.leaf, head.bias)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return backend == "reference" or (dtype == torch.float16 and wanted)
+
+
+def padded_logps(
     hidden: Tensor,  # (B, T, H) or (M, H)
     head: Head,
     token_ids: Tensor,  # (B, T) or (M,)
-    lengths: Tensor | None,  # (B,)
-    inputs: TokenInputs,
-    options: LossOptions,
+    padding: Padding | None,  # of the packed layout
+    counting: Tensor | None,  # (B, T), (B, 1) or (M,) bool, the tokens that count
     chunk_size: int | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss with its gradients made in the backward pass, from logits made again."""
-    rows = (hidden.reshape(-1, hidden.shape[-1]), head, token_ids.reshape(-1))
-    logps, entropy = (x.view(token_ids.shape) for x in linear_logps(*rows, chunk_size, backend))
-    if lengths is not None:
-        padding = Padding(lengths, hidden.shape[0])
-        logps, entropy, inputs = padding.pad(logps), padding.pad(entropy), padding.pad_inputs(inputs)
-    return rank_loss(logps, entropy, inputs, options, "auto" if backend == "cuda" else backend)
+) -> tuple[Tensor, Tensor]:
+    """Return logps and entropy (B, T), differentiable; the backward pass makes the logits again.
+
+    The hidden states of tokens that do not count may be anything: they are 0 before they meet the weight's gradient.
+    """
+    rows = reference.cleared(hidden, counting).reshape(-1, hidden.shape[-1])
+    logps, entropy = linear_logps(rows, head, token_ids.reshape(-1), chunk_size, backend)
+    if padding is None:
+        return logps.view(token_ids.shape), entropy.view(token_ids.shape)
+    return padding.pad(logps), padding.pad(entropy)
 
 
 def with_close(

@@ -1,6 +1,6 @@
 """Log-probability and entropy of chosen tokens from hidden states: logits = hidden @ weight.T + bias.
 
-Letters: B responses, T tokens, M rows, H hidden, V vocabulary.
+Letters: H hidden, V vocabulary; `...` is any leading shape.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlaif_fast.loss.inputs import Head, Padding
+from rlaif_fast.loss.inputs import Head
 from rlaif_fast.loss.reference.logits_loss import selective_log_softmax
 
 
@@ -26,17 +26,3 @@ def linear_logps(
     if head.bias is not None:
         logits = logits + head.bias.to(wide)
     return selective_log_softmax(logits, token_ids, head.scaling)
-
-
-def padded_logps(
-    hidden: Tensor,  # (B, T, H), or (M, H) with lengths
-    head: Head,
-    token_ids: Tensor,  # (B, T) or (M,)
-    lengths: Tensor | None,  # (B,)
-) -> tuple[Tensor, Tensor, Padding | None]:
-    """Return logps and entropy (B, T), and how packed tokens were padded."""
-    logps, entropy = linear_logps(hidden, head, token_ids.long())
-    if lengths is None:
-        return logps, entropy, None
-    padding = Padding(lengths, hidden.shape[0])
-    return padding.pad(logps), padding.pad(entropy), padding
