@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif_fast import RankAdvantages, rank_advantages
+from rlaif_fast import RankAdvantages, grpo_rank_loss, rank_advantages
 from rlaif_fast.loss import backends
 from rlaif_fast.loss.options import KINDS
 from rlaif_fast.loss.testing import TOLERANCES, relative
@@ -199,6 +199,42 @@ def test_zscores_do_not_inherit_the_rounding_of_their_mean(backend):
     middle = torch.tensor([[0.9, 0.1, 0.5, 0.5]], device=device)  # 0.5 is their mean in float32 alone
     got = rank_advantages(middle, middle, kind="zscore", backend=backend).advantages
     assert (got[0, 2:] == 0).all() and got[0, 0] > 1
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        torch.tensor([[1e8, 1e8 + 8]]),
+        torch.tensor([[-1e8, -1e8 - 8, -1e8 - 8, -1e8]]),
+        torch.tensor([[2**40 + 1, 2**40, 2**40 + 3]]),
+        torch.tensor([[1e9, 1e9 + 0.25, 1e9 + 1]], dtype=torch.float64),
+    ],
+)
+def test_zscores_do_not_depend_on_what_rewards_have_in_common(rewards, backend):
+    rewards = rewards.to(DEVICE.get(backend, "cpu"))
+    exact = rewards.double()
+    centred = exact - exact[0, 0]
+    centred = centred - centred.mean()
+    want = (centred / (centred.square().sum() / (centred.numel() - 1)).sqrt().add(1e-4)).float()
+    scores = torch.zeros_like(rewards, dtype=torch.float32)
+    got = rank_advantages(scores, rewards, kind="zscore", backend=backend)
+    torch.testing.assert_close(got.advantages, want, rtol=1e-5, atol=0)
+    assert got.has_signal.all()
+    by_loss = grpo_rank_loss(scores.view(-1, 1), rewards, kind="zscore").advantages
+    torch.testing.assert_close(by_loss, want[0], rtol=1e-5, atol=0)
+    beside = torch.nn.functional.pad(exact, (0, 1), value=math.nan)
+    judged = ~beside.isnan()
+    scores = torch.zeros_like(beside, dtype=torch.float32)
+    partly = rank_advantages(scores, beside, judged=judged, kind="zscore", backend=backend).advantages
+    torch.testing.assert_close(partly[judged], want[0], rtol=1e-5, atol=0)
+
+
+def test_rewards_whose_squares_overflow_are_refused():
+    with pytest.raises(ValueError, match=r"oracle_ranks must be within \+-1.2e\+18 as rewards; got 1"):
+        rank_advantages(torch.zeros(1, 2), torch.tensor([[1e20, 2e20]]), kind="zscore")
+    wide = torch.tensor([[1e20, 2e20]], dtype=torch.float64)
+    assert rank_advantages(wide, wide, kind="zscore").advantages.abs().min() > 0.7
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -75,8 +75,9 @@ def ranking(
     *,
     like: Tensor,
     validate: bool,
-) -> None:
-    """Raise unless what ranks the groups fits together and holds possible values."""
+) -> Tensor:  # (N, G)
+    """Return the ranks, or rewards, as the backends take them; raise unless what ranks the groups fits together and
+    holds possible values."""
     tensor("oracle_ranks", oracle_ranks, ("N", "G"), like=like)
     if oracle_ranks.dtype == torch.bool or oracle_ranks.is_complex():
         raise TypeError(f"oracle_ranks must be integer or floating point; got {describe(oracle_ranks)}")
@@ -93,14 +94,37 @@ def ranking(
             raise ValueError("weights must be finite and at least 0")
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
-    if values.can_read(oracle_ranks, validate):
-        count = counting(judged, valid)
+    count, read = counting(judged, valid), values.can_read(oracle_ranks, validate)
+    if read:
         values.finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
+    oracle_ranks = oracle_ranks.detach()
+    if kind == "zscore":
+        oracle_ranks = without_offset(oracle_ranks, count)
+    if read:
         wide = torch.promote_types(like.dtype, torch.float32)
         if oracle_ranks.element_size() > wide.itemsize or oracle_ranks.dtype == torch.int32:
             values.distinct_in(wide, "oracle_ranks", oracle_ranks, count)
+        if kind == "zscore":
+            values.squares_in(wide, "oracle_ranks", oracle_ranks, count)
         if scores is not None and kind not in ("oracle", "zscore"):
             values.not_nan("scores", scores, count)
+    return oracle_ranks
+
+
+def without_offset(rewards: Tensor, counting: Tensor | None) -> Tensor:  # (N, G), (N, G) or (N, 1) bool
+    """Return rewards less the least of their group where they differ by little of what they are.
+
+    A z-score does not depend on what all rewards of a group have in common. The mean of a float32 and the cast to it
+    would round what they differ by.
+    """
+    wide = torch.promote_types(rewards.dtype, torch.float32)
+    x = rewards.to(wide if rewards.is_floating_point() else torch.float64)
+    low, high = x, x
+    if counting is not None:
+        low, high = x.where(counting, torch.inf), x.where(counting, -torch.inf)
+    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    near = low.isfinite() & (4 * (high - low) < torch.maximum(low.abs(), high.abs()))
+    return x - low.where(near, 0.0)
 
 
 def rank_inputs(
@@ -114,14 +138,14 @@ def rank_inputs(
 ) -> RankInputs:
     """Return the tensors of the rank penalty as the backends take them, or raise."""
     floating("scores", scores, ("N", "G"))
-    ranking(oracle_ranks, scores, judged, weights, valid, kind, like=scores, validate=validate)
+    oracle_ranks = ranking(oracle_ranks, scores, judged, weights, valid, kind, like=scores, validate=validate)
     scores = scores.detach()
     if kind in ("oracle", "zscore"):
         scores = scores.nan_to_num()  # ignored, so it may hold anything
     count = counting(judged, valid)
     return RankInputs(
         scores,
-        oracle_ranks.detach(),
+        oracle_ranks,
         None if count is None else count.expand(scores.shape),
         None if weights is None else weights.detach(),
     )
@@ -234,7 +258,9 @@ def ranked_groups(
         for name in ("scores", "judged")
     )
     validate = get("validate", True)
-    ranking(oracle_ranks, scores, judged, weights, valid, options.kind, like=like, validate=validate)
+    oracle_ranks = ranking(
+        oracle_ranks, scores, judged, weights, valid, options.kind, like=like, validate=validate
+    )
     wide = torch.promote_types(like.dtype, torch.float32)
 
     def cast(x: Tensor | None) -> Tensor | None:

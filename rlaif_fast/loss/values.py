@@ -49,6 +49,19 @@ def distinct_in(dtype: torch.dtype, name: str, value: Tensor, judged: Tensor | N
         )
 
 
+def squares_in(dtype: torch.dtype, name: str, value: Tensor, judged: Tensor | None) -> None:
+    """Raise if the squares of rewards of a group that count may add up to infinity in the dtype of the kernels."""
+    limit = torch.finfo(dtype).max ** 0.5 / 16
+    bad = value.abs() > limit
+    if judged is not None:
+        bad = bad & judged
+    if bad.any():
+        n, g = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} must be within +-{limit:.2g} as rewards; got {value[n, g].item()} at [{n}, {g}]"
+        )
+
+
 def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None, validate: bool = True) -> None:
     """Raise if the id of an unmasked token is outside [0, vocabulary)."""
     if not can_read(ids, validate):
