@@ -374,3 +374,11 @@ def test_the_module_refuses_its_options_in_a_call(options):
         TypeError, match=f"{next(iter(options))} belong.* to the construction of GRPORankLoss"
     ):
         GRPORankLoss()(logps_of(), RANKS, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["unbiased_kl", "validate"])
+def test_a_word_is_no_flag(name, backend):
+    """The reference read "false" as true, and multiplied the KL by the ratio."""
+    with pytest.raises(TypeError, match=f"{name} must be True or False; got str 'false'"):
+        grpo_rank_loss(logps_of(), RANKS, ref_logps=logps_of(), beta=0.1, backend=backend, **{name: "false"})

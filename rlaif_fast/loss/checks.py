@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import values
 from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs
-from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_number
+from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_flag, check_number
 
 OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
 
@@ -203,6 +203,7 @@ def loss_options(arguments: LossArguments) -> LossOptions:
     unknown = sorted(arguments.keys() - LossArguments.__annotations__.keys())
     if unknown:
         raise TypeError(f"the loss has no argument {', '.join(map(repr, unknown))}")
+    check_flag("validate", arguments.get("validate", True))
     names = LossOptions.__dataclass_fields__.keys()
     chosen: dict[str, Any] = {name: value for name, value in arguments.items() if name in names}
     epsilon = arguments.get("epsilon", LossOptions.epsilon_low)

@@ -50,6 +50,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False: any other would be read as one of them."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+
+
 def check_number(name: str, value: object, *, minimum: float, strict: bool = False) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number of at least (or above) `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -154,6 +160,7 @@ class LossOptions(RankOptions):
         for name in ("delta", "dual_clip", "kl_clamp"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value, minimum=1.0 if name == "dual_clip" else 0.0, strict=True)
+        check_flag("unbiased_kl", self.unbiased_kl)
         self._check_combinations()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be given with loss_type='dr_grpo'; got None")
