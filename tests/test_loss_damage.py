@@ -325,6 +325,16 @@ def test_ranks_that_float32_cannot_tell_apart_are_refused(ranks, kind):
         assert rank_advantages(torch.zeros(1, 3, dtype=torch.float64), ranks, kind=kind).has_signal.all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["oracle", "zscore"])
+def test_what_float64_arithmetic_leaves_of_equal_rewards_is_a_tie(kind, backend):
+    ranks = torch.tensor([[0.1 + 0.2, 0.3, 0.9]], dtype=torch.float64)
+    assert ranks[0, 0] != ranks[0, 1]
+    for scores, ranked in ((torch.zeros(1, 3), ranks), (torch.zeros(2, 3), torch.cat([ranks, 1 - ranks]))):
+        found = rank_advantages(scores, ranked, kind=kind, backend=backend).advantages
+        assert torch.equal(found[:, 0], found[:, 1])
+
+
 @pytest.mark.parametrize("name", ["scores", "old_logps", "oracle_ranks"])
 def test_a_list_is_refused_by_name(name):
     given = {"oracle_ranks": RANKS.view(-1), "group_index": INDEX, name: [0.0, 1.0, 2.0]}

@@ -34,11 +34,18 @@ def finite_ranks(name: str, value: Tensor, judged: Tensor | None, *, negative: b
 
 
 def distinct_in(dtype: torch.dtype, name: str, value: Tensor, judged: Tensor | None) -> None:  # (N, G)
-    """Raise if ranks of a group that count and differ would be equal, or infinite, in the dtype of the kernels."""
+    """Raise if ranks of a group that count and differ would be equal, or infinite, in the dtype of the kernels.
+
+    What float64 arithmetic makes of equal numbers (0.1 + 0.2 and 0.3) does not differ.
+    """
     rounded = value.to(dtype)
     if bool((rounded.to(value.dtype) == value).all()):
         return
-    lost = (value[:, :, None] != value[:, None, :]) & (rounded[:, :, None] == rounded[:, None, :])
+    differ = value[:, :, None] != value[:, None, :]
+    if value.is_floating_point():
+        noise = 8 * torch.finfo(value.dtype).eps * value.abs()
+        differ = (value[:, :, None] - value[:, None, :]).abs() > noise[:, :, None]
+    lost = differ & (rounded[:, :, None] == rounded[:, None, :])
     lost = lost | ~rounded.isfinite()[:, :, None]
     if judged is not None:
         lost = lost & judged[:, :, None] & judged[:, None, :]
