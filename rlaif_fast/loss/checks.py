@@ -123,7 +123,7 @@ def without_offset(rewards: Tensor, counting: Tensor | None) -> Tensor:  # (N, G
     if counting is not None:
         low, high = x.where(counting, torch.inf), x.where(counting, -torch.inf)
     low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
-    near = low.isfinite() & (4 * (high - low) < torch.maximum(low.abs(), high.abs()))
+    near = low.isfinite() & (64 * (high - low) < torch.maximum(low.abs(), high.abs()))
     return x - low.where(near, 0.0)
 
 
