@@ -68,6 +68,30 @@ def test_rows_are_called_and_found_as_they_are_read(tmp_path):
     assert found == {(tmp_path / "in/v/a.mp4").resolve()} and labelled[0].seen[0].cut.video_start == 1.0
 
 
+def test_a_prediction_that_names_no_option_is_left_out_and_a_letter_is_a_label(tmp_path, capsys):
+    """The reader refuses the one, and would take the other for an option's text."""
+    row = {"question": "Which?", "video": "v/a.mp4", "answer": "A"}
+    rows = [
+        row | {"options": ["red", "blue"]},
+        row | {"options": ["red", "blue"]},
+        row | {"options": ["C", "A", "B"]},
+        row | {"a0": "red", "a1": "blue", "answer": 1},
+        row | {"candidates": ["red", "blue"], "process": "It shows red."},
+        row | {"options": ["red", "blue"]},
+    ]
+    texts = ["the green one", "blue.", "A", "B", "<think>hm</think><answer>(B) blue</answer>", "B. red"]
+    said = [{"example_id": f"rl:{i}", "prediction": text} for i, text in enumerate(texts, 1)]
+    file, predictions = lines(tmp_path / "rl.jsonl", rows), lines(tmp_path / "p.jsonl", said)
+    out = tmp_path / "labelled.jsonl"
+    assert main(["label", str(file), str(out), "--predictions", str(predictions)]) == 0
+    assert "4 rows, 0 without a prediction left out, 2 whose prediction names none" in capsys.readouterr().out
+    examples = read_examples(out, check_files=False)
+    assert [example.answer for example in examples] == ["B", "A", "B", "B"]
+    assert examples[1].options == ("C", "A", "B") and examples[3].target == texts[4]
+    assert main(["label", str(lines(file, rows[:1])), str(out), "--predictions", str(predictions)]) == 2
+    assert "no prediction that names an option of a row" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "said", "words"),
     [

@@ -179,8 +179,9 @@ def _preview(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from rlaif_fast.data.label import label
 
-    written, missing = label(options.file, options.predictions, options.out)
-    print(f"{options.out}: {written} rows, {missing} without a prediction left out")
+    written, missing, outside = label(options.file, options.predictions, options.out)
+    unnamed = f", {outside} whose prediction names none of their options left out" if outside else ""
+    print(f"{options.out}: {written} rows, {missing} without a prediction left out{unnamed}")
     return 0
 
 

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.data.answers import letter_of, settle_options, split_target
 from rlaif_fast.data.converters import id_of
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import NAMES
+from rlaif_fast.data.published import unfold
+from rlaif_fast.data.schema import option_letters
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.outputs import check_output, write_atomically
@@ -19,10 +22,11 @@ from rlaif_fast.outputs import check_output, write_atomically
 _PATHS = ("video", "videos", "image", "images")
 
 
-def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
+def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
     """Write the rows of `file` that have a prediction, with it as their `answer`.
 
-    `metadata.form` describes the reference answer, so it is left out where the prediction does not match it.
+    What describes the reference answer does not go with it: `metadata.form` where the prediction does not match it, and
+    `process`, the reasoning before it.
 
     Args:
         file: JSONL in the native format, one question a row; media are named by `video(s)` and `image(s)`.
@@ -30,7 +34,8 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         out: JSONL to write; relative media paths are made to start from its folder.
 
     Returns:
-        Rows written, and rows without a prediction, which are left out.
+        Rows written, rows without a prediction, and rows whose prediction names none of their options; those two are
+        left out.
 
     Raises:
         UsageError: A file cannot be read, `out` is one of the two that are read, a row asks more than one question, an
@@ -44,7 +49,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         if row["example_id"] in said:
             raise UsageError(f"{predictions}:{number}: {row['example_id']!r:.60} has a prediction already")
         said[row["example_id"]] = row["prediction"]
-    lines, missing, met = [], 0, set()
+    lines, missing, outside, met = [], 0, 0, set()
     for number, row in _objects(file, "question"):
         name = _id(file, number, row)
         if name in met:
@@ -54,14 +59,19 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         if text is None or not text.strip():
             missing += 1
             continue
+        answered = _answered(file, number, row, text)
+        if answered is None:
+            outside += 1
+            continue
         for key in _PATHS:
-            if key in row:
-                row[key] = _moved(row[key], file.parent, out.parent)
-        if not _fits(row, text):
-            row["metadata"] = {key: value for key, value in row["metadata"].items() if key != "form"}
-        lines.append(json.dumps({**row, "answer": text}, ensure_ascii=False) + "\n")
+            if key in answered:
+                answered[key] = _moved(answered[key], file.parent, out.parent)
+        if not _fits(answered):
+            answered["metadata"] = {k: value for k, value in answered["metadata"].items() if k != "form"}
+        lines.append(json.dumps(answered, ensure_ascii=False) + "\n")
     if not lines:
-        raise UsageError(f"{predictions}: it holds no prediction for a row of {file}")
+        what = "prediction that names an option of" if outside else "prediction for"
+        raise UsageError(f"{predictions}: it holds no {what} a row of {file}")
     if unknown := [name for name in said if name not in met]:
         raise UsageError(
             f"{predictions}: {len(unknown)} of {len(said)} predictions are of no row of {file}, such as "
@@ -69,7 +79,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int]:
         )
     with writing(out):
         write_atomically(out, "".join(lines))
-    return len(lines), missing
+    return len(lines), missing, outside
 
 
 def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
@@ -80,13 +90,37 @@ def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
         raise UsageError(f"{file}:{number}: {error}") from None
 
 
-def _fits(row: Mapping[str, Any], answer: str) -> bool:
-    """Whether an answer matches the row's `metadata.form`; without one it does."""
+def _answered(file: Path, number: int, row: Mapping[str, Any], text: str) -> dict[str, Any] | None:
+    """The row with a prediction as its answer; None where the row has options and the prediction names none.
+
+    The policy was asked for a letter, so one is the option's label, even where it is another option's text.
+    """
+    try:
+        answered = dict(
+            unfold({key: value for key, value in row.items() if key != "process"} | {"answer": None})
+        )
+        options = settle_options(answered["question"], None, answered.get("options"))[1]
+    except RowError as error:
+        raise UsageError(f"{file}:{number}: {error}") from None
+    if not options:
+        return {**answered, "answer": text}
+    said = split_target(text, "answer")[0]
+    letter = None if said is None else letter_of(said, options, labelled=True)
+    if letter is None:
+        return None
+    index = option_letters(len(options)).index(letter)
+    if settle_options(answered["question"], said, answered["options"])[2] != letter:
+        text = f"{letter}. {options[index]}"
+    return {**answered, "answer": text}
+
+
+def _fits(row: Mapping[str, Any]) -> bool:
+    """Whether the row's answer matches its `metadata.form`; without one it does."""
     metadata = row.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("form") is None:
         return True
     try:
-        check_form(metadata["form"], answer)
+        check_form(metadata["form"], split_target(row["answer"], "answer")[0])
     except RowError:
         return False
     return True
