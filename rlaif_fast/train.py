@@ -168,10 +168,11 @@ def train_in(world, config) -> None:
 
         if index.sft is None:
             run_sft_stage(run, state)
-            sft_predictions = run.evaluate(data.test, phase="sft", split="test", step=config.sft_steps)
+            sft_steps = config.sft_steps if config.sft == "auto" else 0
+            sft_predictions = run.evaluate(data.test, phase="sft", split="test", step=sft_steps)
             write_predictions(run_dir, "sft", sft_predictions, run)
             write_samples(run_dir, "sft", run)
-            stage_state = {"stage": "sft", "step": config.sft_steps, "seconds": logger.seconds()}
+            stage_state = {"stage": "sft", "step": sft_steps, "seconds": logger.seconds()}
             with logger.timer("checkpoint"):
                 run.store.save("sft", policy.model, policy.tokenizer, stage_state, last=True, sft=True)
                 run.store.wait()

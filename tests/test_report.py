@@ -512,6 +512,35 @@ def test_learning_panels_take_the_last_word_on_a_step_and_skip_gaps():
     assert (curve.low < curve.values).all() and (curve.values < curve.high).all()
 
 
+def test_the_step_marked_is_that_of_the_checkpoint_that_was_kept():
+    """By the oracle's verdicts where they chose it; the last where nothing did."""
+    line = {"stage": "eval", "phase": "rl", "split": "validation"}
+    accuracies = {0: 0.5, 10: 0.4, 20: 0.3}
+    metrics = [{**line, "step": step, "accuracy": value} for step, value in accuracies.items()]
+    assert [panel.marked_step for panel in learning_panels(metrics)] == [0]
+    assert [panel.marked_step for panel in learning_panels(metrics, metric="none")] == [20]
+    for record, win_rate in zip(metrics[1:], (0.75, 0.5)):
+        record["win_rate"] = win_rate
+    accuracy, wins = learning_panels(metrics, metric="oracle")
+    assert (accuracy.marked_step, wins.marked_step, wins.title) == (10, 10, "Validation win rate")
+    assert wins.curves[0].steps.tolist() == [0, 10, 20]
+    assert wins.curves[0].values.tolist() == [0.5, 0.75, 0.5]
+    worse = [metrics[0], *({**record, "win_rate": 0.25} for record in metrics[1:])]
+    assert {panel.marked_step for panel in learning_panels(worse, metric="oracle")} == {0}
+
+
+def test_a_run_whose_last_checkpoint_is_kept_is_not_said_to_be_its_start(tmp_path):
+    run = make_run(tmp_path / "run", clips=1, sft_steps=4, rl_steps=20)
+    line = {"stage": "eval", "phase": "rl", "split": "validation"}
+    write_jsonl(run.metrics, [{**line, "step": 0, "accuracy": 0.5}, {**line, "step": 9, "accuracy": 0.2}])
+    summary = run.read_summary()
+    summary["config"] |= {"algorithm": "ppo_rm"}
+    kept = Page(write_report(run, summary=summary).read_text()).text
+    assert "before and after are one policy" in kept and "ppo_rm, 8 responses a group" in kept
+    last = Page(write_report(run, summary=summary | {"metric_for_best_model": "none"}).read_text()).text
+    assert "before and after are one policy" not in last
+
+
 def test_smoothing_keeps_constants_lengths_and_means():
     assert figures.smooth(np.full(37, 2.5)) == pytest.approx(np.full(37, 2.5))
     wave = np.array([0.0, 1.0] * 50)

@@ -253,7 +253,11 @@ def test_training_without_any_answer(tmp_path, rows, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_accuracy"] is None and summary["metric_for_best_model"] == "oracle"
     assert 0.0 <= summary["win_rate"] <= 1.0
-    assert "chosen by: oracle" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "chosen by: oracle" in page and "Validation win rate" in page
+    assert f"<dd>{summary['win_rate']:.1%}</dd>" in page
+    [start] = [row for row in read_jsonl(folder / "metrics.jsonl") if row.get("phase") == "sft"]
+    assert start["step"] == 0  # nothing was trained before it
 
 
 def test_a_reference_oracle_without_answers_is_refused_at_once(tmp_path, rows, capsys):

@@ -43,7 +43,8 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
         summary = run_dir.read_summary() if run_dir.finished else {}
     comparison = compare_predictions(run_dir)
     oracle = str(summary.get("config", {}).get("oracle", ""))
-    panels = learning_panels(list(read_jsonl(run_dir.metrics)), oracle)
+    metric = str(summary.get("metric_for_best_model", "accuracy"))
+    panels = learning_panels(list(read_jsonl(run_dir.metrics)), oracle, metric)
     seconds = {name: float(value) for name, value in summary.get("seconds_by_stage", {}).items()}
     page = _template().render(
         name=run_dir.path.resolve().name,
@@ -132,6 +133,8 @@ def _score(name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]
 def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was run, on what and for how long, as far as it is known."""
     facts = []
+    if "win_rate" in summary:
+        facts.append(("test answers ranked above the start's, ties half", f"{summary['win_rate']:.1%}"))
     if "seconds" in summary:
         facts.append(("wall-clock time", duration(summary["seconds"])))
     if "peak_rss_bytes" in summary:
@@ -143,7 +146,7 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
         groups += 1
         responses += len(record["responses"])
     if groups:
-        facts.append(("ranked by the oracle", f"{responses:,} responses in {groups:,} groups"))
+        facts.append(("sampled in RL", f"{responses:,} responses in {groups:,} groups"))
     if "seed" in summary:
         facts.append(("seed", str(summary["seed"])))
     facts.append(("begun", f"{datetime.fromtimestamp(run_dir.created, timezone.utc):%Y-%m-%d %H:%M} UTC"))

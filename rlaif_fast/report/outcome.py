@@ -76,7 +76,8 @@ def older_names(config: TrainConfig) -> list[str]:
 
 def notes_on_data(run: Run) -> list[str]:
     """What a reader of the report has to know about the data."""
-    corrupted = sum(bool(row.metadata.get("corrupted")) for row in run.data.sft)
+    taught = run.data.sft if run.config.sft != "none" else []
+    corrupted = sum(bool(row.metadata.get("corrupted")) for row in taught)
     notes = []
     if run.config.data == "synthetic":
         notes.append(
@@ -84,7 +85,7 @@ def notes_on_data(run: Run) -> list[str]:
         )
     if corrupted:
         notes.append(
-            f"{corrupted} of {len(run.data.sft)} supervised answers have one fact wrong on purpose, as a weak "
+            f"{corrupted} of {len(taught)} supervised answers have one fact wrong on purpose, as a weak "
             "annotator's would; the oracle ranks against the right answers, so most of what RL gains here is "
             "the undoing of that noise, not new perception."
         )

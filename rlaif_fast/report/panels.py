@@ -11,8 +11,16 @@ from rlaif_fast.report.figures import Curve, Panel
 from rlaif_fast.report.stats import wilson_interval
 
 
-def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> list[Panel]:
-    """The learning curves that the recorded metrics allow; `oracle` is the name of the run's oracle."""
+def learning_panels(
+    metrics: Sequence[Mapping[str, Any]], oracle: str = "", metric: str = "accuracy"
+) -> list[Panel]:
+    """The learning curves that the recorded metrics allow.
+
+    Args:
+        metrics: Lines of `metrics.jsonl`.
+        oracle: The name of the run's oracle.
+        metric: What the best checkpoint was chosen by: "none" keeps the last.
+    """
 
     def curve(stage: str, key: str, label: str = "") -> Curve | None:
         values = {
@@ -32,7 +40,8 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> l
         if found:
             panels.append(Panel(title, note, found, **{"xlabel": "RL step", **options}))
 
-    validation = _validation_curve(metrics)
+    validation, wins = _validation_curve(metrics), _win_rate_curve(metrics)
+    best = _best_step(validation if wins is None else wins, metric)
     add(
         "Validation accuracy",
         "Greedy answers to held-out questions as RL goes on; the band is the 95% interval.",
@@ -40,7 +49,16 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> l
         points=True,
         percent=True,
         wide=True,
-        marked_step=None if validation is None else int(validation.steps[np.argmax(validation.values)]),
+        marked_step=best,
+    )
+    add(
+        "Validation win rate",
+        "Greedy answers to held-out questions that the oracle ranks above those where RL began; ties count half.",
+        wins,
+        points=True,
+        percent=True,
+        wide=True,
+        marked_step=best,
     )
     add(
         "Agreement with the oracle",
@@ -90,14 +108,36 @@ def learning_panels(metrics: Sequence[Mapping[str, Any]], oracle: str = "") -> l
     return panels
 
 
-def _validation_curve(metrics: Iterable[Mapping[str, Any]]) -> Curve | None:
-    """Validation accuracy by RL step."""
-    found = {
+def _best_step(curve: Curve | None, metric: str) -> int | None:
+    """The step of the checkpoint that was kept; of equals the first."""
+    if curve is None:
+        return None
+    return int(curve.steps[-1 if metric == "none" else np.argmax(curve.values)])
+
+
+def _evaluations(metrics: Iterable[Mapping[str, Any]], key: str) -> dict[int, Mapping[str, Any]]:
+    """The evaluations on validation in the RL stage that have a figure, by step."""
+    return {
         line["step"]: line
         for line in metrics
         if (line["stage"], line.get("phase"), line.get("split")) == ("eval", "rl", "validation")
-        and _is_number(line.get("accuracy"))
+        and _is_number(line.get(key))
     }
+
+
+def _win_rate_curve(metrics: Iterable[Mapping[str, Any]]) -> Curve | None:
+    """Validation win rate by RL step, from the start on, which ties with itself; only where it is the metric."""
+    found = _evaluations(metrics, "win_rate")
+    if not found:
+        return None
+    steps = sorted(found)
+    rates = [0.5, *(found[step]["win_rate"] for step in steps)]
+    return Curve("", np.array([0, *steps]), np.array(rates))
+
+
+def _validation_curve(metrics: Iterable[Mapping[str, Any]]) -> Curve | None:
+    """Validation accuracy by RL step."""
+    found = _evaluations(metrics, "accuracy")
     if len(found) < 2:
         return None
     steps = sorted(found)
