@@ -17,6 +17,7 @@ from rlaif_fast.runs.trackers import MAKERS, check_trackers, metrics_of
 from rlaif_fast.trainer.options import TrainConfig
 
 RL = {"completion_length": 7.5, "truncated": 0.25, "no_signal": 0.5, "clip_low": 0.1, "loss": 1.0, "kl": 0.2}
+RL["tokens"] = 60
 
 
 @pytest.fixture
@@ -72,6 +73,7 @@ def test_names_are_trls_and_steps_never_fall(played, tmp_path):
         "clip_ratio/low_mean": 0.1,
         "loss": 1.0,
         "kl": 0.2,
+        "tokens": 60.0,  # of the step; TRL's num_tokens counts all since the run began
     }
     # Resumed, it goes on under the same identity, behind the steps that are there.
     with logger(folder) as log:

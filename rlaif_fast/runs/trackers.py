@@ -29,7 +29,6 @@ TRL_NAMES = {
     "no_signal": "frac_reward_zero_std",
     "clip_low": "clip_ratio/low_mean",
     "clip_high": "clip_ratio/high_mean",
-    "tokens": "num_tokens",
 }
 
 
