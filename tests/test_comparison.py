@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import yaml
 
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
-from rlaif_fast.comparison.report import write_report
-from rlaif_fast.comparison.results import read_outcome, two_level_bootstrap
+from rlaif_fast.comparison.report import draw_curves, write_report
+from rlaif_fast.comparison.results import Cell, gain, read_outcome, two_level_bootstrap
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.files import write_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -217,6 +218,17 @@ def test_the_curves_are_drawn_of_what_was_scored_on_validation(tmp_path, accurac
     plan = read_plan(write_config(tmp_path, tables={"main": MAIN}))
     finished_run(plan.arm_folder(1, "exact", "grpo"), metrics, "a.mp4")
     assert write_report(plan).is_file() and (plan.output_dir / "main.png").is_file()
+
+
+def test_a_dollar_sign_in_a_name_is_a_dollar_sign(tmp_path):
+    plan = read_plan(write_config(tmp_path, tables={"main": MAIN}))
+    name = r"$\frac{a$"
+    table = replace(plan.tables[0], feedback=(name,))
+    line = {"stage": "eval", "phase": "rl", "step": 0, "time": 1.0, "accuracy": 0.5}
+    found = finished_run(tmp_path / "run", [line, line], "a.mp4")
+    cells = {(name, table.arms[0]): Cell({1: found}, gain([found]), None)}
+    draw_curves(table, cells, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):

@@ -55,6 +55,12 @@ def test_an_image_is_drawn_and_a_wrong_row_is_told(preview, capsys):
     assert red.sum() > 5000
 
 
+def test_a_dollar_sign_is_a_dollar_sign(preview, capsys):
+    """It is no formula: such a question was drawn without its signs, or not at all."""
+    code, _ = preview(ROW | {"question": r"is $\frac{a$ right?"})
+    assert code == 0, capsys.readouterr().err
+
+
 def test_only_the_part_that_a_row_sees_is_drawn(media):
     whole = MediaRef(str(media / "a.mp4"))
     late = replace(whole, cut=Cut(video_start=0.5))

@@ -85,6 +85,9 @@ def test_preview(folder, tmp_path, capsys):
         main(["preview", str(folder / "tall.mp4"), "--out", str(out), "--nframes", "20", "--most", "5"]) == 0
     )
     assert "5 of 20 sampled frames" in capsys.readouterr().out
+    odd = tmp_path / r"a$\frac{$.mp4"  # no formula
+    odd.symlink_to(folder / "tall.mp4")
+    assert main(["preview", str(odd), "--out", str(out)]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,11 @@ def draw_curves(table: Table, cells: Cells, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is a dollar sign
+        _draw_curves(table, cells, file)
+
+
+def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
     from matplotlib import pyplot
 
     kinds = [f for f in table.feedback if any(key[0] == f for key in cells)]

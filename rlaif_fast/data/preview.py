@@ -57,7 +57,14 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
         axes = figure.add_subplot(grid[row, frames])
         axes.set_axis_off()
         lines = [textwrap.shorten(_wording(example), 110) for example in rows[:9]]
-        axes.text(0.02, 0.98, "\n".join(lines), va="top", fontsize=6.5, transform=axes.transAxes)
+        axes.text(
+            *(0.02, 0.98),
+            "\n".join(lines),
+            va="top",
+            fontsize=6.5,
+            transform=axes.transAxes,
+            parse_math=False,
+        )
     try:
         figure.savefig(out, dpi=110)
     except (OSError, ValueError) as error:

@@ -52,7 +52,14 @@ def draw_contact_sheet(
     total_width, total_height = figure.get_size_inches()
     name = Path(info.path).name
     figure.text(
-        0.15 / total_width, 1 - 0.24 / total_height, name, size=11, weight="bold", color=INK, va="center"
+        0.15 / total_width,
+        1 - 0.24 / total_height,
+        name,
+        size=11,
+        weight="bold",
+        color=INK,
+        va="center",
+        parse_math=False,
     )
     figure.text(
         0.15 / total_width,
