@@ -150,7 +150,23 @@ def test_rows_without_answers_are_refused_where_the_oracle_lives_on_them():
         check_references("shuffled", {"inner": "reference"}, [NOTHING])
     check_references("reference", {}, [NOTHING, SHORT])
     check_references("callable", FUNCTION, [NOTHING])
-    check_references("ensemble", {"members": ["reference", {"name": "callable", **FUNCTION}]}, [NOTHING])
+    with pytest.raises(UsageError, match="embedding ranks by reference answers"):
+        check_references("embedding", {"model": "some/encoder"}, [NOTHING])
+
+
+def test_an_ensemble_without_answers_is_refused_where_too_few_members_can_vote():
+    """By default a group needs all of them, so none would be ranked."""
+    members = {"members": ["reference", {"name": "callable", **FUNCTION}]}
+    bare = RankRequest(id="0", question="?", responses=("a", "bb"))
+    for least, ranked in ((None, False), (1, True), (2, False)):
+        options = members if least is None else members | {"min_members": least}
+        [ranking] = build_oracle("ensemble", max_invalid_fraction=None, **options).rank([bare])
+        assert ranking.valid is ranked
+        if ranked:
+            check_references("ensemble", options, [NOTHING])
+            continue
+        with pytest.raises(UsageError, match="ensemble ranks by reference answers"):
+            check_references("ensemble", options, [NOTHING])
 
 
 # --- the comparison with the start --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rlaif_fast.oracle.scoring import answer_kind
 from rlaif_fast.oracle.wrappers import oracles_in
 
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
+NEED_ANSWERS = ("reference", "embedding")  # oracles that compare with the reference answer
 RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
 
 
@@ -89,8 +90,7 @@ def check_references(oracle: str, options: Mapping[str, Any], rows: Sequence[Exa
     Raises:
         UsageError: The oracle compares with reference answers, and no row has one.
     """
-    needs = all(name == "reference" for name in _leaves(oracle, options))
-    if needs and rows and not any(has_answer(row) for row in rows):
+    if _needs_answers(oracle, options) and rows and not any(has_answer(row) for row in rows):
         raise UsageError(
             f"oracle: {oracle} ranks by reference answers, and none of the {len(rows)} rl rows has one; "
             "add answers, or use an oracle that needs none"
@@ -122,14 +122,24 @@ def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
 def _named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The names and options of an oracle and of those that its options name."""
     yield name, dict(options)
+    for nested, own in _inside(options):
+        yield from _named(nested, own)
+
+
+def _inside(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and options of the oracles that an oracle's options name, without what those name in turn."""
     members = options.get("members") or ()
     for nested in (options.get("inner"), *(members if isinstance(members, (list, tuple)) else ())):
         if isinstance(nested, str):
-            yield from _named(nested, {})
+            yield nested, {}
         elif isinstance(nested, Mapping) and "name" in nested:
-            yield from _named(nested["name"], {key: nested[key] for key in nested if key != "name"})
+            yield nested["name"], {key: nested[key] for key in nested if key != "name"}
 
 
-def _leaves(name: str, options: Mapping[str, Any]) -> list[str]:
-    """The names of the oracles that judge by themselves."""
-    return [inner for inner, own in _named(name, options) if not {"inner", "members"} & own.keys()]
+def _needs_answers(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether an oracle ranks no group without a reference answer; of an ensemble, whether too few members do."""
+    inside = [_needs_answers(*nested) for nested in _inside(options)]
+    if not inside:
+        return name in NEED_ANSWERS
+    least = options.get("min_members")
+    return inside.count(False) < (least if isinstance(least, int) else len(inside))
