@@ -166,6 +166,10 @@ class _Failing:
         ]
 
 
+def _lines(request):
+    raise RuntimeError("down\nsince noon")
+
+
 def test_the_breaker_stops_the_run_with_the_reason():
     requests = [RankRequest(str(i), "?", ("a", "b")) for i in range(40)]
     breaker = CircuitBreaker(_Failing(lambda r: int(r.id) >= 20), max_invalid_fraction=0.25, window=20)
@@ -174,6 +178,11 @@ def test_the_breaker_stops_the_run_with_the_reason():
     with pytest.raises(OracleFailedError, match=r"6 of the last 20.*timed out") as caught:
         breaker.rank(requests[25:26])
     assert caught.value.exit_code == 1
+    told = CircuitBreaker(
+        build_oracle("callable", function=_lines, max_invalid_fraction=None), max_invalid_fraction=0
+    )
+    with pytest.raises(OracleFailedError, match=r"RuntimeError: down since noon\. Check the judge"):
+        told.rank(requests)  # in one line, as every error is printed
 
 
 @pytest.mark.parametrize("window", [1, 8, 20, 64, 1000])

@@ -113,9 +113,10 @@ class CircuitBreaker(AroundOracle):
         half = (self._window.maxlen or 0) / 2
         judged = len(self._window) >= half or (share == 1.0 and len(self._window) >= FIRST_GROUPS)
         if judged and share > self.max_invalid_fraction:
+            reason = " ".join(failures[-1].split())  # other people's errors may have many lines
             raise OracleFailedError(
                 f"the oracle {self.name!r} could not rank {len(failures)} of the last {len(self._window)} "
-                f"groups (at most {self.max_invalid_fraction:.0%} may fail); last reason: {failures[-1]}. "
+                f"groups (at most {self.max_invalid_fraction:.0%} may fail); last reason: {reason}. "
                 "Check the judge, or raise max_invalid_fraction"
             )
         return rankings
