@@ -12,7 +12,7 @@ import yaml
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
 from rlaif_fast.comparison.report import draw_curves, write_report
-from rlaif_fast.comparison.results import Cell, gain, read_outcome, two_level_bootstrap
+from rlaif_fast.comparison.results import Cell, gain, read_outcome, read_table, two_level_bootstrap
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.files import write_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -218,6 +218,33 @@ def test_the_curves_are_drawn_of_what_was_scored_on_validation(tmp_path, accurac
     plan = read_plan(write_config(tmp_path, tables={"main": MAIN}))
     finished_run(plan.arm_folder(1, "exact", "grpo"), metrics, "a.mp4")
     assert write_report(plan).is_file() and (plan.output_dir / "main.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "words"),
+    [
+        ("data", "4 rows, b", "tested on other rows than"),
+        ("media", "b", "tested on other media than"),
+        ("data", "4 rows, a", None),
+        (None, None, None),
+    ],
+)
+def test_runs_that_were_tested_on_other_data_are_not_compared(tmp_path, kind, other, words):
+    """Their questions may have the same names."""
+    named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}
+    table = MAIN | {"arms": [*named]}
+    plan = read_plan(write_config(tmp_path, arms=named, tables={"main": table}))
+    arms = plan.tables[0].arms
+    for arm, data in zip(arms, ("4 rows, a" if kind == "data" else "a", other)):
+        folder = plan.arm_folder(1, "exact", arm)
+        finished_run(folder, [], "a.mp4")
+        if kind is not None:
+            RunDir(folder).began_with(kind, {"test": data})
+    if words is None:
+        assert len(read_table(plan, plan.tables[0])) == 2
+        return
+    with pytest.raises(UsageError, match=words):
+        read_table(plan, plan.tables[0])
 
 
 def test_a_dollar_sign_in_a_name_is_a_dollar_sign(tmp_path):

@@ -44,6 +44,7 @@ class Outcome:
         oracle_groups: Groups that the oracle was asked to rank.
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
+        test: Digests of the test rows ("data"), their metadata and their media; what is not known is missing.
     """
 
     correct: Mapping[str, bool]
@@ -55,6 +56,7 @@ class Outcome:
     oracle_groups: float
     seconds: float
     peak_rss_bytes: float
+    test: Mapping[str, str]
 
     @property
     def accuracy(self) -> float:
@@ -105,6 +107,11 @@ def read_outcome(folder: Path) -> Outcome | None:
         oracle_groups=groups,
         seconds=summary["seconds"],
         peak_rss_bytes=summary["peak_rss_bytes"],
+        test={
+            kind: known["test"]
+            for kind in ("data", "metadata", "media")
+            if "test" in (known := run.began_with(kind, {}, keep=False))
+        },
     )
 
 
@@ -188,7 +195,11 @@ class Cell:
 
 
 def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
-    """Read what a table compares, by feedback and arm; what has not finished on any seed is missing."""
+    """Read what a table compares, by feedback and arm; what has not finished on any seed is missing.
+
+    Raises:
+        UsageError: A run's records are damaged, or two runs of a seed were tested on different data.
+    """
     outcomes = {
         (feedback, arm): {
             seed: outcome
@@ -198,6 +209,14 @@ def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
         for feedback in table.feedback
         for arm in table.arms
     }
+    for seed in table.seeds:
+        _refuse_other_test(
+            {
+                plan.arm_folder(seed, feedback, arm): found[seed]
+                for (feedback, arm), found in outcomes.items()
+                if seed in found
+            }
+        )
     cells = {}
     for (feedback, arm), found in outcomes.items():
         if not found:
@@ -209,6 +228,20 @@ def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
             ahead = difference([found[seed] for seed in both], [base[seed] for seed in both])
         cells[feedback, arm] = Cell(found, gain(list(found.values())), ahead)
     return cells
+
+
+def _refuse_other_test(runs: Mapping[Path, Outcome]) -> None:
+    """See to it that runs of a seed, by folder, were tested on the same data: their answers are compared one by one."""
+    known: dict[str, tuple[str, Path]] = {}
+    for folder, outcome in runs.items():
+        for kind, digest in outcome.test.items():
+            before, where = known.setdefault(kind, (digest, folder))
+            if digest != before:
+                what = "rows" if kind == "data" else kind
+                raise UsageError(
+                    f"{folder} was tested on other {what} than {where}, so the two cannot be compared; bring the data "
+                    "back and remove the folder that has the others, or choose another output_dir"
+                )
 
 
 def write_results(file: Path, tables: Mapping[str, Mapping[tuple[str, str], Cell]]) -> None:
