@@ -126,7 +126,7 @@ def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Exampl
             rows,
             make_batch,
             make_sampler(policy),
-            scorer=scorer_by_name(config.oracle, told.oracle_options),
+            scorer=scorer_by_name(config.oracle, told.oracle_options, reasons=make_batch.encoder.reasons),
             max_new_tokens=config.max_completion_length,
             max_reasoning_tokens=config.max_reasoning_tokens,
             videos_per_step=options.videos_per_step,

@@ -684,6 +684,30 @@ def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video)
     assert len(judge.seen) == 1
 
 
+def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video):
+    """Of a model whose template opens it: a right word in it was counted. A letter that is chosen closes nothing."""
+    words = set(VOCABULARY) | set(words_of(("A B C D . one two man who is driving ? ball <think> </think>",)))
+    thinker = make_tiny(tmp_path / "thinker", words, seed=3)
+    template = thinker / "chat_template.jinja"
+    text = template.read_text()
+    start = "<|im_start|>assistant\n"
+    assert text.count(start) == 1
+    template.write_text(text.replace(start, start + "<think>\n"))
+    row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7010}
+    video("msrvtt/video7010.mp4")
+    for turn, out in enumerate(("first", "again")):
+        put(tmp_path / "msrvtt/test_qa.json", [row])
+        words = ["--benchmark=msrvtt_qa", f"--data={tmp_path / 'msrvtt'}", f"--model={thinker}", "--fps=4"]
+        assert evaluate.main([*words, f"--output_dir={tmp_path / out}", "--max_completion_length=4"]) == 0
+        [record] = read_records(tmp_path / out / "items.jsonl")
+        assert "</think>" not in record.prediction and not record.correct, turn
+        row |= {"answer": record.prediction}  # what it says on the way
+    assert run(folder, thinker, tmp_path / "letters", "--answering=letter", "--short=false") == 0
+    records = read_records(tmp_path / "letters/items.jsonl")
+    assert any(record.correct for record in records)
+    assert all(record.correct == (record.prediction == record.answer) for record in records)
+
+
 def test_grades_that_a_judge_did_not_give_are_told_and_asked_for_again(judge, model, tmp_path, video, capsys):
     row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7010}
     put(tmp_path / "msrvtt/test_qa.json", [row, row | {"id": 2}])

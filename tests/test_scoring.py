@@ -18,7 +18,7 @@ from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.evaluation import EvalResult, Prediction, compare_with, evaluate
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.scoring import check_references, choose_metric, scorer_by_name, scorer_of
+from rlaif_fast.trainer.scoring import check_references, choose_metric, rules, scorer_by_name, scorer_of
 
 THINKING = r"<answer>(.*?)</answer>"
 
@@ -167,6 +167,22 @@ def test_an_ensemble_without_answers_is_refused_where_too_few_members_can_vote()
             continue
         with pytest.raises(UsageError, match="ensemble ranks by reference answers"):
             check_references("ensemble", options, [NOTHING])
+
+
+def test_of_a_model_that_reasons_what_stands_behind_it_is_scored():
+    """Whatever the oracle, where the template opened the reasoning."""
+    asked = request("B", "x", options=("red", "blue"))
+    for reasons in (False, True):
+        for scorer in (
+            scorer_of(
+                build_oracle("callable", max_invalid_fraction=None, **FUNCTION), FUNCTION, reasons=reasons
+            ),
+            scorer_by_name("callable", FUNCTION, reasons=reasons),
+        ):
+            assert scorer.is_correct(asked, "maybe the answer is B") is not reasons  # cut off on the way
+            assert scorer.is_correct(asked, "maybe A</think>\n\nB") is True
+    own = rules({"extract": r"= (\w)"}, reasons=True)
+    assert own.is_correct(asked, "it = B")
 
 
 # --- the comparison with the start --------------------------------------------------------------------------

@@ -90,10 +90,12 @@ def test_the_oracle_sees_what_stands_behind_the_reasoning() -> None:
     request = RankRequest(
         id="0",
         question="what color",
-        responses=("it may be blue </think> red", "red </think> blue"),
+        responses=("it may be blue </think> red", "red </think> blue", "red"),  # the last was cut off
         reference="red",
     )
-    assert [oracle.is_correct(request, response) for response in request.responses] == [True, False]
+    assert [oracle.is_correct(request, response) for response in request.responses] == [True, False, False]
+    [ranking] = oracle.rank([request])
+    assert ranking.scores is not None and ranking.scores[2] == 0.0 < ranking.scores[1]
 
 
 def test_what_is_asked_for_stays() -> None:

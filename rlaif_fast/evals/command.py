@@ -199,13 +199,20 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
             lengths = (config.max_completion_length, config.max_reasoning_tokens)
             return answer(policy, make_batch.encoder, sampler, prompts, options.answering, *lengths)
 
+        # A letter that was chosen is all of its answer; what was written out may hold more.
+        written, chosen = rules(config.oracle_options, reasons=make_batch.encoder.reasons), rules({})
+
+        def is_right(request, text):
+            by = chosen if options.answering != "generate" and request.options else written
+            return by.is_correct(request, text)
+
         run_items(
             items,
             folder,
             make_batch,
             answers,
             category=BENCHMARKS[options.benchmark].category,
-            rules=rules(config.oracle_options),
+            is_right=is_right,
             grader=grader,
             videos_per_step=options.videos_per_step,
             world=world,

@@ -12,8 +12,8 @@ from rlaif_fast.distributed.world import World
 from rlaif_fast.evals.grading import Grader, grade_answers
 from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.evals.records import EvalFolder, Record
+from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.grading import Grade
-from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.video.refs import MediaRef
@@ -25,6 +25,9 @@ class Answers(Protocol):
     def __call__(self, prompts: Sequence[Prompt]) -> list[str]: ...
 
 
+IsRight = Callable[[RankRequest, str], bool]
+
+
 def run_items(
     items: Sequence[Item],
     folder: EvalFolder | None,
@@ -32,7 +35,7 @@ def run_items(
     answers: Answers,
     *,
     category: str,
-    rules: ReferenceOracle,
+    is_right: IsRight,
     grader: Grader | None = None,
     videos_per_step: int = 64,
     world: World | None = None,
@@ -46,7 +49,7 @@ def run_items(
         make_batch: Loads and encodes rows; those with bad media are missing from the result.
         answers: Answers prompts.
         category: What the category is called among the groups of a record.
-        rules: Say whether an answer is right.
+        is_right: Says whether an answer is right.
         grader: Grades the answers to open questions too; None grades none.
         videos_per_step: Videos answered at once, in each process.
         world: The processes that share the items.
@@ -60,7 +63,7 @@ def run_items(
     step = videos_per_step * world.size
     for start in range(0, len(chunks), step):
         mine = [item for chunk in world.share(chunks[start : start + step]) for item in chunk]
-        records = _answer_chunk(mine, make_batch, answers, category, rules, grader)
+        records = _answer_chunk(mine, make_batch, answers, category, is_right, grader)
         everyone = [record for part in world.gather(records) for record in part]
         if folder is not None:
             folder.add(everyone)
@@ -92,7 +95,7 @@ def _answer_chunk(
     make_batch: BatchMaker,
     answers: Answers,
     category: str,
-    rules: ReferenceOracle,
+    is_right: IsRight,
     grader: Grader | None,
 ) -> list[Record]:
     asked = {item.example.id: item for item in items if not item.trouble}
@@ -105,7 +108,7 @@ def _answer_chunk(
         found_grades = grade_answers(grader, open_ended)
         grades = {example.id: grade for (example, _), grade in zip(open_ended, found_grades)}
     found = {
-        prompt.example.id: (text, rules.is_correct(request, text))
+        prompt.example.id: (text, is_right(request, text))
         for prompt, text, request in zip(prompts, texts, requests)
     }
     reason = make_batch.store.reason

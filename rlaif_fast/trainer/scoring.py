@@ -17,6 +17,7 @@ from rlaif_fast.oracle.scoring import answer_kind
 from rlaif_fast.oracle.wrappers import oracles_in
 
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
+BEHIND_REASONING = r"(?:</think>|\Z)\s*(.*)"  # nothing where the reasoning does not end
 NEED_ANSWERS = ("reference", "embedding")  # oracles that compare with the reference answer
 RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
 
@@ -30,27 +31,36 @@ class AnswerScorer(Protocol):
         ...
 
 
-def scorer_of(oracle: Oracle, options: Mapping[str, Any]) -> AnswerScorer:
+def scorer_of(oracle: Oracle, options: Mapping[str, Any], *, reasons: bool = False) -> AnswerScorer:
     """The scorer of a run: the oracle itself or one inside it, else the rules with the options that it shares.
 
     What disturbs an oracle for an experiment is looked through: accuracy is measured by the clean one.
     """
-    return next((o for o in oracles_in(oracle) if isinstance(o, AnswerScorer)), None) or rules(options)
+    return next((o for o in oracles_in(oracle) if isinstance(o, AnswerScorer)), None) or rules(
+        options, reasons=reasons
+    )
 
 
-def scorer_by_name(name: str, options: Mapping[str, Any]) -> AnswerScorer:
+def scorer_by_name(name: str, options: Mapping[str, Any], *, reasons: bool = False) -> AnswerScorer:
     """The scorer that a run with this oracle has, without loading a judge."""
     for inner, own in _named(name, options):
         if hasattr(find_oracle(inner, own), "is_correct"):
             plain = {key: value for key, value in own.items() if key not in SHARED_OPTIONS}
             oracle: Any = build_oracle(inner, max_invalid_fraction=None, **plain)
             return oracle
-    return rules(options)
+    return rules(options, reasons=reasons)
 
 
-def rules(options: Mapping[str, Any]) -> ReferenceOracle:
-    """The rules of the reference oracle, with `extract` and `tolerance` as the run's oracle has them."""
-    return ReferenceOracle(**{name: options[name] for name in RULE_OPTIONS if options.get(name) is not None})
+def rules(options: Mapping[str, Any], *, reasons: bool = False) -> ReferenceOracle:
+    """The rules of the reference oracle, with `extract` and `tolerance` as the run's oracle has them.
+
+    Args:
+        options: The oracle's.
+        reasons: Whether the chat template leaves the prompt inside the reasoning. A response is then an answer from
+            where that closes on, unless `extract` says otherwise; one that does not close it says nothing.
+    """
+    given = {name: options[name] for name in RULE_OPTIONS if options.get(name) is not None}
+    return ReferenceOracle(**({"extract": BEHIND_REASONING} if reasons else {}) | given)
 
 
 def choose_metric(

@@ -40,11 +40,11 @@ from rlaif_fast.trainer.cached_model import tiny_folder
 from rlaif_fast.trainer.datasets import load_data, needs_answers, own_files, read_file
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets
+from rlaif_fast.trainer.scoring import BEHIND_REASONING
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
 from rlaif_fast.video.preprocess import PATCHIFIERS
 
 TAKES_EXTRACT = ("reference", "api", "local")
-BEHIND_REASONING = r"</think>\s*(.*)"
 OPTION_PATHS = {"model", "path", "cache"}  # of an oracle
 PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
 MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
