@@ -460,6 +460,15 @@ def test_the_command_writes_the_same_report_again(tmp_path, capsys):
     assert run.report.read_text(encoding="utf-8") == html
 
 
+def test_a_report_that_cannot_be_written_is_said_in_one_line(tmp_path, capsys):
+    run = RunDir.create(tmp_path / "run")
+    write_jsonl(run.metrics, [{"stage": "rl", "step": step, "kl": step / 10} for step in (1, 2, 3)])
+    run.figures.write_text("a file where the folder of the figures belongs")
+    assert main([str(run.path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and str(run.path) in said
+
+
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     message = capsys.readouterr().err

@@ -19,7 +19,9 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.cli import run_command
+from rlaif_fast.errors import writing
+from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report import figures
 from rlaif_fast.report.figures import HALF, NARROW, WIDE, Draw, Panel, Score, duration
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, media_of
@@ -60,8 +62,9 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
         versions=summary.get("versions", {}),
         strip_frames=STRIP_FRAMES,
     )
-    run_dir.report.write_text(page, encoding="utf-8")
-    _write_pngs(run_dir.figures, comparison, panels, seconds)
+    with writing(run_dir.path):
+        write_atomically(run_dir.report, page)
+        _write_pngs(run_dir.figures, comparison, panels, seconds)
     return run_dir.report
 
 
@@ -250,12 +253,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", help="the --output_dir of a run")
     arguments = parser.parse_args(argv)
-    try:
+
+    def command() -> int:
         print(write_report(RunDir.open(arguments.run_dir)))
-    except RlaifFastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         "notes": [*notes, *notes_on_data(run)],
     }
     if config.report:
-        with logger.timer("report"), writing(run_dir.path):
+        with logger.timer("report"):
             path = write_report(run_dir, summary=summary)
         logger.message(f"report: {path}")
     summary["seconds"] = logger.elapsed()
