@@ -11,10 +11,10 @@ import yaml
 
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
-from rlaif_fast.comparison.report import draw_curves, write_report
+from rlaif_fast.comparison.report import accuracy_table, draw_curves, write_report
 from rlaif_fast.comparison.results import Cell, gain, read_outcome, read_table, two_level_bootstrap
 from rlaif_fast.errors import UsageError
-from rlaif_fast.runs.files import write_jsonl
+from rlaif_fast.runs.files import read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
 
 COMMON = {
@@ -245,6 +245,22 @@ def test_runs_that_were_tested_on_other_data_are_not_compared(tmp_path, kind, ot
         return
     with pytest.raises(UsageError, match=words):
         read_table(plan, plan.tables[0])
+
+
+def test_the_start_is_the_mean_over_the_seeds(tmp_path):
+    """Whatever number of arms has finished on each."""
+    named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}
+    plan = read_plan(
+        write_config(tmp_path, arms=named, tables={"main": MAIN | {"seeds": [1, 2], "arms": [*named]}})
+    )
+    for seed, arm in ((1, "grpo"), (1, "ranks"), (2, "grpo")):
+        finished_run(plan.arm_folder(seed, "exact", arm), [], "a.mp4")
+    run = RunDir(plan.arm_folder(2, "exact", "grpo"))
+    wrong = [row | {"correct": False} for row in read_jsonl(run.predictions("sft"))]
+    write_jsonl(run.predictions("sft"), wrong)
+    run.write_summary(run.read_summary())
+    table = accuracy_table(plan.tables[0], read_table(plan, plan.tables[0]))
+    assert "| start | 25.0% |" in table
 
 
 def test_a_dollar_sign_in_a_name_is_a_dollar_sign(tmp_path):

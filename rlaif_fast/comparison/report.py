@@ -78,7 +78,13 @@ def accuracy_table(table: Table, cells: Cells) -> str:
             cell = cells.get((feedback, arm))
             row.append("–" if cell is None else _cell(cell, len(table.seeds)))
         rows.append(row)
-    start = _mean(o.start_accuracy for cell in cells.values() for o in cell.outcomes.values())
+    starts: dict[int, list[float]] = {}
+    for cell in cells.values():
+        for seed, outcome in cell.outcomes.items():
+            starts.setdefault(seed, []).append(outcome.start_accuracy)
+    start = _mean(
+        map(_mean, starts.values())
+    )  # each seed counts once, however many of its arms have finished
     rows.append(["start", *[f"{start:.1%}"] * len(table.feedback)])
     return markdown_table(["arm", *table.feedback], rows) + "\n"
 
