@@ -4,18 +4,23 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from rlaif_fast.data.schema import Example
+from rlaif_fast.oracle import build_oracle
 from rlaif_fast.report import figures
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
 from rlaif_fast.report.html import compare_predictions, main, write_report
+from rlaif_fast.report.outcome import notes_on_data
 from rlaif_fast.report.panels import learning_panels
 from rlaif_fast.runs.files import read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.trainer.options import TrainConfig
 
 ATTACK = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quotes" $x$ {{ 777*777 }}'
 
@@ -589,3 +594,21 @@ def test_the_reference_oracle_shows_no_curve_that_is_one_by_design():
     assert [curve.label for curve in length.curves] == [""]
     [all_three] = learning_panels(metrics, "api")
     assert [curve.label for curve in all_three.curves] == ["length", "reference", "blind"]
+
+
+def test_what_is_said_of_weak_labels_is_true_of_the_run():
+    """Nothing where none was taught; of the oracle only where it ranks against the right answers."""
+    rows = [Example(id=str(n), question="?", metadata={"corrupted": n < 2}) for n in range(5)]
+
+    def said(oracle, **changes):
+        config = TrainConfig(**changes)
+        made = build_oracle(oracle, function=len) if oracle == "callable" else build_oracle(oracle)
+        data = SimpleNamespace(sft=rows, metric="accuracy")
+        return " ".join(notes_on_data(SimpleNamespace(config=config, data=data, oracle=made)))
+
+    assert "2 of 5 supervised answers" in said("reference") and "the undoing of that noise" in said(
+        "reference"
+    )
+    assert "supervised answers" not in said("reference", sft="none")
+    for other in (said("callable"), said("reference", oracle_shuffle=True)):
+        assert "2 of 5 supervised answers" in other and "the undoing" not in other

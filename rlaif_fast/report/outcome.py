@@ -16,6 +16,8 @@ from rlaif_fast.algorithms.group import rank_rollout
 from rlaif_fast.data import chance_by_category
 from rlaif_fast.errors import writing
 from rlaif_fast.machine import cores, peak_rss_bytes
+from rlaif_fast.oracle.reference import ReferenceOracle
+from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.prompts.batches import by_media
 from rlaif_fast.report.html import write_report
 from rlaif_fast.runs.files import json_line, read_jsonl, write_jsonl
@@ -84,10 +86,14 @@ def notes_on_data(run: Run) -> list[str]:
             "The clips are generated: shapes that move over textured backgrounds; the policy is tiny."
         )
     if corrupted:
+        undone = (
+            "; the oracle ranks against the right answers, so most of what RL gains here is the undoing of that noise, "
+            "not new perception"
+        )
+        by_answers = any(isinstance(oracle, ReferenceOracle) for oracle in oracles_in(run.oracle))
         notes.append(
-            f"{corrupted} of {len(taught)} supervised answers have one fact wrong on purpose, as a weak "
-            "annotator's would; the oracle ranks against the right answers, so most of what RL gains here is "
-            "the undoing of that noise, not new perception."
+            f"{corrupted} of {len(taught)} supervised answers have one fact wrong on purpose, as a weak annotator's "
+            f"would{undone if by_answers and not run.config.oracle_shuffle else ''}."
         )
     if run.data.metric == "oracle":
         notes.append(
