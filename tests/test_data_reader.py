@@ -495,6 +495,7 @@ def test_chance_compares_facts():
 def test_check_prints_a_table(write, media, capsys):
     path = write(NATIVE, {**NATIVE, "id": "two", "category": "counting problem"})
     assert main(["check", str(path), "--media_root", str(media)]) == 0
+    assert main(["check", str(path), "--media_root", str(media), "--shown", "-1"]) == 2
     out = capsys.readouterr().out
     assert "counting problem" in out and "2 questions, all good" in out and "note: 1 questions" in out
 

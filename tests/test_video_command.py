@@ -98,6 +98,7 @@ def test_preview(folder, tmp_path, capsys):
         (["preview", "{}/good.webm", "--out", "{}/x.png", "--fps", "0"], 2, "fps must be positive"),
         (["check", "{}/none.jsonl"], 2, "none.jsonl"),
         (["check", "{}/clean.jsonl", "--workers", "0"], 2, "workers"),
+        (["check", "{}/clean.jsonl", "--shown", "-1"], 2, "shown: expected 0 or more"),
     ],
 )
 def test_errors_are_one_line(folder, capsys, arguments, code, words):

@@ -12,7 +12,7 @@ from rlaif_fast.cli import parse_config, run_command
 from rlaif_fast.data.reader import ReadReport, read_report
 from rlaif_fast.data.summary import chance_accuracy, summarise
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, require_least
 from rlaif_fast.machine import cores
 from rlaif_fast.outputs import check_output
 from rlaif_fast.video.refs import MediaRef
@@ -82,6 +82,7 @@ def _make(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    require_least("shown", options.shown, 0)
     report = read_report(
         options.file, media_root=options.media_root, require_answer=not options.allow_unanswered
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.cli import run_command
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, require_least
 from rlaif_fast.outputs import check_output
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.clips import load_clip
@@ -149,6 +149,7 @@ class _Vetted:
 
 
 def _check(options: argparse.Namespace) -> int:
+    require_least("shown", options.shown, 0)
     from rich.console import Console
 
     from rlaif_fast.data.reader import read_report
