@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +110,18 @@ def test_a_killed_run_ends_at_the_same_weights_to_the_bit(whole, cache, tmp_path
 
 def test_torchrun_trains_alike(whole, cache, tmp_path):
     finish(start(words(tmp_path / "run", cache), TORCHRUN))
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_two_agents_of_torchrun_train_alike(whole, cache, tmp_path):
+    """As on two machines with one process each: every agent knows one process, and the weights are cut over both."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agent = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1")
+    arguments = words(tmp_path / "run", cache, sharding_size=2)
+    agents = [start(arguments, (*agent, f"--master-port={port}", f"--node-rank={k}")) for k in range(2)]
+    for process in agents:
+        finish(process)
     assert metrics(tmp_path / "run") == metrics(whole)
 
 

@@ -345,7 +345,7 @@ def _choose_backend(local_rank: int, device: torch.device | None) -> str:
     if local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"num_processes: process {local_rank} has no GPU, torch sees {torch.cuda.device_count()}; "
-            "start at most one process a GPU"
+            "start at most one process a GPU, or set LOCAL_RANK=0 where each sees one of its own alone (srun)"
         )
     torch.cuda.set_device(local_rank)
     return "cpu:gloo,cuda:nccl"
