@@ -82,9 +82,8 @@ def accuracy_table(table: Table, cells: Cells) -> str:
     for cell in cells.values():
         for seed, outcome in cell.outcomes.items():
             starts.setdefault(seed, []).append(outcome.start_accuracy)
-    start = _mean(
-        map(_mean, starts.values())
-    )  # each seed counts once, however many of its arms have finished
+    # Each seed counts once, however many of its arms have finished.
+    start = _mean(map(_mean, starts.values()))
     rows.append(["start", *[f"{start:.1%}"] * len(table.feedback)])
     return markdown_table(["arm", *table.feedback], rows) + "\n"
 

@@ -4,10 +4,9 @@
     J_t    = min(rho_t * A, clip(rho_t, 1 - epsilon, 1 + epsilon_high) * A) - beta * KL_t + entropy_coef * H_t
     loss   = -aggregate(J)
 
-Letters: N groups, G responses a group, B = N * G rows (the rows of a group adjacent), T tokens, M packed
-tokens, H hidden, V vocabulary. Everything is differentiable once, in ordinary autograd (not under
-`torch.func`); the kernels use no floating point atomics, so equal inputs give equal bits on one machine and
-thread count.
+Letters: N groups, G responses a group, B = N * G rows (the rows of a group adjacent), T tokens, M packed tokens, H
+hidden, V vocabulary. Everything is differentiable once, in ordinary autograd (not under `torch.func`); the kernels use
+no floating point atomics, so equal inputs give equal bits on one machine and thread count.
 """
 
 from __future__ import annotations
@@ -197,9 +196,9 @@ def grpo_rank_loss_from_logits(
         temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
         logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
         logit_scale: Above 0; multiplies the logits, before the cap.
-        inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. Backward then
-            runs once, and raises where the logits changed meanwhile; what else reads them in its backward
-            pass raises. Ignored by the reference and under torch.compile.
+        inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. Backward then runs
+            once, and raises where the logits changed meanwhile; what else reads them in its backward pass raises.
+            Ignored by the reference and under torch.compile.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -218,12 +217,14 @@ def grpo_rank_loss_from_logits(
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, (B, T), logits, validate)
     if mask is not None:
         token_ids = token_ids.where(mask, 0)
-    if arguments.get("valid") is not None and arguments.get("group_index") is None:
-        # rows of invalid groups may be anything too
-        mask = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)[0].counting(None)
+    indexed = arguments.get("group_index") is not None  # the policy's order may then be that of `logps`
+    if not indexed:
+        inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)
+        mask = inputs.counting(None)  # rows of invalid groups may be anything too
     logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend, inplace_backward, mask)
     oracle_ranks, arguments, extra = close_groups(wide, (B, T), logps, oracle_ranks, arguments, None, backend)
-    inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)
+    if indexed:
+        inputs, options = checks.loss_inputs(wide, (B, T), B, oracle_ranks, arguments)
     closed = ops.rank_loss(logps, entropy, inputs, options, backend)
     return named(closed, inputs, options, entropy is not None, extra)
 

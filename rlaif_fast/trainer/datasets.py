@@ -134,7 +134,9 @@ def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> Non
     """
     missing = [split for split in ("validation", "test") if not rows[split]]
     given = (*rows["validation"], *rows["test"])
-    free = rows_apart(rows["rl"], given, contents((*rows["rl"], *given)))
+    free = rows["rl"]
+    if given:  # else there is nothing to keep apart from, and no file to read for it
+        free = rows_apart(free, given, contents((*free, *given)))
     _, *parts = hold_out(free, config.holdout_fraction, config.seed, parts=len(missing))
     held = {id(row) for part in parts for row in part}  # one file serves both stages with the same objects
     for split in ("sft", "rl"):
