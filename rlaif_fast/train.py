@@ -14,14 +14,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
 from rlaif_fast.errors import UsageError, first_line
-from rlaif_fast.machine import cores, keep_freed_memory, peak_rss_bytes
+from rlaif_fast.machine import keep_freed_memory, peak_rss_bytes
+
+if TYPE_CHECKING:
+    from rlaif_fast.distributed.world import World
+    from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.trainer.options import TrainConfig
+    from rlaif_fast.trainer.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +56,7 @@ def _run(argv: list[str]) -> int:
     return 0
 
 
-def train(config, given: Mapping[str, Any] | None = None) -> Path:
+def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     """Train as configured and return the run's folder.
 
     Args:
@@ -64,7 +70,8 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
     from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.runs.folder import RunDir
-    from rlaif_fast.trainer import setup
+    from rlaif_fast.trainer.preflight import preflight
+    from rlaif_fast.trainer.resolved import resolved
     from rlaif_fast.trainer.resume import resumed_config
 
     first = RankZeroFirst()
@@ -79,9 +86,9 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
                     recover_all(run_dir, extends="max_steps" in (given or {}))
                 config = resumed_config(run_dir, given or {})
             else:
-                config = setup.resolved(config)
+                config = resolved(config)
             if first.rank == 0:
-                setup.preflight(config)
+                preflight(config)
                 if config.resume is None:
                     run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
                 held.enter_context(run_dir.lock())
@@ -95,7 +102,7 @@ def train(config, given: Mapping[str, Any] | None = None) -> Path:
     return Path(config.output_dir)
 
 
-def recover_all(run_dir, *, extends: bool) -> None:
+def recover_all(run_dir: RunDir, *, extends: bool) -> None:
     """Check what a run is resumed from, and say in a line each what is damaged.
 
     Raises:
@@ -113,7 +120,7 @@ def recover_all(run_dir, *, extends: bool) -> None:
             print(line, file=sys.stderr)
 
 
-def prepare(run_dir, config) -> None:
+def prepare(run_dir: RunDir, config: TrainConfig) -> None:
     """Bring a run's folder to the state that its processes start from."""
     from rlaif_fast.outputs import write_atomically
     from rlaif_fast.runs.checkpoint import CheckpointStore
@@ -123,7 +130,7 @@ def prepare(run_dir, config) -> None:
     CheckpointStore(run_dir.checkpoints, {}).note_config(text)
 
 
-def train_in(world, config) -> None:
+def train_in(world: World, config: TrainConfig) -> None:
     """One process's part of a run whose folder is prepared.
 
     Args:
@@ -135,14 +142,15 @@ def train_in(world, config) -> None:
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.logging import PackageLog, RunLogger, SilentLogger
     from rlaif_fast.termination import Termination
-    from rlaif_fast.trainer import setup
     from rlaif_fast.trainer.rl import train_rl
+    from rlaif_fast.trainer.seeds import seed_everything
+    from rlaif_fast.trainer.setup import build_run, set_threads
 
     keep_freed_memory()
     run_dir = RunDir(config.output_dir)
     world.check_shared(run_dir.path)
-    setup.set_threads(config.threads, world.local_size)
-    setup.seed_everything(config.seed)
+    set_threads(config.threads, world.local_size)
+    seed_everything(config.seed)
     found = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
     index, state = found.index, found.last_state()
     make_logger: contextlib.AbstractContextManager = SilentLogger()
@@ -200,7 +208,7 @@ def train_in(world, config) -> None:
             finish(run, run_dir, notes, int(others))
 
 
-def opponents_of(run, run_dir) -> dict[str, str] | None:
+def opponents_of(run: Run, run_dir: RunDir) -> dict[str, str] | None:
     """The test answers where RL began, which the final ones are ranked against where the oracle is the metric."""
     from rlaif_fast.runs.files import read_jsonl
 
@@ -209,87 +217,7 @@ def opponents_of(run, run_dir) -> dict[str, str] | None:
     return {row["example_id"]: row["prediction"] for row in read_jsonl(run_dir.predictions("sft"))}
 
 
-def build_run(world, config, run_dir, logger, open_parts: contextlib.ExitStack, termination):
-    """The parts of a run, and what a reader of its report has to know.
-
-    Args:
-        world: The processes of the run.
-        config: Its configuration.
-        run_dir: Its folder.
-        logger: Where to log.
-        open_parts: Closes what has to be closed.
-        termination: Knows whether the run was asked to end.
-    """
-    from rlaif_fast.algorithms import make_algorithm
-    from rlaif_fast.policy.loading import load_model
-    from rlaif_fast.policy.model_files import base_record, file_prints
-    from rlaif_fast.report.outcome import older_names, uneven_steps
-    from rlaif_fast.rollout import make_sampler
-    from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
-    from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model
-    from rlaif_fast.trainer.run import Run
-    from rlaif_fast.trainer.scoring import scorer_of
-
-    data_notes: list[str] = []
-    reads_files = world.rank % world.local_size == 0  # one process of each machine
-    with world.main_first():
-        with logger.timer("data"):
-            data = load_with_progress(config, logger, data_notes.append)
-            refuse_other_data(run_dir, data, files=reads_files)
-        with logger.timer("model"):
-            options = setup.resolved_model(config, data)
-            prints = file_prints(options.model) if reads_files else {}
-            refuse_other_model(run_dir, prints)
-    with logger.timer("model"):
-        loaded = load_model(options)
-        policy = setup.make_policy(loaded, options)
-        world.broadcast([p.data for p in policy.model.parameters()])
-    make_batch = open_parts.enter_context(
-        setup.make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
-    )
-    with logger.timer("model"):
-        setup.shard(policy, config, world, make_batch.encoder)
-    config, reasoning = setup.for_reasoning(config, make_batch.encoder)
-    notes = (
-        *loaded.notes,
-        *reasoning,
-        *data_notes,
-        *uneven_steps(config, world.size),
-        *older_names(config),
-    )
-    for note in notes:
-        logger.message(note)
-    files = read_processor_files(options.model) | base_record(loaded.model, prints)
-    oracle = setup.make_oracle(config)
-    sampler = make_sampler(policy, config.sampler, config.sampler_options)
-    if hasattr(sampler, "close"):
-        open_parts.callback(sampler.close)
-    run = Run(
-        config=config,
-        policy=policy,
-        sampler=sampler,
-        make_batch=make_batch,
-        oracle=oracle,
-        scorer=scorer_of(oracle, config.oracle_options, reasons=make_batch.encoder.reasons),
-        algorithm=make_algorithm(config),
-        data=data,
-        logger=logger,
-        store=CheckpointStore(
-            run_dir.checkpoints,
-            files,
-            read_only=not world.is_main,
-            run=run_dir,
-            keep=config.keep_checkpoints,
-            asynchronous=config.async_checkpoints,
-        ),
-        world=world,
-        termination=termination,
-    )
-    return run, notes
-
-
-def run_sft_stage(run, state) -> None:
+def run_sft_stage(run: Run, state: dict | None) -> None:
     """Bring the policy to where RL starts: by training, from a checkpoint, or as it is."""
     from rlaif_fast.runs.checkpoint import load_weights
     from rlaif_fast.trainer.inputs import refuse_other_start
@@ -315,23 +243,7 @@ def run_sft_stage(run, state) -> None:
     train_sft(run, resume_from=run.store.path("last") if state is not None else None)
 
 
-def load_with_progress(config, logger, note: Callable[[str], None]):
-    """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
-    from rlaif_fast.trainer import datasets
-
-    total = (
-        config.synthetic_sft_clips
-        + config.synthetic_rl_clips
-        + config.synthetic_validation_clips
-        + config.synthetic_test_clips
-    )
-    if config.data != "synthetic":
-        return datasets.load_data(config, note=note)
-    with logger.stage("clips", total=total) as update:
-        return datasets.load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
-
-
-def dump_config(config) -> str:
+def dump_config(config: TrainConfig) -> str:
     """The configuration as YAML."""
     import yaml
 

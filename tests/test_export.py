@@ -27,7 +27,7 @@ from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, sa
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import MANIFEST, Manifest, check_weights, digests, write_manifest
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.setup import preflight
+from rlaif_fast.trainer.preflight import preflight
 
 
 @pytest.fixture(scope="module")

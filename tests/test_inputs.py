@@ -27,7 +27,7 @@ from rlaif_fast.trainer import rl, sft
 from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model, tokenizer_difference
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.run import Datasets
-from rlaif_fast.trainer.setup import seed_step
+from rlaif_fast.trainer.seeds import seed_step
 
 WORDS = ("What", "is", "shown", "red", "blue")
 CLIPS = SyntheticConfig(

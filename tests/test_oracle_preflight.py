@@ -15,8 +15,8 @@ from test_oracle_wire import REPLY, raw_server
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle import build_oracle
 from rlaif_fast.oracle.preflight import ask_once
-from rlaif_fast.trainer import setup
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.preflight import preflight
 
 
 def replying(status, body):
@@ -58,7 +58,7 @@ def test_a_judge_that_gives_no_verdict_is_refused_before_training(script, words)
         start = time.monotonic()
         config = TrainConfig(oracle="api", oracle_options=options(url))
         with pytest.raises(RlaifFastError, match=words) as caught:
-            setup.preflight(config)
+            preflight(config)
         assert time.monotonic() - start < 20.0
     assert "'m'" in str(caught.value)
     assert "sk-abcdefgh" not in str(caught.value)

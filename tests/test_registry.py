@@ -15,7 +15,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
-from rlaif_fast.trainer.setup import check_model
+from rlaif_fast.trainer.preflight import check_model
 
 REASONS = (
     "needs torchvision: pip install torchvision",

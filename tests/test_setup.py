@@ -19,6 +19,8 @@ from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Manifest, sealed, write_manifest
 from rlaif_fast.trainer import datasets, setup
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.preflight import check_oracle, preflight
+from rlaif_fast.trainer.resolved import resolved
 from rlaif_fast.trainer.resume import resumed_config, saved_config
 
 
@@ -132,12 +134,12 @@ def test_everything_leaking_is_refused(tmp_path):
 def test_preflight_needs_scores_for_zscore(tmp_path):
     (tmp_path / "verdicts.jsonl").touch()
     scores = TrainConfig(advantage="zscore", oracle="reference")
-    setup.preflight(scores)
+    preflight(scores)
     only_orders = {"oracle": "replay", "oracle_options": {"path": str(tmp_path / "verdicts.jsonl")}}
     with pytest.raises(UsageError, match="grpo_rank with advantage zscore needs scores"):
-        setup.check_oracle(TrainConfig(advantage="zscore", **only_orders))
+        check_oracle(TrainConfig(advantage="zscore", **only_orders))
     with pytest.raises(UsageError, match="needs option 'model'"):
-        setup.preflight(TrainConfig(oracle="local"))
+        preflight(TrainConfig(oracle="local"))
 
 
 def test_the_window_of_the_circuit_breaker_is_an_oracle_option():
@@ -187,7 +189,7 @@ def cannot(request):
 )
 def test_an_oracle_option_that_does_not_fit_is_named(oracle, options, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        setup.check_oracle(TrainConfig(oracle=oracle, oracle_options=options))
+        check_oracle(TrainConfig(oracle=oracle, oracle_options=options))
 
 
 def test_preflight_keeps_the_checkpoint_that_the_run_starts_from(tmp_path):
@@ -197,7 +199,7 @@ def test_preflight_keeps_the_checkpoint_that_the_run_starts_from(tmp_path):
         sft=str(run.checkpoints / "sft"), output_dir=str(run.path), overwrite_output_dir=True
     )
     with pytest.raises(UsageError, match=r"sft: .* is a checkpoint of the run that overwrite_output_dir"):
-        setup.preflight(config)
+        preflight(config)
 
 
 def test_a_folder_whose_name_begins_with_tiny_is_a_model(tmp_path, monkeypatch):
@@ -214,7 +216,7 @@ def begun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "data.jsonl", ["a.mp4"])
     run = RunDir.create(tmp_path / "run")
-    config = setup.resolved(TrainConfig(data="data.jsonl", device="cpu", num_processes=2))
+    config = resolved(TrainConfig(data="data.jsonl", device="cpu", num_processes=2))
     run.config.write_text(yaml.safe_dump(dataclasses.asdict(config)))
     return run
 
@@ -232,7 +234,7 @@ def test_words_that_name_no_path_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "synthetic", "auto", "mine"):
         (tmp_path / name).mkdir()
-    config = setup.resolved(TrainConfig(media_root="mine"))
+    config = resolved(TrainConfig(media_root="mine"))
     assert (config.model, config.data, config.sft) == ("tiny", "synthetic", "auto")
     assert config.media_root == str(tmp_path / "mine")
 

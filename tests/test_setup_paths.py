@@ -11,10 +11,11 @@ from rlaif_fast.data.synthetic.encode import encode_video
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.train import dump_config
-from rlaif_fast.trainer import datasets, setup
+from rlaif_fast.trainer import datasets
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.preflight import preflight
+from rlaif_fast.trainer.resolved import resolved
 from rlaif_fast.trainer.resume import resumed_config
-from rlaif_fast.trainer.setup import preflight
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_the_folder_of_a_benchmark_and_paths_of_an_oracle_are_made_whole(tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "judge").mkdir()
     members = [{"name": "local", "model": "judge"}, {"name": "api", "model": "some/name"}]
-    config = setup.resolved(
+    config = resolved(
         TrainConfig(
             validation_data="jsonl:bm",
             test_data="jsonl:nothing",
@@ -47,9 +48,9 @@ def test_the_folder_of_a_benchmark_and_paths_of_an_oracle_are_made_whole(tmp_pat
     first, second = config.oracle_options["members"]
     assert (first["model"], second["model"]) == (str(tmp_path / "judge"), "some/name")
     assert config.oracle_options["cache"] == str(tmp_path / "verdicts.sqlite")
-    assert setup.resolved(TrainConfig(cache_dir="~/kept")).cache_dir == "~/kept"
+    assert resolved(TrainConfig(cache_dir="~/kept")).cache_dir == "~/kept"
     monkeypatch.chdir("/")
-    assert setup.resolved(config) == config
+    assert resolved(config) == config
     assert len(datasets.read_file(Path(config.validation_data), config)) == 1
 
 
@@ -95,9 +96,7 @@ def test_what_cannot_work_here_is_refused_before_the_run(monkeypatch, changes, w
 
 def test_resume_refuses_what_is_not_read_any_more(tmp_path):
     run = RunDir.create(tmp_path / "run")
-    config = setup.resolved(
-        TrainConfig(model="tiny", device="cpu", num_processes=1, output_dir=str(run.path))
-    )
+    config = resolved(TrainConfig(model="tiny", device="cpu", num_processes=1, output_dir=str(run.path)))
     run.config.write_text(dump_config(config))
     assert resumed_config(run, {"sft_learning_rate": 0.5}).sft_learning_rate == 0.5
     (run.checkpoints / "index.json").write_text(_index(run, sft="sft"))

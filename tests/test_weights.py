@@ -14,7 +14,7 @@ from rlaif_fast.policy.loading import ModelOptions, check_lora, load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.runs.checkpoint import load_weights, read_processor_files, save_model
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.setup import check_model
+from rlaif_fast.trainer.preflight import check_model
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
 

@@ -32,11 +32,13 @@ from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import World, buckets
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.machine import cores
-from rlaif_fast.report.outcome import uneven_steps, write_samples
+from rlaif_fast.report.outcome import write_samples
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import setup
+from rlaif_fast.trainer.notes import uneven_steps
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.resolved import process_count
 
 
 def test_what_two_processes_exchange(tmp_path):
@@ -332,8 +334,8 @@ def test_more_processes_than_videos(cache, tmp_path):
 
 
 def test_number_of_processes():
-    assert setup.process_count(TrainConfig(num_processes=3)) == 3
-    assert setup.process_count(TrainConfig(num_processes=0, device="cpu")) == min(cores(), 2)
+    assert process_count(TrainConfig(num_processes=3)) == 3
+    assert process_count(TrainConfig(num_processes=0, device="cpu")) == min(cores(), 2)
     with pytest.raises(UsageError, match="num_processes: expected 0 or more, got -1"):
         TrainConfig(num_processes=-1)
 

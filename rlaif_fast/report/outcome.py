@@ -25,7 +25,6 @@ from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.logging import RunLogger, SilentLogger
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.evaluation import EvalResult
-from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rollout_log import rollout_records
 from rlaif_fast.trainer.run import Run
 
@@ -42,38 +41,6 @@ def describe(run: Run) -> None:
     run.logger.message(
         f"rows: {len(data.sft)} sft, {len(data.rl)} rl, {len(data.validation)} validation, {len(data.test)} test"
     )
-
-
-def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
-    """What to know where the videos of a step cannot be divided evenly among the processes."""
-    keys = ["videos_per_step"] if config.sft != "auto" else ["sft_videos_per_step", "videos_per_step"]
-    notes = []
-    for key in keys:
-        videos = getattr(config, key)
-        if videos < processes:
-            notes.append(
-                f"{key}: {videos} is fewer than the {processes} processes, so {processes - videos} of them have "
-                f"nothing to do in a step; use a multiple of {processes}"
-            )
-        elif videos % processes:
-            notes.append(
-                f"{key}: {videos} is not a multiple of the {processes} processes, so some of them wait for the "
-                "others in every step"
-            )
-    groups = -(-config.videos_per_step // processes) * config.questions_per_video
-    if groups < config.steps_per_generation:
-        notes.append(
-            f"steps_per_generation: {config.steps_per_generation} is more than the {groups} groups that a process "
-            "has at most, so some of these steps change nothing"
-        )
-    return notes
-
-
-def older_names(config: TrainConfig) -> list[str]:
-    """What to know where the configuration says a thing by its older name."""
-    if config.algorithm == "grpo_rank" and config.advantage == "zscore":
-        return ["advantage: zscore is the same as algorithm: grpo"]
-    return []
 
 
 def notes_on_data(run: Run) -> list[str]:

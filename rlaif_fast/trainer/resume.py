@@ -16,7 +16,7 @@ from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import MANIFEST, Damage, Manifest, unseal
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.setup import resolved
+from rlaif_fast.trainer.resolved import resolved
 from rlaif_fast.trainer.unread import SUPERVISED, unread
 
 CHANGEABLE = (

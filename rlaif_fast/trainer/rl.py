@@ -26,7 +26,7 @@ from rlaif_fast.trainer.options import RlOptions
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
-from rlaif_fast.trainer.setup import seed_step
+from rlaif_fast.trainer.seeds import seed_step
 
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (

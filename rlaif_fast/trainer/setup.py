@@ -2,197 +2,143 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import os
-import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.data.benchmarks import BENCHMARKS
-from rlaif_fast.distributed.launch import under_torchrun
 from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError, require
-from rlaif_fast.loss import backends
 from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
-from rlaif_fast.oracle.preflight import ask_once
-from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.oracle.wrappers import WINDOW, check_window
-from rlaif_fast.policy import quantization
-from rlaif_fast.policy.families import check_shared_prefix
-from rlaif_fast.policy.frontend import load_frontend
-from rlaif_fast.policy.loading import LoadedModel, ModelOptions, adapter_folder, resolve_device
+from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
+from rlaif_fast.policy.model_files import base_record, file_prints
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.batches import BatchMaker, filling_prompt
 from rlaif_fast.prompts.encoder import PromptEncoder
-from rlaif_fast.prompts.make import check_encoding, make_encoder
+from rlaif_fast.prompts.make import make_encoder
+from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.reasoning import check_budget
-from rlaif_fast.runs.integrity import check_weights
+from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files
+from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.logging import RunLogger, SilentLogger
+from rlaif_fast.termination import Termination
 from rlaif_fast.trainer.cached_model import tiny_folder
-from rlaif_fast.trainer.datasets import load_data, needs_answers, own_files, read_file
+from rlaif_fast.trainer.datasets import load_data
+from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model
+from rlaif_fast.trainer.notes import older_names, uneven_steps
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
-from rlaif_fast.trainer.run import Datasets
-from rlaif_fast.trainer.scoring import BEHIND_REASONING
+from rlaif_fast.trainer.run import Datasets, Run
+from rlaif_fast.trainer.scoring import BEHIND_REASONING, scorer_of
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
-from rlaif_fast.video.preprocess import PATCHIFIERS
 
 TAKES_EXTRACT = ("reference", "api", "local")
-OPTION_PATHS = {"model", "path", "cache"}  # of an oracle
-PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
-MODEL_ORACLES = ("embedding", "local", "reward_model")  # building one loads its model
 
 
-def process_count(config: TrainConfig) -> int:
-    """How many processes the configuration asks for on this machine; under torchrun those that it started."""
-    if under_torchrun():
-        return int(os.environ["WORLD_SIZE"])
-    if config.num_processes > 0:
-        return config.num_processes
-    # Small operators gain nothing from a second thread, so on a CPU a second process halves the step.
-    return 2 if cores() > 1 and resolve_device(config.device).type == "cpu" else 1
-
-
-def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
-    whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
-    whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
-    whole["oracle_options"] = _whole_paths(config.oracle_options)
-    return dataclasses.replace(config, num_processes=process_count(config), **whole)
-
-
-def _whole_path(value: str | None, *, made: bool = False) -> str | None:
-    """A path, or that of a benchmark, as it is from any folder; other words as they are, and what is not there.
+def build_run(
+    world: World,
+    config: TrainConfig,
+    run_dir: RunDir,
+    logger: RunLogger | SilentLogger,
+    open_parts: contextlib.ExitStack,
+    termination: Termination,
+) -> tuple[Run, tuple[str, ...]]:
+    """The parts of a run, and what a reader of its report has to know.
 
     Args:
-        value: The path, or another word.
-        made: It is a path, which may be made later.
+        world: The processes of the run.
+        config: Its configuration.
+        run_dir: Its folder.
+        logger: Where to log.
+        open_parts: Closes what has to be closed.
+        termination: Knows whether the run was asked to end.
     """
-    if value is None or value in {*TINY_FAMILIES, "synthetic", "auto", "none"}:
-        return value
-    name, colon, folder = value.partition(":")
-    if name not in BENCHMARKS or Path(value).expanduser().exists():
-        name, colon, folder = "", "", value
-    path = Path(folder).expanduser()
-    is_there = path.exists() if not made else not path.is_absolute()
-    return f"{name}{colon}{path.resolve()}" if is_there else value
+    data_notes: list[str] = []
+    reads_files = world.rank % world.local_size == 0  # one process of each machine
+    with world.main_first():
+        with logger.timer("data"):
+            data = load_with_progress(config, logger, data_notes.append)
+            refuse_other_data(run_dir, data, files=reads_files)
+        with logger.timer("model"):
+            options = resolved_model(config, data)
+            prints = file_prints(options.model) if reads_files else {}
+            refuse_other_model(run_dir, prints)
+    with logger.timer("model"):
+        loaded = load_model(options)
+        policy = make_policy(loaded, options)
+        world.broadcast([p.data for p in policy.model.parameters()])
+    make_batch = open_parts.enter_context(
+        make_batch_maker(loaded, config, quarantine=run_dir.path / "quarantine.jsonl")
+    )
+    with logger.timer("model"):
+        shard(policy, config, world, make_batch.encoder)
+    config, reasoning = for_reasoning(config, make_batch.encoder)
+    notes = (
+        *loaded.notes,
+        *reasoning,
+        *data_notes,
+        *uneven_steps(config, world.size),
+        *older_names(config),
+    )
+    for note in notes:
+        logger.message(note)
+    files = read_processor_files(options.model) | base_record(loaded.model, prints)
+    oracle = make_oracle(config)
+    sampler = make_sampler(policy, config.sampler, config.sampler_options)
+    if hasattr(sampler, "close"):
+        open_parts.callback(sampler.close)
+    run = Run(
+        config=config,
+        policy=policy,
+        sampler=sampler,
+        make_batch=make_batch,
+        oracle=oracle,
+        scorer=scorer_of(oracle, config.oracle_options, reasons=make_batch.encoder.reasons),
+        algorithm=make_algorithm(config),
+        data=data,
+        logger=logger,
+        store=CheckpointStore(
+            run_dir.checkpoints,
+            files,
+            read_only=not world.is_main,
+            run=run_dir,
+            keep=config.keep_checkpoints,
+            asynchronous=config.async_checkpoints,
+        ),
+        world=world,
+        termination=termination,
+    )
+    return run, notes
 
 
-def _whole_paths(options: Any) -> Any:
-    """The options of an oracle, and of those in it, with whole paths."""
-    if isinstance(options, list):
-        return [_whole_paths(option) for option in options]
-    if not isinstance(options, dict):
-        return options
-    found = {name: _whole_paths(value) for name, value in options.items()}
-    for name in OPTION_PATHS & found.keys():
-        if isinstance(found[name], str):
-            found[name] = _whole_path(found[name], made=name == "cache")
-    return found
-
-
-def preflight(config: TrainConfig) -> None:
-    """Check what can be checked in seconds, before anything of an earlier run is replaced.
-
-    Raises:
-        RlaifFastError: It starts from a checkpoint whose weights are not as they were written.
-        UsageError: The model, the data or the oracle cannot be what the configuration says.
-    """
-    # Draws are numbered from a multiple of it, in 64 bits.
-    require(abs(config.seed) < 2**32, "seed", "a number of 32 bits", config.seed)
-    device = resolve_device(config.device)
-    check_backend(config, device)
-    if config.patchify_backend != "auto":
-        reason = PATCHIFIERS[config.patchify_backend][0](device.type, torch.float32)
-        if reason is not None:
-            raise UsageError(f"patchify_backend: {config.patchify_backend} cannot run here: {reason}")
-    needless = config.optimizer_offload and device.type == "cpu"
-    require(not needless, "optimizer_offload", "false where the device is cpu", True)
-    shards_together(config, config.num_processes, config.num_processes)
-    check_model(config.model, shared_prefix=config.shared_prefix)
-    for start in (config.model, config.sft):
-        check_weights(Path(start).expanduser())
-    if config.load_in_4bit:
-        quantization.check_available()
-    if config.sft not in ("auto", "none") and not Path(config.sft).expanduser().is_dir():
-        raise UsageError(f"sft: expected auto, none or a checkpoint folder, got {config.sft!r}")
-    if config.resume is None and config.overwrite_output_dir:
-        check_overwrite(config)
-    check_oracle(config)
-    if config.data == "synthetic":
-        for split, file in own_files(config).items():
-            read_file(file, config, require_answer=needs_answers(config, split))
-    else:
-        load_data(config)
-
-
-def check_model(model: str, *, shared_prefix: bool = False) -> None:
-    """Refuse a model that cannot be trained as far as that is known without its weights.
-
-    Its configuration is read, and a question about a generated clip is encoded.
-    """
-    if is_tiny(model):
-        return
-    adapters = adapter_folder(model)
-    if adapters is not None:
-        model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
-    frontend = load_frontend(model)
-    if shared_prefix:
-        check_shared_prefix(frontend.config)
-    check_encoding(frontend)
-
-
-def check_backend(config: TrainConfig, device: torch.device) -> None:
-    """Refuse a backend of the loss that cannot run on the device."""
-    for row in backends.rows("linear_loss"):
-        reason = row.refuses(device.type, torch.float32, config.num_generations)
-        if row.name == config.backend and reason is not None:
-            raise UsageError(f"backend: {row.name} cannot run here: {reason}")
-
-
-def check_overwrite(config: TrainConfig) -> None:
-    """Refuse to delete what the run starts from."""
-    doomed = Path(config.output_dir).resolve() / "checkpoints"
-    for name in ("model", "sft"):
-        if doomed in Path(getattr(config, name)).expanduser().resolve().parents:
-            raise UsageError(
-                f"{name}: {getattr(config, name)} is a checkpoint of the run that overwrite_output_dir replaces; "
-                "choose another output_dir"
-            )
-
-
-def check_oracle(config: TrainConfig) -> None:
-    """Refuse an oracle that cannot be built; one that is a model is only looked up, a remote one is asked once."""
-    options, _ = _oracle_options(config)
-    find_oracle(config.oracle, options)
-    if config.oracle not in MODEL_ORACLES:
-        ask_once(make_oracle(config))
+def load_with_progress(
+    config: TrainConfig, logger: RunLogger | SilentLogger, note: Callable[[str], None]
+) -> Datasets:
+    """Load the data, with a bar while synthetic clips are made; `note` takes what a reader has to know."""
+    total = (
+        config.synthetic_sft_clips
+        + config.synthetic_rl_clips
+        + config.synthetic_validation_clips
+        + config.synthetic_test_clips
+    )
+    if config.data != "synthetic":
+        return load_data(config, note=note)
+    with logger.stage("clips", total=total) as update:
+        return load_data(config, workers=cores(), progress=lambda done, _: update(done), note=note)
 
 
 def set_threads(threads: int, processes: int = 1) -> None:
     """Use `threads` CPU threads; 0 leaves it to torch, or gives each of several processes its share."""
     if threads > 0 or processes > 1:
         torch.set_num_threads(threads or max(1, cores() // processes))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. The loop draws from generators of its own; this is for the libraries."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def seed_step(config: TrainConfig, world: World, stage: str, step: int) -> None:
-    """Seed the libraries for one step: dropout differs by process and step, and not where a run was resumed."""
-    name = f"{config.seed}/{world.rank}/{stage}/{step}"
-    seed_everything(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
 
 
 def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
@@ -325,7 +271,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
     Raises:
         UsageError: It cannot be built, or has no scores where the algorithm needs them.
     """
-    options, window = _oracle_options(config)
+    options, window = oracle_options(config)
     oracle = build_oracle(config.oracle, max_invalid_fraction=None, **options)
     if find_algorithm(config).feedback == "scores" and not gives_scores(oracle):
         raise UsageError(
@@ -344,7 +290,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
     return CircuitBreaker(oracle, max_invalid_fraction=config.max_invalid_fraction, window=window)
 
 
-def _oracle_options(config: TrainConfig) -> tuple[dict[str, Any], int]:
+def oracle_options(config: TrainConfig) -> tuple[dict[str, Any], int]:
     """The options of the oracle itself, and how many groups its circuit breaker looks back.
 
     Raises:

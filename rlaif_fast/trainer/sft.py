@@ -22,7 +22,7 @@ from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.run import Run
-from rlaif_fast.trainer.setup import seed_step
+from rlaif_fast.trainer.seeds import seed_step
 
 
 def sft_loss(

@@ -1,0 +1,65 @@
+"""The configuration as it is kept with a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from rlaif_fast.data.benchmarks import BENCHMARKS
+from rlaif_fast.distributed.launch import under_torchrun
+from rlaif_fast.machine import cores
+from rlaif_fast.policy.loading import resolve_device
+from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
+
+PATHS = ("model", "data", "sft_data", "validation_data", "test_data", "media_root", "sft")
+OPTION_PATHS = {"model", "path", "cache"}  # of an oracle
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
+    whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
+    whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
+    whole["oracle_options"] = _whole_paths(config.oracle_options)
+    return dataclasses.replace(config, num_processes=process_count(config), **whole)
+
+
+def process_count(config: TrainConfig) -> int:
+    """How many processes the configuration asks for on this machine; under torchrun those that it started."""
+    if under_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    if config.num_processes > 0:
+        return config.num_processes
+    # Small operators gain nothing from a second thread, so on a CPU a second process halves the step.
+    return 2 if cores() > 1 and resolve_device(config.device).type == "cpu" else 1
+
+
+def _whole_path(value: str | None, *, made: bool = False) -> str | None:
+    """A path, or that of a benchmark, as it is from any folder; other words as they are, and what is not there.
+
+    Args:
+        value: The path, or another word.
+        made: It is a path, which may be made later.
+    """
+    if value is None or value in {*TINY_FAMILIES, "synthetic", "auto", "none"}:
+        return value
+    name, colon, folder = value.partition(":")
+    if name not in BENCHMARKS or Path(value).expanduser().exists():
+        name, colon, folder = "", "", value
+    path = Path(folder).expanduser()
+    is_there = path.exists() if not made else not path.is_absolute()
+    return f"{name}{colon}{path.resolve()}" if is_there else value
+
+
+def _whole_paths(options: Any) -> Any:
+    """The options of an oracle, and of those in it, with whole paths."""
+    if isinstance(options, list):
+        return [_whole_paths(option) for option in options]
+    if not isinstance(options, dict):
+        return options
+    found = {name: _whole_paths(value) for name, value in options.items()}
+    for name in OPTION_PATHS & found.keys():
+        if isinstance(found[name], str):
+            found[name] = _whole_path(found[name], made=name == "cache")
+    return found

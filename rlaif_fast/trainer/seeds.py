@@ -1,0 +1,25 @@
+"""Seeds of the libraries. The loop draws from generators of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+import numpy as np
+import torch
+
+from rlaif_fast.distributed.world import World
+from rlaif_fast.trainer.options import TrainConfig
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_step(config: TrainConfig, world: World, stage: str, step: int) -> None:
+    """Seed the libraries for one step: dropout differs by process and step, and not where a run was resumed."""
+    name = f"{config.seed}/{world.rank}/{stage}/{step}"
+    seed_everything(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))
