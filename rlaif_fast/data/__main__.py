@@ -123,16 +123,14 @@ def _open_media(report: ReadReport, shown: int) -> None:
 
 def _open_medium(medium: MediaRef) -> None:
     """Open one medium; of a video, find the frames that its row asks for."""
-    from rlaif_fast.video import FrameSampling, load_frames, load_image, probe
+    from rlaif_fast.video import FrameSampling, load_medium, probe
 
-    if medium.is_image:
-        load_image(medium.path)
-    elif medium.frames:
-        load_frames(medium.path, medium.frames, sampling=FrameSampling().cut(medium))
-    else:
-        info = probe(medium.path)
-        if medium.cut.given():
-            FrameSampling().cut(medium).sample(info)
+    if not medium.is_video_file:
+        load_medium(medium, FrameSampling())
+        return
+    info = probe(medium.path)
+    if medium.cut.given():
+        FrameSampling().cut(medium).sample(info)
 
 
 def _print_table(report: ReadReport) -> None:

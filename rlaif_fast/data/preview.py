@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.errors import UsageError, require_least
+from rlaif_fast.video.refs import Cut, MediaRef
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlaif_fast.video.refs import MediaRef
 
 
 def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8, frames: int = 6) -> int:
@@ -74,21 +74,14 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
 
 def _pictures(media: Sequence[MediaRef], most: int) -> list[Tensor]:
     """At most `most` pictures of the media, in their order: as many of each, and only of the part that is seen."""
-    from rlaif_fast.video import FrameSampling, load_clip, load_frames, load_image
+    from rlaif_fast.video import FrameSampling, load_medium
 
     each = max(1, most // len(media))
+    every = FrameSampling(fps=1000.0, min_frames=1, max_frames=each, frame_factor=1)
     pictures: list[Tensor] = []
     for medium in media[:most]:
-        if medium.is_image:
-            pictures.extend(load_image(medium.path).frames)
-            continue
-        part = {name: getattr(medium.cut, name) for name in ("video_start", "video_end")}
-        every = FrameSampling(fps=1000.0, min_frames=1, max_frames=each, frame_factor=1, **part)
-        if medium.frames:
-            clip = load_frames(medium.path, medium.frames, sampling=every)
-        else:
-            clip = load_clip(medium.path, sampling=every)
-        pictures.extend(clip.frames)
+        part = Cut(video_start=medium.cut.video_start, video_end=medium.cut.video_end)
+        pictures.extend(load_medium(replace(medium, cut=part), every).frames)
     return pictures
 
 

@@ -12,7 +12,7 @@ from rlaif_fast.data.media_keys import row_media
 from rlaif_fast.data.published import named_video
 from rlaif_fast.data.reader import MediaFiles, refuse_mistyped_media
 from rlaif_fast.errors import UsageError
-from rlaif_fast.video import FrameSampling, PixelBudget, VideoError, load_clip, load_frames, load_image, probe
+from rlaif_fast.video import FrameSampling, PixelBudget, VideoError, load_medium, probe
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.image import MAX_IMAGE_PIXELS
 from rlaif_fast.video.refs import MediaRef
@@ -64,7 +64,7 @@ class RowClips:
             if medium in self._opened:
                 continue
             self._opened.add(medium)
-            if medium.is_image or medium.frames:
+            if not medium.is_video_file:
                 self.load([medium], where)
                 continue
             try:
@@ -79,16 +79,11 @@ class RowClips:
             UsageError: A file is bad, or holds too few frames.
         """
         try:
-            return [self._load(medium) for medium in media]
+            return [load_medium(medium, self._sampling, resize=_resize(medium)) for medium in media]
         except VideoError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def _load(self, medium: MediaRef) -> Clip:
-        bounded = any(key.endswith("_pixels") for key in medium.cut.given())
-        resize = _ANY_SIZE.cut(medium.cut) if bounded else None
-        if medium.is_image:
-            return load_image(medium.path, resize=resize)
-        sampling = self._sampling.cut(medium)
-        if medium.frames:
-            return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize)
-        return load_clip(medium.path, sampling=sampling, resize=resize)
+
+def _resize(medium: MediaRef) -> PixelBudget | None:
+    """The bounds that a row sets on its frames; None where it sets none, and they stay as they are."""
+    return _ANY_SIZE if any(key.endswith("_pixels") for key in medium.cut.given()) else None

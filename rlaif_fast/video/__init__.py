@@ -6,7 +6,7 @@ from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.decoders import DECODERS, decode
 from rlaif_fast.video.errors import TooManyBadFiles, VideoError
 from rlaif_fast.video.image import load_frames, load_image
-from rlaif_fast.video.loader import ClipStore, LoadStats
+from rlaif_fast.video.loader import ClipStore, LoadStats, load_medium
 from rlaif_fast.video.preprocess import (
     PatchSpec,
     PixelBudget,
@@ -36,6 +36,7 @@ __all__ = [
     "load_clip",
     "load_frames",
     "load_image",
+    "load_medium",
     "patchify",
     "preprocess",
     "probe",

@@ -19,8 +19,8 @@ from rlaif_fast.outputs import check_output
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
-from rlaif_fast.video.image import load_frames, load_image
 from rlaif_fast.video.isolate import DecodePool
+from rlaif_fast.video.loader import load_medium
 from rlaif_fast.video.preview import draw_contact_sheet
 from rlaif_fast.video.probe import info_of, probe
 from rlaif_fast.video.refs import MediaRef
@@ -196,17 +196,12 @@ def _vet_all(
     def vet(medium: MediaRef) -> _Vetted:
         path = medium.path
         try:
-            if medium.is_image:
-                load_image(path)
-                return _Vetted(path, None, 1)
-            own = sampling.cut(medium)
-            if medium.frames:
-                clip = load_frames(path, medium.frames, sampling=own)
-                return _Vetted(path, None, len(clip.frames))
+            if not medium.is_video_file:
+                return _Vetted(path, None, len(load_medium(medium, sampling).frames))
             with pool.lend() as process:
                 scan, _ = process.scan(path, options.timeout)
                 info = info_of(path, scan)
-                sampled = own.sample(info)[0]
+                sampled = sampling.cut(medium).sample(info)[0]
                 indices = range(info.frames) if options.full else sampled
                 frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
             return _Vetted(path, info, frames)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,35 @@ class LoadStats:
         """Return the bad files by reason, most frequent first."""
         kinds = Counter(map(kind_of, self.bad_files.values()))
         return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+
+
+def load_medium(
+    medium: MediaRef,
+    sampling: FrameSampling,
+    *,
+    resize: PixelBudget | None = None,
+    cache: ClipCache | None = None,
+    **decoding: Any,
+) -> Clip:
+    """Return the clip of what a row names: a picture, a video that comes as pictures, or a video file.
+
+    Args:
+        medium: What it says itself (`cut`) comes before `sampling` and `resize`.
+        sampling: Which frames of a video.
+        resize: Limits on the size of a frame; None keeps full frames.
+        cache: Where frames are looked up and kept.
+        **decoding: How a video file is decoded: `decoder`, `device`, `process` and `timeout` of `load_clip`.
+
+    Raises:
+        VideoError: A file is bad, with the reason.
+    """
+    resize = None if resize is None else resize.cut(medium.cut)
+    if medium.is_image:
+        return load_image(medium.path, resize=resize, cache=cache)
+    sampling = sampling.cut(medium)
+    if medium.frames:
+        return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize, cache=cache)
+    return load_clip(medium.path, sampling=sampling, resize=resize, cache=cache, **decoding)
 
 
 class ClipStore:
@@ -163,20 +193,14 @@ class ClipStore:
         return clip
 
     def _read(self, medium: MediaRef) -> Clip:
-        resize = None if self.resize is None else self.resize.cut(medium.cut)
-        if medium.is_image:
-            return load_image(medium.path, resize=resize, cache=self.cache)
-        sampling = self.sampling.cut(medium)
-        if medium.frames:
-            return load_frames(medium.path, medium.frames, sampling=sampling, resize=resize, cache=self.cache)
-        lent = nullcontext() if self._pool is None else self._pool.lend()
+        lent = self._pool.lend() if self._pool is not None and medium.is_video_file else nullcontext()
         with lent as process:
-            return load_clip(
-                medium.path,
-                sampling=sampling,
-                decoder=self.decoder,
+            return load_medium(
+                medium,
+                self.sampling,
+                resize=self.resize,
                 cache=self.cache,
-                resize=resize,
+                decoder=self.decoder,
                 device=self.device,
                 process=process,
                 timeout=self.timeout,

@@ -51,3 +51,8 @@ class MediaRef:
     is_image: bool = False
     cut: Cut = Cut()
     frames: tuple[str, ...] = ()
+
+    @property
+    def is_video_file(self) -> bool:
+        """Whether it is a video in a file of its own, which has to be decoded; else it is read from pictures."""
+        return not self.is_image and not self.frames
