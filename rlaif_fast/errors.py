@@ -74,6 +74,25 @@ def writing(path: str | Path) -> Iterator[None]:
         raise RlaifFastError(f"cannot write {path}: {reason}") from error
 
 
+@contextmanager
+def needed_by(what: str, extra: str) -> Iterator[None]:
+    """Say what to install where the block imports a package that is not there.
+
+    Args:
+        what: Who needs it, the subject of the message: "the api oracle".
+        extra: The extra of rlaif-fast that brings it.
+
+    Raises:
+        RlaifFastError: An import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise RlaifFastError(
+            f"{what} needs {error.name or 'a package'}, which is not installed; run: pip install 'rlaif-fast[{extra}]'"
+        ) from error
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

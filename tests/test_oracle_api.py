@@ -9,6 +9,7 @@ import json
 import logging
 import random
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ import torch
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle import OracleFailedError, RankRequest, build_oracle
 from rlaif_fast.oracle.api import ApiOracle
 from rlaif_fast.oracle.fusion import kendall_tau
@@ -479,3 +480,14 @@ def test_needs_an_address_and_a_clean_key(monkeypatch):
     with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
         ApiOracle(model="m", base_url="http://localhost:1/v1").rank([request()])
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["httpx", "tenacity"])
+def test_a_missing_package_is_named_before_anything_is_asked(package, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, package, None
+    )  # what importing it then does is what it does where it is missing
+    with pytest.raises(
+        RlaifFastError, match=rf"the api oracle needs {package}.*pip install 'rlaif-fast\[judge\]'"
+    ):
+        build_oracle("api", model="m", base_url="http://localhost:1/v1")

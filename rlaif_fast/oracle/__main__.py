@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlaif_fast.cli import run_command
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import counters, oracle_stats
@@ -163,11 +163,9 @@ def _rank_rows(
     output: Path,
 ) -> tuple[list[RankRequest], list[Ranking]]:
     """Rank in batches, and write what came of each."""
-    try:
+    with needed_by("this command", "train"):
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-    except ImportError as error:
-        raise RlaifFastError("this command needs rich; run: pip install 'rlaif-fast[train]'") from error
-    from rich.console import Console
 
     requests: list[RankRequest] = []
     rankings: list[Ranking] = []

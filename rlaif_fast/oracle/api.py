@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.grading import Grade, grade_ask
 from rlaif_fast.oracle.images import encode_frames
@@ -125,7 +125,9 @@ class ApiOracle(Judge):
         self.image_size = image_size
         self.extra_body = dict(extra_body or {})
         self._counts: Counter[str] = Counter()
-        _import_httpx()
+        with needed_by("the api oracle", "judge"):
+            import httpx  # noqa: F401
+            import tenacity  # noqa: F401
 
     @property
     def identity(self) -> str:
@@ -151,7 +153,8 @@ class ApiOracle(Judge):
 
     async def _in_session(self, calls: Callable[[_Session], list[Coroutine[Any, Any, T]]]) -> list[T]:
         """Make all calls at once in one session."""
-        httpx = _import_httpx()
+        import httpx
+
         key = os.environ.get(self.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise UsageError(f"the variable {self.api_key_env} holds characters that no key has; set it anew")
@@ -230,7 +233,8 @@ class _Session:
         return partial[-1] if partial else None
 
     async def _tries(self, clips: Sequence[Clip], ask: Ask, tally: _Tally, partial: list[Any]) -> Any:
-        tenacity = _import_tenacity()
+        import tenacity
+
         jitter = tenacity.wait_random_exponential(multiplier=self.oracle.backoff, max=self.oracle.max_backoff)
 
         def wait(retry_state: Any) -> float:
@@ -335,25 +339,3 @@ def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         return pool.submit(asyncio.run, work).result()
-
-
-def _import_httpx() -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise _missing("httpx", "the api oracle") from error
-    return httpx
-
-
-def _import_tenacity() -> Any:
-    try:
-        import tenacity
-    except ImportError as error:
-        raise _missing("tenacity", "the api oracle") from error
-    return tenacity
-
-
-def _missing(package: str, what: str) -> RlaifFastError:
-    return RlaifFastError(
-        f"{what} needs {package}, which is not installed; run: pip install 'rlaif-fast[judge]'"
-    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.errors import RlaifFastError, UsageError, first_line
+from rlaif_fast.errors import UsageError, first_line, needed_by
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.extract import final_part
@@ -49,14 +49,10 @@ class EmbeddingOracle:
         for option, value in (("batch_size", batch_size), ("max_response_chars", max_response_chars)):
             if value < 1:
                 raise UsageError(f"oracle option {option!r} must be at least 1, got {value}")
-        try:
+        with needed_by("the embedding oracle", "train"):
             from transformers import AutoModel, AutoTokenizer
-        except ImportError as error:
-            raise RlaifFastError(
-                "the embedding oracle needs transformers, which is not installed; "
-                "run: pip install 'rlaif-fast[train]'"
-            ) from error
-        from rlaif_fast.policy.weights import load_whole
+
+            from rlaif_fast.policy.weights import load_whole
 
         folder = resolve_model(model)
         self.model_name = model

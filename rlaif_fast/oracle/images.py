@@ -6,18 +6,14 @@ import base64
 import io
 from typing import Any
 
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.errors import needed_by
 from rlaif_fast.video.base import Clip
 
 
 def encode_frames(clip: Clip, max_frames: int, size: int) -> list[dict[str, Any]]:
     """At most `max_frames` evenly spaced frames of a clip as message parts: a time, then a JPEG."""
-    try:
+    with needed_by("sending frames", "judge"):
         from PIL import Image
-    except ImportError as error:
-        raise RlaifFastError(
-            "sending frames needs pillow, which is not installed; run: pip install 'rlaif-fast[judge]'"
-        ) from error
     total = clip.frames.shape[0]
     count = min(total, max_frames)
     parts: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
@@ -285,15 +285,10 @@ def _load(
     shared_prefix: bool,
     max_packed_tokens: int,
 ) -> tuple[Policy, PromptEncoder]:
-    try:
+    with needed_by("the local oracle", "train"):
         from rlaif_fast.policy.loading import ModelOptions, load_model
         from rlaif_fast.policy.policy import Policy
         from rlaif_fast.prompts.make import make_encoder
-    except ImportError as error:
-        raise RlaifFastError(
-            f"the local oracle needs {error.name}, which is not installed; "
-            "run: pip install 'rlaif-fast[train]'"
-        ) from error
     options = ModelOptions(
         model=model,
         dtype=dtype,  # type: ignore[arg-type]

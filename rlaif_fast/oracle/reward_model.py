@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlaif_fast.data.schema import option_letters
-from rlaif_fast.errors import RlaifFastError, UsageError, first_line
+from rlaif_fast.errors import UsageError, first_line, needed_by
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
@@ -52,14 +52,10 @@ class RewardModelOracle:
                 "oracle options 'batch_size', 'max_tokens' and 'max_response_chars' must be at least 1, 'tie' at "
                 f"least 0; got {batch_size}, {max_tokens}, {max_response_chars}, {tie}"
             )
-        try:
+        with needed_by("the reward_model oracle", "train"):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
-        except ImportError as error:
-            raise RlaifFastError(
-                "the reward_model oracle needs transformers, which is not installed; "
-                "run: pip install 'rlaif-fast[train]'"
-            ) from error
-        from rlaif_fast.policy.weights import load_whole
+
+            from rlaif_fast.policy.weights import load_whole
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.choices import parse_choice, reference_choice
 
 _FINAL_PUNCTUATION = " \t\n.!?,;:"
@@ -65,12 +65,8 @@ def chrf(response: str, reference: str) -> float:
 
 @functools.cache
 def _chrf_metric():
-    try:
+    with needed_by("scoring free text", "train"):
         from sacrebleu.metrics import CHRF
-    except ImportError as error:
-        raise RlaifFastError(
-            "scoring free text needs sacrebleu, which is not installed; run: pip install 'rlaif-fast[train]'"
-        ) from error
     return CHRF(eps_smoothing=True)
 
 
