@@ -107,6 +107,8 @@ def test_embedding_needs_a_reference_and_a_model(encoder, tmp_path):
         EmbeddingOracle(model=str(encoder), batch_size=0)
     with pytest.raises(UsageError, match="'max_response_chars' must be at least 1, got 0"):
         EmbeddingOracle(model=str(encoder), max_response_chars=0)
+    with pytest.raises(UsageError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+        EmbeddingOracle(model=str(encoder), device="gpu")
 
 
 def without(folder, target, part):
@@ -315,6 +317,8 @@ def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tm
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     BertForSequenceClassification(BertConfig(vocab_size=32, num_labels=2, **sizes)).save_pretrained(two)
     tokenizer.save_pretrained(two)
+    with pytest.raises(UsageError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+        RewardModelOracle(model=str(reward_model), device="gpu")
     with pytest.raises(UsageError, match="'max_response_chars' must be at least 1"):
         RewardModelOracle(model=str(reward_model), max_response_chars=0)
     with pytest.raises(UsageError, match="one output"):

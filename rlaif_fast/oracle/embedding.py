@@ -52,6 +52,7 @@ class EmbeddingOracle:
         with needed_by("the embedding oracle", "train"):
             from transformers import AutoModel, AutoTokenizer
 
+            from rlaif_fast.policy.loading import resolve_device
             from rlaif_fast.policy.weights import load_whole
 
         folder = resolve_model(model)
@@ -59,13 +60,12 @@ class EmbeddingOracle:
         self._folder = folder
         self.batch_size = batch_size
         self.max_response_chars = max_response_chars
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = resolve_device(device)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             what = f"oracle option 'model': {model!r}"
             found = load_whole(AutoModel, folder, what, unread="pooler", dtype=torch.float32)
-            self._model = found.eval().to(device)
+            self._model = found.eval().to(place)
             self._use_first, self._max_tokens = _pooling(folder)
         except (OSError, ValueError) as error:
             raise UsageError(

@@ -55,14 +55,14 @@ class RewardModelOracle:
         with needed_by("the reward_model oracle", "train"):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+            from rlaif_fast.policy.loading import resolve_device
             from rlaif_fast.policy.weights import load_whole
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = resolve_device(device)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
             found = load_whole(AutoModelForSequenceClassification, model, f"oracle option 'model': {model!r}")
-            self._model: Any = found.eval().to(device)
+            self._model: Any = found.eval().to(place)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"oracle option 'model': cannot load a reward model from {model!r}: {first_line(error)}"
