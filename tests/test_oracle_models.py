@@ -319,7 +319,7 @@ def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tm
     tokenizer.save_pretrained(two)
     with pytest.raises(UsageError, match="device: expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         RewardModelOracle(model=str(reward_model), device="gpu")
-    with pytest.raises(UsageError, match="'max_response_chars' must be at least 1"):
+    with pytest.raises(UsageError, match=r"^oracle option 'max_response_chars' must be at least 1, got 0$"):
         RewardModelOracle(model=str(reward_model), max_response_chars=0)
     with pytest.raises(UsageError, match="one output"):
         RewardModelOracle(model=str(two))

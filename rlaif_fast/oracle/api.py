@@ -25,6 +25,7 @@ from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.grading import Grade, grade_ask
 from rlaif_fast.oracle.images import encode_frames
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
+from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
 from rlaif_fast.oracle.untrusted import cut_middle
 from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, status_fault
@@ -100,13 +101,9 @@ class ApiOracle(Judge):
             raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
         if response_format not in _RESPONSE_FORMATS:
             raise UsageError(f"oracle option 'response_format' must be one of {_RESPONSE_FORMATS}")
-        counts = {"concurrency": concurrency, "max_attempts": max_attempts, "max_tokens": max_tokens}
-        counts |= {"frames_per_clip": frames_per_clip, "image_size": image_size}
-        numbers = {"temperature": temperature, "backoff": backoff, "max_backoff": max_backoff}
-        for least, options in ((1, counts), (0, numbers)):
-            for option, value in options.items():
-                if value < least:
-                    raise UsageError(f"oracle option {option!r} must be at least {least}, got {value}")
+        check_least(1, concurrency=concurrency, max_attempts=max_attempts, max_tokens=max_tokens)
+        check_least(1, frames_per_clip=frames_per_clip, image_size=image_size)
+        check_least(0, temperature=temperature, backoff=backoff, max_backoff=max_backoff)
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
         self.model = model

@@ -19,6 +19,7 @@ from rlaif_fast.oracle.choices import parse_choice
 from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
+from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import show_responses
 
@@ -46,9 +47,7 @@ class EmbeddingOracle:
     def __init__(
         self, *, model: str, device: str = "auto", batch_size: int = 64, max_response_chars: int = 2000
     ) -> None:
-        for option, value in (("batch_size", batch_size), ("max_response_chars", max_response_chars)):
-            if value < 1:
-                raise UsageError(f"oracle option {option!r} must be at least 1, got {value}")
+        check_least(1, batch_size=batch_size, max_response_chars=max_response_chars)
         with needed_by("the embedding oracle", "train"):
             from transformers import AutoModel, AutoTokenizer
 

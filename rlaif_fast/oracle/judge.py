@@ -15,6 +15,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, gives_scores
 from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import agreement, borda, kemeny
+from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
 from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
 
@@ -98,8 +99,7 @@ class JudgeOptions:
             )
         if self.fusion not in FUSIONS:
             raise UsageError(f"oracle option 'fusion' must be one of {sorted(FUSIONS)}, got {self.fusion!r}")
-        if self.orders is not None and self.orders < 1:
-            raise UsageError(f"oracle option 'orders' must be at least 1, got {self.orders}")
+        check_least(1, orders=self.num_orders, max_response_chars=self.max_response_chars)
         if self.protocol in _ORDERED and self.num_orders > 1 and self.num_orders % 2:
             raise UsageError(
                 f"oracle option 'orders' must be 1 or even, got {self.orders}: an order without its reverse "
@@ -107,10 +107,6 @@ class JudgeOptions:
             )
         if not 0.0 <= self.min_confidence <= 1.0:
             raise UsageError(f"oracle option 'min_confidence' must be in [0, 1], got {self.min_confidence}")
-        if self.max_response_chars < 1:
-            raise UsageError(
-                f"oracle option 'max_response_chars' must be at least 1, got {self.max_response_chars}"
-            )
         compile_extract(self.extract)
 
     @property

@@ -24,6 +24,7 @@ from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
+from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
 from rlaif_fast.oracle.untrusted import seeded_generator
 
@@ -83,8 +84,7 @@ class LocalOracle(Judge):
     ) -> None:
         if protocol not in LOCAL_PROTOCOLS:
             raise UsageError(f"oracle 'local' takes protocol {', '.join(LOCAL_PROTOCOLS)}, got {protocol!r}")
-        if batch_size < 1:
-            raise UsageError(f"oracle option 'batch_size' must be at least 1, got {batch_size}")
+        check_least(1, batch_size=batch_size)
         super().__init__(JudgeOptions(protocol=protocol, **judge))
         self.batch_size = batch_size
         self.model = model

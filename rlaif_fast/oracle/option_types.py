@@ -1,4 +1,4 @@
-"""Whether the options of an oracle are of the types that it declares."""
+"""Whether the options of an oracle are of the types that it declares, and large enough."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def check_types(name: str, factory: Callable[..., Any], options: Mapping[str, An
         if all(kind in _WORDS for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
             expected = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
             raise UsageError(f"oracle {name!r}: option {key!r}: expected {expected}, got {value!r:.60}")
+
+
+def check_least(least: int, **options: float) -> None:
+    """Refuse options below `least`.
+
+    Raises:
+        UsageError: For the first of them.
+    """
+    for name, value in options.items():
+        if not value >= least:
+            raise UsageError(f"oracle option {name!r} must be at least {least}, got {value}")
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from rlaif_fast.errors import UsageError, first_line, needed_by
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
+from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.untrusted import show_responses
 
 
@@ -47,11 +48,8 @@ class RewardModelOracle:
         max_response_chars: int = 2000,
         tie: float = 1e-4,
     ) -> None:
-        if min(batch_size, max_tokens, max_response_chars) < 1 or not tie >= 0:
-            raise UsageError(
-                "oracle options 'batch_size', 'max_tokens' and 'max_response_chars' must be at least 1, 'tie' at "
-                f"least 0; got {batch_size}, {max_tokens}, {max_response_chars}, {tie}"
-            )
+        check_least(1, batch_size=batch_size, max_tokens=max_tokens, max_response_chars=max_response_chars)
+        check_least(0, tie=tie)
         with needed_by("the reward_model oracle", "train"):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
