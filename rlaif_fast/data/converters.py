@@ -24,7 +24,7 @@ from typing import Any
 from rlaif_fast.data.answers import settle_options, split_target
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
-from rlaif_fast.data.media_keys import CUT_KEYS, Medium, read_medium, row_cut, row_media
+from rlaif_fast.data.media_keys import CUT_KEYS, MEDIA_KEYS, Medium, read_medium, row_cut, row_media
 from rlaif_fast.data.published import named_video, unfold
 
 Row = Mapping[str, Any]
@@ -49,7 +49,7 @@ class Fields:
 
 _ID = ("id", "question_id", "problem_id", "sample_id")
 _CATEGORY = ("category", "task_type", "problem_type")
-_COMMON = {*_ID, *_CATEGORY, "answer", "options", "metadata", "system", "video", "videos", "image", "images"}
+_COMMON = {*_ID, *_CATEGORY, *MEDIA_KEYS, "answer", "options", "metadata", "system"}
 _TAG = re.compile(r"<(video|image)>(?:([^<]{1,4096})</\1>)?\n?")
 
 

@@ -12,14 +12,12 @@ from rlaif_fast.data.answers import letter_of, settle_options, split_target
 from rlaif_fast.data.converters import id_of
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
-from rlaif_fast.data.media_keys import NAMES
+from rlaif_fast.data.media_keys import MEDIA_KEYS, NAMES
 from rlaif_fast.data.published import unfold
 from rlaif_fast.data.schema import option_letters
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.outputs import check_output, write_atomically
-
-_PATHS = ("video", "videos", "image", "images")
 
 
 def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
@@ -63,7 +61,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
         if answered is None:
             outside += 1
             continue
-        for key in _PATHS:
+        for key in MEDIA_KEYS:
             if key in answered:
                 answered[key] = _moved(answered[key], file.parent, out.parent)
         if not _fits(answered):

@@ -10,6 +10,9 @@ from typing import Any
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.video.refs import Cut
 
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
+MEDIA_KEYS = ("video", "videos", "image", "images")  # of a row
 SECONDS = ("video_start", "video_end")
 COUNTS = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 CUT_KEYS = (*SECONDS, "fps", *COUNTS)
@@ -132,19 +135,13 @@ def _path(value: Any, key: str) -> str:
 def row_media(row: Mapping[str, Any]) -> list[Medium]:
     """The media that `video`, `videos`, `image` and `images` of a row name, videos first."""
     found = []
-    for key in ("video", "videos", "image", "images"):
+    for key in MEDIA_KEYS:
         value = row.get(key)
         if value is None:
             continue
         kind = key.rstrip("s")
         default = row_cut(row, kind)
-        if (
-            kind == "video"
-            and key == "video"
-            and isinstance(value, list)
-            and value
-            and all(map(_is_frame, value))
-        ):
+        if key == "video" and isinstance(value, list) and value and all(map(_is_frame, value)):
             found.append(read_medium(value, kind, key, default))  # one video as its frames
             continue
         for item in value if isinstance(value, list) else [value]:
@@ -160,5 +157,4 @@ def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
 
 def _is_frame(value: Any) -> bool:
     """Whether an item of `video` is a picture: a list of those is one video."""
-    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-    return isinstance(value, str) and value.casefold().endswith(suffixes)
+    return isinstance(value, str) and value.casefold().endswith(PICTURE_SUFFIXES)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rlaif_fast.data.converters import TEXT_KEYS, Fields, convert
 from rlaif_fast.data.errors import RowError
-from rlaif_fast.data.media_keys import Medium
+from rlaif_fast.data.media_keys import MEDIA_KEYS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Medium
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.schema import Example
 from rlaif_fast.data.sources import read_text, rows_of
@@ -22,8 +22,6 @@ from rlaif_fast.video.refs import Cut, MediaRef
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov")
 # as published datasets unpack
 VIDEO_FOLDERS = (Path(), Path("videos"), Path("video"), Path("data"), Path("YouTubeClips"))
 _SHOWN = 10  # wrong rows that a message names
@@ -279,7 +277,7 @@ def refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
     if any(fields.media for fields in found):
         return
     for key in row:
-        near = difflib.get_close_matches(key, ("video", "videos", "image", "images"), 1, 0.75)
+        near = difflib.get_close_matches(key, MEDIA_KEYS, 1, 0.75)
         if near and key != near[0]:
             raise RowError(f"no video and no image; did you mean {near[0]!r} by {key!r}?")
     for key, value in row.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlaif_fast.data.media_keys import MEDIA_KEYS
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
@@ -17,7 +18,7 @@ from rlaif_fast.video import ClipStore
 
 REFERENCE = "reference"  # the column of the reference answers, where nobody names another
 # columns beside the reference that a verdict depends on
-ASKED = ("video", "videos", "image", "images", "form")
+ASKED = (*MEDIA_KEYS, "form")
 
 
 def as_reward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
-from rlaif_fast.data.media_keys import read_cut
-from rlaif_fast.data.reader import PICTURE_SUFFIXES, VIDEO_SUFFIXES, pictures_in
+from rlaif_fast.data.media_keys import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_cut
+from rlaif_fast.data.reader import pictures_in
 from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.data.sources import files_below, rows_of
 from rlaif_fast.errors import UsageError
@@ -146,7 +147,8 @@ class Folder:
         for name in names:
             direct, own = self.path / name, Path(name)
             stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
-            paths = [direct] if _is_file(direct) else self._videos.get(stem, [])
+            # A name that no file system takes is none; Path.is_file raises for it.
+            paths = [direct] if os.path.isfile(direct) else self._videos.get(stem, [])  # noqa: PTH113
             if len(paths) > 1:
                 at_home = [path for path in paths if home and self._lies_in(path, home)]
                 paths = at_home if len(at_home) == 1 else paths
@@ -161,13 +163,6 @@ class Folder:
     def _lies_in(self, path: Path, home: str) -> bool:
         above = path.relative_to(self.path).parts[:-1]
         return any(part == home or part.startswith(f"{home}_") for part in above)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file system takes
-        return False
 
 
 def make_item(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from rlaif_fast.data.benchmarks.base import Folder, Item, index_of, make_item, text_of
+from rlaif_fast.data.identity import files_of
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.reader import read_report
 from rlaif_fast.data.schema import Example
@@ -85,18 +87,12 @@ def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
 
 def _find(folder: Folder, medium: MediaRef) -> tuple[MediaRef, str]:
     """The medium where its row says, or else the video of that name below the folder; and what is wrong with it."""
-    gone = [path for path in medium.frames or (medium.path,) if not _exists(path)]
+    # A name that no file system takes is none; Path.exists raises for it.
+    gone = [path for path in files_of(medium) if not os.path.exists(path)]  # noqa: PTH110
     if not gone:
         return medium, ""
     other = None if medium.is_image or medium.frames else folder.video(Path(medium.path).name)[0]
     return (medium, f"no video {gone[0]!r}") if other is None else (replace(other, cut=medium.cut), "")
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):  # a name that no file system takes
-        return False
 
 
 def _about(example: Example, media: tuple[MediaRef, ...]) -> Example:
