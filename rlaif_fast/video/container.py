@@ -79,14 +79,12 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
     at = 0
     while at + 8 <= size:
         file.seek(at)
-        length, kind = struct.unpack(">I4s", file.read(8))
+        (length,) = struct.unpack(">I4x", file.read(8))
         if length == 1:
             wide = file.read(8)
             if len(wide) < 8:
                 return at + 16
             length = struct.unpack(">Q", wide)[0]
-        if length == 0 or (length < 8 and not kind.isalnum()):
-            return None
         if length < 8:
             return None
         at += length
@@ -95,8 +93,8 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
 
 def _end_of_segment(head: bytes) -> int | None:
     """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown."""
-    at, length, _ = 4, *_ebml_size(head, 4)
-    at = 4 + _ebml_size(head, 4)[1] + length
+    length, width = _ebml_size(head, 4)
+    at = 4 + width + length
     if head[at : at + 4] != b"\x18S\x80g":
         return None
     length, width = _ebml_size(head, at + 4)
