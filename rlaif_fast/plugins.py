@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from functools import reduce
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -23,16 +24,22 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
     Args:
         kind: "oracles", "decoders", "samplers" or "algorithms".
         name: What to look up, our own entries first; or "module:Name" of what Python can import.
-        own: Our table.
+        own: Our table; an entry "module:Name" is imported when it is looked up.
         also: Names that are understood elsewhere, for the message.
 
     Raises:
         UsageError: There is none of that name, or nothing to import there.
     """
     if name in own:
-        return own[name]
+        return imported(own[name]) if isinstance(own[name], str) else own[name]
     if ":" in name:
-        return _imported(kind, name)
+        try:
+            return imported(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            expected = "'module:Name' that Python can import"
+            raise UsageError(
+                f"{kind.removesuffix('s')}: expected {expected}, got {name!r}: {error}"
+            ) from error
     others = plugins(kind)
     if name in others:
         return others[name].load()
@@ -42,11 +49,11 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
     raise UsageError(f"unknown {kind.removesuffix('s')} {name!r}{hint} Known: {', '.join(known)}")
 
 
-def _imported(kind: str, place: str) -> Any:
-    """What stands at "module:Name"."""
-    module, _, attribute = place.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        expected = "'module:Name' that Python can import"
-        raise UsageError(f"{kind.removesuffix('s')}: expected {expected}, got {place!r}: {error}") from error
+def imported(place: str) -> Any:
+    """What stands at "module:Name"; the name may have dots.
+
+    Raises:
+        ImportError, AttributeError, ValueError: Nothing does.
+    """
+    module, _, name = place.partition(":")
+    return reduce(getattr, name.split("."), importlib.import_module(module))

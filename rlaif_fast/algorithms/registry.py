@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from rlaif_fast.plugins import find
@@ -32,11 +31,7 @@ def find_algorithm(options: AlgorithmOptions) -> type[Algorithm]:
         UsageError: There is none of that name.
     """
     zscore = options.algorithm == "grpo_rank" and options.advantage == "zscore"
-    found = find("algorithms", "grpo" if zscore else options.algorithm, ALGORITHMS)
-    if not isinstance(found, str):
-        return found
-    module, _, attribute = found.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return find("algorithms", "grpo" if zscore else options.algorithm, ALGORITHMS)
 
 
 def make_algorithm(options: AlgorithmOptions) -> Algorithm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import time
@@ -14,6 +13,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import function_digest
+from rlaif_fast.plugins import imported
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +85,9 @@ def _checked(values: Any, count: int) -> list[float | None]:
 
 
 def _import(name: str) -> Callable[[RankRequest], Sequence[float | None]]:
-    module, _, attribute = name.partition(":")
-    if not attribute:
+    if not name.partition(":")[2]:
         raise UsageError(f"oracle option 'function' must look like 'package.module:function', got {name!r}")
     try:
-        value: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            value = getattr(value, part)
-    except (ImportError, AttributeError) as error:
+        return imported(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"oracle option 'function': cannot import {name!r} ({error})") from None
-    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -118,7 +117,7 @@ def find_oracle(name: str, options: Mapping[str, Any]) -> Callable[..., Oracle]:
         UsageError: If the name or an option is unknown, or a value is of another type.
     """
     refuse_secrets(options)
-    factory = _factory(name)
+    factory = find("oracles", name, _BUILTIN)
     own = {key: value for key, value in options.items() if key not in SHARED_OPTIONS}
     _check_options(name, factory, own)
     if name in _BUILTIN:
@@ -142,14 +141,6 @@ def _nested(name: str, option: str, value: Any) -> Oracle:
     raise UsageError(
         f"oracle {name!r}: option {option!r} must be an oracle's name or a mapping with 'name', got {value!r}"
     )
-
-
-def _factory(name: str) -> Callable[..., Oracle]:
-    found = find("oracles", name, _BUILTIN)
-    if not isinstance(found, str):
-        return found
-    module, _, attribute = found.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _check_options(name: str, factory: Callable[..., Oracle], options: Mapping[str, Any]) -> None:
