@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import string
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +90,16 @@ class LocalOracle(Judge):
         self.model = model
         self.pixels = (min_pixels, max_pixels)
         self.policy, self.encoder = _load(
-            model,
-            device,
-            dtype,
-            attn_implementation,
-            min_pixels,
-            max_pixels,
-            shared_prefix,
-            max_packed_tokens,
+            model=model,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device=device,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            shared_prefix=shared_prefix,
+            max_packed_tokens=max_packed_tokens,
+            # A policy in training may lie beside it on the device, with a rollout's buffers.
+            max_cached_tokens=2 * max_packed_tokens,
         )
 
     @cached_property
@@ -119,11 +121,11 @@ class LocalOracle(Judge):
 
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
         """Judge every showing, `batch_size` at a time."""
-        run = {"listwise": self._listwise, "pointwise": self._pointwise, "likelihood": self._likelihood}
+        run = self._scored if self.gives_scores else self._listwise
         outcomes: list[Outcome] = []
         for start in range(0, len(showings), self.batch_size):
             with torch.inference_mode():
-                outcomes += run[self.options.protocol](showings[start : start + self.batch_size])
+                outcomes += run(showings[start : start + self.batch_size])
         return outcomes
 
     def _listwise(self, showings: Sequence[Showing]) -> list[Outcome]:
@@ -151,19 +153,10 @@ class LocalOracle(Judge):
             outcomes.append(Outcome(ranks, (said_text,), tokens // len(showings), seconds))
         return outcomes
 
-    def _pointwise(self, showings: Sequence[Showing]) -> list[Outcome]:
-        return self._scored(showings, self._yes_probabilities)
-
-    def _likelihood(self, showings: Sequence[Showing]) -> list[Outcome]:
-        return self._scored(showings, self._likelihoods)
-
-    def _scored(
-        self,
-        showings: Sequence[Showing],
-        score: Callable[[Sequence[Showing]], list[tuple[list[float], int]]],
-    ) -> list[Outcome]:
+    def _scored(self, showings: Sequence[Showing]) -> list[Outcome]:
         start = time.perf_counter()
-        scored = score(showings)
+        pointwise = self.options.protocol == "pointwise"
+        scored = self._yes_probabilities(showings) if pointwise else self._likelihoods(showings)
         seconds = (time.perf_counter() - start) / len(showings)
         return [
             Outcome(
@@ -275,38 +268,22 @@ class LocalOracle(Judge):
         return self.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _load(
-    model: str,
-    device: str,
-    dtype: str,
-    attn_implementation: str,
-    min_pixels: int,
-    max_pixels: int,
-    shared_prefix: bool,
-    max_packed_tokens: int,
-) -> tuple[Policy, PromptEncoder]:
+def _load(**fields: Any) -> tuple[Policy, PromptEncoder]:
+    """The judge and what encodes its prompts, by the fields of `ModelOptions`."""
     with needed_by("the local oracle", "train"):
         from rlaif_fast.policy.loading import ModelOptions, load_model
         from rlaif_fast.policy.policy import Policy
         from rlaif_fast.prompts.make import make_encoder
-    options = ModelOptions(
-        model=model,
-        dtype=dtype,  # type: ignore[arg-type]
-        attn_implementation=attn_implementation,
-        device=device,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
+
+    options = ModelOptions(**fields)
     loaded = load_model(options)
     loaded.model.requires_grad_(False).eval()
     policy = Policy(
         loaded.model,
         loaded.tokenizer,
-        shared_prefix=shared_prefix,
-        max_packed_tokens=max_packed_tokens,
-        # A policy in training may lie beside it on the device, with a rollout's buffers.
-        max_cached_tokens=2 * max_packed_tokens,
+        shared_prefix=options.shared_prefix,
+        max_packed_tokens=options.max_packed_tokens,
+        max_cached_tokens=options.max_cached_tokens,
     )
-    spec = loaded.patch_spec
-    pixels = spec.budget(min_pixels, max_pixels)
+    pixels = loaded.patch_spec.budget(options.min_pixels, options.max_pixels)
     return policy, make_encoder(loaded, pixels)
