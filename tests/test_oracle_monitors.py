@@ -7,8 +7,9 @@ import torch
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import CircuitBreaker, Ranking, RankRequest, ReferenceOracle, build_oracle
+from rlaif_fast.oracle.base import counters
 from rlaif_fast.oracle.judge import Verdict
-from rlaif_fast.oracle.monitors import blind_control, counters, length_tau, oracle_stats, position_bias
+from rlaif_fast.oracle.monitors import blind_control, length_tau, oracle_stats, position_bias
 from rlaif_fast.video.base import Clip
 
 CLIP = Clip(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), (0.0,), key="clip")

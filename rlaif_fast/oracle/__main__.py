@@ -15,9 +15,9 @@ from typing import Any, TextIO
 
 from rlaif_fast.cli import run_command
 from rlaif_fast.errors import UsageError, needed_by
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
-from rlaif_fast.oracle.monitors import counters, oracle_stats
+from rlaif_fast.oracle.monitors import oracle_stats
 from rlaif_fast.oracle.pairs import pair_rows
 from rlaif_fast.oracle.records import (
     ranking_to_json,

@@ -92,6 +92,11 @@ def gives_scores(oracle: Oracle) -> bool:
     return bool(getattr(oracle, "gives_scores", False))
 
 
+def counters(oracle: Oracle) -> dict[str, float]:
+    """What the oracle itself has counted since the start (requests, faults by kind, cache hits)."""
+    return getattr(oracle, "stats", dict)()
+
+
 def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
     """Have an oracle rank requests, and see to it that what comes back are rankings of them.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
 from rlaif_fast.oracle.fusion import agreement
 from rlaif_fast.oracle.judge import FUSIONS
 from rlaif_fast.oracle.wrappers import identity_of
@@ -48,7 +48,7 @@ class EnsembleOracle:
         """The members' figures, summed where they share a name."""
         total: dict[str, float] = {}
         for member in self.members:
-            for key, value in getattr(member, "stats", dict)().items():
+            for key, value in counters(member).items():
                 total[key] = total.get(key, 0.0) + value
         return total
 

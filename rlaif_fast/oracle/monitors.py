@@ -124,11 +124,6 @@ def blind_control(
     return {key: value for key, value in stats.items() if value is not None}
 
 
-def counters(oracle: Oracle) -> dict[str, float]:
-    """What the oracle itself has counted since the start (requests, faults by kind, cache hits)."""
-    return getattr(oracle, "stats", dict)()
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None

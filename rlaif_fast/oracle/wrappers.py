@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError, require
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, gives_scores, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, gives_scores, rank_all
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class AroundOracle:
 
     def stats(self) -> dict[str, float]:
         """The inner oracle's own figures."""
-        return getattr(self.inner, "stats", dict)()
+        return counters(self.inner)
 
 
 class ShuffledOracle(AroundOracle):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from rlaif_fast.algorithms.group import Group, for_the_log, requests_of
-from rlaif_fast.oracle.base import Ranking, RankRequest
-from rlaif_fast.oracle.monitors import blind_control, counters, oracle_stats
+from rlaif_fast.oracle.base import Ranking, RankRequest, counters
+from rlaif_fast.oracle.monitors import blind_control, oracle_stats
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
