@@ -7,7 +7,7 @@ Hidden states, and so the loss and every gradient, are those of each response co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,13 +89,8 @@ def share_media(
         max_tokens: Most tokens of prompts that share; None for any number. Behind the shared part they are at most
             `MAX_BEHIND` in any case.
     """
-    row_ends = torch.cumsum(rows.group_sizes, 0).tolist()
-    rows_of = [range(end - size, end) for end, size in zip(row_ends, rows.group_sizes.tolist())]
-    members: dict[tuple[str, ...], list[int]] = {}
-    for index, prompt in enumerate(rows.prompts):
-        keys = tuple(item.key for item in prompt.media)
-        members.setdefault(keys or (f"prompt {index}",), []).append(index)
-
+    ends = torch.cumsum(rows.group_sizes, 0).tolist()
+    rows_of = [range(end - size, end) for end, size in zip(ends, rows.group_sizes.tolist())]
     lengths = rows.lengths.tolist()
     responses = [ids[:length] for ids, length in zip(rows.token_ids.tolist(), lengths)]
     prompts: list[EncodedPrompt] = []
@@ -103,12 +98,47 @@ def share_media(
     sizes: list[int] = []
     skipped: list[int] = []  # tokens of each new row that belong to its prompt
     order: list[int] = []  # the old row of each new one
+    for piece, shared in _pieces(rows, rows_of, media_token_ids, merge, max_tokens):
+        first = rows.prompts[piece[0]]
+        prompts.append(EncodedPrompt(first.input_ids[:shared], first.media))
+        sizes.append(sum(len(rows_of[i]) for i in piece))
+        for i in piece:
+            rest = rows.prompts[i].input_ids[shared:].tolist()
+            for row in rows_of[i]:
+                new_rows.append(rest + responses[row])
+                skipped.append(len(rest))
+                order.append(row)
+    laid_out = lay_out(prompts, new_rows, sizes, skipped)
+    # Where the tokens of the old rows, packed in the old order, are now.
+    pieces_of = laid_out.token_index.split([lengths[row] for row in order])
+    moved = dict(zip(order, pieces_of))
+    place = torch.cat([moved[row] for row in range(len(lengths))])
+    return replace(laid_out, token_index=place[rows.token_index], target_ids=rows.target_ids)
+
+
+def _pieces(
+    rows: ForwardRows,
+    rows_of: Sequence[range],
+    media_token_ids: Collection[int],
+    merge: Merge,
+    max_tokens: int | None,
+) -> Iterator[tuple[list[int], int]]:
+    """Which prompts go together, by number, and how many tokens they share; all of its tokens where one stands alone.
+
+    Args:
+        rows: As for `share_media`, and so are the others.
+        rows_of: The rows of each prompt.
+    """
+    lengths = rows.lengths.tolist()
+    members: dict[tuple[str, ...], list[int]] = {}
+    for index, prompt in enumerate(rows.prompts):
+        keys = tuple(item.key for item in prompt.media)
+        members.setdefault(keys or (f"prompt {index}",), []).append(index)
     for group in members.values():
         ids = [rows.prompts[i].input_ids.tolist() for i in group]
         shared = _common_length(ids)
         copies = [1 if merge == "prefixes" else len(rows_of[i]) for i in group]
         media_behind = any(token in media_token_ids for row in ids for token in row[shared:])
-        pieces: list[tuple[list[int], int]] = []
         behind = [
             (len(row) - shared) * n + sum(lengths[row] for row in rows_of[i])
             for i, row, n in zip(group, ids, copies)
@@ -117,25 +147,9 @@ def share_media(
         for span in (range(len(group))[part] for part in cut(behind, room)):
             together = shared + sum((len(ids[k]) - shared) * copies[k] for k in span)
             if shared == 0 or media_behind or together >= sum(len(ids[k]) for k in span):
-                pieces += [([group[k]], len(ids[k])) for k in span]
+                yield from (([group[k]], len(ids[k])) for k in span)
             else:
-                pieces.append(([group[k] for k in span], shared))
-        for piece, length in pieces:
-            first = rows.prompts[piece[0]]
-            prompts.append(EncodedPrompt(first.input_ids[:length], first.media))
-            sizes.append(sum(len(rows_of[i]) for i in piece))
-            for i in piece:
-                rest = rows.prompts[i].input_ids[length:].tolist()
-                for row in rows_of[i]:
-                    new_rows.append(rest + responses[row])
-                    skipped.append(len(rest))
-                    order.append(row)
-    laid_out = lay_out(prompts, new_rows, sizes, skipped)
-    # Where the tokens of the old rows, packed in the old order, are now.
-    pieces_of = laid_out.token_index.split([lengths[row] for row in order])
-    moved = dict(zip(order, pieces_of))
-    place = torch.cat([moved[row] for row in range(len(lengths))])
-    return replace(laid_out, token_index=place[rows.token_index], target_ids=rows.target_ids)
+                yield [group[k] for k in span], shared
 
 
 def for_policy(rows: ForwardRows, policy: Policy) -> ForwardRows:
