@@ -293,11 +293,7 @@ def _flex_context(row: PackedRow, device: torch.device) -> AttentionContext:
     return FlexContext(row, device)
 
 
-def _torch_flash_context(row: PackedRow, device: torch.device) -> AttentionContext:
-    return FlashContext(row, device, TorchFlash())
-
-
-def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+def _runs_anywhere(device: torch.device, dtype: torch.dtype) -> None:
     return None
 
 
@@ -327,11 +323,16 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
     for backend in (
         AttentionBackend("flash", 20, refuses_flash, "duplicates", FlashContext),
         AttentionBackend(
-            "torch_flash", 15, refuses_torch_flash, "duplicates", _torch_flash_context, checked=True
+            "torch_flash",
+            15,
+            refuses_torch_flash,
+            "duplicates",
+            partial(FlashContext, kernel=TorchFlash()),
+            checked=True,
         ),
-        AttentionBackend("sdpa", 10, _always, "prefixes", SdpaContext),
+        AttentionBackend("sdpa", 10, _runs_anywhere, "prefixes", SdpaContext),
         AttentionBackend("flex", -1, refuses_flex, "prefixes", _flex_context),
-        AttentionBackend("reference", -1, _always, "prefixes", ReferenceContext),
+        AttentionBackend("reference", -1, _runs_anywhere, "prefixes", ReferenceContext),
     )
 }
 

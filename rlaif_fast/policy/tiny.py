@@ -8,6 +8,7 @@ the code path of the real job. Sizes follow what was measured to learn from a th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,24 +33,7 @@ SPECIAL_TOKENS = (
 UNKNOWN = "<|unknown|>"
 # One token a timestamp: Qwen3-VL writes one in front of every temporal patch, a large part of a short prompt.
 TIMESTAMPS = tuple(f"<{tenths / 10:.1f} seconds>" for tenths in range(100))
-TEMPLATE_WORDS = (
-    "user",
-    "assistant",
-    "system",
-    "\n",
-    "A",
-    "B",
-    "C",
-    "D",
-    "E",
-    "F",
-    "G",
-    "H",
-    ".",
-    ",",
-    "?",
-    ":",
-)
+TEMPLATE_WORDS = ("user", "assistant", "system", "\n", *"ABCDEFGH", *".,?:")
 WORD_PATTERN = r"<\d+\.\d seconds>|[\w']+|[^\w\s]|\n"
 
 # The published template of the Qwen-VL families, less tools and vision counting.
@@ -109,10 +93,7 @@ def build_tokenizer(words: Iterable[str]):
 
 def words_of(texts: Iterable[str]) -> set[str]:
     """The words a tiny tokenizer needs to spell `texts` without an unknown token."""
-    import re
-
-    pattern = re.compile(WORD_PATTERN)
-    return {word for text in texts for word in pattern.findall(text)}
+    return {word for text in texts for word in re.findall(WORD_PATTERN, text)}
 
 
 def tiny_config(family: str, vocab_size: int, token_ids: dict[str, int], size: TinySize):

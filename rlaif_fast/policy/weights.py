@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import FAMILIES
+from rlaif_fast.policy.model_files import ADAPTER_CONFIG
 from rlaif_fast.policy.shard import cut_like
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SHOWN = 4  # names in a message
 FLOAT32_COPY = "float32_copy"  # the attribute of a parameter
