@@ -137,16 +137,14 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
     best = [math.inf] * (full + 1)
     ways = [0] * (full + 1)
     best[0], ways[0] = 0.0, 1
-    steps: list[tuple[int, int, int]] = []  # (subset, next response, subset with it) with its cost, in order
-    costs: list[float] = []
+    steps: list[tuple[int, int, int, float]] = []  # subset, next response, subset with it, cost; in order
     for subset in range(full + 1):
         for i in range(m):
             if subset >> i & 1:
                 continue
             grown = subset | 1 << i
             total = best[subset] + cost[i][full ^ grown]
-            steps.append((subset, i, grown))
-            costs.append(total)
+            steps.append((subset, i, grown, total))
             if total < best[grown] - 1e-9:
                 best[grown], ways[grown] = total, ways[subset]
             elif total < best[grown] + 1e-9:
@@ -154,7 +152,7 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
     completions = [0] * (full + 1)
     completions[full] = 1
     mean = [0.0] * m
-    for (subset, i, grown), total in zip(reversed(steps), reversed(costs)):
+    for subset, i, grown, total in reversed(steps):
         if total > best[grown] + 1e-9:
             continue
         completions[subset] += completions[grown]

@@ -6,10 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from rlaif_fast.data.synthetic.worlds import (
-    DIRECTIONS,
-    TIMES,
-)
+from rlaif_fast.data.synthetic.worlds import DIRECTIONS, TIMES
 
 CATEGORIES = (
     "object recognition",
@@ -70,8 +67,8 @@ class Domain:
     options: tuple[str, ...]
 
 
-def domain_of(values: tuple[str, ...], pattern: str = "", options: tuple[str, ...] = ()) -> Domain:
-    return Domain(values, pattern or f"({'|'.join(values)})", options or values)
+def domain_of(values: tuple[str, ...], pattern: str = "") -> Domain:
+    return Domain(values, pattern or f"({'|'.join(values)})", values)
 
 
 VERTICAL, HORIZONTAL = domain_of(("top", "bottom")), domain_of(("left", "right"))

@@ -65,15 +65,12 @@ class _Asker:
             (*(f"moves {d}" for d in DIRECTIONS), *plain),
             f"(?:(moves) (left|right|up|down)|({'|'.join(plain)}))",
         )
-        moments = "|".join(FINITE[kind] for kind in level.timed)
-        nouns = "|".join(self.colors.values if level.by_color else self.shapes.values)
+        moments = [FINITE[kind] for kind in level.timed]
+        nouns = self.colors.values if level.by_color else self.shapes.values
         tail = " object" if level.by_color else ""
         self.happenings = domain_of(
-            (
-                "screen flashes",
-                *(f"{n}{tail} {m}" for n, m in itertools.product(nouns.split("|"), moments.split("|"))),
-            ),
-            f"(?:(screen) (flashes)|({nouns}){tail} ({moments}))",
+            ("screen flashes", *(f"{n}{tail} {m}" for n, m in itertools.product(nouns, moments))),
+            f"(?:(screen) (flashes)|({'|'.join(nouns)}){tail} ({'|'.join(moments)}))",
         )
 
     def color(self, index: int) -> Slot:
