@@ -21,7 +21,7 @@ from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
 from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.loader import load_medium
-from rlaif_fast.video.preview import draw_contact_sheet
+from rlaif_fast.video.preview import describe, draw_contact_sheet
 from rlaif_fast.video.probe import info_of, probe
 from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
@@ -113,16 +113,10 @@ def _probe(options: argparse.Namespace) -> int:
             print(json.dumps(vars(info) | _sampled_as_json(info, sampling)))
         else:
             console.print(f"[bold]{_escaped(path)}[/bold]", highlight=False, soft_wrap=True)
-            console.print(f"    {_facts(info)}; {_sampled(info, sampling)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"    {describe(info)}; {_sampled(info, sampling)}", highlight=False, soft_wrap=True
+            )
     return 1 if any_bad else 0
-
-
-def _facts(info: VideoInfo) -> str:
-    rate = f"{info.fps:.4g} fps" + (" on average" if info.variable_rate else "")
-    turned = f", turned {info.rotation}°" if info.rotation else ""
-    size = f"{info.width}x{info.height}"
-    length = f"{info.frames} frame{'s' if info.frames != 1 else ''}, {rate}, {info.duration:.2f} s"
-    return f"{info.codec} {size} {info.pixel_format}, {length}{turned}"
 
 
 def _sampled_as_json(info: VideoInfo, sampling: FrameSampling) -> dict[str, Any]:

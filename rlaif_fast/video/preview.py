@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.base import Clip, VideoInfo
 
-COLUMNS = 6
 INK, FAINT = "#1a1a1a", "#6b6b6b"
+MARGIN, GAP, HEAD, CAPTION = 0.15, 0.08, 0.72, 0.26  # inches
+
+
+def describe(info: VideoInfo) -> str:
+    """One line on what a video file holds."""
+    rate = f"{info.fps:.4g} fps" + (" on average" if info.variable_rate else "")
+    turned = f", turned {info.rotation}°" if info.rotation else ""
+    size = f"{info.width}x{info.height}"
+    length = f"{info.frames} frame{'s' if info.frames != 1 else ''}, {rate}, {info.duration:.2f} s"
+    return f"{info.codec} {size} {info.pixel_format}, {length}{turned}"
 
 
 def draw_contact_sheet(
@@ -19,7 +29,7 @@ def draw_contact_sheet(
     out: str | Path,
     *,
     most: int = 48,
-    columns: int = COLUMNS,
+    columns: int = 6,
 ) -> int:
     """Draw the sampled frames of a clip and return how many were drawn.
 
@@ -40,56 +50,27 @@ def draw_contact_sheet(
     )
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
-    height, width = clip.frames.shape[1:3]
-    cell_width = 2.1 if width >= height else 1.4
-    picture_height = cell_width * height / width
-    cell_height = picture_height + 0.26  # inches; the caption stands below
-    head = 0.72
-    figure = Figure(
-        figsize=(max(6.4, columns * cell_width + 0.3), head + rows * cell_height + 0.1), facecolor="white"
-    )
+    tall, wide = clip.frames.shape[1:3]
+    cell_width = 2.1 if wide >= tall else 1.4
+    picture_height = cell_width * tall / wide
+    cell_height = picture_height + CAPTION  # the caption stands below
+    width, height = max(6.4, columns * cell_width + 2 * MARGIN), HEAD + rows * cell_height + 0.1
+    figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    total_width, total_height = figure.get_size_inches()
-    name = Path(info.path).name
-    figure.text(
-        0.15 / total_width,
-        1 - 0.24 / total_height,
-        name,
-        size=11,
-        weight="bold",
-        color=INK,
-        va="center",
-        parse_math=False,
-    )
-    figure.text(
-        0.15 / total_width,
-        1 - 0.50 / total_height,
-        f"{info.width}x{info.height} {info.codec} {info.pixel_format}   {info.frames} frames, "
-        f"{info.fps:.4g} fps{' on average' if info.variable_rate else ''}, {info.duration:.2f} s"
-        + (f", turned {info.rotation}°" if info.rotation else "")
-        + f"   {count} sampled at {clip.sample_fps:.3g} fps"
-        + (f", {len(shown)} drawn" if len(shown) < count else ""),
-        size=8,
-        color=FAINT,
-        va="center",
-    )
+    drawn = f", {len(shown)} drawn" if len(shown) < count else ""
+    about = f"{describe(info)}; {count} sampled at {clip.sample_fps:.3g} fps{drawn}"
+    line: dict[str, Any] = {"x": MARGIN / width, "va": "center", "parse_math": False}
+    figure.text(y=1 - 0.24 / height, s=Path(info.path).name, size=11, weight="bold", color=INK, **line)
+    figure.text(y=1 - 0.50 / height, s=about, size=8, color=FAINT, **line)
     for place, k in enumerate(shown):
         row, column = divmod(place, columns)
-        left = 0.15 + column * cell_width
-        bottom = total_height - head - (row + 1) * cell_height + 0.26
-        axes = figure.add_axes(
-            (
-                left / total_width,
-                bottom / total_height,
-                (cell_width - 0.08) / total_width,
-                (picture_height - 0.05) / total_height,
-            )
-        )
+        left = MARGIN + column * cell_width
+        bottom = height - HEAD - (row + 1) * cell_height + CAPTION
+        size = (cell_width - GAP) / width, (picture_height - 0.05) / height
+        axes = figure.add_axes((left / width, bottom / height, *size))
         axes.imshow(clip.frames[k].cpu().numpy(), interpolation="antialiased", aspect="auto")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_color("#cccccc")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("#cccccc")
         caption = f"#{indices[k]}   {clip.timestamps[k]:.2f} s"
         axes.text(0, -0.04, caption, transform=axes.transAxes, size=7, color=FAINT, va="top")
     try:
