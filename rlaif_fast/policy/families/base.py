@@ -39,6 +39,12 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def patches_for(module: nn.Module, media: Sequence[Media]) -> Tensor:
+    """The patches of some media, one medium behind the other, on the device and in the dtype of a module."""
+    parameter = next(module.parameters())
+    return torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
+
+
 def is_mixture(config: Any) -> bool:
     """Whether the decoder is a mixture of experts."""
     text = config.get_text_config()
@@ -144,9 +150,8 @@ class Family:
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each medium, with the graph of `vision`."""
-        parameter = next(vision.parameters())
-        device = parameter.device
-        patches = torch.cat([m.patches for m in media]).to(device, parameter.dtype)
+        patches = patches_for(vision, media)
+        device = patches.device
         grids = torch.tensor([m.grid_thw for m in media])
         made = {
             # Where pieces end is read on the host, by attention that cuts at them.
@@ -194,7 +199,6 @@ class Family:
             rows: The prompt of each row.
             input_ids: (B, L) tokens of the padded rows.
         """
-        parameter = next(model.parameters())
         media = [m for row in rows for m in row.media]
         inputs: dict[str, Tensor] = {}
         if not media:
@@ -205,12 +209,11 @@ class Family:
         ):
             chosen = [m for m in media if m.is_video == is_video]
             if chosen:
-                patches = torch.cat([m.patches for m in chosen])
-                inputs[pixels] = patches.to(parameter.device, parameter.dtype)
-                inputs[grid] = torch.tensor([m.grid_thw for m in chosen], device=parameter.device)
+                inputs[pixels] = patches_for(model, chosen)
+                inputs[grid] = torch.tensor([m.grid_thw for m in chosen], device=input_ids.device)
         config = unwrap(model).config
         types = [self.token_types(config, row) for row in input_ids.numpy(force=True)]
-        inputs["mm_token_type_ids"] = torch.from_numpy(np.stack(types)).int().to(parameter.device)
+        inputs["mm_token_type_ids"] = torch.from_numpy(np.stack(types)).int().to(input_ids.device)
         return inputs
 
     def notes(self, config: Any, lora: bool) -> list[str]:
@@ -298,24 +301,22 @@ class FrameFamily(Family, ABC):
         whole = unwrap(model)
         return VisionParts(whole, [whole.get_submodule(part) for part in self.feature_parts])
 
-    def frames(self, media: Sequence[Media]) -> Tensor:
-        """(F, 3, S, S) frames of some media."""
-        patches = torch.cat([m.patches for m in media])
+    def frames(self, module: nn.Module, media: Sequence[Media]) -> Tensor:
+        """(F, 3, S, S) frames of some media, on the device and in the dtype of a module."""
+        patches = patches_for(module, media)
         side = round((patches.shape[1] // 3) ** 0.5)
         return patches.view(-1, 3, side, side)
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each medium by the model's own `get_image_features`."""
-        parameter = next(vision.parameters())
-        frames = self.frames(media).to(parameter.device, parameter.dtype)
+        frames = self.frames(vision, media)
         output = vision.model.get_image_features(frames, return_dict=True).pooler_output  # (F, n, H)
         return [(part.flatten(0, 1),) for part in output.split([m.grid_thw[0] for m in media])]
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
         """All frames of all rows, one behind the other."""
         media = [m for row in rows for m in row.media]
-        parameter = next(model.parameters())
-        return {"pixel_values": self.frames(media).to(parameter.device, parameter.dtype)} if media else {}
+        return {"pixel_values": self.frames(model, media)} if media else {}
 
 
 class VisionParts(nn.Module):

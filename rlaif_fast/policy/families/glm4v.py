@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.families.base import ATTENTION, IMAGE, TEXT, VIDEO, Family, Features, refuse, unwrap
+from rlaif_fast.policy.families.base import (
+    ATTENTION,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    Family,
+    Features,
+    patches_for,
+    refuse,
+    unwrap,
+)
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
@@ -51,12 +61,10 @@ class Glm4v(Family):
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """The tower sees each temporal patch as a picture of its own, as the model hands them to it."""
-        parameter = next(vision.parameters())
-        patches = torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
+        patches = patches_for(vision, media)
         grids = [[1, *m.grid_thw[1:]] for m in media for _ in range(m.grid_thw[0])]
-        output = vision(
-            patches, grid_thw=torch.tensor(grids, device=parameter.device), return_dict=True
-        ).pooler_output
+        grid_thw = torch.tensor(grids, device=patches.device)
+        output = vision(patches, grid_thw=grid_thw, return_dict=True).pooler_output
         merge = len(patches) // len(output)
         return [(part,) for part in output.split([int(np.prod(m.grid_thw)) // merge for m in media])]
 

@@ -47,8 +47,7 @@ class LlavaOnevision(FrameFamily):
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each video by the model's own `get_video_features`, which is given all frames as one video."""
-        parameter = next(vision.parameters())
-        frames = self.frames(media)[None].to(parameter.device, parameter.dtype)
+        frames = self.frames(vision, media)[None]
         found = vision.model.get_video_features(frames, return_dict=True).pooler_output[0]
         each = self.tokens_a_frame(vision.model.config)
         newline = vision.model.image_newline[None].to(found)
@@ -67,8 +66,7 @@ class LlavaOnevision(FrameFamily):
                 f"{self.name}: its own forward takes videos of one number of frames, got {sorted(counts)}; set "
                 "nframes, or shared_prefix: true"
             )
-        parameter = next(model.parameters())
-        frames = self.frames(media).to(parameter.device, parameter.dtype)
+        frames = self.frames(model, media)
         return {"pixel_values_videos": frames.unflatten(0, (len(media), -1))}
 
 

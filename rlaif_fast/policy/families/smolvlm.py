@@ -69,8 +69,7 @@ class SmolVLM(FrameFamily):
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
         """Features of each medium; the model takes the frames of one row as a row."""
-        parameter = next(vision.parameters())
-        frames = self.frames(media).to(parameter.device, parameter.dtype)
+        frames = self.frames(vision, media)
         found = torch.cat(list(vision.model.get_image_features(frames[None], return_dict=True).pooler_output))
         found = found.flatten(0, -2)
         per_frame = len(found) // len(frames)
@@ -78,17 +77,14 @@ class SmolVLM(FrameFamily):
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
         """The frames of each row; rows with fewer are filled with zeros, which the model drops."""
-        if not any(row.media for row in rows):
+        frames = {index: self.frames(model, row.media) for index, row in enumerate(rows) if row.media}
+        if not frames:
             return {}
-        parameter = next(model.parameters())
-        frames = [self.frames(row.media) if row.media else None for row in rows]
-        shape = next(f.shape[1:] for f in frames if f is not None)
-        most = max(len(f) for f in frames if f is not None)
-        pixels = torch.zeros(len(rows), most, *shape)
-        for row, own in zip(pixels, frames):
-            if own is not None:
-                row[: len(own)] = own
-        return {"pixel_values": pixels.to(parameter.device, parameter.dtype)}
+        some = next(iter(frames.values()))
+        pixels = some.new_zeros(len(rows), max(map(len, frames.values())), *some.shape[1:])
+        for index, own in frames.items():
+            pixels[index, : len(own)] = own
+        return {"pixel_values": pixels}
 
 
 def in_words(number: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.families.base import Family, Features, VisionParts, unwrap
+from rlaif_fast.policy.families.base import Family, Features, VisionParts, patches_for, unwrap
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
@@ -72,15 +72,12 @@ class VideoLlama3(Family):
         return inputs | {"video_compression_mask": kept.to(inputs["video_grid_thw"].device)}
 
     def _pixels(self, module: Any, media: Sequence[Media]) -> dict[str, Tensor]:
-        parameter = next(module.parameters())
-        grids = torch.tensor([m.grid_thw for m in media], device=parameter.device)
+        patches = patches_for(module, media)
         merge = math.isqrt(len(media[0].patches) // len(_kept(media[0])))
         return {
-            "pixel_values_videos": torch.cat([m.patches for m in media]).to(
-                parameter.device, parameter.dtype
-            ),
-            "video_grid_thw": grids,
-            "video_merge_sizes": torch.full((len(media),), merge, device=parameter.device),
+            "pixel_values_videos": patches,
+            "video_grid_thw": torch.tensor([m.grid_thw for m in media], device=patches.device),
+            "video_merge_sizes": torch.full((len(media),), merge, device=patches.device),
         }
 
 
