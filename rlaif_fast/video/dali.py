@@ -24,7 +24,7 @@ from torch import Tensor
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
-from rlaif_fast.video.probe import scan_file
+from rlaif_fast.video.probe import scan_for
 from rlaif_fast.video.transfer import beside, numbered
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
@@ -107,13 +107,7 @@ class DaliDecoder:
 
     def submit(self, path: str, indices: Sequence[int]) -> Future[Tensor]:
         """Read the file, queue it for the next batch and return the future of its frames."""
-        scan = scan_file(path)
-        reason = self.refuses(scan, self.device)
-        if reason is not None:
-            raise VideoError(path, f"decoder 'dali' cannot read it: {reason}; 'auto' can")
-        outside = [i for i in indices if not 0 <= i < len(scan.pts)]
-        if outside:
-            raise VideoError(path, f"frame {outside[0]} of {len(scan.pts)} was asked for")
+        scan = scan_for(self, path, indices)
         if not len(indices):
             return _done(torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device))
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoInfo
@@ -109,6 +111,22 @@ def scan_file(path: str) -> ffmpeg.Scan:
             raise VideoError(path, f"cannot be read: {type(error).__name__}: {error}") from None
         MEMO.keep_scan(version, known)
     return known
+
+
+def scan_for(decoder: Any, path: str, indices: Sequence[int]) -> ffmpeg.Scan:
+    """Return the scan of a file from which a decoder of the table is to read the frames at `indices`.
+
+    Raises:
+        VideoError: The decoder refuses such a file, or a frame is not in it.
+    """
+    scan = scan_file(path)
+    reason = decoder.refuses(scan, decoder.device)
+    if reason is not None:
+        raise VideoError(path, f"decoder {decoder.name!r} cannot read it: {reason}; 'auto' can")
+    outside = [i for i in indices if not 0 <= i < len(scan.pts)]
+    if outside:
+        raise VideoError(path, f"frame {outside[0]} of {len(scan.pts)} was asked for")
+    return scan
 
 
 def file_digest(path: str) -> str:

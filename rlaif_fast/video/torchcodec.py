@@ -10,7 +10,7 @@ from torch import Tensor
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
-from rlaif_fast.video.probe import scan_file
+from rlaif_fast.video.probe import scan_for
 
 
 class TorchCodecDecoder:
@@ -51,13 +51,7 @@ class TorchCodecDecoder:
         """Return frames (F, H, W, 3) uint8 RGB on the device, upright, in the order of `indices`."""
         from torchcodec.decoders import VideoDecoder
 
-        scan = scan_file(path)
-        reason = self.refuses(scan, self.device)
-        if reason is not None:
-            raise VideoError(path, f"decoder 'torchcodec' cannot read it: {reason}; 'auto' can")
-        outside = [i for i in indices if not 0 <= i < len(scan.pts)]
-        if outside:
-            raise VideoError(path, f"frame {outside[0]} of {len(scan.pts)} was asked for")
+        scan = scan_for(self, path, indices)
         if not len(indices):
             return torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device)
         try:
