@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rlaif_fast.oracle import choice_words as words
 
-_FINAL_PUNCTUATION = " \t\n.!?,;:"
+FINAL_PUNCTUATION = " \t\n.!?,;:"
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -22,7 +22,7 @@ def same_text(text: str, options: Sequence[str]) -> int | None:
 def plain(text: str) -> str:
     """`text` folded, without quotes around it and final punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).strip("\"'“”‘’«»「」").rstrip(_FINAL_PUNCTUATION)
+    return " ".join(folded.split()).strip("\"'“”‘’«»「」").rstrip(FINAL_PUNCTUATION)
 
 
 def skip_text(tail: str, option: str) -> str:
@@ -104,11 +104,7 @@ def _is_a_place(found: Sequence[str], start: int, end: int) -> bool:
     )
 
 
-def tokens(text: str) -> list[str]:
-    """The words of `text`, folded, in order."""
-    return list(_token_tuple(text))
-
-
 @functools.lru_cache(maxsize=4096)
-def _token_tuple(text: str) -> tuple[str, ...]:
+def tokens(text: str) -> tuple[str, ...]:
+    """The words and numbers of `text`, folded, in order."""
     return tuple(_WORD.findall(plain(text)))

@@ -21,10 +21,9 @@ from collections.abc import Sequence
 
 from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
 from rlaif_fast.errors import UsageError, needed_by
+from rlaif_fast.oracle.choice_texts import FINAL_PUNCTUATION, tokens
 from rlaif_fast.oracle.choices import parse_choice, reference_choice
 
-_FINAL_PUNCTUATION = " \t\n.!?,;:"
-_WORD = re.compile(r"[^\W_]+")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])[-+]?\.\d+(?!\w)")
 _NUMBER_WORDS = {
     word: float(value)
@@ -41,12 +40,7 @@ _NUMBER_WORDS = {
 def normalise(text: str) -> str:
     """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).rstrip(_FINAL_PUNCTUATION)
-
-
-def tokens(text: str) -> list[str]:
-    """The words and numbers of `text`, normalised, in order."""
-    return _WORD.findall(normalise(text))
+    return " ".join(folded.split()).rstrip(FINAL_PUNCTUATION)
 
 
 def token_f1(response: str, reference: str) -> float:
@@ -98,7 +92,7 @@ def form_facts(form: str, text: str) -> tuple[str, ...] | None:
     squeezed = " ".join(unicodedata.normalize("NFKC", text).split())
     if len(squeezed) > MAX_TEXT_CHARS:
         return None
-    match = pattern.fullmatch(squeezed) or pattern.fullmatch(squeezed.rstrip(_FINAL_PUNCTUATION))
+    match = pattern.fullmatch(squeezed) or pattern.fullmatch(squeezed.rstrip(FINAL_PUNCTUATION))
     if match is None:
         return None
     return tuple(normalise(group or "") for group in match.groups())
