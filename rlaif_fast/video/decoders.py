@@ -36,20 +36,18 @@ SMALL, LARGE = 256, 4096  # pixels of a side within which a GPU reads every file
 class PyAVDecoder:
     """FFmpeg through PyAV: every codec, on the CPU, one frame at a time.
 
+    One that hangs is stopped by `isolate.DecodeProcess` alone.
+
     Args:
         device: Where the frames end up; decoding is on the CPU.
         threads: FFmpeg's decoding threads; 0 lets it choose, None takes one for small frames and lets it
             choose for large ones.
-        timeout: Seconds a file may take; None for no limit. A decoder that hangs inside one FFmpeg call is
-            only stopped by `isolate.DecodeProcess`.
     """
 
     name = "pyav"
 
-    def __init__(
-        self, device: torch.device | str = "cpu", threads: int | None = None, timeout: float | None = None
-    ) -> None:
-        self.device, self.threads, self.timeout = torch.device(device), threads, timeout
+    def __init__(self, device: torch.device | str = "cpu", threads: int | None = None) -> None:
+        self.device, self.threads = torch.device(device), threads
 
     @staticmethod
     def unavailable() -> str | None:
@@ -71,9 +69,8 @@ class PyAVDecoder:
         threads = self.threads
         if threads is None:
             threads = 0 if scan.width * scan.height >= THREADED_PIXELS else 1
-        deadline = ffmpeg.Deadline(self.timeout)
         try:
-            frames = ffmpeg.read_frames(path, scan, indices, threads=threads, deadline=deadline)
+            frames = ffmpeg.read_frames(path, scan, indices, threads=threads)
             return to_device(assemble(frames, indices, scan.shape, size), self.device)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None

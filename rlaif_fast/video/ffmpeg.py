@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,41 +44,27 @@ STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting fro
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
 
 
-class Deadline:
-    """A moment after which work is given up; None never comes."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    def check(self) -> None:
-        """Raise `BadVideo` if the moment has passed."""
-        if self._end is not None and time.monotonic() > self._end:
-            raise BadVideo(f"decoding took longer than {self.seconds:g} s")
-
-
-def scan(path: str, deadline: Deadline | None = None) -> Scan:
+def scan(path: str) -> Scan:
     """Read the packet headers of `path` and decode its first frame.
 
     Raises:
         BadVideo: With the reason.
     """
-    deadline = deadline or Deadline(None)
     check_file(path)
     with _open(path) as container:
         stream = _video_stream(container)
-        packets = list(_packet_facts(container, stream, deadline))
+        packets = list(_packet_facts(container, stream))
         if not packets:
             raise BadVideo("the video stream holds no frames")
         if any(p.corrupt for p in packets):
             raise BadVideo("damaged: the container marks packets as corrupt")
         # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-        return _summarise(path, stream, packets, unordered, deadline)
+        return _summarise(path, stream, packets, unordered)
 
 
 def read_frames(
-    path: str, info: Scan, indices: Sequence[int], *, threads: int = 1, deadline: Deadline | None = None
+    path: str, info: Scan, indices: Sequence[int], *, threads: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, frame (H, W, 3) uint8 RGB upright) for each distinct index, ascending.
 
@@ -88,19 +73,17 @@ def read_frames(
         info: Its scan.
         indices: Wanted frames, in any order, repeats allowed.
         threads: FFmpeg's decoding threads; 0 lets it choose.
-        deadline: When to give up.
 
     Raises:
         BadVideo: When a wanted frame does not exist or cannot be decoded whole.
     """
-    deadline = deadline or Deadline(None)
     wanted = sorted(set(indices))
     if wanted and (wanted[0] < 0 or wanted[-1] >= len(info.pts)):
         raise BadVideo(
             f"frame {wanted[-1] if wanted[0] >= 0 else wanted[0]} of {len(info.pts)} was asked for"
         )
     convert = av.video.reformatter.VideoReformatter()
-    with _Reader(path, info, wanted, threads, deadline) as reader:
+    with _Reader(path, info, wanted, threads) as reader:
         for index in wanted:
             frame = reader.frame(index)
             picture = convert.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray()
@@ -114,10 +97,8 @@ def read_frames(
 class _Reader:
     """Walks through a file, seeking to a later key frame when that skips work."""
 
-    def __init__(
-        self, path: str, info: Scan, wanted: Sequence[int], threads: int, deadline: Deadline
-    ) -> None:
-        self.path, self.info, self.threads, self.deadline = path, info, threads, deadline
+    def __init__(self, path: str, info: Scan, wanted: Sequence[int], threads: int) -> None:
+        self.path, self.info, self.threads = path, info, threads
         self.wanted = {info.pts[i] for i in wanted}
         # With frame threads the decoder would read `skip_frame` too late.
         self.skips = threads == 1 and not info.counted
@@ -196,7 +177,6 @@ class _Reader:
         count = 0
         context = self.stream.codec_context
         for packet in self.container.demux(self.stream):
-            self.deadline.check()
             if self.skips:  # frames that no other frame builds on
                 context.skip_frame = "DEFAULT" if packet.pts in self.wanted else "NONREF"
             try:
@@ -232,11 +212,10 @@ class _Packet:
     corrupt: bool
 
 
-def _packet_facts(container: Any, stream: Any, deadline: Deadline) -> Iterator[_Packet]:
+def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
     hidden_flag = stream.codec_context.name in ("vp8", "libvpx")
     try:
         for packet in container.demux(stream):
-            deadline.check()
             if packet.size == 0:
                 continue
             # RFC 6386, 9.1: bit 4 of the first byte of a VP8 frame says whether it is shown.
@@ -248,7 +227,7 @@ def _packet_facts(container: Any, stream: Any, deadline: Deadline) -> Iterator[_
         raise BadVideo(f"damaged: {_plain(error)}") from None
 
 
-def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool, deadline: Deadline) -> Scan:
+def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) -> Scan:
     base = stream.time_base or Fraction(1, 1000)
     times: list[Any] = [p.pts for p in packets if p.shown]
     counted = unordered or None in times or len(set(times)) < len(times)
@@ -265,7 +244,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool, 
         raise BadVideo("every frame lies before time zero")
     pts = tuple(t for t, _ in numbered)
     keys = sorted((p.pts, o) for o, p in enumerate(packets) if p.key and p.pts is not None)
-    first = _first_frame(path, deadline)
+    first = _first_frame(path)
     fps, duration, variable = _rate(stream, pts, base, packets)
     return Scan(
         codec=stream.codec_context.codec.canonical_name,
@@ -314,14 +293,13 @@ def _rate(
     return measured, span + 1 / measured, not even
 
 
-def _first_frame(path: str, deadline: Deadline) -> Any:
+def _first_frame(path: str) -> Any:
     """Return the first picture that decodes, from a fresh container (a scan leaves its own at the end)."""
     with _open(path) as container:
         stream = _video_stream(container)
         stream.codec_context.options = STRICT
         stream.codec_context.thread_count = 1  # more would be started for one frame
         for number, packet in enumerate(container.demux(stream)):
-            deadline.check()
             try:
                 for frame in packet.decode():
                     return frame
