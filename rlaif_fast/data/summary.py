@@ -65,11 +65,11 @@ def chance_by_category(
     return {category: sum(hits) / len(hits) for category, hits in sorted(right.items())}
 
 
-def chance_accuracy(examples: Iterable[Example], reference: Iterable[Example] | None = None) -> float:
+def chance_accuracy(examples: Iterable[Example]) -> float:
     """`chance_by_category` over all questions, each counted once; 0 where no question has an answer."""
     tested = [example for example in examples if example.answer is not None]
     sizes = Counter(example.category for example in tested)
-    chances = chance_by_category(tested, reference)
+    chances = chance_by_category(tested)
     return sum(chances[category] * size for category, size in sizes.items()) / max(1, len(tested))
 
 

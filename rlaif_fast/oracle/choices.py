@@ -17,6 +17,7 @@ not a label, unless the words around it say so.
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,18 +48,17 @@ class _Mention:
     marked: bool
 
 
-def parse_choice(response: str, options: Sequence[str], num_letters: int = 26) -> int | None:
+def parse_choice(response: str, options: Sequence[str]) -> int | None:
     """The index of the option that a reply picks.
 
     Args:
         response: The reply.
-        options: The option texts, "A" first; may be empty when only letters were asked for.
-        num_letters: How many letters are valid when `options` is empty.
+        options: The option texts, "A" first; may be empty when only letters were asked for, then A to Z.
 
     Returns:
         The index, or None where no option or more than one is picked, and on doubt.
     """
-    count = len(options) or num_letters
+    count = len(options) or len(string.ascii_uppercase)
     text = _final_part(response, options, count)
     if text is None:
         return None

@@ -43,6 +43,7 @@ _FILES = (qwen_vl, glm4v, internvl, llava_onevision, smolvlm, video_llama_3, gem
 FAMILIES: dict[str, Family] = {
     model_type: family for file in _FILES for family in file.FAMILIES for model_type in family.model_types
 }
+LAYOUTS_KEPT = 512
 MARKERS = tuple(
     f"{kind}_{role}"
     for kind in ("image", "video", "vision")
@@ -112,14 +113,11 @@ class PromptLayout:
 
 
 class PromptLayouts:
-    """Layouts of prompts, remembered by what they depend on: where the media tokens are, the grids, the
-    seconds.
-    """
+    """Layouts of prompts, remembered by what they depend on: where the media tokens are, the grids, the seconds."""
 
-    def __init__(self, model: nn.Module, family: Family, size: int = 512) -> None:
+    def __init__(self, model: nn.Module, family: Family) -> None:
         self._model = model
         self._family = family
-        self._size = size
         self._known: OrderedDict[tuple, PromptLayout] = OrderedDict()
 
     def __call__(self, prompt: EncodedPrompt) -> PromptLayout:
@@ -132,7 +130,7 @@ class PromptLayouts:
         layout = self._known.get(key)
         if layout is None:
             layout = self._known[key] = self._build(prompt, types)
-            if len(self._known) > self._size:
+            if len(self._known) > LAYOUTS_KEPT:
                 self._known.popitem(last=False)
         else:
             self._known.move_to_end(key)
