@@ -259,7 +259,7 @@ LABELS = ("K7Q", "B2D", "C3F")
     ],
 )
 def test_the_declared_form_is_read(reply, tiers):
-    assert parse_listwise(reply, LABELS).tiers == tiers
+    assert parse_listwise(reply, LABELS) == tiers
 
 
 @pytest.mark.parametrize(

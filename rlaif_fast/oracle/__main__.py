@@ -36,6 +36,8 @@ from rlaif_fast.video.base import Clip
 
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
 _Row = tuple[str, dict[str, Any]]  # "file:line" and what stands there
+_Group = tuple[str, frozenset[str]]  # its id or question, and the responses
+_Ranked = tuple[str, dict[str, int | None]]  # category, and the rank of each response
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,10 +255,10 @@ def _agree(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_rankings(path: Path) -> dict[tuple[str, frozenset[str]], tuple[str, dict[str, int | None]]]:
-    """Category and rank of each response, by group."""
-    rankings: dict[tuple[str, frozenset[str]], tuple[str, dict[str, int | None]]] = {}
-    places: dict[tuple[str, frozenset[str]], str] = {}
+def _read_rankings(path: Path) -> dict[_Group, _Ranked]:
+    """The rankings of a file by group."""
+    rankings: dict[_Group, _Ranked] = {}
+    places: dict[_Group, str] = {}
     for where, row in read_rows(path):
         responses, ranks = row_responses(row, where), row_ranks(row, where)
         name = row_id(row) or str(row.get("question"))

@@ -89,16 +89,6 @@ class ApiOracle(Judge):
             raise UsageError(
                 f"oracle 'api' takes protocol {', '.join(PROTOCOLS)}, got {self.options.protocol!r}"
             )
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if not base_url:
-            raise UsageError("oracle 'api' needs option 'base_url' (or the variable OPENAI_BASE_URL)")
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(
-                "oracle option 'base_url' must be an http(s) address such as http://localhost:8000/v1"
-            )
-        if parts.username or parts.password or parts.query:
-            raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
         if response_format not in _RESPONSE_FORMATS:
             raise UsageError(f"oracle option 'response_format' must be one of {_RESPONSE_FORMATS}")
         check_least(1, concurrency=concurrency, max_attempts=max_attempts, max_tokens=max_tokens)
@@ -107,7 +97,7 @@ class ApiOracle(Judge):
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
         self.model = model
-        self.base_url = base_url.rstrip("/")
+        self.base_url = _endpoint(base_url)
         self.api_key_env = api_key_env
         self.response_format = response_format
         self.temperature = temperature
@@ -326,6 +316,21 @@ class _Session:
         if self.key:
             text = text.replace(self.key, "[key]")
         return _KEY_LIKE.sub("[key]", text)
+
+
+def _endpoint(base_url: str | None) -> str:
+    """The address that the option or the environment gives, without a final slash."""
+    base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+    if not base_url:
+        raise UsageError("oracle 'api' needs option 'base_url' (or the variable OPENAI_BASE_URL)")
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(
+            "oracle option 'base_url' must be an http(s) address such as http://localhost:8000/v1"
+        )
+    if parts.username or parts.password or parts.query:
+        raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
+    return base_url.rstrip("/")
 
 
 def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:

@@ -64,14 +64,6 @@ class Ask:
     parse: Callable[[str], Any]
 
 
-@dataclass(frozen=True)
-class Tiers:
-    """A listwise reply: labels from best to worst, equals together, and those the judge declined to place."""
-
-    tiers: tuple[tuple[str, ...], ...]
-    declined: tuple[str, ...]
-
-
 RULES = (
     "You compare answers to a question about a video. Judge only whether an answer is correct and complete, "
     "first by what the frames show, then by the reference answer where one is given. Length and style count "
@@ -105,7 +97,7 @@ def listwise(request: RankRequest, texts: Sequence[str], order: Sequence[int], s
     ]
     if reply is None:
         return (None,) * len(texts)
-    rank_of = {label: rank for rank, tier in enumerate(reply.tiers) for label in tier}
+    rank_of = {label: rank for rank, tier in enumerate(reply) for label in tier}
     return tuple(rank_of.get(label) for label in labels)
 
 
@@ -192,8 +184,11 @@ def merge_exchange(size: int) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def parse_listwise(reply: str, labels: Sequence[str]) -> Tiers:
-    """Read a listwise reply; every label must stand in it exactly once."""
+def parse_listwise(reply: str, labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Read a listwise reply: the labels from best to worst, equals together, without those the judge declined to place.
+
+    Every label must stand in the reply exactly once.
+    """
     value = parse_object(reply, {"ranking", "cannot_judge"})
     ranking, declined = value["ranking"], value["cannot_judge"]
     if not (
@@ -209,7 +204,7 @@ def parse_listwise(reply: str, labels: Sequence[str]) -> Tiers:
         raise MalformedVerdict("unknown_ids", f"the judge named {len(unknown)} ids that it was not given")
     if len(named) != len(set(named)):
         raise MalformedVerdict("duplicate_ids", "the judge placed an id more than once")
-    tiers = Tiers(tuple(tuple(tier) for tier in ranking), tuple(declined))
+    tiers = tuple(map(tuple, ranking))
     missing = len(labels) - len(named)
     if missing:
         raise MalformedVerdict("missing_ids", f"the judge left out {missing} of {len(labels)} ids", tiers)

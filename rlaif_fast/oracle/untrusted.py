@@ -47,7 +47,9 @@ def show_responses(
         max_chars: Length each is cut to, in the middle.
         extract: Its first group is the answer inside a response.
     """
-    whole, places = distinct([clean_text(response) for response in responses])
+    place: dict[str, int] = {}
+    places = [place.setdefault(text, len(place)) for text in map(clean_text, responses)]
+    whole = list(place)
     cap = max_chars
     while len({cut_middle(text, cap) for text in whole}) < len(whole):
         cap *= 2
@@ -127,10 +129,3 @@ def seeded_generator(*content: str) -> random.Random:
     """A random generator fixed by a hash of `content`."""
     digest = hashlib.sha256(json.dumps(content).encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
-
-
-def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
-    """The distinct texts in order of first appearance, and for each text the place of its own."""
-    place: dict[str, int] = {}
-    return_places = [place.setdefault(text, len(place)) for text in texts]
-    return list(place), return_places
