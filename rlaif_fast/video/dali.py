@@ -52,23 +52,16 @@ class DaliDecoder:
 
     Args:
         device: "cpu", or a CUDA device for NVDEC.
-        threads: DALI's worker threads; None for one per core, at most `BATCH_FILES`.
         timeout: Seconds a file may take, from submission.
     """
 
     name = "dali"
 
-    def __init__(
-        self,
-        device: torch.device | str = "cpu",
-        threads: int | None = None,
-        timeout: float = WAIT_SECONDS,
-    ) -> None:
+    def __init__(self, device: torch.device | str = "cpu", timeout: float = WAIT_SECONDS) -> None:
         reason = self.unavailable()
         if reason is not None:
             raise UsageError(f"decoder 'dali' cannot run here: {reason}")
         self.device = numbered(torch.device(device))
-        self.threads = min(threads or os.cpu_count() or 1, BATCH_FILES)
         self.timeout = timeout
         self.builds = 0
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -204,7 +197,7 @@ class DaliDecoder:
         on_gpu = self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=BATCH_FILES,
-            num_threads=self.threads,
+            num_threads=min(os.cpu_count() or 1, BATCH_FILES),
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=1,  # this class's own queue is what runs ahead
             exec_dynamic=True,  # outputs stay valid as long as a tensor refers to them

@@ -90,16 +90,10 @@ class FrameSampling:
         """Why not one video can be sampled so; None where some can."""
         name = "max_frames" if self.nframes is None else "nframes"
         wanted = getattr(self, name)
-        count = (
-            math.floor(wanted / self.frame_factor)
-            if self.nframes is None
-            else round(wanted / self.frame_factor)
-        )
-        return (
-            f"{name} is {wanted}, and the model sees {self.frame_factor} frames at a time"
-            if not count
-            else None
-        )
+        rounded = math.floor if self.nframes is None else round
+        if rounded(wanted / self.frame_factor):
+            return None
+        return f"{name} is {wanted}, and the model sees {self.frame_factor} frames at a time"
 
     def _count(self, path: str, total: int, seconds: float) -> int:
         factor = self.frame_factor

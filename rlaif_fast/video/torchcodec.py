@@ -14,20 +14,19 @@ from rlaif_fast.video.probe import scan_for
 
 
 class TorchCodecDecoder:
-    """torchcodec's exact mode: one decoder a file, threads of its own inside FFmpeg.
+    """torchcodec's exact mode: one decoder a file, one thread inside FFmpeg.
 
     Args:
         device: "cpu", or a CUDA device for NVDEC.
-        threads: FFmpeg's decoding threads; 0 lets it choose.
     """
 
     name = "torchcodec"
 
-    def __init__(self, device: torch.device | str = "cpu", threads: int = 1) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         reason = self.unavailable()
         if reason is not None:
             raise UsageError(f"decoder 'torchcodec' cannot run here: {reason}")
-        self.device, self.threads = torch.device(device), threads
+        self.device = torch.device(device)
 
     @staticmethod
     def unavailable() -> str | None:
@@ -55,9 +54,7 @@ class TorchCodecDecoder:
         if not len(indices):
             return torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device)
         try:
-            reader = VideoDecoder(
-                path, device=str(self.device), dimension_order="NHWC", num_ffmpeg_threads=self.threads
-            )
+            reader = VideoDecoder(path, device=str(self.device), dimension_order="NHWC", num_ffmpeg_threads=1)
             return reader.get_frames_at(list(indices)).data
         except (RuntimeError, ValueError, IndexError) as error:
             raise VideoError(path, f"torchcodec cannot decode it: {first_line(error)[:200]}") from None
