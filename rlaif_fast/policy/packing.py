@@ -335,15 +335,20 @@ def _bucket(row: PackedRow, groups: np.ndarray) -> Bucket:
     return Bucket(groups, prompt, response, begin, rows, slots)
 
 
+def bucket_nodes(row: PackedRow, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
+    """(n, R) bool, whether a slot holds a node; and (n, R) which node of the row, 0 where it holds none."""
+    slots = np.arange(bucket.response)
+    real = slots < row.node_counts[bucket.groups, None]
+    return real, np.where(real, starts(row.node_counts)[bucket.groups, None] + slots, 0)
+
+
 def bucket_mask(row: PackedRow, bucket: Bucket, device: torch.device | str = "cpu") -> Tensor:
     """(n, R, P + R) bool: what each node slot may attend to. A padding slot attends to everything; it is
     dropped later.
 
     Only vectors and the paths are made on the host: the mask of a few thousand nodes has millions of entries.
     """
-    slots = np.arange(bucket.response)
-    real = slots < row.node_counts[bucket.groups, None]  # (n, R)
-    node = np.where(real, starts(row.node_counts)[bucket.groups, None] + slots, 0)
+    real, node = bucket_nodes(row, bucket)
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(device)

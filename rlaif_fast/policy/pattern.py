@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.attention import AttentionContext, DeviceBucket, SdpaContext, sdpa
-from rlaif_fast.policy.packing import Bucket, PackedRow, bucket_mask, starts
+from rlaif_fast.policy.packing import Bucket, PackedRow, bucket_mask, bucket_nodes
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ class _Masked(SdpaContext):
 
 def _places(row: PackedRow, bucket: Bucket) -> np.ndarray:
     """(n, P + R) place of each slot's token in its own sequence."""
-    slots, counts = np.arange(bucket.response), row.node_counts[bucket.groups, None]
-    node = np.where(slots < counts, starts(row.node_counts)[bucket.groups, None] + slots, 0)
+    _, node = bucket_nodes(row, bucket)
     depth = row.node_depth[node] if len(row.node_depth) else node
     prompts = np.broadcast_to(np.arange(bucket.prompt), (len(bucket.groups), bucket.prompt))
     return np.concatenate((prompts, row.prompt_lengths[bucket.groups, None] + depth), axis=1)
