@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlaif_fast.data.schema import Example, option_letters
+from rlaif_fast.data.schema import Example, lettered
 from rlaif_fast.errors import UsageError, require_least
 from rlaif_fast.video.refs import Cut, MediaRef
 
@@ -86,6 +86,4 @@ def _pictures(media: Sequence[MediaRef], most: int) -> list[Tensor]:
 
 
 def _wording(example: Example) -> str:
-    letters = option_letters(len(example.options))
-    options = " ".join(f"{letter}. {option}" for letter, option in zip(letters, example.options))
-    return " ".join(part for part in (example.question, options, "→", example.answer or "?") if part)
+    return " ".join((example.question, *lettered(example.options), "→", example.answer or "?"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,11 @@ _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 def option_letters(count: int) -> list[str]:
     """The labels of `count` options: A to Z, then AA, AB and so on."""
     return [_letter(index) for index in range(count)]
+
+
+def lettered(options: Sequence[str], form: str = "{}. {}") -> list[str]:
+    """The options with their labels, as `form` puts the two together."""
+    return [form.format(letter, text) for letter, text in zip(option_letters(len(options)), options)]
 
 
 def _letter(index: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlaif_fast.data.schema import option_letters
+from rlaif_fast.data.schema import lettered
 from rlaif_fast.errors import UsageError, first_line, needed_by
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
@@ -131,12 +131,7 @@ class RewardModelOracle:
         return scored
 
     def _encode(self, request: RankRequest, text: str) -> list[int]:
-        question = request.question
-        if request.options:
-            letters = option_letters(len(request.options))
-            question = "\n".join(
-                (question, *(f"{letter}. {o}" for letter, o in zip(letters, request.options)))
-            )
+        question = "\n".join((request.question, *lettered(request.options)))
         if self._tokenizer.chat_template is None:
             return self._cut(self._tokenizer(question, text)["input_ids"])
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]

@@ -17,7 +17,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from rlaif_fast.data.schema import Example, option_letters
+from rlaif_fast.data.schema import Example, lettered
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -54,10 +54,7 @@ def with_options(text: str, options: Sequence[str]) -> str:
     """`text`, then the options with their letters, one a line."""
     if not options:
         return text
-    choices = "\n".join(
-        f"{letter}. {option}" for letter, option in zip(option_letters(len(options)), options)
-    )
-    return f"{text}\n{choices}" if text else choices
+    return "\n".join([text, *lettered(options)] if text else lettered(options))
 
 
 def markup_of(tokenizer) -> set[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rlaif_fast.data.schema import option_letters
+from rlaif_fast.data.schema import lettered
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.video import FrameSampling, VideoError, load_clip, load_image, probe
@@ -110,8 +110,7 @@ def gallery(run_dir: RunDir) -> list[Card]:
         asked = phases["sft"] if "sft" in phases else phases["final"]
         frames, problem = _strip(media_of(asked))
         answer = asked.get("answer") or ""
-        texts = asked.get("options") or ()
-        options = tuple(f"{letter}. {text}" for letter, text in zip(option_letters(len(texts)), texts))
+        options = tuple(lettered(asked.get("options") or ()))
         cards.append(
             Card(
                 category=asked["category"],

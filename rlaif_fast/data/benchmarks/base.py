@@ -223,11 +223,6 @@ def letter_of(place: int | None, options: Sequence[str], where: str, answer: Any
     return option_letters(len(options))[place]
 
 
-def lettered(options: Sequence[str], form: str = "{}. {}") -> str:
-    """The options with their letters, one a line."""
-    return "\n".join(form.format(letter, text) for letter, text in zip(option_letters(len(options)), options))
-
-
 def without_label(option: str) -> str:
     """An option without the letter that its file writes before it."""
     return _LABEL.sub("", option).strip()

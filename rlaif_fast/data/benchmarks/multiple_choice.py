@@ -16,12 +16,11 @@ from rlaif_fast.data.benchmarks.base import (
     cut_of,
     index_of,
     letter_of,
-    lettered,
     make_item,
     text_of,
     without_label,
 )
-from rlaif_fast.data.schema import index_of_letter
+from rlaif_fast.data.schema import index_of_letter, lettered
 from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut
@@ -32,7 +31,7 @@ _VIDEOMME = (
     "Respond with only the letter (A, B, C, or D) of the correct option.\n"
     "{question}\n{options}\nThe best answer is:"
 )
-_LETTER = "\nAnswer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
+_LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
 _FONT = re.compile(r"<[^>]*>")
 
 # Where the authors keep the videos of a task (`data_list` of their notebook): names of other folders can be the same.
@@ -89,7 +88,7 @@ def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
             asked = _VIDEOMME.format(
                 and_subtitles=" and the subtitles" if subtitles else "",
                 question=text,
-                options=lettered(options),
+                options="\n".join(lettered(options)),
             )
             if spoken is not None:
                 asked = f"This video's subtitles are listed below:\n{spoken}\n{asked}"
@@ -140,7 +139,7 @@ def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
             groups={"kind": {"C": "causal", "T": "temporal", "D": "descriptive"}.get(kind[0], kind)},
             id=f"{video}_{row.get('qid', where)}",
             question=question,
-            asked=f"{question}\n{lettered(options)}{_LETTER}",
+            asked="\n".join((question, *lettered(options), _LETTER)),
             options=tuple(options),
             answer=letter_of(index_of(place, len(options)), options, where, place),
             category=NEXTQA_TYPES.get(kind, kind),
@@ -157,6 +156,7 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
             options = _options(row, "candidates", where)
             answer, question = text_of(row, "answer", where), text_of(row, "question", where)
             place = options.index(answer) if answer in options else None
+            labelled = lettered(options, "({}) {}")
             name, cut = text_of(row, "video", where), cut_of(row, where)
             found, trouble = folder.video(name, cut=cut, home=home)
             if found is not None and "segment" in str(Path(found.path).relative_to(folder.path)):
@@ -167,7 +167,7 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
                 (found, trouble),
                 id=f"{task}:{where.rpartition(':')[2]}",
                 question=question,
-                asked=f"Question:{question}\nOption:\n{lettered(options, '({}) {}')}\nOnly give the best option.",
+                asked="\n".join((f"Question:{question}", "Option:", *labelled, "Only give the best option.")),
                 options=tuple(options),
                 answer=letter_of(place, options, where, answer),
                 category=task.replace("_", " "),
