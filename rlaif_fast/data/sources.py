@@ -120,7 +120,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         if not raw.strip():
             continue
         try:
-            yield number, _guarded(lambda raw=raw: _DECODER.decode(raw.decode()))  # type: ignore[misc]
+            yield number, _guarded(_DECODER.decode, raw.decode())
         except UnicodeDecodeError as error:
             yield number, RowError(f"not UTF-8 at byte {error.start}")
 
@@ -138,7 +138,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             return
-        found = _guarded(lambda at=at: _DECODER.raw_decode(text, at))  # type: ignore[misc]
+        found = _guarded(_DECODER.raw_decode, text, at)
         if isinstance(found, RowError):
             yield line, RowError(f"{found}; the rest is not read")
             return
@@ -146,12 +146,10 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         yield line, row
 
 
-def _guarded(decode: Callable[[], Any]) -> Any:
-    """What `decode` returns, or a `RowError` with the reason why it cannot."""
+def _guarded(decode: Callable[..., Any], *given: Any) -> Any:
+    """What `decode` makes of a text, or a `RowError` with the reason why it cannot."""
     try:
-        return decode()
-    except UnicodeDecodeError:
-        raise
+        return decode(*given)
     except json.JSONDecodeError as error:
         return RowError(f"not JSON: {error.msg} at column {error.colno}")
     except RowError as error:
@@ -207,7 +205,7 @@ def _cell(key: str, value: str) -> Any:
         with contextlib.suppress(ValueError):  # what is no number is refused where it is read
             return float(value)
     if value.lstrip()[:1] in ("[", "{"):
-        found = _guarded(lambda: _DECODER.decode(value))
+        found = _guarded(_DECODER.decode, value)
         return value if isinstance(found, RowError) else found
     return value
 
