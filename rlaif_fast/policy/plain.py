@@ -7,9 +7,11 @@ it is what the shared-prefix path is compared with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_fast.policy.families import find_family, unwrap
 from rlaif_fast.policy.families.processor import processor_inputs
@@ -37,29 +39,24 @@ def model_inputs(
         padding_side: "right" to train, "left" to generate.
     """
     device = next(model.parameters()).device
-    sequences = []
-    repeated: list[EncodedPrompt] = []
     if token_ids is None:
         repeated = list(prompts)
         sequences = [p.input_ids.to(device) for p in repeated]
     else:
         assert lengths is not None and group_sizes is not None
         repeated = [p for p, count in zip(prompts, group_sizes) for _ in range(count)]
-        for p, row, length in zip(repeated, token_ids, lengths.tolist()):
-            sequences.append(torch.cat((p.input_ids.to(device), row[:length].to(device))))
-    width = max(len(s) for s in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.int64, device=device)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(0, len(sequence)) if padding_side == "right" else slice(width - len(sequence), width)
-        input_ids[row, place] = sequence
-        attention_mask[row, place] = 1
+        sequences = [
+            torch.cat((p.input_ids.to(device), row[:length].to(device)))
+            for p, row, length in zip(repeated, token_ids, lengths.tolist())
+        ]
+    pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+    input_ids, attention_mask = pad(sequences), pad([torch.ones_like(s) for s in sequences])
     inputs: dict[str, Tensor] = {"input_ids": input_ids, "attention_mask": attention_mask}
     family = find_family(unwrap(model).config.model_type)
     if family is not None:
         return inputs | family.plain_inputs(model, repeated, input_ids)
     dtype = next(model.parameters()).dtype
-    for name, value in processor_inputs(repeated, width, padding_side).items():
+    for name, value in processor_inputs(repeated, input_ids.shape[1], padding_side).items():
         inputs[name] = value.to(device, dtype) if value.is_floating_point() else value.to(device)
     return inputs
 
