@@ -307,6 +307,7 @@ def test_agree_refuses_a_group_that_is_ranked_in_two_ways(tmp_path, capsys, rows
         (ROWS[0], ["--option", "name=api"], 2, "--option name: give it as --oracle"),
         (ROWS[0], ["--option", "window=abc"], 2, "window: expected a whole number of at least 1, got 'abc'"),
         ({**ROWS[0], "video": "none.mp4"}, [], 2, "none.mp4"),
+        (ROWS[0], ["--batch_size", "0"], 2, "batch_size: expected 1 or more, got 0"),
         (ROWS[0], ["--output", "/nonexistent/x"], 2, "does not exist"),
         ({"question": "?", "responses": ["a", "b"]}, ["--max_invalid_fraction", "0"], 1, "could not rank"),
     ],

@@ -96,6 +96,11 @@ def test_preview(folder, tmp_path, capsys):
         (["preview", "{}/cut.webm", "--out", "{}/x.png"], 1, "truncated"),
         (["preview", "{}/good.webm", "--out", "{}/none/x.png"], 2, "none does not exist"),
         (["preview", "{}/good.webm", "--out", "{}/x.png", "--fps", "0"], 2, "fps must be positive"),
+        (
+            ["preview", "{}/good.webm", "--out", "{}/x.png", "--most", "1"],
+            2,
+            "most: expected 2 or more, got 1",
+        ),
         (["check", "{}/none.jsonl"], 2, "none.jsonl"),
         (["check", "{}/clean.jsonl", "--workers", "0"], 2, "workers"),
         (["check", "{}/clean.jsonl", "--shown", "-1"], 2, "shown: expected 0 or more"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlaif_fast.cli import run_command
-from rlaif_fast.errors import UsageError, needed_by
+from rlaif_fast.errors import UsageError, needed_by, require_least
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import oracle_stats
@@ -95,8 +95,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _rank(options: argparse.Namespace) -> int:
-    if options.batch_size < 1 or options.nframes < 1:
-        raise UsageError("--batch_size and --nframes must be at least 1")
+    require_least("batch_size", options.batch_size, 1)
+    require_least("nframes", options.nframes, 1)
     rows = list(read_rows(options.file))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import require_least
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import Order, kendall_tau, top1_agreement
 from rlaif_fast.oracle.judge import Verdict
@@ -107,8 +107,7 @@ def blind_control(
         oracle/blind_tau and oracle/blind_top1, the agreement of the blind ranking with the seeing one; empty
         where no sampled group has frames.
     """
-    if sample < 1:
-        raise UsageError(f"sample must be at least 1, got {sample}")
+    require_least("sample", sample, 1)
     seen = [pair for pair in zip(requests, rankings) if pair[0].clips and pair[1].valid]
     chosen = random.Random(seed).sample(seen, min(sample, len(seen)))
     if not chosen:

@@ -144,12 +144,11 @@ class _Vetted:
 
 def _check(options: argparse.Namespace) -> int:
     require_least("shown", options.shown, 0)
+    require_least("workers", options.workers, 1)
     from rich.console import Console
 
     from rlaif_fast.data.reader import read_report
 
-    if options.workers < 1:
-        raise UsageError(f"workers must be at least 1, got {options.workers}")
     sampling = _sampling(options)
     if options.quarantine is not None:
         options.quarantine = check_output("quarantine", options.quarantine, [options.dataset])
@@ -266,8 +265,8 @@ def _summarise(
 
 
 def _preview(options: argparse.Namespace) -> int:
-    if options.columns < 1 or options.most < 2:
-        raise UsageError("columns must be at least 1 and most at least 2")
+    require_least("columns", options.columns, 1)
+    require_least("most", options.most, 2)
     sampling = _sampling(options)
     options.out = check_output("out", options.out, [options.file])
     info = probe(options.file)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlaif_fast.errors import UsageError, writing
+from rlaif_fast.errors import require, require_least, writing
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip
@@ -111,12 +111,9 @@ class ClipStore:
         quarantine: str | Path | None = None,
         max_bad_fraction: float = 0.05,
     ) -> None:
-        if workers < 1:
-            raise UsageError(f"workers must be at least 1, got {workers}")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UsageError(f"max_bad_fraction must be between 0 and 1, got {max_bad_fraction}")
-        if timeout <= 0:
-            raise UsageError(f"timeout must be positive, got {timeout}")
+        require_least("workers", workers, 1)
+        require(0 <= max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", max_bad_fraction)
+        require(timeout > 0, "timeout", "more than 0 seconds", timeout)
         self.workers, self.device = workers, numbered(torch.device(device))
         self.sampling = sampling or FrameSampling()
         self.resize, self.decoder, self.timeout = resize, decoder, timeout
