@@ -53,21 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
     options, rest = parser.parse_known_args(argv)
+    options.rest = rest  # the configuration of `make`
     if rest and options.command != "make":
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
-    command: dict[str, Callable[[], int]] = {
-        "make": lambda: _make(options, rest),
-        "check": lambda: _check(options),
-        "preview": lambda: _preview(options),
-        "label": lambda: _label(options),
-    }
-    return run_command(command[options.command], debug=options.debug)
+    command = {"make": _make, "check": _check, "preview": _preview, "label": _label}[options.command]
+    return run_command(lambda: command(options), debug=options.debug)
 
 
-def _make(options: argparse.Namespace, rest: list[str]) -> int:
+def _make(options: argparse.Namespace) -> int:
     about = "Make the embedded dataset in the folder OUT, or find it made."
     config = parse_config(
-        SyntheticConfig, rest, prog="rlaif_fast.data make OUT [--overwrite]", description=about
+        SyntheticConfig, options.rest, prog="rlaif_fast.data make OUT [--overwrite]", description=about
     )
     if options.out is None:
         raise UsageError("make: name the folder to make, e.g. python -m rlaif_fast.data make data/synthetic")

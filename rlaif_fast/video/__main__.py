@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_sampling(preview)
 
     options = parser.parse_args(argv)
-    command: dict[str, Callable[[], int]] = {
-        "probe": lambda: _probe(options),
-        "check": lambda: _check(options),
-        "preview": lambda: _preview(options),
-    }
-    return run_command(command[options.command], debug=options.debug)
+    command = {"probe": _probe, "check": _check, "preview": _preview}[options.command]
+    return run_command(lambda: command(options), debug=options.debug)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -184,23 +180,6 @@ def _vet_all(
     """Decode what is seen of every medium in processes that can be stopped; results are in the order of `media`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    pool = DecodePool(options.workers)
-
-    def vet(medium: MediaRef) -> _Vetted:
-        path = medium.path
-        try:
-            if not medium.is_video_file:
-                return _Vetted(path, None, len(load_medium(medium, sampling).frames))
-            with pool.lend() as process:
-                scan, _ = process.scan(path, options.timeout)
-                info = info_of(path, scan)
-                sampled = sampling.cut(medium).sample(info)[0]
-                indices = range(info.frames) if options.full else sampled
-                frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
-            return _Vetted(path, info, frames)
-        except VideoError as error:
-            return _Vetted(error.path, None, 0, error.reason)
-
     results: list[_Vetted] = []
     columns = (
         TextColumn("decoding"),
@@ -211,6 +190,7 @@ def _vet_all(
     )
     waiting: deque[Future[_Vetted]] = deque()
     source = iter(media)
+    pool = DecodePool(options.workers)
     try:
         with (
             ThreadPoolExecutor(options.workers) as threads,
@@ -219,12 +199,29 @@ def _vet_all(
             task = progress.add_task("", total=len(media), bad=0)
             while len(results) < len(media):
                 while len(waiting) < 4 * options.workers and (item := next(source, None)) is not None:
-                    waiting.append(threads.submit(vet, item))
+                    waiting.append(threads.submit(_vet, item, sampling, options, pool))
                 results.append(waiting.popleft().result())
                 progress.update(task, advance=1, bad=sum(1 for r in results if r.reason))
     finally:
         pool.close()
     return results
+
+
+def _vet(medium: MediaRef, sampling: FrameSampling, options: argparse.Namespace, pool: DecodePool) -> _Vetted:
+    """Decode what is seen of one medium, or all of it."""
+    path = medium.path
+    try:
+        if not medium.is_video_file:
+            return _Vetted(path, None, len(load_medium(medium, sampling).frames))
+        with pool.lend() as process:
+            scan, _ = process.scan(path, options.timeout)
+            info = info_of(path, scan)
+            sampled = sampling.cut(medium).sample(info)[0]
+            indices = range(info.frames) if options.full else sampled
+            frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
+        return _Vetted(path, info, frames)
+    except VideoError as error:
+        return _Vetted(error.path, None, 0, error.reason)
 
 
 def _summarise(
