@@ -98,7 +98,7 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def typed_line(error: Exception) -> str:
+def typed_line(error: BaseException) -> str:
     """The type of an error and the first line of what it says, if it says something."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, typed_line
 from rlaif_fast.runs.files import json_line, plain, read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.trackers import Trackers
@@ -103,16 +103,16 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.close(error)
 
-    def close(self) -> None:
-        """Flush and close every file."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Flush and close every file; trackers hear what ended the run, where something did."""
         self._metrics.close()
         self._rollouts.close()
         if self._events is not None:
             self._events.close()
-        self._trackers.finish()
+        self._trackers.finish(None if error is None else typed_line(error))
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:

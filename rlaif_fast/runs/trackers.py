@@ -39,8 +39,8 @@ class Tracker(Protocol):
         """Record the metrics of a step; steps never fall."""
         ...
 
-    def finish(self) -> None:
-        """The run is over."""
+    def finish(self, error: str | None) -> None:
+        """The run is over, or was ended by an error or a signal."""
         ...
 
 
@@ -49,35 +49,42 @@ class _Calls:
     """A tracker made of two functions of its library."""
 
     send: Callable[..., Any]
-    end: Callable[[], Any]
+    end: Callable[[str | None], Any]
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.send(dict(values), step=step)
 
-    def finish(self) -> None:
-        self.end()
+    def finish(self, error: str | None) -> None:
+        self.end(error)
 
 
 def _trackio(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    module.init(project=project, name=_name(run_dir), config=config, resume="allow")
-    return _Calls(module.log, module.finish)
+    # Trackio resumes by name alone, and runs in other folders may have this one's.
+    name = f"{_name(run_dir)}-{_identity(run_dir)[:8]}"
+    module.init(project=project, name=name, config=config, resume="allow")
+    return _Calls(module.log, lambda error: module.finish())
 
 
 def _wandb(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     project = os.environ.get("WANDB_PROJECT", PROJECT)
-    return _by_identity(module, run_dir, project=project, dir=str(run_dir.path), config=config)
+    _begin(module, run_dir, project=project, dir=str(run_dir.path), config=config)
+    return _Calls(module.log, lambda error: module.finish(exit_code=0 if error is None else 1))
 
 
 def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     project, folder = os.environ.get("SWANLAB_PROJECT", PROJECT), str(run_dir.path / "swanlab")
-    return _by_identity(module, run_dir, project=project, log_dir=folder, config=config)
+    _begin(module, run_dir, project=project, log_dir=folder, config=config)
+
+    def end(error: str | None) -> None:
+        module.finish(**({} if error is None else {"state": "crashed", "error": error}))
+
+    return _Calls(module.log, end)
 
 
-def _by_identity(module: Any, run_dir: RunDir, **options: Any) -> Tracker:
-    """The tracker of a library whose runs have ids, by which a resumed run goes on."""
+def _begin(module: Any, run_dir: RunDir, **options: Any) -> None:
+    """Begin in a library whose runs have ids, by which a resumed run goes on."""
     module.init(name=_name(run_dir), id=_identity(run_dir), resume="allow", **options)
-    return _Calls(module.log, module.finish)
 
 
 def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
@@ -93,7 +100,7 @@ def _mlflow(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
         # MLflow refuses names with other characters, which a category may have.
         module.log_metrics({UNKNOWN_TO_MLFLOW.sub("_", name): x for name, x in values.items()}, step=step)
 
-    return _Calls(send, module.end_run)
+    return _Calls(send, lambda error: module.end_run("FINISHED" if error is None else "FAILED"))
 
 
 MAKERS: dict[str, Callable[[Any, RunDir, dict[str, Any]], Tracker]] = {
@@ -153,10 +160,10 @@ class Trackers:
         for name, tracker in list(self._live.items()):
             self._guarded(name, partial(tracker.log, values, step))
 
-    def finish(self) -> None:
-        """The run is over, or interrupted."""
+    def finish(self, error: str | None = None) -> None:
+        """The run is over, or was ended by an error or a signal."""
         for name, tracker in list(self._live.items()):
-            self._guarded(name, tracker.finish)
+            self._guarded(name, partial(tracker.finish, error))
 
     def _step_of(self, record: Mapping[str, Any]) -> int:
         """One count for all stages, since trackers want steps that never fall."""
