@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from rlaif_fast.data import SyntheticConfig, make_dataset
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.prompts.batches import EpochOrder
+from rlaif_fast.report.outcome import print_accuracies
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -113,6 +115,16 @@ def test_checkpoint_is_an_ordinary_model_folder(finished):
     assert model.config.model_type == "qwen3_vl"
     assert AutoTokenizer.from_pretrained(best).chat_template
     assert list(best.glob("*.safetensors"))
+
+
+def test_the_table_of_a_run_says_before_and_after(finished):
+    """Not after which stage: there need not have been a supervised one."""
+    said: list[str] = []
+    summary = json.loads((finished / "summary.json").read_text())
+    print_accuracies(summary, SimpleNamespace(message=said.append))
+    assert said[0].split() == ["held-out", "accuracy", "before", "RL", "after", "RL", "n"]
+    assert f"{summary['sft_accuracy']:.3f}" in said[-1] and f"{summary['final_accuracy']:.3f}" in said[-1]
+    assert len({len(line) for line in said}) == 1  # columns under their names
 
 
 @pytest.mark.parametrize("algorithm", ["online_dpo", "rlrr", "odrpo", "lipo"])
