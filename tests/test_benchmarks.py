@@ -427,6 +427,19 @@ def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, c
     assert (tmp_path / "out/items.jsonl").read_bytes() == before
 
 
+def test_answers_that_were_scored_otherwise_are_not_gone_on_with(folder, model, tmp_path, capsys):
+    """By an earlier version, that is; the first of them did not say how."""
+    out = tmp_path / "out"
+    assert run(folder, model, out, "--limit=2") == 0
+    settings = json.loads((out / "settings.json").read_text())
+    for scoring in ({}, {"scoring": settings["scoring"] - 1}):
+        earlier = {name: value for name, value in settings.items() if name != "scoring"} | scoring
+        put(out / "settings.json", earlier)
+        capsys.readouterr()
+        assert run(folder, model, out) == 2
+        assert "holds an evaluation with other scoring; give another folder" in capsys.readouterr().err
+
+
 def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):
     """A resumed run can have other rules, and the same best checkpoint."""
     options = EvaluateConfig(benchmark="videomme", data="folder", model=model)
@@ -437,6 +450,7 @@ def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):
         ({"oracle_options": {"extract": "Answer: (.*)"}}, "rules"),
         ({"system_prompt": "Be brief."}, "system_prompt"),
         ({"max_reasoning_tokens": 8}, "max_reasoning_tokens"),
+        ({"dtype": "bfloat16"}, "dtype"),
     ):
         after = settings_of(options, dataclasses.replace(config, **change))
         assert [key for key in after if after[key] != before[key]] == [name]

@@ -135,7 +135,7 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
         config: What `configuration` makes of them; its model's files are read.
     """
     from rlaif_fast.evals.identity import model_digest
-    from rlaif_fast.trainer.scoring import rules
+    from rlaif_fast.trainer.scoring import SCORING, rules
 
     names = (
         "benchmark",
@@ -151,8 +151,12 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names} | {
         "model": config.model,
         "weights": model_digest(config.model),
+        "scoring": SCORING,
         "rules": rules(config.oracle_options).identity,
-        **{name: getattr(config, name) for name in ("system_prompt", "max_reasoning_tokens", *FROM_RUN)},
+        **{
+            name: getattr(config, name)
+            for name in ("dtype", "system_prompt", "max_reasoning_tokens", *FROM_RUN)
+        },
     }
 
 
