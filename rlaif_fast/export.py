@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlaif_fast.cli import run_command
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line, typed_line
 from rlaif_fast.outputs import refuse_records
-from rlaif_fast.policy.weights import save_quietly
+from rlaif_fast.policy.weights import ADAPTER_CONFIG, save_quietly
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Largest difference of a log-probability before and after; the same weights on the same device give none.
 TOLERANCE = 1e-5
+PARTIAL = ".partial"  # holds what is written until it is known to be right
+CONFIG = "config.json"
 IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def command() -> int:
+        if options.push is not None:
+            check_name(options.push)
         folder = export(Path(options.run), Path(options.out), merge=options.merge)
         if options.push is not None:
             push(folder, options.push)
@@ -59,7 +63,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
 
     Raises:
         UsageError: There is no such checkpoint, `out` holds something, or there is nothing to merge.
-        RlaifFastError: What was written does not compute what the checkpoint does.
+        RlaifFastError: What was written does not compute what the checkpoint does; it is not left there.
     """
     from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
 
@@ -67,26 +71,34 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
     adapters = adapter_folder(str(source)) is not None
     if merge and not adapters:
         raise UsageError(f"merge: {source} holds no LoRA adapters; leave --merge out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
         raise UsageError(f"out: {out} is not empty; choose another folder")
     refuse_records("out", out)
     loaded = load_model(ModelOptions(model=str(source), dtype=cast(Any, dtype_of(source)), device="cpu"))
     before = probe(loaded)
-    out.mkdir(parents=True, exist_ok=True)
-    if adapters and not merge:
-        for path in source.glob("adapter_*"):
-            shutil.copy2(path, out / path.name)
-    else:
-        save_quietly(loaded.model, out)
-    tokenizer = cast(Any, loaded.tokenizer)
-    tokenizer.save_pretrained(out)
-    write_settings(out, settings_of(source), tokenizer.chat_template)
-    again = load_model(ModelOptions(model=str(out), dtype=cast(Any, dtype_of(source)), device="cpu"))
-    difference = float((probe(again) - before).abs().max())
-    if not difference <= TOLERANCE:
-        raise RlaifFastError(
-            f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
-        )
+    partial = out / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        if adapters and not merge:
+            for path in source.glob("adapter_*"):
+                shutil.copy2(path, partial / path.name)
+        else:
+            save_quietly(loaded.model, partial)
+        tokenizer = cast(Any, loaded.tokenizer)
+        tokenizer.save_pretrained(partial)
+        write_settings(partial, settings_of(source), tokenizer.chat_template)
+        again = load_model(ModelOptions(model=str(partial), dtype=cast(Any, dtype_of(source)), device="cpu"))
+        difference = float((probe(again) - before).abs().max())
+        if not difference <= TOLERANCE:
+            raise RlaifFastError(
+                f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
+            )
+        # What names the folder a model is last, so that a part of it is none.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
+            path.rename(out / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: loaded again, log-probabilities differ by at most {difference:.1e}")
     return out
 
@@ -98,12 +110,11 @@ def checkpoint_of(run: Path) -> Path:
         RlaifFastError: Its weights are not as they were written.
         UsageError: It is neither.
     """
-    from rlaif_fast.policy.weights import ADAPTER_CONFIG
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.integrity import check_weights
 
-    if any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+    if any((run / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         check_weights(run)
         return run
     run_dir = RunDir.open(str(run))
@@ -112,7 +123,7 @@ def checkpoint_of(run: Path) -> Path:
 
 def dtype_of(source: Path) -> str:
     """What the weights of a checkpoint are written in, by its config.json; adapters are merged in float32."""
-    path = source / "config.json"
+    path = source / CONFIG
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return config.get("dtype") or config.get("torch_dtype") or "float32"
 
@@ -144,12 +155,14 @@ def settings_of(source: Path) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()}
 
 
-def write_settings(out: Path, settings: dict[str, dict], chat_template: str | None) -> None:
+def write_settings(out: Path, settings: dict[str, dict], chat_template: str | dict[str, str] | None) -> None:
     """Write processor settings and chat template in the older layout and in the current one.
 
     The older has a file for each kind of medium and chat_template.json; the current one processor_config.json and
-    chat_template.jinja.
+    chat_template.jinja. Of templates with names the older has the one that is used unless another is asked for.
     """
+    if isinstance(chat_template, dict):
+        chat_template = chat_template["default"]
     both = settings.get(BOTH, {})
     image = settings.get(IMAGE) or both.get("image_processor") or settings.get(VIDEO)
     video = settings.get(VIDEO) or both.get("video_processor") or image
@@ -164,13 +177,38 @@ def write_settings(out: Path, settings: dict[str, dict], chat_template: str | No
         (out / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot be the name of a repository of the hub.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"push: {first_line(error)}") from error
+
+
 def push(folder: Path, name: str) -> None:
-    """Upload an exported folder to a private repository of the Hugging Face hub; it is made where there is none."""
+    """Upload an exported folder to a private repository of the Hugging Face hub; it is made where there is none.
+
+    Raises:
+        RlaifFastError: The hub cannot be reached, or refuses.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(name, private=True, exist_ok=True)
-    api.upload_folder(repo_id=name, folder_path=str(folder))
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder))
+    except Exception as error:  # a library of others, over a network
+        raise RlaifFastError(
+            f"push: {folder} is whole, and was not uploaded ({typed_line(error)}); upload it with: "
+            f"hf upload {name} {folder}"
+        ) from error
     print(f"uploaded to {name}")
 
 

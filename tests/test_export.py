@@ -2,17 +2,22 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.export import (
     BOTH,
     IMAGE,
+    PARTIAL,
     VIDEO,
     checkpoint_of,
     export,
@@ -28,6 +33,15 @@ from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import MANIFEST, Manifest, check_weights, digests, write_manifest
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.preflight import preflight
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from rlaif_fast import export as module
+
+module.write_settings = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+module.export(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +93,19 @@ def test_both_layouts(base, tmp_path):
     both = json.loads((out / BOTH).read_text())
     assert both["image_processor"] == json.loads((out / IMAGE).read_text())
     assert both["video_processor"] == json.loads((out / VIDEO).read_text())
+
+
+def test_templates_with_names(base, tmp_path):
+    """They ended the export behind the weights; the older layout has the one that is used unless asked."""
+    source = shutil.copytree(base, tmp_path / "named")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    usual = tokenizer.chat_template
+    tokenizer.chat_template = {"default": usual, "tool_use": f"{usual} "}
+    (source / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(source)
+    out = export(source, tmp_path / "out")
+    assert json.loads((out / "chat_template.json").read_text()) == {"chat_template": usual}
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
 
 
 def test_the_older_layout_is_made_from_the_current_one(tmp_path):
@@ -134,6 +161,19 @@ def test_a_folder_that_computes_something_else_is_told(base, tmp_path, monkeypat
     monkeypatch.setattr(module, "write_settings", spoil)
     with pytest.raises(RlaifFastError, match="log-probabilities differ from the checkpoint's by"):
         export(base, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []  # nothing that a server would load
+    monkeypatch.undo()
+    export(base, tmp_path / "out")
+
+
+def test_an_export_that_was_killed_leaves_no_model_and_can_be_made_again(base, tmp_path):
+    """At any moment: under its own name is only what is known to be right."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-c", KILLED, str(base), str(out)]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in out.iterdir()] == [PARTIAL]
+    export(base, out)
+    assert not (out / PARTIAL).exists() and (out / "config.json").is_file()
 
 
 def test_the_name_reaches_the_hub(base, tmp_path, monkeypatch):
@@ -147,6 +187,34 @@ def test_the_name_reaches_the_hub(base, tmp_path, monkeypatch):
         ("create_repo", ("me/mine",), {"private": True, "exist_ok": True}),
         ("upload_folder", (), {"repo_id": "me/mine", "folder_path": str(tmp_path / "out")}),
     ]
+
+
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_go_on(base, tmp_path, monkeypatch, capsys):
+    """Exporting again into the folder is refused, and may take long; a name that cannot be is refused before it."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    out = tmp_path / "out"
+    assert main([str(base), "--out", str(out), "--push", "me/mine/x y"]) == 2
+    assert "error: push: Repo id must be" in capsys.readouterr().err and not out.exists()
+    assert main([str(base), "--out", str(out), "--push", "me/mine"]) == 1
+    said = capsys.readouterr().err
+    assert f"{out} is whole, and was not uploaded (" in said
+    assert said.endswith(f"upload it with: hf upload me/mine {out}\n")
+    load_model(ModelOptions(model=str(out)))
+
+
+def test_adapters_whose_base_has_moved_say_what_to_do(base, tmp_path):
+    own, moved = shutil.copytree(base, tmp_path / "own"), tmp_path / "moved"
+    loaded = load_model(ModelOptions(model=str(own), lora_r=4))
+    checkpoint = tmp_path / "checkpoint"
+    save_model(checkpoint, loaded.model, loaded.tokenizer, read_processor_files(str(own)))
+    own.rename(moved)
+    settings = checkpoint / "adapter_config.json"
+    with pytest.raises(
+        UsageError, match=rf"no such folder; bring it back, or name its new place in {settings}"
+    ):
+        export(checkpoint, tmp_path / "out", merge=True)
+    settings.write_text(settings.read_text().replace(str(own), str(moved)))
+    export(checkpoint, tmp_path / "out", merge=True)
 
 
 def test_weights_that_are_not_as_they_were_written_are_refused(base, tmp_path):

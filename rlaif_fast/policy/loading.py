@@ -17,7 +17,13 @@ from rlaif_fast.policy.flash import refuses_flash
 from rlaif_fast.policy.frontend import load_frontend, read_config
 from rlaif_fast.policy.model_files import refuse_other_base
 from rlaif_fast.policy.parts import FREEZING, apply_freezing, check_parts, ready_to_train
-from rlaif_fast.policy.weights import ADAPTER_CONFIG, adapter_config, load_adapters, load_strictly
+from rlaif_fast.policy.weights import (
+    ADAPTER_CONFIG,
+    adapter_config,
+    load_adapters,
+    load_strictly,
+    looks_like_a_path,
+)
 from rlaif_fast.video import PatchSpec
 from rlaif_fast.video.transfer import numbered
 
@@ -230,7 +236,9 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     try:
         loaded = load_model(scaled)
     except UsageError as error:
-        raise UsageError(f"{what} holds LoRA adapters of the model {base!r}: {error}") from error
+        moved = looks_like_a_path(base) and not Path(base).expanduser().exists()
+        remedy = f"; bring it back, or name its new place in {folder / ADAPTER_CONFIG}" if moved else ""
+        raise UsageError(f"{what} holds LoRA adapters of the model {base!r}: {error}{remedy}") from error
     load_adapters(loaded.model, folder, what)
     if options.lora_r:
         return loaded
