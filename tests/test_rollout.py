@@ -4,6 +4,8 @@ itself.
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ from rlaif_fast.rollout.graphs import (
     check_graphs,
 )
 from rlaif_fast.rollout.plain import PlainSampler
-from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
+from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
 EOS = IDS["<|im_end|>"]
 
@@ -133,6 +135,24 @@ def test_a_rollout_cut_to_fit_memory_is_the_same(sampler) -> None:
     )
     assert_same(cut.sample(prompts, 3, params), expected)
     assert len(columns) > 1 and max(columns) < len(prompts)
+
+
+def test_a_part_of_a_rollout_frees_its_keys_and_values_before_the_next_has_its_own() -> None:
+    """Both were held, twice what `max_cached_tokens` allows."""
+    policy = make_policy("qwen3_vl")
+    policy.max_cached_tokens = 1  # a prompt at a time
+    caches: list[weakref.ref[GroupCache]] = []
+
+    class Watched(SharedPrefixSampler):
+        def _make_cache(self, prompt_lengths, num_generations, length):
+            assert [cache() for cache in caches] == [None] * len(caches)
+            cache = super()._make_cache(prompt_lengths, num_generations, length)
+            caches.append(weakref.ref(cache))
+            return cache
+
+    prompts = standard_prompts("qwen3_vl")
+    Watched(policy).sample(prompts, 3, SamplingParams(max_new_tokens=4, seed=4))
+    assert len(caches) == len(prompts) > 1
 
 
 def test_nothing_to_respond_to_is_refused() -> None:

@@ -267,6 +267,7 @@ class SharedPrefixSampler(ReadsPolicy):
                 draw = token_sampler(policy, params, len(rows), None if labels is None else labels[span])
                 asked = prompts[span], lengths[span], num_generations, params
                 parts.append(self._decode(*asked, cache, hidden, draw, rows))
+                del cache, hidden, draw  # before the next part's are made: they may be gigabytes
         return concat_rollouts(parts)
 
     def _make_cache(self, prompt_lengths: np.ndarray, num_generations: int, length: int) -> GroupCache:
