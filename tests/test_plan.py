@@ -22,7 +22,7 @@ from rlaif_fast.plan.__main__ import main
 from rlaif_fast.plan.held import gathered_bytes, held_parts
 from rlaif_fast.plan.model import policy_on_meta, shape_of, with_layers
 from rlaif_fast.plan.options import PlanConfig
-from rlaif_fast.plan.plan import step_of
+from rlaif_fast.plan.plan import make_plan, step_of
 from rlaif_fast.plan.step import run_on_meta
 from rlaif_fast.plan.workload import prompts_of_a_process
 from rlaif_fast.policy.parts import ready_to_train
@@ -30,6 +30,7 @@ from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_
 from rlaif_fast.policy.tiny import TinySize
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
+from rlaif_fast.rollout.graphs import LENGTH_STEP
 from rlaif_fast.trainer.drawing import draw
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
@@ -60,6 +61,8 @@ CASES = {
         {"beta": 0.01, "freeze_vision_tower": True},
     ),
     "several passes": ("qwen3_vl", SMALL, torch.float32, LONG, {"beta": 0.0, "max_packed_tokens": 700}),
+    # Drawn with the start's weights, the tower's pass is not the update's.
+    "dpo": ("qwen3_vl", SMALL, torch.float32, LONG, {"beta": 0.1, "algorithm": "dpo"}),
 }
 
 
@@ -85,7 +88,8 @@ def prompts_of(family, grid):
 
 
 def options_of(config):
-    return {"max_packed_tokens": config.max_packed_tokens, "feature_cache_bytes": 0}
+    bounds = {name: getattr(config, name) for name in ("max_packed_tokens", "max_cached_tokens")}
+    return bounds | {"feature_cache_bytes": 0}
 
 
 def sizes_of(prof) -> list[int]:
@@ -165,6 +169,41 @@ def test_the_memory_of_a_step_is_foretold(name):
     assert foretold == pytest.approx(real, rel=WITHIN)
 
 
+def test_captured_decode_steps_hold_keys_and_values_during_the_update_too():
+    """Of each number of prompts that take their turn, and in a length that is rounded up."""
+    own = {"videos_per_step": 3, "max_completion_length": 8, "max_frames": 8, "max_pixels": 4096}
+    own |= {"min_pixels": 4096, "feature_cache_bytes": 0}
+    plain = make_plan(PlanConfig(**own, sampler="shared_prefix"))
+    assert plain.rollout["keys and values"] > 0 == plain.update.get("keys and values", 0)
+    config = PlanConfig(**own)
+    captured = make_plan(config)
+    groups = of_one_group(config, plain.prompt_tokens + 8 * 7)
+    assert captured.rollout["keys and values"] == captured.update["keys and values"] == 3 * groups
+    # Two at a time and then one: both stay.
+    turns = make_plan(replace(config, max_cached_tokens=2 * plain.prompt_tokens + 200))
+    assert turns.update["keys and values"] == 3 * groups
+    # By one at a time it is one buffer; weights that move with every gathering are not captured.
+    assert make_plan(replace(config, max_cached_tokens=1)).update["keys and values"] == groups
+    sharded = make_plan(replace(config, gpus=2, sharding="fsdp2"))
+    assert "keys and values" not in sharded.update
+
+
+def of_one_group(config, columns):
+    """Bytes of a group's keys and values in a buffer of captured steps."""
+    text = shape_of(config.model).get_text_config()
+    a_column = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 2  # bfloat16
+    return -(-columns // LENGTH_STEP) * LENGTH_STEP * a_column
+
+
+def test_what_servers_draw_is_scored_and_not_decoded():
+    own = {"videos_per_step": 2, "max_completion_length": 8, "max_frames": 8, "max_pixels": 4096}
+    own |= {"min_pixels": 4096, "feature_cache_bytes": 0}
+    served = make_plan(PlanConfig(**own, sampler="vllm", sampler_options={"urls": ["http://127.0.0.1:9"]}))
+    assert "keys and values" not in served.rollout | served.update
+    assert {"prefill", "decode"}.isdisjoint(served.seconds) and served.seconds["scoring"] > 0
+    assert {"prefill", "decode"} <= make_plan(PlanConfig(**own)).seconds.keys()
+
+
 def test_a_deep_model_is_drawn_on_from_shallow_ones(monkeypatch):
     config = PlanConfig(
         videos_per_step=1,
@@ -234,10 +273,13 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     words = ["--model", "tiny", "--videos_per_step", "2", *small, "--feature_cache_bytes", str(2**37)]
     assert main(words) == 3
     said = capsys.readouterr().out
-    assert "All figures are predictions." in said
+    assert "All figures are predictions." in said and "Not in the figures" not in said
     assert "It does not fit" in said and "It fits" in said and "--feature_cache_bytes 0" in said
     assert main([*words[:-1], "0", "--gradient_checkpointing", "true"]) == 0
     assert "It fits: " in capsys.readouterr().out
+    judged = '{"inner": {"name": "local", "model": "judge"}}'
+    main([*words[:-1], "0", "--oracle", "shuffled", "--oracle_options", judged])
+    assert "Not in the figures: the model of the oracle local." in capsys.readouterr().out
 
 
 def test_what_cannot_be_planned_is_refused(capsys):
@@ -252,6 +294,9 @@ def test_what_cannot_be_planned_is_refused(capsys):
         (["--sft", "none", "--sft_steps", "5"], "sft_steps: not read where sft is none"),
         (["--nframes", "8", "--fps", "3"], "fps: not read where nframes is 8"),
         (["--shared_prefix", "false"], "shared_prefix: expected true in a plan"),
+        (["--sampler", "plain"], "sampler: expected another than plain in a plan"),
+        (["--attn_implementation", "eager"], "attn_implementation: expected another than eager in a plan"),
+        (["--attention_backend", "sdpa"], "attention_backend: expected auto, flash, torch_flash in a plan"),
         (["--sampler", "vllm"], "sampler: expected another than vllm without urls in a plan"),
         (["--device", "cpu"], "device: expected a GPU in a plan"),
         (["--num_processes", "4", "--gpus", "2"], "num_processes: expected the number of gpus (2), got 4"),

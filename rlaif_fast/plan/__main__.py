@@ -35,6 +35,8 @@ def _run(words: Sequence[str]) -> int:
     ):
         print(line, file=sys.stderr)
     from rlaif_fast.plan.plan import GIB, make_fit, make_plan
+    from rlaif_fast.trainer.scoring import oracles_named
+    from rlaif_fast.trainer.setup import MODEL_ORACLES
 
     plan = make_plan(config)
     gpu = GPUS[config.gpu]
@@ -42,6 +44,11 @@ def _run(words: Sequence[str]) -> int:
         f"{config.model}, {config.gpus} x {config.gpu}, sharding {config.sharding}: {plan.prompt_tokens:,} tokens a "
         f"prompt, {plan.passes} {'pass' if plan.passes == 1 else 'passes'} an update. All figures are predictions."
     )
+    loaded = [
+        name for name, _ in oracles_named(config.oracle, config.oracle_options) if name in MODEL_ORACLES
+    ]
+    if loaded:
+        print(f"Not in the figures: the model of the oracle {', '.join(loaded)}.")
     _print_memory(plan)
     print(f"\n{'seconds of a step':<30}{sum(plan.seconds.values()):>10.1f}")
     for name, seconds in plan.seconds.items():

@@ -34,6 +34,7 @@ GPUS = {
     "L40S": Gpu(44.5, 362, 864, 32),
     "RTX-4090": Gpu(23.5, 165, 1008, 32),
 }
+VARLEN = ("auto", "flash", "torch_flash")
 NETWORK = 50.0  # GB/s a GPU between machines: 400 Gb/s each
 
 
@@ -75,6 +76,12 @@ class PlanConfig(TrainConfig):
         for name in ("optimizer_offload", "load_in_4bit"):
             require(not getattr(self, name), name, "false in a plan", getattr(self, name))
         require(not self.vllm_here, "sampler", "another than vllm without urls in a plan", self.sampler)
+        require(self.sampler != "plain", "sampler", "another than plain in a plan", self.sampler)
+        # No scores are written out in the figures.
+        expected = f"{', '.join(VARLEN)} in a plan"
+        require(self.attention_backend in VARLEN, "attention_backend", expected, self.attention_backend)
+        eager = self.attn_implementation == "eager"
+        require(not eager, "attn_implementation", "another than eager in a plan", self.attn_implementation)
         require(self.device != "cpu", "device", "a GPU in a plan", self.device)
         same = self.num_processes in (0, 1, self.gpus)
         require(same, "num_processes", f"the number of gpus ({self.gpus})", self.num_processes)

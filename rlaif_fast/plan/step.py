@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlaif_fast.algorithms.registry import make_algorithm
 from rlaif_fast.loss.chunks import gpu_chunk_rows
 from rlaif_fast.loss.inputs import Head
 from rlaif_fast.plan.ledger import FusedVarlen, IndicesToMeta, Ledger, fused_attention
@@ -30,8 +31,10 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.batches import cut_by_tokens
 from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
-from rlaif_fast.rollout.generate import TokenSampler
-from rlaif_fast.trainer.drawing import on_policy
+from rlaif_fast.rollout.generate import SCORED_LOGITS, TokenSampler
+from rlaif_fast.rollout.graphs import LENGTH_STEP
+from rlaif_fast.rollout.shared_prefix import GroupCache
+from rlaif_fast.trainer.drawing import keeps_tower_graph
 from rlaif_fast.trainer.options import TrainConfig
 
 
@@ -42,9 +45,10 @@ class Step:
     Attributes:
         rollout: Bytes by part when the rollout holds most, without what is held all the time.
         update: Likewise of the update.
-        flops: By part: "vision tower", "prefill", "update", and of the last the "forward" pass.
+        flops: By part: "vision tower", "prefill" or "scoring", "update", and of the last the "forward" pass.
         passes: Forward and backward passes of an update.
         at_once: Prompts whose keys and values a rollout holds together.
+        cache: Bytes of those; 0 where servers hold them.
     """
 
     rollout: Counter[str]
@@ -52,6 +56,7 @@ class Step:
     flops: dict[str, float]
     passes: int
     at_once: int
+    cache: int
 
     def drawn_on(self, deeper: Step, times: float) -> Step:
         """The step that lies `times` as far behind this one as a deeper model's does."""
@@ -66,6 +71,7 @@ class Step:
             drawn(self.flops, deeper.flops),
             self.passes,
             self.at_once,
+            int(self.cache + times * (deeper.cache - self.cache)),
         )
 
 
@@ -84,7 +90,7 @@ def run_on_meta(
         config: Of the run.
         prompts: What the process rolls out in a step.
         together: Processes that hold the weights together; 1 without sharding.
-        on_gpu: Attend as on a GPU, by varlen kernels.
+        on_gpu: Attend as on a GPU, by varlen kernels, and hold the buffers of captured decode steps all the time.
     """
     ledger = Ledger([*policy.model.parameters(), *policy.model.buffers(), policy.forbidden_bias])
     if on_gpu:
@@ -94,7 +100,8 @@ def run_on_meta(
         )
     # The method asks a mask how many entries it has; the copy it makes is what it costs.
     policy.decoder._deepstack_process = lambda hidden, mask, features: hidden.clone()
-    simulation = _Simulation(policy, config, prompts, together, ledger)
+    captured = on_gpu and together == 1 and config.sampler in ("auto", "cuda_graphs")
+    simulation = _Simulation(policy, config, prompts, together, ledger, captured)
     with fused_attention(ledger), IndicesToMeta(), ledger:
         return simulation.run()
 
@@ -107,22 +114,29 @@ class _Simulation:
         prompts: Sequence[EncodedPrompt],
         together: int,
         ledger: Ledger,
+        captured: bool,
     ) -> None:
         self.policy, self.config, self.prompts = policy, config, prompts
-        self.together, self.ledger = together, ledger
+        self.together, self.ledger, self.captured = together, ledger, captured
         self.flops: dict[str, float] = {}
         self.held: dict[Tensor, Tensor] = {}  # gradients in float32, where they are not the weights' own
 
     def run(self) -> Step:
-        kept = self.policy.vision.trains and on_policy(self.config) and self.together == 1
+        algorithm = make_algorithm(self.config)
+        graph = keeps_tower_graph(self.config, algorithm, sharded=self.together > 1)
+        kept = self.policy.vision.trains and graph
+        at_once = self.turns()
+        # Of each size once, from the step before.
+        caches = [self.make_cache(size) for size in dict.fromkeys(at_once)] if self.captured else []
         features = self.encode(with_graph=kept)
-        at_once = self.roll_out(None if features is None else features.detach())
+        cache = self.roll_out(None if features is None else features.detach(), at_once[0], caches)
         rollout = self.ledger.take_peak()
         if self.policy.vision.trains and not kept:
             del features
             features = self.encode(with_graph=True)
         passes = self.update(features)
-        return Step(rollout, self.ledger.take_peak(), self.flops, passes, at_once)
+        del caches  # until here
+        return Step(rollout, self.ledger.take_peak(), self.flops, passes, at_once[0], cache)
 
     def count(self, part: str, before: float, times: float = 1.0) -> None:
         self.flops[part] = self.flops.get(part, 0.0) + (self.ledger.flops - before) * times
@@ -154,31 +168,59 @@ class _Simulation:
         ends = np.cumsum([0, *(size // merge for size in sizes)]).tolist()
         return MediaFeatures(whole, {m.key: (ends[i], ends[i + 1] - ends[i]) for i, m in enumerate(media)})
 
+    def turns(self) -> list[int]:
+        """How many prompts take their turn in a rollout together, the largest number first."""
+        most = max(1, self.policy.max_cached_tokens // self.columns)
+        count = len(self.prompts)
+        return [len(part) for part in np.array_split(np.arange(count), -(-count // most))]
+
+    @property
+    def columns(self) -> int:
+        """Tokens whose keys and values a group has."""
+        room = self.config.num_generations * (self.config.max_completion_length - 1)
+        return max(len(prompt.input_ids) for prompt in self.prompts) + room
+
+    def make_cache(self, prompts: int) -> GroupCache:
+        """Keys and values of as many prompts and their responses."""
+        lengths = np.asarray([len(prompt.input_ids) for prompt in self.prompts[:prompts]])
+        columns = -(-self.columns // LENGTH_STEP) * LENGTH_STEP if self.captured else self.columns
+        with self.ledger.part("keys and values"):
+            return GroupCache(self.policy, lengths, columns)
+
     @torch.no_grad()
-    def roll_out(self, features: MediaFeatures | None) -> int:
-        """The prefill of as many prompts as take their turn together, and one draw of all their responses."""
+    def roll_out(self, features: MediaFeatures | None, at_once: int, caches: Sequence[GroupCache]) -> int:
+        """The prefill of as many prompts as take their turn together, and one draw of all their responses.
+
+        Returns:
+            Bytes of their keys and values.
+        """
         policy, config, ledger = self.policy, self.config, self.ledger
-        sampler = SharedPrefixSampler(policy)
-        lengths = np.asarray([len(prompt.input_ids) for prompt in self.prompts])
-        room = config.num_generations * (config.max_completion_length - 1)
-        most = max(1, policy.max_cached_tokens // (int(lengths.max()) + room))
-        turns = -(-len(lengths) // most)
-        at_once = -(-len(lengths) // turns)
-        responses = at_once * config.num_generations
         params = SamplingParams(1, config.temperature, config.top_p, config.top_k)
-        before = ledger.flops
+        draw, before = TokenSampler(policy, params), ledger.flops
         with policy.evaluating():
-            with ledger.part("keys and values"):
-                cache = sampler._make_cache(
-                    lengths[:at_once], config.num_generations, int(lengths[:at_once].max()) + room
-                )
-            hidden = sampler._prefill(self.prompts[:at_once], cache, features)
-            self.count("prefill", before, len(lengths) / at_once)
+            if config.sampler == "vllm":
+                self.score(features, draw)
+                return 0
+            cache = caches[0] if caches else self.make_cache(at_once)
+            hidden = SharedPrefixSampler(policy)._prefill(self.prompts[:at_once], cache, features)
+            self.count("prefill", before, len(self.prompts) / at_once)
             with ledger.part("logits"):
+                responses = at_once * config.num_generations
                 uniform = hidden.new_empty(responses, dtype=torch.float64)
                 rows = hidden.new_empty(responses, hidden.shape[1])
-                TokenSampler(policy, params)(policy.logits(rows), None, uniform, 0)
-        return at_once
+                draw(policy.logits(rows), None, uniform, 0)
+        layers = (*cache.keys.values(), *cache.values.values())
+        return sum(layer.nbytes for layer in layers)
+
+    def score(self, features: MediaFeatures | None, draw: TokenSampler) -> None:
+        """What servers drew gets the policy's probabilities (`rollout.generate.score`)."""
+        policy, before = self.policy, self.ledger.flops
+        rows = for_policy(response_rows(self.prompts, self.responses(len(self.prompts))), policy)
+        hidden = response_hidden(policy, rows, features=features)
+        with self.ledger.part("logits"):
+            at_once = max(1, SCORED_LOGITS // policy.head_weight.shape[0])
+            draw.distributions(policy.logits(hidden[:at_once]), early=False)
+        self.count("scoring", before)
 
     def update(self, features: MediaFeatures | None) -> int:
         """The largest pass of an update, behind the others where there are several."""

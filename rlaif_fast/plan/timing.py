@@ -37,12 +37,12 @@ def seconds_of(
     bandwidth = MEMORY * gpu.bandwidth * 1e9
     parts = {name: flops / rate for name, flops in step.flops.items()}
     decoder = sum(p.numel() for p in policy.decoder.parameters()) + policy.head_weight.numel()
-    turns = -(-len(prompts) // step.at_once)
-    cache = step.rollout["keys and values"]
-    responses = len(prompts) * config.num_generations
-    read = decoder * policy.head_weight.element_size() + cache
-    computed = 2 * decoder * responses / turns
-    parts["decode"] = turns * config.max_completion_length * max(read / bandwidth, computed / rate)
+    if step.cache:
+        turns = -(-len(prompts) // step.at_once)
+        responses = len(prompts) * config.num_generations
+        read = decoder * policy.head_weight.element_size() + step.cache
+        computed = 2 * decoder * responses / turns
+        parts["decode"] = turns * config.max_completion_length * max(read / bandwidth, computed / rate)
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     parts["optimizer"] = OPTIMIZER_BYTES * trained / config.together / bandwidth
     if config.gpus > 1:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from rlaif_fast.algorithms.base import Algorithm
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.prompts.batches import EpochOrder, take_turns
 from rlaif_fast.prompts.encoder import Prompt
@@ -93,7 +94,7 @@ def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[R
 
 def encode(run: Run, prompts: Sequence[Prompt]) -> MediaFeatures | None:
     """What the vision tower gives for the prompts; without a graph where the update runs it again."""
-    with torch.set_grad_enabled(keeps_graph(run) and run.algorithm.samples_from != "start"):
+    with torch.set_grad_enabled(keeps_graph(run)):
         return run.policy.encode_media(prompts)
 
 
@@ -103,5 +104,13 @@ def on_policy(config: RlOptions) -> bool:
 
 
 def keeps_graph(run: Run) -> bool:
-    """Whether the update uses the tower's pass before the rollout; processes share no pass of sharded weights there."""
-    return on_policy(run.config) and run.policy.shards is None
+    """Whether the update uses the tower's pass before the rollout."""
+    return keeps_tower_graph(run.config, run.algorithm, sharded=run.policy.shards is not None)
+
+
+def keeps_tower_graph(config: RlOptions, algorithm: Algorithm, *, sharded: bool) -> bool:
+    """Whether one pass of the vision tower serves rollout and update.
+
+    The weights have to be those that are drawn with, and processes share no pass of sharded weights in a rollout.
+    """
+    return on_policy(config) and algorithm.samples_from != "start" and not sharded

@@ -46,7 +46,7 @@ def scorer_of(oracle: Oracle, options: Mapping[str, Any], *, reasons: bool = Fal
 
 def scorer_by_name(name: str, options: Mapping[str, Any], *, reasons: bool = False) -> AnswerScorer:
     """The scorer that a run with this oracle has, without loading a judge."""
-    for inner, own in _named(name, options):
+    for inner, own in oracles_named(name, options):
         if hasattr(find_oracle(inner, own), "is_correct"):
             plain = {key: value for key, value in own.items() if key not in SHARED_OPTIONS}
             oracle: Any = build_oracle(inner, max_invalid_fraction=None, **plain)
@@ -90,7 +90,7 @@ def choose_metric(
     if 2 * len(answered) < len(rows) or not answered:
         missing = len(rows) - len(answered)
         return "oracle", f"{_BY_ORACLE}: {missing} of {len(rows)} validation rows have no answer."
-    knows = any(hasattr(find_oracle(name, own), "is_correct") for name, own in _named(oracle, options))
+    knows = any(hasattr(find_oracle(name, own), "is_correct") for name, own in oracles_named(oracle, options))
     free = sum(_is_free_text(row, knows) for row in answered)
     if 2 * free > len(answered):
         return "oracle", f"{_BY_ORACLE}: {free} of {len(answered)} validation answers are free text."
@@ -132,11 +132,11 @@ def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
     return not oracle_knows_answers or len(answer.split()) >= FREE_TEXT_WORDS
 
 
-def _named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def oracles_named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The names and options of an oracle and of those that its options name."""
     yield name, dict(options)
     for nested, own in _inside(options):
-        yield from _named(nested, own)
+        yield from oracles_named(nested, own)
 
 
 def _inside(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
