@@ -438,6 +438,13 @@ def test_answers_that_were_scored_otherwise_are_not_gone_on_with(folder, model, 
         capsys.readouterr()
         assert run(folder, model, out) == 2
         assert "holds an evaluation with other scoring; give another folder" in capsys.readouterr().err
+    # Compared with, it is told.
+    before = f"--before={out / 'items.jsonl'}"
+    assert run(folder, model, tmp_path / "other", "--limit=2", before) == 0
+    assert "items.jsonl has other scoring, which is part of the change" in capsys.readouterr().err
+    put(out / "settings.json", settings)
+    assert run(folder, model, tmp_path / "other", "--limit=2", before) == 0
+    assert "part of the change" not in capsys.readouterr().err
 
 
 def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):

@@ -28,7 +28,7 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     """
     from rlaif_fast.data.benchmarks import read_benchmark
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
-    from rlaif_fast.evals.records import EvalFolder, read_records
+    from rlaif_fast.evals.records import EvalFolder, read_records, scored_otherwise
     from rlaif_fast.evals.tables import refuse_other_questions
     from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.runs.folder import RunDir
@@ -52,6 +52,11 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
                 folder = EvalFolder.open(path, settings)
                 held.enter_context(RunDir(path).lock())
                 folder.refuse_other_questions(item.example for item in items)
+                other = [] if options.before is None else scored_otherwise(options.before, settings)
+                if other:
+                    tell(
+                        f"before: {options.before} has other {' and '.join(other)}, which is part of the change"
+                    )
         work = (options, settings)
         launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
         if first.rank == 0:

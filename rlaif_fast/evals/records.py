@@ -148,6 +148,13 @@ def _settings(file: Path) -> dict[str, Any]:
     return found
 
 
+def scored_otherwise(items: str | Path, settings: Mapping[str, Any]) -> list[str]:
+    """In what of the scoring the evaluation of an `items.jsonl` differs from these settings, where that is known."""
+    file = Path(items).expanduser().with_name("settings.json")
+    was = _settings(file) if file.is_file() else {**settings}
+    return [name for name in ("scoring", "rules") if was.get(name) != settings.get(name)]
+
+
 def read_records(path: str | Path, *, cut_off: bool = False) -> list[Record]:
     """The records of an `items.jsonl`.
 
