@@ -209,13 +209,15 @@ def _explain(message: str, names: Sequence[str]) -> str:
     return line
 
 
-def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
+def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = "") -> int:
     """Run a command; print an error as one line and return its exit code.
 
     Args:
         command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM.
         debug: Show tracebacks instead.
+        flag: What the user says for that; empty where the command has no such flag.
     """
+    hint = f" (run with {flag} for the traceback)" if flag else ""
     try:
         return command()
     except RlaifFastError as error:
@@ -229,7 +231,7 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
     except OSError as error:
         if debug:
             raise
-        print(f"error: {_os_reason(error)}", file=sys.stderr)
+        print(f"error: {_os_reason(error)}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -237,10 +239,7 @@ def run_command(command: Callable[[], int], *, debug: bool = False) -> int:
     except Exception as error:
         if debug:
             raise
-        print(
-            f"error: {type(error).__name__}: {error} (run with --debug true for the traceback)",
-            file=sys.stderr,
-        )
+        print(f"error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1
 
 
@@ -249,6 +248,4 @@ def _os_reason(error: OSError) -> str:
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
     where = f"{' and '.join(paths)}: " if paths else ""
     reason = error.strerror or str(error) or type(error).__name__
-    return printable(
-        f"{where}{reason}{HINTS.get(error.errno or 0, '')} (run with --debug true for the traceback)"
-    )
+    return printable(f"{where}{reason}{HINTS.get(error.errno or 0, '')}")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _run(argv), debug=flag_is_true(argv, "debug"))
+    return run_command(lambda: _run(argv), debug=flag_is_true(argv, "debug"), flag="--debug true")
 
 
 def _run(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_fast import cli
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
 from rlaif_fast.errors import UsageError, first_line
@@ -152,6 +153,40 @@ def test_every_command_refuses_an_argument_that_it_does_not_know(command, monkey
         runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
     assert end.value.code == 2
     assert "no_such_option" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", COMMANDS.keys() - {"doctor", "adapters.parity"})
+def test_a_flag_that_an_error_names_is_one_that_the_command_takes(command, monkeypatch, capsys):
+    """`--debug true` was refused by six of them."""
+    seen = []
+
+    def run_command(command, *, debug=False, flag=""):
+        seen.append((debug, flag))
+        return 0
+
+    monkeypatch.setattr(cli, "run_command", run_command)
+    words = {"compare": ["RUN"]}.get(command, COMMANDS[command])
+    for flag in ("", "given"):
+        given = seen[0][1].split() if flag else []
+        rest = words[1:] if given[1:] == words[:1] else words  # it stands in front of what is to be done
+        monkeypatch.setattr(sys, "argv", [command, *given, *rest])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
+        assert end.value.code == 0, capsys.readouterr().err
+    assert [debug for debug, _ in seen] == [False, bool(seen[0][1])]
+
+
+def test_an_unexpected_error_names_the_flag_where_there_is_one(capsys):
+    def command():
+        raise KeyError("gone")
+
+    assert cli.run_command(command) == 1 and cli.run_command(command, flag="--debug") == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert (first, second) == (
+        "error: KeyError: 'gone'",
+        "error: KeyError: 'gone' (run with --debug for the traceback)",
+    )
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and options.command != "make":
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     command = {"make": _make, "check": _check, "preview": _preview, "label": _label}[options.command]
-    return run_command(lambda: command(options), debug=options.debug)
+    return run_command(lambda: command(options), debug=options.debug, flag=f"--debug {options.command}")
 
 
 def _make(options: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(argv)
     command = {"rank": _rank, "agree": _agree, "pairs": _pairs, "list": _list}[options.command]
-    return run_command(lambda: command(options), debug=options.debug)
+    return run_command(lambda: command(options), debug=options.debug, flag=f"--debug {options.command}")
 
 
 def _list(options: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words[:1] = ["--config", words[0]]
-    return run_command(lambda: _run(words), debug=flag_is_true(words, "debug"))
+    return run_command(lambda: _run(words), debug=flag_is_true(words, "debug"), flag="--debug true")
 
 
 def _run(words: Sequence[str]) -> int:

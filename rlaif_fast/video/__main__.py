@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     options = parser.parse_args(argv)
     command = {"probe": _probe, "check": _check, "preview": _preview}[options.command]
-    return run_command(lambda: command(options), debug=options.debug)
+    return run_command(lambda: command(options), debug=options.debug, flag=f"--debug {options.command}")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
