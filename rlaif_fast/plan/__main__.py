@@ -35,8 +35,8 @@ def _run(words: Sequence[str]) -> int:
     ):
         print(line, file=sys.stderr)
     from rlaif_fast.plan.plan import GIB, make_fit, make_plan
+    from rlaif_fast.trainer.preflight import MODEL_ORACLES
     from rlaif_fast.trainer.scoring import oracles_named
-    from rlaif_fast.trainer.setup import MODEL_ORACLES
 
     plan = make_plan(config)
     gpu = GPUS[config.gpu]
