@@ -28,7 +28,7 @@ from rlaif_fast.evals.grading import RankingGrader, grade_answers, make_grader
 from rlaif_fast.evals.identity import asked_digest, model_digest
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
-from rlaif_fast.evals.tables import as_text, table_of
+from rlaif_fast.evals.tables import as_text, table_of, write_tables
 from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
@@ -752,6 +752,15 @@ def test_grades_that_a_judge_did_not_give_are_told_and_asked_for_again(judge, mo
 
 
 # Tables
+
+
+def test_a_figure_of_hundreds_of_groups_draws_those_with_the_most_questions(tmp_path):
+    records = [record(number, f"v{number}", True, topic=f"t{number // 2}") for number in range(401)]
+    lines = table_of(records)
+    write_tables(tmp_path, lines, records, "accuracy")
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 1 + len(lines) == 1 + 2 + 201
+    with Image.open(tmp_path / "accuracy.png") as image:
+        assert image.height < 5000
 
 
 def record(number, video, correct, **groups):

@@ -18,6 +18,7 @@ from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
 from rlaif_fast.report.html import compare_predictions, main, write_report
 from rlaif_fast.report.outcome import notes_on_data
 from rlaif_fast.report.panels import learning_panels
+from rlaif_fast.report.stats import MAX_ROWS
 from rlaif_fast.runs.files import read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer.options import TrainConfig
@@ -478,6 +479,35 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "was not made by a run" in message and message.count("\n") == 1
+
+
+def test_of_hundreds_of_categories_the_figures_draw_those_with_the_most_questions_and_the_table_all(tmp_path):
+    """Two thousand drawn whole took minutes and gigabytes, behind the last step of a run."""
+    run = RunDir.create(tmp_path)
+    names = [f"of {number:03d}" for number in range(200) for _ in range(1 + (number % 50 == 7))]
+    for phase in ("sft", "final"):
+        rows = [
+            {"example_id": str(place), "category": name, "video": f"v{place}", "chance": 0.25}
+            | {"correct": phase == "final" and place % 3 == 0}
+            for place, name in enumerate(names)
+        ]
+        write_jsonl(run.predictions(phase), rows)
+    comparison = compare_predictions(run)
+    assert comparison is not None and len(comparison.by_category) == 200
+    total, *drawn = comparison.drawn
+    assert total is comparison.total and len(drawn) == MAX_ROWS
+    # Of those with one question the first by name, however well they did; in the order of the gains.
+    twice = {name for name in names if names.count(name) == 2}
+    once = [name for name in dict.fromkeys(names) if name not in twice][: MAX_ROWS - len(twice)]
+    assert {score.name for score in drawn} == twice | set(once)
+    gains = [score.change.mean for score in drawn]
+    assert gains == sorted(gains, reverse=True)
+    page = write_report(run).read_text()
+    assert "the 40 of 200 categories with the most questions; the table has all" in page
+    assert all(f"<td>{name}</td>" in page for name in names)
+    for name in ("overview", "categories"):
+        with Image.open(run.figures / f"{name}.png") as image:
+            assert image.height < 5000
 
 
 def test_comparison_pairs_questions_by_name(tmp_path):

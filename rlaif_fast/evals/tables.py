@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.evals.records import Record
 from rlaif_fast.outputs import write_atomically
-from rlaif_fast.report.stats import Interval, paired_bootstrap
+from rlaif_fast.report.stats import Interval, left_out, most_asked, paired_bootstrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,8 +64,11 @@ def table_of(records: Sequence[Record], before: Sequence[Record] | None = None) 
         known = {record.id: record for record in before}
     parts: dict[tuple[str, str], list[Record]] = {("all", "all"): list(records)}
     for group in dict.fromkeys(name for record in records for name in record.groups):
-        for value in sorted({record.groups[group] for record in records if group in record.groups}):
-            parts[group, value] = [record for record in records if record.groups.get(group) == value]
+        found: dict[str, list[Record]] = {}
+        for record in records:
+            if group in record.groups:
+                found.setdefault(record.groups[group], []).append(record)
+        parts |= {(group, value): found[value] for value in sorted(found)}
     return [_line(group, value, part, known) for (group, value), part in parts.items()]
 
 
@@ -161,8 +164,9 @@ def write_tables(folder: Path, lines: Sequence[Line], records: Sequence[Record],
     with writing(folder / "accuracy.png"):
         from rlaif_fast.report.figures import WIDE, to_png
 
+        title, drawn = title + left_out(lines, "rows"), most_asked(lines)
         to_png(
-            folder / "accuracy.png", [(title, lambda axes: _bars(axes, lines))], (WIDE, 70 + 26 * len(lines))
+            folder / "accuracy.png", [(title, lambda axes: _bars(axes, drawn))], (WIDE, 70 + 26 * len(drawn))
         )
 
 

@@ -176,8 +176,8 @@ def to_png(path: Path, draws: Sequence[tuple[str, Draw]], size: tuple[int, int],
         figure.savefig(path, dpi=PNG_DPI)
 
 
-def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel | None) -> None:
-    """Save the result of a run as one picture: the headline, the validation curve, the categories."""
+def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel | None, note: str) -> None:
+    """Save the result of a run as one picture: the headline, the validation curve, the categories with a note."""
     left = [["headline"], ["panel"], ["panel"]] if panel is not None else [["headline"]]
     with matplotlib.rc_context(STYLE):
         height = 100 + 42 * len(scores)
@@ -187,7 +187,7 @@ def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel 
         headline(total)(axes["headline"])
         axes["headline"].set_title(f"{points(total.change.mean)} points from RL", pad=8)
         categories(scores)(axes["categories"])
-        axes["categories"].set_title("Held-out accuracy by category", pad=16)
+        axes["categories"].set_title(f"Held-out accuracy by category{note}", pad=16)
         if panel is not None:
             learning_curve(panel)(axes["panel"])
             axes["panel"].set_title(panel.title, pad=10)

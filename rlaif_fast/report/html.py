@@ -26,7 +26,7 @@ from rlaif_fast.report import figures
 from rlaif_fast.report.figures import HALF, NARROW, WIDE, Draw, Panel, Score, duration
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, media_of
 from rlaif_fast.report.panels import learning_panels
-from rlaif_fast.report.stats import paired_bootstrap, wilson_interval
+from rlaif_fast.report.stats import left_out, most_asked, paired_bootstrap, wilson_interval
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 
@@ -89,6 +89,17 @@ class Comparison:
     broken: int
     clips: int
 
+    @property
+    def drawn(self) -> tuple[Score, ...]:
+        """What the figures show: all questions, then the categories, of many those with the most questions."""
+        chosen = {score.name for score in most_asked(sorted(self.by_category, key=lambda score: score.name))}
+        return (self.total, *(score for score in self.by_category if score.name in chosen))
+
+    @property
+    def left_out(self) -> str:
+        """What the figures leave out, to be added to their titles; "" where they show every category."""
+        return left_out(self.by_category)
+
 
 def compare_predictions(run_dir: RunDir) -> Comparison | None:
     """Compare the test predictions made before and after RL; None until both are there and can be scored."""
@@ -103,8 +114,10 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
     pairs = [(before[name], after[name]) for name in after if name in before]
     if not pairs:
         return None
-    categories = {new["category"] for _, new in pairs}
-    scores = [_score(name, [pair for pair in pairs if pair[1]["category"] == name]) for name in categories]
+    categories: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for pair in pairs:
+        categories.setdefault(pair[1]["category"], []).append(pair)
+    scores = [_score(name, found) for name, found in categories.items()]
     return Comparison(
         total=_score("all categories", pairs),
         by_category=tuple(sorted(scores, key=lambda score: (-score.change.mean, score.name))),
@@ -179,7 +192,7 @@ def _svg_figures(comparison: Comparison | None, seconds: Mapping[str, float]) ->
     """The figures that stand alone, by name; what there is no data for is missing."""
     found = {}
     if comparison is not None:
-        total, scores = comparison.total, (comparison.total, *comparison.by_category)
+        total, scores = comparison.total, comparison.drawn
         found["headline"] = _svg(
             lambda narrow: figures.headline(total),
             "Test accuracy before and after RL with 95% intervals",
@@ -225,14 +238,15 @@ def _write_pngs(
             (WIDE, 60 + 28 * len(seconds)),
         )
     if comparison is not None:
-        scores = (comparison.total, *comparison.by_category)
+        scores, missing = comparison.drawn, comparison.left_out
         validation = next((panel for panel in panels if panel.wide), None)
-        figures.to_overview(folder / "overview.png", comparison.total, scores, validation)
+        figures.to_overview(folder / "overview.png", comparison.total, scores, validation, missing)
         title = "Held-out accuracy before and after RL"
+        legend = f"Held-out accuracy{missing}: grey before RL, green after, dashed guessing"
         figures.to_png(folder / "headline.png", [(title, figures.headline(comparison.total))], (WIDE, 190))
         figures.to_png(
             folder / "categories.png",
-            [("Held-out accuracy: grey before RL, green after, dashed guessing", figures.categories(scores))],
+            [(legend, figures.categories(scores))],
             (WIDE, 110 + 42 * len(scores)),
         )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 MAX_DRAWN = 2**20  # indices of the bootstrap held in memory at once
+MAX_ROWS = 40  # of a figure; a thousand take minutes and gigabytes to draw, and nobody reads them
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,30 @@ def paired_bootstrap(
         means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return Interval(float(change.mean()), float(low), float(high))
+
+
+class Asked(Protocol):
+    """Something measured on `n` questions."""
+
+    @property
+    def n(self) -> int: ...
+
+
+Row = TypeVar("Row", bound=Asked)
+
+
+def most_asked(rows: Sequence[Row]) -> list[Row]:
+    """What a figure shows of its rows, in their order: all, or the `MAX_ROWS` with the most questions.
+
+    Of rows with as many questions the first ones are shown, so what comes first must not say how well they did.
+    """
+    chosen = heapq.nlargest(MAX_ROWS, range(len(rows)), key=lambda place: rows[place].n)
+    return [rows[place] for place in sorted(chosen)]
+
+
+def left_out(rows: Sequence[Asked], what: str = "categories") -> str:
+    """What `most_asked` leaves out, to be added to a title; "" where it is nothing."""
+    return f", the {MAX_ROWS} of {len(rows):,} {what} with the most questions" if len(rows) > MAX_ROWS else ""
 
 
 def _checked(confidence: float) -> float:
