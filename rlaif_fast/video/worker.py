@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import mmap
 import sys
-from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +45,7 @@ def _receive(channel: Connection) -> Any:
 
 def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
     if kind == "scan":
-        channel.send(("scan", asdict(ffmpeg.scan(path)), _load("container").digest(path)))
+        channel.send(("scan", vars(ffmpeg.scan(path)), _load("container").digest(path)))
         return
     facts, indices, capacity = rest
     info = ffmpeg.Scan(**facts)
