@@ -1,10 +1,15 @@
 """`python -m rlaif_fast.video`."""
 
 import json
+import pickle
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from rlaif_fast.video.__main__ import main
+from rlaif_fast.video import FrameSampling
+from rlaif_fast.video.__main__ import _vet_all, main
+from rlaif_fast.video.refs import Cut, MediaRef
 from rlaif_fast.video.testing import counter_frames, write_video
 
 
@@ -59,6 +64,15 @@ def test_check_of_a_clean_dataset(folder, capsys, extra, frames):
     assert "1 good, 0 bad of 1" in shown
     assert "1 of 1 keep all their files; 0 rows are wrong" in shown
     assert f"{frames} frames in" in shown
+
+
+def test_check_keeps_no_times_of_frames(folder):
+    """Those of twenty thousand videos of an hour would be 70 GB."""
+    media = [MediaRef(str(folder / "good.webm"), cut=Cut(nframes=count)) for count in range(2, 42, 2)]
+    options = SimpleNamespace(workers=1, timeout=60.0, full=False)
+    vetted = _vet_all(media, FrameSampling(), options, Console())
+    assert [result.frames for result in vetted] == list(range(2, 42, 2))
+    assert max(len(pickle.dumps(result)) for result in vetted) < 500  # 60 times alone are 540 bytes
 
 
 def test_check_of_a_mixed_dataset(folder, tmp_path, capsys):

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
     check.add_argument("--full", action="store_true", help="Decode every frame, not only the sampled ones.")
     check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Decoding processes.")
-    check.add_argument("--timeout", type=float, default=60.0, help="Seconds a file may take.")
+    check.add_argument(
+        "--timeout", type=float, default=300.0, help="Seconds to scan a file, and again to decode it."
+    )
     check.add_argument("--quarantine", type=Path, help="File that gets one JSON line per bad file.")
     check.add_argument("--shown", type=int, default=20, help="Most bad files to name.")
     _add_sampling(check)
@@ -133,9 +135,10 @@ def _sampled(info: VideoInfo, sampling: FrameSampling) -> str:
 @dataclass(frozen=True)
 class _Vetted:
     path: str
-    info: VideoInfo | None  # None for an image or a bad file
     frames: int
     reason: str = ""
+    # Codec, width, height and seconds; None where it is no video.
+    video: tuple[str, int, int, float] | None = None
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -196,12 +199,13 @@ def _vet_all(
             ThreadPoolExecutor(options.workers) as threads,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ):
-            task = progress.add_task("", total=len(media), bad=0)
+            task, bad = progress.add_task("", total=len(media), bad=0), 0
             while len(results) < len(media):
                 while len(waiting) < 4 * options.workers and (item := next(source, None)) is not None:
                     waiting.append(threads.submit(_vet, item, sampling, options, pool))
                 results.append(waiting.popleft().result())
-                progress.update(task, advance=1, bad=sum(1 for r in results if r.reason))
+                bad += bool(results[-1].reason)
+                progress.update(task, advance=1, bad=bad)
     finally:
         pool.close()
     return results
@@ -212,16 +216,17 @@ def _vet(medium: MediaRef, sampling: FrameSampling, options: argparse.Namespace,
     path = medium.path
     try:
         if not medium.is_video_file:
-            return _Vetted(path, None, len(load_medium(medium, sampling).frames))
+            return _Vetted(path, len(load_medium(medium, sampling).frames))
         with pool.lend() as process:
             scan, _ = process.scan(path, options.timeout)
             info = info_of(path, scan)
             sampled = sampling.cut(medium).sample(info)[0]
             indices = range(info.frames) if options.full else sampled
             frames = sum(1 for _ in process.frames(path, scan, indices, options.timeout))
-        return _Vetted(path, info, frames)
+        # Not the times of its frames: those of a hundred thousand files would fill memory.
+        return _Vetted(path, frames, video=(info.codec, info.width, info.height, info.duration))
     except VideoError as error:
-        return _Vetted(error.path, None, 0, error.reason)
+        return _Vetted(error.path, 0, error.reason)
 
 
 def _summarise(
@@ -236,7 +241,7 @@ def _summarise(
     from rich.table import Table
 
     kept = sum(1 for e in examples if not gone.intersection(e.seen))
-    infos = [result.info for result in vetted if result.info is not None]
+    videos = [result.video for result in vetted if result.video is not None]
     frames = sum(result.frames for result in vetted)
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -245,10 +250,10 @@ def _summarise(
     for reason, count in Counter(kind_of(r.reason) for r in bad).most_common():
         table.add_row("", f"{count} x {_escaped(reason)}")
     table.add_row("questions", f"{kept} of {len(examples)} keep all their files; {wrong_rows} rows are wrong")
-    if infos:
-        codecs = Counter(info.codec for info in infos)
-        sizes = sorted((info.width * info.height, f"{info.width}x{info.height}") for info in infos)
-        lengths = sorted(info.duration for info in infos)
+    if videos:
+        codecs = Counter(codec for codec, *_ in videos)
+        sizes = sorted((width * height, f"{width}x{height}") for _, width, height, _ in videos)
+        lengths = sorted(length for *_, length in videos)
         table.add_row("codecs", ", ".join(f"{count} {name}" for name, count in codecs.most_common()))
         table.add_row("sizes", f"{sizes[0][1]} to {sizes[-1][1]}")
         table.add_row(
