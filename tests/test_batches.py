@@ -10,6 +10,7 @@ from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import EpochOrder, by_media
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import make_batch_maker
+from rlaif_fast.video import VideoError
 from rlaif_fast.video.testing import counter_frames, write_video
 
 
@@ -91,3 +92,14 @@ def test_a_count_below_what_the_model_sees_at_a_time_is_refused_before_any_file_
         UsageError, match="nframes is 1, and the model sees 2 frames at a time; give that many"
     ):
         make_batch_maker(loaded, TrainConfig(device="cpu", nframes=1))
+
+
+def test_a_video_has_the_time_that_the_configuration_gives(tmp_path):
+    """An hour of 720p takes minutes to decode on one core: whoever has such videos gives them the time."""
+    path = write_video(tmp_path / "a.mp4", counter_frames(8))
+    config = TrainConfig(model=str(make_tiny(tmp_path / "tiny", ["what"])), device="cpu", decode_timeout=1e-4)
+    with (
+        make_batch_maker(load_model(config), config) as made,
+        pytest.raises(VideoError, match=r"took longer than 0.0001 s"),
+    ):
+        made.store.load(str(path))

@@ -463,6 +463,10 @@ def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):
         assert [key for key in after if after[key] != before[key]] == [name]
     unread = {"model": "other", "threshold": 0.5}  # of a judge in training
     assert settings_of(options, dataclasses.replace(config, oracle_options=unread)) == before
+    # What could not be read in time is asked again where it has more.
+    longer = dataclasses.replace(options, decode_timeout=900.0)
+    assert configuration(longer).decode_timeout == 900.0
+    assert settings_of(longer, configuration(longer)) == before
 
 
 def test_what_identifies_a_model(model, tmp_path):

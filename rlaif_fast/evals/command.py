@@ -142,6 +142,8 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
     from rlaif_fast.evals.identity import model_digest
     from rlaif_fast.trainer.scoring import SCORING, rules
 
+    # What was not read in time is asked again.
+    shown = [name for name in FROM_RUN if name != "decode_timeout"]
     names = (
         "benchmark",
         "data",
@@ -159,8 +161,7 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
         "scoring": SCORING,
         "rules": rules(config.oracle_options).identity,
         **{
-            name: getattr(config, name)
-            for name in ("dtype", "system_prompt", "max_reasoning_tokens", *FROM_RUN)
+            name: getattr(config, name) for name in ("dtype", "system_prompt", "max_reasoning_tokens", *shown)
         },
     }
 

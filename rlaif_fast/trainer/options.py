@@ -35,6 +35,7 @@ class DataOptions:
         scored_answer: Part of an answer that is scored: what stands in its `<answer>` block, or the "whole".
         on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
         max_bad_fraction: Share of unreadable media above which the run stops.
+        decode_timeout: Seconds to scan a video, and again to decode it; one that takes longer is unreadable.
         fps: Frames sampled a second.
         nframes: Frames sampled a video, in place of `fps`.
         min_frames: Fewest frames sampled.
@@ -65,6 +66,7 @@ class DataOptions:
     scored_answer: Literal["answer", "whole"] = "answer"
     on_bad_row: Literal["raise", "skip"] = "raise"
     max_bad_fraction: float = 0.05
+    decode_timeout: float = 300.0
     fps: float = 2.0
     nframes: int | None = None
     min_frames: int = 4
@@ -86,11 +88,12 @@ class DataOptions:
 
     def check_data(self) -> None:
         """Raise `UsageError` for values that cannot work."""
-        for name in ("label_noise", "label_confusion"):
+        for name in ("label_noise", "label_confusion", "max_bad_fraction", "synthetic_ocr_fraction"):
             require(0 <= getattr(self, name) <= 1, name, "a share in [0, 1]", getattr(self, name))
         share = self.holdout_fraction
         require(0 < share < 0.5, "holdout_fraction", "a share in (0, 0.5)", share)
         require_positive("fps", self.fps)
+        require_positive("decode_timeout", self.decode_timeout)
         require_least("nframes", self.nframes, 1)
         require(
             1 <= self.min_frames <= self.max_frames,
@@ -99,13 +102,9 @@ class DataOptions:
             self.min_frames,
         )
         require_least("frame_cache_bytes", self.frame_cache_bytes, 0)
-        require(
-            0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "a share in [0, 1]", self.max_bad_fraction
-        )
         require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
-        level, ocr = self.synthetic_difficulty, self.synthetic_ocr_fraction
+        level = self.synthetic_difficulty
         require(1 <= level <= 3, "synthetic_difficulty", "1, 2 or 3", level)
-        require(0 <= ocr <= 1, "synthetic_ocr_fraction", "a share in [0, 1]", ocr)
 
 
 @dataclass
