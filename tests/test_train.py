@@ -18,6 +18,7 @@ from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer import rl
+from rlaif_fast.video.errors import TooManyBadFiles
 
 SMALL = {
     "seed": 5,
@@ -239,6 +240,50 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, run, monkeypatch, cal
     ours, theirs = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
     assert ours["by_category"] == theirs["by_category"]
     assert train_module.main(["--resume", str(folder)]) == 2  # nothing left to do
+
+
+FAILING_JUDGE = """
+import json, os, pathlib
+
+def judge(request):
+    metrics = pathlib.Path(os.environ["DOWN_AFTER"])
+    lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
+    if any(line["stage"] == "rl" and line["step"] == 3 for line in lines):
+        raise OSError("the judge is down")
+    return [len(response) for response in request.responses]
+"""
+
+
+def test_steps_before_a_judge_went_down_are_not_lost(run, tmp_path, monkeypatch):
+    (tmp_path / "judge_that_fails.py").write_text(FAILING_JUDGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DOWN_AFTER", str(tmp_path / "nothing"))
+    changes = {"oracle": "callable", "sft_steps": 1, "eval_steps": 4, "max_steps": 4, "blind_control": 0}
+    changes["oracle_options"] = '{"function": "judge_that_fails:judge", "window": 3}'
+    changes["metric_for_best_model"] = "accuracy"
+    code, whole, err = run("whole", **changes)
+    assert code == 0, err
+    monkeypatch.setenv("DOWN_AFTER", str(tmp_path / "run" / "metrics.jsonl"))
+    code, folder, err = run(**changes)
+    assert code == 1 and "the judge is down" in err
+    assert CheckpointStore(folder / "checkpoints", {}, read_only=True).index.last == "rl-000003"
+    monkeypatch.setenv("DOWN_AFTER", str(tmp_path / "nothing"))
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(whole)
+
+
+def test_steps_before_too_many_files_were_bad_are_not_lost(run, monkeypatch):
+    original = rl.sample_and_rank
+
+    def ended(run, order, step):
+        if step == 1:
+            raise TooManyBadFiles("9 of 50 files are bad")
+        return original(run, order, step)
+
+    monkeypatch.setattr(rl, "sample_and_rank", ended)
+    code, folder, err = run(sft_steps=1)
+    assert code == 1 and "files are bad" in err
+    assert CheckpointStore(folder / "checkpoints", {}, read_only=True).index.last == "rl-000001"
 
 
 def test_dpo_goes_on_with_the_start_it_began_with(run, monkeypatch):

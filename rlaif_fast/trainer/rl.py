@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlaif_fast.algorithms.group import Group, minibatches, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.distributed.world import World
+from rlaif_fast.oracle import OracleFailedError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media
@@ -27,12 +28,15 @@ from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.seeds import seed_step
+from rlaif_fast.video.errors import TooManyBadFiles
 
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (
     *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
     *("pairs", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
 )
+# What ends a run from outside while a step is drawn and ranked: the steps before it are whole.
+BEFORE_UPDATES = (EngineLost, OracleFailedError, TooManyBadFiles)
 
 
 @dataclass
@@ -104,7 +108,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             seed_step(config, world, "rl", progress.step)
             try:
                 stats = train_step(run, order, updater, progress.step)
-            except EngineLost:
+            except BEFORE_UPDATES:
                 if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
                     save(f"rl-{progress.step:06d}", last=True)
                     run.store.wait()
@@ -169,7 +173,7 @@ def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict
     """One rollout with its updates; what is logged of it.
 
     Raises:
-        EngineLost: What draws was lost; the policy is as it was.
+        RlaifFastError: One of `BEFORE_UPDATES`; the policy is as it was.
     """
     config, logger, critic = run.config, run.logger, run.critic
     with weights_to_draw_with(run):
