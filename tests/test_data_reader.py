@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from rlaif_fast.data import (
 )
 from rlaif_fast.data.__main__ import main
 from rlaif_fast.data.converters import FORMATS, RowError, convert
+from rlaif_fast.data.sources import rows_of
 from rlaif_fast.data.synthetic.encode import encode_video
 from rlaif_fast.errors import UsageError
 
@@ -549,3 +552,28 @@ def test_wrong_usage_of_the_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+def test_a_file_of_rows_is_read_line_by_line(tmp_path):
+    """A run's rollouts, which `replay` and `rank` read, may be several gigabytes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'\n{"question": "%s"}' % (b"a" * 2**20) * 24 + b"\n")
+    tracemalloc.start()
+    numbers = [number for number, _ in rows_of(path)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert numbers == list(range(2, 26))
+    assert peak < 8 * 2**20 < path.stat().st_size / 2
+
+
+def test_half_of_a_character_is_looked_for_at_the_speed_of_the_decoder(tmp_path):
+    """Looked for character by character it cost more than all the rest of reading."""
+    path = tmp_path / "rows.jsonl"
+    text = ("word " * 2**18 + "é") * 4
+    path.write_text(json.dumps({"question": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    began = time.process_time()
+    assert any("\ud800" <= character <= "\udfff" for character in text) is False
+    alone = time.process_time() - began
+    began = time.process_time()
+    assert next(rows_of(path)) == (1, {"question": text})
+    assert time.process_time() - began < alone / 2

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rlaif_fast.errors import UsageError
 
 MAX_DEPTH = 64  # of lists and objects inside each other
 _CELL_CHARS = 16 << 20  # of a CSV field
+_MARK = b"\xef\xbb\xbf"  # some programs begin UTF-8 with it
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
@@ -67,7 +70,7 @@ def _checked(row: Any) -> Any:
             waiting += [(key, depth + 1) for key in value] + [(item, depth + 1) for item in value.values()]
         elif isinstance(value, list):
             waiting += [(item, depth + 1) for item in value]
-        elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        elif isinstance(value, str) and not value.isascii() and _HALVES.search(value):
             return RowError(f"{value!r:.60} holds half of a character (an unpaired surrogate)")
         elif isinstance(value, float) and not math.isfinite(value):
             return RowError(f"{value} is no number; leave the key out")
@@ -107,22 +110,27 @@ def _answered(questions: Iterator[tuple[int, Any]], file: Path) -> Iterator[tupl
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a JSONL file, of which one line is held at a time, or of one JSON array."""
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        with path.open("rb") as file:
+            blocks = iter(lambda: file.read(4096), b"")
+            begins = next((text for block in blocks if (text := block.removeprefix(_MARK).lstrip())), b"")
+            file.seek(0)
+            if begins[:1] == b"[":
+                yield from _array(path, file.read().removeprefix(_MARK))
+                return
+            for number, line in enumerate(file, 1):
+                raw = (line.removeprefix(_MARK) if number == 1 else line).removesuffix(b"\n")
+                if not raw.strip():
+                    continue
+                try:
+                    yield number, _guarded(_DECODER.decode, raw.decode())
+                except UnicodeDecodeError as error:
+                    yield number, RowError(f"not UTF-8 at byte {error.start}")
     except OSError as error:
         raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
-    except ValueError as error:
+    except ValueError as error:  # a path that no file can have
         raise UsageError(f"{path}: cannot read the dataset: {error}") from error
-    if data.lstrip()[:1] == b"[":
-        yield from _array(path, data)
-        return
-    for number, raw in enumerate(data.split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            yield number, _guarded(_DECODER.decode, raw.decode())
-        except UnicodeDecodeError as error:
-            yield number, RowError(f"not UTF-8 at byte {error.start}")
 
 
 def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
