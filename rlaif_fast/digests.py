@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 BLOCK = 2**20
 
 
-def file_digest(path: Path, length: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `length` bytes; of all there is where it is shorter."""
-    digest = hashlib.sha256()
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    size = path.stat().st_size
+    return beginning_digests(path, [size])[size]
+
+
+def beginning_digests(path: Path, lengths: Iterable[int]) -> dict[int, str]:
+    """SHA-256 of the first bytes of a file, by their number; of all there is where it is shorter. It is read once."""
+    digest, done, found = hashlib.sha256(), 0, {}
     with path.open("rb") as file:
-        left = path.stat().st_size if length is None else length
-        while left > 0 and (block := file.read(min(BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+        for length in sorted(lengths):
+            while done < length and (block := file.read(min(BLOCK, length - done))):
+                digest.update(block)
+                done += len(block)
+            found[length] = digest.hexdigest()
+    return found
 
 
 def sampled_digest(path: Path, blocks: int, block: int) -> str:

@@ -226,6 +226,20 @@ def test_a_record_damaged_between_two_checkpoints_costs_the_later_one(run):
     assert run.metrics.stat().st_size == first
 
 
+def test_records_are_read_once_for_all_checkpoints(run, monkeypatch):
+    """Those of a long run are gigabytes, and several checkpoints vouch for them."""
+    read: Counter[str] = Counter()
+    opened = Path.open
+
+    def counting(path, *args, **kwargs):
+        read[path.name] += "b" in "".join(map(str, args))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counting)
+    assert recover(run) == []
+    assert [read[path.name] for path in run.records] == [1] * 5
+
+
 def test_a_file_that_was_added_and_a_folder_that_is_gone(run):
     (run.checkpoints / "rl-000006" / "model.safetensors.index.json").write_text("{}")
     assert "was added after" in recover(run)[0] and last(run) == "rl-000004"

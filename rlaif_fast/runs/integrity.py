@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.digests import BLOCK, file_digest, text_digest
+from rlaif_fast.digests import BLOCK, beginning_digests, file_digest, text_digest
 from rlaif_fast.errors import RlaifFastError
 
 MANIFEST = "manifest.json"
@@ -162,14 +162,25 @@ def _has_own_manifest(folder: Path) -> bool:
     return isinstance(values, dict) and "sha256" in values and "files" in values
 
 
-def damaged_logs(folder: Path, manifest: Manifest) -> list[Path]:
-    """The records of a run that are not what they were when the checkpoint was written; they may have grown."""
-    damaged = []
-    for name, (length, digest) in manifest.logs.items():
-        path = folder / name
-        if length and not (path.is_file() and file_digest(path, length) == digest):
-            damaged.append(path)
-    return damaged
+def damaged_logs(folder: Path, manifests: Mapping[str, Manifest]) -> dict[str, list[Path]]:
+    """The records of a run that are not what they were when a checkpoint was written, by the checkpoint's name.
+
+    They may have grown. Each is read once for all checkpoints.
+    """
+    names = {log for manifest in manifests.values() for log in manifest.logs}
+    found = {
+        log: beginning_digests(folder / log, {m.logs[log][0] for m in manifests.values() if log in m.logs})
+        for log in names
+        if (folder / log).is_file()
+    }
+    return {
+        name: [
+            folder / log
+            for log, (length, digest) in manifest.logs.items()
+            if length and found.get(log, {}).get(length) != digest
+        ]
+        for name, manifest in manifests.items()
+    }
 
 
 def _digest_of(values: Mapping[str, Any]) -> str:

@@ -60,27 +60,25 @@ def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
 
 def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str, Manifest]:
     """The manifests of the checkpoints that are whole, with whole records; the others are reported."""
-    found: dict[str, Manifest] = {}
+    manifests: dict[str, Manifest] = {}
     folders = {folder.name: folder for folder in _folders(run_dir.checkpoints)}
     for name in sorted(index.kept() - folders.keys()):
         told.append(f"damaged: {run_dir.checkpoints / name} is missing")
-    broken_logs: dict[Path, str] = {}  # and the first checkpoint that it was whole at
     for name, folder in sorted(folders.items()):
         try:
-            manifest = read_manifest(folder)
+            manifests[name] = read_manifest(folder)
         except (Damage, OSError, TypeError) as error:
             told.append(f"damaged: {error}")
-            continue
-        broken = damaged_logs(run_dir.path, manifest)
+    damaged = damaged_logs(run_dir.path, manifests)
+    broken_logs: dict[Path, str] = {}  # and the first checkpoint that it was whole at
+    for name, broken in damaged.items():
         for path in broken:
             broken_logs.setdefault(path, name)
-        if not broken:
-            found[name] = manifest
     told += [
         f"damaged: {path} is not as it was written up to checkpoint {name}"
         for path, name in broken_logs.items()
     ]
-    return found
+    return {name: manifest for name, manifest in manifests.items() if not damaged[name]}
 
 
 def _check_config(
