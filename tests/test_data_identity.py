@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from dataclasses import replace
 from datetime import date
 
@@ -95,12 +96,26 @@ def test_what_is_held_out_is_held_out_whole(folder, spell):
     names = [f"{number}.mp4" for number in range(12)]
     data = write(folder / "media" / "data.jsonl", [*names, spell(folder)])
     rows = read_examples(data)
+    known = contents(rows)
     for seed in range(12):
-        parts = datasets.hold_out(rows, 0.2, seed)
-        known = contents(rows)
+        parts = datasets.hold_out(rows, 0.2, seed, known)
         held = [media_of(part, known) for part in parts]
         assert sum(map(len, parts)) == 13
         assert held[0].isdisjoint(held[1]) and held[0].isdisjoint(held[2]) and held[1].isdisjoint(held[2])
+
+
+def test_each_file_is_read_once_to_keep_the_splits_apart(folder, monkeypatch):
+    """Clips as folders of frames are a million files, each of them of some other's size."""
+    read = Counter()
+    original = identity._digest
+    monkeypatch.setattr(identity, "_digest", lambda file: read.update([file[0]]) or original(file))
+    data = write(folder / "media" / "data.jsonl", [f"{number}.mp4" for number in range(12)])
+    held = write(folder / "media" / "held.jsonl", ["3.mp4", "4.mp4"])
+    for config in (TrainConfig(data=data), TrainConfig(data=data, test_data=held)):
+        read.clear()
+        loaded = datasets.load_data(config)
+        assert loaded.validation and loaded.test
+        assert len(read) == 12 and set(read.values()) == {1}
 
 
 def test_other_files_of_the_same_size_are_other_media(folder):

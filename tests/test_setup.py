@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rlaif_fast.cli import given_values, packaged_config
+from rlaif_fast.data.identity import contents
 from rlaif_fast.data.schema import Example
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import UsageError
@@ -104,7 +105,7 @@ def test_one_shared_picture_is_enough_to_leave_a_row_out():
         "validation": [row("4", ("b.png", "d.png"))],
         "test": [row("5", ())],
     }
-    datasets.drop_evaluated_media(rows)
+    datasets.drop_evaluated_media(rows, contents(row for split in rows.values() for row in split))
     assert [row.id for row in rows["sft"]] == ["2"]
     assert [row.id for row in rows["rl"]] == ["3"]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.digests import sampled_digest
@@ -16,6 +19,10 @@ from rlaif_fast.video.refs import MediaRef
 _BLOCK = 1 << 20
 _WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last block are compared
 _READERS = 16  # threads: what a network file system takes is mostly waiting
+_PART = 64  # files that a thread takes at a time
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def contents(rows: Iterable[Example]) -> dict[str, str]:
@@ -23,15 +30,13 @@ def contents(rows: Iterable[Example]) -> dict[str, str]:
 
     Only files of equal size can be copies, so only those are read.
     """
-    paths = {path for row in rows for medium in row.seen for path in files_of(medium)}
-    real = {path: _real(path) for path in paths}
-    sizes = {name: _size(name) for name in set(real.values())}
+    paths = list({path for row in rows for medium in row.seen for path in files_of(medium)})
+    real = dict(zip(paths, _in_threads(_real_and_size, paths)))
+    sizes = dict(real.values())
     shared = Counter(size for size in sizes.values() if size is not None)
-    names = {
-        name: _digest(name, size) if size is not None and shared[size] > 1 else name
-        for name, size in sizes.items()
-    }
-    return {path: names[name] for path, name in real.items()}
+    twins = [(name, size) for name, size in sizes.items() if size is not None and shared[size] > 1]
+    digests = dict(zip((name for name, _ in twins), _in_threads(_digest, twins)))
+    return {path: digests.get(name, name) for path, (name, _) in real.items()}
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
@@ -74,8 +79,7 @@ def digests_of_media(splits: Mapping[str, Sequence[Example]]) -> dict[str, str]:
         for split, rows in splits.items()
     }
     distinct = sorted({path for shown in paths.values() for path in shown})
-    with ThreadPoolExecutor(_READERS) as pool:
-        prints = dict(zip(distinct, pool.map(_print, distinct)))
+    prints = dict(zip(distinct, _in_threads(_print, distinct)))
     return {
         split: hashlib.blake2b("\n".join(prints[path] for path in shown).encode(), digest_size=16).hexdigest()
         for split, shown in paths.items()
@@ -92,10 +96,13 @@ def media_of(rows: Iterable[Example], names: Mapping[str, str]) -> set[str]:
     return {names[path] for row in rows for medium in row.seen for path in files_of(medium)}
 
 
-def group_by_content(rows: Iterable[Example]) -> list[list[Example]]:
-    """Rows that share any media together, in order of first appearance; a row without media stands alone."""
-    rows = list(rows)
-    names = contents(rows)
+def group_by_content(rows: Sequence[Example], names: Mapping[str, str]) -> list[list[Example]]:
+    """Rows that share any media together, in order of first appearance; a row without media stands alone.
+
+    Args:
+        rows: The rows.
+        names: Their `contents`.
+    """
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -122,22 +129,25 @@ def _print(path: str) -> str:
         return "unreadable"  # which decoding tells
 
 
-def _real(path: str) -> str:
+def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """The results of a function that waits for files, in order."""
+    parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return [found for part in pool.map(lambda part: list(map(function, part)), parts) for found in part]
+
+
+def _real_and_size(path: str) -> tuple[str, int | None]:
+    """Where a file really is, and its bytes; None where it is no file."""
     try:
-        return str(Path(path).resolve())
-    except (OSError, RuntimeError):  # a loop of links
-        return path
+        facts = os.stat(path)  # noqa: PTH116  of a hundred thousand files the paths are not parsed
+        size = facts.st_size if stat.S_ISREG(facts.st_mode) else None
+    except (OSError, ValueError):
+        size = None
+    return os.path.realpath(path), size
 
 
-def _size(path: str) -> int | None:
-    try:
-        facts = Path(path)
-        return facts.stat().st_size if facts.is_file() else None
-    except OSError:
-        return None
-
-
-def _digest(path: str, size: int) -> str:
+def _digest(twin: tuple[str, int]) -> str:
+    path, size = twin
     found = hashlib.blake2b(str(size).encode(), digest_size=20)
     try:
         with Path(path).open("rb") as file:

@@ -63,15 +63,16 @@ def load_data(
     """
     rows = read_splits(config, workers=workers, progress=progress)
     rows["rl"] = rows["rl"] or rows["sft"]
+    names = contents(row for split in SPLITS for row in rows[split])  # once: it looks at every file
     if not rows["validation"] or not rows["test"]:
-        hold_out_missing(rows, config)
+        hold_out_missing(rows, config, names)
     metric, why = choose_metric(
         config.metric_for_best_model, config.oracle, config.oracle_options, rows["validation"]
     )
     check_references(config.oracle, config.oracle_options, rows["rl"])
     if metric == "accuracy":
         drop_unanswered(rows, note)
-    drop_evaluated_media(rows, note)
+    drop_evaluated_media(rows, names, note)
     if note is not None and metric != "accuracy":
         note(why)
     return Datasets(**rows, metric=metric)
@@ -127,17 +128,14 @@ def split_files(
     return found
 
 
-def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig) -> None:
-    """Take the validation and test rows that no file has from the RL rows, in place.
+def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Mapping[str, str]) -> None:
+    """Take the validation and test rows that no file has from the RL rows, in place; `names` are all their `contents`.
 
     None of them is about media of the other split's file: the checkpoint is chosen by one, and measured on the other.
     """
     missing = [split for split in ("validation", "test") if not rows[split]]
-    given = (*rows["validation"], *rows["test"])
-    free = rows["rl"]
-    if given:  # else there is nothing to keep apart from, and no file to read for it
-        free = rows_apart(free, given, contents((*free, *given)))
-    _, *parts = hold_out(free, config.holdout_fraction, config.seed, parts=len(missing))
+    free = rows_apart(rows["rl"], (*rows["validation"], *rows["test"]), names)
+    _, *parts = hold_out(free, config.holdout_fraction, config.seed, names, parts=len(missing))
     held = {id(row) for part in parts for row in part}  # one file serves both stages with the same objects
     for split in ("sft", "rl"):
         rows[split] = [row for row in rows[split] if id(row) not in held]
@@ -162,14 +160,20 @@ def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] 
         rows[split] = kept
 
 
-def drop_evaluated_media(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
+def drop_evaluated_media(
+    rows: dict[str, list[Example]], names: Mapping[str, str], note: Callable[[str], None] | None = None
+) -> None:
     """Drop the rows to learn from that are about a video or picture of validation or test, in place.
+
+    Args:
+        rows: Of all splits.
+        names: Their `contents`.
+        note: Called with how many were dropped.
 
     Raises:
         UsageError: Nothing is left for reinforcement learning.
     """
     held = (*rows["validation"], *rows["test"])
-    names = contents((*rows["sft"], *rows["rl"], *held))
     for split in ("sft", "rl"):
         kept = rows_apart(rows[split], held, names)
         dropped = len(rows[split]) - len(kept)
@@ -214,13 +218,15 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
     )
 
 
-def hold_out(rows: list[Example], fraction: float, seed: int, *, parts: int = 2) -> list[list[Example]]:
+def hold_out(
+    rows: list[Example], fraction: float, seed: int, names: Mapping[str, str], *, parts: int = 2
+) -> list[list[Example]]:
     """Split rows by their media: what is left to learn from, then `parts` parts that get `fraction` of the media each.
 
     Raises:
         UsageError: Too few media are there.
     """
-    groups = group_by_content(rows)
+    groups = group_by_content(rows, names)
     count = max(1, round(len(groups) * fraction))
     if len(groups) < parts * count + 1:
         raise UsageError(
