@@ -321,6 +321,28 @@ def test_errors_are_one_line_with_a_code(tmp_path, capsys, row, arguments, code,
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def down_after_the_first(request):
+    if request.question != "first":
+        raise OSError("the judge is down")
+    return list(range(len(request.responses)))
+
+
+def test_what_was_ranked_before_the_judge_went_down_is_kept(tmp_path, capsys):
+    row = {"responses": ["a", "b"]}
+    rows = [{**row, "id": str(n), "question": "first" if n < 64 else "later"} for n in range(192)]
+    source = write(tmp_path / "in.jsonl", *rows)
+    arguments = ["--oracle", "callable", "--option", f"function={__name__}:down_after_the_first"]
+    assert main(["rank", str(source), *arguments]) == 1
+    assert not (tmp_path / "in.ranked.jsonl").exists()
+    (part,) = tmp_path.glob("in.ranked.part-*.jsonl")
+    kept = [json.loads(line) for line in part.read_text().splitlines()]
+    assert [row["id"] for row in kept] == [str(n) for n in range(64)]
+    assert all(row["ranks"] == [1, 0] for row in kept)
+    *_, told, error = capsys.readouterr().err.strip().splitlines()
+    assert str(part) in told and error.startswith("error: ") and "the judge is down" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", part.name]
+
+
 def endless(request):
     return [math.inf, *range(1, len(request.responses))]
 

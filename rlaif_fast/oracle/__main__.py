@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -142,8 +143,11 @@ def _output(options: argparse.Namespace, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def _writing(output: Path) -> Iterator[TextIO]:
-    """A file that appears under its name only when all of it is there."""
+def _writing(output: Path, *, keep: bool = False) -> Iterator[TextIO]:
+    """A file that appears under its name only when all of it is there.
+
+    With `keep`, what there is at an error stays beside it, under a name of its own that is told.
+    """
     partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         file = partial.open("w", encoding="utf-8")
@@ -153,6 +157,15 @@ def _writing(output: Path) -> Iterator[TextIO]:
         with file:
             yield file
         partial.replace(output)
+    except BaseException:
+        if keep and partial.is_file() and partial.stat().st_size:
+            rest = output.with_name(f"{output.stem}.part-{time.time_ns()}{output.suffix}")
+            partial.replace(rest)
+            print(
+                f"what was ranked before is in {rest}; with --cache it need not be asked again",
+                file=sys.stderr,
+            )
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -172,7 +185,7 @@ def _rank_rows(
     requests: list[RankRequest] = []
     rankings: list[Ranking] = []
     columns = ("ranking", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _writing(output) as file, Progress(*columns, console=Console(stderr=True)) as progress:
+    with _writing(output, keep=True) as file, Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("ranking", total=len(rows))
         for start in range(0, len(rows), options.batch_size):
             part = rows[start : start + options.batch_size]
