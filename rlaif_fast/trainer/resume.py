@@ -69,6 +69,10 @@ def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: Non
         config = TrainConfig(**(values | {"output_dir": str(run_dir.path)}))
     except TypeError as error:
         raise UsageError(f"{run_dir.config} is from another version ({error})") from error
+    except UsageError as error:  # a number that was cut off, say
+        raise UsageError(
+            f"{run_dir.config} is damaged, or from another version: {error}; start a new run"
+        ) from None
     if not vouched:
         _check_values(run_dir, values)
     return config
