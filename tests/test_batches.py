@@ -94,12 +94,20 @@ def test_a_count_below_what_the_model_sees_at_a_time_is_refused_before_any_file_
         make_batch_maker(loaded, TrainConfig(device="cpu", nframes=1))
 
 
-def test_a_video_has_the_time_that_the_configuration_gives(tmp_path):
+def test_a_video_has_the_time_and_the_workers_that_the_configuration_gives(tmp_path):
     """An hour of 720p takes minutes to decode on one core: whoever has such videos gives them the time."""
     path = write_video(tmp_path / "a.mp4", counter_frames(8))
     config = TrainConfig(model=str(make_tiny(tmp_path / "tiny", ["what"])), device="cpu", decode_timeout=1e-4)
+    config.decode_workers = 3
     with (
         make_batch_maker(load_model(config), config) as made,
         pytest.raises(VideoError, match=r"took longer than 0.0001 s"),
     ):
+        assert made.store.workers == len(made.store._pool._all) == 3
         made.store.load(str(path))
+
+
+@pytest.mark.parametrize("changes", [{"decode_timeout": 0.0}, {"decode_workers": 0}])
+def test_no_time_and_no_worker_are_refused(changes):
+    with pytest.raises(UsageError, match=next(iter(changes))):
+        TrainConfig(**changes).check_data()

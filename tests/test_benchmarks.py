@@ -464,8 +464,8 @@ def test_settings_are_all_that_an_answer_and_its_verdict_depend_on(model):
     unread = {"model": "other", "threshold": 0.5}  # of a judge in training
     assert settings_of(options, dataclasses.replace(config, oracle_options=unread)) == before
     # What could not be read in time is asked again where it has more.
-    longer = dataclasses.replace(options, decode_timeout=900.0)
-    assert configuration(longer).decode_timeout == 900.0
+    longer = dataclasses.replace(options, decode_timeout=900.0, decode_workers=8)
+    assert (configuration(longer).decode_timeout, configuration(longer).decode_workers) == (900.0, 8)
     assert settings_of(longer, configuration(longer)) == before
 
 

@@ -143,7 +143,7 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
     from rlaif_fast.trainer.scoring import SCORING, rules
 
     # What was not read in time is asked again.
-    shown = [name for name in FROM_RUN if name != "decode_timeout"]
+    shown = [name for name in FROM_RUN if name not in ("decode_workers", "decode_timeout")]
     names = (
         "benchmark",
         "data",

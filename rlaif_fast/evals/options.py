@@ -36,6 +36,7 @@ FROM_RUN = (
     "min_pixels",
     "max_pixels",
     "total_pixels",
+    "decode_workers",
     "decode_timeout",
     "max_completion_length",
 )
@@ -75,6 +76,7 @@ class EvaluateConfig:
         min_pixels: Fewest pixels of a resized frame or image.
         max_pixels: Most pixels of a resized frame or image.
         total_pixels: Most pixels of all frames of a prompt together.
+        decode_workers: Processes that scan and decode videos, for each process of the evaluation.
         decode_timeout: Seconds to scan a video, and again to decode it; one that takes longer is unreadable.
         max_completion_length: Most tokens in an answer.
     """
@@ -104,6 +106,7 @@ class EvaluateConfig:
     min_pixels: int | None = None
     max_pixels: int | None = None
     total_pixels: int | None = None
+    decode_workers: int | None = None
     decode_timeout: float | None = None
     max_completion_length: int | None = None
 

@@ -35,6 +35,7 @@ class DataOptions:
         scored_answer: Part of an answer that is scored: what stands in its `<answer>` block, or the "whole".
         on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
         max_bad_fraction: Share of unreadable media above which the run stops.
+        decode_workers: Processes that scan and decode videos, for each process of the run.
         decode_timeout: Seconds to scan a video, and again to decode it; one that takes longer is unreadable.
         fps: Frames sampled a second.
         nframes: Frames sampled a video, in place of `fps`.
@@ -66,6 +67,7 @@ class DataOptions:
     scored_answer: Literal["answer", "whole"] = "answer"
     on_bad_row: Literal["raise", "skip"] = "raise"
     max_bad_fraction: float = 0.05
+    decode_workers: int = 2
     decode_timeout: float = 300.0
     fps: float = 2.0
     nframes: int | None = None
@@ -93,18 +95,15 @@ class DataOptions:
         share = self.holdout_fraction
         require(0 < share < 0.5, "holdout_fraction", "a share in (0, 0.5)", share)
         require_positive("fps", self.fps)
+        require_least("decode_workers", self.decode_workers, 1)
         require_positive("decode_timeout", self.decode_timeout)
         require_least("nframes", self.nframes, 1)
-        require(
-            1 <= self.min_frames <= self.max_frames,
-            "min_frames",
-            f"1 to max_frames ({self.max_frames})",
-            self.min_frames,
-        )
+        least, most = self.min_frames, self.max_frames
+        require(1 <= least <= most, "min_frames", f"1 to max_frames ({most})", least)
         require_least("frame_cache_bytes", self.frame_cache_bytes, 0)
         require(self.codec in ("vp9", "h264"), "codec", "vp9 or h264", self.codec)
         level = self.synthetic_difficulty
-        require(1 <= level <= 3, "synthetic_difficulty", "1, 2 or 3", level)
+        require(level in (1, 2, 3), "synthetic_difficulty", "1, 2 or 3", level)
 
 
 @dataclass

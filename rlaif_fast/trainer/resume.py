@@ -24,6 +24,7 @@ CHANGEABLE = (
     "sampler_options",
     "max_invalid_fraction",
     "max_bad_fraction",
+    "decode_workers",
     "decode_timeout",
     "learning_rate",
     "sft_learning_rate",

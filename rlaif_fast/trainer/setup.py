@@ -230,6 +230,7 @@ def make_batch_maker(
         cache=ClipCache(memory_bytes=config.frame_cache_bytes),
         decoder=config.decoder,
         device=loaded.device,
+        workers=config.decode_workers,
         timeout=config.decode_timeout,
         quarantine=quarantine,
         max_bad_fraction=config.max_bad_fraction,
