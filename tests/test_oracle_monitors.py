@@ -109,6 +109,7 @@ def test_a_judge_that_declines_to_judge_blindly_does_not_stop_the_run():
     rankings = breaker.rank(requests)
     assert blind_control(breaker, requests, rankings) == {}
     assert breaker.rank(requests) == rankings
+    assert blind_control(CircuitBreaker(breaker), requests, rankings, sample=32) == {}
 
 
 def test_counters_pass_through_wrappers(tmp_path):

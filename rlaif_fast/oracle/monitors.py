@@ -15,7 +15,7 @@ from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import Order, kendall_tau, top1_agreement
 from rlaif_fast.oracle.judge import Verdict
 from rlaif_fast.oracle.reference import ReferenceOracle
-from rlaif_fast.oracle.wrappers import CircuitBreaker
+from rlaif_fast.oracle.wrappers import CircuitBreaker, OracleFailedError
 
 
 def oracle_stats(
@@ -105,16 +105,20 @@ def blind_control(
 
     Returns:
         oracle/blind_tau and oracle/blind_top1, the agreement of the blind ranking with the seeing one; empty
-        where no sampled group has frames.
+        where no sampled group has frames, or nothing was ranked blindly.
     """
     require_least("sample", sample, 1)
     seen = [pair for pair in zip(requests, rankings) if pair[0].clips and pair[1].valid]
     chosen = random.Random(seed).sample(seen, min(sample, len(seen)))
     if not chosen:
         return {}
+    # A judge that declines to judge blindly is no reason to stop.
     if isinstance(oracle, CircuitBreaker):
-        oracle = oracle.inner  # a judge that declines to judge blindly is no reason to stop
-    blind = rank_all(oracle, [replace(request, clips=()) for request, _ in chosen])
+        oracle = oracle.inner
+    try:
+        blind = rank_all(oracle, [replace(request, clips=()) for request, _ in chosen])
+    except OracleFailedError:  # of a breaker further in
+        return {}
     pairs = [(ranking.ranks, other.ranks) for (_, ranking), other in zip(chosen, blind) if other.valid]
     stats = {
         "oracle/blind_tau": _mean([kendall_tau(*pair) for pair in pairs]),
