@@ -1,13 +1,18 @@
 """From rows to encoded prompts: each file is loaded once for all rows that ask about it."""
 
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
+from rlaif_fast.data.benchmarks import Item
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
+from rlaif_fast.evals.runner import run_items
 from rlaif_fast.policy.loading import load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import EpochOrder, by_media
+from rlaif_fast.trainer.evaluation import evaluate
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.setup import make_batch_maker
 from rlaif_fast.video import VideoError
@@ -111,3 +116,26 @@ def test_a_video_has_the_time_and_the_workers_that_the_configuration_gives(tmp_p
 def test_no_time_and_no_worker_are_refused(changes):
     with pytest.raises(UsageError, match=next(iter(changes))):
         TrainConfig(**changes).check_data()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_an_evaluation_decodes_the_next_videos_while_it_answers(maker, tmp_path, monkeypatch, published):
+    paths = [write_video(tmp_path / f"{i}.mp4", counter_frames(8 + i)) for i in range(5)]
+    rows, asked, seen = rows_about(paths)[::4], [], []
+    submit = maker.store.submit
+    monkeypatch.setattr(maker.store, "submit", lambda medium: asked.append(medium.path) or submit(medium))
+
+    def answers(prompts, *_):
+        seen.append((len(prompts), len(asked)))
+        return ["what"] * len(prompts)
+
+    if published:
+        items = [Item(row) for row in rows]
+        run_items(items, None, maker, answers, category="kind", is_right=lambda *_: True, videos_per_step=2)
+    else:
+        sampler = SimpleNamespace(sample=lambda *given: SimpleNamespace(texts=answers(*given)))
+        scorer = SimpleNamespace(is_correct=lambda *_: True)
+        found = evaluate(rows, maker, sampler, scorer=scorer, max_new_tokens=1, videos_per_step=2)
+        assert [one.example.id for one in found.predictions] == [row.id for row in rows]
+    assert seen == [(2, 4), (2, 5), (1, 5)]
+    assert asked == [str(path) for path in paths]

@@ -66,7 +66,7 @@ class EvaluateConfig:
         blank_frames: Replace every frame by grey: what a policy answers that cannot see.
         output: JSONL file for the predictions; null writes none.
         device: "auto", "cpu", "cuda".
-        videos_per_step: Videos answered at once.
+        videos_per_step: Videos answered at once, while the next ones are decoded.
         debug: Show tracebacks.
         media_root: Folder that relative media paths start from.
         fps: Frames sampled a second.

@@ -51,7 +51,7 @@ def run_items(
         category: What the category is called among the groups of a record.
         is_right: Says whether an answer is right.
         grader: Grades the answers to open questions too; None grades none.
-        videos_per_step: Videos answered at once, in each process.
+        videos_per_step: Videos answered at once, in each process; the next ones are decoded meanwhile.
         world: The processes that share the items.
         advance: Called with the number of items done.
     """
@@ -60,10 +60,11 @@ def run_items(
     left = [item for item in items if item.example.id not in done]
     advance(len(items) - len(left))
     chunks = _by_video(left)
-    step = videos_per_step * world.size
-    for start in range(0, len(chunks), step):
-        mine = [item for chunk in world.share(chunks[start : start + step]) for item in chunk]
-        records = _answer_chunk(mine, make_batch, answers, category, is_right, grader)
+    starts = range(0, len(chunks), videos_per_step * world.size)
+    steps = [chunks[at : at + videos_per_step * world.size] for at in starts]
+    mine = [[item for chunk in world.share(step) for item in chunk] for step in steps]
+    for items_now, following in zip(mine, [*mine[1:], []]):
+        records = _answer_chunk(items_now, following, make_batch, answers, category, is_right, grader)
         everyone = [record for part in world.gather(records) for record in part]
         if folder is not None:
             folder.add(everyone)
@@ -92,14 +93,16 @@ def grade_rest(items: Sequence[Item], folder: EvalFolder, grader: Grader) -> int
 
 def _answer_chunk(
     items: Sequence[Item],
+    following: Sequence[Item],
     make_batch: BatchMaker,
     answers: Answers,
     category: str,
     is_right: IsRight,
     grader: Grader | None,
 ) -> list[Record]:
-    asked = {item.example.id: item for item in items if not item.trouble}
-    prompts = make_batch([item.example for item in asked.values()]) if asked else []
+    asked = _readable(items)
+    prompts = make_batch(asked) if asked else []
+    make_batch.prefetch(_readable(following))
     texts = answers(prompts) if prompts else []
     requests = [rank_request(prompt, [text], 0) for prompt, text in zip(prompts, texts)]
     grades: dict[str, Grade | None] = {}
@@ -116,6 +119,11 @@ def _answer_chunk(
         _record(item, category, found.get(item.example.id), grades.get(item.example.id), reason)
         for item in items
     ]
+
+
+def _readable(items: Sequence[Item]) -> list[Example]:
+    """The questions whose media are there."""
+    return list({item.example.id: item.example for item in items if not item.trouble}.values())
 
 
 def _record(

@@ -94,7 +94,7 @@ def evaluate(
         scorer: Says which answers are right.
         max_new_tokens: Most tokens in an answer.
         max_reasoning_tokens: See `SamplingParams`.
-        videos_per_step: Videos answered at once.
+        videos_per_step: Videos answered at once; the next step's are decoded meanwhile.
         advance: Called with the number of rows done after each step.
         world: The processes that share the rows; all of them get the result.
         oracle: Ranks each answer against the one in `opponents`; None compares none.
@@ -107,9 +107,11 @@ def evaluate(
     groups = world.share(by_media(examples))
     row_of = {id(example): row for row, example in enumerate(examples)}
     answers: dict[int, tuple[str, bool | None, float | None]] = {}
-    for start in range(0, len(groups), videos_per_step):
-        rows = [row for group in groups[start : start + videos_per_step] for row in group]
+    starts = range(0, len(groups), videos_per_step)
+    steps = [[row for group in groups[at : at + videos_per_step] for row in group] for at in starts]
+    for rows, following in zip(steps, [*steps[1:], []]):
         prompts = make_batch(rows)
+        make_batch.prefetch(following)
         if prompts:
             texts = sampler.sample(prompts, 1, params).texts
             wins = compare_with(prompts, texts, oracle, opponents or {})

@@ -290,7 +290,7 @@ class RunOptions:
             processes than that, each such row holds the weights.
         threads: CPU threads a process; 0 leaves it to torch, and divides the cores among several processes.
         logging_steps: Steps between two lines in metrics.jsonl.
-        eval_videos_per_step: Videos evaluated at once.
+        eval_videos_per_step: Videos evaluated at once, while the next ones are decoded.
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
         report_to: Trackers that get the metrics too, each by its own library: trackio, wandb, swanlab, mlflow.
