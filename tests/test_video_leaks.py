@@ -68,6 +68,9 @@ def check(files, warm, count, isolate):
     options = {"cache": ClipCache(0), "max_bad_fraction": 1.0, "workers": 2, "isolate": isolate}
     others = usage([])[3]  # processes that earlier tests of this session left, such as a resource tracker
     with ClipStore(FrameSampling(nframes=4), **options) as store:
+        # A pool starts a thread when it finds none idle, which one that just ended its work may not be yet.
+        for load in [store.submit(path) for path in files[0][:2]]:
+            load.result()
         hammer(files, warm, store)
         pids = store._pool.pids if isolate else []
         before = usage(pids)
