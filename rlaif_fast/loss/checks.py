@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import values
-from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs
+from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs, members_of
 from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_flag, check_number
 
 OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
@@ -58,13 +58,6 @@ def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor
         raise TypeError(f"{name} must be bool; got {describe(value)}")
 
 
-def counting(judged: Tensor | None, valid: Tensor | None) -> Tensor | None:  # (N, G) bool
-    """Return which responses count in their group: the judged ones of valid groups; None is all."""
-    if valid is None:
-        return judged
-    return valid[:, None] if judged is None else judged & valid[:, None]
-
-
 def ranking(
     oracle_ranks: Tensor,  # (N, G)
     scores: Tensor | None,  # (N, G)
@@ -94,7 +87,7 @@ def ranking(
             raise ValueError("weights must be finite and at least 0")
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
-    count, read = counting(judged, valid), values.can_read(oracle_ranks, validate)
+    count, read = members_of(judged, valid), values.can_read(oracle_ranks, validate)
     if read:
         values.finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
     oracle_ranks = oracle_ranks.detach()
@@ -142,7 +135,7 @@ def rank_inputs(
     scores = scores.detach()
     if kind in ("oracle", "zscore"):
         scores = scores.nan_to_num()  # ignored, so it may hold anything
-    count = counting(judged, valid)
+    count = members_of(judged, valid)
     return RankInputs(
         scores,
         oracle_ranks,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.loss import checks, ops
-from rlaif_fast.loss.inputs import LossArguments, Padding, RankAdvantages, TokenInputs
+from rlaif_fast.loss.inputs import LossArguments, Padding, RankAdvantages
 from rlaif_fast.loss.options import RankOptions
 from rlaif_fast.loss.reference.rank_loss import policy_scores, ranking_stats
 
@@ -65,7 +65,7 @@ def rank_by_index(
     rest = (weights, valid, options.kind, validate)
     inputs = checks.rank_inputs(grid(scores.detach()), grid(oracle_ranks), grid(judged), *rest)
     result = ops.rank_advantages(inputs, options, backend)
-    stats = ranking_stats(result, TokenInputs(judged=inputs.judged), scores.new_zeros(()))
+    stats = ranking_stats(result, inputs.judged, scores.new_zeros(()))
     flat = result._replace(
         advantages=grouping.flat(result.advantages), penalties=grouping.flat(result.penalties)
     )

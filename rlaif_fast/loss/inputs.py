@@ -46,6 +46,16 @@ class RankAdvantages(NamedTuple):
     top1_agreement: Tensor
 
 
+def members_of(judged: Tensor | None, valid: Tensor | None) -> Tensor | None:  # (N, G), (N,) bool
+    """Return which responses are members of their group, the judged ones of valid groups: (N, G) or (N, 1).
+
+    None is all of them.
+    """
+    if valid is None:
+        return judged
+    return valid[:, None] if judged is None else judged & valid[:, None]
+
+
 _OF_GROUPS = ("oracle_ranks", "scores", "judged", "weights", "valid")
 
 
@@ -73,15 +83,22 @@ class TokenInputs:
         """G where the loss ranks, else None."""
         return None if self.oracle_ranks is None else self.oracle_ranks.shape[1]
 
+    @property
+    def valid_rows(self) -> Tensor | None:  # (B,) bool
+        """The responses of valid groups; None is all of them."""
+        if self.valid is None:
+            return None
+        assert self.group_size is not None
+        return self.valid.repeat_interleave(self.group_size)
+
     def counting(self, lengths: Tensor | None) -> Tensor | None:
         """Return which tokens count, (B, T) or (B, 1), or (M,) with lengths (B,): those of the mask in valid groups.
 
         None is all of them.
         """
-        if self.valid is None:
+        rows = self.valid_rows
+        if rows is None:
             return self.mask
-        assert self.group_size is not None
-        rows = self.valid.repeat_interleave(self.group_size)
         tokens = rows[:, None] if lengths is None else rows.repeat_interleave(lengths)
         return tokens if self.mask is None else self.mask & tokens
 

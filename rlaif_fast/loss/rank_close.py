@@ -30,10 +30,8 @@ class RankClose:
     @cached_property
     def valid(self) -> Tensor:  # (B,) bool
         """The responses of valid groups."""
-        if self.inputs.valid is None:
-            return self.like.new_ones(self.shape[0], dtype=torch.bool)
-        assert self.inputs.group_size is not None
-        return self.inputs.valid.repeat_interleave(self.inputs.group_size)
+        rows = self.inputs.valid_rows
+        return self.like.new_ones(self.shape[0], dtype=torch.bool) if rows is None else rows
 
     @cached_property
     def mask(self) -> Tensor:  # (B, T) bool

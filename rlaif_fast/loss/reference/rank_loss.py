@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlaif_fast.loss.inputs import RankAdvantages, RankInputs, TokenInputs
+from rlaif_fast.loss.inputs import RankAdvantages, RankInputs, TokenInputs, members_of
 from rlaif_fast.loss.options import LOG_RATIO_LIMIT, MIN_RANKED, LossOptions
 from rlaif_fast.loss.reference.rank_penalty import rank_penalty
 
@@ -66,10 +66,9 @@ def rank_loss(
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     B, T = logps.shape
     zero = logps.new_zeros(())
-    row_valid = logps.new_ones(B, dtype=torch.bool)
-    if inputs.valid is not None:
-        assert inputs.group_size is not None
-        row_valid = inputs.valid.repeat_interleave(inputs.group_size)
+    row_valid = inputs.valid_rows
+    if row_valid is None:
+        row_valid = logps.new_ones(B, dtype=torch.bool)
     mask = row_valid[:, None].expand(B, T) if inputs.mask is None else inputs.mask & row_valid[:, None]
 
     # A masked entry may hold anything, NaN too: it is replaced before it meets arithmetic or autograd.
@@ -123,7 +122,7 @@ def rank_loss(
         token_mean((ratio > high) & (A > 0)),
         token_mean(ratio),
         ratio.where(mask, 0.0).max() if ratio.numel() else zero,
-        *ranking_stats(ranking, inputs, zero),
+        *ranking_stats(ranking, members_of(inputs.judged, inputs.valid), zero),
         mask.sum(),
         _share_of_rows((ratio < low) & (A < 0), mask, length)[0],
         _share_of_rows((ratio > high) & (A > 0), mask, length)[1],
@@ -147,21 +146,23 @@ def _rank(old: Tensor, mask: Tensor, inputs: TokenInputs, options: LossOptions) 
     scores = inputs.scores
     if scores is None:
         scores = policy_scores(old, mask, ranks.shape[1], options.score)
-    judged = inputs.judged
-    if inputs.valid is not None:
-        judged = (
-            inputs.valid[:, None].expand(ranks.shape) if judged is None else judged & inputs.valid[:, None]
-        )
+    judged = members_of(inputs.judged, inputs.valid)
+    if judged is not None:
+        judged = judged.expand(ranks.shape)
     return rank_penalty(RankInputs(scores.to(old.dtype), ranks, judged, inputs.weights), options)
 
 
-def ranking_stats(ranking: RankAdvantages | None, inputs: TokenInputs, zero: Tensor) -> list[Tensor]:
+def ranking_stats(
+    ranking: RankAdvantages | None,
+    members: Tensor | None,  # (N, G) or (N, 1) bool; None is all
+    zero: Tensor,
+) -> list[Tensor]:
     """Return penalty, nDCG, tau and top-1 agreement over what was ranked, and the share without signal."""
     if ranking is None or not len(ranking.ndcg):
         return [zero] * 5
     judged = ranking.advantages.new_ones(ranking.advantages.shape, dtype=torch.bool)
-    for x in (inputs.judged, None if inputs.valid is None else inputs.valid[:, None]):
-        judged = judged if x is None else judged & x
+    if members is not None:
+        judged = judged & members
     judged = judged & (judged.sum(-1, keepdim=True) >= MIN_RANKED)
     groups = judged.any(-1).sum().clamp(min=1)
     means = [x.sum() / groups for x in (ranking.ndcg, ranking.kendall_tau, ranking.top1_agreement)]
