@@ -216,11 +216,10 @@ def rank_loss(
         bits(inputs.mask),
         flat(sampling_ratio),
     ]
-    given, *of_groups = (
+    given, ranks, scores, weights = (
         None if x is None else x.detach().contiguous()
         for x in (advantages, oracle_ranks, inputs.scores, inputs.weights)
     )
-    ranks, scores, weights = of_groups
     valid = bits(inputs.valid)
     computed = torch.empty(B, dtype=torch.float32, device=device)
     row_slopes, row_weights = torch.empty_like(computed), torch.empty_like(computed)
@@ -257,7 +256,7 @@ def rank_loss(
                 AGGREGATE=options.aggregate,
                 ENTROPY_TOKENS=options.entropy_aggregate == "tokens",
                 SKIP_EMPTY=options.empty_rows == "skip",
-                SEQUENCE=options.importance_sampling_level == "sequence",
+                SEQUENCE=options.per_sequence,
                 PER_TOKEN=per_token,
                 **config,
             )

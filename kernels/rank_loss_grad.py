@@ -122,7 +122,7 @@ def write_gradient(
                 *(beta, options.kl_clamp, entropy_coef),
                 **kl_and_surrogate(options),
                 ENTROPY_TOKENS=options.entropy_aggregate == "tokens",
-                SEQUENCE=options.importance_sampling_level == "sequence",
+                SEQUENCE=options.per_sequence,
                 PER_TOKEN=per_token,
                 BLOCK_T=BLOCK_T,
                 num_warps=config["num_warps"],
