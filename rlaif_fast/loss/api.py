@@ -298,7 +298,7 @@ def fused_linear_grpo_rank_loss(
     rows = weight.shape[0]
     shard = None if process_group is None else VocabularyShard(process_group, rows, weight.device)
     vocabulary = rows if shard is None else shard.vocabulary
-    values.ids_in_range("token_ids", token_ids, vocabulary, inputs.mask, validate)
+    values.ids_in_range(token_ids, vocabulary, inputs.mask, validate)
     if inputs.mask is not None:
         token_ids = token_ids.where(inputs.mask, 0)
     rest = (token_ids, lengths, inputs, options, chunk_size, shard, backend)
@@ -386,7 +386,7 @@ def token_logps(
     checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape = tuple(hidden.shape[:-1])
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
-    values.ids_in_range("token_ids", token_ids, weight.shape[0], None, validate)
+    values.ids_in_range(token_ids, weight.shape[0], None, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
     head = Head(weight, bias, scaling, float32_weight)
     rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)

@@ -51,11 +51,18 @@ def token_ids(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tens
         raise TypeError(f"{name} must be int64 or int32; got {describe(value)}")
 
 
-def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor | None = None) -> None:
+def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
     """Raise unless `value` is a bool tensor (see `tensor`)."""
     tensor(name, value, shape, like=like)
     if value.dtype != torch.bool:
         raise TypeError(f"{name} must be bool; got {describe(value)}")
+
+
+def unit_weights(name: str, value: Any, units: int, like: Tensor, validate: bool) -> None:
+    """Raise unless `value` multiplies each of some pairs or groups by a finite number of at least 0."""
+    floating(name, value, (units,), like=like)
+    if values.can_read(value, validate) and not ((value >= 0) & value.isfinite()).all():
+        raise ValueError(f"{name} must be finite and at least 0")
 
 
 def ranking(
@@ -82,25 +89,23 @@ def ranking(
     if judged is not None:
         boolean("judged", judged, (N, G), like=like)
     if weights is not None:
-        floating("weights", weights, (N,), like=like)
-        if values.can_read(weights, validate) and not ((weights >= 0) & weights.isfinite()).all():
-            raise ValueError("weights must be finite and at least 0")
+        unit_weights("weights", weights, N, like, validate)
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
     count, read = members_of(judged, valid), values.can_read(oracle_ranks, validate)
     if read:
-        values.finite_ranks("oracle_ranks", oracle_ranks, count, negative=kind == "zscore")
+        values.finite_ranks(oracle_ranks, count, negative=kind == "zscore")
     oracle_ranks = oracle_ranks.detach()
     if kind == "zscore":
         oracle_ranks = without_offset(oracle_ranks, count)
     if read:
         wide = torch.promote_types(like.dtype, torch.float32)
         if oracle_ranks.element_size() > wide.itemsize or oracle_ranks.dtype == torch.int32:
-            values.distinct_in(wide, "oracle_ranks", oracle_ranks, count)
+            values.distinct_in(wide, oracle_ranks, count)
         if kind == "zscore":
-            values.squares_in(wide, "oracle_ranks", oracle_ranks, count)
+            values.squares_in(wide, oracle_ranks, count)
         if scores is not None and kind not in ("oracle", "zscore"):
-            values.not_nan("scores", scores, count)
+            values.scores_not_nan(scores, count)
     return oracle_ranks
 
 
@@ -148,7 +153,7 @@ def grouped(name: str, value: Any, group_size: int | None, responses: int, like:
     """Bring a flat (B,) or grouped tensor to (N, G) with N * G = responses."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (N, G) or (B,); got {describe(value)}")
-    divides("group_size", group_size, responses)
+    check_group_size(group_size, responses)
     if value.dim() == 1:
         if group_size is None:
             raise ValueError(f"group_size must be given with flat {name}; got {describe(value)}")
@@ -163,14 +168,14 @@ def grouped(name: str, value: Any, group_size: int | None, responses: int, like:
     return value
 
 
-def divides(name: str, value: Any, responses: int) -> None:
+def check_group_size(value: Any, responses: int) -> None:
     """Raise unless `value` is None or an int that divides the responses into groups."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {describe(value)}")
+        raise TypeError(f"group_size must be an int; got {describe(value)}")
     if value < 1 or responses % value:
-        raise ValueError(f"{name} must divide the {responses} responses; got {value}")
+        raise ValueError(f"group_size must divide the {responses} responses; got {value}")
 
 
 def num_items(value: Any, like: Tensor, validate: bool) -> Tensor | None:  # scalar
@@ -283,7 +288,7 @@ def given_advantages(
         value, default = arguments.get(name), getattr(LossOptions, name)
         if value is not None and value != default:
             raise ValueError(f"{name} belongs to oracle_ranks, not to advantages; got {value!r}")
-    divides("group_size", arguments.get("group_size"), responses)
+    check_group_size(arguments.get("group_size"), responses)
     return advantages.detach()
 
 
@@ -304,7 +309,7 @@ def sampling_ratio(value: Any, shape: tuple[int, ...], responses: int, like: Ten
     return per_token("sampling_ratio", value, shape, like)
 
 
-def mask(value: Any, shape: tuple[int, ...], like: Tensor, validate: bool = True) -> Tensor | None:
+def mask(value: Any, shape: tuple[int, ...], like: Tensor, validate: bool) -> Tensor | None:
     """Return a mask of any dtype that holds 0 and 1 as bool."""
     if value is None:
         return None
@@ -322,7 +327,7 @@ def scaling(
     scale: float,
     shape: tuple[int, ...],  # of the tokens
     like: Tensor,
-    validate: bool = True,
+    validate: bool,
 ) -> Scaling:
     """Return what happens to the logits before the softmax, or raise."""
     check_number("logit_scale", scale, minimum=0.0, strict=True)
@@ -337,7 +342,7 @@ def scaling(
     return Scaling(1.0, temperature.detach().reshape(-1), softcap, scale)
 
 
-def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool = True) -> None:
+def logits(value: Any, ids: Tensor, mask: Tensor | None, validate: bool) -> None:
     """Raise unless logits (..., V) and the ids of tokens (...) fit together."""
     if not isinstance(value, Tensor):
         raise TypeError(f"logits must be a tensor of shape (..., V); got {describe(value)}")
@@ -347,11 +352,11 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None = None, validate: bool =
         )
     floating("logits", value, tuple(value.shape))
     token_ids("token_ids", ids, tuple(value.shape[:-1]), like=value)
-    values.ids_in_range("token_ids", ids, value.shape[-1], mask, validate)
+    values.ids_in_range(ids, value.shape[-1], mask, validate)
 
 
 def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None, float32: Tensor | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None, float32: Tensor | None
 ) -> None:
     """Raise unless hidden states (..., H), a weight (V, H), what it is rounded from, and a bias (V,) fit together."""
     if not isinstance(hidden, Tensor):
@@ -373,7 +378,7 @@ def head(
         check_count("chunk_size", chunk_size)
 
 
-def lengths(value: Any, packed: int, like: Tensor, validate: bool = True) -> int:
+def lengths(value: Any, packed: int, like: Tensor, validate: bool) -> int:
     """Return how many responses there are; raise unless their lengths (B,) add up to the packed rows."""
     tensor("lengths", value, ("B",), like=like)
     if value.dtype not in (torch.int64, torch.int32):

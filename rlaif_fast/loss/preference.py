@@ -295,7 +295,7 @@ class _Call:
         check_number("beta", self.beta, minimum=0.0, strict=True)
         mask = checks.mask(arguments.get("mask"), shape, hidden, self.validate)
         checks.token_ids("token_ids", token_ids, shape, like=hidden)
-        values.ids_in_range("token_ids", token_ids, weight.shape[0], mask, self.validate)
+        values.ids_in_range(token_ids, weight.shape[0], mask, self.validate)
         self.hidden, self.ref_logps_sum, self.mask = hidden, ref_logps_sum, mask
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
         self.padding = None if lengths is None else Padding(lengths, shape[0])
@@ -319,9 +319,7 @@ class _Call:
         """Return what multiplies the loss of each pair or group, detached, or raise."""
         if value is None:
             return None
-        checks.floating(name, value, (units,), like=self.hidden)
-        if values.can_read(value, self.validate) and not ((value >= 0) & value.isfinite()).all():
-            raise ValueError(f"{name} must be finite and at least 0")
+        checks.unit_weights(name, value, units, self.hidden, self.validate)
         return value.detach()
 
     def items(self, default: int) -> float | Tensor:

@@ -10,95 +10,85 @@ import torch
 from torch import Tensor
 
 
-def can_read(x: Tensor, validate: bool = True) -> bool:
+def can_read(x: Tensor, validate: bool) -> bool:
     """Return whether values may be looked at: not while tracing, nor while a CUDA graph is captured."""
     if not validate or torch.compiler.is_compiling():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def finite_ranks(name: str, value: Tensor, judged: Tensor | None, *, negative: bool) -> None:
+def finite_ranks(ranks: Tensor, judged: Tensor | None, *, negative: bool) -> None:
     """Raise if a rank that counts is NaN, infinite, or (unless `negative`) below 0."""
-    if not value.numel():
+    if not ranks.numel():
         return
-    low, high = value.aminmax()  # one pass; NaN comes through
+    low, high = ranks.aminmax()  # one pass; NaN comes through
     if low.isfinite() and high.isfinite() and (negative or low >= 0):
         return
-    bad = ~value.isfinite() if negative else ~(value.isfinite() & (value >= 0))
-    if judged is not None:
-        bad = bad & judged
-    if bad.any():
-        n, g = bad.nonzero()[0].tolist()
+    bad = ~ranks.isfinite() if negative else ~(ranks.isfinite() & (ranks >= 0))
+    if (at := _first(bad, judged)) is not None:
         expected = "finite" if negative else "finite and at least 0"
-        raise ValueError(f"{name} must be {expected}; got {value[n, g].item()} at [{n}, {g}]")
+        raise ValueError(f"oracle_ranks must be {expected}; got {ranks[tuple(at)].item()} at {at}")
 
 
-def distinct_in(dtype: torch.dtype, name: str, value: Tensor, judged: Tensor | None) -> None:  # (N, G)
+def distinct_in(dtype: torch.dtype, ranks: Tensor, judged: Tensor | None) -> None:  # (N, G)
     """Raise if ranks of a group that count and differ would be equal, or infinite, in the dtype of the kernels.
 
     What float64 arithmetic makes of equal numbers (0.1 + 0.2 and 0.3) does not differ.
     """
-    rounded = value.to(dtype)
-    if bool((rounded.to(value.dtype) == value).all()):
+    rounded = ranks.to(dtype)
+    if bool((rounded.to(ranks.dtype) == ranks).all()):
         return
-    differ = value[:, :, None] != value[:, None, :]
-    if value.is_floating_point():
-        noise = 8 * torch.finfo(value.dtype).eps * value.abs()
-        differ = (value[:, :, None] - value[:, None, :]).abs() > noise[:, :, None]
+    differ = ranks[:, :, None] != ranks[:, None, :]
+    if ranks.is_floating_point():
+        noise = 8 * torch.finfo(ranks.dtype).eps * ranks.abs()
+        differ = (ranks[:, :, None] - ranks[:, None, :]).abs() > noise[:, :, None]
     lost = differ & (rounded[:, :, None] == rounded[:, None, :])
     lost = lost | ~rounded.isfinite()[:, :, None]
-    if judged is not None:
-        lost = lost & judged[:, :, None] & judged[:, None, :]
-    if lost.any():
-        n, i, _ = lost.nonzero()[0].tolist()
+    pairs = None if judged is None else judged[:, :, None] & judged[:, None, :]
+    if (at := _first(lost, pairs)) is not None:
+        n, i, _ = at
         raise ValueError(
-            f"{name} must differ in {dtype} where they differ; got {value[n, i].item()} at [{n}, {i}]"
+            f"oracle_ranks must differ in {dtype} where they differ; got {ranks[n, i].item()} at [{n}, {i}]"
         )
 
 
-def squares_in(dtype: torch.dtype, name: str, value: Tensor, judged: Tensor | None) -> None:
+def squares_in(dtype: torch.dtype, rewards: Tensor, judged: Tensor | None) -> None:
     """Raise if the squares of rewards of a group that count may add up to infinity in the dtype of the kernels."""
     limit = torch.finfo(dtype).max ** 0.5 / 16
-    bad = value.abs() > limit
-    if judged is not None:
-        bad = bad & judged
-    if bad.any():
-        n, g = bad.nonzero()[0].tolist()
+    if (at := _first(rewards.abs() > limit, judged)) is not None:
         raise ValueError(
-            f"{name} must be within +-{limit:.2g} as rewards; got {value[n, g].item()} at [{n}, {g}]"
+            f"oracle_ranks must be within +-{limit:.2g} as rewards; got {rewards[tuple(at)].item()} at {at}"
         )
 
 
-def ids_in_range(name: str, ids: Tensor, vocabulary: int, mask: Tensor | None, validate: bool = True) -> None:
+def ids_in_range(ids: Tensor, vocabulary: int, mask: Tensor | None, validate: bool) -> None:
     """Raise if the id of an unmasked token is outside [0, vocabulary)."""
     if not can_read(ids, validate):
         return
-    bad = (ids < 0) | (ids >= vocabulary)
-    if mask is not None:
-        bad = bad & mask
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name} must be in [0, {vocabulary}); got {ids[tuple(at)].item()} at {at}")
+    if (at := _first((ids < 0) | (ids >= vocabulary), mask)) is not None:
+        raise ValueError(f"token_ids must be in [0, {vocabulary}); got {ids[tuple(at)].item()} at {at}")
 
 
-def not_nan(name: str, value: Tensor, judged: Tensor | None) -> None:
+def scores_not_nan(scores: Tensor, judged: Tensor | None) -> None:
     """Raise if a score that counts is NaN, which has no place in an order."""
-    if not value.numel() or not value.amax().isnan():
+    if not scores.numel() or not scores.amax().isnan():
         return
-    bad = value.isnan() if judged is None else value.isnan() & judged
-    if bad.any():
-        raise ValueError(f"{name} must not be NaN; got NaN at {bad.nonzero()[0].tolist()}")
+    if (at := _first(scores.isnan(), judged)) is not None:
+        raise ValueError(f"scores must not be NaN; got NaN at {at}")
 
 
 def finite_weights(name: str, value: Tensor | None, mask: Tensor | None) -> None:  # mask (B, T) or (M,)
     """Raise if what weighs a token that counts is NaN or infinite; it is one a token or one a response."""
     if value is None or bool(value.isfinite().all()):
         return
-    bad = ~value.isfinite()
-    if mask is not None and mask.shape == bad.shape:
-        bad = bad & mask
-    elif mask is not None and mask.dim() == 2:
-        bad = bad & mask.any(1).view_as(bad)
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
+    if mask is not None and mask.shape != value.shape:
+        mask = mask.any(1).view_as(value) if mask.dim() == 2 else None
+    if (at := _first(~value.isfinite(), mask)) is not None:
         raise ValueError(f"{name} must be finite; got {value[tuple(at)].item()} at {at}")
+
+
+def _first(bad: Tensor, counts: Tensor | None) -> list[int] | None:
+    """Return where the first is that is bad and counts, or None; a `counts` of None counts all."""
+    if counts is not None:
+        bad = bad & counts
+    return bad.nonzero()[0].tolist() if bad.any() else None
