@@ -83,7 +83,7 @@ def rank_advantages(
     if group_index is not None:
         rest = (judged, weights, valid, options, validate, backend)
         return rank_by_index(scores, oracle_ranks, group_index, *rest)[0]
-    inputs = checks.rank_inputs(scores, oracle_ranks, judged, weights, valid, kind, validate)
+    inputs = checks.rank_inputs(scores, oracle_ranks, judged, weights, valid, options, validate)
     return ops.rank_advantages(inputs, options, backend)
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from rlaif_fast.loss import values
 from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs, members_of
-from rlaif_fast.loss.options import MAX_GROUP_SIZE, LossOptions, check_count, check_flag, check_number
+from rlaif_fast.loss.options import (
+    MAX_GROUP_SIZE,
+    LossOptions,
+    RankOptions,
+    check_count,
+    check_flag,
+    check_number,
+)
 
 OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
 
@@ -71,7 +78,7 @@ def ranking(
     judged: Tensor | None,  # (N, G) bool
     weights: Tensor | None,  # (N,)
     valid: Tensor | None,  # (N,) bool
-    kind: str,
+    options: RankOptions,
     *,
     like: Tensor,
     validate: bool,
@@ -93,18 +100,19 @@ def ranking(
     if valid is not None:
         boolean("valid", valid, (N,), like=like)
     count, read = members_of(judged, valid), values.can_read(oracle_ranks, validate)
+    are_rewards = options.kind == "zscore"
     if read:
-        values.finite_ranks(oracle_ranks, count, negative=kind == "zscore")
+        values.finite_ranks(oracle_ranks, count, negative=are_rewards)
     oracle_ranks = oracle_ranks.detach()
-    if kind == "zscore":
+    if are_rewards:
         oracle_ranks = without_offset(oracle_ranks, count)
     if read:
         wide = torch.promote_types(like.dtype, torch.float32)
         if oracle_ranks.element_size() > wide.itemsize or oracle_ranks.dtype == torch.int32:
             values.distinct_in(wide, oracle_ranks, count)
-        if kind == "zscore":
+        if are_rewards:
             values.squares_in(wide, oracle_ranks, count)
-        if scores is not None and kind not in ("oracle", "zscore"):
+        if scores is not None and options.orders_policy:
             values.scores_not_nan(scores, count)
     return oracle_ranks
 
@@ -131,14 +139,16 @@ def rank_inputs(
     judged: Tensor | None,  # (N, G) bool
     weights: Tensor | None,  # (N,)
     valid: Tensor | None,  # (N,) bool
-    kind: str,
+    options: RankOptions,
     validate: bool,
 ) -> RankInputs:
     """Return the tensors of the rank penalty as the backends take them, or raise."""
     floating("scores", scores, ("N", "G"))
-    oracle_ranks = ranking(oracle_ranks, scores, judged, weights, valid, kind, like=scores, validate=validate)
+    oracle_ranks = ranking(
+        oracle_ranks, scores, judged, weights, valid, options, like=scores, validate=validate
+    )
     scores = scores.detach()
-    if kind in ("oracle", "zscore"):
+    if not options.orders_policy:
         scores = scores.nan_to_num()  # ignored, so it may hold anything
     count = members_of(judged, valid)
     return RankInputs(
@@ -258,7 +268,7 @@ def ranked_groups(
     )
     validate = get("validate", True)
     oracle_ranks = ranking(
-        oracle_ranks, scores, judged, weights, valid, options.kind, like=like, validate=validate
+        oracle_ranks, scores, judged, weights, valid, options, like=like, validate=validate
     )
     wide = torch.promote_types(like.dtype, torch.float32)
 

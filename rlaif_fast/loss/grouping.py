@@ -12,10 +12,8 @@ from torch import Tensor
 
 from rlaif_fast.loss import checks, ops
 from rlaif_fast.loss.inputs import LossArguments, Padding, RankAdvantages
-from rlaif_fast.loss.options import RankOptions
+from rlaif_fast.loss.options import RANKING_STATS, RankOptions
 from rlaif_fast.loss.reference.rank_loss import policy_scores, ranking_stats
-
-_RANKING_STATS = ("penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal")
 
 
 class Grouping:
@@ -62,7 +60,7 @@ def rank_by_index(
     checks.boolean("judged", judged, shape, like=scores)
     grouping = Grouping(group_index)
     grid = grouping.grid
-    rest = (weights, valid, options.kind, validate)
+    rest = (weights, valid, options, validate)
     inputs = checks.rank_inputs(grid(scores.detach()), grid(oracle_ranks), grid(judged), *rest)
     result = ops.rank_advantages(inputs, options, backend)
     stats = ranking_stats(result, inputs.judged, scores.new_zeros(()))
@@ -128,4 +126,4 @@ def close_groups(
     used = ("group_index", "judged", "weights", "scores", *checks.OF_RANKS)
     rest: Any = {name: value for name, value in arguments.items() if name not in used}
     rest["advantages"] = ranking.advantages
-    return None, rest, dict(zip(_RANKING_STATS, stats))
+    return None, rest, dict(zip(RANKING_STATS, stats))

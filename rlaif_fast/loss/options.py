@@ -22,6 +22,8 @@ MIN_RANKED = 2  # judged responses from which a group says something
 # finite in float32. The gradient through a clamped ratio is zero.
 LOG_RATIO_LIMIT = 20.0
 
+RANKING_STATS = ("penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal")  # where there are ranks
+
 # The order of the statistics in the vector that every backend returns.
 STATS = (
     "loss/policy",
@@ -33,11 +35,7 @@ STATS = (
     "clip_high",
     "ratio_mean",
     "ratio_max",
-    "penalty",
-    "ndcg",
-    "kendall_tau",
-    "top1_agreement",
-    "no_signal",
+    *RANKING_STATS,
     "tokens",
     "clip_ratio/low_min",
     "clip_ratio/high_max",

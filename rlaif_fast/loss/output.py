@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rlaif_fast.loss.inputs import TokenInputs
-from rlaif_fast.loss.options import STATS, LossOptions
+from rlaif_fast.loss.options import RANKING_STATS, STATS, LossOptions
 
 
 class LossOutput(NamedTuple):
@@ -46,7 +46,7 @@ def named(
     if options.entropy_coef == 0.0:
         absent.add("loss/entropy")
     if inputs.oracle_ranks is None:
-        absent |= {"penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal"}
+        absent |= {*RANKING_STATS}
     named = {name: value for name, value in zip(STATS, stats.detach().unbind()) if name not in absent}
     named["clip_ratio/region_mean"] = named["clip_low"] + named["clip_high"]
     return LossOutput(loss, advantages, named | extra)

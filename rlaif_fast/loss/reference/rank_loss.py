@@ -27,7 +27,7 @@ from rlaif_fast.loss.reference.rank_penalty import rank_penalty
 
 
 class TokenLoss(NamedTuple):
-    """What a backend returns for a batch of token log-probabilities.
+    """What the reference makes of a batch of token log-probabilities; differentiable where a backend gives gradients.
 
     Attributes:
         loss: Scalar.
