@@ -16,7 +16,7 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Answer
 from rlaif_fast.rollout.vllm.folder import write_model_files
-from rlaif_fast.rollout.vllm.requests import MediaItem, media_items
+from rlaif_fast.rollout.vllm.requests import MediaItem, by_modality, media_items
 
 WORKER = "rlaif_fast.rollout.vllm.worker.WeightUpdates"
 LONGEST = 32768  # tokens of prompt and response, where the model takes more
@@ -168,14 +168,12 @@ def engine_input(prompt: EncodedPrompt, config: Any) -> Any:
     items = media_items(prompt, config)
     if not items:
         return tokens_input(ids)
-    kwargs: dict[str, list] = {}
-    hashes: dict[str, list] = {}
-    places: dict[str, list] = {}
-    for item in items:
-        kwargs.setdefault(item.modality, []).append(kwargs_item(item))
-        hashes.setdefault(item.modality, []).append(item.key)
-        places.setdefault(item.modality, []).append(PlaceholderRange(offset=item.offset, length=item.length))
-    return mm_input(ids, kwargs, hashes, places)
+    return mm_input(
+        ids,
+        by_modality(items, kwargs_item),
+        by_modality(items, lambda item: item.key),
+        by_modality(items, lambda item: PlaceholderRange(offset=item.offset, length=item.length)),
+    )
 
 
 def kwargs_item(item: MediaItem) -> Any:

@@ -6,7 +6,7 @@ log-probabilities of both can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,14 @@ def media_items(prompt: EncodedPrompt, config: Any) -> list[MediaItem]:
                 )
             )
     return items
+
+
+def by_modality(items: Sequence[MediaItem], part: Callable[[MediaItem], Any]) -> dict[str, list[Any]]:
+    """A part of each medium, by modality, as an engine takes them."""
+    found: dict[str, list[Any]] = {}
+    for item in items:
+        found.setdefault(item.modality, []).append(part(item))
+    return found
 
 
 def _blocks(media: Media, *, split: bool) -> list[Media]:

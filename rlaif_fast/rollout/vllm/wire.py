@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Answer
-from rlaif_fast.rollout.vllm.requests import MediaItem, media_items
+from rlaif_fast.rollout.vllm.requests import MediaItem, by_modality, media_items
 
 RAW_BYTES = 3  # vLLM's extension type of a tensor's bytes
 
@@ -71,16 +71,12 @@ def _answer(choice: dict[str, Any]) -> Answer:
     return Answer(token_ids, [float(place["logprob"]) for place in content])
 
 
-def _features(items: Iterable[MediaItem]) -> dict[str, Any]:
-    """The media by modality: content address, place in the prompt, tensors."""
-    hashes: dict[str, list] = {}
-    places: dict[str, list] = {}
-    data: dict[str, list] = {}
-    for item in items:
-        hashes.setdefault(item.modality, []).append(item.key)
-        places.setdefault(item.modality, []).append({"offset": item.offset, "length": item.length})
-        data.setdefault(item.modality, []).append(base64.b64encode(packed_item(item)).decode("ascii"))
-    return {"mm_hashes": hashes, "mm_placeholders": places, "kwargs_data": data}
+def _features(items: Sequence[MediaItem]) -> dict[str, Any]:
+    return {
+        "mm_hashes": by_modality(items, lambda item: item.key),
+        "mm_placeholders": by_modality(items, lambda item: {"offset": item.offset, "length": item.length}),
+        "kwargs_data": by_modality(items, lambda item: base64.b64encode(packed_item(item)).decode("ascii")),
+    }
 
 
 def packed_item(item: MediaItem) -> bytes:
