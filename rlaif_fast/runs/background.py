@@ -41,14 +41,19 @@ def copied(value: Any) -> Any:
 
 
 @torch.no_grad()
-def copied_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the weights in main memory, tied ones once; of LoRA, the adapters."""
+def copied_weights(model: nn.Module, copy: Callable[[Tensor], Tensor] = copied) -> dict[str, Tensor]:
+    """Copies of the weights in main memory, tied ones once; of LoRA, the adapters.
+
+    Args:
+        model: The model.
+        copy: Makes one copy.
+    """
     adapters = hasattr(model, "peft_config")
     copies: dict[int, Tensor] = {}
     weights = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not adapters or value.requires_grad:
             if id(value) not in copies:
-                copies[id(value)] = copied(value)
+                copies[id(value)] = copy(value)
             weights[name] = copies[id(value)]
     return weights

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.shard import whole
+from rlaif_fast.runs.background import copied_weights
 
 FOLDER = "shards"
 
@@ -28,18 +29,14 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
     All processes call it; those besides process 0 get nothing.
     """
-    adapters, main = hasattr(model, "peft_config"), dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    gathered: dict[int, Tensor] = {}  # tied weights are gathered, and written, once
-    for name, value in model.state_dict(keep_vars=True).items():
-        if adapters and not value.requires_grad:
-            continue
-        if id(value) not in gathered:
-            full = whole(value.detach())
-            gathered[id(value)] = full.cpu() if main else full.new_empty(0)
-        if main:
-            weights[name] = gathered[id(value)]
-    return weights
+    main = dist.get_rank() == 0
+
+    def gathered(value: Tensor) -> Tensor:
+        full = whole(value.detach())
+        return full.cpu() if main else full.new_empty(0)
+
+    weights = copied_weights(model, gathered)
+    return weights if main else {}
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
