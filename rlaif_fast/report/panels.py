@@ -3,12 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlaif_fast.report.figures import Curve, Panel
 from rlaif_fast.report.stats import wilson_interval
+
+
+class _Scalars(NamedTuple):
+    """A panel of what a stage logs at its steps.
+
+    Attributes:
+        title: What is shown.
+        note: How to read it.
+        labels: Name of each curve in the legend, by the key of its scalar.
+        percent: Whether the values are shares.
+        stage: "sft" or "rl".
+    """
+
+    title: str
+    note: str
+    labels: Mapping[str, str]
+    percent: bool = False
+    stage: str = "rl"
+
+
+OF_LEARNING = (
+    _Scalars(
+        "Agreement with the oracle",
+        "The policy's own order of each group against the oracle's. Tau falls, without harm, as the responses of a "
+        "group become alike: few distinct pairs are left to order.",
+        {"ndcg": "nDCG", "top1_agreement": "same best", "kendall_tau": "Kendall tau"},
+    ),
+    _Scalars(
+        "Right answers sampled", "Share of the responses RL learns from.", {"accuracy": ""}, percent=True
+    ),
+    _Scalars(
+        "Groups without signal",
+        "All tied or not ranked: they teach nothing. dynamic_sampling replaces them by fresh prompts.",
+        {"no_signal": ""},
+        percent=True,
+    ),
+    _Scalars(
+        "Reward model",
+        "Share of the pairs of a rollout that it orders as the oracle does, before it learns from them.",
+        {"reward_model/accuracy": ""},
+        percent=True,
+    ),
+    _Scalars("Entropy", "Of the next token; zero is no exploration.", {"entropy": ""}),
+    _Scalars("SFT loss", "Cross-entropy of the reference answers.", {"loss": ""}, stage="sft"),
+)
+OF_ORACLE = _Scalars(
+    "Is the oracle being gamed?",
+    "Kendall tau of its ranks with length, with those of the reference answers, and with its own when it sees "
+    "no frames.",
+    {"oracle/length_tau": "length", "oracle/reference_tau": "reference", "oracle/blind_tau": "blind"},
+)
+# It is the reference, and looks at no frame: both other taus are 1 by design.
+OF_REFERENCE_ORACLE = _Scalars(
+    "Does the oracle favour long answers?", "Kendall tau of its ranks with length.", {"oracle/length_tau": ""}
+)
+OF_LOSS = (
+    _Scalars("RL loss", "Policy loss and its KL term.", {"loss": ""}),
+    _Scalars("KL", "Distance of the policy from its start, per token.", {"kl": ""}),
+)
 
 
 def learning_panels(
@@ -21,91 +80,44 @@ def learning_panels(
         oracle: The name of the run's oracle.
         metric: What the best checkpoint was chosen by: "none" keeps the last.
     """
-
-    def curve(stage: str, key: str, label: str = "") -> Curve | None:
-        values = {
-            line["step"]: line[key]
-            for line in metrics
-            if line["stage"] == stage and _is_number(line.get(key))
-        }
-        if len(values) < 2:
-            return None
-        steps = sorted(values)
-        return Curve(label, np.array(steps), np.array([values[step] for step in steps]))
-
-    panels = []
-
-    def add(title: str, note: str, *curves: Curve | None, **options: Any) -> None:
-        found = tuple(entry for entry in curves if entry is not None)
+    accuracy, wins = _validation_curve(metrics), _win_rate_curve(metrics)
+    best = _best_step(accuracy if wins is None else wins, metric)
+    of_validation = (
+        (
+            accuracy,
+            "Validation accuracy",
+            "Greedy answers to held-out questions as RL goes on; the band is the 95% interval.",
+        ),
+        (
+            wins,
+            "Validation win rate",
+            "Greedy answers to held-out questions that the oracle ranks above those where RL began; ties count half.",
+        ),
+    )
+    panels = [
+        Panel(title, note, (curve,), "RL step", points=True, percent=True, wide=True, marked_step=best)
+        for curve, title, note in of_validation
+        if curve is not None
+    ]
+    of_oracle = OF_REFERENCE_ORACLE if oracle == "reference" else OF_ORACLE
+    for shown in (*OF_LEARNING, of_oracle, *OF_LOSS):
+        curves = [_curve(metrics, shown.stage, key, label) for key, label in shown.labels.items()]
+        found = tuple(curve for curve in curves if curve is not None)
         if found:
-            panels.append(Panel(title, note, found, **{"xlabel": "RL step", **options}))
-
-    validation, wins = _validation_curve(metrics), _win_rate_curve(metrics)
-    best = _best_step(validation if wins is None else wins, metric)
-    add(
-        "Validation accuracy",
-        "Greedy answers to held-out questions as RL goes on; the band is the 95% interval.",
-        validation,
-        points=True,
-        percent=True,
-        wide=True,
-        marked_step=best,
-    )
-    add(
-        "Validation win rate",
-        "Greedy answers to held-out questions that the oracle ranks above those where RL began; ties count half.",
-        wins,
-        points=True,
-        percent=True,
-        wide=True,
-        marked_step=best,
-    )
-    add(
-        "Agreement with the oracle",
-        "The policy's own order of each group against the oracle's. Tau falls, without harm, as the responses of a "
-        "group become alike: few distinct pairs are left to order.",
-        curve("rl", "ndcg", "nDCG"),
-        curve("rl", "top1_agreement", "same best"),
-        curve("rl", "kendall_tau", "Kendall tau"),
-    )
-    add(
-        "Right answers sampled",
-        "Share of the responses RL learns from.",
-        curve("rl", "accuracy"),
-        percent=True,
-    )
-    add(
-        "Groups without signal",
-        "All tied or not ranked: they teach nothing. dynamic_sampling replaces them by fresh prompts.",
-        curve("rl", "no_signal"),
-        percent=True,
-    )
-    add(
-        "Reward model",
-        "Share of the pairs of a rollout that it orders as the oracle does, before it learns from them.",
-        curve("rl", "reward_model/accuracy"),
-        percent=True,
-    )
-    add("Entropy", "Of the next token; zero is no exploration.", curve("rl", "entropy"))
-    add("SFT loss", "Cross-entropy of the reference answers.", curve("sft", "loss"), xlabel="SFT step")
-    if oracle == "reference":  # it is the reference, and looks at no frame: both taus are 1 by design
-        add(
-            "Does the oracle favour long answers?",
-            "Kendall tau of its ranks with length.",
-            curve("rl", "oracle/length_tau"),
-        )
-    else:
-        add(
-            "Is the oracle being gamed?",
-            "Kendall tau of its ranks with length, with those of the reference answers, and with its own when it sees "
-            "no frames.",
-            curve("rl", "oracle/length_tau", "length"),
-            curve("rl", "oracle/reference_tau", "reference"),
-            curve("rl", "oracle/blind_tau", "blind"),
-        )
-    add("RL loss", "Policy loss and its KL term.", curve("rl", "loss"))
-    add("KL", "Distance of the policy from its start, per token.", curve("rl", "kl"))
+            xlabel = f"{shown.stage.upper()} step"
+            panels.append(Panel(shown.title, shown.note, found, xlabel, percent=shown.percent))
     return panels
+
+
+def _curve(metrics: Iterable[Mapping[str, Any]], stage: str, key: str, label: str) -> Curve | None:
+    """A scalar over the steps of its stage, the last word on a step; None where it has fewer than two."""
+    values = {
+        line["step"]: line[key] for line in metrics if line["stage"] == stage and _is_number(line.get(key))
+    }
+    if len(values) < 2:
+        return None
+    steps = sorted(values)
+    return Curve(label, np.array(steps), np.array([values[step] for step in steps]))
 
 
 def _best_step(curve: Curve | None, metric: str) -> int | None:
