@@ -17,6 +17,8 @@ from rlaif_fast.trainer.options import TrainConfig
 if TYPE_CHECKING:
     from rlaif_fast.data.benchmarks import Item
     from rlaif_fast.evals.records import EvalFolder, Record
+    from rlaif_fast.evals.runner import IsRight
+    from rlaif_fast.oracle.base import RankRequest
 
 
 def evaluate_benchmark(options: EvaluateConfig) -> Path:
@@ -26,15 +28,12 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
         RlaifFastError: The judge graded not one answer.
     """
-    from rlaif_fast.data.benchmarks import read_benchmark
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
-    from rlaif_fast.evals.records import EvalFolder, read_records, scored_otherwise
+    from rlaif_fast.evals.records import EvalFolder, read_records
     from rlaif_fast.evals.tables import refuse_other_questions
     from rlaif_fast.policy.loading import resolve_device
-    from rlaif_fast.runs.folder import RunDir
 
-    assert options.benchmark is not None and options.data is not None
-    items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    items = _items(options)
     check_read(options, [item.example for item in items])
     if all(item.trouble for item in items):
         raise UsageError(f"data: none of the {len(items)} questions can be asked: {items[0].trouble}")
@@ -42,26 +41,47 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     if before is not None:
         asked = {item.example.id: (item.example.question, item.example.answer) for item in items}
         refuse_other_questions(before, asked)
-    path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
+    path = _results(options)
     first = RankZeroFirst()
     with contextlib.ExitStack() as held:
         settings: dict[str, Any] = {}
         with first.turn():
             if first.rank == 0:
-                settings = settings_of(options, configuration(options, tell))
-                folder = EvalFolder.open(path, settings)
-                held.enter_context(RunDir(path).lock())
-                folder.refuse_other_questions(item.example for item in items)
-                other = [] if options.before is None else scored_otherwise(options.before, settings)
-                if other:
-                    tell(
-                        f"before: {options.before} has other {' and '.join(other)}, which is part of the change"
-                    )
+                settings = _begin(options, items, held)
         work = (options, settings)
         launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
         if first.rank == 0:
             _conclude(options, items, before, EvalFolder.open(path, settings))
     return path
+
+
+def _items(options: EvaluateConfig) -> list[Item]:
+    from rlaif_fast.data.benchmarks import read_benchmark
+
+    assert options.benchmark is not None and options.data is not None
+    return read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+
+
+def _results(options: EvaluateConfig) -> Path:
+    return Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
+
+
+def _begin(options: EvaluateConfig, items: Sequence[Item], held: contextlib.ExitStack) -> dict[str, Any]:
+    """Make the folder of the results, or see to it that it can be gone on in; `held` keeps others out of it.
+
+    Returns:
+        The settings of the evaluation.
+    """
+    from rlaif_fast.evals.records import EvalFolder, scored_otherwise
+    from rlaif_fast.runs.folder import RunDir
+
+    settings = settings_of(options, configuration(options, tell))
+    folder = EvalFolder.open(_results(options), settings)
+    held.enter_context(RunDir(folder.path).lock())
+    folder.refuse_other_questions(item.example for item in items)
+    if options.before is not None and (other := scored_otherwise(options.before, settings)):
+        tell(f"before: {options.before} has other {' and '.join(other)}, which is part of the change")
+    return settings
 
 
 def _conclude(
@@ -170,23 +190,21 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
     """One process's part of an evaluation: what to evaluate, and in rank 0 its settings."""
     import torch
 
-    from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
+    from rlaif_fast.data.benchmarks import BENCHMARKS
     from rlaif_fast.evals.answering import answer
     from rlaif_fast.evals.grading import make_grader
     from rlaif_fast.evals.records import EvalFolder
     from rlaif_fast.evals.runner import run_items
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.trainer import setup
-    from rlaif_fast.trainer.scoring import rules
 
     options, settings = work
-    assert options.benchmark is not None and options.data is not None
+    assert options.benchmark is not None
     # A bad file is an unanswered question, however many there are.
     config = dataclasses.replace(configuration(options), max_bad_fraction=1.0)
     setup.set_threads(config.threads, world.local_size)
-    path = Path(options.output_dir or f"evals/{options.benchmark}").expanduser()
-    folder = EvalFolder.open(path, settings) if world.is_main else None
-    items = read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    folder = EvalFolder.open(_results(options), settings) if world.is_main else None
+    items = _items(options)
     grader = None if options.judge is None else make_grader(options.judge, options.judge_options)
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)
@@ -209,22 +227,31 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
             lengths = (config.max_completion_length, config.max_reasoning_tokens)
             return answer(policy, make_batch.encoder, sampler, prompts, options.answering, *lengths)
 
-        # A letter that was chosen is all of its answer; what was written out may hold more.
-        written, chosen = rules(config.oracle_options, reasons=make_batch.encoder.reasons), rules({})
-
-        def is_right(request, text):
-            by = chosen if options.answering != "generate" and request.options else written
-            return by.is_correct(request, text)
-
         run_items(
             items,
             folder,
             make_batch,
             answers,
             category=BENCHMARKS[options.benchmark].category,
-            is_right=is_right,
+            is_right=_is_right(options, config, reasons=make_batch.encoder.reasons),
             grader=grader,
             videos_per_step=options.videos_per_step,
             world=world,
             advance=advance,
         )
+
+
+def _is_right(options: EvaluateConfig, config: TrainConfig, *, reasons: bool) -> IsRight:
+    """The rules that say of a request and an answer whether it is right.
+
+    A letter that was chosen is all of its answer; what was written out may hold more.
+    """
+    from rlaif_fast.trainer.scoring import rules
+
+    written, chosen = rules(config.oracle_options, reasons=reasons), rules({})
+
+    def is_right(request: RankRequest, text: str) -> bool:
+        by = chosen if options.answering != "generate" and request.options else written
+        return by.is_correct(request, text)
+
+    return is_right

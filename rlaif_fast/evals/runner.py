@@ -36,10 +36,10 @@ def run_items(
     *,
     category: str,
     is_right: IsRight,
-    grader: Grader | None = None,
-    videos_per_step: int = 64,
-    world: World | None = None,
-    advance: Callable[[int], None] = lambda count: None,
+    grader: Grader | None,
+    videos_per_step: int,
+    world: World,
+    advance: Callable[[int], None],
 ) -> None:
     """Answer every item that the folder does not hold yet, and note it there.
 
@@ -55,7 +55,6 @@ def run_items(
         world: The processes that share the items.
         advance: Called with the number of items done.
     """
-    world = world or World()
     done = set().union(*world.gather(set(folder.records) if folder is not None else set()))
     left = [item for item in items if item.example.id not in done]
     advance(len(items) - len(left))
