@@ -103,11 +103,10 @@ class Plan:
                 start = self.start_folder(seed)
                 found.setdefault(start, Job(start, self._values(seed, start, {**self.start, "max_steps": 0})))
                 sft = str(start / "checkpoints" / "sft")
-                for feedback in table.feedback:
-                    for arm in table.arms:
-                        folder = self.arm_folder(seed, feedback, arm)
-                        keys = {**self.feedback[feedback], **self.arms[arm], "sft": sft}
-                        found.setdefault(folder, Job(folder, self._values(seed, folder, keys), after=start))
+                for feedback, arm in itertools.product(table.feedback, table.arms):
+                    folder = self.arm_folder(seed, feedback, arm)
+                    keys = {**self.feedback[feedback], **self.arms[arm], "sft": sft}
+                    found.setdefault(folder, Job(folder, self._values(seed, folder, keys), after=start))
         return list(found.values())
 
     def _values(self, seed: int, folder: Path, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,25 +239,24 @@ def _tables(tables: Any) -> Iterator[Table]:
         wanted = [entry.name for entry in dataclasses.fields(Table) if entry.name != "name"]
         if not isinstance(keys, dict) or sorted(keys) != sorted(wanted):
             raise UsageError(f"config: tables.{name} needs exactly {', '.join(wanted)}, got {keys!r}")
-        lists = {key: _entries(keys[key], f"tables.{name}.{key}") for key in ("seeds", "arms", "feedback")}
-        for key, kind, words in (
-            ("seeds", int, "integers"),
-            ("arms", str, "names"),
-            ("feedback", str, "names"),
-        ):
-            for value in lists[key]:
-                if type(value) is not kind:
-                    raise UsageError(f"config: tables.{name}.{key} must list {words}, got {value!r}")
-        yield Table(name, **lists, baseline=str(keys["baseline"]))
+        yield Table(
+            name,
+            seeds=_entries(keys["seeds"], f"tables.{name}.seeds", int, "integers"),
+            arms=_entries(keys["arms"], f"tables.{name}.arms", str, "names"),
+            feedback=_entries(keys["feedback"], f"tables.{name}.feedback", str, "names"),
+            baseline=str(keys["baseline"]),
+        )
 
 
-def _entries(values: Any, where: str) -> tuple[Any, ...]:
-    """The entries of a list, each of which stands in it once."""
+def _entries(values: Any, where: str, kind: type, words: str) -> tuple[Any, ...]:
+    """The entries of a list, each of a kind that the words name, and each of which stands in it once."""
     if not isinstance(values, list) or not values:
         raise UsageError(f"config: {where} must be a list of at least one entry, got {values!r}")
     for place, value in enumerate(values):
         if value in values[:place]:
             raise UsageError(f"config: {where} names {value!r} twice; it would count twice")
+        if type(value) is not kind:
+            raise UsageError(f"config: {where} must list {words}, got {value!r}")
     return tuple(values)
 
 
