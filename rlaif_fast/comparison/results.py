@@ -18,11 +18,9 @@ import numpy as np
 from rlaif_fast.comparison.plan import Plan, Table
 from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import write_atomically
-from rlaif_fast.report.stats import Interval
+from rlaif_fast.report.stats import RESAMPLES, Interval, percentile_interval
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
-
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -115,23 +113,18 @@ def read_outcome(folder: Path) -> Outcome | None:
     )
 
 
-def two_level_bootstrap(
-    differences: Sequence[np.ndarray], *, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """Return the mean over seeds and its bootstrap interval.
+def two_level_bootstrap(differences: Sequence[np.ndarray]) -> Interval:
+    """Return the mean over seeds and its 95% bootstrap interval.
 
     Args:
         differences: For each seed (clusters, 2): the sum of the differences in a cluster, and its number of questions.
-        resamples: Bootstrap draws.
-        confidence: Coverage, in (0, 1).
-        seed: Of the draws.
     """
     if not differences:
         raise ValueError("differences: expected at least one seed, got none")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     mean = float(np.mean([part[:, 0].sum() / part[:, 1].sum() for part in differences]))
-    chosen = generator.integers(len(differences), size=(resamples, len(differences)))
-    totals = np.zeros(resamples)
+    chosen = generator.integers(len(differences), size=(RESAMPLES, len(differences)))
+    totals = np.zeros(RESAMPLES)
     for k, part in enumerate(differences):
         places = np.nonzero(chosen == k)[0]  # one entry for each time that this seed was drawn
         # Few clusters differ, so they are drawn by kind: how often each kind comes is multinomial.
@@ -139,9 +132,7 @@ def two_level_bootstrap(
         for some in np.array_split(places, max(1, len(places) * len(kinds) // 2**20)):
             drawn = generator.multinomial(len(part), counts / len(part), size=len(some)) @ kinds
             np.add.at(totals, some, drawn[:, 0] / drawn[:, 1])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(totals / len(differences), [tail, 1 - tail])
-    return Interval(mean, float(low), float(high))
+    return percentile_interval(mean, totals / len(differences))
 
 
 def difference(arm: Sequence[Outcome], baseline: Sequence[Outcome]) -> Interval:

@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+CONFIDENCE = 0.95  # of the intervals
+RESAMPLES = 10_000  # of a bootstrap
 MAX_DRAWN = 2**20  # indices of the bootstrap held in memory at once
 MAX_ROWS = 40  # of a figure; a thousand take minutes and gigabytes to draw, and nobody reads them
 
@@ -23,7 +25,7 @@ class Interval:
     high: float
 
 
-def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Return the Wilson score interval of a share.
 
     Unlike the normal approximation it stays in [0, 1] and is right for a handful of examples and at 0 or n
@@ -40,7 +42,9 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> Interval:
         raise ValueError(f"n: expected at least 1, got {n}")
     if not 0 <= correct <= n:
         raise ValueError(f"correct: expected 0 to n = {n}, got {correct}")
-    z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
@@ -53,19 +57,15 @@ def paired_bootstrap(
     after: Sequence[float],
     *,
     clusters: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Return the mean change from `before` to `after` on the same examples and its bootstrap interval.
+    """Return the mean change from `before` to `after` on the same examples and its 95% bootstrap interval.
 
     Args:
         before: Score of each example, such as 0 or 1.
         after: Score of the same examples, in the same order.
         clusters: What each example belongs to, such as its video: questions about one video are not
             independent, so whole videos are drawn. None draws examples.
-        resamples: Bootstrap draws; the interval is between percentiles of their means.
-        confidence: Coverage, in (0, 1).
         seed: Of the draws.
     """
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
@@ -79,15 +79,20 @@ def paired_bootstrap(
         number: dict[Hashable, int] = {}
         index = np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
     sums, sizes = np.bincount(index, weights=change), np.bincount(index)
-    tail = (1 - _checked(confidence)) / 2
     generator = np.random.default_rng(seed)
     means: list[np.ndarray] = []
     at_once = max(1, MAX_DRAWN // len(sums))
-    for start in range(0, resamples, at_once):
-        drawn = generator.integers(len(sums), size=(min(at_once, resamples - start), len(sums)))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = generator.integers(len(sums), size=(min(at_once, RESAMPLES - start), len(sums)))
         means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(change.mean()), float(low), float(high))
+    return percentile_interval(float(change.mean()), np.concatenate(means))
+
+
+def percentile_interval(mean: float, draws: np.ndarray) -> Interval:
+    """Return the interval of a mean between the percentiles of what a bootstrap has drawn (RESAMPLES,)."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(mean, float(low), float(high))
 
 
 class Asked(Protocol):
@@ -112,9 +117,3 @@ def most_asked(rows: Sequence[Row]) -> list[Row]:
 def left_out(rows: Sequence[Asked], what: str = "categories") -> str:
     """What `most_asked` leaves out, to be added to a title; "" where it is nothing."""
     return f", the {MAX_ROWS} of {len(rows):,} {what} with the most questions" if len(rows) > MAX_ROWS else ""
-
-
-def _checked(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
-    return confidence
