@@ -15,6 +15,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ def verl_errors(feature: str) -> Errors:
         function = get_policy_loss_fn(name)
         return function(batch["old"], new, batch["advantages"], batch["mask"], mode, config)[0]
 
-    return errors(*(_clipped(lambda *x, name=name: loss(name, *x)) for name in ("vanilla", "rlaif_fast")))
+    return errors(*(_clipped(partial(loss, name)) for name in ("vanilla", "rlaif_fast")))
 
 
 def openrlhf_errors(feature: str) -> Errors:
@@ -161,8 +162,7 @@ def openrlhf_errors(feature: str) -> Errors:
     def loss(kind: Any, new: Tensor, batch: dict[str, Tensor]) -> Tensor:
         return kind(**arguments)(new, batch["old"], batch["advantages"], batch["mask"])[0]
 
-    kinds = (openrlhf_loss(), openrlhf.PolicyLoss)
-    return errors(*(_clipped(lambda *x, kind=kind: loss(kind, *x)) for kind in kinds))
+    return errors(*(_clipped(partial(loss, kind)) for kind in (openrlhf_loss(), openrlhf.PolicyLoss)))
 
 
 def openrlhf_loss() -> Any:
@@ -279,7 +279,7 @@ def main() -> None:
             trainer = None
         for feature in dict.fromkeys((*FEATURES, *CLIPPED)):
             cells = [
-                _cell(lambda feature: trl_errors(feature, trainer), feature) if trainer else "",
+                _cell(partial(trl_errors, trainer=trainer), feature) if trainer else "",
                 NOT_IN_LIGER.get(feature) or _cell(liger_errors, feature),
                 _cell(verl_errors, feature),
                 _cell(openrlhf_errors, feature),

@@ -5,7 +5,8 @@ Letters: N groups, G responses a group, B = N * G, T tokens, H hidden, V vocabul
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,12 +73,13 @@ class Problem:
 
     def double(self) -> Problem:
         """Return the same values in float64."""
+        return self.each(lambda x: x.double() if x.is_floating_point() else x)
 
-        def up(x: Any) -> Any:
-            return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-        fields = {name: up(getattr(self, name)) for name in self.__dataclass_fields__ if name != "tensors"}
-        return replace(self, **fields, tensors={name: up(x) for name, x in self.tensors.items()})
+    def each(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """Return the batch with every tensor changed."""
+        names = [name for name in self.__dataclass_fields__ if name != "tensors"]
+        fields: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return Problem(**fields, tensors={name: change(x) for name, x in self.tensors.items()})
 
 
 def random_problem(
@@ -119,12 +121,6 @@ def random_problem(
         "ref_logps": (logps + normal(B, T, scale=drift)).to(wide),
         "mask": mask,
     }
-    problem = Problem(
-        logits, hidden, weight, bias, token_ids, logps.to(wide), entropy.to(wide), ranks, tensors
-    )
-    if device == "cpu":
-        return problem
-    fields = {
-        name: getattr(problem, name).to(device) for name in problem.__dataclass_fields__ if name != "tensors"
-    }
-    return replace(problem, **fields, tensors={name: x.to(device) for name, x in tensors.items()})
+    of_tokens = (token_ids, logps.to(wide), entropy.to(wide))
+    problem = Problem(logits, hidden, weight, bias, *of_tokens, ranks, tensors)
+    return problem.each(lambda x: x.to(device))

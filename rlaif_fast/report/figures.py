@@ -218,7 +218,7 @@ def headline(score: Score) -> Draw:
         axes.set_yticks([y for y, *_ in rows], [name for _, name, *_ in rows])
         axes.tick_params(axis="y", labelsize=11, labelcolor=INK)
         axes.set_ylim(-0.6, 1.85)
-        _chance(axes, [(score.chance, -0.6, 1.45)])
+        _chance(axes, score.chance, -0.6, 1.45)
         axes.annotate(
             f"guessing {score.chance:.0%}",
             (score.chance, 1.5),
@@ -244,7 +244,7 @@ def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
                 span = [interval.low, interval.high]
                 axes.plot(span, [y + shift] * 2, color=color, lw=4.5, alpha=0.28, solid_capstyle="round")
                 axes.plot(interval.mean, y + shift, "o", ms=7, color=color, clip_on=False)
-            _chance(axes, [(score.chance, y - 0.36, y + 0.36)])
+            _chance(axes, score.chance, y - 0.36, y + 0.36)
             axes.text(
                 1.03,
                 y,
@@ -386,10 +386,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _chance(axes: Axes, marks: Sequence[tuple[float, float, float]]) -> None:
-    """Dashed marks (x, from y, to y) at the level of guessing."""
-    for x, low, high in marks:
-        axes.plot([x, x], [low, high], color=MUTED, lw=1.1, ls=(0, (2, 2)), zorder=1)
+def _chance(axes: Axes, x: float, low: float, high: float) -> None:
+    """A dashed mark at the level of guessing, from one height to another."""
+    axes.plot([x, x], [low, high], color=MUTED, lw=1.1, ls=(0, (2, 2)), zorder=1)
 
 
 def _share_axis(axes: Axes) -> None:
