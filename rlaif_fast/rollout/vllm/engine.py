@@ -133,18 +133,24 @@ class LocalEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def defaults(policy: Policy) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` that make it agree with the policy, and sizes that fit beside one."""
-    config = unwrap(policy.model).config
-    settings: dict[str, Any] = {
+def agreeing(policy: Policy) -> dict[str, Any]:
+    """The settings of vLLM under which it says of tokens what the policy says; served engines have to have them."""
+    return {
         "dtype": str(policy.head_weight.dtype).removeprefix("torch."),
+        "logprobs_mode": "processed_logprobs",
+        "mm_device_do_normalize": False,
+    }
+
+
+def defaults(policy: Policy) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`: those that make it agree with the policy, and sizes that fit beside one."""
+    config = unwrap(policy.model).config
+    settings: dict[str, Any] = agreeing(policy) | {
         "max_model_len": min(config.get_text_config().max_position_embeddings, LONGEST),
         "enable_prefix_caching": True,
-        "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": WORKER,
         "generation_config": "vllm",
         "skip_mm_profiling": True,
-        "mm_device_do_normalize": False,
         "disable_log_stats": True,
         "seed": 0,
     }

@@ -20,7 +20,7 @@ from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Answer, EngineLost
-from rlaif_fast.rollout.vllm.engine import WORKER
+from rlaif_fast.rollout.vllm.engine import WORKER, agreeing
 from rlaif_fast.rollout.vllm.wire import MalformedAnswer, generate_body, read_answers
 from rlaif_fast.rollout.vllm.worker import describe
 
@@ -131,11 +131,7 @@ class ServedEngine:
     def __init__(self, policy: Policy, urls: Sequence[str], timeout: float) -> None:
         self._config = unwrap(policy.model).config
         self._servers = [Server(url, timeout) for url in urls]
-        wanted = describe(self._config) | {
-            "dtype": str(policy.head_weight.dtype).removeprefix("torch."),
-            "logprobs_mode": "processed_logprobs",
-            "mm_device_do_normalize": False,
-        }
+        wanted = describe(self._config) | agreeing(policy)
         found = [worker for server in self._servers for worker in _checked(server, wanted)]
         self.max_model_len = min(worker["max_model_len"] for worker in found)
         self._weights: str | None = None
