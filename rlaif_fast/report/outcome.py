@@ -127,18 +127,23 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         notes: What a reader has to know.
         others_rss_bytes: The most memory that the other processes of the run have held.
     """
-
     config, logger = run.config, run.logger
+
+    def used() -> dict:
+        return {
+            "seconds": logger.elapsed(),
+            "seconds_by_stage": logger.seconds(),
+            "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
+        }
+
     summary = {
         **accuracy_summary(run_dir),
-        "seconds": logger.elapsed(),
+        **used(),
         "processes": run.world.size,
-        "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
         "seed": config.seed,
         "metric_for_best_model": run.data.metric,
         "config": dataclasses.asdict(config),
         "git_commit": git_commit(),
-        "seconds_by_stage": logger.seconds(),
         "versions": versions(),
         "machine": machine(),
         "notes": [*notes, *notes_on_data(run)],
@@ -147,9 +152,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         with logger.timer("report"):
             path = write_report(run_dir, summary=summary)
         logger.message(f"report: {path}")
-    summary["seconds"] = logger.elapsed()
-    summary["seconds_by_stage"] = logger.seconds()
-    summary["peak_rss_bytes"] = peak_rss_bytes() + others_rss_bytes
+    summary |= used()  # with what the report took
     run_dir.write_summary(summary)
     print_result(summary, logger)
 
