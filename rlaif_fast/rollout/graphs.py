@@ -325,7 +325,6 @@ class GraphSampler(SharedPrefixSampler):
     def _decode(
         self,
         prompts: Sequence[EncodedPrompt],
-        prompt_lengths: np.ndarray,
         num_generations: int,
         params: SamplingParams,
         cache: GroupCache,

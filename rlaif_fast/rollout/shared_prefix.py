@@ -265,8 +265,7 @@ class SharedPrefixSampler(ReadsPolicy):
                 cache = self._make_cache(lengths[span], num_generations, int(lengths[span].max()) + room)
                 hidden = self._prefill(prompts[span], cache, features)
                 draw = token_sampler(policy, params, len(rows), None if labels is None else labels[span])
-                asked = prompts[span], lengths[span], num_generations, params
-                parts.append(self._decode(*asked, cache, hidden, draw, rows))
+                parts.append(self._decode(prompts[span], num_generations, params, cache, hidden, draw, rows))
                 del cache, hidden, draw  # before the next part's are made: they may be gigabytes
         return concat_rollouts(parts)
 
@@ -307,7 +306,6 @@ class SharedPrefixSampler(ReadsPolicy):
     def _decode(
         self,
         prompts: Sequence[EncodedPrompt],
-        prompt_lengths: np.ndarray,
         num_generations: int,
         params: SamplingParams,
         cache: GroupCache,
@@ -318,6 +316,7 @@ class SharedPrefixSampler(ReadsPolicy):
         policy, device = self.policy, self.policy.device
         groups, responses = len(prompts), len(prompts) * num_generations
         next_position = np.asarray([policy.layouts(p).next_position for p in prompts])
+        prompt_lengths = cache.used  # so far
         vocabulary = policy.head_weight.shape[0]
         drawn = Drawn(policy, responses, params.max_new_tokens)
         if self._cpu_decoder is not None:
