@@ -156,7 +156,7 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     if "peak_rss_bytes" in summary:
         facts.append(("peak memory", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"))
     if summary.get("machine"):
-        facts.append(("machine", _machine_text(summary["machine"])))
+        facts.append(("machine", str(summary["machine"])))
     groups = responses = 0
     for record in read_jsonl(run_dir.rollouts):
         groups += 1
@@ -169,14 +169,6 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     if summary.get("git_commit"):
         facts.append(("code", str(summary["git_commit"])[:10]))
     return facts
-
-
-def _machine_text(machine: Any) -> str:
-    if isinstance(machine, Mapping):
-        return ", ".join(
-            value if isinstance(value, str) else f"{key} {value}" for key, value in machine.items()
-        )
-    return str(machine)
 
 
 def _svg(draw: Callable[[bool], Draw], label: str, wide_size: tuple[int, int], narrow_height: int) -> Markup:
