@@ -230,16 +230,14 @@ class _Simulation:
         parts = cut_by_tokens(self.prompts, counts, config.max_packed_tokens)
         sizes = [part.stop - part.start for part in parts]
         largest = parts[sizes.index(max(sizes))]
+        trained = [p for p in policy.model.parameters() if p.requires_grad]
         if len(parts) > 1:
+            of_tower = set(policy.vision.tower.parameters())
             with ledger.part("gradients"):
-                for parameter in policy.model.parameters():
-                    if parameter.requires_grad and not _of_tower(policy, parameter):
+                for parameter in trained:
+                    if parameter not in of_tower:
                         self.hold_gradient(parameter)
-        hooks = [
-            p.register_post_accumulate_grad_hook(self.collect)
-            for p in policy.model.parameters()
-            if p.requires_grad
-        ]
+        hooks = [p.register_post_accumulate_grad_hook(self.collect) for p in trained]
         leaves = features.leaves() if features is not None and features.requires_grad else None
         before = ledger.flops
         prompts = self.prompts[largest]
@@ -311,7 +309,3 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         return ctx.saved_tensors
-
-
-def _of_tower(policy: Policy, parameter: Tensor) -> bool:
-    return any(parameter is own for own in policy.vision.tower.parameters())
