@@ -62,7 +62,7 @@ class Close(Protocol):
 
 
 def linear_stats_from_rows(
-    kernels: Any,  # row_stats, row_grad, row_loss
+    kernels: Any,  # a module with the row functions (see `backends`)
     hidden: Tensor,  # (M, H)
     head: Head,
     token_ids: Tensor,  # (M,)
@@ -106,7 +106,7 @@ def linear_grad_from_rows(
 
 
 def linear_loss_from_rows(
-    kernels: Any,  # a module that provides `linear_loss` (see `backends`)
+    kernels: Any,  # a module with the row functions and `rank_loss` (see `backends`)
     hidden: Tensor,  # (M, H), or (B * T, H)
     head: Head,
     token_ids: Tensor,  # (M,)
