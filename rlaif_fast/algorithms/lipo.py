@@ -9,6 +9,7 @@ from torch import Tensor
 from rlaif_fast import LossOutput, RankAdvantages, fused_linear_lipo_loss
 from rlaif_fast.algorithms.preference import PreferenceAlgorithm, as_output
 from rlaif_fast.algorithms.verdicts import Verdicts
+from rlaif_fast.loss.reference.preference import ordered_pairs
 
 
 class Lipo(PreferenceAlgorithm):
@@ -33,8 +34,5 @@ class Lipo(PreferenceAlgorithm):
     def loss(self, hidden: Tensor, weight: Tensor, token_ids: Tensor, **inputs: Any) -> LossOutput:
         """The LiPO-lambda loss of the groups; see `Algorithm.loss`."""
         arguments = self.arguments(inputs, inputs["labels"].shape[1])
-        labels, judged = inputs["labels"], inputs["judged"]
-        pairs = labels[:, :, None] > labels[:, None, :]
-        if judged is not None:
-            pairs = pairs & judged[:, :, None] & judged[:, None, :]
+        pairs = ordered_pairs(inputs["labels"], inputs["judged"])
         return as_output(fused_linear_lipo_loss(hidden, weight, token_ids, **arguments), pairs.sum())

@@ -68,6 +68,12 @@ def lambda_weights(
     return weights if group_weights is None else weights * group_weights[:, None, None]
 
 
+def ordered_pairs(labels: Tensor, judged: Tensor | None) -> Tensor:  # (N, G), (N, G) bool
+    """Return the pairs [i, j] of judged responses whose label i is the higher one, (N, G, G) bool."""
+    pairs = labels[:, :, None] > labels[:, None, :]
+    return pairs if judged is None else pairs & judged[:, :, None] & judged[:, None, :]
+
+
 def lipo_loss(
     logps: Tensor,  # (B, T) differentiable
     mask: Tensor,  # (B, T) bool
@@ -84,9 +90,7 @@ def lipo_loss(
     weights = lambda_weights(labels, compared, judged, group_weights)
     margin = compared[:, :, None] - compared[:, None, :]
     loss = -(weights * logsigmoid(margin)).sum() / items
-    pairs = labels[:, :, None] > labels[:, None, :]
-    if judged is not None:
-        pairs = pairs & judged[:, :, None] & judged[:, None, :]
+    pairs = ordered_pairs(labels, judged)
     first, second = rewards[:, :, None].expand_as(margin), rewards[:, None, :].expand_as(margin)
     wins = (margin > 0).to(margin.dtype)
     count = pairs.sum().clamp(min=1)
