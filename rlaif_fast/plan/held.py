@@ -68,4 +68,4 @@ def gathered_bytes(policy: Policy, together: int) -> tuple[int, int]:
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters)
+    return sum(p.nbytes for p in parameters)
