@@ -107,32 +107,35 @@ def gallery(run_dir: RunDir) -> list[Card]:
     largest = max(sizes, default=0.0) or 1.0
     cards = []
     for name, phases in by_example.items():
-        asked = phases["sft"] if "sft" in phases else phases["final"]
-        frames, problem = _strip(media_of(asked))
-        answer = asked.get("answer") or ""
-        options = tuple(lettered(asked.get("options") or ()))
-        cards.append(
-            Card(
-                category=asked["category"],
-                question=asked["question"],
-                options=options,
-                answer=next((option for option in options if option.startswith(f"{answer}. ")), answer),
-                frames=frames,
-                problem=problem,
-                answers=tuple(
-                    Answers(
-                        title=PHASES[phase],
-                        greedy=phases[phase].get("greedy"),
-                        correct=correct.get((phase, name)),
-                        valid=bool(phases[phase].get("valid", True)),
-                        rows=_rows(phases[phase], largest),
-                    )
-                    for phase in PHASES
-                    if phase in phases
-                ),
+        answers = tuple(
+            Answers(
+                title=PHASES[phase],
+                greedy=phases[phase].get("greedy"),
+                correct=correct.get((phase, name)),
+                valid=bool(phases[phase].get("valid", True)),
+                rows=_rows(phases[phase], largest),
             )
+            for phase in PHASES
+            if phase in phases
         )
+        cards.append(_card(phases["sft"] if "sft" in phases else phases["final"], answers))
     return cards
+
+
+def _card(asked: Mapping[str, Any], answers: tuple[Answers, ...]) -> Card:
+    """The card of a question, from one of its records."""
+    frames, problem = _strip(media_of(asked))
+    answer = asked.get("answer") or ""
+    options = tuple(lettered(asked.get("options") or ()))
+    return Card(
+        category=asked["category"],
+        question=asked["question"],
+        options=options,
+        answer=next((option for option in options if option.startswith(f"{answer}. ")), answer),
+        frames=frames,
+        problem=problem,
+        answers=answers,
+    )
 
 
 def _rows(record: Mapping[str, Any], largest: float) -> tuple[Row, ...]:
