@@ -144,10 +144,7 @@ class EvaluateConfig:
         if self.run is None and (self.model is None or self.data is None):
             raise UsageError("evaluate: give --run RUN_DIR, or --model CHECKPOINT and --data FILE.jsonl")
         for name in BENCHMARK_ONLY:
-            if (
-                getattr(self, name) != EvaluateConfig.__dataclass_fields__[name].default
-                and getattr(self, name) != {}
-            ):
+            if getattr(self, name) not in (EvaluateConfig.__dataclass_fields__[name].default, {}):
                 raise UsageError(f"{name}: only a benchmark takes it; add --benchmark, or leave it out")
 
 
