@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import checks, ops
 from rlaif_fast.loss.inputs import LossArguments, Padding, RankAdvantages
-from rlaif_fast.loss.options import RANKING_STATS, RankOptions
+from rlaif_fast.loss.options import RANKING_STATS, LossOptions, RankOptions
 from rlaif_fast.loss.reference.rank_loss import policy_scores, ranking_stats
 
 
@@ -95,25 +95,8 @@ def close_groups(
     options = checks.loss_options(arguments)
     responses = shape[0] if padding is None else len(padding.mask)
     checks.tensor("oracle_ranks", oracle_ranks, (responses,), like=like)
-    scores: Any = arguments.get("scores")
-    if scores is not None:
-        checks.floating("scores", scores, (responses,), like=like)
-    elif not options.orders_policy:
-        scores = like.new_zeros(responses)
-    else:
-        old = checks.per_token("old_logps", arguments.get("old_logps"), shape, like)
-        logps = logps if old is None else old
-        if logps is None:
-            raise ValueError(
-                "scores or old_logps must be given with group_index and hidden states; got neither"
-            )
-        mask = checks.mask(arguments.get("mask"), shape, like, arguments.get("validate", True))
-        mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
-        if padding is not None:
-            logps, mask = padding.pad(logps), padding.pad(mask)
-        scores = policy_scores(logps.to(like.dtype), mask, 1, options.score).view(-1)
     ranking, stats = rank_by_index(
-        scores.to(like.dtype),
+        _scores(like, shape, logps, responses, arguments, options, padding).to(like.dtype),
         oracle_ranks,
         index,
         arguments.get("judged"),
@@ -127,3 +110,30 @@ def close_groups(
     rest: Any = {name: value for name, value in arguments.items() if name not in used}
     rest["advantages"] = ranking.advantages
     return None, rest, dict(zip(RANKING_STATS, stats))
+
+
+def _scores(
+    like: Tensor,
+    shape: tuple[int, ...],
+    logps: Tensor | None,
+    responses: int,
+    arguments: LossArguments,
+    options: LossOptions,
+    padding: Padding | None,
+) -> Tensor:  # (B,)
+    """Return what orders the policy's responses: `scores`, else `old_logps`, else `logps`; 0 where nothing has to."""
+    scores: Any = arguments.get("scores")
+    if scores is not None:
+        checks.floating("scores", scores, (responses,), like=like)
+        return scores
+    if not options.orders_policy:
+        return like.new_zeros(responses)
+    old = checks.per_token("old_logps", arguments.get("old_logps"), shape, like)
+    logps = logps if old is None else old
+    if logps is None:
+        raise ValueError("scores or old_logps must be given with group_index and hidden states; got neither")
+    mask = checks.mask(arguments.get("mask"), shape, like, arguments.get("validate", True))
+    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
+    if padding is not None:
+        logps, mask = padding.pad(logps), padding.pad(mask)
+    return policy_scores(logps.to(like.dtype), mask, 1, options.score).view(-1)
