@@ -5,10 +5,8 @@ which ranks the responses, weighs their sums with the advantages they get and le
 last of the batch calls `close_batch`, which turns those into the loss, its statistics and the weight of
 each response.
 
-The rows of row_sums: 0 tokens, 1 score, 2 and 3 what multiplies A >= 0 and A < 0, 4 KL, 5 entropy, 6 and 7
-tokens under and over the clip bounds, 8 and 9 sum and maximum of the ratio, 10 log-ratio. Those of
-group_sums are the statistics in the order of `options.STATS`, as sums or extremes, then 17
-the responses that count, 18 the groups that were ranked, 19 the responses in them. 15 is 1 less the share.
+The rows of row_sums are named ROW_..., those of group_sums GROUP_...: the statistics in the order of
+`options.STATS`, as sums or extremes, and three more. GROUP_LOW_MIN is 1 less the share.
 
 Letters: N groups, G responses a group, B rows, GP = G rounded up to a power of two. Suffix: _i response of
 a group.
@@ -24,8 +22,43 @@ from rlaif_fast_kernels.rank_penalty import MIN_RANKED, rank_group
 from rlaif_fast_kernels.token_terms import importance_ratio, load_float, one_sided, policy_slope
 
 ROW_SUMS = 11
+(
+    ROW_TOKENS,
+    ROW_SCORE,
+    ROW_UPPER,  # what multiplies A >= 0
+    ROW_LOWER,  # what multiplies A < 0
+    ROW_KL,
+    ROW_ENTROPY,
+    ROW_UNDER,  # tokens under the clip bounds
+    ROW_OVER,
+    ROW_RATIO,
+    ROW_RATIO_MAX,
+    ROW_LOG_RATIO,
+) = map(tl.constexpr, range(ROW_SUMS))
 STATISTICS = tl.constexpr(len(STATS))
-GROUP_SUMS = tl.constexpr(20)
+GROUP_SUMS = tl.constexpr(len(STATS) + 3)
+(
+    GROUP_POLICY_LOSS,
+    GROUP_KL_LOSS,
+    GROUP_ENTROPY_LOSS,
+    GROUP_KL,  # before it the three losses
+    GROUP_ENTROPY,
+    GROUP_UNDER,
+    GROUP_OVER,
+    GROUP_RATIO,
+    GROUP_RATIO_MAX,
+    GROUP_PENALTY,
+    GROUP_NDCG,
+    GROUP_TAU,
+    GROUP_TOP1,
+    GROUP_NO_SIGNAL,
+    GROUP_TOKENS,
+    GROUP_LOW_MIN,
+    GROUP_HIGH_MAX,
+    GROUP_COUNTED,  # responses that count
+    GROUP_RANKED,  # groups that were ranked
+    GROUP_MEMBERS,  # responses in them
+) = map(tl.constexpr, range(len(STATS) + 3))
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 GROUP_ROWS = tl.constexpr(32)  # of a block of them
 
@@ -51,14 +84,14 @@ def close_group(
     if valid is not None:
         kept = tl.where(tl.load(valid + group) != 0, offs_i, GP) < responses
     rows = row_sums + at
-    tokens = _load_shared(rows, 0, B, live)
-    score = _load_shared(rows, 1, B, live)
-    upper_sum = _load_shared(rows, 2, B, live)
-    lower_sum = _load_shared(rows, 3, B, live)
-    low_count = _load_shared(rows, 6, B, live)
-    high_count = _load_shared(rows, 7, B, live)
-    rho_sum = _load_shared(rows, 8, B, live)
-    rho_max = _load_shared(rows, 9, B, live)
+    tokens = _load_shared(rows, ROW_TOKENS, B, live)
+    score = _load_shared(rows, ROW_SCORE, B, live)
+    upper_sum = _load_shared(rows, ROW_UPPER, B, live)
+    lower_sum = _load_shared(rows, ROW_LOWER, B, live)
+    low_count = _load_shared(rows, ROW_UNDER, B, live)
+    high_count = _load_shared(rows, ROW_OVER, B, live)
+    rho_sum = _load_shared(rows, ROW_RATIO, B, live)
+    rho_max = _load_shared(rows, ROW_RATIO_MAX, B, live)
     length = tl.maximum(tokens, 1.0)
 
     penalty, ndcg, tau, top1, signal = tl.zeros((GP,), tl.float32), 0.0, 0.0, 0.0, 1.0
@@ -88,7 +121,7 @@ def close_group(
         A = load_float(given, at, live)
 
     if SEQUENCE:
-        log_ratio = _load_shared(rows, 10, B, live) / length
+        log_ratio = _load_shared(rows, ROW_LOG_RATIO, B, live) / length
         rho = importance_ratio(log_ratio)
         upper, lower = one_sided(rho, rho, low, high, delta, dual_clip, 1.0, 1.0, "clip")
         if PER_TOKEN:
@@ -121,29 +154,29 @@ def close_group(
     counted = tl.where(kept, 1.0, 0.0)
     if SKIP_EMPTY:
         counted = tl.where(tokens > 0, counted, 0.0)
-    kl_sum = _load_shared(rows, 4, B, live)
-    entropy_sum = _load_shared(rows, 5, B, live)
+    kl_sum = _load_shared(rows, ROW_KL, B, live)
+    entropy_sum = _load_shared(rows, ROW_ENTROPY, B, live)
     mine = group_sums + group
-    tl.store(mine, tl.sum(policy * share))
-    tl.store(mine + N, tl.sum(kl_sum * share))
-    tl.store(mine + 2 * N, tl.sum(entropy_sum * share))
-    tl.store(mine + 3 * N, tl.sum(kl_sum))
-    tl.store(mine + 4 * N, tl.sum(entropy_sum))
-    tl.store(mine + 5 * N, tl.sum(low_count))
-    tl.store(mine + 6 * N, tl.sum(high_count))
-    tl.store(mine + 7 * N, tl.sum(rho_sum))
-    tl.store(mine + 8 * N, tl.max(rho_max))
-    tl.store(mine + 9 * N, tl.sum(penalty))
-    tl.store(mine + 10 * N, ndcg)
-    tl.store(mine + 11 * N, tau)
-    tl.store(mine + 12 * N, top1)
-    tl.store(mine + 13 * N, 1.0 - signal)
-    tl.store(mine + 14 * N, tl.sum(tokens))
-    tl.store(mine + 15 * N, tl.max(tl.where(tokens > 0, 1.0 - low_count / length, 0.0)))
-    tl.store(mine + 16 * N, tl.max(high_count / length))
-    tl.store(mine + 17 * N, tl.sum(counted))
-    tl.store(mine + 18 * N, tl.where(members > 0, 1.0, 0.0))
-    tl.store(mine + 19 * N, members)
+    tl.store(mine + GROUP_POLICY_LOSS * N, tl.sum(policy * share))
+    tl.store(mine + GROUP_KL_LOSS * N, tl.sum(kl_sum * share))
+    tl.store(mine + GROUP_ENTROPY_LOSS * N, tl.sum(entropy_sum * share))
+    tl.store(mine + GROUP_KL * N, tl.sum(kl_sum))
+    tl.store(mine + GROUP_ENTROPY * N, tl.sum(entropy_sum))
+    tl.store(mine + GROUP_UNDER * N, tl.sum(low_count))
+    tl.store(mine + GROUP_OVER * N, tl.sum(high_count))
+    tl.store(mine + GROUP_RATIO * N, tl.sum(rho_sum))
+    tl.store(mine + GROUP_RATIO_MAX * N, tl.max(rho_max))
+    tl.store(mine + GROUP_PENALTY * N, tl.sum(penalty))
+    tl.store(mine + GROUP_NDCG * N, ndcg)
+    tl.store(mine + GROUP_TAU * N, tau)
+    tl.store(mine + GROUP_TOP1 * N, top1)
+    tl.store(mine + GROUP_NO_SIGNAL * N, 1.0 - signal)
+    tl.store(mine + GROUP_TOKENS * N, tl.sum(tokens))
+    tl.store(mine + GROUP_LOW_MIN * N, tl.max(tl.where(tokens > 0, 1.0 - low_count / length, 0.0)))
+    tl.store(mine + GROUP_HIGH_MAX * N, tl.max(high_count / length))
+    tl.store(mine + GROUP_COUNTED * N, tl.sum(counted))
+    tl.store(mine + GROUP_RANKED * N, tl.where(members > 0, 1.0, 0.0))
+    tl.store(mine + GROUP_MEMBERS * N, members)
 
 
 @triton.jit
@@ -160,7 +193,7 @@ def close_batch(
     """Add up the groups; write the statistics, the loss, and what each response and an entropy count."""
     offs_k = tl.arange(0, GROUP_ROWS)
     used = offs_k[:, None] < GROUP_SUMS
-    extreme = (offs_k == 8) | (offs_k == 15) | (offs_k == 16)
+    extreme = (offs_k == GROUP_RATIO_MAX) | (offs_k == GROUP_LOW_MIN) | (offs_k == GROUP_HIGH_MAX)
     block_sums = tl.zeros((GROUP_ROWS, BLOCK), tl.float32)
     for first in tl.range(0, N, BLOCK):
         offs_n = first + tl.arange(0, BLOCK)[None, :]
@@ -168,31 +201,33 @@ def close_batch(
         part = tl.load(group_sums + at, mask=used & (offs_n < N), other=0.0, cache_modifier=".cg")
         block_sums = tl.where(extreme[:, None], tl.maximum(block_sums, part), block_sums + part)
     total = tl.where(extreme, tl.max(block_sums, axis=1), tl.sum(block_sums, axis=1))
-    tokens = _pick(total, offs_k, 14)
+    tokens = _pick(total, offs_k, GROUP_TOKENS)
     if num_items is not None:
         items = tl.load(num_items).to(tl.float32)
     else:
-        items = tl.maximum(tokens if AGGREGATE == "tokens" else _pick(total, offs_k, 17), 1.0)
+        items = tl.maximum(tokens if AGGREGATE == "tokens" else _pick(total, offs_k, GROUP_COUNTED), 1.0)
     entropy_share = 1.0 / items
     if ENTROPY_TOKENS:
         if num_tokens is not None:
             entropy_share = 1.0 / tl.load(num_tokens).to(tl.float32)
         else:
             entropy_share = 1.0 / tl.maximum(tokens, 1.0)
-        total = tl.where(offs_k == 2, _pick(total, offs_k, 4), total)
+        total = tl.where(offs_k == GROUP_ENTROPY_LOSS, _pick(total, offs_k, GROUP_ENTROPY), total)
         tl.store(entropy_weight, entropy_share)
 
-    scale = tl.where(offs_k == 0, -1.0, beta) / items
-    scale = tl.where(offs_k == 2, -entropy_coef * entropy_share, scale)
-    scale = tl.where(offs_k < 3, scale, 1.0 / tl.maximum(tokens, 1.0))  # of 3-7
-    scale = tl.where(extreme | (offs_k == 14), 1.0, scale)
-    scale = tl.where(offs_k == 9, 1.0 / tl.maximum(_pick(total, offs_k, 19), 1.0), scale)
-    groups = tl.maximum(_pick(total, offs_k, 18), 1.0)
-    scale = tl.where((offs_k >= 10) & (offs_k <= 12), 1.0 / groups, scale)
-    scale = tl.where(offs_k == 13, (1.0 / N) if HAS_RANKS else 0.0, scale)
-    total = tl.where(offs_k == 15, tl.where(tokens > 0, 1.0 - total, total), total)
+    scale = tl.where(offs_k == GROUP_POLICY_LOSS, -1.0, beta) / items
+    scale = tl.where(offs_k == GROUP_ENTROPY_LOSS, -entropy_coef * entropy_share, scale)
+    scale = tl.where(offs_k < GROUP_KL, scale, 1.0 / tl.maximum(tokens, 1.0))
+    scale = tl.where(extreme | (offs_k == GROUP_TOKENS), 1.0, scale)
+    scale = tl.where(
+        offs_k == GROUP_PENALTY, 1.0 / tl.maximum(_pick(total, offs_k, GROUP_MEMBERS), 1.0), scale
+    )
+    groups = tl.maximum(_pick(total, offs_k, GROUP_RANKED), 1.0)
+    scale = tl.where((offs_k >= GROUP_NDCG) & (offs_k <= GROUP_TOP1), 1.0 / groups, scale)
+    scale = tl.where(offs_k == GROUP_NO_SIGNAL, (1.0 / N) if HAS_RANKS else 0.0, scale)
+    total = tl.where(offs_k == GROUP_LOW_MIN, tl.where(tokens > 0, 1.0 - total, total), total)
     stats = total * scale
-    loss = tl.sum(tl.where(offs_k < 3, stats, 0.0))
+    loss = tl.sum(tl.where(offs_k < GROUP_KL, stats, 0.0))
     tl.store(loss_out, loss)
     tl.store(stats_out + offs_k, stats, mask=offs_k < STATISTICS)
 
@@ -201,7 +236,7 @@ def close_batch(
         live = offs_b < B
         weight = tl.full((4 * BLOCK,), 1.0, tl.float32) / items
         if AGGREGATE == "length":
-            weight /= tl.maximum(_load_shared(row_sums + offs_b, 0, B, live), 1.0)
+            weight /= tl.maximum(_load_shared(row_sums + offs_b, ROW_TOKENS, B, live), 1.0)
         elif AGGREGATE == "constant":
             weight /= max_length
         if valid is not None:

@@ -29,7 +29,23 @@ from torch import Tensor
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
 from rlaif_fast.loss.options import MAX_GROUP_SIZE, STATS, LossOptions
 from rlaif_fast_kernels.launch import AotConfig, refuse, unavailable
-from rlaif_fast_kernels.rank_close import GROUP_SUMS, ROW_SUMS, close_batch, close_group
+from rlaif_fast_kernels.rank_close import (
+    GROUP_SUMS,
+    ROW_ENTROPY,
+    ROW_KL,
+    ROW_LOG_RATIO,
+    ROW_LOWER,
+    ROW_OVER,
+    ROW_RATIO,
+    ROW_RATIO_MAX,
+    ROW_SCORE,
+    ROW_SUMS,
+    ROW_TOKENS,
+    ROW_UNDER,
+    ROW_UPPER,
+    close_batch,
+    close_group,
+)
 from rlaif_fast_kernels.rank_loss_grad import rank_loss_grad_kernel, write_gradient
 from rlaif_fast_kernels.token_terms import (
     importance_ratio,
@@ -156,17 +172,17 @@ def rank_loss_kernel(
             entropy_sum += load_float(entropy, at, live)
 
     mine = row_sums + row
-    tl.store(mine, tl.sum(tokens))
-    tl.store(mine + B, tl.sum(score))
-    tl.store(mine + 2 * B, tl.sum(upper_sum))
-    tl.store(mine + 3 * B, tl.sum(lower_sum))
-    tl.store(mine + 4 * B, tl.sum(kl_sum))
-    tl.store(mine + 5 * B, tl.sum(entropy_sum))
-    tl.store(mine + 6 * B, tl.sum(low_count))
-    tl.store(mine + 7 * B, tl.sum(high_count))
-    tl.store(mine + 8 * B, tl.sum(rho_sum))
-    tl.store(mine + 9 * B, tl.max(rho_max))
-    tl.store(mine + 10 * B, tl.sum(log_ratio_sum))
+    tl.store(mine + ROW_TOKENS * B, tl.sum(tokens))
+    tl.store(mine + ROW_SCORE * B, tl.sum(score))
+    tl.store(mine + ROW_UPPER * B, tl.sum(upper_sum))
+    tl.store(mine + ROW_LOWER * B, tl.sum(lower_sum))
+    tl.store(mine + ROW_KL * B, tl.sum(kl_sum))
+    tl.store(mine + ROW_ENTROPY * B, tl.sum(entropy_sum))
+    tl.store(mine + ROW_UNDER * B, tl.sum(low_count))
+    tl.store(mine + ROW_OVER * B, tl.sum(high_count))
+    tl.store(mine + ROW_RATIO * B, tl.sum(rho_sum))
+    tl.store(mine + ROW_RATIO_MAX * B, tl.max(rho_max))
+    tl.store(mine + ROW_LOG_RATIO * B, tl.sum(log_ratio_sum))
 
     # The last program of the group to get here sees what the others stored before their own increment.
     tl.debug_barrier()
