@@ -57,6 +57,44 @@ def _group_mean(x, live, G):
 
 
 @triton.jit
+def _advantages(
+    u, penalty, oracle, live, tied, G, penalty_weight, KIND: tl.constexpr, SCALE: tl.constexpr
+):  # fmt: skip
+    """The advantages (GP,) of a kind, scaled where asked, as `rlaif_fast.loss.advantages` makes them."""
+    if KIND == "zscore":
+        advantage = oracle - _group_mean(oracle, live, G)
+        # What the mean's rounding leaves, but not from a reward that equals it.
+        advantage -= tl.where(advantage != 0.0, _group_mean(advantage, live, G), 0.0)
+        variance = tl.sum(tl.where(live, advantage * advantage, 0.0)) / tl.maximum(G - 1, 1)
+        advantage = advantage / (tl.sqrt(variance) + 1e-4)
+    elif KIND == "paper" or KIND == "paper_swapped":
+        advantage = _group_mean(penalty, live, G) - penalty
+    else:
+        advantage = u - _group_mean(u, live, G)
+        if KIND == "directed":
+            advantage = advantage * (1.0 + penalty_weight * penalty)
+            advantage = advantage - _group_mean(advantage, live, G)
+    if KIND != "paper" and KIND != "paper_swapped":  # exact zeros, whatever the mean above rounded to
+        advantage = tl.where(tied, 0.0, advantage)
+    if SCALE == "group":
+        advantage = advantage / (tl.sqrt(_group_mean(advantage * advantage, live, G)) + 1e-6)
+    return tl.where(live, advantage, 0.0)
+
+
+@triton.jit
+def _kendall_tau_b(order, score, live):
+    """Kendall's tau-b of the oracle's order and the policy's; 0 where one of them is all ties."""
+    pair = live[:, None] & live[None, :]
+    order_ij = order[:, None] - order[None, :]
+    score_ji = score[None, :] - score[:, None]
+    sign_u = tl.where(pair, (order_ij > 0).to(tl.float32) - (order_ij < 0).to(tl.float32), 0.0)
+    sign_v = tl.where(pair, (score_ji > 0).to(tl.float32) - (score_ji < 0).to(tl.float32), 0.0)
+    agreement = tl.sum(tl.sum(sign_u * sign_v, axis=1))
+    untied = tl.sum(tl.sum(sign_u * sign_u, axis=1)) * tl.sum(tl.sum(sign_v * sign_v, axis=1))
+    return tl.where(untied > 0, agreement / tl.sqrt(tl.maximum(untied, 1.0)), 0.0)
+
+
+@triton.jit
 def rank_group(
     score,  # (GP,) policy scores, higher is more likely
     oracle,  # (GP,) ranks, lower is better; rewards, higher is better, for "zscore"
@@ -93,37 +131,13 @@ def rank_group(
 
     ranked = members >= MIN_RANKED
     tied = tl.sum(tl.where(live & (count_u == G), 1, 0)) == G
-    if KIND == "zscore":
-        advantage = oracle - _group_mean(oracle, live, G)
-        # What the mean's rounding leaves, but not from a reward that equals it.
-        advantage -= tl.where(advantage != 0.0, _group_mean(advantage, live, G), 0.0)
-        variance = tl.sum(tl.where(live, advantage * advantage, 0.0)) / tl.maximum(G - 1, 1)
-        advantage = advantage / (tl.sqrt(variance) + 1e-4)
-    elif KIND == "paper" or KIND == "paper_swapped":
-        advantage = _group_mean(penalty, live, G) - penalty
-    else:
-        advantage = u - _group_mean(u, live, G)
-        if KIND == "directed":
-            advantage = advantage * (1.0 + penalty_weight * penalty)
-            advantage = advantage - _group_mean(advantage, live, G)
-    if KIND != "paper" and KIND != "paper_swapped":  # exact zeros, whatever the mean above rounded to
-        advantage = tl.where(tied, 0.0, advantage)
-    if SCALE == "group":
-        advantage = advantage / (tl.sqrt(_group_mean(advantage * advantage, live, G)) + 1e-6)
-    advantage = tl.where(live, advantage, 0.0)
+    advantage = _advantages(u, penalty, oracle, live, tied, G, penalty_weight, KIND, SCALE)
 
     worth = tl.where(live, _tie_mean(relevance, k, first_u, count_u), 0.0)
     found = tl.sum(worth * _tie_mean(discount, k, first_v, count_v))
     ideal = tl.sum(worth * _tie_mean(discount, k, first_u, count_u))
 
-    pair = live[:, None] & live_j
-    order_ij = order[:, None] - order[None, :]
-    score_ji = score[None, :] - score[:, None]
-    sign_u = tl.where(pair, (order_ij > 0).to(tl.float32) - (order_ij < 0).to(tl.float32), 0.0)
-    sign_v = tl.where(pair, (score_ji > 0).to(tl.float32) - (score_ji < 0).to(tl.float32), 0.0)
-    agreement = tl.sum(tl.sum(sign_u * sign_v, axis=1))
-    untied = tl.sum(tl.sum(sign_u * sign_u, axis=1)) * tl.sum(tl.sum(sign_v * sign_v, axis=1))
-    tau = tl.where(untied > 0, agreement / tl.sqrt(tl.maximum(untied, 1.0)), 0.0)
+    tau = _kendall_tau_b(order, score, live)
 
     best = live & (first_u == 0)
     top1 = tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)) / tl.maximum(
