@@ -30,13 +30,18 @@ def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             continue
         owner, adapted, leaf = name.rpartition(".base_layer.")
         weight = parameter.detach()
-        if adapted:
-            layer = base.get_submodule(owner)
-            if leaf == "weight" and not layer.disable_adapters and not layer.merged:
-                for adapter in layer.active_adapters:
-                    weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
-            name = f"{owner}.{leaf}"
-        yield name, weight
+        if adapted and leaf == "weight":
+            weight = _with_adapters(base.get_submodule(owner), weight)
+        yield f"{owner}.{leaf}" if adapted else name, weight
+
+
+def _with_adapters(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of an adapted layer as it is used now."""
+    if layer.disable_adapters or layer.merged:
+        return weight
+    for adapter in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+    return weight
 
 
 def fingerprint(model: Any) -> tuple[int, ...]:
