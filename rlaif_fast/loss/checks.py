@@ -266,10 +266,8 @@ def ranked_groups(
         None if (x := get(name)) is None else grouped(name, x, oracle_ranks.shape[1], responses, like)
         for name in ("scores", "judged")
     )
-    validate = get("validate", True)
-    oracle_ranks = ranking(
-        oracle_ranks, scores, judged, weights, valid, options, like=like, validate=validate
-    )
+    given, validate = (judged, weights, valid, options), get("validate", True)
+    oracle_ranks = ranking(oracle_ranks, scores, *given, like=like, validate=validate)
     wide = torch.promote_types(like.dtype, torch.float32)
 
     def cast(x: Tensor | None) -> Tensor | None:
