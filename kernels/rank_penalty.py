@@ -57,18 +57,23 @@ def _group_mean(x, live, G):
 
 
 @triton.jit
+def _centred(x, live, G):
+    """x less its mean, and less what the mean's rounding leaves, but not from what equals the mean."""
+    centred = x - _group_mean(x, live, G)
+    return centred - tl.where(centred != 0.0, _group_mean(centred, live, G), 0.0)
+
+
+@triton.jit
 def _advantages(
     u, penalty, oracle, live, tied, G, penalty_weight, KIND: tl.constexpr, SCALE: tl.constexpr
 ):  # fmt: skip
     """The advantages (GP,) of a kind, scaled where asked, as `rlaif_fast.loss.advantages` makes them."""
     if KIND == "zscore":
-        advantage = oracle - _group_mean(oracle, live, G)
-        # What the mean's rounding leaves, but not from a reward that equals it.
-        advantage -= tl.where(advantage != 0.0, _group_mean(advantage, live, G), 0.0)
+        advantage = _centred(oracle, live, G)
         variance = tl.sum(tl.where(live, advantage * advantage, 0.0)) / tl.maximum(G - 1, 1)
         advantage = advantage / (tl.sqrt(variance) + 1e-4)
     elif KIND == "paper" or KIND == "paper_swapped":
-        advantage = _group_mean(penalty, live, G) - penalty
+        advantage = -_centred(penalty, live, G)
     else:
         advantage = u - _group_mean(u, live, G)
         if KIND == "directed":

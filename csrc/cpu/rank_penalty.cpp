@@ -81,18 +81,26 @@ T mean(const T* x, int G) {
   return total / T(G);
 }
 
-// (R - mean R) / (std R + eps). The mean is rounded once for all of a group: what that leaves is taken off too, but not
-// from a reward that equals the mean.
+// x - mean x. The mean is rounded once for all of a group: what that leaves is taken off too, but not from what equals
+// the mean.
 template <typename T>
-void zscores(const T* rewards, int G, T* out) {
-  const T centre = mean(rewards, G);
+void centre(const T* x, int G, T* out) {
+  const T middle = mean(x, G);
   for (int i = 0; i < G; ++i) {
-    out[i] = rewards[i] - centre;
+    out[i] = x[i] - middle;
   }
   const T rest = mean(out, G);
-  T square = 0;
   for (int i = 0; i < G; ++i) {
     out[i] -= out[i] != 0 ? rest : T(0);
+  }
+}
+
+// (R - mean R) / (std R + eps).
+template <typename T>
+void zscores(const T* rewards, int G, T* out) {
+  centre(rewards, G, out);
+  T square = 0;
+  for (int i = 0; i < G; ++i) {
     square += out[i] * out[i];
   }
   const T spread = (G > 1 ? std::sqrt(square / T(G - 1)) : T(0)) + T(kZScoreEps);
@@ -152,9 +160,9 @@ GroupResult<T> rank_all(const T* scores, const T* ranks, int G, const RankOption
   result.kendall_tau = pairs > 0 ? T(agreement) / std::sqrt(pairs) : T(0);
 
   if (follows_paper(kind)) {
-    const T centre = mean(penalties, G);
+    centre(penalties, G, advantages);
     for (int i = 0; i < G; ++i) {
-      advantages[i] = centre - penalties[i];
+      advantages[i] = -advantages[i];
     }
   } else if (!result.has_signal) {  // exact zeros, whatever a mean would round to
     for (int i = 0; i < G; ++i) {
@@ -163,9 +171,9 @@ GroupResult<T> rank_all(const T* scores, const T* ranks, int G, const RankOption
   } else if (kind == Kind::ZScore) {
     zscores(ranks, G, advantages);
   } else {
-    const T centre = mean(u, G);
+    const T middle = mean(u, G);
     for (int i = 0; i < G; ++i) {
-      advantages[i] = u[i] - centre;
+      advantages[i] = u[i] - middle;
       if (kind == Kind::Directed) {
         advantages[i] *= T(1) + penalty_weight * penalties[i];
       }

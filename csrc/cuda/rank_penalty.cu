@@ -162,12 +162,21 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       }
       return warp_sum(total) / float(count);
     };
+    // What the mean's rounding leaves, but not from what equals the mean.
+    const auto take_rest = [&] {
+      const float rest = group_mean(advantage);
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) {
+        advantage[s] -= advantage[s] != 0 ? rest : float(0);
+      }
+    };
     if (follows_paper(kind)) {
       const float centre = group_mean(penalty);
 #pragma unroll
       for (int s = 0; s < SLOTS; ++s) {
         advantage[s] = centre - penalty[s];
       }
+      take_rest();
     } else if (signal) {
       float value[SLOTS];
 #pragma unroll
@@ -180,12 +189,11 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
       for (int s = 0; s < SLOTS; ++s) {
         advantage[s] = value[s] - centre;
       }
-      if (kind == Kind::ZScore) {  // what the mean's rounding leaves, but not from a reward that equals it
-        const float rest = group_mean(advantage);
+      if (kind == Kind::ZScore) {
+        take_rest();
         float square[SLOTS];
 #pragma unroll
         for (int s = 0; s < SLOTS; ++s) {
-          advantage[s] -= advantage[s] != 0 ? rest : float(0);
           square[s] = advantage[s] * advantage[s];
         }
         spread = sqrt(group_mean(square) * float(count) / float(count - 1)) + float(kZScoreEps);

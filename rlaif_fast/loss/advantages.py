@@ -27,17 +27,12 @@ def oracle(u: Tensor, members: Tensor) -> Tensor:
 
 def paper(penalty: Tensor, members: Tensor) -> Tensor:
     """A = mean p - p, for either of the paper's penalties."""
-    return _mean(penalty, members) - penalty
+    return -_centred(penalty, members)
 
 
 def zscore(reward: Tensor, members: Tensor) -> Tensor:
-    """A = (R - mean R) / (std R + 1e-4): plain GRPO.
-
-    A float's mean is rounded once for all of a group. What that leaves is taken off too, so that a loss that sums over
-    tokens does not gather it. A reward that equals the mean keeps its exact zero.
-    """
-    centred = reward - _mean(reward, members)
-    centred = centred - _mean(centred, members).where(centred != 0, 0.0)
+    """A = (R - mean R) / (std R + 1e-4): plain GRPO."""
+    centred = _centred(reward, members)
     freedom = (members.sum(-1, keepdim=True) - 1).clamp(min=1)
     std = (centred.square().where(members, 0.0).sum(-1, keepdim=True) / freedom).sqrt()
     return centred / (std + ZSCORE_EPS)
@@ -65,6 +60,16 @@ def advantages_of(
     if options.scale == "group":
         A = A / (_mean(A.square(), members).sqrt() + SCALE_EPS)
     return A
+
+
+def _centred(x: Tensor, members: Tensor) -> Tensor:  # (N, G)
+    """x - mean x, of rewards and penalties of any size.
+
+    A float's mean is rounded once for all of a group. What that leaves is taken off too, so that a loss that sums over
+    tokens does not gather it. What equals the mean keeps its exact zero.
+    """
+    centred = x - _mean(x, members)
+    return centred - _mean(centred, members).where(centred != 0, 0.0)
 
 
 def _mean(x: Tensor, members: Tensor) -> Tensor:  # (N, G) -> (N, 1)
