@@ -1,6 +1,7 @@
 """Every kind of file that a dataset holds sooner or later: it decodes exactly or it says why not."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -8,11 +9,13 @@ import random
 import shutil
 import signal
 import struct
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import (
@@ -27,8 +30,11 @@ from rlaif_fast.video import (
     probe,
     sample_indices,
 )
+from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.isolate import DecodeProcess
+from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.testing import counter_frame, counter_frames, read_counter, write_video
+from rlaif_fast.video.torchcodec import TorchCodecDecoder
 
 H264 = {"codec": "libx264"}
 MPEG4 = {"codec": "mpeg4"}
@@ -64,6 +70,12 @@ def scramble(source: Path, target: Path, packets) -> Path:
                 data[start + 12 : start + size] = noise.randbytes(size - 12)
 
     return changed(source, target, change)
+
+
+def set_display_matrix(matrix, data):
+    a, b, c, d = (x << 16 for x in matrix)
+    start = data.find(b"tkhd") + 44  # the display matrix of a version 0 track header
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
 
 
 def counters(path, indices):
@@ -133,17 +145,29 @@ def test_negative_timestamps_are_not_counted(tmp_path, ending):
 
 
 @pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
+        ((1, 0, 0, -1), lambda p: p[::-1]),
+        ((0, 1, 1, 0), lambda p: p.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda p: np.rot90(p, 2).swapaxes(0, 1)),
+    ],
+)
+def test_mirrored_film_comes_out_as_players_show_it(good, tmp_path, matrix, shown):
+    path = changed(good["mp4"], tmp_path / "a.mp4", partial(set_display_matrix, matrix))
+    as_coded, frame = (decode(str(p), [5])[0].numpy() for p in (good["mp4"], path))
+    np.testing.assert_array_equal(frame, shown(as_coded))
+    scan = dataclasses.replace(scan_file(str(path)), codec="vp9", plain=True, rotation=0)
+    for decoder in (DaliDecoder, TorchCodecDecoder):  # neither is told of a mirror
+        assert decoder.refuses(scan, torch.device("cpu")) is not None
+
+
+@pytest.mark.parametrize(
     ("matrix", "degrees"),
     [((0, 1, -1, 0), 90), ((-1, 0, 0, -1), 180), ((0, -1, 1, 0), 270)],
 )
 def test_rotated_film_comes_out_upright(good, tmp_path, matrix, degrees):
-    a, b, c, d = (x << 16 for x in matrix)
-
-    def turn(data):
-        start = data.find(b"tkhd") + 44  # the display matrix of a version 0 track header
-        data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-
-    path = changed(good["mp4"], tmp_path / "a.mp4", turn)
+    path = changed(good["mp4"], tmp_path / "a.mp4", partial(set_display_matrix, matrix))
     info = probe(path)
     assert info.rotation == degrees
     frame = decode(str(path), [5])[0].numpy()

@@ -87,6 +87,8 @@ class DaliDecoder:
             return f"it does not decode {scan.codec} on {device.type}"
         if not scan.plain:
             return "its frame numbers would differ (hidden, cut or unordered frames)"
+        if scan.mirrored:
+            return "mirrored films are left to FFmpeg"
         if device.type != "cpu" and "10" in scan.pixel_format:
             return f"{scan.pixel_format} is left to FFmpeg"
         return None

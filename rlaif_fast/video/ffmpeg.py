@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def read_frames(
                 raise BadVideo(
                     f"frame {index} is {frame.width}x{frame.height}, the first {info.width}x{info.height}"
                 )
+            picture = picture[::-1] if info.mirrored else picture
             yield index, np.ascontiguousarray(np.rot90(picture, -(info.rotation // 90)))
 
 
@@ -252,6 +254,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         height=first.height,
         pixel_format=first.format.name,
         rotation=_rotation(first),
+        mirrored=_mirrored(first),
         fps=fps,
         duration=duration,
         pts=pts,
@@ -317,6 +320,15 @@ def _rotation(frame: Any) -> int:
     if clockwise % 90:
         raise BadVideo(f"the display rotation of {clockwise} degrees is not a multiple of 90")
     return clockwise
+
+
+def _mirrored(frame: Any) -> bool:
+    """Whether the display matrix of a frame mirrors it; FFmpeg's angle is then that behind a flip upside down."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    return a * d < b * c
 
 
 def _video_stream(container: Any) -> Any:

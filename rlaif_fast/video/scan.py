@@ -17,6 +17,7 @@ class Scan:
         height: Pixels, as coded (before rotation).
         pixel_format: As FFmpeg spells it.
         rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
+        mirrored: Whether a decoded frame is turned upside down before that.
         fps: Average frames per second.
         duration: Seconds.
         pts: Presentation time of each shown frame, ascending, in units of `time_base`.
@@ -34,6 +35,7 @@ class Scan:
     height: int
     pixel_format: str
     rotation: int
+    mirrored: bool
     fps: float
     duration: float
     pts: tuple[int, ...]

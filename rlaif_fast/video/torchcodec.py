@@ -42,7 +42,7 @@ class TorchCodecDecoder:
         """Return why torchcodec cannot read such a file on `device`, or None."""
         if not scan.plain:
             return "its frame numbers would differ (hidden, cut or unordered frames)"
-        if scan.rotation:
+        if scan.rotation or scan.mirrored:
             return "its versions differ in whether they turn a rotated film"
         return None
 
