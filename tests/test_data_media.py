@@ -17,7 +17,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import PromptEncoder, markup_of
-from rlaif_fast.video import ClipStore, FrameSampling, PatchSpec, PixelBudget, load_frames
+from rlaif_fast.video import ClipStore, FrameSampling, PatchSpec, PixelBudget, load_frames, preprocess
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 
@@ -345,9 +345,19 @@ def test_the_rate_of_pictures_does_not_say_how_many_are_seen(write, media):
 
 def test_all_pictures_are_seen_at_any_rate(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
-    for rate, count in ((25.0, 58), (15.0, 246), (29.97, 768)):  # 58 / 25 * 25 is less than 58
+    for rate, count in (
+        (25.0, 58),
+        (15.0, 246),
+        (29.97, 768),
+        (2.0, 5),
+        (2.0, 1),
+    ):  # 58 / 25 * 25 is less than 58
         clip = load_frames("p", [str(tmp_path / "p.png")] * count, sampling=FrameSampling(fps=rate))
         assert len(clip.frames) == count
+        assert clip.sample_fps == pytest.approx(rate)
+        # an odd last one stands twice in its temporal patch
+        patches = preprocess(clip, PatchSpec(patch_size=4), min_pixels=64, max_pixels=64)
+        assert patches.grid_thw == (-(-count // 2), 2, 2) == (len(patches.timestamps), 2, 2)
 
 
 def test_a_missing_frame_is_named(write, media):

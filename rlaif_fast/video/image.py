@@ -73,7 +73,11 @@ def load_frames(
     rate = sampling.fps
     times = tuple(i / rate for i in range(len(frames)))
     info = VideoInfo(path, "pictures", 0, 0, len(frames), rate, len(frames) / rate, times)
-    indices, sample_fps = replace(sampling, min_frames=sampling.max_frames).sample(info)
+    whole = sampling.nframes is None and len(frames) <= sampling.max_frames
+    # What the last ones do not fill is completed where the patches are made.
+    factor = 1 if whole else sampling.frame_factor
+    chosen = replace(sampling, min_frames=sampling.max_frames, frame_factor=factor)
+    indices, sample_fps = chosen.sample(info)
     budget = "" if resize is None else str(resize)
     key = clip_key(",".join(file_digest(frames[i]) for i in indices), indices, f"pictures:{rate}:{budget}")
     known = cache.get(key) if cache is not None else None
