@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.data.schema import Example, lettered
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video import PatchSpec, PixelBudget, preprocess
@@ -75,6 +75,11 @@ def _any_of(marks: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
 
 
+def _squeezed(text: str) -> str:
+    """`text` without blanks, which templates add and strip."""
+    return "".join(text.split())
+
+
 def ends_in_reasoning(prompt: str) -> bool:
     """Whether a prompt opens the reasoning and leaves it open."""
     return prompt.rfind(OPENS) > prompt.rfind(CLOSES)
@@ -88,11 +93,15 @@ class PromptEncoder:
         model_type: `config.model_type` of the model.
         patch_spec: Patch sizes and normalisation of its vision tower.
         pixels: Bounds on the media's size.
-        system_prompt: Used where the row brings none; None leaves the system turn to the template.
+        system_prompt: Used as it is where the row brings none; None leaves the system turn to the template.
         cache_bytes: Budget for patches kept, so that questions about a clip, and later epochs, share one preprocessing.
         device: Where patches are made and stay; None for where the frames are.
         dtype: Of the patches.
         patchify: Backend that makes them: "auto", "triton", "torch" or "reference".
+
+    Raises:
+        UsageError: The family is not in the table, or `system_prompt` holds a mark of the tokenizer that is not one of
+            reasoning.
     """
 
     def __init__(
@@ -121,6 +130,9 @@ class PromptEncoder:
         marks = markup_of(tokenizer)
         self._markup = _any_of(marks)
         self._markup_in_answers = _any_of(marks - THINKING)
+        mark = self._markup_in_answers.search(system_prompt or "")
+        if mark is not None:
+            raise UsageError(f"system_prompt: expected plain text, got the mark {mark[0]} of the tokenizer")
         self._marks = _any_of({self.family.video_mark, self.family.image_mark})
 
     def _family(self, model_type: str) -> Family:
@@ -145,7 +157,7 @@ class PromptEncoder:
             clips: Its decoded media, in the order of `example.seen`.
 
         Raises:
-            UsageError: The row names no media where the template needs some, or the prompt has no text.
+            UsageError: The chat template refuses the prompt, or leaves out or moves a part of it.
         """
         refs = example.seen
         cuts = [ref.cut for ref in refs] if len(refs) == len(clips) else [Cut()] * len(clips)
@@ -176,10 +188,35 @@ class PromptEncoder:
         last = with_options(pieces[-1], example.options) if pieces is example.layout else pieces[-1]
         content.append({"type": "text", "text": self._plain(last)})
         messages: list[dict] = [{"role": "user", "content": content}]
-        system = example.system or self.system_prompt
+        system = self._plain(example.system) if example.system else self.system_prompt
         if system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self._plain(system)}]})
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         return messages
+
+    def _render(self, example: Example, clips: Sequence[Clip]) -> str:
+        """The conversation as the chat template writes it."""
+        messages, row = self._messages(example, clips), example.source or example.id
+        try:
+            text = self._apply_template(messages, clips)
+        except Exception as error:  # templates raise whatever they like
+            raise UsageError(
+                f"{row}: the chat template of this model refuses the prompt: {first_line(error)}"
+            ) from error
+        written = _squeezed(text)
+        for message in messages:
+            if any(_squeezed(part.get("text", "")) not in written for part in message["content"]):
+                raise UsageError(
+                    f"{row}: the chat template of this model leaves out the text of the {message['role']} turn"
+                )
+        return text
+
+    def _apply_template(self, messages: list[dict], clips: Sequence[Clip]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=self.family.chat_template(self.tokenizer, clips),
+        )
 
     def _encode(self, example: Example, clips: Sequence[Clip], media: Sequence[Media]) -> Tensor:
         family = self.family
@@ -188,12 +225,7 @@ class PromptEncoder:
                 f"{example.source or example.id}: {family.name} is trained on videos alone here, and the row shows a "
                 "picture; leave such rows out"
             )
-        text = self.tokenizer.apply_chat_template(
-            self._messages(example, clips),
-            tokenize=False,
-            add_generation_prompt=True,
-            chat_template=family.chat_template(self.tokenizer, clips),
-        )
+        text = self._render(example, clips)
         found_marks = self._marks.findall(text)
         parts = self._marks.split(text)
         for clip, block, found in zip_longest(clips, map(family.mark, clips), found_marks):

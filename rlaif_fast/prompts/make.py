@@ -48,7 +48,7 @@ def trial_clip() -> Clip:
     return Clip(frames.to(torch.uint8), times, key="trial", path="a generated clip", sample_fps=2.0)
 
 
-def check_encoding(frontend: Frontend) -> int:
+def check_encoding(frontend: Frontend, system_prompt: str | None = None) -> int:
     """Encode a question about a generated clip; returns the prompt's tokens.
 
     Raises:
@@ -57,7 +57,7 @@ def check_encoding(frontend: Frontend) -> int:
     spec, config = frontend.patch_spec, frontend.config
     side = spec.factor
     pixels = spec.budget(side * side, max(side * side, TRIAL_PIXELS))
-    encoder = make_encoder(frontend, pixels)
+    encoder = make_encoder(frontend, pixels, system_prompt=system_prompt)
     example = Example(id="trial", question="What happens?", media=())
     try:
         prompt = encoder.encode(example, [trial_clip()])

@@ -60,6 +60,9 @@ class ProcessorEncoder(PromptEncoder):
         self._prompts.move_to_end(key)
         return Prompt(input_ids=known.input_ids, inputs=known.inputs, example=example, clips=tuple(clips))
 
+    def _apply_template(self, messages: list[dict], clips: Sequence[Clip]) -> str:
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
     def _run(self, example: Example, clips: Sequence[Clip]) -> Prompt:
         from transformers.video_utils import VideoMetadata
 
@@ -80,10 +83,8 @@ class ProcessorEncoder(PromptEncoder):
                 for clip in videos
             ]
             media["do_sample_frames"] = False
+        text = self._render(example, clips)
         try:
-            text = self.processor.apply_chat_template(
-                self._messages(example, clips), tokenize=False, add_generation_prompt=True
-            )
             made = dict(self.processor(text=[text], return_tensors="pt", add_special_tokens=False, **media))
         except Exception as error:  # a processor raises whatever it likes
             raise UsageError(

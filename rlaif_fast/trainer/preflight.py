@@ -43,7 +43,7 @@ def preflight(config: TrainConfig) -> None:
     needless = config.optimizer_offload and device.type == "cpu"
     require(not needless, "optimizer_offload", "false where the device is cpu", True)
     shards_together(config, config.num_processes, config.num_processes)
-    check_model(config.model, shared_prefix=config.shared_prefix)
+    check_model(config.model, shared_prefix=config.shared_prefix, system_prompt=config.system_prompt)
     for start in (config.model, config.sft):
         check_weights(Path(start).expanduser())
     if config.load_in_4bit:
@@ -60,7 +60,7 @@ def preflight(config: TrainConfig) -> None:
         load_data(config)
 
 
-def check_model(model: str, *, shared_prefix: bool = False) -> None:
+def check_model(model: str, *, shared_prefix: bool = False, system_prompt: str | None = None) -> None:
     """Refuse a model that cannot be trained as far as that is known without its weights.
 
     Its configuration is read, and a question about a generated clip is encoded.
@@ -73,7 +73,7 @@ def check_model(model: str, *, shared_prefix: bool = False) -> None:
     frontend = load_frontend(model)
     if shared_prefix:
         check_shared_prefix(frontend.config)
-    check_encoding(frontend)
+    check_encoding(frontend, system_prompt)
 
 
 def check_backend(config: TrainConfig, device: torch.device) -> None:
