@@ -121,7 +121,7 @@ def test_the_text_of_a_video_is_the_processors(model_type, monkeypatch) -> None:
                 fps=FPS,
                 timestamps=list(clip.timestamps),
                 frames_indices=list(range(FRAMES)),
-                duration=clip.timestamps[-1],
+                duration=FRAMES / FPS,
             )
         ],
     }

@@ -19,8 +19,10 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.prompts.processor import ProcessorEncoder
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.plain import PlainSampler
+from rlaif_fast.video import FrameSampling, load_clip
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.preprocess import preprocess
+from rlaif_fast.video.testing import counter_frames, write_video
 
 
 class PlayedProcessor:
@@ -75,6 +77,28 @@ def test_a_processors_prompts_train_as_the_tables_do() -> None:
     assert own.encode(examples[0], [clips[0]]).inputs is made[0].inputs  # remembered
     asked = dataclasses.replace(examples[0], asked="what color is it")  # the user's turn word for word
     assert len(own.encode(asked, [clips[0]]).input_ids) == len(made[0].input_ids) + 2
+
+
+def test_a_processor_is_told_when_each_frame_was(tmp_path) -> None:
+    """A minute in four frames: 0, 20, 39 and 59 s, where equal steps of the sampled rate would be 0, 15, 30 and 45."""
+    path = write_video(tmp_path / "a.mp4", counter_frames(60), codec="libx264", fps=1)
+    told = []
+
+    class Listening(PlayedProcessor):
+        def __call__(self, *args, video_metadata, **options) -> dict:
+            told.extend(video_metadata)
+            return super().__call__(*args, video_metadata=video_metadata, **options)
+
+    model, tokenizer = family_checkpoints.make_model("qwen2_vl")
+    pixels = make_encoder("qwen2_vl", tokenizer, model.config).pixels
+    encoder = ProcessorEncoder(Listening(tokenizer, model.config), "someones_vl", pixels)
+    for cut in ({}, {"video_start": 30.0}):
+        clip = load_clip(path, sampling=FrameSampling(nframes=4, **cut))
+        encoder.encode(Example(id="1", question="what"), [clip])
+        assert told[-1].timestamps == pytest.approx(clip.timestamps)
+        assert told[-1].sampled_fps == pytest.approx(clip.sample_fps)
+    assert told[0].timestamps == pytest.approx([0, 20, 39, 59])
+    assert [about.duration for about in told] == [60, 30]
 
 
 def test_a_refusal_of_the_processor_is_one_line() -> None:

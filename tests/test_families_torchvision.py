@@ -125,7 +125,7 @@ def processed(processor: Any, model_type: str, clip: Clip, question: str) -> dic
     many = FRAMES
     if content["type"] == "video":
         about = VideoMetadata(
-            total_num_frames=FRAMES, fps=FPS, frames_indices=list(range(FRAMES)), duration=clip.timestamps[-1]
+            total_num_frames=FRAMES, fps=FPS, frames_indices=list(range(FRAMES)), duration=FRAMES / FPS
         )
         shown, many = {"videos": [frames], "video_metadata": [about], "do_sample_frames": False}, 1
     messages = [{"role": "user", "content": [content] * many + [{"type": "text", "text": question}]}]

@@ -64,8 +64,6 @@ class ProcessorEncoder(PromptEncoder):
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _run(self, example: Example, clips: Sequence[Clip]) -> Prompt:
-        from transformers.video_utils import VideoMetadata
-
         videos = [clip for clip in clips if not clip.is_image]
         pictures = [clip.frames[0].permute(2, 0, 1) for clip in clips if clip.is_image]
         media: dict[str, Any] = {}
@@ -73,15 +71,7 @@ class ProcessorEncoder(PromptEncoder):
             media["images"] = [picture.cpu().numpy() for picture in pictures]
         if videos:
             media["videos"] = [clip.frames.permute(0, 3, 1, 2).cpu() for clip in videos]
-            media["video_metadata"] = [
-                VideoMetadata(
-                    total_num_frames=len(clip.frames),
-                    fps=clip.sample_fps or 1.0,
-                    frames_indices=list(range(len(clip.frames))),
-                    duration=len(clip.frames) / (clip.sample_fps or 1.0),
-                )
-                for clip in videos
-            ]
+            media["video_metadata"] = [_metadata(clip) for clip in videos]
             media["do_sample_frames"] = False
         text = self._render(example, clips)
         try:
@@ -95,6 +85,19 @@ class ProcessorEncoder(PromptEncoder):
         made.pop("attention_mask", None)
         made = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
         return Prompt(input_ids=ids, inputs=made, example=example)
+
+
+def _metadata(clip: Clip) -> Any:
+    """What a processor is told of a video: its frames are those of a film with a frame each millisecond, so that the
+    times that it writes are theirs."""
+    from transformers.video_utils import VideoMetadata
+
+    return VideoMetadata(
+        total_num_frames=round(1000 * clip.seconds),
+        fps=1000.0,
+        frames_indices=[round(1000 * seconds) for seconds in clip.timestamps],
+        duration=clip.seconds,
+    )
 
 
 def _bytes(prompt: Prompt) -> int:

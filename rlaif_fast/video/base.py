@@ -60,6 +60,11 @@ class Clip:
     is_image: bool = False
     sample_fps: float = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """How long the part of the video is that its frames were sampled from; 0 for an image."""
+        return round(len(self.frames) / self.sample_fps, 6) if self.sample_fps else 0.0
+
 
 @runtime_checkable
 class VideoDecoder(Protocol):

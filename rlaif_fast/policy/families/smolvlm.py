@@ -55,8 +55,8 @@ class SmolVLM(FrameFamily):
         return f"<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """An introduction, then each frame behind its time; the last frame's time stands for the duration."""
-        duration = timedelta(seconds=int(clip.timestamps[-1]))
+        """An introduction with the seconds that were sampled from, then each frame behind its time."""
+        duration = timedelta(seconds=int(clip.seconds))
         frames = "".join(
             f"\nFrame from {int(seconds // 60):02d}:{int(seconds % 60):02d}:{self.image_text(media, spec)}"
             for seconds in clip.timestamps
