@@ -12,10 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.video import Clip, ClipCache, FrameSampling, PixelBudget, load_clip
-from rlaif_fast.video.testing import counter_frames, write_video
+from rlaif_fast.video import (
+    Clip,
+    ClipCache,
+    FrameSampling,
+    PixelBudget,
+    VideoError,
+    clips,
+    image,
+    load_clip,
+    load_frames,
+    load_image,
+)
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 
 def clip(key="k1", size=8, value=0):
@@ -204,3 +216,47 @@ def test_folder_that_cannot_be_used(tmp_path):
 def test_key_cannot_leave_the_folder(tmp_path):
     with pytest.raises(ValueError, match="key"):
         ClipCache(disk_dir=tmp_path).get("../k1")
+
+
+def replacing(path, other, function):
+    """`function`, before which `path` becomes `other`."""
+
+    def call(*args, **options):
+        path.write_bytes(other.read_bytes())
+        return function(*args, **options)
+
+    return call
+
+
+def test_a_video_replaced_while_it_is_read_is_not_kept(video, tmp_path, monkeypatch):
+    path, cache, sampling = tmp_path / "a.webm", ClipCache(), FrameSampling(nframes=2)
+    other = write_video(tmp_path / "b.webm", list(counter_frames(60))[30:])
+    path.write_bytes(video.read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(clips, "by_name", replacing(path, other, clips.by_name))
+        with pytest.raises(VideoError, match="changed while it was read"):
+            load_clip(path, sampling=sampling, cache=cache)
+    assert list(map(read_counter, load_clip(path, sampling=sampling, cache=cache).frames)) == [30, 59]
+    assert list(map(read_counter, load_clip(video, sampling=sampling, cache=cache).frames)) == [0, 29]
+
+
+@pytest.mark.parametrize("as_video", [False, True])
+def test_a_picture_replaced_while_it_is_read_is_not_kept(tmp_path, monkeypatch, as_video):
+    path, other, cache = tmp_path / "a.png", tmp_path / "b.png", ClipCache()
+
+    def load():
+        if as_video:
+            return load_frames("film", [str(path)] * 2, sampling=FrameSampling(), cache=cache)
+        return load_image(path, cache=cache)
+
+    Image.new("RGB", (8, 8), "red").save(path)
+    first = path.read_bytes()
+    Image.new("RGB", (8, 8), "navy").save(other)
+    function = "load_image" if as_video else "_read"
+    with monkeypatch.context() as patch:
+        patch.setattr(image, function, replacing(path, other, getattr(image, function)))
+        with pytest.raises(VideoError, match="changed while it was read"):
+            load()
+    assert load().frames[0, 0, 0].tolist() == [0, 0, 128]
+    path.write_bytes(first)
+    assert load().frames[0, 0, 0].tolist() == [255, 0, 0]

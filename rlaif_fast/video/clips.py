@@ -16,7 +16,7 @@ from rlaif_fast.video.decoders import assemble, by_name, decode_sized
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
-from rlaif_fast.video.probe import MEMO, file_digest, file_version, info_of, scan_file
+from rlaif_fast.video.probe import MEMO, check_same, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
 from rlaif_fast.video.transfer import numbered, to_device
 
@@ -81,6 +81,7 @@ def load_clip(
         return to_device(assemble(pictures, indices, scan.shape, size), device)
 
     frames = by_name(decoder, scan, indices, device, attempt)
+    check_same(path, version)
     times = info.timestamps
     clip = Clip(frames, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)
     if cache is not None:

@@ -15,7 +15,7 @@ from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import clip_key
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import PixelBudget, resize_frames
-from rlaif_fast.video.probe import file_digest
+from rlaif_fast.video.probe import check_same, file_digest, file_version
 from rlaif_fast.video.sampling import FrameSampling
 
 MAX_IMAGE_PIXELS = 200_000_000
@@ -32,11 +32,13 @@ def load_image(
         VideoError: When the file is not an image, or not a whole one.
     """
     path = str(path)
+    version = file_version(path)
     key = clip_key(file_digest(path), [0], None if resize is None else f"image:{resize}")
     known = cache.get(key) if cache is not None else None
     if known is not None:
         return known
     picture = _read(path)
+    check_same(path, version)
     data = bytearray(picture.tobytes())
     frames = torch.frombuffer(data, dtype=torch.uint8).view(1, picture.height, picture.width, 3)
     if resize is not None:
@@ -79,11 +81,14 @@ def load_frames(
     chosen = replace(sampling, min_frames=sampling.max_frames, frame_factor=factor)
     indices, sample_fps = chosen.sample(info)
     budget = "" if resize is None else str(resize)
+    versions = [(frames[i], file_version(frames[i])) for i in indices]
     key = clip_key(",".join(file_digest(frames[i]) for i in indices), indices, f"pictures:{rate}:{budget}")
     known = cache.get(key) if cache is not None else None
     if known is not None:
         return known
     pictures = [load_image(frames[i]).frames for i in indices]
+    for picture_path, version in versions:
+        check_same(picture_path, version)
     for i, picture in zip(indices, pictures):
         if picture.shape != pictures[0].shape:
             raise VideoError(

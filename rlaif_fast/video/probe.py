@@ -98,6 +98,16 @@ def file_version(path: str) -> Version:
     return (str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
+def check_same(path: str, version: Version) -> None:
+    """Refuse what was read from a file that is no longer what `file_version` said: it may be of both.
+
+    Raises:
+        VideoError: The file has changed.
+    """
+    if file_version(path) != version:
+        raise VideoError(path, "changed while it was read")
+
+
 def scan_file(path: str) -> ffmpeg.Scan:
     """Return the scan of `path`, from memory where the file has not changed."""
     version = file_version(path)
