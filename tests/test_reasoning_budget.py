@@ -159,6 +159,31 @@ def test_a_tokenizer_that_spells_the_mark_is_refused() -> None:
         closing_tokens(family_checkpoints.make_tokenizer("qwen3_vl"))
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_marks_of_reasoning_that_are_special_tokens_are_drawn_and_read(named) -> None:
+    """As fine-tunes add them: the policy can close its reasoning, and what stands behind can be told apart."""
+    model, tokenizer = family_checkpoints.make_model("qwen3_vl")
+    if named:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    else:
+        tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    encoder = make_encoder("qwen3_vl", tokenizer, model.config)
+    [prompt, *_] = make_prompts(encoder)
+    taught = encoder.encode_answer("<think>left</think> red")
+    assert closing_tokens(tokenizer)[0] in taught
+    for shared, sampler in ((True, SharedPrefixSampler), (False, PlainSampler)):
+        policy = Policy(model, tokenizer, shared_prefix=shared)
+        logps = policy.response_logps([prompt], torch.tensor([taught]), torch.tensor([len(taught)]))
+        assert logps.min() > -100  # none is forbidden
+        policy.forbidden_bias[closing_tokens(tokenizer)[0]] += 5.0
+        rollout = sampler(policy).sample([prompt], 4, SamplingParams(max_new_tokens=LONGEST, seed=2))
+        closes = (rollout.token_ids == closing_tokens(tokenizer)[0]).sum(1)
+        assert closes.sum() > 0
+        assert [text.count("</think>") for text in rollout.texts] == closes.tolist()
+        assert not any("<|im_end|>" in text for text in rollout.texts)
+
+
 def test_the_engine_refuses_it(thinker) -> None:
     params = SamplingParams(max_new_tokens=LONGEST, max_reasoning_tokens=BUDGET)
     with pytest.raises(UsageError, match="the vllm sampler does not bound the reasoning"):

@@ -404,6 +404,17 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams, kept: se
     torch.testing.assert_close(logps, unfiltered.log()[tokens])  # of the policy, not of what the filters left
 
 
+def test_no_response_ends_early_however_cold_the_draw_and_sure_the_end() -> None:
+    logits = torch.zeros(1, 5)
+    logits[0, _Head.eos_token_ids[0]] = 40.0
+    for temperature in (1.0, 1e-3, 1e-6):
+        params = SamplingParams(min_new_tokens=1, temperature=temperature)
+        tokens, _ = TokenSampler(_Head(), params)(
+            logits, None, torch.tensor([0.5], dtype=torch.float64), step=0
+        )
+        assert tokens.item() not in _Head.eos_token_ids
+
+
 def test_extreme_draws_stay_on_tokens_with_mass() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
     draws = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)

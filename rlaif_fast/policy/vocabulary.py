@@ -1,16 +1,21 @@
-"""Which tokens may be sampled."""
+"""Which tokens may be sampled, and which are text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# What opens and closes reasoning. A policy may draw them, and they are text, even if the tokenizer has them as special.
+OPENS, CLOSES = "<think>", "</think>"
+THINKING = {OPENS, CLOSES}
+
 
 def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterable[int]) -> Tensor:
-    """(V,) bool: no special tokens, none of `never`, no row of the embedding that no token uses; but all `ends`.
+    """(V,) bool: no special tokens but those of reasoning, none of `never`, no row of the embedding that no token
+    uses; but all `ends`.
 
     Args:
         rows: V, of the output embedding.
@@ -20,6 +25,23 @@ def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterab
     """
     allowed = torch.ones(rows, dtype=torch.bool)
     allowed[len(tokenizer) :] = False
-    allowed[[i for i in (*tokenizer.all_special_ids, *never) if i < rows]] = False
+    special = set(tokenizer.all_special_ids) - _reasoning(tokenizer)
+    allowed[[i for i in (*special, *never) if i < rows]] = False
     allowed[list(ends)] = True
     return allowed
+
+
+def texts_of(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
+    """Responses as texts, without special tokens but those of reasoning: without them nothing tells an answer apart."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {number for number, token in added.items() if token.special}
+    dropped = special - _reasoning(tokenizer)
+    if len(dropped) == len(special):
+        return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return tokenizer.batch_decode([[i for i in response if i not in dropped] for response in responses])
+
+
+def _reasoning(tokenizer: Any) -> set[int]:
+    """The ids of `THINKING` where the tokenizer has them as marks."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {number for number, token in added.items() if str(token) in THINKING}

@@ -21,15 +21,13 @@ from rlaif_fast.data.schema import Example, lettered
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.policy.vocabulary import CLOSES, OPENS, THINKING
 from rlaif_fast.video import PatchSpec, PixelBudget, preprocess
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.refs import Cut
 
 CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
-# An answer may reason; a question may not put reasoning into the policy's mouth.
-OPENS, CLOSES = "<think>", "</think>"
-THINKING = {OPENS, CLOSES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +127,7 @@ class PromptEncoder:
         self._ids: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
         marks = markup_of(tokenizer)
         self._markup = _any_of(marks)
+        # An answer may reason; a question may not put reasoning into the policy's mouth.
         self._markup_in_answers = _any_of(marks - THINKING)
         mark = self._markup_in_answers.search(system_prompt or "")
         if mark is not None:

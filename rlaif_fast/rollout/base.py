@@ -59,7 +59,7 @@ class Rollout:
         mask: (B, T) bool, true on sampled tokens.
         logps: (B, T) float32 log-probability of each sampled token under the policy at the sampling
             temperature, before top-k and top-p; 0 under the mask.
-        texts: B decoded responses, special tokens removed.
+        texts: B decoded responses, special tokens removed but for those of reasoning.
         finished: (B,) bool, whether the row drew its end-of-sequence token within the budget.
         sampling_ratio: (B, T) float32 probability of each token under the policy over that under the sampler, from a
             sampler whose probabilities are not quite the policy's; the loss is weighed by it. None where they are.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.features import MediaFeatures
-from rlaif_fast.policy.policy import FORBIDDEN, Policy
+from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.policy.vocabulary import texts_of
 from rlaif_fast.rollout.base import Rollout, SamplingParams
 from rlaif_fast.rollout.reasoning import ReasoningBudget
 
@@ -112,7 +113,7 @@ class TokenSampler:
         logps = (logits / params.temperature if params.temperature not in (0.0, 1.0) else logits).log_softmax(
             -1
         )
-        kept = logps.index_fill(-1, self._eos, FORBIDDEN) if early else logps
+        kept = logps.index_fill(-1, self._eos, float("-inf")) if early else logps
         if params.temperature > 0:
             kept = _nucleus(kept, params.top_k, params.top_p)
         return logps, kept
@@ -231,7 +232,7 @@ def make_rollout(
     ids = np.where(mask, token_ids[:, :width], policy.pad_token_id)
     sequences = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist())]
     distinct = list(dict.fromkeys(sequences))
-    decoded = dict(zip(distinct, policy.tokenizer.batch_decode(distinct, skip_special_tokens=True)))
+    decoded = dict(zip(distinct, texts_of(policy.tokenizer, distinct)))
     return Rollout(
         prompts=tuple(prompts),
         num_generations=num_generations,

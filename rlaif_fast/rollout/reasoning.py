@@ -14,8 +14,9 @@ from torch import Tensor
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
+from rlaif_fast.policy.vocabulary import CLOSES
 
-CLOSES, CLOSING = "</think>", "</think>\n\n"
+CLOSING = f"{CLOSES}\n\n"
 
 
 def closing_tokens(tokenizer: Any) -> list[int]:
