@@ -132,3 +132,17 @@ def test_frames_of_any_number_are_packed() -> None:
     with pytest.raises(Exception, match="videos of one number of frames"):
         Policy(model, tokenizer, shared_prefix=False).response_logps(prompts, ids, lengths)
     assert unwrap(model) is model
+
+
+@pytest.mark.parametrize("model_type", ["llava_onevision", "qwen3_vl"])
+def test_positions_that_the_model_was_not_made_for_are_told_once(model_type, caplog) -> None:
+    model, tokenizer = family_checkpoints.make_model(model_type)
+    prompts = make_prompts(make_encoder(model_type, tokenizer, model.config))
+    last = max(Policy(model, tokenizer).layouts(prompt).next_position for prompt in prompts)
+    for most, times in ((last + 1, 0), (last, 1), (2, 1)):
+        model.config.get_text_config().max_position_embeddings = most
+        caplog.clear()
+        policy = Policy(model, tokenizer)
+        for prompt in prompts * 2:
+            policy.layouts(prompt)
+        assert caplog.text.count("(max_position_embeddings): responses may be senseless") == times

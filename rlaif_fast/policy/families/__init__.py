@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rlaif_fast.policy.families import (
 from rlaif_fast.policy.families.base import IMAGE, TEXT, VIDEO, Family, unwrap
 from rlaif_fast.policy.pattern import picture_runs
 from rlaif_fast.policy.prompt import EncodedPrompt
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "FAMILIES",
@@ -119,6 +122,7 @@ class PromptLayouts:
         self._model = model
         self._family = family
         self._known: OrderedDict[tuple, PromptLayout] = OrderedDict()
+        self._warned = False
 
     def __call__(self, prompt: EncodedPrompt) -> PromptLayout:
         ids = prompt.input_ids.numpy(force=True)
@@ -140,12 +144,26 @@ class PromptLayouts:
         self._check_counts(prompt, types)
         # One text token more than the prompt: its position is where a response starts.
         positions = self._family.positions(self._model, prompt, types)
+        self._check_reach(types.size, int(positions.max()))
         return PromptLayout(
             positions=np.ascontiguousarray(positions[:, :-1]),
             next_position=int(positions[0, -1]),
             media_index=np.flatnonzero(types != TEXT),
             picture_runs=picture_runs(types != TEXT),
         )
+
+    def _check_reach(self, tokens: int, last: int) -> None:
+        """Say once that a prompt reaches positions that the model was not made for."""
+        most = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and last >= most and not self._warned:
+            self._warned = True
+            log.warning(
+                "a prompt of %d tokens takes positions up to %d, and the model is made for %d "
+                "(max_position_embeddings): responses may be senseless; lower fps, max_frames or max_pixels",
+                tokens,
+                last,
+                most,
+            )
 
     def _check_counts(self, prompt: EncodedPrompt, types: np.ndarray) -> None:
         """Each kind of media has as many tokens as features; where one token stands for both, together."""
