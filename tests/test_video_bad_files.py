@@ -31,6 +31,7 @@ from rlaif_fast.video import (
     sample_indices,
 )
 from rlaif_fast.video.dali import DaliDecoder
+from rlaif_fast.video.ffmpeg import _Reader, read_frames
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.testing import counter_frame, counter_frames, read_counter, write_video
@@ -174,6 +175,47 @@ def test_rotated_film_comes_out_upright(good, tmp_path, matrix, degrees):
     assert frame.shape == ((96, 128, 3) if degrees == 180 else (128, 96, 3))
     # Turned back by as much, the counter can be read; a quarter turn to the right is np.rot90 with k = -1.
     assert read_counter(np.rot90(frame, degrees // 90)) == 5
+
+
+@pytest.fixture(scope="module")
+def open_groups(tmp_path_factory):
+    """Frames behind a key frame that build on frames before it: broadcasts and cameras write such files."""
+    options = {"preset": "medium", "x264-params": "open-gop=1:keyint=10:bframes=3:scenecut=0"}
+    folder = tmp_path_factory.mktemp("open")
+    return {
+        ending: write_video(
+            folder / f"a.{ending}", counter_frames(60), codec="libx264", gop=10, codec_options=options
+        )
+        for ending in ("mp4", "mkv", "ts")
+    }
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+def test_open_groups_of_pictures(open_groups, ending, threads):
+    path = str(open_groups[ending])
+    scan = scan_file(path)
+    for wanted in ([59], [25, 26, 27, 50], *([i] for i in range(0, 60, 3))):
+        found = read_frames(path, scan, wanted, threads=threads)
+        assert [(i, read_counter(frame)) for i, frame in found] == [(i, i) for i in wanted]
+    with _Reader(path, scan, [55], 1) as reader:
+        reader.frame(55)
+        assert not reader.linear and reader.sought  # from a key frame near by, not from the start
+
+
+def test_damage_in_an_open_group_is_noticed(open_groups, tmp_path):
+    whole = decode(str(open_groups["mkv"]), range(60))
+    refused = 0
+    for packet in (0, 4, 13, 21):
+        path = str(scramble(open_groups["mkv"], tmp_path / f"{packet}.mkv", {packet}))
+        for index in range(60):
+            try:
+                [frame] = decode(path, [index])
+            except VideoError:
+                refused += 1
+                continue
+            assert torch.equal(frame, whole[index]), (packet, index)
+    assert 0 < refused < 240
 
 
 def test_odd_sizes(tmp_path):

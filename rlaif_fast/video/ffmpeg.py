@@ -106,6 +106,7 @@ class _Reader:
         self.skips = threads == 1 and not info.counted
         self.place = {pts: i for i, pts in enumerate(info.pts)}
         self.linear = info.counted
+        self.back = 0  # key frames that are read before the one that a frame needs
         self._open()
 
     def __enter__(self) -> _Reader:
@@ -119,7 +120,7 @@ class _Reader:
         """Return the decoded picture of `index`; indices come ascending."""
         if self.linear:
             return self._advance(index)
-        key = bisect_right(self.info.keys, self.info.pts[index]) - 1
+        key = max(bisect_right(self.info.keys, self.info.pts[index]) - 1 - self.back, 0)
         if key > 0 and self.info.keys[key] > self.info.pts[max(self.reached, 0)]:
             self._seek(self.info.keys[key])
         try:
@@ -130,6 +131,16 @@ class _Reader:
             self.__exit__()
             self._open()
             return self._advance(index)
+        except BadVideo:
+            if self.back or not self.sought:
+                raise
+            # In an open group of pictures frames behind a key frame look for some before it, which is no damage. Where
+            # that was is known to one thread alone.
+            self.back = self.threads = 1
+            self.__exit__()
+            self._open()
+            self._seek(self.info.keys[max(key - 1, 0)])
+            return self.frame(index)
 
     def _open(self) -> None:
         self.container = _open(self.path)
@@ -138,12 +149,14 @@ class _Reader:
         self.stream.codec_context.thread_count = self.threads
         if self.threads != 1:
             self.stream.thread_type = "AUTO"
+        self.sought = False
         self._start()
 
     def _seek(self, pts: int) -> None:
         self.frames.close()
         self.container.seek(pts, stream=self.stream, backward=True)
         self.stream.codec_context.flush_buffers()
+        self.sought = True
         self._start()
 
     def _start(self) -> None:
@@ -169,8 +182,9 @@ class _Reader:
         if not self.bad_orders:
             return
         own = self.info.order[index]
-        starts = [o for o in self.info.key_order if o <= own]
-        start = max(starts) if starts else 0
+        # A frame shown before a key frame that it comes behind in the file builds on the key frame before, too.
+        key = bisect_right(self.info.keys, self.info.pts[index]) - 1
+        start = self.info.key_order[key] if key >= 0 else 0
         if any(start <= bad <= own for bad in self.bad_orders) or self.info.counted:
             raise BadVideo(f"frame {index} depends on damaged data")
 
