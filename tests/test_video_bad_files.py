@@ -203,6 +203,25 @@ def test_open_groups_of_pictures(open_groups, ending, threads):
         assert not reader.linear and reader.sought  # from a key frame near by, not from the start
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec", "options"),
+    [
+        (
+            "ts",
+            "libx265",
+            {"x265-params": "open-gop=1:keyint=12:log-level=none"},
+        ),  # a seek ends between key frames
+        ("mp4", "libsvtav1", {"preset": "12"}),  # its decoder is a library of its own
+    ],
+)
+def test_any_frame_alone(tmp_path, ending, codec, options):
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg has no {codec}")
+    path = write_video(tmp_path / f"a.{ending}", counter_frames(60), codec=codec, codec_options=options)
+    for wanted in ([3, 30], *([i] for i in range(1, 60, 4))):
+        assert counters(path, wanted) == wanted
+
+
 def test_damage_in_an_open_group_is_noticed(open_groups, tmp_path):
     whole = decode(str(open_groups["mkv"]), range(60))
     refused = 0

@@ -102,8 +102,6 @@ class _Reader:
     def __init__(self, path: str, info: Scan, wanted: Sequence[int], threads: int) -> None:
         self.path, self.info, self.threads = path, info, threads
         self.wanted = {info.pts[i] for i in wanted}
-        # With frame threads the decoder would read `skip_frame` too late.
-        self.skips = threads == 1 and not info.counted
         self.place = {pts: i for i, pts in enumerate(info.pts)}
         self.linear = info.counted
         self.back = 0  # key frames that are read before the one that a frame needs
@@ -125,13 +123,13 @@ class _Reader:
             self._seek(self.info.keys[key])
         try:
             return self._advance(index)
-        except _NotFoundError:
-            # Some containers cannot seek where their packets say; then only reading from the start is exact.
-            self.linear = True
-            self.__exit__()
-            self._open()
-            return self._advance(index)
-        except BadVideo:
+        except BadVideo as error:
+            if isinstance(error, _NotFoundError) or (self.back and not self.on_key):
+                # Some containers cannot seek where their packets say; then only reading from the start is exact.
+                self.linear = True
+                self.__exit__()
+                self._open()
+                return self._advance(index)
             if self.back or not self.sought:
                 raise
             # In an open group of pictures frames behind a key frame look for some before it, which is no damage. Where
@@ -147,6 +145,9 @@ class _Reader:
         self.stream = _video_stream(self.container)
         self.stream.codec_context.options = STRICT
         self.stream.codec_context.thread_count = self.threads
+        # With frame threads the decoder would read `skip_frame` too late; a library reads it when it is opened alone.
+        own = not self.stream.codec_context.codec.name.startswith("lib")
+        self.skips = self.threads == 1 and own and not self.info.counted
         if self.threads != 1:
             self.stream.thread_type = "AUTO"
         self.sought = False
@@ -162,6 +163,7 @@ class _Reader:
     def _start(self) -> None:
         self.bad_orders: list[int] = []
         self.reached = -1  # index of the last frame that came out
+        self.on_key = True  # whether reading began at a key frame
         self.frames = self._decode()
 
     def _advance(self, index: int) -> Any:
@@ -192,7 +194,9 @@ class _Reader:
         """Yield (index, frame) as pictures come out; pictures without an index are passed over."""
         count = 0
         context = self.stream.codec_context
-        for packet in self.container.demux(self.stream):
+        for number, packet in enumerate(self.container.demux(self.stream)):
+            if number == 0 and self.sought:
+                self.on_key = packet.is_keyframe
             if self.skips:  # frames that no other frame builds on
                 context.skip_frame = "DEFAULT" if packet.pts in self.wanted else "NONREF"
             try:
