@@ -189,7 +189,7 @@ def test_rank_then_agree(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.strip() == str(ranked)
     assert "oracle/invalid" in err
-    assert "1 groups could not be ranked" in err
+    assert "1 of 3 groups could not be ranked; the last: request '3' has no reference answer" in err
     rows = [json.loads(line) for line in ranked.read_text().splitlines()]
     assert [row["ranks"] for row in rows] == [[0, 1, 2], [1, 0, 0], [None, None]]
     assert "no reference answer" in rows[2]["error"]
@@ -341,6 +341,21 @@ def test_what_was_ranked_before_the_judge_went_down_is_kept(tmp_path, capsys):
     *_, told, error = capsys.readouterr().err.strip().splitlines()
     assert str(part) in told and error.startswith("error: ") and "the judge is down" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", part.name]
+
+
+def silent(request):
+    return [None for _ in request.responses]
+
+
+@pytest.mark.parametrize(("arguments", "code"), [([], 1), (["--max_invalid_fraction", "1"], 0)])
+def test_a_short_file_of_which_nothing_was_ranked_is_a_failure(tmp_path, capsys, arguments, code):
+    source = write(tmp_path / "in.jsonl", ROWS[0])
+    silence = ["--oracle", "callable", "--option", f"function={__name__}:silent"]
+    assert main(["rank", str(source), *silence, *arguments]) == code
+    out, err = capsys.readouterr()
+    assert "1 of 1 groups could not be ranked; the last: fewer than two responses could be judged" in err
+    assert json.loads((tmp_path / "in.ranked.jsonl").read_text())["ranks"] == [None] * 3
+    assert out.strip() == str(tmp_path / "in.ranked.jsonl")
 
 
 def endless(request):

@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rank.add_argument("--batch_size", type=int, default=64, help="Groups ranked at a time.")
     rank.add_argument(
-        "--max_invalid_fraction", type=float, default=0.5, help="Stop when more of the last groups failed."
+        "--max_invalid_fraction",
+        type=float,
+        default=0.5,
+        help="Fail when more of the groups could not be ranked; a long file stops at once.",
     )
 
     agree = commands.add_parser("agree", help="Compare the rankings of two files.")
@@ -116,11 +119,13 @@ def _rank(options: argparse.Namespace) -> int:
     stats = {**oracle_stats(requests, rankings, reference=ReferenceOracle()), **counters(oracle)}
     for key, value in stats.items():
         print(f"{key:<28} {value:.4g}", file=sys.stderr)
-    invalid = [ranking for ranking in rankings if not ranking.valid]
-    if invalid:
-        print(f"{len(invalid)} groups could not be ranked; the last: {invalid[-1].error}", file=sys.stderr)
+    failures = [ranking.failure for ranking in rankings if not ranking.valid]
+    if failures:
+        counted = f"{len(failures)} of {len(rankings)} groups could not be ranked"
+        print(f"{counted}; the last: {failures[-1]}", file=sys.stderr)
     print(output)
-    return 0
+    # A file too short for the circuit breaker ends here whatever failed.
+    return int(len(failures) > options.max_invalid_fraction * len(rankings))
 
 
 def _checked(rows: Sequence[_Row], options: argparse.Namespace) -> Callable[[_Row], list[Clip]]:

@@ -66,6 +66,11 @@ class Ranking:
         """Whether at least two responses were ranked, so that the group can teach anything."""
         return self.error is None and sum(rank is not None for rank in self.ranks) >= 2
 
+    @property
+    def failure(self) -> str | None:
+        """Why the group can teach nothing; None where it is valid."""
+        return None if self.valid else self.error or "fewer than two responses could be judged"
+
 
 def unranked(request: RankRequest, error: str, **more: Any) -> Ranking:
     """The verdict on a group that could not be ranked; `more` are other fields of it."""

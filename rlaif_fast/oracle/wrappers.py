@@ -104,10 +104,7 @@ class CircuitBreaker(AroundOracle):
             OracleFailedError: If more than `max_invalid_fraction` of the last window failed.
         """
         rankings = rank_all(self.inner, requests)
-        self._window.extend(
-            None if ranking.valid else ranking.error or "fewer than two responses could be judged"
-            for ranking in rankings
-        )
+        self._window.extend(ranking.failure for ranking in rankings)
         failures = [error for error in self._window if error is not None]
         share = len(failures) / max(1, len(self._window))
         half = (self._window.maxlen or 0) / 2
