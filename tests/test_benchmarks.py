@@ -376,7 +376,7 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     out = tmp_path / "out"
     assert run(folder, model, out) == 0
     said = capsys.readouterr().out
-    assert "unanswered, counted as wrong: 2-1" in said and "duration" in said
+    assert "question 2-1 is unanswered and counts as wrong: " in said and "duration" in said
     records = {record.id: record for record in read_records(out / "items.jsonl")}
     assert len(records) == 8
     assert [records[f"{n}-1"].prediction is None for n in range(4)] == [False, False, True, True]

@@ -231,6 +231,9 @@ def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
     many = RankRequest("r", "what ?", tuple("square " * n for n in range(1, 40)))
     with pytest.raises(UsageError, match="too few for 39"):
         judge(poor).rank([many])
+    with pytest.raises(UsageError, match=r"no option 'frames_per_clip'") as refused:
+        build_oracle("local", model="x", frames_per_clip=4)
+    assert str(refused.value).count("protocol") == 1
     with pytest.raises(UsageError, match="protocol"):
         judge(checkpoint, protocol="pairwise")
     with pytest.raises(UsageError, match="cannot load"):

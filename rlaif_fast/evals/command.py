@@ -115,7 +115,7 @@ def _conclude(
     print(as_text(lines))
     unanswered = [record for record in records if record.prediction is None]
     for record in unanswered[:10]:
-        print(f"unanswered, counted as wrong: {record.id}: {record.trouble}")
+        print(f"question {record.id} is unanswered and counts as wrong: {record.trouble}")
     if len(unanswered) > 10:
         print(f"... and {len(unanswered) - 10} more; all are in {path / 'summary.json'}")
     if ungraded:

@@ -146,7 +146,7 @@ def _nested(name: str, option: str, value: Any) -> Oracle:
 def _check_options(name: str, factory: Callable[..., Oracle], options: Mapping[str, Any]) -> None:
     parameters = inspect.signature(factory).parameters
     named = {key: p for key, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    known = [*named, *getattr(factory, "more_options", ())]
+    known = list(dict.fromkeys([*named, *getattr(factory, "more_options", ())]))
     open_ended = len(named) < len(parameters) and not hasattr(factory, "more_options")
     for key in options:
         if key not in known and not open_ended:
