@@ -20,6 +20,8 @@ from rlaif_fast.oracle.protocols import answers_block, question_block
 from rlaif_fast.policy.plain import model_inputs
 from rlaif_fast.policy.tiny import TinySize, make_tiny
 from rlaif_fast.rollout.shared_prefix import GroupCache
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.setup import make_oracle
 from rlaif_fast.video.base import Clip
 
 SIZE = TinySize(
@@ -222,6 +224,31 @@ def test_a_judge_that_was_taught_the_answer_ranks_it_first(checkpoint):
     [ranking] = oracle.rank([request])
     assert ranking.ranks[1] == 0
     assert ranking.scores[1] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "listwise"}, "too few for 64"),
+        ({"protocol": "pointwise"}, "no single token for Yes"),
+        ({"protocol": "likelihood"}, None),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_run_refuses_a_judge_that_cannot_say_its_verdicts_before_it_trains(
+    tmp_path, options, message, inside
+):
+    poor = make_tiny(tmp_path / "poor", {"square"}, size=SIZE)
+    judged = {"model": str(poor), **options}
+    name = "ensemble" if inside else "local"
+    if inside:
+        judged = {"members": ["reference", {"name": "local", **judged}]}
+    config = TrainConfig(oracle=name, oracle_options=judged, num_generations=64)
+    if message is None:
+        assert make_oracle(config).name == name
+        return
+    with pytest.raises(UsageError, match=message):
+        make_oracle(config)
 
 
 def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):

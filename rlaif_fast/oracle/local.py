@@ -216,14 +216,20 @@ class LocalOracle(Judge):
         example = Example(id=request.id, question=text, options=options, system=rules)
         return self.encoder.encode(example, request.clips)
 
-    def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
-        """A label for each text and its tokens, dealt out anew for every order."""
-        count = len(showing.texts)
-        if count > len(self._label_tokens):
+    def check_group_size(self, count: int) -> None:
+        """Raise `UsageError` where the tokenizer cannot say what the protocol has to read of `count` responses."""
+        if self.options.protocol == "pointwise":
+            _ = self._answer_tokens
+        if self.options.protocol == "listwise" and count > len(self._label_tokens):
             raise UsageError(
                 f"oracle 'local': the tokenizer of {self.model!r} has {len(self._label_tokens)} letters and "
                 f"digits as single tokens, too few for {count} responses; use protocol='pointwise'"
             )
+
+    def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
+        """A label for each text and its tokens, dealt out anew for every order."""
+        count = len(showing.texts)
+        self.check_group_size(count)
         labels = self._label_tokens[:count]
         seeded_generator("labels", showing.salt, *showing.texts).shuffle(labels)
         return labels

@@ -18,7 +18,7 @@ from rlaif_fast.machine import cores
 from rlaif_fast.oracle import CircuitBreaker, Oracle, ShuffledOracle, build_oracle
 from rlaif_fast.oracle.base import gives_scores
 from rlaif_fast.oracle.feedback import CorruptedOracle
-from rlaif_fast.oracle.wrappers import WINDOW, check_window
+from rlaif_fast.oracle.wrappers import WINDOW, check_window, oracles_in
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
 from rlaif_fast.policy.model_files import base_record, file_prints
 from rlaif_fast.policy.policy import Policy
@@ -271,7 +271,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
     """The oracle of the configuration, with the wrappers of the experiments around it.
 
     Raises:
-        UsageError: It cannot be built, or has no scores where the algorithm needs them.
+        UsageError: It cannot be built, has no scores where the algorithm needs them, or cannot judge so many responses.
     """
     options, window = oracle_options(config)
     oracle = build_oracle(config.oracle, max_invalid_fraction=None, **options)
@@ -281,6 +281,9 @@ def make_oracle(config: TrainConfig) -> Oracle:
             f"{config.oracle!r} only orders responses; use --algorithm grpo_rank --advantage directed, or an oracle "
             "with scores such as reference or reward_model"
         )
+    for judge in oracles_in(oracle):
+        if hasattr(judge, "check_group_size"):  # a judge in this process, which may lie within another oracle
+            judge.check_group_size(config.num_generations)
     if config.feedback != "exact":
         oracle = CorruptedOracle(
             oracle, kind=config.feedback, strength=config.feedback_strength, seed=config.seed
