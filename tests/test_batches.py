@@ -7,6 +7,7 @@ from PIL import Image
 
 from rlaif_fast.data.benchmarks import Item
 from rlaif_fast.data.schema import Example
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.runner import run_items
 from rlaif_fast.policy.loading import load_model
@@ -131,7 +132,10 @@ def test_an_evaluation_decodes_the_next_videos_while_it_answers(maker, tmp_path,
 
     if published:
         items = [Item(row) for row in rows]
-        run_items(items, None, maker, answers, category="kind", is_right=lambda *_: True, videos_per_step=2)
+        rest = {"grader": None, "world": World(), "advance": lambda count: None}
+        run_items(
+            items, None, maker, answers, category="kind", is_right=lambda *_: True, videos_per_step=2, **rest
+        )
     else:
         sampler = SimpleNamespace(sample=lambda *given: SimpleNamespace(texts=answers(*given)))
         scorer = SimpleNamespace(is_correct=lambda *_: True)
