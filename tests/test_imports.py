@@ -29,7 +29,7 @@ FLOORS = (
     ("video",),
     ("cli", "outputs", "plugins"),
     ("yaml_keys",),
-    ("digests", "errors", "machine", "termination"),
+    ("digests", "errors", "machine", "recent", "termination"),
     ("loss",),
 )
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,7 +8,6 @@ it. Of a tower that trains nothing is remembered: fused optimizers change weight
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families.base import Family
 from rlaif_fast.policy.packing import ranges
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video.media import Media
 
 MAX_PATCHES_A_CALL = 65_536  # of a tower call without gradient; bounds its memory
@@ -96,10 +96,8 @@ class VisionEncoder:
     def __init__(self, tower: nn.Module, cache_bytes: int, family: Family | None = None) -> None:
         self.tower = tower
         self.family = family or Family()
-        self.cache_bytes = cache_bytes
         self.calls = 0  # media encoded so far
-        self._cache: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
-        self._used = 0
+        self._cache: RecentlyUsed[str, tuple[Tensor, ...]] = RecentlyUsed(cache_bytes, _bytes)
         self._fingerprint: tuple = ()
 
     @property
@@ -114,20 +112,22 @@ class VisionEncoder:
             return None
         trains = self.trains
         if trains:
-            self._forget()
+            self._cache.clear()
         if trains and torch.is_grad_enabled():
             pieces = self._encode(list(media.values()))
         else:
             self._forget_if_changed()
-            missing = [m for m in media.values() if m.key not in self._cache]
+            known = {key: piece for key in media if (piece := self._cache.get(key)) is not None}
+            missing = [m for m in media.values() if m.key not in known]
             fresh: dict[str, tuple[Tensor, ...]] = {}
             with torch.no_grad():
                 for part in cut([math.prod(m.grid_thw) for m in missing], MAX_PATCHES_A_CALL):
                     chunk = missing[part]
                     fresh |= zip((m.key for m in chunk), self._encode(chunk))
-            pieces = [fresh[key] if key in fresh else self._cache[key] for key in media]
+            known |= fresh
+            pieces = [known[key] for key in media]
             if not trains:
-                self._remember(media, fresh)
+                self._remember(fresh)
         lengths = [len(piece[0]) for piece in pieces]
         begins = np.cumsum([0, *lengths[:-1]]).tolist()
         levels = tuple(torch.cat(level) for level in zip(*pieces))
@@ -143,26 +143,14 @@ class VisionEncoder:
         computed = {dtype_of(p.device, p.dtype) for p in parameters}
         fingerprint = (computed, *((p.data_ptr(), p._version) for p in parameters))
         if fingerprint != self._fingerprint:
-            self._forget()
+            self._cache.clear()
             self._fingerprint = fingerprint
 
-    def _forget(self) -> None:
-        self._cache.clear()
-        self._used = 0
-
-    def _remember(self, media: Iterable[str], fresh: dict[str, tuple[Tensor, ...]]) -> None:
-        for key in media:
-            if key in self._cache:
-                self._cache.move_to_end(key)
+    def _remember(self, fresh: dict[str, tuple[Tensor, ...]]) -> None:
         for key, piece in fresh.items():
-            size = _bytes(piece)
-            if size <= self.cache_bytes:
+            if _bytes(piece) <= self._cache.budget:
                 # a view would keep the whole call alive
-                self._cache[key] = tuple(level.clone() for level in piece)
-                self._used += size
-        while self._used > self.cache_bytes:
-            _, oldest = self._cache.popitem(last=False)
-            self._used -= _bytes(oldest)
+                self._cache.put(key, tuple(level.clone() for level in piece))
 
 
 def _bytes(piece: Iterable[Tensor]) -> int:

@@ -8,7 +8,6 @@ the reasoning where the template leaves the prompt inside it.
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +21,13 @@ from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.vocabulary import CLOSES, OPENS, THINKING
+from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video import PatchSpec, PixelBudget, preprocess
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.refs import Cut
 
-CACHED_PROMPTS = 16384  # token ids only: a few kilobytes each
+CACHED_IDS_BYTES = 256 << 20  # 8 bytes a token: those of prompts about long videos are 100 kB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +121,12 @@ class PromptEncoder:
         self.pixels = pixels
         self.system_prompt = system_prompt
         self.device, self.dtype, self.patchify = device, dtype, patchify
-        self._cache_bytes = cache_bytes
-        self._held_bytes = 0
-        self._media: OrderedDict[tuple[str, int, PixelBudget], Media] = OrderedDict()
-        self._ids: OrderedDict[tuple[str, ...], Tensor] = OrderedDict()
+        self._media: RecentlyUsed[tuple[str, int, PixelBudget], Media] = RecentlyUsed(
+            cache_bytes, lambda media: media.patches.nbytes, at_least=1
+        )
+        self._ids: RecentlyUsed[tuple[str, ...], Tensor] = RecentlyUsed(
+            CACHED_IDS_BYTES, lambda ids: ids.nbytes
+        )
         marks = markup_of(tokenizer)
         self._markup = _any_of(marks)
         # An answer may reason; a question may not put reasoning into the policy's mouth.
@@ -166,10 +168,8 @@ class PromptEncoder:
         key = (*text, *(clip.key for clip in clips), *grids)
         ids = self._ids.get(key)
         if ids is None:
-            ids = self._ids[key] = self._encode(example, clips, media)
-        self._ids.move_to_end(key)
-        if len(self._ids) > CACHED_PROMPTS:
-            self._ids.popitem(last=False)
+            ids = self._encode(example, clips, media)
+            self._ids.put(key, ids)
         return Prompt(input_ids=ids, media=media, example=example, clips=tuple(clips))
 
     def _messages(self, example: Example, clips: Sequence[Clip]) -> list[dict]:
@@ -277,12 +277,7 @@ class PromptEncoder:
                 dtype=self.dtype,
                 backend=self.patchify,
             )
-            self._media[key] = media
-            self._held_bytes += media.patches.nbytes
-            while self._held_bytes > self._cache_bytes and len(self._media) > 1:
-                self._held_bytes -= self._media.popitem(last=False)[1].patches.nbytes
-        else:
-            self._media.move_to_end(key)
+            self._media.put(key, media)
         return media
 
     def _plain(self, text: str, *, answer: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import Family
 from rlaif_fast.prompts.encoder import Prompt, PromptEncoder, question_text
+from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video import PatchSpec, PixelBudget
 from rlaif_fast.video.base import Clip
 
@@ -37,8 +37,7 @@ class ProcessorEncoder(PromptEncoder):
             processor.tokenizer, model_type, PatchSpec(1, 1, 1), pixels, system_prompt=system_prompt
         )
         self.processor = processor
-        self._prompts: OrderedDict[tuple, Prompt] = OrderedDict()
-        self._bytes = 0
+        self._prompts: RecentlyUsed[tuple, Prompt] = RecentlyUsed(CACHED_BYTES, _bytes, at_least=1)
 
     def _family(self, model_type: str) -> Family:
         return Family()
@@ -53,11 +52,8 @@ class ProcessorEncoder(PromptEncoder):
         key = (*text, *(clip.key for clip in clips))
         known = self._prompts.get(key)
         if known is None:
-            known = self._prompts[key] = self._run(example, clips)
-            self._bytes += _bytes(known)
-            while self._bytes > CACHED_BYTES and len(self._prompts) > 1:
-                self._bytes -= _bytes(self._prompts.popitem(last=False)[1])
-        self._prompts.move_to_end(key)
+            known = self._run(example, clips)
+            self._prompts.put(key, known)
         return Prompt(input_ids=known.input_ids, inputs=known.inputs, example=example, clips=tuple(clips))
 
     def _apply_template(self, messages: list[dict], clips: Sequence[Clip]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video.base import Clip
 
 MAGIC = b"RFCLIP1\n"
@@ -44,12 +45,11 @@ class ClipCache:
     def __init__(
         self, memory_bytes: int = 512 << 20, disk_dir: str | Path | None = None, disk_bytes: int = 8 << 30
     ) -> None:
-        self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
+        self.disk_bytes = disk_bytes
         self.disk_dir = None if disk_dir is None else Path(disk_dir)
         self.memory_hits = self.disk_hits = self.misses = 0
         self._lock = threading.Lock()
-        self._clips: OrderedDict[str, Clip] = OrderedDict()
-        self._held = 0
+        self._clips: RecentlyUsed[str, Clip] = RecentlyUsed(memory_bytes, lambda clip: clip.frames.nbytes)
         self._on_disk: OrderedDict[str, int] = OrderedDict()
         self._disk_held = self._unsurveyed = 0
         if self.disk_dir is not None:
@@ -62,10 +62,10 @@ class ClipCache:
     def get(self, key: str) -> Clip | None:
         """Return the clip of `key`, or None."""
         with self._lock:
-            if key in self._clips:
-                self._clips.move_to_end(key)
+            held = self._clips.get(key)
+            if held is not None:
                 self.memory_hits += 1
-                return self._clips[key]
+                return held
         clip = None if self.disk_dir is None else self._read(self.disk_dir / (_name(key) + SUFFIX), key)
         with self._lock:
             if clip is None:
@@ -85,19 +85,11 @@ class ClipCache:
     @property
     def held_bytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
-        return self._held, self._disk_held
+        return self._clips.held, self._disk_held
 
     def _keep(self, clip: Clip) -> None:
-        size = clip.frames.nbytes
-        if size > self.memory_bytes:
-            return
         with self._lock:
-            if clip.key in self._clips:
-                return
-            self._clips[clip.key] = clip
-            self._held += size
-            while self._held > self.memory_bytes:
-                self._held -= self._clips.popitem(last=False)[1].frames.nbytes
+            self._clips.put(clip.key, clip)
 
     def _write(self, folder: Path, clip: Clip) -> None:
         frames = clip.frames.contiguous().cpu()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import stat
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.container import BadVideo, digest
 from rlaif_fast.video.errors import VideoError
 
+MEMO_DIGESTS = 100_000
 MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
 
 Version = tuple[str, int, int, int]
@@ -50,13 +51,14 @@ def info_of(path: str, scan: ffmpeg.Scan) -> VideoInfo:
 
 
 class _Memo:
-    """Scans and digests by file version, the oldest forgotten first."""
+    """Scans and digests by file version."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._scans: OrderedDict[Version, ffmpeg.Scan] = OrderedDict()
-        self._digests: OrderedDict[Version, str] = OrderedDict()
-        self._frames = 0
+        self._scans: RecentlyUsed[Version, ffmpeg.Scan] = RecentlyUsed(
+            MEMO_FRAMES, lambda scan: len(scan.pts), at_least=1
+        )
+        self._digests: RecentlyUsed[Version, str] = RecentlyUsed(MEMO_DIGESTS)
 
     def scan(self, version: Version) -> ffmpeg.Scan | None:
         with self._lock:
@@ -64,12 +66,7 @@ class _Memo:
 
     def keep_scan(self, version: Version, scan: ffmpeg.Scan) -> None:
         with self._lock:
-            if version in self._scans:
-                return
-            self._scans[version] = scan
-            self._frames += len(scan.pts)
-            while self._frames > MEMO_FRAMES and len(self._scans) > 1:
-                self._frames -= len(self._scans.popitem(last=False)[1].pts)
+            self._scans.put(version, scan)
 
     def digest(self, version: Version) -> str | None:
         with self._lock:
@@ -77,9 +74,7 @@ class _Memo:
 
     def keep_digest(self, version: Version, digest: str) -> None:
         with self._lock:
-            self._digests[version] = digest
-            while len(self._digests) > 100_000:
-                self._digests.popitem(last=False)
+            self._digests.put(version, digest)
 
 
 MEMO = _Memo()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from rlaif_fast.policy.families import (
 from rlaif_fast.policy.families.base import IMAGE, TEXT, VIDEO, Family, unwrap
 from rlaif_fast.policy.pattern import picture_runs
 from rlaif_fast.policy.prompt import EncodedPrompt
+from rlaif_fast.recent import RecentlyUsed
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class PromptLayouts:
     def __init__(self, model: nn.Module, family: Family) -> None:
         self._model = model
         self._family = family
-        self._known: OrderedDict[tuple, PromptLayout] = OrderedDict()
+        self._known: RecentlyUsed[tuple, PromptLayout] = RecentlyUsed(LAYOUTS_KEPT)
         self._warned = False
 
     def __call__(self, prompt: EncodedPrompt) -> PromptLayout:
@@ -133,11 +133,8 @@ class PromptLayouts:
         key = (types.tobytes(), media)
         layout = self._known.get(key)
         if layout is None:
-            layout = self._known[key] = self._build(prompt, types)
-            if len(self._known) > LAYOUTS_KEPT:
-                self._known.popitem(last=False)
-        else:
-            self._known.move_to_end(key)
+            layout = self._build(prompt, types)
+            self._known.put(key, layout)
         return layout
 
     def _build(self, prompt: EncodedPrompt, types: np.ndarray) -> PromptLayout:
