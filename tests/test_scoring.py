@@ -217,11 +217,18 @@ def test_wins_ties_losses_and_no_verdict():
 
 
 def test_evaluation_scores_what_has_an_answer():
+    class Prompts:
+        def __call__(self, rows):
+            return [SimpleNamespace(example=row, clips=()) for row in rows]
+
+        def prefetch(self, rows):
+            assert not rows  # there is one step
+
     rows = [SHORT, NOTHING, BLANK]
     sampler = SimpleNamespace(sample=lambda prompts, *_: SimpleNamespace(texts=["red", "x", "y"]))
     result = evaluate(
         rows,
-        lambda rows: [SimpleNamespace(example=row, clips=()) for row in rows],
+        Prompts(),
         sampler,
         scorer=ReferenceOracle(),
         max_new_tokens=4,
