@@ -44,7 +44,7 @@ def test_auto_takes_the_best_that_supports_the_call():
 
 def test_a_backend_asked_for_by_name_runs_or_says_why_not():
     meta = torch.zeros(2, device="meta")
-    for name in ("cpu", "triton"):
+    for name in ("cpu", "triton") if importlib.util.find_spec("triton") else ("cpu",):
         with pytest.raises(ValueError, match=f"backend='{name}' cannot run rank_loss: .*meta"):
             backends.select("rank_loss", name, meta)
     with pytest.raises(ValueError, match=r"cannot run rank_loss: .* above 64"):

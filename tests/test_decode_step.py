@@ -8,6 +8,9 @@ import re
 import family_checkpoints
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from simulated_gpu import simulated_gpu
 from test_cpu_decoder import OTHERS, PLAIN, ShiftedNorm
 from test_families_packed import make_encoder, make_prompts

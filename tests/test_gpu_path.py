@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("triton")
 
 from rlaif_fast.algorithms import AlgorithmOptions, make_algorithm
 from rlaif_fast.algorithms.group import rank_rollout

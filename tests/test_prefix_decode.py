@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from triton_cases import DEVICE, error, uninitialised_memory_is_nan
 
 from rlaif_fast.policy.prefix_decode import prefix_decode, prefix_decode_reference, visible_columns

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("triton")
 
 from simulated_gpu import DEVICE, DeviceMix, DeviceTensor, counting, put, simulated_gpu
 
