@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from rlaif_fast.algorithms.group import rank_request
@@ -62,7 +63,7 @@ def run_items(
     starts = range(0, len(chunks), videos_per_step * world.size)
     steps = [chunks[at : at + videos_per_step * world.size] for at in starts]
     mine = [[item for chunk in world.share(step) for item in chunk] for step in steps]
-    for items_now, following in zip(mine, [*mine[1:], []]):
+    for items_now, following in zip_longest(mine, mine[1:], fillvalue=()):
         records = _answer_chunk(items_now, following, make_batch, answers, category, is_right, grader)
         everyone = [record for part in world.gather(records) for record in part]
         if folder is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from rlaif_fast.algorithms.group import rank_request
 from rlaif_fast.data.schema import Example
@@ -109,7 +110,7 @@ def evaluate(
     answers: dict[int, tuple[str, bool | None, float | None]] = {}
     starts = range(0, len(groups), videos_per_step)
     steps = [[row for group in groups[at : at + videos_per_step] for row in group] for at in starts]
-    for rows, following in zip(steps, [*steps[1:], []]):
+    for rows, following in zip_longest(steps, steps[1:], fillvalue=()):
         prompts = make_batch(rows)
         make_batch.prefetch(following)
         if prompts:
