@@ -293,6 +293,16 @@ def test_jsonl_keeps_what_its_rows_say(tmp_path, video):
     assert "gone.mp4" in second.trouble
 
 
+def test_jsonl_names_the_tables_that_it_does_not_read(tmp_path, video, caplog):
+    row = json.dumps({"question": "What moves?", "answer": "disk", "videos": [str(video)]})
+    put(tmp_path / "test.jsonl", row + "\n")
+    assert len(read_benchmark("jsonl", tmp_path)) == 1
+    assert not caplog.records
+    put(tmp_path / "rest.json", f"[{row}]")
+    assert len(read_benchmark("jsonl", tmp_path)) == 1
+    assert "those of *.jsonl; not read: rest.json" in caplog.text
+
+
 def test_jsonl_in_a_relative_folder_and_by_name(tmp_path, video, monkeypatch):
     monkeypatch.chdir(tmp_path)
     video("bench/a.mp4")

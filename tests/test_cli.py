@@ -224,6 +224,12 @@ def test_a_plan_of_the_tiny_policy_has_the_tiny_defaults(capsys):
     assert "\nmax_pixels: 1024\n" in capsys.readouterr().out
 
 
+def test_the_help_of_a_plan_shows_that_a_file_may_come_first(capsys):
+    with pytest.raises(SystemExit):
+        plan_module.main(["--help"])
+    assert capsys.readouterr().out.startswith("usage: rlaif_fast.plan [CONFIG] [--config")
+
+
 @pytest.mark.parametrize(
     ("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
@@ -167,3 +168,16 @@ def test_an_upward_arrow_is_seen(edges, found):
 def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b"}, "b": set()}) == []
+
+
+def test_every_command_has_a_script_and_every_script_a_command():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    scripts = {target.partition(":")[0]: name for name, target in project["scripts"].items()}
+    commands = {
+        name for name in modules() if name.endswith(".__main__") or name.partition(".")[2] in FLOORS[0]
+    }
+    assert set(scripts) == commands
+    for module, script in scripts.items():
+        assert script == f"rlaif-fast-{module.removesuffix('.__main__').rpartition('.')[2]}"
+        assert callable(importlib.import_module(module).main)

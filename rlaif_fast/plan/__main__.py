@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    texts: dict[str, Any] = {"prog": "rlaif_fast.plan", "description": __doc__ or ""}
+    texts: dict[str, Any] = {"prog": "rlaif_fast.plan [CONFIG]", "description": __doc__ or ""}
     given = [word for word in words if not word.startswith("--print-config")]
     model = given_values(PlanConfig, given, **texts).get("model", PlanConfig.model)
     under = defaults_of(model, partial(print, file=sys.stderr))

@@ -74,7 +74,7 @@ class Folder:
             UsageError: None does.
         """
         for pattern in patterns:
-            if found := self._matching(pattern):
+            if found := self.matching(pattern):
                 return found
         raise UsageError(f"data: {self.path} holds none of {', '.join(patterns)}")
 
@@ -104,9 +104,9 @@ class Folder:
 
     def optional(self, pattern: str) -> Path | None:
         """The first file that matches, where there is one."""
-        return next(iter(self._matching(pattern)), None)
+        return next(iter(self.matching(pattern)), None)
 
-    def _matching(self, pattern: str) -> list[Path]:
+    def matching(self, pattern: str) -> list[Path]:
         """The files whose path below the folder is `pattern`, or behind "**/" ends with it, in order."""
         end = pattern.removeprefix("**/")
         depth = None if end != pattern else len(Path(pattern).parts)
@@ -120,7 +120,7 @@ class Folder:
     @cached_property
     def subtitles(self) -> dict[str, Path]:
         """Every file of subtitles (.srt) below the folder by its name without suffix; of two the first."""
-        return {path.stem: path for path in reversed(self._matching("**/*.srt"))}
+        return {path.stem: path for path in reversed(self.matching("**/*.srt"))}
 
     @cached_property
     def _videos(self) -> dict[str, list[Path]]:

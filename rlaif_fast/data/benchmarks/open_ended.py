@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,9 @@ from rlaif_fast.data.sources import read_text
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import MediaRef
 
+logger = logging.getLogger(__name__)
+
+_TABLES = ("*.jsonl", "*.json", "*.parquet", "*.csv")
 _BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
 _ACTIVITYNET_TYPES = (
     "motion",
@@ -73,8 +77,20 @@ def _brief(folder: Folder, names: list[str], row: dict, where: str, category: st
 
 
 def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
-    """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not."""
-    for file in folder.files("*.jsonl", "*.json", "*.parquet", "*.csv"):
+    """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not.
+
+    They are those of the first of four suffixes that there are any of; the log names the others.
+    """
+    files = folder.files(*_TABLES)
+    beside = {file for pattern in _TABLES for file in folder.matching(pattern)}.difference(files)
+    if beside:
+        logger.warning(
+            "%s: the questions are those of %s; not read: %s",
+            folder.path,
+            f"*{files[0].suffix}",
+            ", ".join(sorted(file.name for file in beside)),
+        )
+    for file in files:
         report = read_report(file, check_files=False)
         if report.errors:
             raise UsageError(report.describe_errors())
