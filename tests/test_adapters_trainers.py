@@ -9,6 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from test_adapters_ranking import InOrder
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.adapters import ms_swift, openrlhf, skyrl
@@ -20,6 +22,25 @@ def decoded(rows, skip_special_tokens):
 
 def expected(*scores):
     return rank_advantages(torch.tensor([scores]), torch.arange(len(scores))[None]).advantages[0]
+
+
+def reasoning_tokenizer():
+    """Digits, of which 0 pads and 1 ends; `</think>` is a special token, as some checkpoints have it."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(10)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
+    tokenizer.add_tokens(["</think>"], special_tokens=True)
+    return tokenizer
+
+
+class Noting(InOrder):
+    """Ranks as sampled, and notes what it read."""
+
+    def rank(self, requests):
+        self.read = [text.split() for request in requests for text in request.responses]
+        return super().rank(requests)
+
+
+READ = [["5", "</think>", str(n)] for n in (6, 7, 8)]
 
 
 class SkyRL:
@@ -189,3 +210,38 @@ def test_openrlhf_gives_a_response_without_a_token_no_advantage():
     [done] = maker(openrlhf_strategy("dr_grpo")).compute_advantages_and_returns([experience])
     first, last = expected(-1.0, -2.0).tolist()
     torch.testing.assert_close(done.rewards, torch.tensor([first, 0.0, last]))
+
+
+def test_the_oracle_reads_where_reasoning_ends(verl):
+    """`</think>` is text, also where it is a special token."""
+    tokenizer, oracle = reasoning_tokenizer(), Noting()
+    mark = tokenizer.convert_tokens_to_ids("</think>")
+    tokens = torch.tensor([[5, mark, n, 1] for n in (6, 7, 8)])
+    whole, logps = torch.ones(3, 4, dtype=torch.long), -torch.ones(3, 4)
+
+    trainer = skyrl.ranked_trainer(SkyRL, oracle)(skyrl_config())
+    trainer.tokenizer = tokenizer
+    data = Batch(
+        sequences=torch.cat([torch.full((3, 2), 9), tokens], 1), attention_mask=torch.ones(3, 6),
+        response_mask=whole, loss_mask=whole, action_log_probs=logps, rewards=torch.ones(3, 4),
+    )  # fmt: skip
+    trainer.compute_advantages_and_returns(data)
+    assert oracle.read == READ
+
+    trainer = verl.module.ranked(Verl, oracle)(verl_config())
+    trainer.tokenizer, oracle.read = tokenizer, []
+    verl.fields.update(
+        response_mask=nested(*whole.tolist()), old_log_probs=nested(*logps.tolist()), raw_prompt=["q"] * 3,
+        responses=nested(*tokens.tolist()), rm_scores=nested(*logps.tolist()), uid=["u"] * 3, reward_model=[None] * 3,
+    )  # fmt: skip
+    trainer._compute_advantage(SimpleNamespace(keys=["a_0", "b_0", "c_0"], partition_id="train"), {})
+    assert oracle.read == READ
+
+    maker = openrlhf.experience_maker(OpenRLHF, oracle)(openrlhf_strategy("dr_grpo"))
+    maker.tokenizer, oracle.read = tokenizer, []
+    experience = SimpleNamespace(
+        sequences=torch.cat([torch.full((3, 1), 9), tokens], 1), action_mask=whole, action_log_probs=logps,
+        index=[0, 1, 2], prompts=["q"] * 3, labels=["a"] * 3, images=None,
+    )  # fmt: skip
+    maker.compute_advantages_and_returns([experience])
+    assert oracle.read == READ

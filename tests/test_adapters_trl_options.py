@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlaif-fast[adapters-test]'")
 
+import trl.trainer.grpo_trainer
 from datasets import Dataset
 from test_adapters_ranking import InOrder
 from trl import GRPOConfig, GRPOTrainer
@@ -157,6 +158,44 @@ def test_what_any_row_says_reaches_the_oracle(tmp_path):
     trainer = parity.trl_trainer(str(tmp_path))
     trainer.oracles = [Noting()]
     inputs = [{"prompt": "1", "reference": "1"}] + [{"prompt": "1", "reference": "1", "hint": "h"}] * 5
-    trainer._calculate_rewards(inputs, ["1"] * 6, list("123456"), None)
+    trainer._calculate_rewards(inputs, ["1"] * 6, list("123456"), [[2]] * 6)
     assert [request.reference for request in asked] == ["1"]
     assert asked[0].metadata == {}  # the rows do not agree on the hint
+
+
+class Owner:
+    """An environment of TRL's that makes rewards itself."""
+
+    def reset(self, **row):
+        return None
+
+    def get_reward(self):
+        return 1.0
+
+
+def test_the_reward_of_an_environment_is_refused(tmp_path, monkeypatch):
+    init = GRPOTrainer.__init__
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "supports_tool_calling", lambda tokenizer: True)
+    monkeypatch.setattr(
+        GRPOTrainer, "__init__", lambda self, *a, **named: init(self, *a, **named, environment_factory=Owner)
+    )
+    with pytest.raises(ValueError, match="must give no get_reward, oracles rank; got that of Owner"):
+        parity.trl_trainer(str(tmp_path))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_the_oracle_reads_where_reasoning_ends(tmp_path, chat, special):
+    """TRL drops special tokens of completions, those of reasoning too."""
+    trainer, asked = parity.trl_trainer(str(tmp_path)), []
+    trainer._tokenizer.add_tokens(["</think>"], special_tokens=special)
+    mark = trainer._tokenizer.convert_tokens_to_ids("</think>")
+    trainer.oracles = [InOrder(lambda rankings: rankings)]
+    trainer.oracles[0].rank = lambda requests: (asked.extend(requests), InOrder().rank(requests))[1]
+    ids = [[5, mark, place, 1] for place in range(2, 8)]
+    texts = trainer._tokenizer.batch_decode(ids, skip_special_tokens=True)  # as TRL does
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    prompt = [{"role": "user", "content": "1"}] if chat else "1"
+    rows = [{"prompt": prompt, "reference": "1"}] * 6
+    trainer._calculate_rewards(rows, [prompt] * 6, completions, ids)
+    assert [text.split() for text in asked[0].responses] == [["5", "</think>", str(n)] for n in range(2, 8)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlaif_fast.adapters.ranking import RowRanker, mean_logps
 from rlaif_fast.loss.api import grpo_rank_loss
 from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.policy.vocabulary import texts_of
 
 
 class PolicyLoss(nn.Module):
@@ -121,4 +122,4 @@ def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
 def _texts(experience: Any, tokenizer: Any) -> list[str]:
     """The responses; `action_mask` stands one token to the left of `sequences`."""
     rows = zip(experience.sequences[:, 1:], experience.action_mask.bool())
-    return tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+    return texts_of(tokenizer, [ids[mask] for ids, mask in rows])

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlaif_fast.adapters.ranking import RowRanker, mean_logps, put_at_last_token
 from rlaif_fast.loss.api import grpo_rank_loss
 from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.policy.vocabulary import texts_of
 
 NAME = "rlaif_fast"
 CORRECTIONS = (
@@ -113,9 +114,8 @@ def ranked_trainer(
                 row[seen.bool()][: -len(response) or None]
                 for row, seen, response in zip(ids, data["attention_mask"], responses)
             ]
-            asked, texts = (
-                self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (prompts, responses)
-            )
+            asked = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            texts = texts_of(self.tokenizer, responses)
             answers = [reference(prompt) if reference else None for prompt in asked]
             scores = mean_logps(data["action_log_probs"], mask & data["loss_mask"].bool())
             ranked = ranker(data.metadata["uids"], asked, texts, answers, scores)

@@ -23,6 +23,7 @@ from rlaif_fast.oracle.as_reward import (
     requests_of,
 )
 from rlaif_fast.oracle.base import Oracle, rank_all
+from rlaif_fast.policy.vocabulary import texts_of
 from rlaif_fast.video import ClipStore
 
 
@@ -78,6 +79,11 @@ class OracleGRPOTrainer(VideoPrompts):
         self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
         super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)
+        if len(self.reward_funcs) > len(self.oracles):
+            owners = ", ".join(self.reward_func_names[len(self.oracles) :])
+            raise ValueError(
+                f"environment_factory must give no get_reward, oracles rank; got that of {owners}"
+            )
         if self.aux_loss_enabled:
             raise ValueError(f"OracleGRPOTrainer has no router_aux_loss_coef={self.router_aux_loss_coef}")
         add_rank_loss(self.accelerator.unwrap_model(self.model), self.args.cast_lm_head_to_fp32)
@@ -85,6 +91,7 @@ class OracleGRPOTrainer(VideoPrompts):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Rank the groups of all processes; return the gains (B of all processes, number of oracles)."""
         rows = [{name: x for name, x in row.items() if name != "prompt"} for row in inputs]
+        completions = self._with_reasoning(completions, completion_ids_list)
         prompts, completions, rows = map(gather_object, (prompts, completions, rows))
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
@@ -103,6 +110,23 @@ class OracleGRPOTrainer(VideoPrompts):
             self._ranks.append(_tensor(ranks, device).view(-1, size))
             rewards.append(_tensor([gain for group in groups for gain in gains(group)], device))
         return torch.stack(rewards, dim=1)
+
+    def _with_reasoning(self, completions: list, ids: list[list[int]]) -> list:
+        """Return completions with the marks of reasoning that TRL's decoding drops, those that are special tokens.
+
+        Where TRL parses completions, their reasoning stands apart from their content already.
+        """
+        parsed = any(
+            getattr(self._tokenizer, name, None) is not None
+            for name in ("response_template", "response_schema")
+        )
+        if parsed and not isinstance(completions[0], str):
+            return completions
+        texts = texts_of(self._tokenizer, ids)
+        return [
+            text if isinstance(completion, str) else [{**completion[0], "content": text}]
+            for completion, text in zip(completions, texts)
+        ]
 
     def _generate_and_score_completions(self, inputs):
         """Put our advantages in place of TRL's and what is known of the ranks in place of a reward curve."""

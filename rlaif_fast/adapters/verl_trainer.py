@@ -21,6 +21,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from rlaif_fast.adapters.ranking import RowRanker, mean_logps, put_at_last_token
 from rlaif_fast.oracle.base import Oracle
+from rlaif_fast.policy.vocabulary import texts_of
 
 ESTIMATOR = "rlaif_fast"
 FIELDS = ["uid", "raw_prompt", "responses", "response_mask", "old_log_probs", "rm_scores", "reward_model"]
@@ -69,7 +70,7 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
             where = {"keys": batch.keys, "partition_id": batch.partition_id}
             data = transfer_queue.kv_batch_get(**where, select_fields=FIELDS)
             mask, logps = (data[name].to_padded_tensor(0) for name in ("response_mask", "old_log_probs"))
-            texts = self.tokenizer.batch_decode(list(data["responses"].unbind()), skip_special_tokens=True)
+            texts = texts_of(self.tokenizer, list(data["responses"].unbind()))
             rows = ranker(
                 list(data["uid"]),
                 list(data["raw_prompt"]),

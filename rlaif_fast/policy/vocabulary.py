@@ -31,14 +31,16 @@ def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterab
     return allowed
 
 
-def texts_of(tokenizer: Any, responses: Sequence[Sequence[int]]) -> list[str]:
+def texts_of(tokenizer: Any, responses: Sequence[Sequence[int] | Tensor]) -> list[str]:
     """Responses as texts, without special tokens but those of reasoning: without them nothing tells an answer apart."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {number for number, token in added.items() if token.special}
     dropped = special - _reasoning(tokenizer)
     if len(dropped) == len(special):
         return tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return tokenizer.batch_decode([[i for i in response if i not in dropped] for response in responses])
+    return tokenizer.batch_decode(
+        [[i for i in map(int, response) if i not in dropped] for response in responses]
+    )
 
 
 def _reasoning(tokenizer: Any) -> set[int]:
