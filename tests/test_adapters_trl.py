@@ -40,7 +40,7 @@ def test_the_loss_and_its_gradients_are_trls(tiny, feature):
     assert errors.gradients <= 2e-6
 
 
-@pytest.mark.parametrize("feature", ["grpo", "dapo", "cispo", "sapo"])
+@pytest.mark.parametrize("feature", ["grpo", "dapo", "cispo", "sapo", "entropy bonus"])
 def test_the_statistics_are_trls(tiny, feature):
     metrics = tiny._metrics["train"]
     metrics.clear()

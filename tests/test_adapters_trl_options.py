@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rlaif_fast.adapters import parity
 from rlaif_fast.adapters.trl import OracleGRPOTrainer
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle import ReferenceOracle
+from rlaif_fast.oracle import Ranking, ReferenceOracle
 
 ROWS = Dataset.from_list([{"prompt": "1", "answer": "1"}])
 SEQUENCE = {"importance_sampling_level": "sequence"}
@@ -199,3 +199,23 @@ def test_the_oracle_reads_where_reasoning_ends(tmp_path, chat, special):
     rows = [{"prompt": prompt, "reference": "1"}] * 6
     trainer._calculate_rewards(rows, [prompt] * 6, completions, ids)
     assert [text.split() for text in asked[0].responses] == [["5", "</think>", str(n)] for n in range(2, 8)]
+
+
+def test_two_oracles_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    def backwards(rankings):
+        return [Ranking(tuple(reversed(ranking.ranks))) for ranking in rankings]
+
+    tiny = parity.trl_trainer(str(tmp_path), max_steps=1, save_strategy="no", logging_steps=1)
+    trainer = OracleGRPOTrainer(
+        tiny.model,
+        [InOrder(), InOrder(backwards)],
+        args=tiny.args,
+        train_dataset=tiny.train_dataset,
+        processing_class=tiny.processing_class,
+    )
+    trainer.train()
+    assert trainer.reward_func_names == ["oracle_in order", "oracle_in order 2"]
+    assert trainer._logs["extra"]["rank/in order"] != trainer._logs["extra"]["rank/in order 2"]
+    assert trainer._logs["rewards"].keys() >= {"oracle_in order", "oracle_in order 2"}
+    logged = trainer.state.log_history[0]
+    assert logged["rank/in order/kendall_tau"] == pytest.approx(-logged["rank/in order 2/kendall_tau"])

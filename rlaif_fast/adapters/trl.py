@@ -78,7 +78,10 @@ class OracleGRPOTrainer(VideoPrompts):
                     check_reference(reference, columns)
         self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
-        super().__init__(model, reward_funcs=[as_reward(oracle) for oracle in self.oracles], **options)
+        rewards = [as_reward(oracle) for oracle in self.oracles]
+        for reward, name in zip(rewards, self._names()):
+            reward.__name__ = f"oracle_{name}"
+        super().__init__(model, reward_funcs=rewards, **options)
         if len(self.reward_funcs) > len(self.oracles):
             owners = ", ".join(self.reward_func_names[len(self.oracles) :])
             raise ValueError(
@@ -104,9 +107,9 @@ class OracleGRPOTrainer(VideoPrompts):
         broadcast_object_list(rankings)
         first, device = self.accelerator.process_index * len(inputs), self.accelerator.device
         self._ranks, rewards = [], []
-        for oracle, groups in zip(self.oracles, rankings):
+        for name, groups in zip(self._names(), rankings):
             ranks = [rank if group.valid else None for group in groups for rank in group.ranks]
-            self._log_completion_extra(f"rank/{oracle.name}", ranks[first:][: len(inputs)])
+            self._log_completion_extra(f"rank/{name}", ranks[first:][: len(inputs)])
             self._ranks.append(_tensor(ranks, device).view(-1, size))
             rewards.append(_tensor([gain for group in groups for gain in gains(group)], device))
         return torch.stack(rewards, dim=1)
@@ -138,15 +141,15 @@ class OracleGRPOTrainer(VideoPrompts):
         scores = torch.zeros_like(output["advantages"]) if local is None else local
         scores = self.accelerator.gather(scores).view_as(self._ranks[0])
         total = torch.zeros_like(scores)
-        for oracle, weight, ranks in zip(self.oracles, self.reward_weights.tolist(), self._ranks):
+        for oracle, weight, ranks in zip(self._names(), self.reward_weights.tolist(), self._ranks):
             ranked, judged = advantages(scores, ranks, self.ranking)
             total += weight * ranked.advantages
-            metrics[f"rank/{oracle.name}/judged"].append(judged.float().mean().item())
-            metrics[f"rank/{oracle.name}/no_signal"].append(1.0 - ranked.has_signal.float().mean().item())
+            metrics[f"rank/{oracle}/judged"].append(judged.float().mean().item())
+            metrics[f"rank/{oracle}/no_signal"].append(1.0 - ranked.has_signal.float().mean().item())
             if local is not None and ranked.has_signal.any():
                 for name in ("ndcg", "kendall_tau", "top1_agreement"):
                     value = getattr(ranked, name)[ranked.has_signal].mean().item()
-                    metrics[f"rank/{oracle.name}/{name}"].append(value)
+                    metrics[f"rank/{oracle}/{name}"].append(value)
         total, count = total.flatten(), len(inputs)
         logged = self._logs["advantages"]  # in place of TRL's, the newest
         for _ in range(min(len(logged), len(total))):
@@ -191,7 +194,20 @@ class OracleGRPOTrainer(VideoPrompts):
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in logged(out.stats, self.loss_type, self.accelerator.gather).items():
             metrics[name].append(value)
+        if self.entropy_coef != 0.0:
+            policy = out.stats["loss/policy"] + out.stats.get("loss/kl", 0.0)
+            metrics["policy_loss"].append(self.accelerator.gather(policy).nanmean().item())
+            if self.model.training and self.accelerator.sync_gradients:
+                metrics["entropy_coef"].append(self.entropy_coef)
         return out.loss
+
+    def _names(self) -> list[str]:
+        """Return a name of its own for each oracle: two judges are both "api"."""
+        names = [oracle.name for oracle in self.oracles]
+        return [
+            name if name not in names[:place] else f"{name} {names[:place].count(name) + 1}"
+            for place, name in enumerate(names)
+        ]
 
 
 def _tensor(values: list[float | None], device: torch.device) -> Tensor:
