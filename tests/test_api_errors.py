@@ -288,3 +288,30 @@ def test_confidence_is_no_sign_and_no_gap(weight):
         grpo_rank_loss(LOGPS, RANKS, weights=weights)
     with pytest.raises(ValueError, match="weights must be finite and at least 0"):
         rank_advantages(torch.zeros(2, 3), RANKS, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["advantages", "sampling_ratio"])
+def test_a_packed_tensor_with_two_meanings_is_refused(name):
+    """Five responses of five tokens in all: a flat tensor of five may be one a response or one a token."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(5, H), torch.randn(V, H), torch.arange(5)
+    lengths, values = torch.tensor([2, 0, 1, 1, 1]), torch.arange(5.0)
+    given = {"advantages": torch.ones(5, 1), "loss_type": "luspo"}
+    with pytest.raises(
+        ValueError, match=rf"{name} must be \(B, 1\) for one a response, .* got \(5,\) with 5 responses"
+    ):
+        fused_linear_grpo_rank_loss(hidden, weight, ids, lengths=lengths, **{**given, name: values})
+    out = fused_linear_grpo_rank_loss(
+        hidden, weight, ids, lengths=lengths, **{**given, name: values[:, None]}
+    )
+    assert out.advantages.shape == (5,)
+    assert out.loss.item() == pytest.approx(-(values * lengths).sum().item() / 5)
+    one = {"lengths": torch.ones_like(lengths), **given, name: values}  # both meanings are the same
+    assert fused_linear_grpo_rank_loss(hidden, weight, ids, **one).loss.item() == pytest.approx(-2.0)
+
+
+def test_advantages_may_be_a_column():
+    advantages = torch.arange(float(B))
+    column = grpo_rank_loss(LOGPS, advantages=advantages[:, None])
+    assert column.loss == grpo_rank_loss(LOGPS, advantages=advantages).loss
+    assert column.advantages.shape == (B,)

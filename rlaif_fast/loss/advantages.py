@@ -6,6 +6,7 @@ run over the members of a group: the responses that were judged.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rlaif_fast.loss.options import RankOptions
@@ -36,6 +37,22 @@ def zscore(reward: Tensor, members: Tensor) -> Tensor:
     freedom = (members.sum(-1, keepdim=True) - 1).clamp(min=1)
     std = (centred.square().where(members, 0.0).sum(-1, keepdim=True) / freedom).sqrt()
     return centred / (std + ZSCORE_EPS)
+
+
+def without_offset(rewards: Tensor, counting: Tensor | None) -> Tensor:  # (N, G), (N, G) or (N, 1) bool
+    """Return rewards less the least of their group where they differ by little of what they are.
+
+    A z-score does not depend on what all rewards of a group have in common. The mean of a float32 and the cast to it
+    would round what they differ by.
+    """
+    wide = torch.promote_types(rewards.dtype, torch.float32)
+    x = rewards.to(wide if rewards.is_floating_point() else torch.float64)
+    low, high = x, x
+    if counting is not None:
+        low, high = x.where(counting, torch.inf), x.where(counting, -torch.inf)
+    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
+    near = low.isfinite() & (64 * (high - low) < torch.maximum(low.abs(), high.abs()))
+    return x - low.where(near, 0.0)
 
 
 def advantages_of(

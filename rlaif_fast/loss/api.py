@@ -101,7 +101,7 @@ def grpo_rank_loss(
         logps: (B, T) float, log-probability of each sampled token under the policy; differentiable.
         oracle_ranks: (N, G) int or float with N * G = B, 0 is best, equal is a tie (scalar rewards, higher is
             better, with `kind="zscore"`); or (B,) with `group_size`.
-        advantages: (B,) or (B, T) float, any trainer's own, in place of `oracle_ranks` and all that belongs to
+        advantages: (B,), (B, 1) or (B, T) float, any trainer's own, in place of `oracle_ranks` and all that belongs to
             them (`kind`, `penalty_weight`, `scale`, `score`, `scores`, `judged`, `weights`, `valid`).
         group_size: G, where `oracle_ranks` is flat.
         old_logps: (B, T) float under the policy that sampled. None is on-policy: the ratio is 1 with the
@@ -261,10 +261,9 @@ def fused_linear_grpo_rank_loss(
         oracle_ranks: As in `grpo_rank_loss`, like every argument not listed here; with `lengths` every (B, T)
             there is (M,) here. The entropy comes from the logits.
         bias: (V,) float; differentiable.
-        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
-        logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
-        logit_scale: Above 0; multiplies the logits, before the cap.
-        lengths: (B,) int64 tokens of each response, their sum M, when packed.
+        temperature, logit_softcap, logit_scale: As in `grpo_rank_loss_from_logits`.
+        lengths: (B,) int64 tokens of each response, their sum M, when packed. Where M is B and a length is 0, flat
+            `advantages` and `sampling_ratio` may mean responses or tokens, and are refused.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         process_group: Ranks that hold the head's vocabulary in consecutive shards, in their order: `weight`
             (and `bias`) is this rank's shard, everything else the same on every rank, and so are the loss and
@@ -283,7 +282,7 @@ def fused_linear_grpo_rank_loss(
     checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
     checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape, wide, validate = tuple(hidden.shape[:-1]), _wide(hidden), arguments.get("validate", True)
-    responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, validate)
+    responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, arguments)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
     padding = None
     if lengths is not None and arguments.get("group_index") is not None:

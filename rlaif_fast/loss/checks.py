@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlaif_fast.loss import values
+from rlaif_fast.loss.advantages import without_offset
 from rlaif_fast.loss.inputs import LossArguments, RankInputs, Scaling, TokenInputs, members_of
 from rlaif_fast.loss.options import (
     MAX_GROUP_SIZE,
@@ -115,22 +116,6 @@ def ranking(
         if scores is not None and options.orders_policy:
             values.scores_not_nan(scores, count)
     return oracle_ranks
-
-
-def without_offset(rewards: Tensor, counting: Tensor | None) -> Tensor:  # (N, G), (N, G) or (N, 1) bool
-    """Return rewards less the least of their group where they differ by little of what they are.
-
-    A z-score does not depend on what all rewards of a group have in common. The mean of a float32 and the cast to it
-    would round what they differ by.
-    """
-    wide = torch.promote_types(rewards.dtype, torch.float32)
-    x = rewards.to(wide if rewards.is_floating_point() else torch.float64)
-    low, high = x, x
-    if counting is not None:
-        low, high = x.where(counting, torch.inf), x.where(counting, -torch.inf)
-    low, high = low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)
-    near = low.isfinite() & (64 * (high - low) < torch.maximum(low.abs(), high.abs()))
-    return x - low.where(near, 0.0)
 
 
 def rank_inputs(
@@ -288,6 +273,8 @@ def given_advantages(
     """Return the advantages of another trainer, or raise where something that belongs to ranks came along."""
     advantages: Any = arguments.get("advantages")
     per_response = not (isinstance(advantages, Tensor) and advantages.shape == shape)
+    if per_response and isinstance(advantages, Tensor) and advantages.shape == (responses, 1):
+        advantages = advantages.squeeze(1)
     floating("advantages", advantages, (responses,) if per_response else shape, like=like)
     for name in ("valid", "judged", "weights", "scores"):
         if arguments.get(name) is not None:
@@ -386,14 +373,23 @@ def head(
         check_count("chunk_size", chunk_size)
 
 
-def lengths(value: Any, packed: int, like: Tensor, validate: bool) -> int:
-    """Return how many responses there are; raise unless their lengths (B,) add up to the packed rows."""
+def lengths(value: Any, packed: int, like: Tensor, arguments: Mapping[str, Any]) -> int:
+    """Return how many responses there are; raise unless their lengths (B,) add up to the packed rows, and what comes
+    flat among the arguments is either one a response or one a token."""
     tensor("lengths", value, ("B",), like=like)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"lengths must be int64 or int32; got {describe(value)}")
-    if values.can_read(value, validate):
-        if (value < 0).any():
-            raise ValueError(f"lengths must be at least 0; got {int(value.min())}")
-        if int(value.sum()) != packed:
-            raise ValueError(f"lengths must add up to the {packed} rows of hidden; got {int(value.sum())}")
+    if not values.can_read(value, arguments.get("validate", True)):
+        return value.shape[0]
+    if (value < 0).any():
+        raise ValueError(f"lengths must be at least 0; got {int(value.min())}")
+    if int(value.sum()) != packed:
+        raise ValueError(f"lengths must add up to the {packed} rows of hidden; got {int(value.sum())}")
+    for name in ("advantages", "sampling_ratio"):
+        flat = arguments.get(name)
+        if isinstance(flat, Tensor) and flat.shape == value.shape == (packed,) and not value.all():
+            raise ValueError(
+                f"{name} must be (B, 1) for one a response, or come without empty responses for one a token; got "
+                f"{tuple(flat.shape)} with {packed} responses and as many tokens"
+            )
     return value.shape[0]

@@ -289,9 +289,7 @@ class _Call:
         checks.floating("hidden", hidden, ("B", "T", "H") if lengths is None else ("M", "H"))
         checks.head(hidden, weight, bias, self.chunk_size, float32_weight)
         shape = tuple(hidden.shape[:-1])
-        self.responses = (
-            shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, self.validate)
-        )
+        self.responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, arguments)
         check_number("beta", self.beta, minimum=0.0, strict=True)
         mask = checks.mask(arguments.get("mask"), shape, hidden, self.validate)
         checks.token_ids("token_ids", token_ids, shape, like=hidden)
