@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlaif_fast import grpo_rank_loss_from_logits, selective_log_softmax
-from rlaif_fast.loss.cpu import row_loss, row_stats
+from rlaif_fast.loss import ops
+from rlaif_fast.loss.cpu import _matrices, row_loss, row_stats
 from rlaif_fast.loss.inputs import RowInputs, Scaling
 from rlaif_fast.loss.options import LossOptions
 from rlaif_fast.loss.testing import TOLERANCES, random_problem, relative, relative_l2
@@ -250,3 +251,26 @@ def test_one_sweep_equals_two(dtype):
     assert relative_l2(logits, leaf.grad.view(24, -1)) <= TOLERANCES[dtype].gradient
     assert (logits[5] == 0).all() and grad_logps[5] == 0 and grad_entropy[5] == 0
     assert torch.isfinite(stats.logps).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (3, 40), (2, 7, 3), (2, 3, 7), (40, 1)])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_view_takes_as_few_launches_as_it_can(shape, inplace):
+    """`logits[..., :-1, :]` is read where it lies: a matrix a response, or a token of all responses."""
+    torch.manual_seed(0)
+    whole = torch.randn(*shape[:-1], shape[-1] + 1, 11)
+    ids, temperature = torch.randint(0, 11, shape), torch.rand(shape) + 0.5
+    assert len(list(_matrices(whole[..., :-1, :]))) == math.prod(shape[:-2]) * min(shape[-2:])
+
+    def run(logits):
+        leaf = logits.clone().requires_grad_()
+        view = (leaf * 1.0)[..., :-1, :] if logits is whole else leaf * 1.0
+        scaling = Scaling(1.0, temperature.reshape(-1))
+        logps, entropy = ops.selective_log_softmax(view, ids, scaling, "cpu", inplace)
+        ((logps + 0.3 * entropy) * temperature).sum().backward()
+        return logps, entropy, leaf.grad
+
+    logps, entropy, grad = run(whole)
+    wanted = run(whole[..., :-1, :].contiguous())
+    assert torch.equal(logps, wanted[0]) and torch.equal(entropy, wanted[1])
+    assert torch.equal(grad[..., :-1, :], wanted[2])

@@ -109,12 +109,13 @@ def rank_loss(
     )
 
 
-def _widened_scaling(scaling: Scaling, logits: Tensor) -> Scaling:
-    """Return it with temperatures (M,) in the dtype of the statistics."""
-    if scaling.temperatures is None:
-        return scaling
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return replace(scaling, temperatures=scaling.temperatures.to(wide).reshape(-1).contiguous())
+def _widened_scaling(scaling: Scaling, span: slice, logits: Tensor) -> tuple[Any, ...]:
+    """Return the arguments that it is for some rows, temperatures (m,) in the dtype of the statistics."""
+    scaling = scaling.rows(span)
+    if scaling.temperatures is not None:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        scaling = replace(scaling, temperatures=scaling.temperatures.to(wide).contiguous())
+    return flatten(scaling)
 
 
 def row_stats(
@@ -123,12 +124,23 @@ def row_stats(
     scaling: Scaling,
 ) -> RowStats:
     """Return log-probability, logsumexp and entropy of each row."""
-    ids, scaling = token_ids.long().contiguous(), _widened_scaling(scaling, logits)
+    ids = token_ids.long()
     parts = [
-        torch.ops.rlaif_fast.row_stats(rows, ids[span], *flatten(scaling.rows(span)))
+        (
+            span,
+            torch.ops.rlaif_fast.row_stats(
+                rows, ids[span].contiguous(), *_widened_scaling(scaling, span, logits)
+            ),
+        )
         for span, (rows,) in _matrices(logits)
     ]
-    return RowStats(*parts[0]) if len(parts) == 1 else RowStats(*map(torch.cat, zip(*parts)))
+    if len(parts) == 1:
+        return RowStats(*parts[0][1])
+    stats = RowStats(*(part.new_empty(len(ids)) for part in parts[0][1]))
+    for span, part in parts:
+        for whole, values in zip(stats, part):
+            whole[span] = values
+    return stats
 
 
 def row_grad(
@@ -141,19 +153,16 @@ def row_grad(
     out: Tensor,  # like logits; may be logits
 ) -> None:
     """Write the gradient of the logits."""
-    ids, grad = token_ids.long().contiguous(), grad_logps.contiguous()
-    scaling = _widened_scaling(scaling, logits)
-    lse, entropy = stats.lse.contiguous(), stats.entropy.contiguous()
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    ids = token_ids.long()
     for span, (rows, to) in _matrices(logits, out):
         torch.ops.rlaif_fast.row_grad_out(
             rows,
-            ids[span],
-            *flatten(scaling.rows(span)),
-            lse[span],
-            entropy[span],
-            grad[span],
-            None if grad_entropy is None else grad_entropy[span],
+            ids[span].contiguous(),
+            *_widened_scaling(scaling, span, logits),
+            stats.lse[span].contiguous(),
+            stats.entropy[span].contiguous(),
+            grad_logps[span].contiguous(),
+            None if grad_entropy is None else grad_entropy[span].contiguous(),
             to,
         )
 
@@ -169,7 +178,7 @@ def row_loss(
     logps, lse, entropy, grad_logps, grad_entropy = torch.ops.rlaif_fast.row_loss_(
         logits,
         token_ids.long(),
-        *flatten(_widened_scaling(scaling, logits)),
+        *_widened_scaling(scaling, slice(None), logits),
         *(None if x is None else x.contiguous() for x in rows),
         *flatten(options),
     )
@@ -185,7 +194,8 @@ def compact_rows(rows: Tensor, keep: Tensor) -> Tensor:  # (M, V), (M,) bool -> 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Split (..., V) tensors of one shape into matrices whose rows lie one stride apart, without copying.
 
-    A slice like `logits[:, :-1]` is one matrix a response. Yields the rows, and the matrix of each tensor.
+    A slice like `logits[:, :-1]` is one matrix a response, or where those are fewer one a place of all responses.
+    Yields which rows they are, and the matrix of each tensor.
     """
     x = tensors[0]
     V = x.shape[-1]
@@ -194,10 +204,14 @@ def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     if x.dim() <= 2 or all(y.is_contiguous() for y in tensors):
         yield slice(0, x.numel() // V), tuple(y.view(-1, V) if y.dim() > 2 else y for y in tensors)
         return
+    if x.dim() == 3 and x.shape[1] < x.shape[0]:
+        for t in range(x.shape[1]):
+            yield slice(t, x.shape[0] * x.shape[1], x.shape[1]), tuple(y[:, t] for y in tensors)
+        return
     rows = x[0].numel() // V
     for index, parts in enumerate(zip(*tensors)):
         for span, matrices in _matrices(*parts):
-            yield slice(index * rows + span.start, index * rows + span.stop), matrices
+            yield slice(index * rows + span.start, index * rows + span.stop, span.step), matrices
 
 
 def _widened(from_rows: Callable) -> Callable:
