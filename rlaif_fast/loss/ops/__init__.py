@@ -7,7 +7,8 @@
 
 The compiled extension adds rank_penalty, token_loss, row_stats, row_grad_out, row_loss_ and compact_rows_, which these
 call on the CPU, and on a GPU rank_penalty and row_loss_. Each operator takes the name of a backend that
-`backends.select` chose. Gradients flow through ordinary autograd, once; `torch.func` transforms are not supported.
+`backends.select` chose. Gradients flow through ordinary autograd, once; derivatives by `torch.func` or in forward mode
+are refused.
 """
 
 from rlaif_fast.loss.ops.linear_logps import linear_logps

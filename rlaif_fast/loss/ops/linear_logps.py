@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import Head, Needs, RowStats, Scaling
+from rlaif_fast.loss.ops.scale import refuse_transforms
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
@@ -141,6 +142,7 @@ def linear_logps(
     backend = backends.select("linear_loss", backend, hidden)
     if backend == "reference":
         return reference.linear_logps(hidden, head, token_ids.long())
+    refuse_transforms(hidden, head.leaf, head.bias)
     hidden, (weight, bias, scaling, wide) = autocast(hidden, head)
     rest = (token_ids, *flatten(scaling), chunk_size, backend)
     logps, _, entropy = _linear_stats(hidden, weight, bias, wide, *rest)

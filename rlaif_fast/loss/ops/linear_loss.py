@@ -18,7 +18,7 @@ from rlaif_fast.loss.inputs import Head, Needs, Padding, Scaling, TokenGradients
 from rlaif_fast.loss.linear import Close
 from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype, linear_logps
 from rlaif_fast.loss.ops.rank_loss import rank_loss
-from rlaif_fast.loss.ops.scale import refuse_double_backward, scaled
+from rlaif_fast.loss.ops.scale import refuse_double_backward, refuse_transforms, scaled
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.rank_close import RankClose
 from rlaif_fast.loss.schema import declare, flatten, unflatten
@@ -143,6 +143,7 @@ def linear_loss(
         closing = "auto" if backend == "cuda" else backend
         loss, ranked, stats = rank_loss(logps, entropy, padded, options, closing)
     else:
+        refuse_transforms(hidden, head.leaf, head.bias)
         hidden, head = autocast(hidden, head)
         arguments = (token_ids, lengths, inputs, options, chunk_size, shard, backend)
         loss, ranked, stats = _by_kernels(hidden, head, *arguments)
@@ -217,6 +218,7 @@ def with_close(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
     hidden, the head's leaf and bias. Not under torch.compile."""
+    refuse_transforms(hidden, head.leaf, head.bias)
     hidden, head = autocast(hidden, head)
 
     def run(needs: Needs) -> tuple[TokenGradients, tuple[Tensor, ...]]:

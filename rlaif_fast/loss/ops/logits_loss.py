@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import RowStats, Scaling
+from rlaif_fast.loss.ops.scale import refuse_transforms
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
@@ -135,6 +136,7 @@ def selective_log_softmax(
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
         return reference.selective_log_softmax(reference.cleared(logits, mask), token_ids.long(), scaling)
+    refuse_transforms(logits)
     if logits.stride(-1) != 1 or (inplace_backward and 0 in logits.stride()):
         logits = logits.contiguous()  # the kernels read a row as one run of memory, and write no row twice
     if inplace_backward and not torch.compiler.is_compiling():

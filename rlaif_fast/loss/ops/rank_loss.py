@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
-from rlaif_fast.loss.ops.scale import refuse_double_backward
+from rlaif_fast.loss.ops.scale import refuse_double_backward, refuse_transforms
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
@@ -75,5 +75,6 @@ def rank_loss(
     backend = backends.select("rank_loss", backend, logps, inputs.group_size)
     if backend == "reference":
         return reference.rank_loss(logps, entropy, inputs, options)
+    refuse_transforms(logps, entropy)
     loss, ranked, stats, _, _ = _rank_loss(logps, entropy, *flatten(inputs, options), backend)
     return loss, ranked if inputs.advantages is None else inputs.advantages, stats

@@ -1,15 +1,30 @@
-"""The upstream gradient of a loss whose gradients were made in the forward pass."""
+"""The upstream gradient of a loss whose gradients were made in the forward pass, and derivatives that it has not."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def refuse_double_backward() -> None:
     """Raise where a graph of the backward pass is asked for: gradients made in the forward pass have none."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("the loss is differentiable once: create_graph=True is not supported")
+
+
+def refuse_transforms(*leaves: Tensor | None) -> None:
+    """Raise where a derivative is taken forwards, which would be 0 without a word, or by `torch.func`."""
+    if torch.compiler.is_compiling():
+        return
+    for x in leaves:
+        if x is not None and (
+            torch._C._functorch.is_gradtrackingtensor(x) or forward_ad.unpack_dual(x).tangent is not None
+        ):
+            raise RuntimeError(
+                "the loss is differentiable by ordinary autograd, not by torch.func or in forward mode; with "
+                "backend='reference' it is"
+            )
 
 
 def scaled(grad: Tensor, by: Tensor, backend: str) -> Tensor:
