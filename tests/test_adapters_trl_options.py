@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from rlaif_fast.adapters import parity
 from rlaif_fast.adapters.trl import OracleGRPOTrainer
+from rlaif_fast.adapters.trl_metrics import CLIPPED, EXTREMES, logged
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import Ranking, ReferenceOracle
 
@@ -219,3 +222,13 @@ def test_two_oracles_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert trainer._logs["rewards"].keys() >= {"oracle_in order", "oracle_in order 2"}
     logged = trainer.state.log_history[0]
     assert logged["rank/in order/kendall_tau"] == pytest.approx(-logged["rank/in order 2/kendall_tau"])
+
+
+def test_a_process_without_a_token_has_no_share_of_clipped_ones():
+    """As TRL's nanmin and nanmax leave it out; where none has one, TRL logs NaN."""
+    stats = {name: torch.tensor(0.5) for name in (*CLIPPED, *EXTREMES)} | {"tokens": torch.tensor(4.0)}
+    empty = torch.zeros(1)
+    found = logged(stats, "dapo", lambda x: torch.cat([x[None], empty]))
+    assert found["clip_ratio/low_min"] == found["clip_ratio/high_max"] == found["clip_ratio/low_mean"] == 0.5
+    none = logged({name: torch.tensor(0.0) for name in stats}, "dapo", lambda x: x[None])
+    assert math.isnan(none["clip_ratio/low_min"]) and math.isnan(none["clip_ratio/high_max"])

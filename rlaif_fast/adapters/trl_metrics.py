@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,8 @@ OF_TYPE = {"cispo": {"clip_high": "cispo_clip_ratio"}, "sapo": {}}
 
 
 def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Return what TRL logs of a loss: means over the tokens of all processes, and extremes of responses.
+    """Return what TRL logs of a loss: means over the tokens of all processes, and extremes of responses, NaN without
+    a token, which TRL leaves out of its means.
 
     Args:
         stats: Of `LossOutput`, those of this process.
@@ -35,5 +37,6 @@ def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], 
             found[theirs] = (total.sum() / tokens.sum().clamp(min=1)).item()
     if loss_type not in OF_TYPE:
         for name, extreme in EXTREMES.items():
-            found[name] = extreme(gather(stats[name])).item()
+            shares = gather(stats[name])[tokens > 0]  # a process without a token says nothing
+            found[name] = extreme(shares).item() if len(shares) else math.nan
     return found
