@@ -172,3 +172,44 @@ def test_the_extension_says_how_it_was_built():
     assert info["compiler"] and info["cpp_standard"] >= 201703
     assert info["torch"] == torch.__version__.split("+")[0]
     assert OPS.row_instruction_set() in info["instruction_sets"].split()
+
+
+def of_logps(p, x):
+    return grpo_rank_loss(x.mean(-1), p.oracle_ranks, beta=0.04, **p.tensors).loss
+
+
+def of_logits(p, x):
+    flat = {"group_size": p.oracle_ranks.shape[1], "inplace_backward": True}
+    logits = x @ p.weight.t()
+    return grpo_rank_loss_from_logits(logits, p.token_ids, p.oracle_ranks.flatten(), **flat, **p.tensors).loss
+
+
+def of_hidden(p, x):
+    on_policy = {"mask": p.tensors["mask"].float(), "loss_type": "dapo"}
+    return fused_linear_grpo_rank_loss(x, p.weight, p.token_ids, p.oracle_ranks, **on_policy).loss
+
+
+def of_packed(p, x):
+    lengths = torch.full((x.shape[0],), x.shape[1])
+    given = {"lengths": lengths, "advantages": p.oracle_ranks.flatten().float()}
+    return fused_linear_grpo_rank_loss(x.flatten(0, 1), p.weight, p.token_ids.flatten(), **given).loss
+
+
+def of_tokens(p, x):
+    return token_logps(x, p.weight, p.token_ids, temperature=0.9).sum()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("function", [of_logps, of_logits, of_hidden, of_packed, of_tokens])
+def test_sizes_that_change_compile_without_graph_breaks(function, dynamic):
+    """After the first batch torch.compile takes the sizes that changed for symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for N, G, T in ((4, 3, 6), (3, 3, 9), (5, 4, 2)):
+        problem, results = random_problem(N=N, G=G, T=T), []
+        for call in (function, compiled):
+            leaf = problem.hidden.clone().requires_grad_()
+            loss = call(problem, leaf)
+            loss.backward()
+            results.append((loss, leaf.grad))
+        torch.testing.assert_close(*results)

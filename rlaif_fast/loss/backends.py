@@ -134,7 +134,9 @@ def select(op: str, name: str, x: Tensor, group_size: int | None = None) -> str:
     Raises:
         ValueError: The name is unknown, or the named backend cannot run the call (the message says why).
     """
-    return _select(op, name, x.device.type, x.dtype, group_size)
+    # torch.compile may not know the size as a constant; the backends take every one that the checks let through.
+    size = None if torch.compiler.is_compiling() else group_size
+    return _select(op, name, x.device.type, x.dtype, size)
 
 
 def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size: int | None) -> str:

@@ -33,14 +33,15 @@ def describe(value: Any) -> str:
 
 def tensor(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor | None = None) -> None:
     """Raise unless `value` is a tensor of `shape` (a letter stands for any size) on the device of `like`."""
-    expected = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be {expected}; got {describe(value)}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, value.shape)
+    fits = (
+        isinstance(value, Tensor)
+        and value.dim() == len(shape)
+        and all(isinstance(want, str) or want == have for want, have in zip(shape, value.shape))
     )
-    if not fits:
-        raise ValueError(f"{name} must be {expected}; got {describe(value)}")
+    if not fits:  # the words are made here alone: torch.compile has none for a size that varies
+        expected = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+        error = ValueError if isinstance(value, Tensor) else TypeError
+        raise error(f"{name} must be {expected}; got {describe(value)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the other tensors; got {describe(value)}")
 

@@ -58,7 +58,7 @@ def check_number(name: str, value: object, *, minimum: float, strict: bool = Fal
     """Raise TypeError or ValueError unless `value` is a finite number of at least (or above) `minimum`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (strict and value == minimum):
+    if not -math.inf < value < math.inf or value < minimum or (strict and value == minimum):
         raise ValueError(
             f"{name} must be finite and {'above' if strict else 'at least'} {minimum}; got {value}"
         )
