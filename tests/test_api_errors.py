@@ -16,6 +16,7 @@ from rlaif_fast import (
     selective_log_softmax,
     token_logps,
 )
+from rlaif_fast.loss.preference import fused_linear_dpo_loss
 
 B, T, V, H = 6, 5, 11, 8
 LOGPS = torch.zeros(B, T)
@@ -315,3 +316,25 @@ def test_advantages_may_be_a_column():
     column = grpo_rank_loss(LOGPS, advantages=advantages[:, None])
     assert column.loss == grpo_rank_loss(LOGPS, advantages=advantages).loss
     assert column.advantages.shape == (B,)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_word_is_no_flag_of_any_function(backend):
+    calls = {
+        "inplace_backward": [
+            lambda **no: grpo_rank_loss_from_logits(LOGITS, IDS, RANKS, backend=backend, **no),
+        ],
+        "validate": [
+            lambda **no: fused_linear_grpo_rank_loss(HIDDEN, WEIGHT, IDS, RANKS, backend=backend, **no),
+            lambda **no: rank_advantages(torch.zeros(2, 3), RANKS, backend=backend, **no),
+            lambda **no: selective_log_softmax(LOGITS, IDS, backend=backend, **no),
+            lambda **no: token_logps(HIDDEN, WEIGHT, IDS, backend=backend, **no),
+            lambda **no: fused_linear_dpo_loss(
+                HIDDEN, WEIGHT, IDS, ref_logps_sum=torch.zeros(B), backend=backend, **no
+            ),
+        ],
+    }
+    for name, functions in calls.items():
+        for function in functions:
+            with pytest.raises(TypeError, match=f"{name} must be True or False; got str 'no'"):
+                function(**{name: "no"})

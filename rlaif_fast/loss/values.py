@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlaif_fast.loss.options import check_flag
+
 
 def can_read(x: Tensor, validate: bool) -> bool:
     """Return whether values may be looked at: not while tracing, nor while a CUDA graph is captured."""
+    check_flag("validate", validate)
     if not validate or torch.compiler.is_compiling():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import RowStats, Scaling
 from rlaif_fast.loss.ops.scale import refuse_transforms
+from rlaif_fast.loss.options import check_flag
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
@@ -133,6 +134,7 @@ def selective_log_softmax(
     mask: Tensor | None = None,  # (...) bool
 ) -> tuple[Tensor, Tensor]:
     """Return logps and entropy (...), differentiable in the logits; where the mask is false, anything."""
+    check_flag("inplace_backward", inplace_backward)
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
         return reference.selective_log_softmax(reference.cleared(logits, mask), token_ids.long(), scaling)
