@@ -123,6 +123,19 @@ def test_a_full_memory_is_no_fault_of_the_file(files, error):
     dali.close()
 
 
+def test_a_gpu_without_memory_is_no_fault_of_the_file(files, monkeypatch):
+    def fail(frames, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoders, "to_device", fail)
+    with ClipStore(FrameSampling(nframes=4), isolate=False, decoder="pyav") as store:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            store.load(files["vp9"])
+        assert not store.stats.bad_files
+        monkeypatch.undo()
+        assert len(store.load(files["vp9"]).frames) == 4
+
+
 def _held_back(dali):
     """Make the thread wait for an event before it gathers, so that files share a batch."""
     start = threading.Event()

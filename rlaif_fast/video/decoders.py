@@ -70,12 +70,13 @@ class PyAVDecoder:
         if threads is None:
             threads = 0 if scan.width * scan.height >= THREADED_PIXELS else 1
         try:
-            frames = ffmpeg.read_frames(path, scan, indices, threads=threads)
-            return to_device(assemble(frames, indices, scan.shape, size), self.device)
+            pictures = ffmpeg.read_frames(path, scan, indices, threads=threads)
+            frames = assemble(pictures, indices, scan.shape, size)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
         except Exception as error:  # whatever FFmpeg raises is the file's fault
             raise VideoError(path, f"cannot be decoded: {type(error).__name__}: {error}") from None
+        return to_device(frames, self.device)  # a GPU without memory is no fault of the file
 
 
 # Name -> class: a class made with a device, with `unavailable()` and `decode`; those that "auto" may choose have

@@ -56,5 +56,7 @@ class TorchCodecDecoder:
         try:
             reader = VideoDecoder(path, device=str(self.device), dimension_order="NHWC", num_ffmpeg_threads=1)
             return reader.get_frames_at(list(indices)).data
+        except torch.OutOfMemoryError:  # no fault of the file
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
             raise VideoError(path, f"torchcodec cannot decode it: {first_line(error)[:200]}") from None
