@@ -43,6 +43,8 @@ READS = {
 }
 # Operators that take tensors of both sides: copies, and indices, which are copied.
 MIXED = (aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+# Operators that take no scalar of the host either.
+STRICT = (aten.cat.default, aten.stack.default)
 
 
 class DeviceMix(AssertionError):
@@ -137,7 +139,7 @@ def _refuse_mix(func: Any, args: Any, kwargs: Any) -> None:
     hosts: list[Tensor] = []
 
     def look(x: Tensor) -> None:
-        if not isinstance(x, DeviceTensor) and x.dim() > 0 and x.numel() > 0:
+        if not isinstance(x, DeviceTensor) and x.numel() > 0 and (x.dim() > 0 or func in STRICT):
             hosts.append(x)
 
     tree_map_only(Tensor, look, (args, kwargs))
@@ -155,8 +157,6 @@ def _custom_op(func: Any) -> Callable | None:
     found = OPDEFS.get(f"{func.namespace}::{func._opname}")
     return None if found is None else found._init_fn
 
-
-# --- reads on the host --------------------------------------------------------------------------------------
 
 _COUNTED: Counter[str] | None = None
 
@@ -191,9 +191,6 @@ def counting() -> Iterator[Counter[str]]:
         yield _COUNTED
     finally:
         _COUNTED = before
-
-
-# --- getting there and back ---------------------------------------------------------------------------------
 
 
 def to_gpu(x: Tensor) -> Tensor:

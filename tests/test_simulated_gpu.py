@@ -38,6 +38,7 @@ from rlaif_fast.rollout import SamplingParams, graphs, make_sampler
 from rlaif_fast.rollout.graphs import STOP_CHECK, FixedStep, GraphSampler
 from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.preflight import check_backend
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
 from rlaif_fast.video import ClipStore, decoders, transfer
@@ -128,6 +129,8 @@ def test_a_mix_of_host_and_device_is_refused(gpu):
     x = torch.zeros(3, device="cuda")
     with pytest.raises(DeviceMix, match="host"):
         x + torch.ones(3)
+    with pytest.raises(DeviceMix, match="host"):
+        torch.stack((x[0], torch.tensor(1.0)))
     assert (x + torch.tensor(1.0)).device.type == "cuda"  # scalars of the host are welcome
     assert (x + torch.ones(3).to("cuda")).device.type == "cuda"
 
@@ -304,3 +307,10 @@ def test_threads_get_the_gpu_of_the_process(gpu, monkeypatch):
     for device, found in (("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         with pytest.raises(UsageError, match=f"attention of {found}$"):
             loading.load_model(loading.ModelOptions(model="none", device=device))
+
+
+def test_a_backend_is_refused_by_the_dtype_of_the_weights(gpu):
+    for dtype in ("auto", "bfloat16"):
+        check_backend(TrainConfig(backend="cuda", dtype=dtype), DEVICE)
+    with pytest.raises(UsageError, match="backend: cuda cannot run here: hidden must be bfloat16 or float16"):
+        check_backend(TrainConfig(backend="cuda", dtype="float32"), DEVICE)

@@ -13,7 +13,7 @@ from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.frontend import load_frontend
-from rlaif_fast.policy.loading import adapter_folder, resolve_device
+from rlaif_fast.policy.loading import adapter_folder, resolve_device, resolve_dtype
 from rlaif_fast.policy.weights import adapter_config
 from rlaif_fast.prompts.make import check_encoding
 from rlaif_fast.runs.integrity import check_weights
@@ -77,9 +77,10 @@ def check_model(model: str, *, shared_prefix: bool = False, system_prompt: str |
 
 
 def check_backend(config: TrainConfig, device: torch.device) -> None:
-    """Refuse a backend of the loss that cannot run on the device."""
+    """Refuse a backend of the loss that cannot run on the device, or in the dtype of the weights."""
+    dtype = resolve_dtype(config.dtype, device)
     for row in backends.rows("linear_loss"):
-        reason = row.refuses(device.type, torch.float32, config.num_generations)
+        reason = row.refuses(device.type, dtype, config.num_generations)
         if row.name == config.backend and reason is not None:
             raise UsageError(f"backend: {row.name} cannot run here: {reason}")
 
