@@ -59,8 +59,8 @@ trap pack EXIT
 export TRITON_CACHE_DIR="$out/triton-cache" PYTHONUNBUFFERED=1
 export RLAIF_FAST_BENCH_LINES="$out/figures.jsonl" # an arm's figures as soon as they are there
 if [[ $dry -eq 1 ]]; then
-  export TRITON_INTERPRET=1
-  collect=(--collect-only -q)
+  export TRITON_INTERPRET=1 PYTHONPATH="$PYTHONPATH:$root/bench"
+  collect=(--collect-only -q -p pretend_gpu) # what a GPU would select
 else
   collect=()
 fi
@@ -85,7 +85,7 @@ stage() {
         # A benchmark whose figures are written has done its work, also where a bar was missed.
         [[ $name == bench_* && -s $out/$name.json ]] && status="bar missed" && touch "$out/$name.done"
         ;;
-      5) status="no tests" ;;
+      5) status="NO TESTS" ;; # selected: a name has changed
       124 | 137) status="over its ${limit} s" ;;
       *) status=FAILED ;;
     esac
@@ -148,7 +148,7 @@ tests() { # every kernel on the device; most of the time is compilation, so the 
 gpu_tests() {
   local others=()
   mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py)
-  "$python" -m pytest -q -rs "${collect[@]}" -m "gpu and not slow" "${others[@]}" tests/test_rank_penalty.py
+  "$python" -m pytest -q -rs "${collect[@]}" -m "gpu and not slow" "${others[@]}"
 }
 
 sanitize() { # TOOL
@@ -253,7 +253,7 @@ printf '%-20s %-16s %s\n' stage result seconds
 failed=0
 while IFS=$'\t' read -r name status seconds; do
   printf '%-20s %-16s %s\n' "$name" "$status" "$seconds"
-  [[ $status == passed* || $status == "no tests" || $status == "bar missed" ]] || failed=1
+  [[ $status == passed* || $status == "bar missed" ]] || failed=1
 done <"$out/stages.tsv"
 grep -h -E '^(device|NVDEC)' "$out/environment.log" 2>/dev/null
 grep -h -E '^[0-9]+ (passed|failed)' "$out"/kernel_tests.*.log "$out/gpu_tests.log" 2>/dev/null | sort | uniq -c

@@ -15,13 +15,13 @@ from rlaif_fast.loss import backends
 from rlaif_fast.loss.options import KINDS
 from rlaif_fast.loss.testing import TOLERANCES, relative
 
+DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 CUDA = torch.cuda.is_available()  # Triton's interpreter has its own tests, test_triton_rank_penalty.py
 BACKENDS = [
-    row.name
+    pytest.param(row.name, marks=pytest.mark.gpu) if DEVICE[row.name] == "cuda" else row.name
     for row in backends.rows("rank_penalty")
     if row.name != "reference" and row.unavailable() is None and (row.name != "triton" or CUDA)
 ]
-DEVICE = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
 def groups(N: int, G: int, seed: int = 0, dtype: torch.dtype = torch.float32, ties: bool = True):

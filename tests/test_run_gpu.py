@@ -1,0 +1,69 @@
+"""The stages of bench/run_gpu.sh select tests and benchmarks on a GPU machine, whatever these are called today."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "bench" / "run_gpu.sh"
+
+
+def dry_run(out: Path, stage: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """One stage of the script as it goes without a GPU."""
+    environment = {**os.environ, "PYTHON": sys.executable, "STAGES": stage, **environment}
+    command = ["bash", str(SCRIPT), str(out), "--dry-run"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_gpu_stage_selects_of_every_file_with_a_gpu_test(tmp_path):
+    done = dry_run(tmp_path, "gpu_tests")
+    log = (tmp_path / "gpu_tests.log").read_text()
+    assert done.returncode == 0, log
+    files = (ROOT / "tests").glob("test_*.py")
+    marked = {path.stem for path in files if re.search(r"mark\.gpu", path.read_text())}
+    assert "test_rank_penalty" in marked
+    assert set(re.findall(r"^tests/(test_\w+)\.py: [1-9]", log, re.MULTILINE)) == marked
+
+
+def test_a_stage_that_selects_nothing_fails(tmp_path):
+    done = dry_run(tmp_path, "gpu_tests", RLAIF_FAST_TEST_SHARD="5000/5001")
+    assert done.returncode == 1 and re.search(r"gpu_tests +NO TESTS", done.stdout), done.stdout
+
+
+def test_every_benchmark_stage_selects_a_case_of_the_gpu():
+    script = SCRIPT.read_text()
+    named = re.findall(r"^run (bench_\w+) \d+ benchmark \1$", script, re.MULTILINE)
+    (chosen,) = re.findall(r'--benchmark-only .* -k "([^"]+)"', script)
+    assert len(named) == 9
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "pretend_gpu", "-k", chosen]
+    path = os.pathsep.join([str(ROOT / "bench"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = subprocess.run(
+        [*command, "--benchmark-only", *(f"bench/{name}.py" for name in named)],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert set(re.findall(r"^bench/(bench_\w+)\.py::", done.stdout, re.MULTILINE)) == set(named)
+
+
+def test_the_pretended_gpu_runs_nothing():
+    path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "pretend_gpu", "tests/test_recent.py"],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "pretend_gpu: expected --collect-only" in done.stderr
