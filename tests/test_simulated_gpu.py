@@ -23,6 +23,8 @@ from simulated_gpu import DEVICE, DeviceMix, DeviceTensor, counting, put, simula
 
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import rank_rollout
+from rlaif_fast.algorithms.registry import ALGORITHMS
+from rlaif_fast.algorithms.verdicts import Verdicts
 from rlaif_fast.comparison.terminal import gpu_count
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
@@ -314,3 +316,14 @@ def test_a_backend_is_refused_by_the_dtype_of_the_weights(gpu):
         check_backend(TrainConfig(backend="cuda", dtype=dtype), DEVICE)
     with pytest.raises(UsageError, match="backend: cuda cannot run here: hidden must be bfloat16 or float16"):
         check_backend(TrainConfig(backend="cuda", dtype="float32"), DEVICE)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_weighs_verdicts_on_the_device(name, gpu):
+    algorithm = make_algorithm(TrainConfig(algorithm=name))
+    scores, feedback = torch.randn(2, 4, device="cuda"), torch.arange(8, device="cuda").view(2, 4) % 3
+    judged = torch.tensor([[True] * 4, [True, True, False, True]]).to("cuda")
+    if algorithm.feedback == "scores":
+        feedback = feedback.float()
+    worth = algorithm.advantages(Verdicts(feedback, judged, torch.ones(2, device="cuda"), scores))
+    assert worth.advantages.is_cuda and bool(worth.advantages.any()) and not bool(worth.advantages[1, 2])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
+
 from rlaif_fast import RankAdvantages
 from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
@@ -29,7 +31,7 @@ class Odrpo(GroupAlgorithm):
         members = verdicts.members
         agreement = verdicts.agreement()
         level = verdicts.levels_below()  # (N, G)
-        thresholds = level.new_tensor(range(1, level.shape[1]))
+        thresholds = torch.arange(1, level.shape[1], device=level.device)
         reached = ((level[:, None, :] >= thresholds[:, None]) & members[:, None, :]).to(verdicts.scores.dtype)
         share = reached.sum(2, keepdim=True) / members.sum(1).clamp(min=1)[:, None, None]  # (N, G - 1, 1)
         spread = (share * (1 - share)).sqrt()
