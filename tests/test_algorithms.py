@@ -7,10 +7,12 @@ import torch
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.algorithms import ALGORITHMS, AlgorithmOptions, Verdicts, make_algorithm
-from rlaif_fast.algorithms.group import verdicts_of
+from rlaif_fast.algorithms.group import Group, for_the_log, verdicts_of
 from rlaif_fast.algorithms.registry import find_algorithm
+from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking
+from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.trainer.options import TrainConfig
 
 REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
@@ -250,3 +252,24 @@ def test_a_file_that_is_no_package_is_named_by_its_place(tmp_path, monkeypatch):
 def test_a_place_with_nothing_to_import_is_refused(name, reason):
     with pytest.raises(UsageError, match=f"algorithm: expected 'module:Name'.*{reason}"):
         TrainConfig(algorithm=name)
+
+
+def test_what_another_process_logs_has_no_pixels_whatever_made_the_prompt():
+    ids, inputs = torch.arange(3), {"pixel_values": torch.zeros(1, 3, 8, 8)}
+    group = Group(
+        prompt=Prompt(ids, inputs=inputs, example=Example(id="a", question="?")),
+        texts=("x", "y"),
+        token_ids=((1,), (2,)),
+        finished=(True, True),
+        logps=torch.zeros(2),
+        sampling_ratio=None,
+        ranking=Ranking((0, 1)),
+        has_signal=True,
+        scores=torch.tensor([-1.0, -2.0]),
+        advantages=torch.tensor([0.5, -0.5]),
+        agreement=torch.ones(2),
+    )
+    (copy,) = for_the_log([group])
+    assert copy.prompt.inputs is None and not len(copy.prompt.input_ids)
+    assert copy.prompt.example is group.prompt.example
+    assert torch.equal(copy.advantages, group.advantages) and torch.equal(copy.scores, group.scores)

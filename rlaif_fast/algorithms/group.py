@@ -118,7 +118,8 @@ def for_the_log(groups: Sequence[Group]) -> list[Group]:
     copies = []
     for group, row in zip(groups, figures):
         g = len(group.texts)
-        bare = replace(group.prompt, input_ids=torch.empty(0, dtype=torch.int64), media=(), clips=())
+        no_ids = torch.empty(0, dtype=torch.int64)
+        bare = replace(group.prompt, input_ids=no_ids, media=(), clips=(), inputs=None)
         copies.append(
             replace(
                 group,
