@@ -38,6 +38,10 @@ class UsageError(RlaifFastError):
     exit_code = 2
 
 
+class Outage(RlaifFastError):
+    """A judge, an engine or the media files failed for good; what the run has done so far is whole and can be saved."""
+
+
 def printable(text: str) -> str:
     """`text` with control characters and unpaired surrogates escaped, so that no file name can write to a terminal.
 

@@ -174,20 +174,19 @@ def train_in(world: World, config: TrainConfig) -> None:
         policy, data = run.policy, run.data
         describe(run)
 
+        sft_steps = config.sft_steps if config.sft == "auto" else 0
         if index.sft is None:
             run_sft_stage(run, state)
-            sft_steps = config.sft_steps if config.sft == "auto" else 0
-            sft_predictions = run.evaluate(data.test, phase="sft", split="test", step=sft_steps)
-            write_predictions(run_dir, "sft", sft_predictions, run)
-            write_samples(run_dir, "sft", run)
-            stage_state = {"stage": "sft", "step": sft_steps, "seconds": logger.seconds()}
+            state = {"stage": "sft", "step": sft_steps, "seconds": logger.seconds(), "test_due": True}
             with logger.timer("checkpoint"):
-                run.store.save("sft", policy.model, policy.tokenizer, stage_state, last=True, sft=True)
-                run.store.wait()
-            world.barrier()
-            state = None
+                run.store.save("sft", policy.model, policy.tokenizer, state, last=True, sft=True)
+                run.wait_until_saved()
         else:
             load_weights(policy.model, run.store.path("sft"))
+        if state is not None and state.get("test_due"):
+            sft_predictions = run.evaluate(data.test, phase="sft", split="test", step=sft_steps)
+            write_predictions(run_dir, "sft", sft_predictions, run)
+            world.together(lambda: write_samples(run_dir, "sft", run))
         if "reference" in run.algorithm.extra_models:
             policy.freeze_reference(copy=run.algorithm.samples_from == "start")
         in_rl = state is not None and state["stage"] == "rl"
@@ -195,14 +194,13 @@ def train_in(world: World, config: TrainConfig) -> None:
             load_weights(policy.model, run.store.path("last"))
         reached = train_rl(run, resume_from=run.store.path("last") if in_rl else None).step
 
-        run.store.wait()
-        world.barrier()
+        run.wait_until_saved()
         load_weights(policy.model, run.store.checked("best"))
         final = run.evaluate(
             data.test, phase="final", split="test", step=reached, opponents=opponents_of(run, run_dir)
         )
         write_predictions(run_dir, "final", final, run)
-        write_samples(run_dir, "final", run)
+        world.together(lambda: write_samples(run_dir, "final", run))
         (others,) = world.sum(0 if world.is_main else peak_rss_bytes())
         if world.is_main:
             finish(run, run_dir, notes, int(others))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rlaif_fast.distributed.world import World
+from rlaif_fast.distributed.world import SharedOutage, World
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle import OracleFailedError
 
 
 def exchange(world: World, folder: str) -> dict:
@@ -104,3 +105,20 @@ def sleep(world: World, seconds: float) -> None:
     if world.is_main:
         print("asleep", flush=True)
     time.sleep(seconds)
+
+
+def lose_the_judge(world: World, folder: str | None) -> str:
+    """With a folder, the judge of process 1 goes down, and each process leaves a file there once it knows."""
+
+    def judge() -> str:
+        if folder is not None and world.rank == 1:
+            raise OracleFailedError("the judge is down")
+        return "met by none"
+
+    try:
+        return world.together(judge)
+    except SharedOutage:
+        assert folder is not None
+        (Path(folder) / str(world.rank)).touch()
+        world.barrier()
+        raise

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from rlaif_fast.distributed import child
-from rlaif_fast.distributed.world import ConnectionLost, World
+from rlaif_fast.distributed.world import ConnectionLost, SharedOutage, World
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.termination import EXIT_CODE, Terminated
 
@@ -87,7 +88,12 @@ def launch(
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank)), device) as world:
             world.connect()  # torchrun started them together: none begins before rank 0 is ready
-            return work(world, argument)
+            try:
+                return work(world, argument)
+            except SharedOutage:
+                if rank != 0:
+                    _leave_to_rank_0(world)
+                raise
     if num_processes == 1:
         return work(World(), argument)
     _check_device(device, num_processes)
@@ -309,10 +315,20 @@ def _other(
             try:
                 work(world, argument)
                 world.connect()
+            except SharedOutage:
+                _leave_to_rank_0(world)
             except BaseException as error:
                 _fail(rank, error)
     except BaseException as error:
         _fail(rank, error)
+
+
+def _leave_to_rank_0(world: World) -> NoReturn:
+    """Let rank 0 say why all of them end, and end this process where that does not end it."""
+    with contextlib.suppress(ConnectionLost):
+        world.barrier()  # rank 0 does not come: it leaves
+    time.sleep(PATIENCE)  # torchrun would end a rank 0 that still speaks
+    os._exit(SharedOutage.exit_code)
 
 
 def _fail(rank: int, error: BaseException) -> NoReturn:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import Outage, RlaifFastError, UsageError
 
 T = TypeVar("T")
 
@@ -24,6 +24,10 @@ BUCKET_BYTES = 256 * 2**20  # of gradients that are averaged at once, in a buffe
 
 class ConnectionLost(RlaifFastError):
     """An exchange with the other processes failed, most often because one of them has ended."""
+
+
+class SharedOutage(Outage):
+    """An outage that at least one process met and all know of, so that they end together. Rank 0 tells it."""
 
 
 class World:
@@ -129,6 +133,26 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
         self.sum(0.0)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` gives in this process, once it is done in all of them; inside it nothing is exchanged.
+
+        Raises:
+            Outage: It met one in this process, which is the only one.
+            SharedOutage: It met one in any of several processes; all of them raise it.
+        """
+        if self.size == 1:
+            return work()
+        met: Outage | None = None
+        try:
+            result = work()
+        except Outage as error:
+            met = error
+        if self.sum(met is not None)[0]:
+            told = enumerate(self.gather(None if met is None else str(met)))
+            rank, message = next((rank, message) for rank, message in told if message is not None)
+            raise SharedOutage(f"process {rank}: {message}") from met
+        return result
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:

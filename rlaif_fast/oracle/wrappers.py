@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
-from rlaif_fast.errors import RlaifFastError, UsageError, require
+from rlaif_fast.errors import Outage, UsageError, require
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, gives_scores, rank_all
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ WINDOW = 64  # groups that the circuit breaker looks back, where nothing else is
 FIRST_GROUPS = 8  # a judge that failed all of so many at the start is not waited for
 
 
-class OracleFailedError(RlaifFastError):
+class OracleFailedError(Outage):
     """Too many groups could not be ranked; the run stops rather than learn from what is left."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.errors import Outage
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -19,7 +19,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 P = TypeVar("P", bound=EncodedPrompt)
 
 
-class EngineLost(RlaifFastError):
+class EngineLost(Outage):
     """An engine outside this process does not answer, or answers what was not asked; the policy is as it was."""
 
 

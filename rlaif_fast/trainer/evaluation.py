@@ -100,6 +100,9 @@ def evaluate(
         world: The processes that share the rows; all of them get the result.
         oracle: Ranks each answer against the one in `opponents`; None compares none.
         opponents: Other answers, by example id.
+
+    Raises:
+        Outage: The oracle went down, or too many files are bad; in any process.
     """
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=0.0, max_reasoning_tokens=max_reasoning_tokens
@@ -107,21 +110,26 @@ def evaluate(
     world = world or World()
     groups = world.share(by_media(examples))
     row_of = {id(example): row for row, example in enumerate(examples)}
-    answers: dict[int, tuple[str, bool | None, float | None]] = {}
     starts = range(0, len(groups), videos_per_step)
     steps = [[row for group in groups[at : at + videos_per_step] for row in group] for at in starts]
-    for rows, following in zip_longest(steps, steps[1:], fillvalue=()):
-        prompts = make_batch(rows)
-        make_batch.prefetch(following)
-        if prompts:
-            texts = sampler.sample(prompts, 1, params).texts
-            wins = compare_with(prompts, texts, oracle, opponents or {})
-            for prompt, text, win in zip(prompts, texts, wins):
-                correct = None
-                if has_answer(prompt.example):
-                    correct = scorer.is_correct(rank_request(prompt, [text], 0), text)
-                answers[row_of[id(prompt.example)]] = text, correct, win
-        advance(len(rows))
+
+    def answer() -> dict[int, tuple[str, bool | None, float | None]]:
+        found: dict[int, tuple[str, bool | None, float | None]] = {}
+        for rows, following in zip_longest(steps, steps[1:], fillvalue=()):
+            prompts = make_batch(rows)
+            make_batch.prefetch(following)
+            if prompts:
+                texts = sampler.sample(prompts, 1, params).texts
+                wins = compare_with(prompts, texts, oracle, opponents or {})
+                for prompt, text, win in zip(prompts, texts, wins):
+                    correct = None
+                    if has_answer(prompt.example):
+                        correct = scorer.is_correct(rank_request(prompt, [text], 0), text)
+                    found[row_of[id(prompt.example)]] = text, correct, win
+            advance(len(rows))
+        return found
+
+    answers = world.together(answer)
     for part in world.gather(answers):
         answers |= part
     return EvalResult(tuple(Prediction(examples[row], *answers[row]) for row in sorted(answers)))

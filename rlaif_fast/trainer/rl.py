@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from rlaif_fast.algorithms.group import Group, minibatches, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.distributed.world import World
-from rlaif_fast.oracle import OracleFailedError
+from rlaif_fast.errors import Outage
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media
-from rlaif_fast.rollout.base import EngineLost
 from rlaif_fast.runs.checkpoint import load_state
 from rlaif_fast.termination import Terminated
 from rlaif_fast.trainer.ahead import RolloutAhead
@@ -28,15 +27,12 @@ from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.seeds import seed_step
-from rlaif_fast.video.errors import TooManyBadFiles
 
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (
     *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
     *("pairs", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
 )
-# What ends a run from outside while a step is drawn and ranked: the steps before it are whole.
-BEFORE_UPDATES = (EngineLost, OracleFailedError, TooManyBadFiles)
 
 
 @dataclass
@@ -46,6 +42,7 @@ class Progress:
     step: int = 0
     best_score: float = -math.inf
     evals_without_gain: int = 0
+    evaluation_due: bool = False  # the run ended in it
 
     def is_over(self, patience: int) -> bool:
         """Whether the last `patience` evaluations brought no better score; 0 never ends the stage."""
@@ -55,6 +52,7 @@ class Progress:
         """Take down an evaluation; one that does not count may be as bad as it is."""
         self.evals_without_gain = 0 if improved or not counts else self.evals_without_gain + 1
         self.best_score = max(score, self.best_score)
+        self.evaluation_due = False
 
 
 def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
@@ -102,38 +100,45 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
             progress.best_score = run.score(start)
         run.store.mark(best=run.store.path("sft").name)
 
+    def evaluate() -> None:
+        """Evaluate, and save what is known then: a run that goes on behind it does not evaluate again."""
+        result = run.evaluate(
+            run.data.validation,
+            phase="rl",
+            split="validation",
+            step=progress.step,
+            opponents=start_answers,
+        )
+        score = run.score(result)
+        improved = score > progress.best_score or run.data.metric == "none"
+        progress.note(score, improved=improved, counts=progress.step > begin)
+        save(f"rl-{progress.step:06d}", last=True, best=improved)
+
     saved = progress.step
     with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
-        while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-            seed_step(config, world, "rl", progress.step)
-            try:
+        try:
+            if progress.evaluation_due:
+                evaluate()
+            while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
+                seed_step(config, world, "rl", progress.step)
                 stats = train_step(run, order, updater, progress.step)
-            except BEFORE_UPDATES:
-                if saved != progress.step and world.size == 1:  # others would wait in the middle of theirs
-                    save(f"rl-{progress.step:06d}", last=True)
-                    run.store.wait()
-                raise
-            progress.step += 1
-            logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
+                progress.step += 1
+                logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
 
-            if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
-                result = run.evaluate(
-                    run.data.validation,
-                    phase="rl",
-                    split="validation",
-                    step=progress.step,
-                    opponents=start_answers,
-                )
-                score = run.score(result)
-                improved = score > progress.best_score or run.data.metric == "none"
-                progress.note(score, improved=improved, counts=progress.step > begin)
-                save(f"rl-{progress.step:06d}", last=True, best=improved)
-                saved = progress.step
-            if progress.step < config.max_steps and run.asked_to_end():
-                if saved != progress.step:
-                    save(f"rl-{progress.step:06d}", last=True)
-                run.store.wait()
-                raise Terminated
+                if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
+                    progress.evaluation_due = True
+                    evaluate()
+                    saved = progress.step
+                if progress.step < config.max_steps and run.asked_to_end():
+                    if saved != progress.step:
+                        save(f"rl-{progress.step:06d}", last=True)
+                    run.wait_until_saved()
+                    raise Terminated
+        except Outage:
+            if saved != progress.step:
+                save(f"rl-{progress.step:06d}", last=True)
+            run.wait_until_saved()
+            raise
     if progress.is_over(config.early_stopping_patience):
         logger.message(
             f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"
@@ -173,11 +178,11 @@ def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict
     """One rollout with its updates; what is logged of it.
 
     Raises:
-        RlaifFastError: One of `BEFORE_UPDATES`; the policy is as it was.
+        Outage: The step could not be drawn and ranked in every process; the policy is as it was.
     """
     config, logger, critic = run.config, run.logger, run.critic
     with weights_to_draw_with(run):
-        sampled, groups, features = sample_and_rank(run, order, step)
+        sampled, groups, features = run.world.together(lambda: sample_and_rank(run, order, step))
     stats: dict = {}
     if critic is not None:
         with logger.timer("critic"):

@@ -58,6 +58,11 @@ class Run:
         """Whether the run got SIGTERM; all processes agree."""
         return self.world.sum(float(self.termination.requested))[0] > 0
 
+    def wait_until_saved(self) -> None:
+        """Wait until the last checkpoint is written, in all processes: where one ends before, rank 0 is ended too."""
+        self.store.wait()
+        self.world.barrier()
+
     def evaluate(
         self,
         examples: list[Example],

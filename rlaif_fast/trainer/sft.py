@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rlaif_fast import token_logps
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import Outage, UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
@@ -93,6 +94,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
 
     Raises:
         UsageError: There is nothing to learn from (see `check_answers`).
+        Outage: Too many files are bad, in any process; the steps before are saved.
     """
     config, policy, logger, world = run.config, run.policy, run.logger, run.world
     if not run.data.sft:
@@ -114,35 +116,64 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         min_lr_ratio=0.1,
         offload=config.optimizer_offload,
     )
-    done = 0
+    done, evaluation_due = 0, False
     if resume_from is not None:
         state = load_state(resume_from)
         updater.load_state_dict(state, resume_from)
-        done = state["step"]
+        done, evaluation_due = state["step"], state.get("evaluation_due", False)
 
+    def save() -> None:
+        state = {
+            "stage": "sft",
+            "step": done,
+            "seconds": logger.seconds(),
+            "evaluation_due": evaluation_due,  # the run ended in it
+        } | updater.state_dict()
+        with logger.timer("checkpoint"):
+            run.store.save(f"sft-{done:06d}", policy.model, policy.tokenizer, state, last=True)
+
+    def evaluate() -> None:
+        nonlocal evaluation_due
+        run.evaluate(run.data.validation, phase="sft", split="validation", step=done)
+        evaluation_due = False
+        save()
+
+    saved = done
     with updater, run.termination.saving(), logger.stage("sft", total=config.sft_steps, start=done):
-        for step in range(done, config.sft_steps):
-            seed_step(config, world, "sft", step)
-            with logger.timer("decode"):
-                prompts = run.make_batch([row for clip in world.share(order.step(step)) for row in clip])
-                run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
-            with logger.timer("sft"):
-                learned = learn(run, prompts, updater)
-            if learned is not None:
-                logger.log("sft", step + 1, **learned, learning_rate=updater.learning_rate)
-            unfinished = step + 1 < config.sft_steps
-            due = (step + 1) % (4 * config.eval_steps) == 0 and unfinished
-            if due:
-                run.evaluate(run.data.validation, phase="sft", split="validation", step=step + 1)
-            ends = unfinished and run.asked_to_end()
-            if due or ends:
-                state = {
-                    "stage": "sft",
-                    "step": step + 1,
-                    "seconds": logger.seconds(),
-                } | updater.state_dict()
-                with logger.timer("checkpoint"):
-                    run.store.save(f"sft-{step + 1:06d}", policy.model, policy.tokenizer, state, last=True)
-            if ends:
-                run.store.wait()
-                raise Terminated
+        try:
+            if evaluation_due:
+                evaluate()
+            while done < config.sft_steps:
+                seed_step(config, world, "sft", done)
+                prompts = world.together(partial(taught, run, order, done))
+                with logger.timer("sft"):
+                    learned = learn(run, prompts, updater)
+                done += 1
+                if learned is not None:
+                    logger.log("sft", done, **learned, learning_rate=updater.learning_rate)
+                unfinished = done < config.sft_steps
+                evaluation_due = done % (4 * config.eval_steps) == 0 and unfinished
+                if evaluation_due:
+                    evaluate()
+                    saved = done
+                if unfinished and run.asked_to_end():
+                    if saved != done:
+                        save()
+                    run.wait_until_saved()
+                    raise Terminated
+        except Outage:
+            if saved != done:
+                save()
+            run.wait_until_saved()
+            raise
+
+
+def taught(run: Run, order: EpochOrder, step: int) -> list[Prompt]:
+    """This process's share of what a step teaches; that of the next is decoded meanwhile."""
+    with run.logger.timer("decode"):
+        rows, following = (
+            [row for clip in run.world.share(order.step(at)) for row in clip] for at in (step, step + 1)
+        )
+        prompts = run.make_batch(rows)
+        run.make_batch.prefetch(following)
+    return prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.errors import Outage, RlaifFastError
 
 
 class VideoError(RlaifFastError):
@@ -30,5 +30,5 @@ def kind_of(reason: str) -> str:
     return re.sub(r"\d+", "N", reason.split(":")[0])
 
 
-class TooManyBadFiles(RlaifFastError):
+class TooManyBadFiles(Outage):
     """More files are bad than `max_bad_fraction` allows; the message is a summary by reason."""

@@ -1,0 +1,153 @@
+"""A judge goes down, files turn bad, SIGTERM comes: whichever process meets it, all save together and go on alike."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_train import SMALL, metrics
+from world_parts import lose_the_judge
+
+from rlaif_fast import train as train_module
+from rlaif_fast.distributed.launch import launch
+from rlaif_fast.distributed.world import SharedOutage
+from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.trainer import run as run_module
+from rlaif_fast.trainer import sft
+from rlaif_fast.video.errors import TooManyBadFiles
+
+# Trains in processes of which the last meets something in the second step of RL: `act(run)` once it was ranked.
+SCRIPT = """
+import os, signal, sys, time
+from rlaif_fast import train
+from rlaif_fast.distributed import launch
+from rlaif_fast.oracle import OracleFailedError
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.trainer import rl
+sample, complete = rl.sample_and_rank, CheckpointStore._complete
+def go_down(run):
+    raise OracleFailedError("the judge is down")
+def get_sigterm(run):
+    os.kill(os.getpid(), signal.SIGTERM)
+def sample_and_meet(run, order, step):
+    drawn = sample(run, order, step)
+    if step == 1 and run.world.rank == run.world.size - 1:
+        {act}(run)
+    return drawn
+def complete_slowly(store, target, *args):
+    time.sleep(4 * target.name.startswith("rl-"))  # longer than others wait for rank 0
+    complete(store, target, *args)
+rl.sample_and_rank, CheckpointStore._complete, launch.PATIENCE = sample_and_meet, complete_slowly, 1.0
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[1:]))
+"""
+FEW = {"sft_steps": 5, "max_steps": 2, "eval_steps": 1}  # evaluates once in the supervised stage
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def words(folder, cache, **changes) -> list[str]:
+    values = SMALL | {"output_dir": folder, "cache_dir": cache, "sft_steps": 2} | changes
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def last(folder) -> str:
+    return json.loads((folder / "checkpoints" / "index.json").read_text())["last"]
+
+
+def test_all_processes_learn_of_an_outage_and_rank_0_alone_tells_it(tmp_path, capfd):
+    assert launch(lose_the_judge, None, 3) == "met by none"
+    with pytest.raises(SharedOutage, match="process 1: the judge is down"):
+        launch(lose_the_judge, str(tmp_path), 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, cache):
+    """The run of two processes that meets nothing."""
+    folder = tmp_path_factory.mktemp("pair") / "run"
+    assert train_module.main(words(folder, cache, num_processes=2)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("act", "launcher", "code", "step", "told"),
+    [
+        ("go_down", TORCHRUN, 1, 1, "error: process 1: the judge is down"),
+        ("get_sigterm", (), 128 + signal.SIGTERM, 2, "terminated by SIGTERM"),
+    ],
+)
+def test_two_processes_save_together_and_go_on_alike(pair, cache, tmp_path, act, launcher, code, step, told):
+    """However long rank 0 writes: the others wait for it, and say nothing themselves."""
+    folder, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text(SCRIPT.format(act=act))
+    process = subprocess.run(
+        [sys.executable, *launcher, script, *words(folder, cache, num_processes=2, grace_seconds=60)],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == code, process.stderr
+    assert last(folder) == f"rl-{step:06d}"
+    assert process.stderr.count(told) == 1
+    assert "connection" not in process.stderr and process.stderr.count("error: ") == told.count("error: ")
+    if act == "go_down":
+        assert train_module.main(["--resume", str(folder)]) == 0
+        assert metrics(folder) == metrics(pair)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """The run of one process that meets nothing."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_module.main(words(folder, cache, **FEW)) == 0
+    return folder
+
+
+def goes_on_alike(whole, folder) -> bool:
+    if train_module.main(["--resume", str(folder)]) != 0 or metrics(folder) != metrics(whole):
+        return False
+    names = ("predictions-sft.jsonl", "predictions-final.jsonl", "samples.jsonl", "rollouts.jsonl")
+    return all(list(read_jsonl(folder / name)) == list(read_jsonl(whole / name)) for name in names)
+
+
+# Evaluations: of validation in the supervised stage, of its test, of validation where RL begins and behind its steps.
+@pytest.mark.parametrize(("number", "saved"), [(1, "sft-000004"), (2, "sft"), (4, "rl-000001")])
+def test_an_evaluation_that_fails_costs_no_step(whole, cache, tmp_path, monkeypatch, capsys, number, saved):
+    folder, calls, evaluate = tmp_path / "run", [], run_module.evaluate
+
+    def evaluate_or_fail(*args, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise TooManyBadFiles("9 of 50 files are bad")
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "evaluate", evaluate_or_fail)
+        assert train_module.main(words(folder, cache, **FEW)) == 1
+    assert "9 of 50 files are bad" in capsys.readouterr().err
+    assert last(folder) == saved
+    assert goes_on_alike(whole, folder)
+
+
+def test_supervised_steps_before_too_many_files_were_bad_are_not_lost(whole, cache, tmp_path, monkeypatch):
+    folder, taught = tmp_path / "run", sft.taught
+
+    def taught_or_fail(run, order, step):
+        if step == 2:
+            raise TooManyBadFiles("9 of 50 files are bad")
+        return taught(run, order, step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "taught", taught_or_fail)
+        assert train_module.main(words(folder, cache, **FEW)) == 1
+    assert last(folder) == "sft-000002"
+    assert goes_on_alike(whole, folder)
