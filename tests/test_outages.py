@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 from test_train import SMALL, metrics
-from world_parts import lose_the_judge
+from world_parts import exceed_the_limit, lose_the_judge
 
 from rlaif_fast import train as train_module
 from rlaif_fast.distributed.launch import launch
@@ -31,6 +30,9 @@ def go_down(run):
     raise OracleFailedError("the judge is down")
 def get_sigterm(run):
     os.kill(os.getpid(), signal.SIGTERM)
+def get_sigterm_from_scheduler_and_torchrun(run):
+    get_sigterm(run)
+    get_sigterm(run)
 def sample_and_meet(run, order, step):
     drawn = sample(run, order, step)
     if step == 1 and run.world.rank == run.world.size - 1:
@@ -69,6 +71,14 @@ def test_all_processes_learn_of_an_outage_and_rank_0_alone_tells_it(tmp_path, ca
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_shards_that_one_process_cannot_write_are_told_in_a_line_by_all(tmp_path, asynchronous):
+    told = launch(exceed_the_limit, (str(tmp_path), asynchronous), 2).splitlines()
+    reason = f"cannot write checkpoint {tmp_path / 'rl-000001'}: a file was not written to its end"
+    assert len(told) == 2 and all(line.startswith(reason) for line in told)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, cache):
     """The run of two processes that meets nothing."""
@@ -77,16 +87,9 @@ def pair(tmp_path_factory, cache):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("act", "launcher", "code", "step", "told"),
-    [
-        ("go_down", TORCHRUN, 1, 1, "error: process 1: the judge is down"),
-        ("get_sigterm", (), 128 + signal.SIGTERM, 2, "terminated by SIGTERM"),
-    ],
-)
-def test_two_processes_save_together_and_go_on_alike(pair, cache, tmp_path, act, launcher, code, step, told):
-    """However long rank 0 writes: the others wait for it, and say nothing themselves."""
-    folder, script = tmp_path / "run", tmp_path / "script.py"
+def meet(act, launcher, folder, cache) -> tuple[int, str]:
+    """Train two processes that meet `act`; the exit code, and what they said on stderr."""
+    script = folder.with_suffix(".py")
     script.write_text(SCRIPT.format(act=act))
     process = subprocess.run(
         [sys.executable, *launcher, script, *words(folder, cache, num_processes=2, grace_seconds=60)],
@@ -95,13 +98,26 @@ def test_two_processes_save_together_and_go_on_alike(pair, cache, tmp_path, act,
         text=True,
         timeout=300,
     )
-    assert process.returncode == code, process.stderr
-    assert last(folder) == f"rl-{step:06d}"
-    assert process.stderr.count(told) == 1
-    assert "connection" not in process.stderr and process.stderr.count("error: ") == told.count("error: ")
-    if act == "go_down":
-        assert train_module.main(["--resume", str(folder)]) == 0
-        assert metrics(folder) == metrics(pair)
+    return process.returncode, process.stderr
+
+
+def test_two_processes_save_what_they_have_when_one_loses_its_judge(pair, cache, tmp_path):
+    """However long rank 0 writes: the others wait for it, and say nothing themselves."""
+    code, said = meet("go_down", TORCHRUN, tmp_path / "run", cache)
+    assert code == 1 and last(tmp_path / "run") == "rl-000001", said
+    assert said.count("error: process 1: the judge is down") == said.count("error: ") == 1
+    assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(pair)
+
+
+@pytest.mark.parametrize(
+    ("act", "launcher", "code"),
+    [("get_sigterm", (), 143), ("get_sigterm_from_scheduler_and_torchrun", TORCHRUN, 1)],
+)
+def test_sigterm_to_one_of_two_processes_leaves_rank_0_the_time_to_save(cache, tmp_path, act, launcher, code):
+    ended, said = meet(act, launcher, tmp_path / "run", cache)
+    assert ended == code and "terminated by SIGTERM" in said and "connection" not in said
+    assert last(tmp_path / "run") == "rl-000002"
 
 
 @pytest.fixture(scope="module")

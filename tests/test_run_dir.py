@@ -300,8 +300,8 @@ class Weights(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(size))
 
-    def save_pretrained(self, folder: Path) -> None:
-        save_file({"weight": self.weight.data}, folder / "model.safetensors")
+    def save_pretrained(self, folder: Path, state_dict: dict | None = None) -> None:
+        save_file(state_dict or {"weight": self.weight.data}, folder / "model.safetensors")
 
 
 class Words:

@@ -2,15 +2,20 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import torch
+from test_run_dir import Weights, Words
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from rlaif_fast.distributed.world import SharedOutage, World
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle import OracleFailedError
+from rlaif_fast.runs.checkpoint import CheckpointStore
 
 
 def exchange(world: World, folder: str) -> dict:
@@ -122,3 +127,20 @@ def lose_the_judge(world: World, folder: str | None) -> str:
         (Path(folder) / str(world.rank)).touch()
         world.barrier()
         raise
+
+
+def exceed_the_limit(world: World, options: tuple[str, bool]) -> str:
+    """What each process says where the shards of process 1 are larger than its system lets files be."""
+    folder, asynchronous = options
+    world.connect()
+    model = fully_shard(Weights(100_000), mesh=init_device_mesh("cpu", (world.size,)))
+    store = CheckpointStore(Path(folder), {}, read_only=not world.is_main, asynchronous=asynchronous)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        store.save("rl-000001", model, Words(), {"shards": {"weight": model.weight.detach()}}, last=True)
+        store.wait()
+    except RlaifFastError as error:
+        return "\n".join(world.gather(str(error)))
+    return "\n".join(world.gather("written"))

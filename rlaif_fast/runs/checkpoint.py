@@ -164,7 +164,7 @@ class CheckpointStore:
             weights = whole_weights(model)
         finish_shards = self._begin_shards(partial, tensors or {})
         if self.read_only:
-            self._run(finish_shards)
+            self._run(lambda: self._tell_refusals(target, partial, finish_shards))
             return target
         if self._background is not None:
             weights, state = copied_weights(model) if weights is None else weights, copied(state)
@@ -194,7 +194,7 @@ class CheckpointStore:
             return lambda: write_shards(partial, tensors)
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-        return begin_shards(partial, tensors, self._group).result
+        return begin_shards(partial, tensors, self._group)
 
     def _tell_refusals(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
         """Say what could not be written, and leave nothing of it."""
@@ -204,10 +204,12 @@ class CheckpointStore:
             reason = refusal(error)
             if reason is None:
                 raise
-            self._remove_unlisted()
+            if not self.read_only:
+                self._remove_unlisted()
             raise RlaifFastError(f"cannot write checkpoint {target}: {reason}") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not self.read_only:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _complete(self, target: Path, partial: Path, logs: Mapping, roles: Mapping[str, str]) -> None:
         """Seal what was written aside, and put it in its place."""

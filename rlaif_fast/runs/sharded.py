@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, typed_line
 from rlaif_fast.policy.shard import whole
 from rlaif_fast.runs.background import copied_weights
 
@@ -40,21 +40,48 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what the processes hold together beside the rest of a checkpoint; all of them call it."""
-    checkpoint.save(dict(tensors), checkpoint_id=folder / FOLDER)
+    """Write what the processes hold together beside the rest of a checkpoint; all of them call it.
+
+    Raises:
+        Exception: What one of them met, in all of them.
+    """
+    with _raising_causes():
+        checkpoint.save(dict(tensors), checkpoint_id=folder / FOLDER)
 
 
-def begin_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Future[Any]:
-    """Copy what the processes hold together, and write it meanwhile; all of them call it.
+def begin_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
+    """Copy what the processes hold together, and write it meanwhile; all of them call it, and what is returned.
 
     Args:
         folder: The checkpoint.
         tensors: What `write_shards` takes.
         group: All processes, connected apart from the run's own exchanges.
+
+    Returns:
+        What waits until it is written, and raises as `write_shards` does.
     """
     done = checkpoint.async_save(dict(tensors), checkpoint_id=folder / FOLDER, process_group=group)
     assert isinstance(done, Future)
-    return done
+
+    def wait() -> None:
+        with _raising_causes():
+            done.result()
+
+    return wait
+
+
+@contextlib.contextmanager
+def _raising_causes() -> Iterator[None]:
+    """Raise what a process met, in place of torch's report of it, which is no `Exception`."""
+    try:
+        yield
+    except checkpoint.CheckpointException as report:
+        raise _cause(report) from None
+
+
+def _cause(report: checkpoint.CheckpointException) -> BaseException:
+    cause, _ = next(iter(report.failures.values()))
+    return cause
 
 
 def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,4 +97,5 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
     except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
-        raise UsageError(f"{folder / FOLDER} does not fit what is trained: {error}") from error
+        cause = _cause(error) if isinstance(error, checkpoint.CheckpointException) else error
+        raise UsageError(f"{folder / FOLDER} does not fit what is trained: {typed_line(cause)}") from error
