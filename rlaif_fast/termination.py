@@ -6,10 +6,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 128 + signal.SIGTERM
+ECHO_SECONDS = 5.0  # torchrun passes a signal on at once, on a busy machine perhaps seconds later
 
 
 class Terminated(BaseException):
@@ -22,11 +24,15 @@ class Termination:
     Args:
         grace_seconds: How long the step and the checkpoint may take before the process ends without them.
         announce: Say on stderr that the request was heard; one process of a run does.
+        echo_seconds: Another signal that comes so soon is the same request. Schedulers send it to all processes of a
+            job, and torchrun passes on to its processes what it got itself.
     """
 
-    def __init__(self, grace_seconds: float, *, announce: bool = True) -> None:
+    def __init__(self, grace_seconds: float, *, announce: bool = True, echo_seconds: float = 0.0) -> None:
         self.grace_seconds = grace_seconds
         self.announce = announce
+        self.echo_seconds = echo_seconds
+        self._heard_at = 0.0  # of the monotonic clock
         self.requested = False
         self._saves = False
         self._timer: threading.Timer | None = None
@@ -55,9 +61,12 @@ class Termination:
             self._saves = False
 
     def _on_signal(self, *_: object) -> None:
-        if self.requested:
+        now = time.monotonic()
+        if self.requested and now - self._heard_at >= self.echo_seconds:
             os._exit(EXIT_CODE)
-        self.requested = True
+        if self.requested:
+            return
+        self.requested, self._heard_at = True, now
         if not self._saves:
             raise Terminated
         self._timer = threading.Timer(self.grace_seconds, os._exit, (EXIT_CODE,))

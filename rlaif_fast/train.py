@@ -137,11 +137,12 @@ def train_in(world: World, config: TrainConfig) -> None:
         world: The processes of the run.
         config: The resolved configuration; `output_dir` is the prepared folder.
     """
+    from rlaif_fast.distributed.launch import under_torchrun
     from rlaif_fast.report.outcome import describe, finish, write_predictions, write_samples
     from rlaif_fast.runs.checkpoint import CheckpointStore, load_weights
     from rlaif_fast.runs.folder import RunDir
     from rlaif_fast.runs.logging import PackageLog, RunLogger, SilentLogger
-    from rlaif_fast.termination import Termination
+    from rlaif_fast.termination import ECHO_SECONDS, Termination
     from rlaif_fast.trainer.rl import train_rl
     from rlaif_fast.trainer.seeds import seed_everything
     from rlaif_fast.trainer.setup import build_run, set_threads
@@ -168,7 +169,11 @@ def train_in(world: World, config: TrainConfig) -> None:
             open_parts.enter_context(PackageLog(logger.message))
         # Schedulers and torchrun send SIGTERM to every process, and each has to finish the step.
         termination = open_parts.enter_context(
-            Termination(config.grace_seconds, announce=world.is_main).installed()
+            Termination(
+                config.grace_seconds,
+                announce=world.is_main,
+                echo_seconds=ECHO_SECONDS if under_torchrun() else 0.0,
+            ).installed()
         )
         run, notes = build_run(world, config, run_dir, logger, open_parts, termination)
         policy, data = run.policy, run.data

@@ -80,6 +80,9 @@ def test_a_second_sigterm_and_the_end_of_the_grace_end_at_once():
     assert signalled(block.format(60, kill, kill)) == EXIT_CODE == 143
     assert signalled(block.format(0.2, kill, "time.sleep(30)")) == 143
     assert signalled(block.format(60, kill, "assert t.requested")) == 0
+    echo = block.replace("{}", "{}, echo_seconds=0.5", 1)
+    assert signalled(echo.format(60, kill, kill)) == 0
+    assert signalled(echo.format(60, kill, f"time.sleep(1); {kill}")) == 143
 
 
 def test_outside_of_a_step_sigterm_ends_at_once():
