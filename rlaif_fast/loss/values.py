@@ -1,7 +1,7 @@
 """Checks of what tensors hold: each failure names the argument, what was expected and what came.
 
-They read the data. On an accelerator that is one synchronisation a call; they are skipped while torch.compile traces
-and while a CUDA graph is captured, where the kernels still guard every read by id.
+They read the data. On an accelerator the host waits for each that applies, a few in a call; they are skipped while
+torch.compile traces and while a CUDA graph is captured, where the kernels still guard every read by id.
 """
 
 from __future__ import annotations
