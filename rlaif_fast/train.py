@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,8 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
                 if config.resume is None:
                     run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
                 held.enter_context(run_dir.lock())
+                if config.resume is not None:
+                    held.enter_context(config_kept(run_dir))
                 prepare(run_dir, config)
         try:
             launch(train_in, config, config.num_processes, resolve_device(config.device))
@@ -118,6 +120,24 @@ def recover_all(run_dir: RunDir, *, extends: bool) -> None:
     with run_dir.lock():
         for line in recover(run_dir):
             print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def config_kept(run_dir: RunDir) -> Iterator[None]:
+    """Put a run's configuration back where what a command changes is refused before the run has gone on."""
+    from rlaif_fast.runs.checkpoint import CheckpointStore
+    from rlaif_fast.trainer.resume import saved_config
+
+    def last() -> str | None:
+        return CheckpointStore(run_dir.checkpoints, {}, read_only=True).index.last
+
+    earlier, begins_at = saved_config(run_dir), last()
+    try:
+        yield
+    except UsageError:
+        if last() == begins_at:
+            prepare(run_dir, earlier)
+        raise
 
 
 def prepare(run_dir: RunDir, config: TrainConfig) -> None:

@@ -268,6 +268,9 @@ def test_steps_before_a_judge_went_down_are_not_lost(run, tmp_path, monkeypatch)
     assert code == 1 and "the judge is down" in err
     assert CheckpointStore(folder / "checkpoints", {}, read_only=True).index.last == "rl-000003"
     monkeypatch.setenv("DOWN_AFTER", str(tmp_path / "nothing"))
+    begun = (folder / "config.yaml").read_text()
+    assert train_module.main(["--resume", str(folder), "--dtype", "float16"]) == 2
+    assert (folder / "config.yaml").read_text() == begun
     assert train_module.main(["--resume", str(folder)]) == 0
     assert metrics(folder) == metrics(whole)
 
