@@ -168,7 +168,10 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UsageError(_explain(message, names))
 
-    parser = Parser(prog=prog, description=description, print_config="--print-config", allow_abbrev=False)
+    usage = f"{prog} [--config FILE] [--KEY VALUE]..."  # the keys are many, and described below
+    parser = Parser(
+        prog=prog, usage=usage, description=description, print_config="--print-config", allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     for base in config_class.__mro__:
         own = set(vars(base).get("__annotations__", {}))
