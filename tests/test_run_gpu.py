@@ -12,11 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "run_gpu.sh"
+# A worker of pytest-xdist says so there, and pytest-benchmark then runs nothing.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def dry_run(out: Path, stage: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """One stage of the script as it goes without a GPU."""
-    environment = {**os.environ, "PYTHON": sys.executable, "STAGES": stage, **environment}
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "STAGES": stage, **environment}
     command = ["bash", str(SCRIPT), str(out), "--dry-run"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -45,7 +47,7 @@ def test_every_benchmark_stage_selects_a_case_of_the_gpu():
     path = os.pathsep.join([str(ROOT / "bench"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
         [*command, "--benchmark-only", *(f"bench/{name}.py" for name in named)],
-        env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
+        env={**ENVIRONMENT, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -59,7 +61,7 @@ def test_the_pretended_gpu_runs_nothing():
     path = os.pathsep.join([str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "pretend_gpu", "tests/test_recent.py"],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**ENVIRONMENT, "PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
         text=True,
