@@ -57,6 +57,20 @@ def test_the_router_is_frozen_unless_asked_for() -> None:
         apply_freezing(dense, ModelOptions(train_router=True))
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
+def test_a_router_is_known_by_any_of_its_names(kind) -> None:
+    text = {"model_type": kind, "num_local_experts": 4} | family_checkpoints.TEXT | family_checkpoints.MOE
+    values = family_checkpoints.RECIPES["internvl"][0] | {"text_config": text}
+    model, _ = family_checkpoints.make_model("internvl", values=values)
+    apply_freezing(model, ModelOptions())
+    frozen = [module for module in model.modules() if type(module).__name__.endswith(("Router", "Gating"))]
+    assert len(frozen) == 2
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
+    assert sum(not p.requires_grad for p in model.parameters()) == sum(
+        1 for m in frozen for _ in m.parameters()
+    )
+
+
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 @pytest.mark.parametrize("parts", [["decoder"], list(PARTS)], ids=["decoder", "every part"])
 def test_an_adapter_is_saved_in_the_form_that_vllm_reads(model_type, parts, tmp_path) -> None:

@@ -10,6 +10,8 @@ from test_families_packed import gradients, make_encoder, make_prompts, response
 from test_linear_attention import ROWS
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.policy.families import check_shared_prefix
+from rlaif_fast.policy.families.base import DECODERS, WINDOWED
 from rlaif_fast.policy.packing import PackedRow, make_buckets
 from rlaif_fast.policy.pattern import Pattern, PatternContext, backend_name, picture_runs, row_context
 from rlaif_fast.policy.policy import Policy
@@ -153,3 +155,65 @@ def test_the_tokens_of_a_picture_see_each_other() -> None:
     policy.pattern = Pattern(policy.pattern.windows, pictures=False)
     other = policy.response_logps(prompts, ids, lengths).detach()
     assert float((other - expected).abs().max()) > 1e-3
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+WITH_WINDOW = {
+    *WINDOWED,
+    "cohere2",
+    "exaone4",
+    "gemma3_text",
+    "gpt_oss",
+    "ministral",
+    "olmo3",
+    "qwen2",
+    "qwen3",
+}
+SIZES = {
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0},
+    "gemma3_text": {"query_pre_attn_scalar": 8},
+    "glm4_moe": {"moe_intermediate_size": 16, "n_group": 1, "topk_group": 1},
+    "qwen2_moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"moe_intermediate_size": 16},
+}
+
+
+def with_decoder(kind: str, **values):
+    """InternVL with a decoder of another type; the window is shorter than a prompt, and some types have none."""
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    window = window if kind in WITH_WINDOW else {}
+    own = EXPERTS if "moe" in kind or kind in ("mixtral", "gpt_oss") else {}
+    text = {"model_type": kind} | family_checkpoints.TEXT | window | own | SIZES.get(kind, {}) | values
+    return family_checkpoints.RECIPES["internvl"][0] | {"text_config": text}
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+def test_a_decoder_of_another_type_attends_as_alone(kind) -> None:
+    """Windows too of those whose configurations have no `layer_types`: there a window is of every layer."""
+    model, tokenizer = family_checkpoints.make_model(
+        "internvl", dtype=torch.float64, values=with_decoder(kind)
+    )
+    policies = [Policy(model, tokenizer, shared_prefix=shared) for shared in (False, True)]
+    assert (policies[1].pattern is not None) == (kind in WITH_WINDOW)
+    prompts = make_prompts(make_encoder("internvl", tokenizer, model.config))
+    ids, lengths = responses(tokenizer)
+    (plain, plain_grads), (packed, packed_grads) = (gradients(p, prompts, ids, lengths) for p in policies)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=TOLERANCE)
+    assert packed_grads.keys() == plain_grads.keys()
+    for name, grad in plain_grads.items():
+        scale = max(1.0, float(grad.abs().max()))
+        torch.testing.assert_close(packed_grads[name], grad, rtol=0, atol=TOLERANCE * scale, msg=name)
+    params = SamplingParams(max_new_tokens=6, seed=1)
+    drawn = PlainSampler(policies[0]).sample(prompts, 2, params)
+    shared = SharedPrefixSampler(policies[1]).sample(prompts, 2, params)
+    assert shared.token_ids.tolist() == drawn.token_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "stablelm", "nemotron"])
+def test_a_decoder_with_an_attention_of_its_own_is_refused(kind) -> None:
+    """Sinks, soft caps, or no way down for the layout: packed rows would be wrong without a word."""
+    tokenizer = family_checkpoints.make_tokenizer("internvl")
+    config = family_checkpoints.make_config("internvl", tokenizer, with_decoder(kind))
+    with pytest.raises(UsageError, match=f"shared_prefix: InternVL.*decoder '{kind}'.*shared_prefix: false"):
+        check_shared_prefix(config)

@@ -12,7 +12,7 @@ from torch import nn
 
 from rlaif_fast.errors import UsageError, first_line, require
 from rlaif_fast.policy import quantization
-from rlaif_fast.policy.families import find_family
+from rlaif_fast.policy.families import Family, find_family
 from rlaif_fast.policy.flash import refuses_flash
 from rlaif_fast.policy.frontend import load_frontend, read_config
 from rlaif_fast.policy.model_files import refuse_other_base
@@ -188,9 +188,8 @@ def load_model(options: ModelOptions) -> LoadedModel:
     notes = [f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note]
     if packing:
         notes.append("decoder: its linear layers are held in 4 bits (NF4)")
-    family = find_family(config.model_type)
-    if family is not None:
-        notes += family.notes(config, options.lora_r > 0)
+    family = find_family(config.model_type) or Family()
+    notes += family.notes(config, options.lora_r > 0)
     if frontend.patch_spec.tokens_a_frame is not None:
         side = frontend.patch_spec.factor
         notes.append(f"frames: {side}x{side}, as its tower takes them, whatever *_pixels say")

@@ -60,7 +60,7 @@ def apply_freezing(model: nn.Module, options: Any) -> None:
     """
     part, routers = part_of(model), 0
     for name, parameter in model.named_parameters():
-        is_router = ROUTER in name
+        is_router = ROUTER.search(name) is not None
         routers += is_router
         frozen = getattr(options, FREEZING[part(name)]) or (is_router and not options.train_router)
         parameter.requires_grad_(not frozen and parameter.is_floating_point())  # packed in 4 bits it is bytes

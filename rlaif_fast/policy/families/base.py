@@ -28,9 +28,27 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA_TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 MLP_LAYERS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 PARTS = ("decoder", "tower", "projector")
-ROUTER = ".mlp.gate."  # what the names of a mixture's routers contain, in every family of the table
-EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+ROUTER = re.compile(
+    r"\.router\.|\.(mlp|mixer|text_moe|vision_moe)\.gate\."
+)  # in the names of a mixture's routers
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "linear_attention"}
+# Decoders whose packed rows are compared with their own forward (tests/test_pattern.py), for the families that may have
+# any. Others have sinks, soft caps or layers of their own in their attention, or do not hand the layout down to it.
+# fmt: off
+DECODERS = frozenset((
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite",
+    "granitemoe", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
+    "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
+))
+# fmt: on
+WINDOWED = {
+    "mistral",
+    "mixtral",
+    "phi3",
+    "qwen3_moe",
+    "starcoder2",
+}  # their `sliding_window` is of every layer
 Features = tuple[Tensor, ...]  # of one medium: the projector's output, then each deepstack level, each (F, H)
 
 
@@ -60,6 +78,7 @@ class Family:
         tower: Where the vision tower is in the model.
         projector: Where the modules between tower and decoder are.
         decoder: Where the text decoder is: embeddings to normalised last hidden states.
+        decoders: Types of decoder that its prompts can be shared with; None where its decoder is of one type.
         lora_targets: Names of the linear layers that get an adapter unless others are asked for.
         unshared: Why its prompts cannot be computed once a group; None where they can.
         two_way_pictures: Whether the tokens of a picture attend to each other in both directions.
@@ -77,6 +96,7 @@ class Family:
     tower = "model.visual"
     projector: tuple[str, ...] = ("model.visual.merger", "model.visual.deepstack_merger_list")
     decoder = "model.language_model"
+    decoders: frozenset[str] | None = None
     lora_targets: tuple[str, ...] = LORA_TARGETS
     unshared: str | None = None
     two_way_pictures = False
@@ -236,7 +256,8 @@ class Family:
     def pattern(self, config: Any) -> Pattern | None:
         """How its decoder attends where that is not causally to all that came before; None where it is."""
         text = config.get_text_config()
-        types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        usual = "sliding_attention" if text.model_type in WINDOWED else "full_attention"
+        types = getattr(text, "layer_types", None) or [usual] * text.num_hidden_layers
         windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in types)
         if set(windows) == {None} and not self.two_way_pictures:
             return None
@@ -247,6 +268,8 @@ class Family:
         text = config.get_text_config()
         if self.unshared is not None:
             return self.unshared
+        if self.decoders is not None and text.model_type not in self.decoders:
+            return f"packed rows are not known to be right with its decoder {text.model_type!r}"
         unknown = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS
         if unknown:
             return f"it has layers of the type {', '.join(sorted(unknown))}"
@@ -271,6 +294,7 @@ class FrameFamily(Family, ABC):
 
     tower = "model.vision_tower"
     projector: tuple[str, ...] = ("model.multi_modal_projector",)
+    decoders: frozenset[str] | None = DECODERS
     axes = 1
     batched_vision = False
     feature_parts: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector")

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.families.base import Family, Features, VisionParts, patches_for, unwrap
+from rlaif_fast.policy.families.base import (
+    DECODERS,
+    Family,
+    Features,
+    VisionParts,
+    patches_for,
+    unwrap,
+)
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
@@ -23,6 +30,7 @@ class VideoLlama3(Family):
     model_types: tuple[str, ...] = ("video_llama_3",)
     tower = "model.vision_model"
     projector: tuple[str, ...] = ("model.projector",)
+    decoders = DECODERS
     axes = 1
     pictures = False
     video_mark = "<|video_pad|>"
