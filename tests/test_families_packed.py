@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import family_checkpoints
@@ -10,6 +11,8 @@ import torch
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.policy.families import FAMILIES, find_family, unwrap
+from rlaif_fast.policy.loading import ModelOptions, load_model, without_noise
+from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import PromptEncoder
 from rlaif_fast.rollout.base import SamplingParams
@@ -102,6 +105,37 @@ def test_log_probabilities_are_those_of_the_draws(model_type: str) -> None:
     rollout = PlainSampler(policy).sample(prompts, 2, SamplingParams(max_new_tokens=4, seed=0))
     logps = policy.response_logps(prompts, rollout.token_ids, rollout.mask.sum(1))
     torch.testing.assert_close(logps, rollout.logps[rollout.mask], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_nothing_is_dropped_at_random(model_type: str, lora_r: int, tmp_path) -> None:
+    """Dropout of a checkpoint's configuration, of tower and decoder, as modules and as numbers."""
+    folder = family_checkpoints.write_checkpoint(model_type, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for part in ("vision_config", "text_config"):
+        config[part] |= dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "projection_dropout"), 0.5)
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelOptions(model=str(folder), lora_r=lora_r, device="cpu", dtype="float32"))
+    assert loaded.model.training
+    assert unwrap(loaded.model).config.vision_config.attention_dropout == 0.5  # as it was, for what is saved
+    prompts = make_prompts(make_encoder(model_type, loaded.tokenizer, unwrap(loaded.model).config))
+    ids, lengths = responses(loaded.tokenizer)
+    policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
+    first, second = (policy.response_logps(prompts, ids, lengths) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_router_does_not_jitter_and_adapters_drop_as_asked() -> None:
+    text = {"model_type": "mixtral", "router_jitter_noise": 0.3} | family_checkpoints.TEXT
+    values = family_checkpoints.RECIPES["internvl"][0] | {"text_config": text}
+    model, _ = family_checkpoints.make_model("internvl", values=values)
+    jitters = [module for module in model.modules() if getattr(module, "jitter_noise", 0.0)]
+    assert jitters
+    without_noise(model)
+    assert not any(module.jitter_noise for module in jitters)
+    adapted = add_lora(model, ModelOptions(lora_r=2, lora_dropout=0.4))
+    assert {module.p for module in adapted.modules() if isinstance(module, torch.nn.Dropout)} >= {0.4}
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

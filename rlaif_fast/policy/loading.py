@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -180,11 +181,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"model: cannot load {options.model!r}: {first_line(error)}") from error
+    without_noise(loaded)
     model = ready_to_train(cast(nn.Module, loaded).to(device), options)
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and not options.lora_r:
-            module.p = 0.0
     notes = [f"device: {device}, dtype: {str(dtype).removeprefix('torch.')}", attention_note]
     if packing:
         notes.append("decoder: its linear layers are held in 4 bits (NF4)")
@@ -202,6 +201,18 @@ def load_model(options: ModelOptions) -> LoadedModel:
         tuple(notes),
         frontend.processor,
     )
+
+
+def without_noise(model: nn.Module) -> None:
+    """Switch off what a model draws at random in training: dropout, whether modules or numbers, and jitter of a router.
+
+    A response is scored by the policy that drew it; adapters bring the dropout that is asked for later.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            dropped = name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)
+            if isinstance(value, float) and (dropped or re.search("drop|jitter", name)):
+                setattr(module, name, 0.0)
 
 
 def adapter_folder(model: str) -> Path | None:
