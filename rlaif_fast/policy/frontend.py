@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import RlaifFastError, UsageError, first_line
+from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import find_family
 from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.families.processor import check_head, load_processor
@@ -63,6 +64,10 @@ def read_config(model: str) -> Any:
     if config.is_encoder_decoder:
         raise refuse(f"{model!r} ({config.model_type}) is an encoder-decoder, which is not supported")
     check_head(config)
+    quantization.refuse_quantized(model, config)
+    _read_json(
+        model, "generation_config.json"
+    )  # transformers goes on without a damaged one, and its ends of responses
     return config
 
 
@@ -87,8 +92,9 @@ def load_frontend(model: str, config: Any = None) -> Frontend:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise refuse(f"cannot load {model!r}: {first_line(error)}") from error
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = read_chat_template(model)
+    template = read_chat_template(model)
+    if template is not None:
+        tokenizer.chat_template = template
     if tokenizer.chat_template is None:
         raise refuse(f"{model!r} has no chat template; use an instruct checkpoint")
     return Frontend(config, tokenizer, read_patch_spec(model, config))
@@ -111,16 +117,20 @@ def read_patch_spec(model: str, config: Any) -> PatchSpec:
 
 
 def read_chat_template(model: str) -> str | None:
-    """The chat template beside a model whose tokenizer has none: chat_template.jinja or chat_template.json."""
-    from transformers.utils import cached_file
+    """The chat template of a model's processor, which goes before that of its tokenizer: the one may know media that
+    the other does not. None where there is none apart; chat_template.jinja is of both, and the tokenizer reads it.
 
-    path = cached_file(model, "chat_template.jinja", _raise_exceptions_for_missing_entries=False)
-    if path is not None:
-        return Path(path).read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
+    Raises:
+        UsageError: It is no text.
+    """
+    for name in ("processor_config.json", "chat_template.json"):
         template = (_read_json(model, name) or {}).get("chat_template")
         if isinstance(template, str):
             return template
+        if template is not None:
+            raise refuse(
+                f"{model!r}: {name} has a chat_template that is no text; got {type(template).__name__}"
+            )
     return None
 
 
@@ -131,6 +141,9 @@ def _read_json(model: str, name: str) -> dict | None:
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"model: {model!r}: {name} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"model: {model!r}: {name} must hold a JSON object, got {type(values).__name__}")
+    return values

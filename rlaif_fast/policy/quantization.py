@@ -9,7 +9,7 @@ import torch
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import find_family
-from rlaif_fast.policy.families.base import is_mixture
+from rlaif_fast.policy.families.base import is_mixture, refuse
 
 
 def check_available() -> None:
@@ -22,6 +22,23 @@ def check_available() -> None:
     if missing:
         names = " and ".join(missing)
         raise UsageError(f'load_in_4bit: expected false without {names}; pip install "rlaif-fast[qlora]"')
+
+
+def refuse_quantized(model: str, config: Any) -> None:
+    """Refuse a checkpoint whose weights are stored quantized (FP8, AWQ, GPTQ, 4 bits, ...): they cannot be trained.
+
+    Raises:
+        UsageError: It says that they are.
+    """
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
+        if settings:
+            values = settings if isinstance(settings, dict) else settings.to_dict()
+            method = values.get("quant_method", "quantization_config")
+            raise refuse(
+                f"{model!r} holds quantized weights ({method}), which cannot be trained; use the "
+                "checkpoint that it was made from, with load_in_4bit: true for QLoRA"
+            )
 
 
 def loading_options(config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
