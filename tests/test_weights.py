@@ -155,6 +155,60 @@ def test_a_folder_of_adapters_loads_its_base(tiny, adapters):
     check_model(str(adapters))
 
 
+def test_adapters_whose_layers_are_a_regular_expression_are_merged(tiny, tmp_path):
+    """As ms-swift and others write them."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4, target_modules=r".*language_model.*\.(q_proj|up_proj)|.*visual.*\.qkv", init_lora_weights=False
+    )
+    whole = get_peft_model(load(tiny).model, config)
+    whole.peft_config["default"].base_model_name_or_path = str(tiny)
+    whole.save_pretrained(tmp_path)
+    assert isinstance(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"], str)
+    merged = load(tmp_path).model.eval()
+    ids = torch.arange(20, 40)[None]
+    torch.testing.assert_close(merged(input_ids=ids).logits, whole.eval()(input_ids=ids).logits)
+    rewrite(tmp_path / "adapter_model.safetensors", without("layers.1."))
+    with pytest.raises(UsageError, match="fits the model only in part"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"peft_type": "IA3"}, "holds adapters of the type IA3, and those of LoRA are taken alone"),
+        ({"revision": "v2"}, "trained on the revision v2 of"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights 'pissa_niter_4', which changes the weights",
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"alora_invocation_tokens": [3, 4]}, r"trained with alora_invocation_tokens \[3, 4\]"),
+        ({"use_rslora": True}, "trained with use_rslora True"),
+        ({"use_dora": True}, "trained with use_dora True"),
+        ({"modules_to_save": ["lm_head"]}, "trained with modules_to_save"),
+        ({"someones_new_setting": 2}, "trained with someones_new_setting 2"),
+    ],
+)
+def test_adapters_that_compute_something_else_are_refused(adapters, tmp_path, settings, words):
+    """Of all these the weights themselves look like those of plain LoRA."""
+    copy = Path(shutil.copytree(adapters, tmp_path / "adapters"))
+    saved = json.loads((copy / "adapter_config.json").read_text())
+    harmless = {
+        "lora_dropout": 0.3,
+        "init_lora_weights": "gaussian",
+        "peft_version": "99",
+        "loftq_config": {},
+    }
+    (copy / "adapter_config.json").write_text(json.dumps(saved | harmless))
+    load(copy)
+    (copy / "adapter_config.json").write_text(json.dumps(saved | settings))
+    for options in ({}, LORA):
+        with pytest.raises(UsageError, match=words):
+            load(copy, **options)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

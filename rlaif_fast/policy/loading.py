@@ -240,9 +240,8 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     if not options.lora_r:
         freezing: dict[str, Any] = dict.fromkeys(FREEZING.values())
         targets = saved.get("target_modules")
-        names = list(targets) if isinstance(targets, list) else None
-        parts = [] if names else ["decoder"]
-        scaled = dataclasses.replace(scaled, lora_target_modules=names, lora_modules=parts, **freezing)
+        parts = [] if targets else ["decoder"]
+        scaled = dataclasses.replace(scaled, lora_target_modules=targets, lora_modules=parts, **freezing)
     try:
         loaded = load_model(scaled)
     except UsageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -72,14 +73,14 @@ def apply_freezing(model: nn.Module, options: Any) -> None:
         )
 
 
-def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] | None) -> list[str]:
+def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] | str | None) -> list[str]:
     """The full names of the linear layers that get an adapter.
 
     Args:
         model: Without adapters.
         parts: Some of `PARTS`, each of which gets one; none is wherever the targets are.
         targets: Names of layers, or ends of their full names; None for the family's own in the decoder, and every
-            linear layer of the other parts.
+            linear layer of the other parts. A regular expression of full names, of adapters from elsewhere.
 
     Raises:
         UsageError: A target names no linear layer of these parts, or there is none at all.
@@ -102,6 +103,8 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
         # peft takes these names for the experts, wherever the layers are
         if is_mixture(unwrap(model).config):
             chosen = [name for name in chosen if name.rpartition(".")[2] not in MLP_LAYERS]
+    elif isinstance(targets, str):
+        chosen = [name for name in layers if re.fullmatch(targets, name)]
     else:
         ends = tuple(f".{target}" for target in targets)
         unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]

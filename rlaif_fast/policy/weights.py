@@ -15,6 +15,14 @@ from rlaif_fast.policy.model_files import ADAPTER_CONFIG
 from rlaif_fast.policy.shard import cut_like
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Settings of adapters that do not change what they compute, or whose layers and names the weights themselves show.
+ELSEWHERE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+KEEP_BASE = {"gaussian", "eva", "orthogonal"}  # ways to start adapters that leave the base as it is
 SHOWN = 4  # names in a message
 FLOAT32_COPY = "float32_copy"  # the attribute of a parameter
 
@@ -145,8 +153,14 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
                 f"{what} was trained with {option} {saved.get(name)}, and the run has {getattr(ours, name)}; "
                 f"set {option} to {saved.get(name)}"
             )
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
-        if bool(saved.get(name)) and saved.get(name) != getattr(ours, name, None):
+    started = saved.get("init_lora_weights")
+    if isinstance(started, str) and started not in KEEP_BASE:
+        raise UsageError(
+            f"{what} was trained with init_lora_weights {started!r}, which changes the weights of the base; save it as "
+            "an adapter of the base as it was (path_initial_model_for_weight_conversion of peft)"
+        )
+    for name in sorted(saved.keys() - ELSEWHERE):
+        if saved[name] and saved[name] not in ("none", getattr(ours, name, None)):
             raise UsageError(f"{what} was trained with {name} {saved[name]}, which a run here does not have")
     weights = load_peft_weights(str(folder), device="cpu")
     own = get_peft_model_state_dict(model)
@@ -158,7 +172,7 @@ def adapter_config(folder: Path, what: str) -> dict[str, Any]:
     """The settings of the LoRA adapters in a folder.
 
     Raises:
-        UsageError: It holds none, or they cannot be read, or their weights are not there.
+        UsageError: It holds none or others than of LoRA, or they cannot be read, or their weights are not there.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -169,6 +183,15 @@ def adapter_config(folder: Path, what: str) -> dict[str, Any]:
         raise UsageError(f"{what}: {path.name} is not valid JSON ({error})") from error
     if not isinstance(saved, dict) or not saved.get("base_model_name_or_path"):
         raise UsageError(f"{what}: {path.name} names no base_model_name_or_path")
+    if saved.get("peft_type") != "LORA":
+        raise UsageError(
+            f"{what} holds adapters of the type {saved.get('peft_type')}, and those of LoRA are taken alone"
+        )
+    if saved.get("revision") not in (None, "main"):
+        raise UsageError(
+            f"{what} was trained on the revision {saved['revision']} of {saved['base_model_name_or_path']}; name a "
+            f"folder that holds it as base_model_name_or_path in {path.name}, and take the revision out"
+        )
     if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
         raise UsageError(f"{what} holds {ADAPTER_CONFIG} and no {ADAPTER_WEIGHTS[0]}")
     return saved
