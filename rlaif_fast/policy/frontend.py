@@ -82,10 +82,18 @@ def load_frontend(model: str, config: Any = None) -> Frontend:
         UsageError: Something is missing; the message says what.
     """
     config = read_config(model) if config is None else config
-    family = find_family(config.model_type)
-    if family is None:
+    if find_family(config.model_type) is None:
         processor = load_processor(model, config.model_type)
-        return Frontend(config, processor.tokenizer, WHOLE_FRAMES, processor)
+        frontend = Frontend(config, processor.tokenizer, WHOLE_FRAMES, processor)
+    else:
+        frontend = Frontend(config, _load_tokenizer(model), read_patch_spec(model, config))
+    if frontend.tokenizer.eos_token_id is None:
+        raise refuse(f"{model!r} has a tokenizer without an eos_token, which answers end with")
+    return frontend
+
+
+def _load_tokenizer(model: str) -> Any:
+    """The tokenizer of a model in the table of families, with a chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -97,7 +105,7 @@ def load_frontend(model: str, config: Any = None) -> Frontend:
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
         raise refuse(f"{model!r} has no chat template; use an instruct checkpoint")
-    return Frontend(config, tokenizer, read_patch_spec(model, config))
+    return tokenizer
 
 
 def read_patch_spec(model: str, config: Any) -> PatchSpec:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlaif_fast.errors import UsageError
+
 # What opens and closes reasoning. A policy may draw them, and they are text, even if the tokenizer has them as special.
 OPENS, CLOSES = "<think>", "</think>"
 THINKING = {OPENS, CLOSES}
@@ -22,12 +24,22 @@ def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterab
         tokenizer: The tokenizer.
         never: Further tokens that may not be drawn.
         ends: Tokens that end a response.
+
+    Raises:
+        UsageError: One of `ends` has no row.
     """
-    allowed = torch.ones(rows, dtype=torch.bool)
-    allowed[len(tokenizer) :] = False
+    ends = list(ends)
+    beyond = [token for token in ends if token >= rows]
+    if beyond:
+        raise UsageError(
+            f"model: eos_token_id {beyond[0]} is none of the {rows} tokens of its output embedding; set it right in "
+            "generation_config.json or tokenizer_config.json"
+        )
+    allowed = torch.zeros(rows, dtype=torch.bool)
+    allowed[[i for i in tokenizer.get_vocab().values() if i < rows]] = True  # there may be holes among them
     special = set(tokenizer.all_special_ids) - _reasoning(tokenizer)
     allowed[[i for i in (*special, *never) if i < rows]] = False
-    allowed[list(ends)] = True
+    allowed[ends] = True
     return allowed
 
 

@@ -61,13 +61,21 @@ def check_encoding(frontend: Frontend, system_prompt: str | None = None) -> int:
     example = Example(id="trial", question="What happens?", media=())
     try:
         prompt = encoder.encode(example, [trial_clip()])
-        encoder.encode_answer("Nothing.")
+        answer = encoder.encode_answer("Nothing.")
     except UsageError as error:
         raise refuse(f"a prompt about a clip cannot be made for {config.model_type}: {error}") from error
     except Exception as error:  # templates and tokenizers raise whatever they like
         raise refuse(
             f"a prompt about a clip cannot be made for {config.model_type}: {first_line(error)}"
         ) from error
+    last = max([*prompt.input_ids.tolist(), *answer])
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if rows is not None and last >= rows:
+        token = frontend.tokenizer.convert_ids_to_tokens(last)
+        raise refuse(
+            f"{config.model_type}: a prompt holds {token!r}, the token {last}, and the model has {rows}; its tokenizer "
+            "has more than its embedding"
+        )
     family = find_family(config.model_type)
     if family is not None:
         types = family.token_types(config, prompt.input_ids.numpy())

@@ -181,9 +181,13 @@ class PromptLayouts:
 
 def eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
     """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
-    configured = unwrap(model).generation_config.eos_token_id
+    whole = unwrap(model)
+    configured = whole.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id]))
+    turn_end = (find_family(whole.config.model_type) or Family()).turn_end
+    known = tokenizer.get_vocab()
+    taught = [known[turn_end]] if turn_end in known else []
+    return tuple(dict.fromkeys([*ids, tokenizer.eos_token_id, *taught]))
 
 
 def marker_token_ids(model: nn.Module) -> list[int]:
