@@ -48,6 +48,37 @@ def test_layers_of_an_unknown_type_are_refused() -> None:
         Policy(model, TOKENIZER)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_batch_are_refused(kind) -> None:
+    """InternVL's checkpoints have dynamic ones; up to the length that they start from they are ordinary."""
+    import family_checkpoints
+    from test_families_packed import make_encoder, make_prompts, responses
+
+    rope = family_checkpoints.ROPE | {"rope_type": kind, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 4096,
+        }
+    text = family_checkpoints.QWEN2 | {"rope_parameters": rope}
+    values = family_checkpoints.RECIPES["internvl"][0] | {"text_config": text}
+    model, tokenizer = family_checkpoints.make_model("internvl", dtype=torch.float64, values=values)
+    prompts = make_prompts(make_encoder("internvl", tokenizer, model.config))
+    ids, lengths = responses(tokenizer)
+    policies = [Policy(model, tokenizer, shared_prefix=shared) for shared in (False, True)]
+    plain, packed = (policy.response_logps(prompts, ids, lengths) for policy in policies)
+    torch.testing.assert_close(packed, plain, rtol=0, atol=1e-5)
+    longest = max(len(prompt.input_ids) for prompt in prompts)
+    config = model.config.text_config
+    config.max_position_embeddings = longest
+    if kind == "longrope":
+        config.rope_parameters["original_max_position_embeddings"] = longest
+    for policy in policies:
+        with pytest.raises(UsageError, match=rf"'{kind}', and behind {longest} tokens they depend on"):
+            policy.response_logps(prompts, ids, lengths)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_are_those_of_the_whole_sequence(family: str) -> None:
     """A prompt with a response behind it, laid out by the model itself, against the parts the packed row puts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from rlaif_fast.policy.families import find_family, unwrap
+from rlaif_fast.policy.families import find_family, refuse_far_positions, unwrap
 from rlaif_fast.policy.families.processor import processor_inputs
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -70,6 +70,7 @@ def plain_hidden(
 ) -> Tensor:
     """Hidden states (M, H) that predict each response token, from a padded (B, P + T) forward."""
     inputs = model_inputs(model, prompts, token_ids, lengths, group_sizes=group_sizes)
+    refuse_far_positions(unwrap(model).config, inputs["input_ids"].shape[1] - 1)
     base = unwrap(model).base_model
     hidden = base(**inputs, use_cache=False)[0]  # (B, P + T, H)
     prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts], device=hidden.device)

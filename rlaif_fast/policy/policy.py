@@ -23,6 +23,7 @@ from rlaif_fast.policy.families import (
     eos_token_ids,
     family_of,
     marker_token_ids,
+    refuse_far_positions,
     text_decoder,
     unwrap,
 )
@@ -230,6 +231,7 @@ class Policy:
         positions = row.position_ids(
             [layout.positions for layout in layouts], np.asarray([layout.next_position for layout in layouts])
         )
+        refuse_far_positions(unwrap(self.model).config, int(positions.max()))
         media = [begin + layout.media_index for begin, layout in zip(row.group_starts, layouts)]
         media_index = np.concatenate(media)
         hidden = self.decode(

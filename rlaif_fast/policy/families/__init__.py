@@ -38,6 +38,7 @@ __all__ = [
     "family_of",
     "find_family",
     "marker_token_ids",
+    "refuse_far_positions",
     "text_decoder",
     "unwrap",
 ]
@@ -176,6 +177,34 @@ class PromptLayouts:
             if wanted != found:
                 raise ValueError(
                     f"prompt: its {name} grids make {wanted} features, input_ids holds {found} tokens"
+                )
+
+
+def refuse_far_positions(config: Any, last: int) -> None:
+    """Refuse positions from which on the angles of all tokens follow the longest sequence of a batch.
+
+    So it is with dynamic NTK and LongRoPE behind the length that they start from: a response would have other
+    log-probabilities beside other prompts.
+
+    Args:
+        config: Of the model.
+        last: The largest position of a batch.
+
+    Raises:
+        UsageError: `last` is one of them.
+    """
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        kind = rope.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            most = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+            most = most or text.max_position_embeddings
+            if last >= most:
+                raise UsageError(
+                    f"model: its positions are of the type {kind!r}, and behind {most} tokens they depend on the other "
+                    f"prompts of a batch; this one reaches {last + 1}: lower fps, max_frames, max_pixels or "
+                    "max_completion_length, or set rope_type: yarn in the model's config.json"
                 )
 
 
