@@ -138,3 +138,21 @@ def test_what_is_missing_is_named(monkeypatch) -> None:
         check_head(config)
     text.final_logit_softcapping = None
     check_head(config)
+
+
+def test_a_class_without_an_inner_model_is_refused() -> None:
+    """Llama 4 keeps its decoder under another name, so what came out would be logits."""
+    model, tokenizer = family_checkpoints.make_model("qwen2_vl")
+    type(model).base_model_prefix, prefix = "nowhere", type(model).base_model_prefix
+    try:
+        with pytest.raises(UsageError, match="has no inner model that gives hidden states"):
+            Policy(model, tokenizer, shared_prefix=False)
+    finally:
+        type(model).base_model_prefix = prefix
+
+
+def test_masked_logits_are_refused() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(UsageError, match="chameleon: it changes its logits"):
+        check_head(AutoConfig.for_model("chameleon"))

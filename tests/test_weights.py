@@ -155,6 +155,36 @@ def test_a_folder_of_adapters_loads_its_base(tiny, adapters):
     check_model(str(adapters))
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("damage", ["cut", "pointer", "junk"])
+def test_damaged_weights_are_told_in_a_line(folder, tmp_path, name, damage):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if name.endswith("safetensors"):
+        save_file(weights, folder / name, metadata={"format": "pt"})
+    else:
+        torch.save(weights, folder / name)
+    load(folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(
+        {"cut": whole[: len(whole) // 2], "pointer": LFS, "junk": b"junk" * 99}[damage]
+    )
+    with pytest.raises(UsageError) as refusal:
+        load(folder)
+    assert str(folder) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_damaged_adapters_are_told_in_a_line(adapters, tmp_path):
+    copy = Path(shutil.copytree(adapters, tmp_path / "adapters"))
+    (copy / "adapter_model.safetensors").write_bytes(LFS)
+    with pytest.raises(UsageError, match="its weights cannot be read"):
+        load(copy)
+
+
 def test_adapters_whose_layers_are_a_regular_expression_are_merged(tiny, tmp_path):
     """As ms-swift and others write them."""
     from peft import LoraConfig, get_peft_model
@@ -346,8 +376,8 @@ def test_code_of_a_checkpoint_is_never_run(folder, tmp_path):
         "auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.M"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match=r"cannot load.*never run here"):
         load(folder)
-    with pytest.raises(UsageError, match="cannot load"):
+    with pytest.raises(UsageError, match=r"cannot load.*never run here"):
         check_model(str(folder))
     assert not ran.exists()

@@ -55,7 +55,13 @@ def read_config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise refuse(f"cannot load {model!r}: {first_line(error)}") from error
+        own = "trust_remote_code" in str(error)
+        remedy = (
+            "; it is never run here: use a checkpoint in the format of transformers (InternVL: -HF)"
+            if own
+            else ""
+        )
+        raise refuse(f"cannot load {model!r}: {first_line(error)}{remedy}") from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise refuse(
             f"{model!r} is of the type {config.model_type!r}, which AutoModelForImageTextToText of transformers "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rlaif_fast.policy.families import find_family, refuse_far_positions, unwrap
+from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.families.processor import processor_inputs
 from rlaif_fast.policy.prompt import EncodedPrompt
 
@@ -61,6 +62,20 @@ def model_inputs(
     return inputs
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model in front of its output embedding, whose first output is the last hidden states.
+
+    Raises:
+        UsageError: Its class keeps none under the name that transformers looks for.
+    """
+    whole = unwrap(model)
+    if whole.base_model is whole:
+        raise refuse(
+            f"{whole.config.model_type}: {type(whole).__name__} has no inner model that gives hidden states"
+        )
+    return whole.base_model
+
+
 def plain_hidden(
     model: nn.Module,
     prompts: Sequence[EncodedPrompt],
@@ -71,7 +86,7 @@ def plain_hidden(
     """Hidden states (M, H) that predict each response token, from a padded (B, P + T) forward."""
     inputs = model_inputs(model, prompts, token_ids, lengths, group_sizes=group_sizes)
     refuse_far_positions(unwrap(model).config, inputs["input_ids"].shape[1] - 1)
-    base = unwrap(model).base_model
+    base = inner_model(model)
     hidden = base(**inputs, use_cache=False)[0]  # (B, P + T, H)
     prompt_lengths = torch.tensor([len(p.input_ids) for p in prompts], device=hidden.device)
     first = prompt_lengths.repeat_interleave(torch.tensor(group_sizes, device=hidden.device)) - 1

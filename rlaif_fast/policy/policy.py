@@ -30,7 +30,7 @@ from rlaif_fast.policy.families import (
 from rlaif_fast.policy.features import MediaFeatures, VisionEncoder
 from rlaif_fast.policy.packing import PackedRow, count_rows, pack_rows
 from rlaif_fast.policy.pattern import backend_name, row_context
-from rlaif_fast.policy.plain import plain_hidden
+from rlaif_fast.policy.plain import inner_model, plain_hidden
 from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.policy.reference import Pairs, copies_of, exchanged, is_new_lora
 from rlaif_fast.policy.shard import Shards
@@ -82,6 +82,8 @@ class Policy:
         feature_cache_bytes: int = 1 << 30,
         max_cached_tokens: int = 1 << 17,
     ) -> None:
+        if not shared_prefix:
+            inner_model(model)
         self.model = model
         self.tokenizer = tokenizer
         self.shared_prefix = shared_prefix

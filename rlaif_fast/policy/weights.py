@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor, nn
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.families import FAMILIES
 from rlaif_fast.policy.model_files import ADAPTER_CONFIG
 from rlaif_fast.policy.shard import cut_like
@@ -92,7 +94,7 @@ def load_strictly(model_class: Any, folder: str | Path, what: str, **options: An
     Raises:
         UsageError: A weight is missing, unexpected, or of another shape.
     """
-    model, missing, unexpected, mismatched = _load(model_class, folder, options)
+    model, missing, unexpected, mismatched = _load(model_class, folder, what, options)
     refuse_partial(what, missing, unexpected, mismatched)
     return model
 
@@ -112,19 +114,36 @@ def load_whole(
     Raises:
         UsageError: A weight is missing, which would be drawn at random, or of another shape.
     """
-    model, missing, _, mismatched = _load(model_class, folder, options)
+    model, missing, _, mismatched = _load(model_class, folder, what, options)
     needed = [name for name in missing if unread is None or unread not in name.split(".")]
     refuse_partial(what, needed, (), mismatched)
     return model
 
 
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Say of a damaged file of weights whose it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # no memory, say
+        raise UsageError(
+            f"{what}: its weights cannot be read ({type(error).__name__}: {first_line(error)}); a file is damaged, or "
+            "not all of it was fetched (git lfs pull)"
+        ) from error
+
+
 def _load(
-    model_class: Any, folder: str | Path, options: Mapping[str, Any]
+    model_class: Any, folder: str | Path, what: str, options: Mapping[str, Any]
 ) -> tuple[Any, list[str], list[str], list[str]]:
     """A model, and the names of its weights that are missing, unexpected and of another shape."""
-    model, found = model_class.from_pretrained(
-        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with _readable(what):
+        model, found = model_class.from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     # Names come alone or with the two shapes.
     mismatched = [
         entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]
@@ -162,7 +181,8 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
     for name in sorted(saved.keys() - ELSEWHERE):
         if saved[name] and saved[name] not in ("none", getattr(ours, name, None)):
             raise UsageError(f"{what} was trained with {name} {saved[name]}, which a run here does not have")
-    weights = load_peft_weights(str(folder), device="cpu")
+    with _readable(what):
+        weights = load_peft_weights(str(folder), device="cpu")
     own = get_peft_model_state_dict(model)
     refuse_unlike(what, weights, own)
     set_peft_model_state_dict(model, cut_like(weights, own))

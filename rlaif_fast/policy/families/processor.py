@@ -15,6 +15,7 @@ from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 # the head is then not a linear layer
+MASKED_LOGITS = {"chameleon"}
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -46,6 +47,10 @@ def check_head(config: Any) -> None:
     Raises:
         UsageError: It does.
     """
+    if config.model_type in MASKED_LOGITS:
+        raise refuse(
+            f"{config.model_type}: it changes its logits (those of pictures are masked), which is not supported"
+        )
     text = config.get_text_config()
     for name in SCALED_LOGITS:
         if getattr(text, name, None) not in (None, 1, 1.0):
