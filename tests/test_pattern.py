@@ -12,6 +12,7 @@ from test_linear_attention import ROWS
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.families.base import DECODERS, WINDOWED
+from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.packing import PackedRow, make_buckets
 from rlaif_fast.policy.pattern import Pattern, PatternContext, backend_name, picture_runs, row_context
 from rlaif_fast.policy.policy import Policy
@@ -217,3 +218,22 @@ def test_a_decoder_with_an_attention_of_its_own_is_refused(kind) -> None:
     config = family_checkpoints.make_config("internvl", tokenizer, with_decoder(kind))
     with pytest.raises(UsageError, match=f"shared_prefix: InternVL.*decoder '{kind}'.*shared_prefix: false"):
         check_shared_prefix(config)
+
+
+def test_a_model_without_sdpa_gets_the_attention_that_it_has(tmp_path) -> None:
+    """Sinks are in the model's own attention alone; on the plain path it has its say."""
+    model, tokenizer = family_checkpoints.make_model("internvl", values=with_decoder("gpt_oss"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    family_checkpoints.write_processor(tmp_path)
+    loaded = load_model(ModelOptions(model=str(tmp_path), device="cpu", dtype="float32", shared_prefix=False))
+    assert any("eager (the model does not support sdpa)" in note for note in loaded.notes)
+    policy = Policy(loaded.model, loaded.tokenizer, shared_prefix=False)
+    prompts = make_prompts(make_encoder("internvl", tokenizer, model.config))
+    ids, lengths = responses(tokenizer)
+    ours = policy.response_logps(prompts, ids, lengths)
+    model.set_attn_implementation("eager")
+    expected = Policy(model, tokenizer, shared_prefix=False).response_logps(prompts, ids, lengths)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="cannot load"):
+        load_model(ModelOptions(model=str(tmp_path), device="cpu", attn_implementation="sdpa"))

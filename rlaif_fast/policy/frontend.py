@@ -123,11 +123,28 @@ def read_patch_spec(model: str, config: Any) -> PatchSpec:
     video, image = (_read_json(model, name) for name in (VIDEO_SETTINGS, IMAGE_SETTINGS))
     for settings in (video, image, whole.get("video_processor"), whole.get("image_processor")):
         if settings and "image_mean" in settings:
+            _check_scale(model, settings)
             return family.patch_spec(config, settings)
     raise RlaifFastError(
         f"model: {model!r} has no preprocessor_config.json or processor_config.json with image_mean and "
         "image_std; copy it from the checkpoint it was trained from"
     )
+
+
+def _check_scale(model: str, settings: dict[str, Any]) -> None:
+    """Refuse a processor that does not bring pixels to 0 .. 1 and then to a mean and deviation of each color."""
+    for name in ("do_rescale", "do_normalize"):
+        if settings.get(name) is False:
+            raise refuse(f"{model!r}: its processor has {name}: false, which is not supported")
+    factor = settings.get("rescale_factor") or 1 / 255
+    if abs(255 * factor - 1) > 1e-3:
+        raise refuse(f"{model!r}: its processor has rescale_factor {factor}, and 1/255 alone is supported")
+    for name in ("image_mean", "image_std"):
+        values = settings.get(name)
+        if not isinstance(values, list) or len(values) != 3:
+            raise refuse(
+                f"{model!r}: its processor has {name} {values}, and a number for each of 3 colors is expected"
+            )
 
 
 def read_chat_template(model: str) -> str | None:

@@ -169,18 +169,25 @@ def load_model(options: ModelOptions) -> LoadedModel:
     config = read_config(options.model)
     frontend = load_frontend(options.model, config)
     packing = quantization.loading_options(config, dtype, device) if options.load_in_4bit else {}
-    try:
-        loaded = load_strictly(
-            AutoModelForImageTextToText,
-            options.model,
-            f"model: {options.model}",
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            **packing,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"model: cannot load {options.model!r}: {first_line(error)}") from error
+    chosen_here = options.attn_implementation == "auto"
+    names = list(dict.fromkeys((attention, "sdpa", "eager"))) if chosen_here else [attention]
+    for name in names:
+        try:
+            loaded = load_strictly(
+                AutoModelForImageTextToText,
+                options.model,
+                f"model: {options.model}",
+                config=config,
+                dtype=dtype,
+                attn_implementation=name,
+                **packing,
+            )
+            break
+        except (OSError, ValueError, ImportError) as error:
+            if name == names[-1] or "does not support" not in str(error):
+                raise UsageError(f"model: cannot load {options.model!r}: {first_line(error)}") from error
+    if name != attention:
+        attention_note = f"attn_implementation: {name} (the model does not support {attention})"
     without_noise(loaded)
     model = ready_to_train(cast(nn.Module, loaded).to(device), options)
     model.train()
