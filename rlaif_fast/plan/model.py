@@ -53,8 +53,9 @@ class NoTokenizer:
     def __init__(self, size: int) -> None:
         self._size = size
 
-    def __len__(self) -> int:
-        return self._size
+    def get_vocab(self) -> dict[str, int]:
+        """A token for each number."""
+        return {str(number): number for number in range(self._size)}
 
 
 def shape_of(model: str) -> Any:
