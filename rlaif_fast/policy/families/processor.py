@@ -15,7 +15,7 @@ from rlaif_fast.policy.families.base import refuse
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 # the head is then not a linear layer
-MASKED_LOGITS = {"chameleon"}
+MASKED_LOGITS = {"chameleon"}  # pictures' own tokens
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
