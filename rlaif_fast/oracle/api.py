@@ -181,6 +181,8 @@ class _Session:
         self.key = key
         self.counts = oracle._counts
         self.slots = asyncio.Semaphore(oracle.concurrency)
+        self.served = 0  # requests that the rate limit let pass
+        self.resume = 0.0  # when the next request may be sent, in the loop's time
         self.end = asyncio.get_running_loop().time() + oracle.deadline
         self.images: dict[str, list[dict[str, Any]]] = {}
 
@@ -227,8 +229,9 @@ class _Session:
         def wait(retry_state: Any) -> float:
             return max(retry_state.outcome.exception().wait, jitter(retry_state))
 
+        failed: list[Fault] = []
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.oracle.max_attempts),
+            stop=lambda _: len(failed) >= self.oracle.max_attempts,
             wait=wait,
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Fault) and error.retry),
             reraise=True,
@@ -246,16 +249,21 @@ class _Session:
         async for attempt in retrying:
             with attempt:
                 self.counts["retries"] += attempt.retry_state.attempt_number > 1
+                served = self.served
                 try:
                     return await self._attempt(ask, body, tally)
                 except Fault as fault:
                     partial += [] if fault.partial is None else [fault.partial]
+                    # While others are let pass, a rate limit is a place in their queue.
+                    if fault.kind != "rate_limit" or self.served == served:
+                        failed.append(fault)
                     raise
         raise AssertionError("a retry loop ends by a result or an exception")
 
     async def _attempt(self, ask: Ask, body: dict[str, Any], tally: _Tally) -> Any:
         try:
             async with self.slots:
+                await self._let_pass()
                 client = self.free.pop() if self.free else await self.connect()
                 start = time.perf_counter()
                 self.counts["requests"] += 1
@@ -274,6 +282,12 @@ class _Session:
             self._note(fault, tally)
             raise
 
+    async def _let_pass(self) -> None:
+        """Wait until the rate limit that another request has met is over."""
+        now = asyncio.get_running_loop().time
+        while (left := self.resume - now()) > 0:
+            await asyncio.sleep(left)
+
     def _note(self, fault: Fault, tally: _Tally) -> None:
         self.counts[f"fault_{fault.kind}"] += 1
         fault.args = (self._redact(str(fault)),)
@@ -283,7 +297,13 @@ class _Session:
         """One request; what it costs is counted."""
         response = await post(client, f"{self.oracle.base_url}/chat/completions", body, self.oracle.timeout)
         if response.status != 200:
-            raise status_fault(response)
+            fault = status_fault(response)
+            if fault.kind == "rate_limit":
+                # What one request is told holds for the key, but one odd reply does not stop the others for long.
+                left = min(fault.wait, self.oracle.max_backoff)
+                self.resume = max(self.resume, asyncio.get_running_loop().time() + left)
+            raise fault
+        self.served += 1
         completion = read_completion(response)
         for kind in ("prompt_tokens", "completion_tokens"):
             tokens = getattr(completion, kind)
