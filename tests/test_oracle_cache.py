@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import sqlite3
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +82,51 @@ def test_the_key_is_the_content_and_the_judge(tmp_path):
     assert CachedOracle(base, path=tmp_path / "c").key(requests[0]) != CachedOracle(
         ReferenceOracle(tolerance=0.1), path=tmp_path / "c"
     ).key(requests[0])
+
+
+def test_pictures_and_arrays_are_told_apart_by_their_content(tmp_path):
+    """Trainers decode a picture anew for every row: another object that holds the same asks the same."""
+    image = pytest.importorskip("PIL.Image")
+
+    def told(red, last):
+        picture, array = image.new("RGB", (8, 8), (red, 0, 0)), np.zeros(5000)
+        array[2500] = last
+        return {"picture": picture, "array": array, "tensor": torch.full((3,), last), "facts": {1: 2, "a": 3}}
+
+    inner = Counting()
+    oracle = CachedOracle(inner, path=tmp_path / "c")
+    for name in ("1", "2"):
+        oracle.rank([request(name, metadata=told(1, 0.0))])
+        oracle.rank([request(name, metadata={key: told(1, 0.0)[key] for key in ("picture", "array")})])
+    assert inner.asked == ["1", "1"]
+    for more in (told(2, 0.0), told(1, 1.0)):
+        for key in ("picture", "array"):
+            oracle.rank([request("3", metadata={key: more[key]})])
+    assert inner.asked == ["1", "1", "3", "3", "3", "3"]
+
+
+def test_numbers_of_other_libraries_are_kept(tmp_path):
+    """What was paid for is not lost because it is spelled in NumPy's or torch's numbers."""
+
+    class Foreign(Counting):
+        gives_scores = True
+
+        def rank(self, requests):
+            super().rank(requests)
+            scores = (np.float32(0.5), torch.tensor(0.25))
+            told = (np.float64(0.5), np.arange(2))
+            return [
+                Ranking(np.array([1, 0]), np.float32(0.5), told, np.int64(7), np.float32(2), scores=scores)
+                for _ in requests
+            ]
+
+    inner = Foreign()
+    for _ in range(2):
+        [ranking] = CachedOracle(inner, path=tmp_path / "c").rank([request("1")])
+        assert ranking.ranks == (1, 0)
+        assert ranking.scores == (0.5, 0.25) and ranking.confidence == 0.5
+    assert inner.asked == ["1"]
+    assert ranking.verdicts == (0.5, [0, 1])
 
 
 def test_failures_are_not_kept(tmp_path):

@@ -68,6 +68,9 @@ AROUND = {
         (Says(0, 1, float("nan")), "request g0: expected ranks that are numbers or None"),
         (Says("0", "1", "2"), "request g0: expected ranks that are numbers or None"),
         (Says(0, 1, 2, scores=(1.0, 0.5)), "request g0: expected 3 scores"),
+        (Says(0, 1, 2, scores=(1.0, None, 0.5)), "request g0: expected a score for each ranked response"),
+        (Says(0, 1, 2, scores=(1.0, float("nan"), 0.5)), "expected a score for each ranked response"),
+        (Says(0, 1, 2, confidence=None), r"request g0: expected a confidence in \[0, 1\], got None"),
         (Says(0, 1, 2, confidence=float("nan")), r"request g0: expected a confidence in \[0, 1\], got nan"),
     ],
 )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import Tensor
 
 from rlaif_fast.data.media_keys import MEDIA_KEYS
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
+from rlaif_fast.oracle.records import content_text
 from rlaif_fast.video import ClipStore
 
 REFERENCE = "reference"  # the column of the reference answers, where nobody names another
@@ -175,7 +172,7 @@ def grouped(
         return [list(range(first, first + group_size)) for first in range(0, count, group_size)]
     rows: dict[tuple[str, ...], list[int]] = {}
     for row, asked in enumerate(zip(prompts, *(columns or {}).values())):
-        rows.setdefault(tuple(map(_key, asked)), []).append(row)
+        rows.setdefault(tuple(map(content_text, asked)), []).append(row)
     return list(rows.values())
 
 
@@ -184,28 +181,10 @@ def _asked(columns: Mapping[str, Sequence[Any]], reference: str) -> dict[str, Se
     return {name: columns[name] for name in (reference, *ASKED) if name in columns}
 
 
-def _key(value: Any) -> str:
-    """A text that two values share where they are equal."""
-    try:
-        return json.dumps(value, sort_keys=True, default=_content)
-    except (TypeError, ValueError):  # keys that are no texts, or a value inside itself
-        return repr(value)
-
-
 def _equal(values: Iterable[Any]) -> bool:
     first, *others = values
     unlike = [value for value in others if value is not first]
-    return not unlike or {_key(value) for value in unlike} == {_key(first)}
-
-
-def _content(value: Any) -> str:
-    """A picture or an array by its content: trainers decode it anew for every row."""
-    if isinstance(value, Tensor):
-        value = value.cpu().numpy()
-    if not hasattr(value, "tobytes"):
-        return repr(value)
-    shape = getattr(value, "shape", None) or getattr(value, "size", None)
-    return f"{shape} {hashlib.blake2b(value.tobytes(), digest_size=20).hexdigest()}"
+    return not unlike or {content_text(value) for value in unlike} == {content_text(first)}
 
 
 def requests_of(

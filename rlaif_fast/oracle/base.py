@@ -112,7 +112,7 @@ def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
 
     Raises:
         UsageError: The oracle returned more or fewer; or of one the ranks or scores are not one a response, a rank is
-            no finite number, or the confidence is not in [0, 1].
+            no finite number, the score of a ranked response is no number, or the confidence is not in [0, 1].
     """
     rankings = list(oracle.rank(requests))
     require(
@@ -128,7 +128,18 @@ def _checked(oracle: Oracle, request: RankRequest, ranking: Ranking) -> Ranking:
     finite = all(rank is None or (isinstance(rank, Real) and math.isfinite(rank)) for rank in ranks)
     require(finite, name, "ranks that are numbers or None", ranks)
     require(scores is None or len(scores) == count, name, f"{count} scores", scores)
+    if scores is not None:
+        said = [None if rank is None else score for rank, score in zip(ranks, scores)]
+        given = all(rank is None or _is_number(score) for rank, score in zip(ranks, said))
+        require(given, name, "a score for each ranked response", scores)
+        scores = tuple(None if score is None else float(score) for score in said)
     sure = ranking.confidence
-    require(0.0 <= sure <= 1.0, name, "a confidence in [0, 1]", sure)
+    require(_is_number(sure) and 0.0 <= sure <= 1.0, name, "a confidence in [0, 1]", sure)
     dense = ranks_from_scores([None if rank is None else -rank for rank in ranks], 0.0)
-    return replace(ranking, ranks=dense)
+    return replace(ranking, ranks=dense, scores=scores, confidence=float(sure))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is one number, NumPy's and torch's included, and not NaN."""
+    single = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+    return single and not math.isnan(float(value))

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
-from rlaif_fast.oracle.records import ranking_from_json, ranking_to_json, request_to_json
+from rlaif_fast.oracle.records import content_text, ranking_from_json, ranking_to_json, request_to_json
 from rlaif_fast.oracle.wrappers import AroundOracle, identity_of
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class VerdictCache:
 
     def put_many(self, rankings: Sequence[tuple[str, Ranking]]) -> None:
         """Keep rankings by key; the first one kept for a key stays."""
-        texts = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
+        texts = [(key, json.dumps(ranking_to_json(ranking), default=_written)) for key, ranking in rankings]
         rows = [(key, text, _checksum(key.encode(), text.encode())) for key, text in texts]
 
         def write(connection: sqlite3.Connection) -> None:
@@ -196,6 +196,11 @@ class VerdictCache:
             yield
 
 
+def _written(value: Any) -> Any:
+    """What JSON does not hold: numbers of NumPy and torch as plain ones, anything else as a text for the log."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+
 def _checksum(key: bytes, text: bytes) -> str:
     return hashlib.sha256(key + b"\0" + text).hexdigest()[:32]
 
@@ -275,7 +280,5 @@ class CachedOracle(AroundOracle):
 
     def key(self, request: RankRequest) -> str:
         """The hash under which the verdict on a request is kept."""
-        content = json.dumps(
-            [identity_of(self.inner), request_to_json(request)], sort_keys=True, default=repr
-        )
+        content = content_text([identity_of(self.inner), request_to_json(request)])
         return hashlib.sha256(content.encode()).hexdigest()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.sources import rows_of
@@ -76,6 +80,32 @@ def request_to_json(request: RankRequest) -> dict[str, Any]:
         "category": request.category,
         "metadata": dict(request.metadata),
     }
+
+
+def content_text(value: Any) -> str:
+    """A text that two values share where they are equal; pictures, arrays and tensors by their content."""
+    try:
+        return json.dumps(_by_text(value), sort_keys=True, default=_content)
+    except (RecursionError, ValueError):  # a value inside itself
+        return repr(value)
+
+
+def _by_text(value: Any) -> Any:
+    """`value` with keys that are texts, as JSON has them; two keys stay two."""
+    if isinstance(value, Mapping):
+        texts = all(isinstance(key, str) for key in value)
+        return {key if texts else repr(key): _by_text(item) for key, item in value.items()}
+    return [_by_text(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _content(value: Any) -> str:
+    """A picture or an array by its content: trainers decode it anew for every row."""
+    if isinstance(value, Tensor):
+        value = value.cpu().numpy()
+    if not hasattr(value, "tobytes"):
+        return repr(value)
+    shape = getattr(value, "shape", None) or getattr(value, "size", None)
+    return f"{shape} {hashlib.blake2b(value.tobytes(), digest_size=20).hexdigest()}"
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
