@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 
 import pytest
@@ -11,6 +13,8 @@ pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
 
 from test_oracle_api import Judge, oracle, request
+
+from rlaif_fast.oracle.wire import Fault, Response, read_completion
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +68,52 @@ def test_a_long_retry_after_of_one_request_does_not_stop_the_others():
         late, *others = judge.rank([request(f"g{n}") for n in range(4)])
     assert not late.valid
     assert all(ranking.valid for ranking in others)
+
+
+def test_a_key_that_a_server_echoes_is_removed_before_the_reply_is_cut(monkeypatch):
+    secret = "aB3/" * 60  # longer than what is kept of an error, and like no key that is known by its form
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    with Judge(fault=lambda body, number: "rejected") as server:
+        (ranking,) = oracle(server, orders=1).rank([request()])
+    assert server.keys[0] == f"Bearer {secret}"
+    assert "no luck with Bearer [key], known is [key]" in ranking.error
+    assert secret[:8] not in repr(ranking)
+
+
+def test_what_a_refusal_cost_is_counted():
+    with Judge(fault=lambda body, number: "all thought") as server:
+        judge = oracle(server, orders=1, max_attempts=2)
+        (ranking,) = judge.rank([request()])
+    assert not ranking.valid
+    assert ranking.tokens == 2 * 110
+    assert judge.stats()["oracle/api/completion_tokens"] == 2 * 10
+
+
+def test_null_leaves_a_field_out():
+    with Judge() as server:
+        more = {"max_tokens": None, "temperature": None, "max_completion_tokens": 50, "response_format": None}
+        assert oracle(server, orders=1, extra_body=more).rank([request()])[0].valid
+    (body,) = server.bodies
+    assert set(body) == {"model", "messages", "max_completion_tokens"}
+
+
+def test_the_reasoning_beside_a_reply_is_not_part_of_it():
+    content = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "well"}]},
+        {"type": "text", "text": "{}"},
+    ]
+    body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+    assert read_completion(Response(200, {}, body)).content == "{}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"error": {"message": "Insufficient credits", "code": 402}}',
+        'data: {"choices": []}\n\ndata: [DONE]\n',
+    ],
+)
+def test_a_reply_that_is_no_completion_is_shown(body):
+    with pytest.raises(Fault, match=re.escape(" ".join(body.split()))) as caught:
+        read_completion(Response(200, {}, body.encode()))
+    assert caught.value.kind == "malformed_body"

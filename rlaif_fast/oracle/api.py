@@ -28,7 +28,7 @@ from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
 from rlaif_fast.oracle.untrusted import cut_middle
-from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, status_fault
+from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, read_usage, status_fault
 from rlaif_fast.video.base import Clip
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class ApiOracle(Judge):
         max_backoff: Longest wait between tries, a server's Retry-After aside.
         frames_per_clip: Most frames of a clip that are sent, evenly spaced.
         image_size: Longest side of a sent frame in pixels.
-        extra_body: More fields for the request body, as the endpoint defines them.
+        extra_body: More fields for the request body, as the endpoint defines them; null leaves one of ours out.
         judge: The options of `JudgeOptions`.
     """
 
@@ -238,7 +238,7 @@ class _Session:
         )
         content = [*self._images(clips), {"type": "text", "text": ask.text}]
         messages = [{"role": "system", "content": ask.system}, {"role": "user", "content": content}]
-        body = {
+        fields = {
             "model": self.oracle.model,
             "messages": messages,
             "temperature": self.oracle.temperature,
@@ -246,6 +246,7 @@ class _Session:
             **self._format(ask),
             **self.oracle.extra_body,
         }
+        body = {name: value for name, value in fields.items() if value is not None}
         async for attempt in retrying:
             with attempt:
                 self.counts["retries"] += attempt.retry_state.attempt_number > 1
@@ -297,19 +298,17 @@ class _Session:
         """One request; what it costs is counted."""
         response = await post(client, f"{self.oracle.base_url}/chat/completions", body, self.oracle.timeout)
         if response.status != 200:
-            fault = status_fault(response)
+            fault = status_fault(response, self._redact)
             if fault.kind == "rate_limit":
                 # What one request is told holds for the key, but one odd reply does not stop the others for long.
                 left = min(fault.wait, self.oracle.max_backoff)
                 self.resume = max(self.resume, asyncio.get_running_loop().time() + left)
             raise fault
         self.served += 1
-        completion = read_completion(response)
-        for kind in ("prompt_tokens", "completion_tokens"):
-            tokens = getattr(completion, kind)
-            self.counts[kind] += tokens or 0
-            tally.tokens += tokens or 0
-        return completion
+        for kind, tokens in read_usage(response).items():
+            self.counts[kind] += tokens
+            tally.tokens += tokens
+        return read_completion(response, self._redact)
 
     def _format(self, ask: Ask) -> dict[str, Any]:
         if self.oracle.response_format == "none":

@@ -13,13 +13,14 @@ import email.utils
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 MAX_BODY_BYTES = 4 << 20  # of a reply, as sent and again when unpacked
 MAX_WAIT_SECONDS = 3600.0  # that a Retry-After is obeyed for
 _MOST_TOKENS = 1 << 40  # a count above it is no count
+_REASONING = ("thinking", "reasoning")  # types of content parts that are not the reply
 _RETRIED_STATUS = {408, 409, 425, 429}
 
 
@@ -53,14 +54,9 @@ class Response:
 
 @dataclass(frozen=True)
 class Completion:
-    """The text of a chat completion and the tokens it says it took; None for a count that cannot be read.
-
-    `cut` says that it ends where the tokens did.
-    """
+    """The text of a chat completion; `cut` says that it ends where the tokens did."""
 
     content: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
     cut: bool = False
 
 
@@ -129,8 +125,22 @@ def unpack(data: bytes, encoding: str) -> bytes:
     return data
 
 
-def read_completion(response: Response) -> Completion:
+def read_usage(response: Response) -> dict[str, int]:
+    """The tokens that a reply of status 200 says it took, a refusal's too; those that can be read, by name."""
+    try:
+        usage = json.loads(response.body.decode("utf-8", "replace"))["usage"]
+        counts = {key: _count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")}
+    except Exception:  # the remote data's, whatever it is: no shape of theirs may end the run
+        return {}
+    return {key: count for key, count in counts.items() if count is not None}
+
+
+def read_completion(response: Response, redact: Callable[[str], str] = str) -> Completion:
     """The completion in a reply of status 200.
+
+    Args:
+        response: The reply.
+        redact: Takes what nobody may read out of a text, before it is cut.
 
     Raises:
         Fault: Of kind "refusal" or "malformed_body".
@@ -139,10 +149,9 @@ def read_completion(response: Response) -> Completion:
         return _completion(json.loads(response.body.decode("utf-8", "replace")))
     except Fault:
         raise
-    except Exception as error:  # the remote data's, whatever it is: no shape of theirs may end the run
-        raise Fault(
-            "malformed_body", f"the reply is not a chat completion ({type(error).__name__})"
-        ) from None
+    except Exception as error:  # as above
+        reason = f"the reply is not a chat completion ({type(error).__name__}): {_start(response, redact)}"
+        raise Fault("malformed_body", reason) from None
 
 
 def _completion(payload: Any) -> Completion:
@@ -156,16 +165,10 @@ def _completion(payload: Any) -> Completion:
         why = "; raise the option 'max_tokens'" if finish == "length" else ""
         raise Fault("refusal", f"the judge gave no content (finish_reason {str(finish)[:40]!r}){why}")
     if isinstance(content, list):  # content parts
-        content = "".join(part["text"] for part in content)
+        content = "".join(part["text"] for part in content if part.get("type") not in _REASONING)
     if not isinstance(content, str):
         raise Fault("malformed_body", "the reply holds no text")
-    usage = payload.get("usage")
-    counts = [
-        usage.get(key) if isinstance(usage, Mapping) else None
-        for key in ("prompt_tokens", "completion_tokens")
-    ]
-    read, written = map(_count, counts)
-    return Completion(content, read, written, cut=finish == "length")
+    return Completion(content, cut=finish == "length")
 
 
 def _count(value: Any) -> int | None:
@@ -175,16 +178,21 @@ def _count(value: Any) -> int | None:
     return int(value)
 
 
-def status_fault(response: Response) -> Fault:
-    """The fault that a reply of any status but 200 is."""
+def status_fault(response: Response, redact: Callable[[str], str] = str) -> Fault:
+    """The fault that a reply of any status but 200 is; `redact` as for `read_completion`."""
     status = response.status
-    detail = f"HTTP {status}: {' '.join(response.body[:4000].decode('utf-8', 'replace').split())[:200]}"
+    detail = f"HTTP {status}: {_start(response, redact)}"
     wait = retry_after(response.headers.get("retry-after"))
     if status == 429:
         return Fault("rate_limit", detail, wait=wait)
     if status >= 500:
         return Fault("server_error", detail, wait=wait)
     return Fault("rejected", detail, retry=status in _RETRIED_STATUS)
+
+
+def _start(response: Response, redact: Callable[[str], str]) -> str:
+    """What a reply begins with, on one line."""
+    return redact(" ".join(response.body.decode("utf-8", "replace").split()))[:200]
 
 
 def retry_after(value: str | None) -> float:
