@@ -14,6 +14,10 @@ pytest.importorskip("tenacity")
 
 from test_oracle_api import Judge, oracle, request
 
+from rlaif_fast.data.benchmarks.base import Item
+from rlaif_fast.data.schema import Example
+from rlaif_fast.evals.records import EvalFolder, Record, read_records
+from rlaif_fast.evals.runner import GRADED_AT_ONCE, grade_rest
 from rlaif_fast.oracle.wire import Fault, Response, read_completion
 
 
@@ -117,3 +121,39 @@ def test_a_reply_that_is_no_completion_is_shown(body):
     with pytest.raises(Fault, match=re.escape(" ".join(body.split()))) as caught:
         read_completion(Response(200, {}, body.encode()))
     assert caught.value.kind == "malformed_body"
+
+
+class Grading(Judge):
+    def _verdict(self, body, fault):
+        return json.dumps({"pred": "yes", "score": 5})
+
+
+def asked_about(count, folder):
+    examples = [Example(id=f"e{n}", question=f"what is {n}?", answer=str(n)) for n in range(count)]
+    records = {
+        e.id: Record(
+            e.id, "v", {"category": ""}, e.question, e.answer, prediction=f"it is {e.answer}", correct=False
+        )
+        for e in examples
+    }
+    return [Item(example) for example in examples], EvalFolder(folder, records)
+
+
+def test_each_part_of_the_missing_grades_has_a_deadline_of_its_own_and_is_kept(tmp_path):
+    items, folder = asked_about(4 * GRADED_AT_ONCE + 8, tmp_path)
+
+    def stops(body, number):
+        if number > GRADED_AT_ONCE:
+            raise ConnectionError
+        time.sleep(0.01)
+
+    with Grading(stops) as server:
+        judge = oracle(server, deadline=20.0, max_attempts=1)
+        assert grade_rest(items, folder, judge) == 3 * GRADED_AT_ONCE + 8
+        # The second part got none, and the others were not asked.
+        assert judge.stats()["oracle/api/requests"] == 2 * GRADED_AT_ONCE
+    kept = read_records(folder.items)
+    assert sum(record.pred is True for record in kept) == GRADED_AT_ONCE
+    with Grading(delay=0.05) as server:  # all together take longer than the deadline
+        assert grade_rest(items, folder, oracle(server, deadline=3.0, concurrency=3)) == 0
+    assert all(record.pred and record.score == 5 for record in read_records(folder.items))

@@ -19,6 +19,8 @@ from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.video.refs import MediaRef
 
+GRADED_AT_ONCE = 64  # answers that a judge has one deadline for, and that are lost where it is interrupted
+
 
 class Answers(Protocol):
     """Gives one answer to each prompt."""
@@ -72,7 +74,8 @@ def run_items(
 
 
 def grade_rest(items: Sequence[Item], folder: EvalFolder, grader: Grader) -> int:
-    """Ask once more for the grades that a judge did not give, and note them; returns how many it still did not give.
+    """Ask once more for the grades that a judge did not give, and note them as they come; returns how many it still did
+    not give. One that graded nothing of `GRADED_AT_ONCE` answers is not asked about the rest.
 
     Args:
         items: The benchmark, all of it answered.
@@ -86,9 +89,16 @@ def grade_rest(items: Sequence[Item], folder: EvalFolder, grader: Grader) -> int
         and (record := folder.records[item.example.id]).pred is None
         and record.prediction is not None
     ]
-    grades = grade_answers(grader, waiting)
-    folder.grade({example.id: grade for (example, _), grade in zip(waiting, grades) if grade is not None})
-    return grades.count(None)
+    left = len(waiting)
+    for at in range(0, len(waiting), GRADED_AT_ONCE):
+        part = waiting[at : at + GRADED_AT_ONCE]
+        grades = grade_answers(grader, part)
+        given = {example.id: grade for (example, _), grade in zip(part, grades) if grade is not None}
+        folder.grade(given)
+        left -= len(given)
+        if not given:
+            break
+    return left
 
 
 def _answer_chunk(
