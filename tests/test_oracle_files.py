@@ -42,6 +42,9 @@ def test_a_function_is_an_oracle():
         lambda request: 1 / 0,
         lambda request: [1.0],
         lambda request: None,
+        lambda request: {place: -place for place in range(len(request.responses))},
+        lambda request: set(range(len(request.responses))),
+        lambda request: "1" * len(request.responses),
         lambda request: ["x"] * len(request.responses),
         lambda request: [float("nan")] * len(request.responses),
     ],
@@ -55,7 +58,13 @@ def test_a_failing_function_makes_the_group_invalid(function, caplog):
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3])
+async def asks_elsewhere(request):
+    return [0.0 for _ in request.responses]
+
+
+@pytest.mark.parametrize(
+    "function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3, asks_elsewhere]
+)
 def test_what_is_no_function_is_refused(function):
     with pytest.raises(UsageError, match="function"):
         CallableOracle(function=function)

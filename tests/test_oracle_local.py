@@ -68,6 +68,16 @@ def test_the_weights_are_part_of_the_identity(checkpoint):
     assert f"weights={model_digest(str(checkpoint))} " in judge(checkpoint).identity
 
 
+@pytest.mark.parametrize("protocol", ["likelihood", "pointwise"])
+def test_a_model_that_gives_nan_judges_nothing(checkpoint, protocol):
+    oracle = judge(checkpoint, protocol=protocol)
+    with torch.no_grad():
+        oracle.policy.model.get_input_embeddings().weight.fill_(float("nan"))
+    for ranking in oracle.rank(requests(2)):
+        assert not ranking.valid
+        assert ranking.error == "the judge's model gave NaN"
+
+
 def test_likelihood_is_the_mean_token_log_probability(checkpoint):
     oracle = judge(checkpoint, protocol="likelihood", batch_size=2)
     group = requests(3)

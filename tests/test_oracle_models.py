@@ -90,6 +90,15 @@ def test_embedding_ranks_by_meaning_and_does_not_depend_on_the_batch(encoder):
     assert small.rank([*others, group])[-1].ranks == oracle.rank([group, *others])[0].ranks == ranking.ranks
 
 
+def test_an_encoder_that_gives_nan_judges_nothing(encoder):
+    oracle = EmbeddingOracle(model=str(encoder), device="cpu")
+    with torch.no_grad():
+        oracle._model.get_input_embeddings().weight.fill_(float("nan"))
+    [ranking] = oracle.rank([request(("a red square moves right", "nothing ?"))])
+    assert not ranking.valid
+    assert ranking.error == "the encoder gave NaN"
+
+
 def test_embedding_reads_letters_as_their_options(encoder):
     oracle = EmbeddingOracle(model=str(encoder), device="cpu")
     group = request(("(B)", "a square", "A"), reference="B", options=("nothing", "a square"))

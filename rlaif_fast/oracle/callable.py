@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +41,11 @@ class CallableOracle:
         self.function = _import(function) if isinstance(function, str) else function
         if not callable(self.function):
             raise UsageError(f"oracle option 'function' must be a function, got {self.function!r}")
+        if inspect.iscoroutinefunction(self.function):
+            raise UsageError(
+                f"oracle option 'function' must return its values, and {self.function!r} is async; wrap it in one that "
+                "runs it (asyncio.run)"
+            )
         self.returns = returns
         self.gives_scores = returns == "scores"
         self._told = False
@@ -75,6 +81,10 @@ class CallableOracle:
 
 
 def _checked(values: Any, count: int) -> list[float | None]:
+    if isinstance(
+        values, (Mapping, Set, str, bytes)
+    ):  # keys and characters are not the numbers, a set has no order
+        raise TypeError(f"expected a list of {count} values, got a {type(values).__name__}")
     values = list(values)
     if len(values) != count:
         raise ValueError(f"expected {count} values, got {len(values)}")

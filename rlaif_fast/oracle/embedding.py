@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -97,6 +98,8 @@ class EmbeddingOracle:
             if scores is None:
                 reason = f"request {request.id!r} has no reference answer; the embedding oracle needs one"
                 rankings.append(unranked(request, reason))
+            elif any(map(math.isnan, scores)):
+                rankings.append(unranked(request, "the encoder gave NaN", seconds=seconds))
             else:
                 verdicts = tuple(round(score, 6) for score in scores)
                 ranks = ranks_from_scores(scores, _TIE)

@@ -11,6 +11,7 @@ Nothing is sampled, so there is nothing to parse and no reply to imitate:
 
 from __future__ import annotations
 
+import math
 import string
 import time
 from collections.abc import Sequence
@@ -158,16 +159,16 @@ class LocalOracle(Judge):
         pointwise = self.options.protocol == "pointwise"
         scored = self._yes_probabilities(showings) if pointwise else self._likelihoods(showings)
         seconds = (time.perf_counter() - start) / len(showings)
-        return [
-            Outcome(
-                ranks_from_scores(scores, _SCORE_TIE),
-                tuple(f"{value:.6f}" for value in scores),
-                tokens,
-                seconds,
-                scores=tuple(scores),
-            )
-            for scores, tokens in scored
-        ]
+        outcomes = []
+        for scores, tokens in scored:
+            raw = tuple(f"{value:.6f}" for value in scores)
+            if any(map(math.isnan, scores)):
+                nobody, error = (None,) * len(scores), "the judge's model gave NaN"
+                outcomes.append(Outcome(nobody, raw, tokens, seconds, error))
+            else:
+                ranks = ranks_from_scores(scores, _SCORE_TIE)
+                outcomes.append(Outcome(ranks, raw, tokens, seconds, scores=tuple(scores)))
+        return outcomes
 
     def _yes_probabilities(self, showings: Sequence[Showing]) -> list[tuple[list[float], int]]:
         """For each showing the probability of yes against no for each text, and the tokens read."""
