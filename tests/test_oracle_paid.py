@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import threading
 import time
 
 import pytest
@@ -18,6 +21,7 @@ from rlaif_fast.data.benchmarks.base import Item
 from rlaif_fast.data.schema import Example
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
 from rlaif_fast.evals.runner import GRADED_AT_ONCE, grade_rest
+from rlaif_fast.oracle.cache import CachedOracle
 from rlaif_fast.oracle.wire import Fault, Response, read_completion
 
 
@@ -157,3 +161,27 @@ def test_each_part_of_the_missing_grades_has_a_deadline_of_its_own_and_is_kept(t
     with Grading(delay=0.05) as server:  # all together take longer than the deadline
         assert grade_rest(items, folder, oracle(server, deadline=3.0, concurrency=3)) == 0
     assert all(record.pred and record.score == 5 for record in read_records(folder.items))
+
+
+def test_what_an_interrupted_judge_gave_is_kept(tmp_path):
+    """The third group hangs, and the user ends the run."""
+    groups = [request(f"g{n}") for n in range(3)]
+
+    def hangs(body, number):
+        return "timeout" if "g2" in body["messages"][1]["content"][-1]["text"] else None
+
+    def interrupt(server):
+        while server.counts[None] < 8:
+            time.sleep(0.02)
+        time.sleep(0.5)  # until the last reply is read
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with Judge(hangs) as server:
+        threading.Thread(target=interrupt, args=[server]).start()
+        with pytest.raises(KeyboardInterrupt):
+            CachedOracle(oracle(server), path=tmp_path / "verdicts").rank(groups)
+    with Judge() as server:
+        again = CachedOracle(oracle(server), path=tmp_path / "verdicts")
+        assert all(ranking.ranks == (0, 1, 2, 3, 4) for ranking in again.rank(groups))
+    assert again.hits == 2
+    assert len(server.bodies) == 4

@@ -132,7 +132,17 @@ class ApiOracle(Judge):
 
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
         """Ask about every showing, many at a time, and be back within the deadline."""
-        return _run_in_loop(self._in_session(lambda session: [session.run(s) for s in showings]))
+        outcomes: dict[int, Outcome] = {}
+        self.run_each(showings, outcomes.__setitem__)
+        return [outcomes[at] for at in range(len(showings))]
+
+    def run_each(self, showings: Sequence[Showing], tell: Callable[[int, Outcome], None]) -> None:
+        """As `run_all`, but tell each outcome with its showing's place as it comes."""
+
+        async def run(session: _Session, at: int) -> None:
+            tell(at, await session.run(showings[at]))
+
+        _run_in_loop(self._in_session(lambda session: [run(session, at) for at in range(len(showings))]))
 
     def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
         """Grade the one response of each request against its reference answer; None where there was no verdict."""

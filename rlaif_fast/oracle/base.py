@@ -102,10 +102,15 @@ def counters(oracle: Oracle) -> dict[str, float]:
     return getattr(oracle, "stats", dict)()
 
 
-def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
+def rank_all(oracle: Oracle, requests: Sequence[RankRequest], **more: Any) -> list[Ranking]:
     """Have an oracle rank requests, and see to it that what comes back are rankings of them.
 
     Of ranks the order counts: those that begin at 1, have gaps or are fractions become dense whole numbers from 0.
+
+    Args:
+        oracle: The oracle.
+        requests: The groups.
+        **more: What its `rank` takes beside them.
 
     Returns:
         One ranking a request, in their order.
@@ -114,7 +119,7 @@ def rank_all(oracle: Oracle, requests: Sequence[RankRequest]) -> list[Ranking]:
         UsageError: The oracle returned more or fewer; or of one the ranks or scores are not one a response, a rank is
             no finite number, the score of a ranked response is no number, or the confidence is not in [0, 1].
     """
-    rankings = list(oracle.rank(requests))
+    rankings = list(oracle.rank(requests, **more))
     require(
         len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
     )

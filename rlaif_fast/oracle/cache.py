@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
+from rlaif_fast.oracle.judge import Judge
 from rlaif_fast.oracle.records import content_text, ranking_from_json, ranking_to_json, request_to_json
 from rlaif_fast.oracle.wrappers import AroundOracle, identity_of
 
@@ -272,11 +273,25 @@ class CachedOracle(AroundOracle):
         missing = sorted(first.values())
         self.hits += len(requests) - len(missing)
         self.misses += len(missing)
-        fresh = dict(zip(missing, rank_all(self.inner, [requests[at] for at in missing]))) if missing else {}
-        self.cache.put_many([(keys[at], ranking) for at, ranking in fresh.items() if ranking.valid])
+        fresh = dict(zip(missing, self._ask([requests[at] for at in missing], [keys[at] for at in missing])))
         return [
             fresh[at] if at in fresh else found.get(key) or fresh[first[key]] for at, key in enumerate(keys)
         ]
+
+    def _ask(self, requests: Sequence[RankRequest], keys: Sequence[str]) -> list[Ranking]:
+        """Rank what the cache does not hold, and keep it; what a judge gave before it was interrupted is kept too."""
+        if not requests:
+            return []
+
+        def keep(place: int, ranking: Ranking) -> None:
+            if ranking.valid:
+                self.cache.put_many([(keys[place], ranking)])
+
+        if isinstance(self.inner, Judge) and type(self.inner).rank is Judge.rank:
+            return rank_all(self.inner, requests, keep=keep)
+        rankings = rank_all(self.inner, requests)
+        self.cache.put_many([(key, ranking) for key, ranking in zip(keys, rankings) if ranking.valid])
+        return rankings
 
     def key(self, request: RankRequest) -> str:
         """The hash under which the verdict on a request is kept."""

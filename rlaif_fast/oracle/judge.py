@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from rlaif_fast.errors import UsageError
@@ -21,6 +21,7 @@ from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
 DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 2, "pointwise": 1, "likelihood": 1}
+Keep = Callable[[int, Ranking], None]  # is told the place of a request, and the ranking of it
 _ORDERED = {"listwise", "pairwise", "network"}  # what is shown first may matter
 
 
@@ -138,17 +139,40 @@ class Judge(ABC):
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
         """Get the judge's ranks for every showing, in their order; failures are outcomes with an error."""
 
-    def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
-        """Rank every request; the result is in the order of the requests."""
+    def run_each(self, showings: Sequence[Showing], tell: Callable[[int, Outcome], None]) -> None:
+        """As `run_all`, but tell each outcome with its showing's place, where it can be done as soon as it is there."""
+        for told in enumerate(self.run_all(showings)):
+            tell(*told)
+
+    def rank(self, requests: Sequence[RankRequest], keep: Keep | None = None) -> list[Ranking]:
+        """Rank every request; the result is in the order of the requests.
+
+        Args:
+            requests: The groups.
+            keep: Called with the place and the ranking of each group as soon as all of it was judged, so that what was
+                paid for is not lost where the rest is interrupted.
+        """
         groups = [self._show(request) for request in requests]
+        owners = [(group, place) for group, (own, _) in enumerate(groups) for place in range(len(own))]
         flat = [showing for showings, _ in groups for showing in showings]
+        found: list[dict[int, Outcome]] = [{} for _ in groups]
+        rankings = {i: self._fuse(places, [], [], 0.0) for i, (own, places) in enumerate(groups) if not own}
         start = time.perf_counter()
-        outcomes = iter(self.run_all(flat) if flat else [])
-        share = (time.perf_counter() - start) / max(1, len(flat))
-        return [
-            self._fuse(places, showings, [next(outcomes) for _ in showings], share)
-            for showings, places in groups
-        ]
+
+        def tell(at: int, outcome: Outcome) -> None:
+            group, place = owners[at]
+            showings, places = groups[group]
+            found[group][place] = outcome
+            if len(found[group]) == len(showings):
+                share = (time.perf_counter() - start) / len(flat)
+                outcomes = [found[group][place] for place in range(len(showings))]
+                rankings[group] = self._fuse(places, showings, outcomes, share)
+                if keep is not None:
+                    keep(group, rankings[group])
+
+        if flat:
+            self.run_each(flat, tell)
+        return [rankings[group] for group in range(len(groups))]
 
     def shown(self, request: RankRequest) -> tuple[list[Shown], list[int]]:
         """The distinct responses of a group as they are shown, and for each response the place of its own."""
