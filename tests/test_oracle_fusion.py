@@ -106,6 +106,18 @@ def test_relabelling_relabels(orders, generator):
     assert kendall_w(moved) == pytest.approx(kendall_w(orders))
 
 
+def test_the_local_search_does_not_depend_on_how_the_responses_are_numbered():
+    generator = random.Random(0)
+    for size in (9, 12, 16) * 60:
+        count = generator.randint(2, 4)
+        orders = [tuple(generator.randrange(size) for _ in range(size)) for _ in range(count)]
+        relabel = generator.sample(range(size), size)
+        fused = kemeny(orders)
+        assert kemeny([tuple(order[i] for i in relabel) for order in orders]) == tuple(
+            fused[i] for i in relabel
+        )
+
+
 @given(profiles(max_size=10))
 @settings(max_examples=60)
 def test_orders_and_their_reverses_cancel(orders):

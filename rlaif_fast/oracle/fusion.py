@@ -162,7 +162,10 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
 
 def _kemeny_local(margin: list[list[float]], start: list[float]) -> list[float]:
     """Positions of a local optimum under insertion moves; neighbours that no vote separates tie."""
-    line = sorted(range(len(margin)), key=lambda i: -start[i])
+    # Of equal start the votes decide, and nothing that depends on how the responses are numbered.
+    votes = [sorted(row) for row in margin]
+    told = [sorted(zip(row, votes)) for row in margin]
+    line = sorted(range(len(margin)), key=lambda i: (-round(start[i], 9), votes[i], told[i]))
     improved = True
     while improved:
         improved = False
