@@ -9,8 +9,10 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
@@ -23,6 +25,7 @@ from rlaif_fast.evals.records import EvalFolder, Record, read_records
 from rlaif_fast.evals.runner import GRADED_AT_ONCE, grade_rest
 from rlaif_fast.oracle.cache import CachedOracle
 from rlaif_fast.oracle.wire import Fault, Response, read_completion
+from rlaif_fast.video.base import Clip
 
 
 @pytest.fixture(autouse=True)
@@ -185,3 +188,22 @@ def test_what_an_interrupted_judge_gave_is_kept(tmp_path):
         assert all(ranking.ranks == (0, 1, 2, 3, 4) for ranking in again.rank(groups))
     assert again.hits == 2
     assert len(server.bodies) == 4
+
+
+def test_a_verdict_is_kept_by_what_the_judge_was_shown(tmp_path):
+    """Another column of the dataset, or frames of which the judge sees none, are no reason to pay again."""
+    clip = Clip(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), (0.0,), "clip")
+
+    def asked(before, now, **options):
+        with Judge() as server:
+            judge = CachedOracle(oracle(server, orders=1, **options), path=tmp_path / "verdicts")
+            judge.rank([before])
+            return judge.rank([now]) and len(server.bodies)
+
+    plain = request("a", reference="a red square")
+    assert asked(plain, replace(plain, category="new", metadata={"source": "web"})) == 1
+    assert asked(request("b"), request("b", clips=(clip,)), use_clips=False) == 1
+    assert asked(request("c"), request("c", reference="x"), use_reference=False) == 1
+    assert asked(request("d"), request("d", clips=(clip,))) == 2
+    assert asked(request("e"), request("e", reference="x")) == 2
+    assert asked(request("f"), request("f", options=("x", "y"))) == 2

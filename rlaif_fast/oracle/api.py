@@ -63,6 +63,7 @@ class ApiOracle(Judge):
     """
 
     name = "api"
+    reads_metadata = False
 
     def __init__(
         self,

@@ -236,8 +236,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
 class CachedOracle(AroundOracle):
     """Another oracle behind a verdict cache; only valid rankings are kept.
 
-    The key is the content of the request (not its id) and the oracle's `identity`, which names the judge, its
-    options and the version of its prompt.
+    The key is the content of the request (not its id; of a judge, what it is shown) and the oracle's `identity`, which
+    names the judge, its options and the version of its prompt.
 
     Args:
         inner: The oracle that is asked where the cache has nothing.
@@ -295,5 +295,7 @@ class CachedOracle(AroundOracle):
 
     def key(self, request: RankRequest) -> str:
         """The hash under which the verdict on a request is kept."""
+        if isinstance(self.inner, Judge):
+            request = self.inner.asked(request)
         content = content_text([identity_of(self.inner), request_to_json(request)])
         return hashlib.sha256(content.encode()).hexdigest()

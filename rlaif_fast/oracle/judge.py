@@ -126,6 +126,7 @@ class Judge(ABC):
     name = "judge"
     options_class = JudgeOptions  # what **judge of a subclass takes
     more_options = tuple(option.name for option in fields(JudgeOptions))
+    reads_metadata = True  # whether `run_all` makes anything of a request's category and metadata
 
     def __init__(self, options: JudgeOptions) -> None:
         self.options = options
@@ -174,6 +175,14 @@ class Judge(ABC):
             self.run_each(flat, tell)
         return [rankings[group] for group in range(len(groups))]
 
+    def asked(self, request: RankRequest) -> RankRequest:
+        """The request without what the judge is not shown; a cached verdict depends on the rest."""
+        if not self.options.use_reference:
+            request = replace(request, reference=None)
+        if not self.options.use_clips:
+            request = replace(request, clips=())
+        return request if self.reads_metadata else replace(request, category="", metadata={})
+
     def shown(self, request: RankRequest) -> tuple[list[Shown], list[int]]:
         """The distinct responses of a group as they are shown, and for each response the place of its own."""
         options = self.options
@@ -184,10 +193,7 @@ class Judge(ABC):
         texts, places = self.shown(request)
         if len(texts) < 2:
             return [], places
-        if not self.options.use_reference:
-            request = replace(request, reference=None)
-        if not self.options.use_clips:
-            request = replace(request, clips=())
+        request = self.asked(request)
         # Nothing that names the request: equal content is shown equally, so that verdicts can be cached.
         content = (str(self.options.seed), request.question, *texts)
         orders = draw_orders(len(texts), self.options.num_orders, *content)

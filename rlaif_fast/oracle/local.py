@@ -67,6 +67,7 @@ class LocalOracle(Judge):
     """
 
     name = "local"
+    reads_metadata = False
 
     def __init__(
         self,
