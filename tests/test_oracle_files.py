@@ -123,6 +123,9 @@ def test_replay_matches_by_content_whatever_the_order(tmp_path):
             )
             for value in ("-3", "7", "null", '"x"', "true")
         ),
+        ('{"responses": ["a", "b"], "ranks": [0, 1]}', "v.jsonl:1: 'question' must be a text"),
+        ('{"question": 3, "responses": ["a", "b"], "ranks": [0, 1]}', "v.jsonl:1: 'question' must be a text"),
+        ("", "v.jsonl holds no rows"),
         ('{"responses": ["a", "b"], "ranks": [0, 1], "confidence": NaN}', "v.jsonl:1: NaN is no JSON"),
         (
             '{"responses": ["a", "b"], "ranks": [0, 1], "ranks": [1, 0]}',

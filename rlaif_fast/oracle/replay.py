@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.records import read_rows, row_confidence, row_id, row_ranks, row_responses
@@ -24,7 +25,7 @@ class ReplayOracle:
             maybe `id` and `confidence`, in [0, 1].
 
     Raises:
-        UsageError: The file cannot be read, or a row of it is wrong.
+        UsageError: The file cannot be read or is empty, or a row of it is wrong.
     """
 
     name = "replay"
@@ -35,10 +36,14 @@ class ReplayOracle:
         digest = hashlib.sha256()
         for where, row in read_rows(self.path):
             responses, ranks = row_responses(row, where), row_ranks(row, where)
-            confidence = row_confidence(row, where)
-            digest.update(repr((row_id(row), row.get("question"), responses, ranks, confidence)).encode())
+            confidence, question = row_confidence(row, where), row.get("question")
+            if not isinstance(question, str):
+                raise UsageError(f"{where}: 'question' must be a text, which a group is looked up by")
+            digest.update(repr((row_id(row), question, responses, ranks, confidence)).encode())
             kept = _Row(row_id(row), responses, ranks, confidence)
-            self._rows[str(row.get("question")), frozenset(responses)].append(kept)
+            self._rows[question, frozenset(responses)].append(kept)
+        if not self._rows:
+            raise UsageError(f"{self.path} holds no rows")
         self.identity = f"replay/2 {digest.hexdigest()}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
