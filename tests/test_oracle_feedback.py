@@ -64,6 +64,18 @@ def test_gaussian_noise_has_its_deviation():
     assert statistics.stdev(noise) == pytest.approx(0.3, rel=0.15)
 
 
+def test_noise_on_noise_is_drawn_anew():
+    """As where a run has both `feedback` and `oracle_noise`, with its one seed."""
+    once = CorruptedOracle(Scored(), kind="gaussian", strength=0.3)
+    twice = CorruptedOracle(once, kind="gaussian", strength=0.3)
+    first = [ranking.scores[0] - SCORES[0] for ranking in once.rank(requests())]
+    both = [ranking.scores[0] - SCORES[0] for ranking in twice.rank(requests())]
+    second = [total - part for total, part in zip(both, first)]
+    assert statistics.stdev(both) == pytest.approx(0.3 * 2**0.5, rel=0.15)
+    assert abs(statistics.correlation(first, second)) < 0.15
+    assert twice.identity != CorruptedOracle(Scored(), kind="gaussian", strength=0.3).identity
+
+
 def test_heavy_tails_are_small_mostly_and_enormous_at_times():
     noise = [
         abs(r.scores[i] - SCORES[i]) / 0.15

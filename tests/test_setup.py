@@ -133,7 +133,7 @@ def test_everything_leaking_is_refused(tmp_path):
 
 
 def test_preflight_needs_scores_for_zscore(tmp_path):
-    (tmp_path / "verdicts.jsonl").touch()
+    (tmp_path / "verdicts.jsonl").write_text('{"question": "?", "responses": ["a", "b"], "ranks": [0, 1]}\n')
     scores = TrainConfig(advantage="zscore", oracle="reference")
     preflight(scores)
     only_orders = {"oracle": "replay", "oracle_options": {"path": str(tmp_path / "verdicts.jsonl")}}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.fusion import preferences, ranks_from_scores
-from rlaif_fast.oracle.wrappers import AroundOracle, identity_of, request_generator
+from rlaif_fast.oracle.wrappers import AroundOracle, identity_of, oracles_in, request_generator
 
 Corruption = Callable[[list[float], float, random.Random], list[float]]
 TAIL_FREEDOM = 1.5  # degrees of freedom of the heavy tails: the variance is infinite
@@ -164,11 +164,15 @@ class CorruptedOracle(AroundOracle):
         self.kind = kind
         self.strength = strength
         self.seed = seed
+        # One around another of the same seed draws numbers of its own: their noise would else be one noise.
+        self.stream = sum(isinstance(oracle, CorruptedOracle) for oracle in oracles_in(inner))
 
     @property
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
-        return f"corrupted/1 kind={self.kind} strength={self.strength} seed={self.seed} ({identity_of(self.inner)})"
+        stream = f" stream={self.stream}" if self.stream else ""
+        own = f"kind={self.kind} strength={self.strength} seed={self.seed}{stream}"
+        return f"corrupted/1 {own} ({identity_of(self.inner)})"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -184,7 +188,7 @@ class CorruptedOracle(AroundOracle):
             )
             if rank is not None and score is not None
         }
-        rng = request_generator(self.seed, request)
+        rng = request_generator(f"{self.seed}/{self.stream}" if self.stream else self.seed, request)
         try:
             corrupted = dict(zip(clean, self._corrupt(list(clean.values()), self.strength, rng)))
         except OverflowError:

@@ -138,7 +138,7 @@ def identity_of(oracle: Oracle) -> str:
     return str(getattr(oracle, "identity", oracle.name))
 
 
-def request_generator(seed: int, request: RankRequest) -> random.Random:
+def request_generator(seed: int | str, request: RankRequest) -> random.Random:
     """A random generator that depends on the seed, the request's id and its responses alone."""
     digest = hashlib.sha256("\x1f".join((str(seed), request.id, *request.responses)).encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
