@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -166,7 +167,21 @@ def test_each_part_of_the_missing_grades_has_a_deadline_of_its_own_and_is_kept(t
     assert all(record.pred and record.score == 5 for record in read_records(folder.items))
 
 
-def test_what_an_interrupted_judge_gave_is_kept(tmp_path):
+def run_in_notebook(call):
+    """Call from inside a running event loop that leaves SIGINT alone."""
+
+    async def cell():
+        call()
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(cell())
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("run", [lambda call: call(), run_in_notebook], ids=["script", "notebook"])
+def test_what_an_interrupted_judge_gave_is_kept(tmp_path, run):
     """The third group hangs, and the user ends the run."""
     groups = [request(f"g{n}") for n in range(3)]
 
@@ -180,9 +195,12 @@ def test_what_an_interrupted_judge_gave_is_kept(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with Judge(hangs) as server:
+        judge = CachedOracle(oracle(server, timeout=60.0), path=tmp_path / "verdicts")
         threading.Thread(target=interrupt, args=[server]).start()
+        start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            CachedOracle(oracle(server), path=tmp_path / "verdicts").rank(groups)
+            run(lambda: judge.rank(groups))
+        assert time.monotonic() - start < 30.0
     with Judge() as server:
         again = CachedOracle(oracle(server), path=tmp_path / "verdicts")
         assert all(ranking.ranks == (0, 1, 2, 3, 4) for ranking in again.rank(groups))
