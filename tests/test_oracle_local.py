@@ -68,6 +68,11 @@ def test_the_weights_are_part_of_the_identity(checkpoint):
     assert f"weights={model_digest(str(checkpoint))} " in judge(checkpoint).identity
 
 
+def test_the_dtype_is_part_of_the_identity(checkpoint):
+    names = {name: judge(checkpoint, dtype=name).identity for name in ("auto", "float32", "bfloat16")}
+    assert names["auto"] == names["float32"] != names["bfloat16"]
+
+
 @pytest.mark.parametrize("protocol", ["likelihood", "pointwise"])
 def test_a_model_that_gives_nan_judges_nothing(checkpoint, protocol):
     oracle = judge(checkpoint, protocol=protocol)

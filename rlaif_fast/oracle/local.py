@@ -112,7 +112,8 @@ class LocalOracle(Judge):
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return (
-            f"{super().identity} model={self.model} weights={self._weights} pixels={self.pixels} "
+            f"{super().identity} model={self.model} weights={self._weights} "
+            f"dtype={str(self.policy.model.dtype)[6:]} pixels={self.pixels} "
             f"scores={self.gives_scores} replies={_REPLIES}"
         )
 
