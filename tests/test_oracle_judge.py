@@ -340,6 +340,26 @@ def test_abstentions_and_too_few_verdicts():
     assert len(ranking.verdicts) == 4
 
 
+@pytest.mark.parametrize("orders", [2, 4])
+def test_what_one_order_left_out_leaves_no_pull_of_the_slots(orders):
+    """A judge that goes by the slot alone, and now and then leaves an answer out."""
+    generator = random.Random(0)
+
+    class Slots(Judge):
+        def run_all(self, showings):
+            return [self._run(showing.order) for showing in showings]
+
+        def _run(self, order):
+            ranks = [order.index(text) for text in range(len(order))]
+            left_out = generator.randrange(3 * len(order))
+            return Outcome(tuple(None if text == left_out else rank for text, rank in enumerate(ranks)))
+
+    rankings = Slots(JudgeOptions(orders=orders)).rank(groups(60, 5))
+    assert all(ranking.valid and ranking.confidence == 0.0 for ranking in rankings)
+    assert all({rank for rank in ranking.ranks if rank is not None} == {0} for ranking in rankings)
+    assert any(None in verdict.ranks for ranking in rankings for verdict in ranking.verdicts)
+
+
 def test_orders_are_one_or_even():
     with pytest.raises(UsageError, match="1 or even"):
         JudgeOptions(orders=3)

@@ -238,14 +238,21 @@ class Judge(ABC):
         return Ranking(ranks, confidence, verdicts, tokens, seconds, scores=scores)
 
     def _usable(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The orders that can be fused: those that judged something, and only beside their own reverse.
+        """The orders that can be fused: those that judged something, and only what their own reverse judged too.
 
-        An order whose reverse is lost would leave its slots' pull in the ranking and pass for certain.
+        A response that one of the two left out, and an order whose reverse is lost, would leave the slots' pull in the
+        ranking.
         """
-        good = [o.error is None and sum(rank is not None for rank in o.ranks) >= 2 for o in outcomes]
         if self.options.protocol in _ORDERED and len(outcomes) > 1:
-            good = [good[i] and good[i ^ 1] for i in range(len(good))]
-        return [outcome for outcome, usable in zip(outcomes, good) if usable]
+            outcomes = [_beside(outcome, outcomes[i ^ 1]) for i, outcome in enumerate(outcomes)]
+        return [o for o in outcomes if o.error is None and sum(rank is not None for rank in o.ranks) >= 2]
+
+
+def _beside(outcome: Outcome, other: Outcome) -> Outcome:
+    """An order without what the other did not judge."""
+    lost = [other.error is not None or rank is None for rank in other.ranks]
+    ranks = tuple(None if gone else rank for rank, gone in zip(outcome.ranks, lost))
+    return replace(outcome, ranks=ranks)
 
 
 def _mean_scores(outcomes: Sequence[Outcome], places: Sequence[int]) -> tuple[float, ...] | None:
