@@ -717,6 +717,10 @@ def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video)
     answered, missing = read_records(tmp_path / "out/items.jsonl")
     assert answered.score in (1, 4) and answered.pred == (answered.score == 4) and missing.pred is None
     assert len(judge.seen) == 1
+    # What could not be asked is wrong for the judge too.
+    whole = json.loads((tmp_path / "out/summary.json").read_text())["table"][0]
+    assert (whole["n"], whole["unanswered"], whole["judged"]) == (2, 1, 1)
+    assert whole["judge_score"] == answered.score / 2 and whole["judge_accuracy"] == answered.pred / 2
 
 
 def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video):
@@ -781,6 +785,22 @@ def record(number, video, correct, **groups):
     return Record(
         str(number), video, {"task type": "counting", **groups}, "q", "A", "A" if correct else "B", correct
     )
+
+
+def test_the_table_counts_what_could_not_be_asked():
+    """With a judge too, of whose questions it is; what has options is none."""
+    graded = dataclasses.replace(record(0, "v0", True), pred=True, score=4)
+    lost = [dataclasses.replace(record(n, f"v{n}", False), prediction=None) for n in (1, 2)]
+    [whole, _] = table_of([graded, *lost], for_judge={"0", "1"})
+    assert (whole.unanswered, whole.judged, whole.judge_accuracy, whole.judge_score) == (2, 1, 0.5, 2.0)
+    head, row, *_ = as_text([whole]).splitlines()
+    assert head.split()[:3] == ["n", "unanswered", "accuracy"] and row.split()[:4] == [
+        "all",
+        "3",
+        "2",
+        "33.3%",
+    ]
+    assert "unanswered" not in as_text(table_of([graded]))
 
 
 def test_the_table_by_hand():

@@ -108,7 +108,8 @@ def _conclude(
             f"data: none of the {len(records)} questions could be answered: {records[0].trouble}; "
             f"{path / 'items.jsonl'} has the reason of each"
         )
-    lines = table_of(records, before)
+    for_judge = {item.example.id for item in items if options.judge is not None and not item.example.options}
+    lines = table_of(records, before, for_judge)
     write_tables(
         path, lines, records, f"{options.benchmark}: accuracy by {BENCHMARKS[options.benchmark].category}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +30,9 @@ class Line:
         unanswered: Those that could not be asked; they count as wrong.
         accuracy: Share of right answers and its 95% interval, whole videos drawn.
         judged: Answers that a judge graded.
-        judge_accuracy: Share of those it said yes to; None where it graded none.
-        judge_score: Their mean grade, 0 to 5.
+        judge_accuracy: Share of those it said yes to; None where it graded none. A question for the judge that could
+            not be asked counts as a no.
+        judge_score: Their mean grade, 0 to 5; that of a question that could not be asked is 0.
         before: Accuracy of another evaluation on the same questions; None where there is none to compare with.
         change: The difference to it and its paired interval.
     """
@@ -48,12 +49,15 @@ class Line:
     change: Interval | None = None
 
 
-def table_of(records: Sequence[Record], before: Sequence[Record] | None = None) -> list[Line]:
+def table_of(
+    records: Sequence[Record], before: Sequence[Record] | None = None, for_judge: Collection[str] = ()
+) -> list[Line]:
     """The lines of the table: the whole, then each value of each group.
 
     Args:
         records: All of an evaluation.
         before: All of another one on the same questions.
+        for_judge: Ids of the questions whose answers a judge was to grade.
 
     Raises:
         UsageError: The two are of other questions.
@@ -69,7 +73,7 @@ def table_of(records: Sequence[Record], before: Sequence[Record] | None = None) 
             if group in record.groups:
                 found.setdefault(record.groups[group], []).append(record)
         parts |= {(group, value): found[value] for value in sorted(found)}
-    return [_line(group, value, part, known) for (group, value), part in parts.items()]
+    return [_line(group, value, part, known, for_judge) for (group, value), part in parts.items()]
 
 
 def refuse_other_questions(before: Sequence[Record], asked: Mapping[str, tuple[str, str | None]]) -> None:
@@ -97,9 +101,16 @@ def refuse_other_questions(before: Sequence[Record], asked: Mapping[str, tuple[s
             )
 
 
-def _line(group: str, value: str, part: Sequence[Record], before: Mapping[str, Record] | None) -> Line:
+def _line(
+    group: str,
+    value: str,
+    part: Sequence[Record],
+    before: Mapping[str, Record] | None,
+    for_judge: Collection[str],
+) -> Line:
     right, videos = [float(record.correct) for record in part], [record.video for record in part]
     graded = [record for record in part if record.pred is not None]
+    counted = len(graded) + sum(record.prediction is None and record.id in for_judge for record in part)
     earlier = None if before is None else [float(before[record.id].correct) for record in part]
     return Line(
         group=group,
@@ -108,8 +119,8 @@ def _line(group: str, value: str, part: Sequence[Record], before: Mapping[str, R
         unanswered=sum(record.prediction is None for record in part),
         accuracy=paired_bootstrap([0.0] * len(part), right, clusters=videos),
         judged=len(graded),
-        judge_accuracy=sum(bool(r.pred) for r in graded) / len(graded) if graded else None,
-        judge_score=sum(r.score or 0 for r in graded) / len(graded) if graded else None,
+        judge_accuracy=sum(bool(r.pred) for r in graded) / counted if graded else None,
+        judge_score=sum(r.score or 0 for r in graded) / counted if graded else None,
         before=None if earlier is None else sum(earlier) / len(earlier),
         change=None if earlier is None else paired_bootstrap(earlier, right, clusters=videos),
     )
@@ -118,7 +129,8 @@ def _line(group: str, value: str, part: Sequence[Record], before: Mapping[str, R
 def as_text(lines: Sequence[Line]) -> str:
     """The table for a terminal."""
     judged, compared = any(line.judged for line in lines), lines[0].change is not None
-    head = ["", "n", "accuracy", "95% interval"]
+    missed = any(line.unanswered for line in lines)
+    head = ["", "n", *(["unanswered"] if missed else []), "accuracy", "95% interval"]
     head += ["judge", "0-5"] if judged else []
     head += ["before", "change", "95% interval"] if compared else []
     rows, group = [head], ""
@@ -129,6 +141,7 @@ def as_text(lines: Sequence[Line]) -> str:
         cells = [
             line.value if group == "all" else f"  {line.value}",
             str(line.n),
+            *([str(line.unanswered)] if missed else []),
             f"{line.accuracy.mean:.1%}",
         ]
         cells.append(f"{line.accuracy.low:.1%} to {line.accuracy.high:.1%}")
