@@ -16,7 +16,7 @@ from rlaif_fast.oracle import build_oracle
 from rlaif_fast.report import figures
 from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, places
 from rlaif_fast.report.html import compare_predictions, main, write_report
-from rlaif_fast.report.outcome import notes_on_data
+from rlaif_fast.report.outcome import accuracy_summary, notes_on_answers, notes_on_data
 from rlaif_fast.report.panels import learning_panels
 from rlaif_fast.report.stats import MAX_ROWS
 from rlaif_fast.runs.files import read_jsonl, write_jsonl
@@ -532,6 +532,32 @@ def test_comparison_pairs_questions_by_name(tmp_path):
     assert comparison.total.change.mean == 0.25 and comparison.total.chance == 0.25
     assert comparison.total.change.low == 0.0  # one clip gained nothing: whole clips are drawn
     assert comparison.total.change.high == 0.5
+
+
+def test_summary_and_report_count_the_same_questions(tmp_path):
+    """Of a file that could be read only once; a category of such files was said to have begun at 0."""
+    run = RunDir.create(tmp_path)
+    right = {"sft": {"0": True, "1": False, "2": True}, "final": {"0": True, "1": True, "3": True}}
+    for phase, answers in right.items():
+        rows = [
+            {"example_id": name, "category": "b" if name == "3" else "a", "video": name, "chance": 0.25}
+            | {"correct": value}
+            for name, value in answers.items()
+        ]
+        write_jsonl(run.predictions(phase), rows)
+    summary = accuracy_summary(run)
+    assert summary == {
+        "sft_accuracy": 0.5,
+        "final_accuracy": 1.0,
+        "by_category": {"a": {"sft": 0.5, "final": 1.0, "n": 2}},
+    }
+    total = compare_predictions(run).total
+    assert (total.before.mean, total.after.mean, total.n) == (0.5, 1.0, 2)
+    assert notes_on_answers(run, 5) == [
+        "Left out: 3 of 5 test questions, whose files could not be read before RL or after it."
+    ]
+    run.predictions("sft").unlink()
+    assert accuracy_summary(run) == {"sft_accuracy": None, "final_accuracy": None, "by_category": {}}
 
 
 def test_learning_panels_take_the_last_word_on_a_step_and_skip_gaps():

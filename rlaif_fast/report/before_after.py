@@ -14,6 +14,8 @@ from rlaif_fast.report.stats import left_out, most_asked, paired_bootstrap, wils
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 
+Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -47,18 +49,10 @@ class Comparison:
 
 def compare_predictions(run_dir: RunDir) -> Comparison | None:
     """Compare the test predictions made before and after RL; None until both are there and can be scored."""
-    before, after = (
-        {
-            row["example_id"]: row
-            for row in read_jsonl(run_dir.predictions(phase))
-            if row["correct"] is not None
-        }
-        for phase in ("sft", "final")
-    )
-    pairs = [(before[name], after[name]) for name in after if name in before]
+    pairs = scored_pairs(run_dir)
     if not pairs:
         return None
-    categories: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    categories: dict[str, list[Pair]] = {}
     for pair in pairs:
         categories.setdefault(pair[1]["category"], []).append(pair)
     scores = [_score(name, found) for name, found in categories.items()]
@@ -71,7 +65,20 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
     )
 
 
-def _score(name: str, pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Score:
+def scored_pairs(run_dir: RunDir) -> list[Pair]:
+    """The test predictions before and after RL of each question that was answered both times and can be scored."""
+    before, after = (
+        {
+            row["example_id"]: row
+            for row in read_jsonl(run_dir.predictions(phase))
+            if row["correct"] is not None
+        }
+        for phase in ("sft", "final")
+    )
+    return [(before[name], after[name]) for name in after if name in before]
+
+
+def _score(name: str, pairs: Sequence[Pair]) -> Score:
     old = [bool(before["correct"]) for before, _ in pairs]
     new = [bool(after["correct"]) for _, after in pairs]
     return Score(

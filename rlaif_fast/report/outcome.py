@@ -19,6 +19,7 @@ from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.prompts.batches import by_media
+from rlaif_fast.report.before_after import Pair, scored_pairs
 from rlaif_fast.report.html import write_report
 from rlaif_fast.runs.files import json_line, read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -146,7 +147,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         "git_commit": git_commit(),
         "versions": versions(),
         "machine": machine(),
-        "notes": [*notes, *notes_on_data(run)],
+        "notes": [*notes, *notes_on_data(run), *notes_on_answers(run_dir, len(run.data.test))],
     }
     if config.report:
         with logger.timer("report"):
@@ -160,33 +161,43 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
 def accuracy_summary(run_dir: RunDir) -> dict:
     """Accuracy on the test split before and after RL, in all and by category, from the predictions on disk.
 
-    Only answers that can be scored count; where there are none, the accuracy is None. `win_rate` is there where the
-    final answers were ranked against those before RL.
+    Only questions count that were answered both times and can be scored, as in the report; where there are none, the
+    accuracy is None. `win_rate` is there where the final answers were ranked against those before RL.
     """
-    tallies: dict[str, dict[str, list[bool]]] = {}
-    overall: dict[str, float | None] = {}
-    wins: list[float] = []
-    for phase in ("sft", "final"):
-        found = list(read_jsonl(run_dir.predictions(phase)))
-        wins += [row["win"] for row in found if "win" in row]
-        rows = [row for row in found if row["correct"] is not None]
-        overall[phase] = sum(row["correct"] for row in rows) / len(rows) if rows else None
-        for row in rows:
-            tallies.setdefault(row["category"], {"sft": [], "final": []})[phase].append(row["correct"])
-    by_category = {
-        name: {
-            "sft": sum(tally["sft"]) / max(len(tally["sft"]), 1),
-            "final": sum(tally["final"]) / max(len(tally["final"]), 1),
-            "n": len(tally["final"]),
-        }
-        for name, tally in sorted(tallies.items())
-    }
+    pairs = scored_pairs(run_dir)
+    categories: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        categories.setdefault(pair[1]["category"], []).append(pair)
+    wins = [row["win"] for row in read_jsonl(run_dir.predictions("final")) if "win" in row]
+    before, after = _shares(pairs) if pairs else (None, None)
     return {
-        "sft_accuracy": overall["sft"],
-        "final_accuracy": overall["final"],
-        "by_category": by_category,
+        "sft_accuracy": before,
+        "final_accuracy": after,
+        "by_category": {
+            name: {**dict(zip(("sft", "final"), _shares(found))), "n": len(found)}
+            for name, found in sorted(categories.items())
+        },
         **({"win_rate": sum(wins) / len(wins)} if wins else {}),
     }
+
+
+def _shares(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """Share of right answers before and after."""
+    before, after = (sum(row["correct"] for row in rows) / len(pairs) for rows in zip(*pairs))
+    return before, after
+
+
+def notes_on_answers(run_dir: RunDir, asked: int) -> list[str]:
+    """What a reader has to know about the answers to the test questions, of which so many were asked."""
+    before, after = (
+        {row["example_id"] for row in read_jsonl(run_dir.predictions(phase))} for phase in ("sft", "final")
+    )
+    missing = asked - len(before & after)
+    if missing == 0:
+        return []
+    return [
+        f"Left out: {missing} of {asked} test questions, whose files could not be read before RL or after it."
+    ]
 
 
 def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
