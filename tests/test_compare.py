@@ -54,10 +54,10 @@ def test_seeds_share_a_row_that_is_named_by_what_differs(runs):
         ("advantage=oracle", [0]),
     ]
     first, second = results_table(groups).splitlines()[2:]
-    figures = "45.0% | 67.5% | +22.5 | +20.0 +25.0 | counting -25.0 | 301 s | 2.00 GB"
+    figures = "45.0% | 67.5% | +22.5 | +20.0 +25.0 | counting -25.0 | 301 s | 1.86 GiB"
     assert first == f"| advantage=directed | 0 1 | {figures} |"
     assert second == (
-        "| advantage=oracle | 0 | 40.0% | 45.0% | +5.0 | +5.0 | counting -25.0 | 300 s | 1.00 GB |"
+        "| advantage=oracle | 0 | 40.0% | 45.0% | +5.0 | +5.0 | counting -25.0 | 300 s | 0.93 GiB |"
     )
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from rlaif_fast.data.schema import Example
@@ -288,7 +289,7 @@ def test_the_report_shows_the_result_and_how_it_was_obtained(run, html):
         assert category in text
     for shown in (
         "5 min 12 s",
-        "1.42 GB",
+        "1.32 GiB",
         "x86_64, 2 cores, no GPU",
         "400 responses in 50 groups",
         "1f2e3d4c5b",
@@ -453,6 +454,27 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "This run has not finished" in text
     assert "Learning curves" in text and "Accuracy by category" not in text
+    assert [path.name for path in run.figures.iterdir()] == ["curves.png"]
+
+
+def test_the_report_of_an_unfinished_run_knows_its_settings_and_keeps_no_figure_of_before(tmp_path):
+    run = make_run(tmp_path / "run", clips=1, sft_steps=4, rl_steps=20)
+    write_report(run)
+    assert (run.figures / "overview.png").is_file() and (run.figures / "time.png").is_file()
+    run.config.write_text(yaml.safe_dump(run.read_summary()["config"] | {"metric_for_best_model": "none"}))
+    run.summary.unlink()
+    run.predictions("final").unlink()
+    line = {"stage": "eval", "phase": "rl", "split": "validation"}
+    tau = {"oracle/length_tau": 0.1, "oracle/reference_tau": 1.0}
+    write_jsonl(
+        run.metrics,
+        [{**line, "step": 0, "accuracy": 0.5}, {**line, "step": 9, "accuracy": 0.2}]
+        + [{"stage": "rl", "step": step, **tau} for step in (1, 2)],
+    )
+    text = Page(write_report(run).read_text()).text
+    assert "This run has not finished" in text and "directed advantage, 8 responses a group" in text
+    assert "Does the oracle favour long answers?" in text and "being gamed" not in text
+    assert "the start was kept" not in text
     assert [path.name for path in run.figures.iterdir()] == ["curves.png"]
 
 

@@ -287,7 +287,11 @@ def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     run.quarantine.write_text('{"path": "a.mp4"}\n')
     run.predictions("final").write_text("{}\n")
     run.write_summary({})
+    run.report.write_text("of four steps")
+    run.figures.mkdir()
+    (run.figures / "overview.png").write_bytes(b"")
     run.truncate_to({"metrics.jsonl": length, "samples.jsonl": kept, "quarantine.jsonl": 0})
+    assert not run.report.exists() and not run.figures.exists()  # else they stand beside what comes next
     assert [row["step"] for row in read_jsonl(run.metrics)] == [0, 1, 2, 3]
     assert [row["phase"] for row in read_jsonl(run.samples)] == ["sft"]
     assert not run.quarantine.exists() and not run.predictions("final").exists() and not run.finished

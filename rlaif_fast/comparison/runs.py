@@ -163,7 +163,7 @@ def results_table(groups: Sequence[Group]) -> str:
                 " ".join(f"{100 * run.gain:+.1f}" for run in group.runs),
                 f"{name} {100 * change:+.1f}",
                 f"{group.mean(lambda run: run.seconds):.0f} s",
-                f"{max(run.peak_rss_bytes for run in group.runs) / 1e9:.2f} GB",
+                f"{max(run.peak_rss_bytes for run in group.runs) / 2**30:.2f} GiB",
             ]
         )
     head = [

@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
@@ -42,8 +43,9 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
     if summary is None:
         summary = run_dir.read_summary() if run_dir.finished else {}
     comparison = compare_predictions(run_dir)
-    oracle = str(summary.get("config", {}).get("oracle", ""))
-    metric = str(summary.get("metric_for_best_model", "accuracy"))
+    config = summary.get("config") or _written_config(run_dir)
+    oracle = str(config.get("oracle", ""))
+    metric = str(summary.get("metric_for_best_model", config.get("metric_for_best_model", "accuracy")))
     panels = learning_panels(list(read_jsonl(run_dir.metrics)), oracle, metric)
     seconds = {name: float(value) for name, value in summary.get("seconds_by_stage", {}).items()}
     page = _template().render(
@@ -55,7 +57,7 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
         figures=_svg_figures(comparison, seconds),
         panels=[(panel, _panel_svg(panel)) for panel in panels],
         cards=gallery(run_dir),
-        config=summary.get("config", {}),
+        config=config,
         notes=summary.get("notes", []),
         versions=summary.get("versions", {}),
         strip_frames=STRIP_FRAMES,
@@ -66,6 +68,15 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
     return run_dir.report
 
 
+def _written_config(run_dir: RunDir) -> Mapping[str, Any]:
+    """The configuration of a run that has not finished; empty where it cannot be read."""
+    try:
+        found = yaml.safe_load(run_dir.read_config() or "")
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was run, on what and for how long, as far as it is known."""
     facts = []
@@ -74,7 +85,7 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     if "seconds" in summary:
         facts.append(("wall-clock time", duration(summary["seconds"])))
     if "peak_rss_bytes" in summary:
-        facts.append(("peak memory", f"{summary['peak_rss_bytes'] / 1e9:.2f} GB"))
+        facts.append(("peak memory", f"{summary['peak_rss_bytes'] / 2**30:.2f} GiB"))
     if summary.get("machine"):
         facts.append(("machine", str(summary["machine"])))
     groups = responses = 0
@@ -139,6 +150,8 @@ def _panel_svg(panel: Panel) -> Markup:
 def _write_pngs(
     folder: Path, comparison: Comparison | None, panels: Sequence[Panel], seconds: Mapping[str, float]
 ) -> None:
+    for name in ("curves", "time", "overview", "headline", "categories"):  # of an earlier report
+        (folder / f"{name}.png").unlink(missing_ok=True)
     curves = [(panel.title, figures.learning_curve(panel)) for panel in panels]
     if curves:
         columns = 3 if len(curves) % 4 == 1 else 4  # no panel alone in the last row

@@ -255,13 +255,15 @@ class RunDir:
         return [self.metrics, self.rollouts, self.samples, self.quarantine, self.predictions("sft")]
 
     def truncate_to(self, lengths: Mapping[str, int]) -> None:
-        """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice.
+        """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice, and its old report.
 
         Args:
             lengths: Bytes that stay of each of `records`, by file name; one that is not named is removed.
         """
         self.summary.unlink(missing_ok=True)
         self.predictions("final").unlink(missing_ok=True)
+        self.report.unlink(missing_ok=True)
+        shutil.rmtree(self.figures, ignore_errors=True)
         for path in self.records:
             length = lengths.get(path.name, 0)
             if path.is_file() and path.stat().st_size > length:
