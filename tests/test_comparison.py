@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
-from rlaif_fast.comparison.report import accuracy_table, draw_curves, write_report
+from rlaif_fast.comparison.report import accuracy_table, category_table, draw_curves, write_report
 from rlaif_fast.comparison.results import Cell, gain, read_outcome, read_table, two_level_bootstrap
+from rlaif_fast.comparison.runner import refuse_changed
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.files import read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -263,6 +265,56 @@ def test_the_start_is_the_mean_over_the_seeds(tmp_path):
     assert "| start | 25.0% |" in table
 
 
+def test_the_curves_show_every_arm_and_every_seed_to_its_end(tmp_path, monkeypatch):
+    """An arm that finished under the second kind alone had no name; a seed that stopped early cut the rest."""
+    from matplotlib import pyplot
+
+    names = [f"arm {n}" for n in range(11)]
+    plan = read_plan(
+        write_config(
+            tmp_path,
+            arms={name: {"advantage": "zscore"} for name in names},
+            tables={"main": MAIN | {"arms": names, "baseline": names[0], "feedback": ["exact", "noise"]}},
+        )
+    )
+
+    def line(step):
+        return {"stage": "eval", "phase": "rl", "step": step, "time": float(step), "accuracy": step / 10}
+
+    short = finished_run(tmp_path / "short", [line(0), line(1)], "a.mp4")
+    long = finished_run(tmp_path / "long", [line(n) for n in range(4)], "a.mp4")
+    both = {1: short, 2: long}
+    cells = {("exact", names[0]): Cell(both, gain([*both.values()]), None)}
+    cells |= {("noise", name): Cell({1: long}, gain([long]), None) for name in names[1:]}
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)  # so that it can be looked at
+    draw_curves(plan.tables[0], cells, tmp_path / "curves.png")
+    monkeypatch.undo()
+    [figure] = drawn
+    first, time = figure.axes[:2]
+    assert [text.get_text() for text in first.get_legend().get_texts()] == names
+    assert len({handle.get_color() for handle in first.get_legend().get_lines()}) == len(names)
+    assert [len(each.get_xdata()) for each in first.get_lines()] == [2, 4, 2]
+    assert [each.get_alpha() for each in time.get_lines()] == [0.3, 0.3, None]
+    assert time.get_lines()[1].get_xdata().tolist() == [0.0, 1.0, 2.0, 3.0]
+    pyplot.close(figure)
+
+
+def test_a_category_that_an_arm_was_not_asked_is_a_dash(tmp_path):
+    """Its mean over no seed was +nan; and where an arm has finished under another kind of feedback alone, no head."""
+    named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}
+    plan = read_plan(write_config(tmp_path, arms=named, tables={"main": MAIN | {"arms": [*named]}}))
+    table = plan.tables[0]
+    one, two = (finished_run(tmp_path / str(n), [], "a.mp4") for n in range(2))
+    two = replace(two, category=dict.fromkeys(two.category, "d"))
+    cells = {
+        ("exact", "grpo"): Cell({1: one, 2: two}, gain([one, two]), None),
+        ("exact", "ranks"): Cell({1: one}, gain([one]), None),
+    }
+    assert "| d | +0.0 | – |" in category_table(table, cells) and "nan" not in category_table(table, cells)
+    assert category_table(table, {("noise", "grpo"): cells["exact", "grpo"]}) == ""
+
+
 def test_a_dollar_sign_in_a_name_is_a_dollar_sign(tmp_path):
     plan = read_plan(write_config(tmp_path, tables={"main": MAIN}))
     name = r"$\frac{a$"
@@ -291,6 +343,8 @@ def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
     assert main(["--config", str(file), "--workers", "1"]) == 0
     assert summary.stat().st_mtime_ns == written
     assert "without a scored answer" not in text
+    assert "The runs were made with:" in text and f"torch {torch.__version__}" in text
+    assert f"torch {torch.__version__}" in cells["exact/oracle"]["made_with"]["1"]
     # A file that one run could not read costs that run its questions, and the comparison nothing else.
     final = summary.with_name("predictions-final.jsonl")
     rows = final.read_text().splitlines()
@@ -330,6 +384,23 @@ def test_a_run_that_was_made_otherwise_is_refused_by_name(tmp_path, capsys, left
     message = capsys.readouterr().err
     assert "learning_rate 0.5 (now 'unset')" in message and "moved" not in message
     assert str(job.folder) in message and "choose another output_dir" in message
+
+
+@pytest.mark.parametrize("words", [[], ["--report_only"]])
+def test_a_run_that_was_extended_by_itself_is_refused_by_name(tmp_path, capsys, words):
+    """An arm of more steps stood beside the others as if it had learned as long."""
+    file = write_config(tmp_path)
+    job = read_plan(file).jobs()[-1]
+    run = RunDir.create(job.folder)
+    run.write_summary({})
+    job.folder.with_name("oracle.yaml").write_text(yaml.safe_dump(dict(job.values)))
+    for steps in (2, 4):
+        changed = {"max_steps": steps, "threads": 3, "learning_rate": 4e-4}  # the last by configs/tiny.yaml
+        run.config.write_text(yaml.safe_dump({**job.values, **changed}))
+        if steps == 2:
+            refuse_changed([job])
+    assert main(["--config", str(file), *words]) == 2
+    assert f"{job.folder} was made with max_steps 4 (now 2); choose" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path):

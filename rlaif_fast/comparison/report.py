@@ -28,7 +28,9 @@ def write_report(plan: Plan) -> Path:
         if cells:
             parts += [accuracy_table(table, cells), category_table(table, cells), cost_table(table, cells)]
             draw_curves(table, cells, plan.output_dir / f"{table.name}.png")
-            parts.append(f"![Validation accuracy against sampled tokens and time]({table.name}.png)\n")
+            shown = "Validation accuracy against sampled tokens and time; strong the mean over the seeds"
+            parts.append(f"![{shown}]({table.name}.png)\n")
+    parts += provenance(tables)
     write_results(plan.output_dir / "comparison.json", tables)
     file = plan.output_dir / "comparison.md"
     write_atomically(file, "\n".join(parts))
@@ -53,6 +55,13 @@ def describe(table: Table, cells: Cells) -> str:
         f"The second figure is the lead over {table.baseline} in points with its 95% interval (paired bootstrap over "
         f"seeds and videos); an interval above 0 is bold.{partly}"
     )
+
+
+def provenance(tables: Mapping[str, Cells]) -> list[str]:
+    """Machine, versions and commit that runs were made with, each that occurs in a line; nothing without a run."""
+    runs = [o for cells in tables.values() for cell in cells.values() for o in cell.outcomes.values()]
+    lines = [f"- {made}" for made in sorted({outcome.provenance for outcome in runs})]
+    return ["The runs were made with:\n", *lines, ""] if lines else []
 
 
 def missing_questions(cells: Cells) -> list[str]:
@@ -92,17 +101,19 @@ def category_table(table: Table, cells: Cells) -> str:
     """Change of each category from the start, in points, by arm, under the first kind of feedback."""
     feedback = table.feedback[0]
     arms = [arm for arm in table.arms if (feedback, arm) in cells]
+    if not arms:
+        return ""
     categories = sorted(
         {c for arm in arms for o in cells[feedback, arm].outcomes.values() for c in o.category.values()}
     )
     rows = [
-        [category, *(f"{100 * _category_change(cells[feedback, arm], category):+.1f}" for arm in arms)]
+        [category, *(_category_change(cells[feedback, arm], category) for arm in arms)]
         for category in categories
     ]
     return markdown_table([f"category ({feedback})", *arms], rows) + "\n"
 
 
-def _category_change(cell: Cell, category: str) -> float:
+def _category_change(cell: Cell, category: str) -> str:
     changes = []
     for outcome in cell.outcomes.values():
         names = [
@@ -110,7 +121,7 @@ def _category_change(cell: Cell, category: str) -> float:
         ]
         if names:
             changes.append(_mean(outcome.correct[name] - outcome.start[name] for name in names))
-    return _mean(changes)
+    return f"{100 * _mean(changes):+.1f}" if changes else "–"
 
 
 def cost_table(table: Table, cells: Cells) -> str:
@@ -152,7 +163,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def draw_curves(table: Table, cells: Cells, file: Path) -> None:
-    """Draw validation accuracy against sampled tokens and against time, a row a kind of feedback."""
+    """Draw validation accuracy against sampled tokens and against time, a row a kind of feedback.
+
+    Strong the mean over the seeds as far as all of them went, faint each seed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,7 +179,9 @@ def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
 
     kinds = [f for f in table.feedback if any(key[0] == f for key in cells)]
     figure, axes = pyplot.subplots(len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, sharey="row")
-    colors = {arm: pyplot.get_cmap("tab10")(i % 10) for i, arm in enumerate(table.arms)}
+    palette = pyplot.get_cmap("tab10" if len(table.arms) <= 10 else "tab20")
+    colors = {arm: palette(i % palette.N) for i, arm in enumerate(table.arms)}
+    lines = {}
     for row, feedback in zip(axes, kinds):
         for arm in table.arms:
             cell = cells.get((feedback, arm))
@@ -175,17 +191,20 @@ def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
             if not curves:
                 continue
             steps = min(map(len, curves))
-            points = np.array([curve[:steps] for curve in curves]).mean(0)  # (steps, 4)
-            begun = points[0, 2]
-            for axis, x in ((row[0], points[:, 1] / 1e3), (row[1], points[:, 2] - begun)):
-                axis.plot(x, 100 * points[:, 3], color=colors[arm], label=arm)
+            mean = np.array([curve[:steps] for curve in curves]).mean(0)  # (steps, 4)
+            # A seed that went on behind the shortest is no part of the mean; its own faint line shows it.
+            singles = [np.array(curve) for curve in curves if len(curves) > 1]
+            for points, style in (*((single, {"lw": 0.8, "alpha": 0.3}) for single in singles), (mean, {})):
+                for axis, x in ((row[0], points[:, 1] / 1e3), (row[1], points[:, 2] - points[0, 2])):
+                    [lines[arm]] = axis.plot(x, 100 * points[:, 3], color=colors[arm], **style)
         row[0].set_ylabel(f"{feedback}\nvalidation accuracy (%)")
         row[0].set_xlabel("sampled tokens (thousands)")
         row[1].set_xlabel("seconds of the RL stage")
         for axis in row:
             axis.grid(alpha=0.3)
-    if axes[0][0].get_lines():
-        axes[0][0].legend(fontsize=8, frameon=False)
+    if lines:  # of all rows: an arm need not have finished in the first
+        arms = [arm for arm in table.arms if arm in lines]
+        axes[0][0].legend([lines[arm] for arm in arms], arms, fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     pyplot.close(figure)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlaif_fast.comparison.plan import Plan, Table
+from rlaif_fast.comparison.runs import made_with
 from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report.stats import RESAMPLES, Interval, percentile_interval
@@ -42,6 +43,7 @@ class Outcome:
         oracle_groups: Groups that the oracle was asked to rank.
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
+        provenance: Machine, versions and commit, in words.
         test: Digests of the test rows ("data"), their metadata and their media; what is not known is missing.
     """
 
@@ -54,6 +56,7 @@ class Outcome:
     oracle_groups: float
     seconds: float
     peak_rss_bytes: float
+    provenance: str
     test: Mapping[str, str]
 
     @property
@@ -105,6 +108,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         oracle_groups=groups,
         seconds=summary["seconds"],
         peak_rss_bytes=summary["peak_rss_bytes"],
+        provenance=made_with(summary),
         test={
             kind: known["test"]
             for kind in ("data", "metadata", "media")
@@ -248,6 +252,7 @@ def write_results(file: Path, tables: Mapping[str, Mapping[tuple[str, str], Cell
             "sampled_tokens": {str(seed): outcome.sampled_tokens for seed, outcome in value.outcomes.items()},
             "oracle_groups": {str(seed): outcome.oracle_groups for seed, outcome in value.outcomes.items()},
             "seconds": {str(seed): outcome.seconds for seed, outcome in value.outcomes.items()},
+            "made_with": {str(seed): outcome.provenance for seed, outcome in value.outcomes.items()},
         }
 
     values = {

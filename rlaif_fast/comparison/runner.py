@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from rlaif_fast.cli import parse_config
 from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.outputs import INDEX, write_atomically
@@ -21,6 +22,12 @@ from rlaif_fast.runs.folder import RunDir
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # that a stopped run has to save
+RESUMABLE = (
+    "max_steps",
+    "learning_rate",
+    "sft_learning_rate",
+    "dtype",
+)  # changes of `--resume` that change a result
 PLACES = ("output_dir", "sft", "cache_dir")  # keys that say where something lies, not what it is
 
 
@@ -125,8 +132,31 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
             for key in sorted((made.keys() | now.keys()) - set(PLACES))
             if made.get(key, "unset") != now.get(key, "unset")
         ]
+        changes += _resumed_with(job)
         if changes:
             raise UsageError(f"config: {job.folder} was made with {', '.join(changes)}; {way_out}")
+
+
+def _resumed_with(job: Job) -> list[str]:
+    """What of a run was changed by a command that resumed it by itself, such as a `max_steps` that it raised."""
+    from rlaif_fast.trainer.cached_model import defaults_of
+    from rlaif_fast.trainer.options import TrainConfig
+
+    try:
+        found = yaml.safe_load(RunDir(job.folder).read_config() or "")
+    except (yaml.YAMLError, ValueError):
+        return []  # whoever goes on with the run is told of it
+    if not isinstance(found, dict):
+        return []
+    model = job.values.get("model", TrainConfig.model)
+    under = defaults_of(model, lambda line: None)
+    words = ["--config", str(_config_file(job))]
+    asked = parse_config(TrainConfig, words, prog="rlaif_fast.train", description="", under=under)
+    return [
+        f"{key} {found[key]!r} (now {getattr(asked, key)!r})"
+        for key in RESUMABLE
+        if key in found and found[key] != getattr(asked, key)
+    ]
 
 
 def _config_file(job: Job) -> Path:

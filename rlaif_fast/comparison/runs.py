@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
@@ -96,12 +97,6 @@ def read_result(path: str | Path) -> Result:
     """
     run = RunDir.open(path)
     summary = run.read_summary()
-    versions = ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items())
-    known = (
-        str(summary.get("machine") or ""),
-        versions,
-        f"commit {str(summary.get('git_commit') or 'unknown')[:10]}",
-    )
     if None in (summary.get("sft_accuracy", 0), summary.get("final_accuracy", 0)):
         raise UsageError(f"{path}: no test answer was scored, so there is no accuracy to compare")
     try:
@@ -115,10 +110,20 @@ def read_result(path: str | Path) -> Result:
             questions=sum(row["n"] for row in summary["by_category"].values()),
             seconds=summary["seconds"],
             peak_rss_bytes=summary["peak_rss_bytes"],
-            provenance="; ".join(part for part in known if part),
+            provenance=made_with(summary),
         )
     except KeyError as error:
         raise UsageError(f"{run.summary} has no {error}; make the run again with this version") from error
+
+
+def made_with(summary: Mapping[str, Any]) -> str:
+    """Machine, versions and commit of a run, in words."""
+    known = (
+        str(summary.get("machine") or ""),
+        ", ".join(f"{name} {version}" for name, version in summary.get("versions", {}).items()),
+        f"commit {str(summary.get('git_commit') or 'unknown')[:10]}",
+    )
+    return "; ".join(part for part in known if part)
 
 
 def group_results(results: Sequence[Result]) -> list[Group]:
