@@ -1,4 +1,4 @@
-"""Wilson intervals against published values and their definition; the bootstrap against the exact answer."""
+"""Intervals of a share against published values and how often they hold it; the bootstrap against the exact answer."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlaif_fast.report.stats import paired_bootstrap, wilson_interval
+from rlaif_fast.report.stats import paired_bootstrap, share_interval, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,45 @@ def test_wilson_bounds_are_where_the_share_is_z_standard_errors_away(case):
 def test_wider_confidence_gives_a_wider_interval():
     narrow, wide = wilson_interval(30, 80, 0.8), wilson_interval(30, 80, 0.99)
     assert wide.low < narrow.low and narrow.high < wide.high
+
+
+def test_a_share_of_independent_answers_has_wilsons_interval():
+    right = [1, 1, 0, 1, 0, 1, 1, 0, 1, 1]
+    found, wilson = share_interval(right, range(10)), wilson_interval(7, 10)
+    assert [found.mean, found.low, found.high] == pytest.approx([wilson.mean, wilson.low, wilson.high])
+
+
+def test_answers_of_one_video_count_as_far_as_they_are_independent():
+    right = [1, 1, 0, 1, 0, 1, 1, 0, 1, 1] * 5
+    once = share_interval(right, range(50))
+    repeated = share_interval(np.repeat(right, 8), np.repeat(range(50), 8).tolist())
+    assert [repeated.low, repeated.high] == pytest.approx([once.low, once.high], abs=2e-3)
+    # Nobody knows how far those that are all alike depend on one another: a video counts once.
+    assert share_interval([1] * 40, [n // 4 for n in range(40)]) == wilson_interval(10, 10)
+    assert share_interval([0] * 40, ["a"] * 40) == wilson_interval(0, 1)
+    mixed = share_interval([1, 0] * 20, ["a"] * 40)
+    assert [mixed.low, mixed.high] == pytest.approx(
+        [0.0546, 0.9454], abs=1e-4
+    )  # Wilson's of half an answer of one
+
+
+@pytest.mark.parametrize(("videos", "share"), [(48, 0.5), (10, 0.9), (5, 0.9)])
+def test_the_interval_of_a_share_holds_the_truth_as_often_as_it_says(videos, share):
+    """Four questions a video whose answers go together; without the videos it held it four times of five."""
+    generator, clusters = np.random.default_rng(0), [n // 4 for n in range(4 * videos)]
+    held = held_by_wilson = 0
+    for _ in range(400):
+        chances = generator.beta(
+            share * 7 / 3, (1 - share) * 7 / 3, videos
+        )  # answers of a video correlate by 0.3
+        right = (generator.random((videos, 4)) < chances[:, None]).ravel().astype(int)
+        found, wilson = (
+            share_interval(right.tolist(), clusters),
+            wilson_interval(int(right.sum()), len(right)),
+        )
+        held += found.low <= share <= found.high
+        held_by_wilson += wilson.low <= share <= wilson.high
+    assert held >= 0.93 * 400 > held_by_wilson
 
 
 def test_bootstrap_agrees_with_the_normal_limit():
@@ -81,6 +120,8 @@ def test_bootstrap_depends_on_its_seed_alone():
         (lambda: wilson_interval(1, 2, confidence=1.0), "confidence:"),
         (lambda: paired_bootstrap([], []), "before, after:"),
         (lambda: paired_bootstrap([0, 1], [0, 1], clusters=["a"]), "clusters:"),
+        (lambda: share_interval([], []), "right:"),
+        (lambda: share_interval([0, 1], ["a"]), "clusters:"),
     ],
 )
 def test_wrong_arguments_are_named(call, named):

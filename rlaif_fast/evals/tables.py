@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.evals.records import Record
 from rlaif_fast.outputs import write_atomically
-from rlaif_fast.report.stats import Interval, left_out, most_asked, paired_bootstrap
+from rlaif_fast.report.stats import Interval, left_out, most_asked, paired_bootstrap, share_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ class Line:
         value: The value.
         n: Questions.
         unanswered: Those that could not be asked; they count as wrong.
-        accuracy: Share of right answers and its 95% interval, whole videos drawn.
+        accuracy: Share of right answers and its 95% interval; answers about one video are not independent.
         judged: Answers that a judge graded.
         judge_accuracy: Share of those it said yes to; None where it graded none. A question for the judge that could
             not be asked counts as a no.
@@ -117,7 +117,7 @@ def _line(
         value=value,
         n=len(part),
         unanswered=sum(record.prediction is None for record in part),
-        accuracy=paired_bootstrap([0.0] * len(part), right, clusters=videos),
+        accuracy=share_interval(right, videos),
         judged=len(graded),
         judge_accuracy=sum(bool(r.pred) for r in graded) / counted if graded else None,
         judge_score=sum(r.score or 0 for r in graded) / counted if graded else None,

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlaif_fast.report.figures import Score
 from rlaif_fast.report.gallery import media_of
-from rlaif_fast.report.stats import left_out, most_asked, paired_bootstrap, wilson_interval
+from rlaif_fast.report.stats import left_out, most_asked, paired_bootstrap, share_interval
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 
@@ -81,14 +81,13 @@ def scored_pairs(run_dir: RunDir) -> list[Pair]:
 def _score(name: str, pairs: Sequence[Pair]) -> Score:
     old = [bool(before["correct"]) for before, _ in pairs]
     new = [bool(after["correct"]) for _, after in pairs]
+    # Questions about one clip are not independent.
+    clips = [media_of(after) or after["example_id"] for _, after in pairs]
     return Score(
         name=name,
         n=len(pairs),
-        before=wilson_interval(sum(old), len(old)),
-        after=wilson_interval(sum(new), len(new)),
-        # Questions about one clip are not independent: whole clips are drawn.
-        change=paired_bootstrap(
-            old, new, clusters=[media_of(after) or after["example_id"] for _, after in pairs]
-        ),
+        before=share_interval(old, clips),
+        after=share_interval(new, clips),
+        change=paired_bootstrap(old, new, clusters=clips),
         chance=float(np.mean([after["chance"] for _, after in pairs])),
     )

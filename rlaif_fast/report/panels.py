@@ -86,7 +86,8 @@ def learning_panels(
         (
             accuracy,
             "Validation accuracy",
-            "Greedy answers to held-out questions as RL goes on; the band is the 95% interval.",
+            "Greedy answers to held-out questions as RL goes on; the band is the 95% interval, were all of "
+            "them independent.",
         ),
         (
             wins,

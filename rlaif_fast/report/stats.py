@@ -44,8 +44,38 @@ def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> Int
         raise ValueError(f"correct: expected 0 to n = {n}, got {correct}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
+    return _wilson(correct / n, n, confidence)
+
+
+def share_interval(right: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
+    """Return the share of right answers and its 95% interval, where answers about one video are not independent.
+
+    It is Wilson's of as many independent answers as would vary as much. Where every answer is right, or none, nothing
+    tells how far those of a video agree, and each video counts as one.
+
+    Args:
+        right: 1 or 0 of each example, at least one.
+        clusters: What each example belongs to, such as its video.
+
+    Source: L. Kish, "Survey sampling", 1965 (the design effect); E. L. Korn and B. I. Graubard, "Confidence intervals
+    for proportions with small expected number of positive counts estimated from survey data", 1998.
+    """
+    scores = np.asarray(right, dtype=np.float64)
+    if scores.ndim != 1 or scores.size == 0:
+        raise ValueError(f"right: expected a list of length >= 1, got shape {scores.shape}")
+    index = _numbered(clusters, len(scores))
+    sums, sizes = np.bincount(index, weights=scores), np.bincount(index)
+    n, videos, share = len(scores), len(sizes), float(scores.mean())
+    independent = float(videos)
+    if videos > 1 and 0 < share < 1:
+        between = ((sums - share * sizes) ** 2).sum() * videos / (videos - 1)
+        within = n * share * (1 - share) * n / (n - 1)  # what it is of independent answers
+        independent = min(n, n * within / between) if between > 0 else n
+    return _wilson(share, independent, CONFIDENCE)
+
+
+def _wilson(share: float, n: float, confidence: float) -> Interval:
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     # At the ends the bound is exactly the share; rounding must not push it across.
@@ -71,13 +101,7 @@ def paired_bootstrap(
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if change.ndim != 1 or change.size == 0:
         raise ValueError(f"before, after: expected two lists of one length >= 1, got shape {change.shape}")
-    if clusters is None:
-        index = np.arange(len(change))
-    else:
-        if len(clusters) != len(change):
-            raise ValueError(f"clusters: expected {len(change)} entries, got {len(clusters)}")
-        number: dict[Hashable, int] = {}
-        index = np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
+    index = np.arange(len(change)) if clusters is None else _numbered(clusters, len(change))
     sums, sizes = np.bincount(index, weights=change), np.bincount(index)
     generator = np.random.default_rng(seed)
     means: list[np.ndarray] = []
@@ -86,6 +110,14 @@ def paired_bootstrap(
         drawn = generator.integers(len(sums), size=(min(at_once, RESAMPLES - start), len(sums)))
         means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     return percentile_interval(float(change.mean()), np.concatenate(means))
+
+
+def _numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:  # (n,)
+    """The number of the cluster of each of n examples, in the order in which the clusters come."""
+    if len(clusters) != n:
+        raise ValueError(f"clusters: expected {n} entries, got {len(clusters)}")
+    number: dict[Hashable, int] = {}
+    return np.array([number.setdefault(cluster, len(number)) for cluster in clusters])
 
 
 def percentile_interval(mean: float, draws: np.ndarray) -> Interval:
