@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rlaif_fast import evaluate
@@ -28,7 +30,7 @@ from rlaif_fast.evals.grading import RankingGrader, grade_answers, make_grader
 from rlaif_fast.evals.identity import asked_digest, model_digest
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.evals.records import EvalFolder, Record, read_records
-from rlaif_fast.evals.tables import as_text, table_of, write_tables
+from rlaif_fast.evals.tables import as_text, draw_bars, table_of, write_tables
 from rlaif_fast.oracle import RankRequest, build_oracle
 from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
@@ -786,6 +788,17 @@ def record(number, video, correct, **groups):
     return Record(
         str(number), video, {"task type": "counting", **groups}, "q", "A", "A" if correct else "B", correct
     )
+
+
+def test_the_legend_of_the_bars_hides_none_of_them():
+    records = [record(number, f"v{number}", True) for number in range(20)]
+    figure = Figure(figsize=(9, 2), layout="constrained")
+    axes = figure.subplots()
+    draw_bars(axes, table_of(records, records))
+    FigureCanvasAgg(figure).draw()
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["before", "after"]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent().padded(-1))
 
 
 def test_the_table_counts_what_could_not_be_asked():

@@ -179,7 +179,9 @@ def write_tables(folder: Path, lines: Sequence[Line], records: Sequence[Record],
 
         title, drawn = title + left_out(lines, "rows"), most_asked(lines)
         to_png(
-            folder / "accuracy.png", [(title, lambda axes: _bars(axes, drawn))], (WIDE, 70 + 26 * len(drawn))
+            folder / "accuracy.png",
+            [(title, lambda axes: draw_bars(axes, drawn))],
+            (WIDE, 70 + 26 * len(drawn)),
         )
 
 
@@ -203,7 +205,8 @@ def _flat(line: Line) -> dict[str, str | int | float | None]:
     }
 
 
-def _bars(axes: Axes, lines: Sequence[Line]) -> None:
+def draw_bars(axes: Axes, lines: Sequence[Line]) -> None:
+    """Accuracy of each line with its interval, and that of another evaluation beside it where there is one."""
     from rlaif_fast.report.figures import AFTER, BEFORE, INK
 
     compared = lines[0].before is not None
@@ -223,4 +226,6 @@ def _bars(axes: Axes, lines: Sequence[Line]) -> None:
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     if compared:
         handles = [axes.barh([0], [0], color=color) for color in (BEFORE, AFTER)]
-        axes.legend(handles, ["before", "after"], loc="lower right", frameon=False)
+        # Above the bars, which may reach to the right everywhere.
+        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
+        axes.legend(handles, ["before", "after"], frameon=False, **place)
