@@ -12,7 +12,14 @@ import yaml
 
 from rlaif_fast.compare import main
 from rlaif_fast.comparison.plan import read_plan
-from rlaif_fast.comparison.report import accuracy_table, category_table, draw_curves, write_report
+from rlaif_fast.comparison.report import (
+    COVERAGE,
+    accuracy_table,
+    category_table,
+    describe,
+    draw_curves,
+    write_report,
+)
 from rlaif_fast.comparison.results import Cell, gain, read_outcome, read_table, two_level_bootstrap
 from rlaif_fast.comparison.runner import refuse_changed
 from rlaif_fast.errors import UsageError
@@ -298,6 +305,30 @@ def test_the_curves_show_every_arm_and_every_seed_to_its_end(tmp_path, monkeypat
     assert [each.get_alpha() for each in time.get_lines()] == [0.3, 0.3, None]
     assert time.get_lines()[1].get_xdata().tolist() == [0.0, 1.0, 2.0, 3.0]
     pyplot.close(figure)
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 5])
+def test_a_table_says_how_far_few_seeds_can_be_trusted(tmp_path, seeds):
+    """A lead of a few seeds that all point one way is bold, and was called one of 95%."""
+    named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}
+    plan = read_plan(write_config(tmp_path, arms=named, tables={"main": MAIN | {"arms": [*named]}}))
+    one = finished_run(tmp_path / "run", [], "a.mp4")
+    runs = dict.fromkeys(range(seeds), one)
+    cells = {
+        ("exact", "grpo"): Cell(runs | {9: one}, gain([one]), None),
+        ("exact", "ranks"): Cell(runs, gain([one]), gain([one])),
+    }
+    said = describe(plan.tables[0], cells)
+    if seeds == 1:
+        assert "An interval of one seed knows nothing of the spread between seeds." in said
+        return
+    rng, held = np.random.default_rng(1), 0
+    for lead in rng.normal(size=(300, seeds)):
+        interval = two_level_bootstrap([np.array([[value, 1.0]]) for value in lead])
+        held += interval.low <= 0 <= interval.high
+    assert held / 300 == pytest.approx(COVERAGE[seeds], abs=0.06)
+    assert f"over {seeds} seeds is too narrow: at worst it holds the truth {COVERAGE[seeds]:.0%} of" in said
+    assert "too narrow" not in describe(plan.tables[0], {("exact", "grpo"): cells["exact", "grpo"]})
 
 
 def test_a_category_that_an_arm_was_not_asked_is_a_dash(tmp_path):

@@ -227,5 +227,7 @@ def draw_bars(axes: Axes, lines: Sequence[Line]) -> None:
     if compared:
         handles = [axes.barh([0], [0], color=color) for color in (BEFORE, AFTER)]
         # Above the bars, which may reach to the right everywhere.
-        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2}
-        axes.legend(handles, ["before", "after"], frameon=False, **place)
+        corner = (1.0, 1.0)
+        axes.legend(
+            handles, ["before", "after"], loc="lower right", bbox_to_anchor=corner, ncols=2, frameon=False
+        )
