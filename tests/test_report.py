@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rlaif_fast.data.schema import Example
@@ -615,6 +616,9 @@ def test_the_step_marked_is_that_of_the_checkpoint_that_was_kept():
         record["win_rate"] = win_rate
     accuracy, wins = learning_panels(metrics, metric="oracle")
     assert (accuracy.marked_step, wins.marked_step, wins.title) == (10, 10, "Validation win rate")
+    axes = Figure().subplots()
+    figures.learning_curve(accuracy)(axes)  # whose best is another step
+    assert [text.get_text() for text in axes.texts] == ["kept"]
     assert wins.curves[0].steps.tolist() == [0, 10, 20]
     assert wins.curves[0].values.tolist() == [0.5, 0.75, 0.5]
     worse = [metrics[0], *({**record, "win_rate": 0.25} for record in metrics[1:])]
@@ -631,6 +635,20 @@ def test_a_run_whose_last_checkpoint_is_kept_is_not_said_to_be_its_start(tmp_pat
     assert "before and after are one policy" in kept and "ppo_rm, 8 responses a group" in kept
     last = Page(write_report(run, summary=summary | {"metric_for_best_model": "none"}).read_text()).text
     assert "before and after are one policy" not in last
+
+
+def test_a_win_rate_has_an_interval_over_clips(tmp_path):
+    """A share of a handful of answers stood alone, as if it were exact."""
+    run = RunDir.create(tmp_path)
+    rows = [
+        {"example_id": str(n), "category": "a", "video": f"v{n // 2}", "correct": None, "win": float(n < 6)}
+        for n in range(8)
+    ]
+    write_jsonl(run.predictions("final"), rows)
+    summary = accuracy_summary(run)
+    assert summary["win_rate"] == 0.75
+    text = Page(write_report(run, summary=summary).read_text()).text
+    assert "75.0% [27.7%, 95.9%]" in text  # of four clips
 
 
 def test_smoothing_keeps_constants_lengths_and_means():

@@ -90,7 +90,7 @@ class Panel:
         xlabel: What a step is.
         points: Whether the values are few and exact, so that each is marked; else they are smoothed.
         percent: Whether the values are shares.
-        marked_step: A step to point out, the best one.
+        marked_step: A step to point out, that of the checkpoint that was kept.
         wide: Whether it takes the place of two panels.
     """
 
@@ -333,7 +333,7 @@ def learning_curve(panel: Panel) -> Draw:
             steps = panel.curves[0].steps
             early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # the word goes where room is
             axes.annotate(
-                "best",
+                "kept",
                 (panel.marked_step, 0.02),
                 xycoords=("data", "axes fraction"),
                 xytext=(4 if early else -4, 2),

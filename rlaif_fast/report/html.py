@@ -24,8 +24,9 @@ from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report import figures
 from rlaif_fast.report.before_after import Comparison, compare_predictions
 from rlaif_fast.report.figures import HALF, NARROW, WIDE, Draw, Panel, duration
-from rlaif_fast.report.gallery import STRIP_FRAMES, gallery
+from rlaif_fast.report.gallery import STRIP_FRAMES, gallery, media_of
 from rlaif_fast.report.panels import learning_panels
+from rlaif_fast.report.stats import share_interval
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
 
@@ -81,7 +82,9 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     """What was run, on what and for how long, as far as it is known."""
     facts = []
     if "win_rate" in summary:
-        facts.append(("test answers ranked above the start's, ties half", f"{summary['win_rate']:.1%}"))
+        facts.append(
+            ("test answers ranked above the start's, ties half", _win_rate(run_dir, summary["win_rate"]))
+        )
     if "seconds" in summary:
         facts.append(("wall-clock time", duration(summary["seconds"])))
     if "peak_rss_bytes" in summary:
@@ -100,6 +103,16 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     if summary.get("git_commit"):
         facts.append(("code", str(summary["git_commit"])[:10]))
     return facts
+
+
+def _win_rate(run_dir: RunDir, share: float) -> str:
+    """The share with its 95% interval; questions about one clip are not independent."""
+    rows = [row for row in read_jsonl(run_dir.predictions("final")) if "win" in row]
+    if not rows:
+        return f"{share:.1%}"
+    clips = [media_of(row) or row["example_id"] for row in rows]
+    interval = share_interval([row["win"] for row in rows], clips)
+    return f"{share:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def _svg(draw: Callable[[bool], Draw], label: str, wide_size: tuple[int, int], narrow_height: int) -> Markup:

@@ -54,7 +54,7 @@ def share_interval(right: Sequence[float], clusters: Sequence[Hashable]) -> Inte
     tells how far those of a video agree, and each video counts as one.
 
     Args:
-        right: 1 or 0 of each example, at least one.
+        right: 1 or 0 of each example, at least one; between them for a tie.
         clusters: What each example belongs to, such as its video.
 
     Source: L. Kish, "Survey sampling", 1965 (the design effect); E. L. Korn and B. I. Graubard, "Confidence intervals
