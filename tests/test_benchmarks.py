@@ -835,6 +835,7 @@ def test_the_table_by_hand():
     low, high = lines["all", "all"].change.low, lines["all", "all"].change.high
     assert low < 5 / 9 < high and low == pytest.approx(1 / 3) and high == pytest.approx(2 / 3)
     assert "duration" in as_text(list(lines.values()))
+    assert as_text(list(lines.values())).splitlines()[-2].endswith("+66.7            none")  # of one video
     with pytest.raises(UsageError, match="same questions"):
         table_of(records, before[1:])
     with pytest.raises(

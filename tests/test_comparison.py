@@ -331,6 +331,19 @@ def test_a_table_says_how_far_few_seeds_can_be_trusted(tmp_path, seeds):
     assert "too narrow" not in describe(plan.tables[0], {("exact", "grpo"): cells["exact", "grpo"]})
 
 
+def test_a_lead_of_one_video_has_no_interval_and_is_not_bold(tmp_path):
+    named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}
+    plan = read_plan(write_config(tmp_path, arms=named, tables={"main": MAIN | {"arms": [*named]}}))
+    for arm in named:
+        finished_run(plan.arm_folder(1, "exact", arm), [], "a.mp4")
+    run = RunDir(plan.arm_folder(1, "exact", "ranks"))
+    right = [row | {"correct": True} for row in read_jsonl(run.predictions("final"))]
+    write_jsonl(run.predictions("final"), right)
+    run.write_summary(run.read_summary())
+    table = accuracy_table(plan.tables[0], read_table(plan, plan.tables[0]))
+    assert "| ranks | 100.0% (+50.0, no interval) |" in table
+
+
 def test_a_category_that_an_arm_was_not_asked_is_a_dash(tmp_path):
     """Its mean over no seed was +nan; and where an arm has finished under another kind of feedback alone, no head."""
     named = {"grpo": {"algorithm": "grpo"}, "ranks": {"algorithm": "grpo_rank"}}

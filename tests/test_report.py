@@ -637,6 +637,19 @@ def test_a_run_whose_last_checkpoint_is_kept_is_not_said_to_be_its_start(tmp_pat
     assert "before and after are one policy" not in last
 
 
+def test_clips_that_all_changed_alike_have_no_interval(tmp_path):
+    """Of a handful of questions that nothing changed in, +0.0 to +0.0 was called an interval of 95%."""
+    run = RunDir.create(tmp_path)
+    for phase in ("sft", "final"):
+        rows = [{"example_id": str(n), "category": "a", "video": f"v{n}", "chance": 0.2} for n in range(4)]
+        write_jsonl(run.predictions(phase), [row | {"correct": False} for row in rows])
+    text = " ".join(Page(write_report(run).read_text()).text.split())
+    assert "No interval, since every clip changed alike, on 4 held-out questions" in text
+    axes = Figure().subplots()
+    figures.categories(compare_predictions(run).drawn)(axes)
+    assert {each.get_text() for each in axes.texts} == {"+0.0", "points"}
+
+
 def test_a_win_rate_has_an_interval_over_clips(tmp_path):
     """A share of a handful of answers stood alone, as if it were exact."""
     run = RunDir.create(tmp_path)

@@ -171,11 +171,13 @@ def _cell(cell: Cell, seeds: int) -> str:
         text += f", {len(cell.outcomes)} of {seeds} seeds"
     if cell.ahead is not None:
         lead = _points(cell.ahead)
-        text += f" ({f'**{lead}**' if cell.ahead.low > 0 else lead})"
+        text += f" ({f'**{lead}**' if cell.ahead.low > 0 and not cell.ahead.is_point else lead})"
     return text
 
 
 def _points(interval: Interval) -> str:
+    if interval.is_point:
+        return f"{100 * interval.mean:+.1f}, no interval"
     return f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 

@@ -150,7 +150,8 @@ def as_text(lines: Sequence[Line]) -> str:
             cells += [f"{line.judge_accuracy:.1%}", f"{line.judge_score:.2f}"] if graded else ["", ""]
         if compared and line.change is not None:
             low, high = 100 * line.change.low, 100 * line.change.high
-            cells += [f"{line.before:.1%}", f"{100 * line.change.mean:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+            ends = "none" if line.change.is_point else f"{low:+.1f} to {high:+.1f}"
+            cells += [f"{line.before:.1%}", f"{100 * line.change.mean:+.1f}", ends]
         rows.append(cells)
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     texts = []

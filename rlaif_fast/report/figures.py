@@ -255,7 +255,7 @@ def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
                 fontsize=11,
                 fontweight="bold",
             )
-            if not narrow:
+            if not narrow and not score.change.is_point:
                 axes.text(
                     1.115,
                     y,

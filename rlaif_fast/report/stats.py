@@ -24,6 +24,11 @@ class Interval:
     low: float
     high: float
 
+    @property
+    def is_point(self) -> bool:
+        """Whether the ends meet: a bootstrap of examples that all changed alike, or of one video, tells nothing."""
+        return self.low == self.high
+
 
 def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> Interval:
     """Return the Wilson score interval of a share.
