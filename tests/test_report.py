@@ -660,8 +660,9 @@ def test_a_win_rate_has_an_interval_over_clips(tmp_path):
     write_jsonl(run.predictions("final"), rows)
     summary = accuracy_summary(run)
     assert summary["win_rate"] == 0.75
-    text = Page(write_report(run, summary=summary).read_text()).text
-    assert "75.0% [27.7%, 95.9%]" in text  # of four clips
+    page = write_report(run, summary=summary).read_text()
+    assert "<dd>75.0%</dd>" in page
+    assert "<dt>their 95% interval</dt><dd>27.7% to 95.9%</dd>" in page  # of four clips
 
 
 def test_smoothing_keeps_constants_lengths_and_means():

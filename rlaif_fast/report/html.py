@@ -82,9 +82,8 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     """What was run, on what and for how long, as far as it is known."""
     facts = []
     if "win_rate" in summary:
-        facts.append(
-            ("test answers ranked above the start's, ties half", _win_rate(run_dir, summary["win_rate"]))
-        )
+        facts.append(("test answers ranked above the start's, ties half", f"{summary['win_rate']:.1%}"))
+        facts += _win_interval(run_dir)
     if "seconds" in summary:
         facts.append(("wall-clock time", duration(summary["seconds"])))
     if "peak_rss_bytes" in summary:
@@ -105,14 +104,13 @@ def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]
     return facts
 
 
-def _win_rate(run_dir: RunDir, share: float) -> str:
-    """The share with its 95% interval; questions about one clip are not independent."""
+def _win_interval(run_dir: RunDir) -> list[tuple[str, str]]:
+    """The 95% interval of the win rate; questions about one clip are not independent."""
     rows = [row for row in read_jsonl(run_dir.predictions("final")) if "win" in row]
     if not rows:
-        return f"{share:.1%}"
-    clips = [media_of(row) or row["example_id"] for row in rows]
-    interval = share_interval([row["win"] for row in rows], clips)
-    return f"{share:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+        return []
+    found = share_interval([row["win"] for row in rows], [media_of(row) or row["example_id"] for row in rows])
+    return [("their 95% interval", f"{found.low:.1%} to {found.high:.1%}")]
 
 
 def _svg(draw: Callable[[bool], Draw], label: str, wide_size: tuple[int, int], narrow_height: int) -> Markup:
