@@ -97,7 +97,7 @@ def make_policy(case: Case) -> Policy:
         policy.vision.tower.requires_grad_(False)
     if case.family == "glm4v_moe" and case.dtype == torch.bfloat16:  # as its checkpoints are read
         for name, parameter in model.named_parameters():
-            if ROUTER in name:
+            if ROUTER.search(name):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(False)
     if case.recompute:

@@ -180,6 +180,15 @@ def run_in_notebook(call):
         loop.close()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, as at a terminal: a process that was started in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("run", [lambda call: call(), run_in_notebook], ids=["script", "notebook"])
 def test_what_an_interrupted_judge_gave_is_kept(tmp_path, run):
     """The third group hangs, and the user ends the run."""
