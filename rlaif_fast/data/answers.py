@@ -79,6 +79,26 @@ def _from_question(question: str, answer: str | None) -> tuple[str, list[str], s
     return "\n".join([*lines[:first], *rest]).strip(), inside, letter
 
 
+def contradict(answer: str, solution: str, options: Any) -> bool:
+    """Whether a row's answer and its solution certainly name different things.
+
+    A solution that is neither an `<answer>` block nor an option may be a derivation, and contradicts nothing.
+    """
+    block = _ANSWER.search(solution) is not None
+    first, second = (split_target(text, "answer")[0] or "" for text in (answer, solution))
+    if isinstance(options, list) and all(isinstance(option, str) for option in options):
+        texts = unlabelled(options)
+        if not block and _plain(second) not in map(_plain, [*option_letters(len(texts)), *texts, *options]):
+            return False
+        letters = [
+            letter_of(text, texts, labelled=texts != [option.strip() for option in options])
+            for text in (first, second)
+        ]
+        return None not in letters and letters[0] != letters[1]
+    here, there = _plain(first), _plain(second)
+    return block and here not in there and there not in here
+
+
 def label_of(option: str) -> str | None:
     """The label before an option's text."""
     match = _LABEL.match(option)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif_fast.data.answers import settle_options, split_target
+from rlaif_fast.data.answers import contradict, settle_options, split_target
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import CUT_KEYS, MEDIA_KEYS, Medium, read_medium, row_cut, row_media
@@ -69,7 +69,9 @@ def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
     row = unfold(row)
     for key, (name, reader) in FORMATS.items():
         if row.get(key) is not None:
-            return name, [_finish(fields, row, scored) for fields in reader(row)]
+            questions = reader(row)
+            _give_answer(questions, row)
+            return name, [_finish(fields, row, scored) for fields in questions]
     known = [*FORMATS, *sorted(_COMMON)]
     hints = [
         f"{key!r} (did you mean {near[0]!r}?)"
@@ -88,11 +90,11 @@ def _nearest(key: str, known: list[str]) -> list[str]:
 
 
 def _native(row: Row) -> list[Fields]:
-    return [Fields(_text(row, "question"), _optional_text(row, "answer" if "answer" in row else "solution"))]
+    return [Fields(_text(row, "question"))]
 
 
 def _video_r1(row: Row) -> list[Fields]:
-    fields = Fields(_text(row, "problem"), _optional_text(row, "solution"))
+    fields = Fields(_text(row, "problem"))
     if row.get("path") is not None:
         kind = row.get("data_type", "video")
         if kind not in ("video", "image"):
@@ -122,7 +124,7 @@ def _llava(row: Row) -> list[Fields]:
         role, value = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         if not isinstance(role, str) or role not in roles:
             raise RowError(f"conversations: unknown 'from' {role!r:.60}; use 'human' and 'gpt'")
-        turns.append({"role": roles[role], "content": value})
+        turns.append({**turn, "role": roles[role], "content": value})
     return _dialogue(turns, "conversations", row)
 
 
@@ -131,7 +133,7 @@ def _messages(row: Row) -> list[Fields]:
 
 
 def _prompt_completion(row: Row) -> list[Fields]:
-    prompt, completion = row["prompt"], row.get("completion", row.get("solution"))
+    prompt, completion = row["prompt"], row.get("completion")
     if isinstance(prompt, str):
         return [Fields(_text(row, "prompt"), completion if completion is None else _flat(completion))]
     found = _dialogue(_list(row, "prompt"), "prompt", row)
@@ -151,6 +153,11 @@ FORMATS: dict[str, tuple[str, Callable[[Row], list[Fields]]]] = {
     "prompt": ("prompt and completion", _prompt_completion),
 }
 _OWN = {*FORMATS, "solution", "completion", "response", "history", "path", "data_type"}
+# keys of a turn that change what is learned from it
+_UNREAD_IN_TURNS = (
+    *("weight", "loss", "loss_scale", "prefix", "tool_calls", "function_call"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
 TEXT_KEYS = _COMMON | _OWN - {"path"}  # beside which a key that holds a file's name names media
 
 
@@ -164,7 +171,11 @@ def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
             raise RowError(f"{key}: expected objects with 'role' and 'content', got {turn!r:.60}")
         role, content = turn["role"], turn.get("content")
         if role == "system":
+            if system is not None:
+                raise RowError(f"{key}: two system turns; join them into one")
             system = _flat(content)
+            if row.get("system") not in (None, system):
+                raise RowError(f"{key}: its system turn is not the row's `system`; leave one of the two out")
         elif role == "user":
             if found and found[-1].answer is None:
                 raise RowError(f"{key}: two user turns without an answer between them")
@@ -172,7 +183,7 @@ def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
         elif role == "assistant":
             if not found or found[-1].answer is not None:
                 raise RowError(f"{key}: an assistant turn without a user turn before it")
-            found[-1].answer = _flat(content)
+            found[-1].answer = _said(turn)
         else:
             raise RowError(f"{key}: unknown role {role!r:.60}; use 'system', 'user' and 'assistant'")
     if not found:
@@ -214,11 +225,38 @@ def _flat(content: Any) -> str:
         return content
     if isinstance(content, list) and content and all(isinstance(part, Mapping) for part in content):
         if len(content) == 1 and "role" in content[0]:
-            return _flat(content[0].get("content"))
+            return _said(content[0])
         texts = [part.get("text") for part in content]
         if all(isinstance(text, str) for text in texts):
             return "\n".join(texts)  # type: ignore[arg-type]
     raise RowError(f"expected a text, got {content!r:.60}")
+
+
+def _said(turn: Mapping[str, Any]) -> str:
+    """What a turn that is learned from says."""
+    for key in _UNREAD_IN_TURNS:
+        if turn.get(key) not in (None, "", [], {}, 1):  # a weight of 1 is what every turn has
+            raise RowError(
+                f"{key}: of a turn it is not used; leave it out, or write what it says into the text"
+            )
+    return _flat(turn.get("content"))
+
+
+def _give_answer(found: list[Fields], row: Row) -> None:
+    """Give the last question the answer that the row names beside its turns."""
+    for key in ("label", "kto_tag"):
+        if row.get(key) is False and found[-1].answer is not None:
+            raise RowError(f"{key}: false marks a response that is not wanted; leave the row out")
+    told, solution = (_optional_text(row, key) for key in ("answer", "solution"))
+    if told and solution and contradict(told, solution, row.get("options")):
+        raise RowError(f"answer: {told!r:.60} is not what `solution` says; leave one of the two out")
+    last = found[-1]
+    if len(found) > 1:
+        if row.get("options"):
+            raise RowError(f"options: the row asks {len(found)} questions; give each a row of its own")
+        if told and last.answer is not None and told.strip() != last.answer.strip():
+            raise RowError(f"answer: the row asks {len(found)} questions that its turns answer; leave it out")
+    last.answer = told or last.answer or solution
 
 
 def _finish(fields: Fields, row: Row, scored: str) -> Fields:
@@ -230,9 +268,7 @@ def _finish(fields: Fields, row: Row, scored: str) -> Fields:
     if not named and not fields.media and (video := named_video(row)) is not None:
         named = [video]
     fields.media += named
-    place_media(fields)
-    if row.get("answer") is not None:
-        fields.answer = _optional_text(row, "answer")
+    place_media(fields, row)
     if row.get("system") is not None:
         fields.system = _text(row, "system")
     fields.id = id_of(row)
@@ -260,10 +296,11 @@ def _finish(fields: Fields, row: Row, scored: str) -> Fields:
     return fields
 
 
-def place_media(fields: Fields) -> None:
+def place_media(fields: Fields, row: Row) -> None:
     """Put the media into the order of the question's <video> and <image> tags, and split the question at them.
 
-    Where a row has no picture, <image> means its video (LLaVA-Video-178K), and the other way round.
+    What the row says of its media holds for those named in a tag too. Where a row has no picture, <image> means its
+    video (LLaVA-Video-178K), and the other way round.
     """
     waiting = {
         kind: [medium for medium in fields.media if medium.kind == kind] for kind in ("video", "image")
@@ -280,7 +317,7 @@ def place_media(fields: Fields) -> None:
         pieces.append(fields.question[at : match.start()])
         at = match.end()
         if inner:  # <video>path</video>
-            tagged.append(read_medium(inner.strip(), kind, kind))
+            tagged.append(read_medium(inner.strip(), kind, kind, row_cut(row, kind)))
             continue
         kind = stands_for[kind]
         if used[kind] >= len(waiting[kind]):

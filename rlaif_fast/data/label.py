@@ -24,7 +24,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
     """Write the rows of `file` that have a prediction, with it as their `answer`.
 
     What describes the reference answer does not go with it: `metadata.form` where the prediction does not match it, and
-    `process`, the reasoning before it.
+    `process` and `solution`, the reasoning before it.
 
     Args:
         file: JSONL in the native format, one question a row; media are named by `video(s)` and `image(s)`.
@@ -95,7 +95,10 @@ def _answered(file: Path, number: int, row: Mapping[str, Any], text: str) -> dic
     """
     try:
         answered = dict(
-            unfold({key: value for key, value in row.items() if key != "process"} | {"answer": None})
+            unfold(
+                {key: value for key, value in row.items() if key not in ("process", "solution")}
+                | {"answer": None}
+            )
         )
         options = settle_options(answered["question"], None, answered.get("options"))[1]
     except RowError as error:

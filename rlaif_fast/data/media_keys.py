@@ -144,6 +144,10 @@ def row_media(row: Mapping[str, Any]) -> list[Medium]:
         if key == "video" and isinstance(value, list) and value and all(map(_is_frame, value)):
             found.append(read_medium(value, kind, key, default))  # one video as its frames
             continue
+        if key == "videos" and isinstance(value, list) and len(value) > 1 and all(map(_is_still, value)):
+            raise RowError(
+                f"videos: {value[0]!r:.60} is a picture; give the frames of a video as a list in the list"
+            )
         for item in value if isinstance(value, list) else [value]:
             found.append(read_medium(item, kind, key, default))
     return found
@@ -153,6 +157,11 @@ def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
     """What the keys of a row itself say of all its media of one kind."""
     names = CUT_KEYS if kind == "video" else OF_IMAGES
     return read_cut({key: row.get(key) for key in names}, kind)
+
+
+def _is_still(value: Any) -> bool:
+    """Whether an item is a picture that does not move."""
+    return _is_frame(value) and not value.casefold().endswith((".gif", ".webp"))
 
 
 def _is_frame(value: Any) -> bool:

@@ -37,8 +37,13 @@ def unfold(row: Row) -> Row:
     if isinstance(model, Mapping) and model.get("ground_truth") is not None:  # verl
         changed.setdefault("answer", model["ground_truth"])
     if changed.get("options") is None:
-        listed = next((key for key in ("candidates", "choices") if _are_texts(row.get(key))), None)
+        listed = next((key for key in ("candidates", "choices") if row.get(key)), None)
         if listed is not None:
+            if not _are_texts(row[listed]):
+                raise RowError(
+                    f"{listed}: expected a list of two or more texts, or letters with their texts, got "
+                    f"{row[listed]!r:.60}; what is no option belongs into 'metadata'"
+                )
             changed["options"] = changed.pop(listed)
     options = changed.get("options")
     if isinstance(options, Mapping):

@@ -131,10 +131,12 @@ def read_report(
                     raise RowError(_no_answer(row))
                 id_ = fields.id or f"{path.stem}:{line}"
                 id_ += f"#{turn + 1}" if len(found) > 1 else ""
-                if id_ in lines_of and name == "native":
+                if id_ in lines_of and name == "native" and fields.id is not None:
                     raise RowError(f"id {id_!r} is that of line {lines_of[id_]} too; ids must be unique")
                 if id_ in lines_of:
-                    id_, renamed = f"{id_}@{line}", renamed + 1
+                    # a JSON array may have all of its rows on one line
+                    names = (f"{id_}@{line}", f"{id_}@{line}.{report.rows}")
+                    id_, renamed = next(new for new in names if new not in lines_of), renamed + 1
                 examples.append(_example(fields, id_, media, f"{path}:{line}"))
         except RowError as error:
             report.errors.append(printable(f"{path}:{line}: {error}"))

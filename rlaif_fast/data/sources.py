@@ -145,6 +145,11 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
             at += 1
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
+            if text[at + 1 :].strip():
+                yield (
+                    line,
+                    RowError(f"the array ends and {text[at + 1 :].strip()!r:.40} follows; it is not read"),
+                )
             return
         found = _guarded(_DECODER.raw_decode, text, at)
         if isinstance(found, RowError):

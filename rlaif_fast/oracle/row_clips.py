@@ -49,7 +49,7 @@ class RowClips:
                 media = [video]
             fields = Fields(row["question"], media=media)
             refuse_mistyped_media(dict(row), [fields])
-            place_media(fields)
+            place_media(fields, row)
             return tuple(map(self._files.resolve, fields.media))
         except RowError as error:
             raise UsageError(f"{where}: {error}") from None
