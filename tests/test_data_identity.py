@@ -125,6 +125,35 @@ def test_other_files_of_the_same_size_are_other_media(folder):
     assert len(loaded.rl) == 3
 
 
+def frames_of(folder, name, *pictures):
+    (folder / "media" / name).mkdir()
+    for number, picture in enumerate(pictures):
+        (folder / "media" / name / f"{number}.jpg").write_text(picture)
+    return name
+
+
+def test_videos_of_frames_that_begin_black_are_other_videos(folder):
+    """Yet a copy of all frames is the same video, and so is one that shares files with it."""
+    names = [frames_of(folder, f"frames{i}", "black", f"shows {i:02}", "black") for i in range(6)]
+    part = ["frames5/1.jpg", "frames5/2.jpg"]
+    frames_of(folder, "copy", "black", "shows 05", "black")
+    rows = [{"question": f"what {i}?", "video": m} for i, m in enumerate([*names, "copy", part])]
+    rows.append({"question": "what picture?", "image": "frames5/1.jpg"})
+    data = folder / "media" / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held, other = (write(folder / "media" / f"{n}.jsonl", [n]) for n in ("frames5", "0.mp4"))
+    config = TrainConfig(
+        data=str(data),
+        validation_data=other,
+        test_data=held,
+        sft="none",
+        oracle="callable",
+        oracle_options={"function": "math:fsum"},
+    )
+    loaded = datasets.load_data(config)
+    assert [row.question for row in loaded.rl] == [f"what {i}?" for i in range(5)]
+
+
 @pytest.mark.parametrize(
     "own", [(), ("validation",), ("test",), ("validation", "test")], ids=lambda own: "+".join(own) or "none"
 )

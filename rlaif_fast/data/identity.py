@@ -21,22 +21,35 @@ _WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last bl
 _READERS = 16  # threads: what a network file system takes is mostly waiting
 _PART = 64  # files that a thread takes at a time
 
+Names = Mapping[tuple[str, ...], frozenset[str]]  # of media, by their files
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def contents(rows: Iterable[Example]) -> dict[str, str]:
-    """A name for the content of every file that rows are about; copies and links of one file share it.
+def contents(rows: Iterable[Example]) -> Names:
+    """Names for what all media of some rows show, by their files; copies and links of one file share a name.
 
-    Only files of equal size can be copies, so only those are read.
+    Only files of equal size can be copies, so only those are read. Frames have the names of their files, and one for
+    all that they hold together: two videos whose first frame is black are two videos.
     """
-    paths = list({path for row in rows for medium in row.seen for path in files_of(medium)})
+    media = {files_of(medium): bool(medium.frames) for row in rows for medium in row.seen}
+    paths = list({path for files in media for path in files})
     real = dict(zip(paths, _in_threads(_real_and_size, paths)))
     sizes = dict(real.values())
     shared = Counter(size for size in sizes.values() if size is not None)
     twins = [(name, size) for name, size in sizes.items() if size is not None and shared[size] > 1]
     digests = dict(zip((name for name, _ in twins), _in_threads(_digest, twins)))
-    return {path: digests.get(name, name) for path, (name, _) in real.items()}
+
+    def names_of(files: tuple[str, ...], are_frames: bool) -> frozenset[str]:
+        places = [real[path][0] for path in files]
+        held = sorted({digests.get(place, place) for place in places})
+        if are_frames:
+            held = [
+                hashlib.blake2b("\0".join(held).encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+            ]
+        return frozenset(places + held)
+
+    return {files: names_of(files, are_frames) for files, are_frames in media.items()}
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
@@ -91,12 +104,12 @@ def files_of(medium: MediaRef) -> tuple[str, ...]:
     return medium.frames or (medium.path,)
 
 
-def media_of(rows: Iterable[Example], names: Mapping[str, str]) -> set[str]:
+def media_of(rows: Iterable[Example], names: Names) -> set[str]:
     """The contents that rows are about, as `contents` names them."""
-    return {names[path] for row in rows for medium in row.seen for path in files_of(medium)}
+    return {name for row in rows for medium in row.seen for name in names[files_of(medium)]}
 
 
-def group_by_content(rows: Sequence[Example], names: Mapping[str, str]) -> list[list[Example]]:
+def group_by_content(rows: Sequence[Example], names: Names) -> list[list[Example]]:
     """Rows that share any media together, in order of first appearance; a row without media stands alone.
 
     Args:

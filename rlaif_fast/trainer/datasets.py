@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
-from rlaif_fast.data.identity import contents, group_by_content, media_of
+from rlaif_fast.data.identity import Names, contents, group_by_content, media_of
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.trainer.options import DataOptions, TrainConfig
@@ -128,7 +128,7 @@ def split_files(
     return found
 
 
-def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Mapping[str, str]) -> None:
+def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Names) -> None:
     """Take the validation and test rows that no file has from the RL rows, in place; `names` are all their `contents`.
 
     None of them is about media of the other split's file: the checkpoint is chosen by one, and measured on the other.
@@ -161,7 +161,7 @@ def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] 
 
 
 def drop_evaluated_media(
-    rows: dict[str, list[Example]], names: Mapping[str, str], note: Callable[[str], None] | None = None
+    rows: dict[str, list[Example]], names: Names, note: Callable[[str], None] | None = None
 ) -> None:
     """Drop the rows to learn from that are about a video or picture of validation or test, in place.
 
@@ -187,7 +187,7 @@ def drop_evaluated_media(
         rows[split] = kept
 
 
-def rows_apart(rows: Sequence[Example], others: Sequence[Example], names: Mapping[str, str]) -> list[Example]:
+def rows_apart(rows: Sequence[Example], others: Sequence[Example], names: Names) -> list[Example]:
     """The rows that share no video or picture with the others; `names` are the `contents` of all."""
     theirs = media_of(others, names)
     return [row for row in rows if media_of([row], names).isdisjoint(theirs)]
@@ -219,7 +219,7 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
 
 
 def hold_out(
-    rows: list[Example], fraction: float, seed: int, names: Mapping[str, str], *, parts: int = 2
+    rows: list[Example], fraction: float, seed: int, names: Names, *, parts: int = 2
 ) -> list[list[Example]]:
     """Split rows by their media: what is left to learn from, then `parts` parts that get `fraction` of the media each.
 
