@@ -74,6 +74,8 @@ REFUSED = {
         {**ASK, "answer": "red", "solution": "<answer>blue</answer>"},
         "not what `solution` says",
     ),
+    "a label elsewhere": ({**ASK, "options": ["B. blue", "A. red"], "answer": "B"}, "labels another"),
+    "a label of some": ({**ASK, "options": ["B. blue", "C. red"], "answer": "B"}, "labels another"),
     "an answer of many": ({**WHOLE, "answer": "green"}, "answer: the row asks 2 questions"),
     "options of many": ({**WHOLE, "options": ["red", "blue"]}, "options: the row asks 2 questions"),
     "a text of choices": ({**ASK, "choices": "['red', 'blue']", "answer": "B"}, "choices: expected a list"),
@@ -142,6 +144,19 @@ def test_a_labelled_row_keeps_no_solution_of_another_answer(read, tmp_path):
     (tmp_path / "said.jsonl").write_text(json.dumps({"example_id": "1", "prediction": "B"}) + "\n")
     label(tmp_path / "data.jsonl", tmp_path / "said.jsonl", tmp_path / "out.jsonl")
     assert read_examples(tmp_path / "out.jsonl")[0].answer == "B"
+
+
+def test_a_thought_without_a_solution_is_no_answer(read):
+    row = {"video": "a.mp4", "problem": "color?", "process": "<think>warm</think>", "solution": ""}
+    assert read(row, require_answer=False)[0].answer is None
+    assert read({**row, "answer": " ", "solution": "red"})[0].answer == "red"
+
+
+def test_options_that_look_labelled_are_named_by_their_place_or_text(read):
+    row = {**ASK, "options": ["J. Adams", "B. Obama", "A. Lincoln"]}
+    assert [read({**row, "answer": a})[0].answer for a in ("B", "C", "J. Adams", "A. Lincoln")] == list(
+        "BCAC"
+    )
 
 
 @pytest.mark.parametrize("rest", ["garbage", '[{"question": "where?"}]', "]"])

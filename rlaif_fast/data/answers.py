@@ -55,7 +55,9 @@ def settle_options(question: str, answer: str | None, options: Any) -> tuple[str
         return question, found, None
     letter = letter_of(answer, found, labelled=found != [text.strip() for text in texts])
     if letter is None:
-        raise RowError(f"answer: {answer!r:.60} is none of the options; give its letter")
+        raise RowError(
+            f"answer: {answer!r:.60} is none of the options, or labels another than stands there; give its letter"
+        )
     return question, found, letter
 
 
@@ -128,6 +130,8 @@ def letter_of(answer: str, options: list[str], *, labelled: bool = False) -> str
     text = _plain(match.group(3))
     if text in texts and texts[index] != text:
         return None  # the letter of one option, the text of another
+    if not labelled and letters[index] in set(map(label_of, options)) - {label_of(options[index])}:
+        return None  # which a row that mixes its labelled options means by their labels
     return letters[index]
 
 

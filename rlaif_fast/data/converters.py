@@ -245,18 +245,19 @@ def _said(turn: Mapping[str, Any]) -> str:
 def _give_answer(found: list[Fields], row: Row) -> None:
     """Give the last question the answer that the row names beside its turns."""
     for key in ("label", "kto_tag"):
-        if row.get(key) is False and found[-1].answer is not None:
+        if row.get(key) is False and found[-1].answer:
             raise RowError(f"{key}: false marks a response that is not wanted; leave the row out")
-    told, solution = (_optional_text(row, key) for key in ("answer", "solution"))
+    last = found[-1]
+    stated = (_optional_text(row, "answer"), last.answer, _optional_text(row, "solution"))
+    told, said, solution = (text if text and text.strip() else None for text in stated)
     if told and solution and contradict(told, solution, row.get("options")):
         raise RowError(f"answer: {told!r:.60} is not what `solution` says; leave one of the two out")
-    last = found[-1]
     if len(found) > 1:
         if row.get("options"):
             raise RowError(f"options: the row asks {len(found)} questions; give each a row of its own")
-        if told and last.answer is not None and told.strip() != last.answer.strip():
+        if told and said and told.strip() != said.strip():
             raise RowError(f"answer: the row asks {len(found)} questions that its turns answer; leave it out")
-    last.answer = told or last.answer or solution
+    last.answer = told or said or solution
 
 
 def _finish(fields: Fields, row: Row, scored: str) -> Fields:
