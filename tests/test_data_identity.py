@@ -125,6 +125,25 @@ def test_other_files_of_the_same_size_are_other_media(folder):
     assert len(loaded.rl) == 3
 
 
+def test_a_question_about_text_alone_is_not_learned_from_and_measured(folder):
+    def write_texts(name, *numbers):
+        file = folder / f"{name}.jsonl"
+        rows = [{"question": f"{n}?", "answer": "x"} for n in numbers]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(file)
+
+    data, held, other = (
+        write_texts("data", *range(8), *range(8)),
+        write_texts("held", 3, 4),
+        write_texts("other", 9),
+    )
+    loaded = datasets.load_data(TrainConfig(data=data, validation_data=other, test_data=held))
+    assert sorted({row.question for row in loaded.rl}) == ["0?", "1?", "2?", "5?", "6?", "7?"]
+    loaded = datasets.load_data(TrainConfig(data=data))
+    asked = [{row.question for row in rows} for rows in (loaded.rl, loaded.validation, loaded.test)]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == 8
+
+
 def frames_of(folder, name, *pictures):
     (folder / "media" / name).mkdir()
     for number, picture in enumerate(pictures):

@@ -97,7 +97,7 @@ def test_rows_about_evaluated_media_are_not_learned_from(tmp_path):
 
 def test_one_shared_picture_is_enough_to_leave_a_row_out():
     def row(name, images):
-        return Example(id=name, question="Which?", videos=(), images=images, answer="red")
+        return Example(id=name, question=f"Which {name}?", videos=(), images=images, answer="red")
 
     rows = {
         "sft": [row("1", ("a.png", "b.png")), row("2", ("c.png",))],

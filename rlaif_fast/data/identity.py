@@ -105,12 +105,18 @@ def files_of(medium: MediaRef) -> tuple[str, ...]:
 
 
 def media_of(rows: Iterable[Example], names: Names) -> set[str]:
-    """The contents that rows are about, as `contents` names them."""
-    return {name for row in rows for medium in row.seen for name in names[files_of(medium)]}
+    """The contents that rows are about, as `contents` names them; of a row without media what it asks."""
+    found: set[str] = set()
+    for row in rows:
+        for medium in row.seen:
+            found |= names[files_of(medium)]
+        if not row.seen:
+            found.add(repr(("asked", row.question, row.options)))
+    return found
 
 
 def group_by_content(rows: Sequence[Example], names: Names) -> list[list[Example]]:
-    """Rows that share any media together, in order of first appearance; a row without media stands alone.
+    """Rows that share any media together, in order of first appearance; rows without media by what they ask.
 
     Args:
         rows: The rows.
@@ -129,9 +135,9 @@ def group_by_content(rows: Sequence[Example], names: Names) -> list[list[Example
     for media in own:
         for name in media[1:]:
             parent[root(name)] = root(media[0])
-    groups: dict[object, list[Example]] = {}
-    for number, (row, media) in enumerate(zip(rows, own)):
-        groups.setdefault(root(media[0]) if media else number, []).append(row)
+    groups: dict[str, list[Example]] = {}
+    for row, media in zip(rows, own):
+        groups.setdefault(root(media[0]), []).append(row)
     return list(groups.values())
 
 

@@ -165,6 +165,8 @@ def drop_evaluated_media(
 ) -> None:
     """Drop the rows to learn from that are about a video or picture of validation or test, in place.
 
+    Rows without media are dropped where one of these asks the same.
+
     Args:
         rows: Of all splits.
         names: Their `contents`.
@@ -188,7 +190,13 @@ def drop_evaluated_media(
 
 
 def rows_apart(rows: Sequence[Example], others: Sequence[Example], names: Names) -> list[Example]:
-    """The rows that share no video or picture with the others; `names` are the `contents` of all."""
+    """The rows that share no video, picture or question without media with the others.
+
+    Args:
+        rows: The rows.
+        others: What they are kept apart from.
+        names: The `contents` of all.
+    """
     theirs = media_of(others, names)
     return [row for row in rows if media_of([row], names).isdisjoint(theirs)]
 
