@@ -110,6 +110,51 @@ def test_one_shared_picture_is_enough_to_leave_a_row_out():
     assert [row.id for row in rows["rl"]] == ["3"]
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("test.json", "test_data"),
+        ("test.parquet", "test_data"),
+        ("val.jsonl", "validation_data"),
+        ("sft.csv", "sft_data"),
+    ],
+)
+def test_a_file_of_a_split_that_a_folder_would_not_read_is_told(tmp_path, name, key):
+    write_rows(tmp_path / "rl.jsonl", [f"{i}.mp4" for i in range(9)])
+    write_rows(tmp_path / name, ["a.mp4"])
+    with pytest.raises(UsageError, match=f"{name} would not be read.* give it as {key}"):
+        datasets.load_data(TrainConfig(data=str(tmp_path)))
+    own = write_rows(tmp_path / "own.jsonl", ["a.mp4"])
+    assert datasets.load_data(TrainConfig(data=str(tmp_path), **{key: str(own)})).rl
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "shards", "several", "dict"])
+def test_a_folder_of_tables_is_a_dataset(tmp_path, kind):
+    library = pytest.importorskip("datasets")
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "rows.jsonl", [f"{i}.mp4" for i in range(10)])
+    lines = (tmp_path / "rows" / "rows.jsonl").read_text().splitlines()
+    table, folder = library.Dataset.from_list(list(map(json.loads, lines))), tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    if kind == "saved":
+        table.save_to_disk(str(folder))
+    elif kind == "dict":
+        library.DatasetDict({"train": table, "test": table}).save_to_disk(str(folder))
+    else:
+        table.to_parquet(
+            str(folder / ("rows.parquet" if kind == "parquet" else "data/train-00000-of-00002.parquet"))
+        )
+        if kind == "several":
+            table.to_parquet(str(folder / "data/test-00000-of-00001.parquet"))
+    config = TrainConfig(data=str(folder), media_root=str(tmp_path / "rows"))
+    if kind in ("several", "dict"):
+        with pytest.raises(UsageError, match="holds several splits"):
+            datasets.load_data(config)
+    else:
+        loaded = datasets.load_data(config)
+        assert len(loaded.rl) + len(loaded.validation) + len(loaded.test) == 10
+
+
 def test_supervised_rows_of_another_file_do_not_leak_into_what_is_held_out(tmp_path):
     videos = [f"{i}.mp4" for i in range(20)]
     data = write_rows(tmp_path / "data.jsonl", videos)

@@ -19,6 +19,10 @@ from rlaif_fast.errors import UsageError
 MAX_DEPTH = 64  # of lists and objects inside each other
 _CELL_CHARS = 16 << 20  # of a CSV field
 _MARK = b"\xef\xbb\xbf"  # some programs begin UTF-8 with it
+TABLES = (".json", ".csv", ".tsv", ".parquet")
+_SPLIT = re.compile(
+    r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE
+)  # a file's name begins with it
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters
 
 
@@ -259,6 +263,10 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
         if not found:
             raise UsageError(
                 f"{path}: cannot read the dataset: neither a datasets folder (state.json) nor one of parquet files"
+            )
+        if len({match.group(1).casefold() for file in found if (match := _SPLIT.match(file.name))}) > 1:
+            raise UsageError(
+                f"{path}: holds several splits; name a file, or a folder with the files of one split"
             )
         yield from _parquet(found)
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.identity import Names, contents, group_by_content, media_of
 from rlaif_fast.data.schema import Example
+from rlaif_fast.data.sources import TABLES
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.trainer.options import DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
@@ -84,7 +85,7 @@ def read_splits(
     """The rows of each split as they are on disk; a split without a file has none."""
     rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
     source, own = Path(config.data).expanduser(), own_files(config)
-    if config.data != "synthetic" and source.is_file():
+    if config.data != "synthetic" and (source.is_file() or _is_one_table(source)):
         everything = read_file(source, config)
         rows |= {"sft": everything, "rl": everything}
         found = own
@@ -123,9 +124,31 @@ def split_files(
             f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
         )
     found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
+    _refuse_unread(source, {*found, *own_files(config), *(() if config.sft == "auto" else ("sft",))})
     if "rl" not in found and "sft" not in found:
         raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
     return found
+
+
+def _refuse_unread(folder: Path, known: Collection[str]) -> None:
+    """Refuse a file that by its name holds a split that is not known, and that nothing would read."""
+    for name, split in (*zip(SPLITS, SPLITS), ("val", "validation"), ("valid", "validation")):
+        for suffix in () if split in known else (".jsonl", *TABLES):
+            if (file := folder / f"{name}{suffix}").exists():
+                key = "data" if split == "rl" else f"{split}_data"
+                raise UsageError(
+                    f"data: {file} would not be read; give it as {key}, or name it {split}.jsonl if it is one"
+                )
+
+
+def _is_one_table(folder: Path) -> bool:
+    """Whether a folder is one dataset as `datasets` saves it, or of parquet files, and not of a file a split."""
+    if not folder.is_dir() or any(folder.glob("*.jsonl")):
+        return False
+    if any(folder.glob("*.parquet")) and any((folder / f"{split}.parquet").exists() for split in SPLITS):
+        return False
+    marks = ("state.json", "dataset_dict.json", "*.parquet", "*/*.parquet")
+    return any(file for mark in marks for file in folder.glob(mark))
 
 
 def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Names) -> None:
