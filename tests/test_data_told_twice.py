@@ -146,6 +146,16 @@ def test_a_labelled_row_keeps_no_solution_of_another_answer(read, tmp_path):
     assert read_examples(tmp_path / "out.jsonl")[0].answer == "B"
 
 
+@pytest.mark.parametrize("key", ["options", "choices"])
+def test_letters_of_other_rows_of_a_table_are_no_options(tmp_path, key):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [{"A": "red", "B": "blue"}, {"A": "red", "B": "blue", "C": "green"}]
+    rows = [{"question": "color?", "answer": letter, key: own} for letter, own in zip("BC", texts)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    examples = read_examples(tmp_path / "data.parquet")
+    assert [(one.answer, len(one.options)) for one in examples] == [("B", 2), ("C", 3)]
+
+
 def test_a_thought_without_a_solution_is_no_answer(read):
     row = {"video": "a.mp4", "problem": "color?", "process": "<think>warm</think>", "solution": ""}
     assert read(row, require_answer=False)[0].answer is None

@@ -53,8 +53,13 @@ def unfold(row: Row) -> Row:
 
 def _are_texts(value: Any) -> bool:
     """Whether a value lists two or more texts or numbers, or names them by letters."""
-    texts = list(value.values()) if isinstance(value, Mapping) else value
+    texts = list(_present(value).values()) if isinstance(value, Mapping) else value
     return isinstance(texts, list) and len(texts) > 1 and all(isinstance(x, (str, int, float)) for x in texts)
+
+
+def _present(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a row has: Arrow gives every row the letters of the one with the most."""
+    return {name: text for name, text in options.items() if text is not None}
 
 
 def _by_index(answer: Any, count: int) -> Any:
@@ -68,6 +73,7 @@ def _by_index(answer: Any, count: int) -> Any:
 
 def _in_order(options: Mapping[str, Any]) -> list[Any]:
     """The options of a mapping from letters (or numbers) to texts, in the order of their names."""
+    options = _present(options)
     letters = option_letters(len(options))
     for names in (
         letters,
