@@ -1,5 +1,6 @@
 """Reading datasets: the formats in use, and rows that are wrong."""
 
+import importlib
 import json
 import logging
 import time
@@ -412,6 +413,14 @@ def test_a_json_array_is_read_with_its_lines(tmp_path, media):
     assert report.errors == [f"{path}:{line}: no answer"]
     path.write_text(json.dumps(rows, indent=2)[:-40])
     assert "the rest is not read" in read_report(path, media_root=media).errors[-1]
+
+
+@pytest.mark.parametrize("module", ["gzip", "bz2", "lzma"])
+def test_a_packed_file_is_told_as_one(tmp_path, module):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(importlib.import_module(module).compress(b'{"question": "what?"}\n' * 9))
+    with pytest.raises(UsageError, match=r"data\.jsonl\.gz: is packed by \w+; unpack it"):
+        read_examples(path, on_error="skip")
 
 
 def test_bytes_that_are_no_text(tmp_path, media):

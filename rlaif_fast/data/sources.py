@@ -23,6 +23,13 @@ TABLES = (".json", ".csv", ".tsv", ".parquet")
 _SPLIT = re.compile(
     r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE
 )  # a file's name begins with it
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"(\xb5/\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+}
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters
 
 
@@ -119,6 +126,9 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         with path.open("rb") as file:
             blocks = iter(lambda: file.read(4096), b"")
             begins = next((text for block in blocks if (text := block.removeprefix(_MARK).lstrip())), b"")
+            for mark, kind in _PACKED.items():
+                if begins.startswith(mark):
+                    raise UsageError(f"{path}: is packed by {kind}; unpack it")
             file.seek(0)
             if begins[:1] == b"[":
                 yield from _array(path, file.read().removeprefix(_MARK))
