@@ -64,6 +64,10 @@ def test_a_solution_that_is_the_answer_in_other_words_is_none_other(read, soluti
     assert read({**CHOICES, "answer": "(A) red", "solution": solution})[0].answer == "A"
 
 
+def test_a_label_is_no_verdict_beside_an_answer(read):
+    assert read({**ASK, "answer": "no", "label": False})[0].answer == "no"
+
+
 REFUSED = {
     "another option": (
         {**CHOICES, "answer": "A", "solution": "<answer>B</answer>"},

@@ -244,8 +244,8 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 def _give_answer(found: list[Fields], row: Row) -> None:
     """Give the last question the answer that the row names beside its turns."""
-    for key in ("label", "kto_tag"):
-        if row.get(key) is False and found[-1].answer:
+    for key, beside in (("label", "completion"), ("kto_tag", "messages")):
+        if row.get(key) is False and row.get(beside) is not None:
             raise RowError(f"{key}: false marks a response that is not wanted; leave the row out")
     last = found[-1]
     stated = (_optional_text(row, "answer"), last.answer, _optional_text(row, "solution"))
