@@ -1,6 +1,8 @@
 """Set-up that has to come before any test module is imported, and how tests are dealt to processes."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,3 +23,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shard := os.environ.get("RLAIF_FAST_TEST_SHARD"):
         index, count = map(int, shard.split("/"))
         items[:] = items[index::count]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny policy, to read."""
+    from rlaif_fast.data import VOCABULARY
+    from rlaif_fast.policy.tiny import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", set(VOCABULARY), seed=1)
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to change."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))

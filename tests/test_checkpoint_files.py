@@ -1,27 +1,12 @@
 """What stands beside the weights of a checkpoint is read as transformers reads it, or refused by name."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 
-from rlaif_fast.data import VOCABULARY
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
-from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.trainer.preflight import check_model
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", set(VOCABULARY), seed=1)
-
-
-@pytest.fixture
-def folder(tiny, tmp_path) -> Path:
-    """A copy of the tiny model to change."""
-    return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
 def load(model) -> LoadedModel:

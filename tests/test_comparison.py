@@ -189,6 +189,13 @@ def test_the_bootstrap_knows_both_levels():
     assert one.high - one.low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
+def mark_all(run, phase, *, correct):
+    """Make all answers of a finished run right or wrong."""
+    rows = [row | {"correct": correct} for row in read_jsonl(run.predictions(phase))]
+    write_jsonl(run.predictions(phase), rows)
+    run.write_summary(run.read_summary())
+
+
 def finished_run(folder, metrics, video):
     run = RunDir.create(folder)
     for phase in ("sft", "final"):
@@ -265,9 +272,7 @@ def test_the_start_is_the_mean_over_the_seeds(tmp_path):
     for seed, arm in ((1, "grpo"), (1, "ranks"), (2, "grpo")):
         finished_run(plan.arm_folder(seed, "exact", arm), [], "a.mp4")
     run = RunDir(plan.arm_folder(2, "exact", "grpo"))
-    wrong = [row | {"correct": False} for row in read_jsonl(run.predictions("sft"))]
-    write_jsonl(run.predictions("sft"), wrong)
-    run.write_summary(run.read_summary())
+    mark_all(run, "sft", correct=False)
     table = accuracy_table(plan.tables[0], read_table(plan, plan.tables[0]))
     assert "| start | 25.0% |" in table
 
@@ -337,9 +342,7 @@ def test_a_lead_of_one_video_has_no_interval_and_is_not_bold(tmp_path):
     for arm in named:
         finished_run(plan.arm_folder(1, "exact", arm), [], "a.mp4")
     run = RunDir(plan.arm_folder(1, "exact", "ranks"))
-    right = [row | {"correct": True} for row in read_jsonl(run.predictions("final"))]
-    write_jsonl(run.predictions("final"), right)
-    run.write_summary(run.read_summary())
+    mark_all(run, "final", correct=True)
     table = accuracy_table(plan.tables[0], read_table(plan, plan.tables[0]))
     assert "| ranks | 100.0% (+50.0, no interval) |" in table
 

@@ -8,26 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlaif_fast.data import VOCABULARY
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.loading import ModelOptions, check_lora, load_model
-from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.runs.checkpoint import load_weights, read_processor_files, save_model
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.preflight import check_model
 
 LORA = {"lora_r": 4, "lora_alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", set(VOCABULARY), seed=1)
-
-
-@pytest.fixture
-def folder(tiny, tmp_path) -> Path:
-    """A copy of the tiny model to damage."""
-    return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
 def load(model, **options):

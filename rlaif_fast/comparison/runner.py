@@ -22,12 +22,8 @@ from rlaif_fast.runs.folder import RunDir
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # that a stopped run has to save
-RESUMABLE = (
-    "max_steps",
-    "learning_rate",
-    "sft_learning_rate",
-    "dtype",
-)  # changes of `--resume` that change a result
+# what `--resume` may change and a result depends on
+RESUMABLE = ("max_steps", "learning_rate", "sft_learning_rate", "dtype")
 PLACES = ("output_dir", "sft", "cache_dir")  # keys that say where something lies, not what it is
 
 

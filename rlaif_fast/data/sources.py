@@ -20,9 +20,8 @@ MAX_DEPTH = 64  # of lists and objects inside each other
 _CELL_CHARS = 16 << 20  # of a CSV field
 _MARK = b"\xef\xbb\xbf"  # some programs begin UTF-8 with it
 TABLES = (".json", ".csv", ".tsv", ".parquet")
-_SPLIT = re.compile(
-    r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE
-)  # a file's name begins with it
+# a file's name begins with it
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",

@@ -81,9 +81,8 @@ class CallableOracle:
 
 
 def _checked(values: Any, count: int) -> list[float | None]:
-    if isinstance(
-        values, (Mapping, Set, str, bytes)
-    ):  # keys and characters are not the numbers, a set has no order
+    # keys and characters are not the numbers, a set has no order
+    if isinstance(values, (Mapping, Set, str, bytes)):
         raise TypeError(f"expected a list of {count} values, got a {type(values).__name__}")
     values = list(values)
     if len(values) != count:

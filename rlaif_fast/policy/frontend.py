@@ -71,9 +71,8 @@ def read_config(model: str) -> Any:
         raise refuse(f"{model!r} ({config.model_type}) is an encoder-decoder, which is not supported")
     check_head(config)
     quantization.refuse_quantized(model, config)
-    _read_json(
-        model, "generation_config.json"
-    )  # transformers goes on without a damaged one, and its ends of responses
+    # transformers goes on without a damaged one, and without its ends of responses
+    _read_json(model, "generation_config.json")
     return config
 
 

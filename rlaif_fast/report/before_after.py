@@ -52,10 +52,7 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
     pairs = scored_pairs(run_dir)
     if not pairs:
         return None
-    categories: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        categories.setdefault(pair[1]["category"], []).append(pair)
-    scores = [_score(name, found) for name, found in categories.items()]
+    scores = [_score(name, found) for name, found in by_category(pairs).items()]
     return Comparison(
         total=_score("all categories", pairs),
         by_category=tuple(sorted(scores, key=lambda score: (-score.change.mean, score.name))),
@@ -76,6 +73,14 @@ def scored_pairs(run_dir: RunDir) -> list[Pair]:
         for phase in ("sft", "final")
     )
     return [(before[name], after[name]) for name in after if name in before]
+
+
+def by_category(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """The pairs of each category, in order of first appearance."""
+    categories: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        categories.setdefault(pair[1]["category"], []).append(pair)
+    return categories
 
 
 def _score(name: str, pairs: Sequence[Pair]) -> Score:

@@ -19,7 +19,7 @@ from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.prompts.batches import by_media
-from rlaif_fast.report.before_after import Pair, scored_pairs
+from rlaif_fast.report.before_after import Pair, by_category, scored_pairs
 from rlaif_fast.report.html import write_report
 from rlaif_fast.runs.files import json_line, read_jsonl, write_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -165,9 +165,6 @@ def accuracy_summary(run_dir: RunDir) -> dict:
     accuracy is None. `win_rate` is there where the final answers were ranked against those before RL.
     """
     pairs = scored_pairs(run_dir)
-    categories: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        categories.setdefault(pair[1]["category"], []).append(pair)
     wins = [row["win"] for row in read_jsonl(run_dir.predictions("final")) if "win" in row]
     before, after = _shares(pairs) if pairs else (None, None)
     return {
@@ -175,7 +172,7 @@ def accuracy_summary(run_dir: RunDir) -> dict:
         "final_accuracy": after,
         "by_category": {
             name: {**dict(zip(("sft", "final"), _shares(found))), "n": len(found)}
-            for name, found in sorted(categories.items())
+            for name, found in sorted(by_category(pairs).items())
         },
         **({"win_rate": sum(wins) / len(wins)} if wins else {}),
     }

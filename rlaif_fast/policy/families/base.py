@@ -28,9 +28,8 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA_TARGETS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 MLP_LAYERS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 PARTS = ("decoder", "tower", "projector")
-ROUTER = re.compile(
-    r"\.router\.|\.(mlp|mixer|text_moe|vision_moe)\.gate\."
-)  # in the names of a mixture's routers
+# in the names of a mixture's routers
+ROUTER = re.compile(r"\.router\.|\.(mlp|mixer|text_moe|vision_moe)\.gate\.")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "linear_attention"}
 # Decoders whose packed rows are compared with their own forward (tests/test_pattern.py), for the families that may have
@@ -42,13 +41,7 @@ DECODERS = frozenset((
     "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 ))
 # fmt: on
-WINDOWED = {
-    "mistral",
-    "mixtral",
-    "phi3",
-    "qwen3_moe",
-    "starcoder2",
-}  # their `sliding_window` is of every layer
+WINDOWED = {"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}  # `sliding_window` is of every layer
 Features = tuple[Tensor, ...]  # of one medium: the projector's output, then each deepstack level, each (F, H)
 
 
