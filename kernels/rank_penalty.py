@@ -126,12 +126,13 @@ def rank_group(
     u = _tie_mean(relevance * discount, k, first_u, count_u)
     v = _tie_mean(relevance * discount, k, first_v, count_v)
 
+    # A compiled `/` is off by a bit: x / x must be 1, or the scale of a group without penalties magnifies what is left.
     if KIND == "paper":
-        penalty = 1.0 - v / u
+        penalty = 1.0 - tl.div_rn(v, u)
     elif KIND == "paper_swapped":
-        penalty = 1.0 - u / v
+        penalty = 1.0 - tl.div_rn(u, v)
     else:
-        penalty = 1.0 - tl.minimum(u, v) / tl.maximum(u, v)
+        penalty = 1.0 - tl.div_rn(tl.minimum(u, v), tl.maximum(u, v))
     penalty = tl.where(live, penalty, 0.0)
 
     ranked = members >= MIN_RANKED

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import InterpreterBuilder
 from triton_cases import DEVICE, LOSS, uninitialised_memory_is_nan
 
 from rlaif_fast.loss import reference
 from rlaif_fast.loss.inputs import RankInputs
 from rlaif_fast.loss.options import KINDS, RankOptions
+from rlaif_fast_kernels.launch import INTERPRETED
 from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
@@ -76,6 +81,25 @@ def test_zscores_do_not_inherit_the_rounding_of_their_mean() -> None:
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
     middle = torch.tensor([[0.9, 0.1, 0.5, 0.5]], device=DEVICE)  # 0.5 is their mean in float32 alone
     assert not rank_penalty(RankInputs(middle, middle), options).advantages[0, 2:].any()
+
+
+def rounded_up(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Divide as compiled code may: every other quotient is the next larger number."""
+    quotient = np.divide(x, y)
+    if quotient.dtype != np.float32:
+        return quotient
+    odd = np.arange(quotient.size).reshape(quotient.shape) % 2 == 1
+    return np.where(odd, np.nextafter(quotient, np.float32(np.inf)), quotient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rounded_division_makes_no_advantages_of_agreement(kind: str, monkeypatch) -> None:
+    if INTERPRETED:  # compiled, the division is the device's own
+        divide = partialmethod(InterpreterBuilder.binary_op, op=rounded_up)
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+    for G in (2, 3, 5, 8, 32, 64):
+        order = torch.randperm(G, generator=torch.Generator().manual_seed(G))[None].float().to(DEVICE)
+        check(-order, order, RankOptions(kind=kind, scale="group"))
 
 
 def test_only_the_order_counts() -> None:
