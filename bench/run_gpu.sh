@@ -77,7 +77,7 @@ stage() {
     status="no time left"
   else
     [[ $limit -le $left ]] || limit=$left
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 # interrupted, pytest says what failed
     case $? in
       0) status=passed && touch "$out/$name.done" ;;
       1)
