@@ -321,6 +321,7 @@ class Stream:
     """A stream with nothing in it."""
 
     def __init__(self, device: object = None) -> None:
+        self.device = DEVICE
         self.waits = 0
 
     def synchronize(self) -> None:

@@ -30,7 +30,7 @@ FLOORS = (
     ("video",),
     ("cli", "outputs", "plugins"),
     ("yaml_keys",),
-    ("digests", "errors", "machine", "recent", "termination"),
+    ("digests", "errors", "machine", "recent", "streams", "termination"),
     ("loss",),
 )
 FLOOR_OF = {room: -height for height, rooms in enumerate(FLOORS) for room in rooms}

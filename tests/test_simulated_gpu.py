@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 
 from simulated_gpu import DEVICE, DeviceMix, DeviceTensor, counting, put, simulated_gpu
 
+from rlaif_fast import streams
 from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.algorithms.group import rank_rollout
 from rlaif_fast.algorithms.registry import ALGORITHMS
@@ -43,7 +44,7 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.preflight import check_backend
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
-from rlaif_fast.video import ClipStore, decoders, transfer
+from rlaif_fast.video import ClipStore, decoders
 from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 from rlaif_fast_kernels import launch
@@ -199,22 +200,58 @@ def test_steps_are_captured_on_one_stream(gpu, monkeypatch):
     """PyTorch keeps a workspace for each stream that a matmul ran on, and another stream may be of another GPU."""
     policy, used = make_run("qwen3_vl").policy, []
 
-    def capture(graph, *, stream, capture_error_mode):
+    def capture(graph, pool, stream, *, capture_error_mode):
         assert capture_error_mode == "thread_local"  # threads that prefetch call CUDA meanwhile
         used.append(stream)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(FixedStep, "_capture", CAPTURE)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
-    with torch.no_grad(), policy.evaluating():
-        for length in (256, 512):
-            step = FixedStep(policy, 1, 2, length)
-            step.begin(np.ones(1, dtype=np.int64))
-            assert step(tokens, tokens + 1, 0).isfinite().all()
+    simulate_captures(monkeypatch, capture)
+    for length in (256, 512):
+        assert first_step(policy, length).isfinite().all()
     assert len(used) == 2 and used[0] is used[1] is graphs._stream(DEVICE)
     graphs._stream.cache_clear()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_capture_that_another_thread_broke_is_made_again(failures, gpu, monkeypatch, caplog):
+    policy, ended, begun = make_run("qwen3_vl").policy, [], []
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, *, capture_error_mode):
+        begun.append(pool)
+        yield
+        if len(begun) <= failures:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    simulate_captures(monkeypatch, capture)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda _, pool: ended.append(pool), raising=False
+    )
+    if failures == 1:
+        assert first_step(policy, 256).isfinite().all()
+    else:
+        with pytest.raises(torch.AcceleratorError, match="during capture"):
+            first_step(policy, 256)
+    assert ended == begun[:failures]  # the allocator does not wait for what failed
+    assert caplog.text.count("a decode step is captured once more") == 1
+    graphs._stream.cache_clear()
+
+
+def simulate_captures(monkeypatch, capture) -> None:
+    """Put `capture` in place of `torch.cuda.graph`; a replay does nothing."""
+    monkeypatch.setattr(FixedStep, "_capture", CAPTURE)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+
+
+def first_step(policy, length: int) -> torch.Tensor:
+    """The hidden states of a first step of two responses, which captures it."""
+    tokens = torch.zeros(2, dtype=torch.int64, device="cuda")
+    with torch.no_grad(), policy.evaluating():
+        step = FixedStep(policy, 1, 2, length)
+        step.begin(np.ones(1, dtype=np.int64))
+        return step(tokens, tokens + 1, 0)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash", "reference"])
@@ -269,10 +306,10 @@ def test_what_auto_stands_for_on_a_gpu(gpu, monkeypatch, caplog):
 
 def test_frames_travel_beside_what_is_computed(gpu):
     frames = torch.arange(12, dtype=torch.uint8).view(3, 4)
-    moved = transfer.used_here(transfer.to_device(frames, DEVICE))
+    moved = streams.used_here(streams.to_device(frames, DEVICE))
     assert isinstance(moved, DeviceTensor) and torch.equal(moved.value, frames)
-    assert transfer._stream(DEVICE).waits >= 1  # the thread that prefetches waits, nothing that computes does
-    transfer._stream.cache_clear()
+    assert streams._stream(DEVICE).waits >= 1  # the thread that prefetches waits, nothing that computes does
+    streams._stream.cache_clear()
 
 
 def test_what_decodes_for_a_gpu_ends_before_its_memory_is_freed(gpu, tmp_path, monkeypatch):
@@ -286,14 +323,17 @@ def test_what_decodes_for_a_gpu_ends_before_its_memory_is_freed(gpu, tmp_path, m
     monkeypatch.setattr(decoders, "_unavailable", lambda name: None)
     frames = decoders.decode_sized(path, [2], (64, 64), DEVICE, "on the cpu")
     assert isinstance(frames, DeviceTensor) and frames.shape == (1, 64, 64, 3)
-    assert transfer._stream(DEVICE).waits == 1
+    assert streams._stream(DEVICE).waits == 1
     if DaliDecoder.unavailable() is None:
         dali = DaliDecoder()
         dali._pipeline, dali.device = dali._build(), DEVICE  # DALI's own memory, here the host's
+        run, inside = dali._run, []
+        monkeypatch.setattr(dali, "_run", lambda b: inside.append(streams._CAPTURES._inside) or run(b))
         assert [read_counter(frame) for frame in dali.decode(path, [3, 1])] == [3, 1]
-        assert transfer._stream(DEVICE).waits == 2
+        assert streams._stream(DEVICE).waits == 2
+        assert inside == [1]  # no graph is captured meanwhile
         dali.close()
-    transfer._stream.cache_clear()
+    streams._stream.cache_clear()
 
 
 def test_threads_get_the_gpu_of_the_process(gpu, monkeypatch):

@@ -153,6 +153,20 @@ def test_reader_that_stops_half_way_leaves_a_usable_process(videos):
         process.close()
 
 
+def test_what_is_given_up_at_the_end_is_no_bad_file(videos, tmp_path, caplog):
+    store = ClipStore(FrameSampling(nframes=4), workers=1, quarantine=tmp_path / "bad.jsonl")
+    store.load(videos[0])
+    (pid,) = store._pool.pids
+    os.kill(pid, signal.SIGSTOP)  # in the middle of the next file
+    given_up = store.submit(videos[1])
+    while store._threads._work_queue.qsize():
+        time.sleep(0.01)
+    store.close()
+    with pytest.raises(VideoError, match="it was stopped"):
+        given_up.result()
+    assert not (tmp_path / "bad.jsonl").exists() and not store.stats.bad_files and not caplog.text
+
+
 def test_closing_while_loading_does_not_hang(videos):
     store = ClipStore(workers=2, cache=ClipCache(0))
     futures = [store.submit(path) for path in videos]

@@ -25,8 +25,8 @@ from rlaif_fast.policy.weights import (
     load_strictly,
     looks_like_a_path,
 )
+from rlaif_fast.streams import numbered
 from rlaif_fast.video import PatchSpec
-from rlaif_fast.video.transfer import numbered
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -10,6 +10,7 @@ Draws, and so tokens, are those of the other samplers.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from rlaif_fast.rollout.fused_layers import FusedLayers, refuses_fused_layers
 from rlaif_fast.rollout.generate import TokenSampler, make_rollout
 from rlaif_fast.rollout.labels import LabelSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
+from rlaif_fast.streams import capturing
 
 log = logging.getLogger(__name__)
 
@@ -189,12 +191,28 @@ class FixedStep:
                 for _ in range(WARM_UP_STEPS):
                     self._run()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Threads that prefetch frames may call CUDA meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            try:
+                self._graph = self._captured(stream)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a library's own thread may synchronise the device at any time
+                log.warning("rollout: a decode step is captured once more (%s)", typed_line(error)[:160])
+                self._graph = self._captured(stream)
+            self._graph.replay()
+
+    def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        recorded = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+        present = torch.cuda.current_stream()  # which a capture that fails does not make current again
+        try:
+            with capturing(), torch.cuda.stream(present), recorded:
                 self._hidden = self._run()
-            self._graph = graph
-            graph.replay()
+        except BaseException:
+            # To PyTorch's allocator it would go on for good, and memory that two streams used would never be free.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+            raise
+        return graph
 
     def _addresses(self) -> tuple[int, ...]:
         return tuple(p.data_ptr() for p in self._policy.model.parameters())

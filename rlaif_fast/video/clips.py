@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlaif_fast.streams import numbered, to_device
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.decoders import assemble, by_name, decode_sized
@@ -18,7 +19,6 @@ from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.probe import MEMO, check_same, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
-from rlaif_fast.video.transfer import numbered, to_device
 
 MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
 

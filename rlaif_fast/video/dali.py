@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.streams import beside, no_captures, numbered
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_for
-from rlaif_fast.video.transfer import beside, numbered
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
@@ -128,7 +129,8 @@ class DaliDecoder:
     def _work(self) -> None:
         while (batch := self._gather()) is not None:
             try:
-                self._serve(batch)
+                with no_captures() if self.device.type == "cuda" else nullcontext():
+                    self._serve(batch)
             except Exception as error:  # out of memory, say: no fault of the files, and the thread goes on
                 self._pipeline = None
                 for job in batch:

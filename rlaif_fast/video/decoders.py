@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.plugins import find
+from rlaif_fast.streams import beside, numbered, to_device, used_here
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoDecoder
 from rlaif_fast.video.container import BadVideo
@@ -21,7 +23,6 @@ from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.preprocess import RESIZE_CHUNK_BYTES, resize_frames
 from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.torchcodec import TorchCodecDecoder
-from rlaif_fast.video.transfer import beside, numbered, to_device, used_here
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +149,8 @@ def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.d
     raise AssertionError("PyAV is always there and refuses nothing")
 
 
+_SAYING = threading.Lock()
+_SAID: set[tuple[str, str, str]] = set()
 # Which kinds of files a decoder has read, and why it does not read others: that depends on the GPU and its driver.
 # NVDEC of an H100 has no AV1, every codec has a least and a largest size, and a container may lack the library.
 _CAN: set[tuple[str, ...]] = set()
@@ -207,10 +210,12 @@ def _unavailable(name: str) -> str | None:
     return _decoder_class(name).unavailable()
 
 
-@cache
 def _say_once(name: str, codec: str, passed_over: str) -> None:
     """Say for each kind of file what decodes it for a GPU, and why it is not DALI."""
-    log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
+    with _SAYING:
+        if (name, codec, passed_over) not in _SAID:
+            _SAID.add((name, codec, passed_over))
+            log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
 
 
 @cache
@@ -249,8 +254,8 @@ def decode_sized(
     """
     chosen = decoder(name, str(device))
     resized = getattr(chosen, "decode_resized", None)
+    if resized is not None:
+        return to_device(resized(path, indices, size), device)
     with beside(device):
-        if resized is not None:
-            return resized(path, indices, size).to(device)
         frames = chosen.decode(path, indices).to(device)
         return frames if size is None else resize_frames(frames, size)

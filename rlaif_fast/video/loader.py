@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlaif_fast.errors import require, require_least, writing
+from rlaif_fast.streams import numbered
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.clips import load_clip
@@ -24,7 +25,6 @@ from rlaif_fast.video.isolate import DecodePool
 from rlaif_fast.video.preprocess import PixelBudget
 from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
-from rlaif_fast.video.transfer import numbered
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,7 @@ class ClipStore:
         self.max_bad_fraction = max_bad_fraction
         self.stats = LoadStats()
         self._seen: set[str] = set()
+        self._closed = False
         self._lock = threading.Lock()
         self._in_flight: dict[MediaRef, Future[Clip]] = {}
         self._pool = DecodePool(workers) if isolate else None
@@ -158,7 +159,8 @@ class ClipStore:
         return next((found for name in names if (found := self.stats.bad_files.get(name))), None)
 
     def close(self) -> None:
-        """End the threads and processes. Loads in progress are given up."""
+        """End the threads and processes. Loads in progress are given up; that is no fault of their files."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
             self._pool.close()
@@ -181,6 +183,8 @@ class ClipStore:
         try:
             clip = self._read(medium)
         except VideoError as error:
+            if self._closed:
+                raise
             # A part that a file does not hold is no fault of its other parts.
             self._set_aside(VideoError(_name(medium), error.reason) if error.path == medium.path else error)
             raise

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.streams import used_here
 from rlaif_fast.video.base import Clip
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.patchify import patchify_reference
 from rlaif_fast.video.refs import Cut
-from rlaif_fast.video.transfer import used_here
 
 MAX_RATIO = 200
 RESIZE_CHUNK_BYTES = 64 << 20  # of full-size frames handed to the resize at a time
