@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,15 +128,22 @@ class DaliDecoder:
 
     def _work(self) -> None:
         while (batch := self._gather()) is not None:
-            try:
-                with no_captures() if self.device.type == "cuda" else nullcontext():
-                    self._serve(batch)
-            except Exception as error:  # out of memory, say: no fault of the files, and the thread goes on
-                self._pipeline = None
-                for job in batch:
-                    if not job.result.done():
-                        job.result.set_exception(error)
-        self._pipeline = None
+            with self._free_to_synchronise():
+                self._answer(batch)
+        with self._free_to_synchronise():
+            self._pipeline = None
+
+    def _free_to_synchronise(self) -> AbstractContextManager[None]:
+        return no_captures() if self.device.type == "cuda" else nullcontext()
+
+    def _answer(self, batch: list[_Job]) -> None:
+        try:
+            self._serve(batch)
+        except Exception as error:  # out of memory, say: no fault of the files, and the thread goes on
+            self._pipeline = None
+            for job in batch:
+                if not job.result.done():
+                    job.result.set_exception(error)
 
     def _serve(self, batch: list[_Job]) -> None:
         if self._pipeline is None:
