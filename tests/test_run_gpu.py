@@ -33,8 +33,33 @@ def test_the_gpu_stage_selects_of_every_file_with_a_gpu_test(tmp_path):
     assert set(re.findall(r"^tests/(test_\w+)\.py: [1-9]", log, re.MULTILINE)) == marked
 
 
+def test_a_stage_out_of_time_says_what_failed_before(tmp_path):
+    """Real tests, dealt to processes and interrupted: one fails, the others would run for a minute."""
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    lines = ["import time", "def test_wrong(): assert 1 == 2"]
+    lines += [f"def test_{number}(): time.sleep(60)" for number in range(24)]
+    (tests / "test_some.py").write_text("\n".join(lines))
+    script = SCRIPT.read_text()
+    (stage,) = re.findall(r"    (timeout --signal.*) \"\$limit\" \"\$@\"", script)
+    (sharded,) = re.findall(r"^sharded\(\).*?^}\n", script, re.MULTILINE | re.DOTALL)
+    conftest = ROOT / "tests" / "conftest.py"
+    (tests / "conftest.py").write_text(conftest.read_text())
+    run = f"set -uo pipefail; collect=(); {sharded} sharded some {tests}"
+    done = subprocess.run(
+        ["bash", "-c", f'{stage} 10 bash -c "$1"', "_", run],
+        env={**ENVIRONMENT, "out": str(tmp_path), "python": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert done.returncode == 124
+    assert done.stdout.count("FAILED") == 1 and "test_wrong" in done.stdout
+
+
 def test_a_stage_that_selects_nothing_fails(tmp_path):
-    done = dry_run(tmp_path, "gpu_tests", RLAIF_FAST_TEST_SHARD="5000/5001")
+    done = dry_run(tmp_path, "gpu_tests", PYTEST_ADDOPTS="-k no_test_of_this_name")
     assert done.returncode == 1 and re.search(r"gpu_tests +NO TESTS", done.stdout), done.stdout
 
 
