@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
+import pytest
+import torch
+
+from rlaif_fast.policy.testing import make_model, make_policy
+from rlaif_fast.rollout import SamplingParams
+from rlaif_fast.rollout.graphs import GraphSampler
 from rlaif_fast.streams import capturing, no_captures
+from rlaif_fast.video import decode
+from rlaif_fast.video.dali import DaliDecoder
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 SECONDS = 10.0  # until a test gives up
 A_MOMENT = 0.1  # in which what must wait would have gone on
@@ -53,3 +63,36 @@ def test_a_block_that_fails_lets_the_others_in():
             thread, entered = in_thread(other)
             assert entered.wait(SECONDS)
             thread.join(SECONDS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(bool(DaliDecoder.unavailable()), reason="needs DALI")
+def test_steps_are_captured_while_films_are_decoded(tmp_path, caplog):
+    """NVDEC synchronises the device, and makes a decoder for each new size."""
+    from test_rollout import standard_prompts
+
+    films = [
+        str(write_video(tmp_path / f"{width}.mp4", counter_frames(48, 256, width), codec="libx264"))
+        for width in range(256, 512, 32)
+    ]
+    policy = make_policy("qwen3_vl", model=make_model("qwen3_vl").to("cuda"))
+    prompts, ended, seen = standard_prompts("qwen3_vl"), threading.Event(), []
+
+    def decode_until_the_end() -> None:
+        for film in itertools.cycle(films):
+            if ended.is_set():
+                return
+            seen.append(read_counter(decode(film, [40], decoder="dali", device="cuda")[0].cpu()))
+
+    threads = [threading.Thread(target=decode_until_the_end, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(8):
+        rollout = GraphSampler(policy).sample(prompts, 4, SamplingParams(max_new_tokens=3))
+        assert rollout.token_ids.is_cuda
+    ended.set()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert seen and set(seen) == {40}
+    assert "captured once more" not in caplog.text
