@@ -1,8 +1,8 @@
 """A captured decode step of a 7B-shaped model on a GPU: by its own modules, and by fused kernels between its matmuls.
 
-One token for each of 8 responses of a group behind 4,096 tokens, or of eight groups. The floor reads the decoder's
-weights once. Predicted on an H100 for one group, where the modules took 9.8 ms: the weights 4.6, attention 0.34, four
-small kernels a layer in place of some fifty 0.3, so 6 ms.
+One token for each of 8 responses of a group behind 4,096 tokens, or of eight groups. The floor is the decoder's matmuls
+alone. Predicted on an H100 for one group, where the modules took 9.8 ms: the weights 4.6, attention 0.34, four
+small kernels a layer in place of some fifty 0.3, so 6 ms. Measured: 6.84, of which the matmuls are 5.4.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from bench_prefix_decode import captured
 from benchmarking import Arm, Case, bar, measure, record
 from step_arms import SCALES, make_model
+from torch.nn.functional import linear
 
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import TOKENIZER
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 GENERATIONS, PROMPT, LENGTH = 8, 4096, 5120
-ARMS = ["weights read once", "fused kernels", "modules"]
+ARMS = ["matmuls alone", "fused kernels", "modules"]
 SECONDS = 4.0
 
 
@@ -39,17 +40,18 @@ def build(policy: Policy, groups: int) -> Case:
         layer.weight for layer in policy.decoder.layers.modules() if isinstance(layer, torch.nn.Linear)
     ]
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    arms = {
-        "weights read once": Arm(
-            captured(lambda: [weight.view(torch.int32).amax() for weight in weights]), bytes=size
-        )
+    inputs = {
+        width: torch.randn(len(tokens), width, device="cuda", dtype=weights[0].dtype)
+        for width in {weight.shape[1] for weight in weights}
     }
+    matmuls = captured(lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights])
+    arms = {"matmuls alone": Arm(matmuls, bytes=size)}
     for name, fused in (("fused kernels", True), ("modules", False)):
         step = FixedStep(policy, groups, GENERATIONS, LENGTH, fused=fused)
         step.begin(np.full(groups, PROMPT))
         step(tokens, torch.full_like(tokens, PROMPT), 0)
         arms[name] = Arm(lambda step=step: step(tokens, torch.full_like(tokens, PROMPT), 0), bytes=size)
-    return measure(arms, "weights read once", "cuda", SECONDS, {})
+    return measure(arms, "matmuls alone", "cuda", SECONDS, {})
 
 
 @pytest.mark.parametrize("arm", ARMS)
