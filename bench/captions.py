@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rlaif_fast.comparison import read_plan
-from rlaif_fast.comparison.results import two_level_bootstrap
+from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
 from rlaif_fast.data.synthetic.worlds import COLORS, QUADRANTS, SHAPES, World, sample_world
 from rlaif_fast.machine import cores
@@ -126,7 +126,7 @@ def report(config: Path, output_dir: str | None) -> dict[str, Any]:
                     pairs = [
                         np.array([[by_seed[s][name] - base[s][name], 1.0] for name in base[s]]) for s in both
                     ]
-                    lead = two_level_bootstrap(pairs)
+                    lead = over_seeds(pairs)
                 entry = {
                     "start": {s: float(np.mean(list(mean_scores(starts[s]).values()))) for s in by_seed},
                     "score": {s: float(np.mean(list(values.values()))) for s, values in by_seed.items()},

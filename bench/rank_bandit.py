@@ -6,7 +6,7 @@ Each prompt has 64 answers with clean scores uniform in [0, 1], and the policy i
 step draws G answers a prompt, corrupts their scores as `rlaif_fast.oracle.feedback` does, turns them into advantages
 (`rank_shapes.py`) and follows the gradient of the mean of advantage times log-probability. What counts is the expected
 clean score of the policy. Every use gets the same search for its rate, on two seeds of its own; the figures are of
-fresh seeds, with the 95% interval of the lead over z-scores (bootstrap over seeds). Long answers of a Video-LLM differ
+fresh seeds, with the 95% interval of the lead over z-scores (over seeds). Long answers of a Video-LLM differ
 as these do; those of the embedded run seldom do.
 """
 
@@ -19,13 +19,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rank_shapes import USES, Feed, ranks_of
 from rank_uses import KINDS, rounded
 from torch import Tensor
 
+from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.oracle.feedback import CORRUPTIONS
-from rlaif_fast.report.stats import paired_bootstrap
 
 PROMPTS, ANSWERS = 64, 64
 SHOWN = ("grpo (z-score)", "rloo", "grpo_rank oracle", "grpo_rank directed", "gopo", "rlrr", "odrpo")
@@ -80,7 +81,8 @@ def compare(kind: str, size: int, seeds: list[int], steps: int) -> dict[str, dic
         curves = [learn(use, kind, size, rate, seed, steps) for seed in seeds]
         found[use] = {"rate": rate, "before": [c[0] for c in curves], "after": [c[-1] for c in curves]}
     for row in found.values():
-        lead = paired_bootstrap(found[SHOWN[0]]["after"], row["after"])
+        pairs = zip(row["after"], found[SHOWN[0]]["after"])
+        lead = over_seeds([np.array([[ours - theirs, 1.0]]) for ours, theirs in pairs])
         row["lead"] = [lead.mean, lead.low, lead.high]
     return found
 

@@ -15,9 +15,6 @@ from rlaif_fast.report.stats import Interval
 
 Cells = Mapping[tuple[str, str], Cell]
 
-# How often a 95% bootstrap interval over so few seeds holds the truth at worst, where normal seeds alone differ.
-COVERAGE = {2: 0.49, 3: 0.75, 4: 0.80, 5: 0.83, 6: 0.87, 8: 0.89, 10: 0.90}
-
 
 def write_report(plan: Plan) -> Path:
     """Write `comparison.md`, `comparison.json` and a figure a table; what has not finished is said. Returns the
@@ -55,28 +52,20 @@ def describe(table: Table, cells: Cells) -> str:
     )
     return (
         f"{found} of {wanted} runs have finished, on {sizes} test questions each. Accuracy is the mean over the seeds. "
-        f"The second figure is the lead over {table.baseline} in points with its 95% interval (paired bootstrap over "
-        f"seeds and videos); an interval above 0 is bold.{few_seeds(table, cells)}{partly}"
+        f"The second figure is the lead over {table.baseline} in points with its 95% interval (paired: Student's t "
+        f"over the seeds, or the bootstrap of seeds and videos where that reaches further); an interval above 0 is "
+        f"bold.{one_seed(table, cells)}{partly}"
     )
 
 
-def few_seeds(table: Table, cells: Cells) -> str:
-    """What the intervals of a table do not cover, with a space before it; "" where they cover the seeds or are none."""
-    counts = [
-        len(cell.outcomes.keys() & cells[feedback, table.baseline].outcomes.keys())
+def one_seed(table: Table, cells: Cells) -> str:
+    """What an interval of one seed does not cover, with a space before it; "" where there is none."""
+    alone = any(
+        len(cell.outcomes.keys() & cells[feedback, table.baseline].outcomes.keys()) == 1
         for (feedback, _), cell in cells.items()
         if cell.ahead is not None
-    ]
-    fewest = min(counts, default=max(COVERAGE) + 1)
-    if fewest == 1:
-        return " An interval of one seed knows nothing of the spread between seeds."
-    if fewest > max(COVERAGE):
-        return ""
-    held = max(share for count, share in COVERAGE.items() if count <= fewest)
-    return (
-        f" Where seeds differ by more than their questions explain, an interval over {fewest} seeds is too narrow: at "
-        f"worst it holds the truth {held:.0%} of the time."
     )
+    return " An interval of one seed knows nothing of the spread between seeds." if alone else ""
 
 
 def provenance(tables: Mapping[str, Cells]) -> list[str]:

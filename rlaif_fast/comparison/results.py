@@ -1,7 +1,7 @@
 """What the runs of a comparison reached: accuracies by arm, and differences from the baseline with intervals.
 
-An interval is of a bootstrap on two levels: seeds are drawn first, then whole videos within each (questions about one
-video are not independent). Both arms of a difference share the seeds, the starts and the questions, so it is paired.
+An interval is Student's t over the seeds, or the bootstrap of seeds and whole videos where that reaches further. Both
+arms of a difference share the seeds, the starts and the questions, so it is paired.
 """
 
 from __future__ import annotations
@@ -117,8 +117,34 @@ def read_outcome(folder: Path) -> Outcome | None:
     )
 
 
+# Quantile of Student's t for a two-sided interval of 95%, by degrees of freedom from 1 to 30.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+def over_seeds(differences: Sequence[np.ndarray]) -> Interval:
+    """Return the mean over seeds and its 95% interval.
+
+    Percentiles of a bootstrap over three seeds hold the truth 75% of the time where seeds differ by more than their
+    questions explain, over five 83%. Student's t holds it 95% of the time there, and knows nothing of the questions.
+    The interval is as wide as both. Of one seed it is the bootstrap's.
+
+    Args:
+        differences: For each seed (clusters, 2): the sum of the differences in a cluster, and its number of questions.
+    """
+    drawn = two_level_bootstrap(differences)
+    if len(differences) == 1:
+        return drawn
+    means = [part[:, 0].sum() / part[:, 1].sum() for part in differences]
+    half = _T[min(len(means) - 1, len(_T)) - 1] * float(np.std(means, ddof=1)) / math.sqrt(len(means))
+    return Interval(drawn.mean, min(drawn.low, drawn.mean - half), max(drawn.high, drawn.mean + half))
+
+
 def two_level_bootstrap(differences: Sequence[np.ndarray]) -> Interval:
-    """Return the mean over seeds and its 95% bootstrap interval.
+    """Return the mean over seeds and its 95% bootstrap interval: seeds are drawn, then whole videos within each.
 
     Args:
         differences: For each seed (clusters, 2): the sum of the differences in a cluster, and its number of questions.
@@ -141,14 +167,12 @@ def two_level_bootstrap(differences: Sequence[np.ndarray]) -> Interval:
 
 def difference(arm: Sequence[Outcome], baseline: Sequence[Outcome]) -> Interval:
     """Return by how much an arm is ahead of the baseline, in accuracy; the two hold the same seeds in one order."""
-    return two_level_bootstrap(
-        [_by_video(one.correct, other.correct, one.video) for one, other in zip(arm, baseline)]
-    )
+    return over_seeds([_by_video(one.correct, other.correct, one.video) for one, other in zip(arm, baseline)])
 
 
 def gain(arm: Sequence[Outcome]) -> Interval:
     """Return what an arm added to its start, in accuracy."""
-    return two_level_bootstrap([_by_video(one.correct, one.start, one.video) for one in arm])
+    return over_seeds([_by_video(one.correct, one.start, one.video) for one in arm])
 
 
 def _by_video(
