@@ -178,6 +178,42 @@ def test_extract_finds_the_answer_inside_reasoning():
     assert scores_of(oracle, group) == (1.0, 0.5, 0.2)
 
 
+@pytest.mark.parametrize("extract", [None, r"(?:</think>|\Z)\s*(.*)", r"so: (.*)"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("{}", "<answer>{}</answer>", "\\boxed{{{}}}", "<answer>\\boxed{{{}}}</answer>"),
+        *("<|begin_of_box|>{}<|end_of_box|>", "<answer><|begin_of_box|>{}<|end_of_box|></answer>"),
+        *("**{}**", '"{}."', "“{}”", "`{}`.", "**{}.**"),
+    ],
+)
+@pytest.mark.parametrize("answer", ["red", "4", "a man's dog", "É e"])
+def test_marks_around_an_answer_are_no_part_of_it(extract, said, answer):
+    """Also where `extract` takes what stands behind the reasoning."""
+    oracle = ReferenceOracle(extract=extract)
+    response = (
+        f"blue? so: </think>\n{said.format(answer)}"
+        if extract != r"so: (.*)"
+        else f"so: {said.format(answer)}"
+    )
+    group = request(answer, (response, response.replace(answer, "nothing")))
+    right, wrong = scores_of(oracle, group)
+    assert right == 1.0 > wrong
+    assert [oracle.is_correct(group, text) for text in group.responses] == [True, False]
+
+
+def test_marks_that_a_reference_has_are_expected_behind_the_reasoning_too():
+    oracle = ReferenceOracle(extract=r"</think>\s*(.*)")
+    group = request("<answer>red</answer>", ("</think><answer>red</answer>", "</think>red"))
+    assert scores_of(oracle, group)[0] == 1.0 > scores_of(oracle, group)[1]
+
+
+def test_two_boxes_that_differ_are_no_answer():
+    oracle = ReferenceOracle(extract=r"</think>\s*(.*)")
+    two = "</think><|begin_of_box|>red<|end_of_box|> <|begin_of_box|>blue<|end_of_box|>"
+    assert scores_of(oracle, request("red", (two, "</think>red"))) == (0.0, 1.0)
+
+
 def test_what_cannot_be_judged_is_an_error_not_a_default():
     oracle = ReferenceOracle()
     missing, bad = request(None), request("green", metadata={"form": "(red|blue)"})

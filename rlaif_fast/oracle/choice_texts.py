@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rlaif_fast.oracle import choice_words as words
 
 FINAL_PUNCTUATION = " \t\n.!?,;:"
+QUOTES = "\"'“”‘’«»「」"
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -22,7 +23,7 @@ def same_text(text: str, options: Sequence[str]) -> int | None:
 def plain(text: str) -> str:
     """`text` folded, without quotes around it and final punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).strip("\"'“”‘’«»「」").rstrip(FINAL_PUNCTUATION)
+    return " ".join(folded.split()).strip(QUOTES).rstrip(FINAL_PUNCTUATION)
 
 
 def skip_text(tail: str, option: str) -> str:

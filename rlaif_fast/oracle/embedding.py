@@ -85,7 +85,7 @@ class EmbeddingOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         return (
-            f"embedding/4 model={self.model_name} weights={self._weights} max_chars={self.max_response_chars}"
+            f"embedding/5 model={self.model_name} weights={self._weights} max_chars={self.max_response_chars}"
         )
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:

@@ -12,7 +12,10 @@ MARKUP = re.compile(r"\*\*|__|[*`_~#>]|\$|\\\(|\\\)|\\\[|\\\]|<\|[^<>|]{0,40}\|>
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _UNFINISHED = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|\s(\w))")
+_BOXED = re.compile(
+    r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|\s(\w))|"
+    r"<\|begin_of_box\|>([^|]*)<\|end_of_box\|>"  # GLM-V's
+)
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\s*\{([^{}]*)\}")
 
 
@@ -33,7 +36,7 @@ def final_part(response: str) -> str | None:
     elif _UNFINISHED.match(text):
         return None
     text = _LATEX_TEXT.sub(r"\1", text)
-    boxed = [braced or bare for braced, bare in _BOXED.findall(text)]
+    boxed = ["".join(forms) for forms in _BOXED.findall(text)]
     if len(set(map(plain, boxed))) > 1:
         return None
     return boxed[-1] if boxed else text

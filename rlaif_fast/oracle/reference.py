@@ -30,8 +30,9 @@ class ReferenceOracle:
     Args:
         tolerance: Relative tolerance of a numeric answer.
         extract: Regular expression whose first group is the answer inside a longer response, for instance
-            r"Answer: (.*)"; a response that it does not match is scored as it stands, halved. None reads what stands
-            in the last `<answer>` block, behind `</think>` or in `\\boxed{}`, unless the reference has such marks too.
+            r"Answer: (.*)"; a response that it does not match is scored as it stands, halved. None takes all of it.
+            Of that counts what stands in the last `<answer>` block, behind `</think>` or in `\\boxed{}`, unless the
+            reference has such marks too.
     """
 
     name = "reference"
@@ -47,7 +48,7 @@ class ReferenceOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         extract = self._extract.pattern if self._extract else None
-        return f"reference/4 tolerance={self.tolerance} extract={extract}"
+        return f"reference/5 tolerance={self.tolerance} extract={extract}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""
@@ -104,11 +105,14 @@ class ReferenceOracle:
         return score_text(text, reference)
 
     def _answer_of(self, response: str, reference: str) -> tuple[str, float]:
-        if self._extract is None:
-            marked = final_part(reference) != reference
-            return response if marked else final_part(response) or "", 1.0
-        match = self._extract.search(response)
-        return (match.group(1) or "", 1.0) if match else (response, 0.5)
+        text = response
+        if self._extract is not None:
+            match = self._extract.search(response)
+            if match is None:
+                return response, 0.5
+            text = match.group(1) or ""
+        marked = final_part(reference) != reference
+        return text if marked else final_part(text) or "", 1.0
 
 
 def _reference_of(request: RankRequest) -> tuple[str, str]:

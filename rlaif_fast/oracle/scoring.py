@@ -21,9 +21,10 @@ from collections.abc import Sequence
 
 from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
 from rlaif_fast.errors import UsageError, needed_by
-from rlaif_fast.oracle.choice_texts import FINAL_PUNCTUATION, tokens
+from rlaif_fast.oracle.choice_texts import FINAL_PUNCTUATION, QUOTES, tokens
 from rlaif_fast.oracle.choices import parse_choice, reference_choice
 
+EMPHASIS = f"{QUOTES}*_`"  # at the ends: "red", **red**
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])[-+]?\.\d+(?!\w)")
 _NUMBER_WORDS = {
     word: float(value)
@@ -38,9 +39,9 @@ _NUMBER_WORDS = {
 
 
 def normalise(text: str) -> str:
-    """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation."""
+    """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation, quotes and emphasis."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).rstrip(FINAL_PUNCTUATION)
+    return " ".join(folded.split()).lstrip(EMPHASIS).rstrip(EMPHASIS + FINAL_PUNCTUATION)
 
 
 def token_f1(response: str, reference: str) -> float:
