@@ -132,7 +132,7 @@ def test_an_evaluation_decodes_the_next_videos_while_it_answers(maker, tmp_path,
 
     if published:
         items = [Item(row) for row in rows]
-        rest = {"grader": None, "world": World(), "advance": lambda count: None}
+        rest = {"grader": None, "reasons": False, "world": World(), "advance": lambda count: None}
         run_items(
             items, None, maker, answers, category="kind", is_right=lambda *_: True, videos_per_step=2, **rest
         )

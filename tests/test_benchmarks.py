@@ -679,6 +679,19 @@ def test_reasoning_is_no_part_of_what_is_graded(judge):
         make_grader("api", options | {"protocol": "pairwise"})
 
 
+@pytest.mark.parametrize(
+    "said", ["", " \n", "<think>a man", "<answer>a man</answer><answer>a dog</answer>", "a man </think>"]
+)
+def test_an_answer_that_says_nothing_is_wrong_and_no_judge_is_asked(judge, said):
+    url = f"http://127.0.0.1:{judge.server_address[1]}/v1"
+    row = Example("x", "who is driving ?", "man")
+    for grader in (make_grader("api", {"model": "m", "base_url": url}), make_grader("reference", {})):
+        grades = grade_answers(grader, [(row, "man"), (row, said), (row, "a </think> man")])
+        assert [grade.correct for grade in grades] == [True, False, True]
+        assert grades[1] == Grade(False, 0)
+    assert len(judge.seen) == 2
+
+
 def test_any_oracle_grades_by_ranking():
     grader = make_grader("reference", {})
     grades = grader.grade([request("man"), request("dog"), request("x", None)])
@@ -726,8 +739,11 @@ def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video)
     assert whole["judge_score"] == answered.score / 2 and whole["judge_accuracy"] == answered.pred / 2
 
 
-def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video):
-    """Of a model whose template opens it: a right word in it was counted. A letter that is chosen closes nothing."""
+def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video, judge):
+    """Of a model whose template opens it: a right word in it was counted. A letter that is chosen closes nothing.
+
+    Neither is it one for a judge.
+    """
     words = set(VOCABULARY) | set(words_of(("A B C D . one two man who is driving ? ball <think> </think>",)))
     thinker = make_tiny(tmp_path / "thinker", words, seed=3)
     template = thinker / "chat_template.jinja"
@@ -737,13 +753,20 @@ def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video):
     template.write_text(text.replace(start, start + "<think>\n"))
     row = {"answer": "man", "category_id": 8, "id": 1, "question": "who is driving?", "video_id": 7010}
     video("msrvtt/video7010.mp4")
-    for turn, out in enumerate(("first", "again")):
+    options = {"model": "m", "base_url": f"http://127.0.0.1:{judge.server_address[1]}/v1"}
+    for turn, out in enumerate(("first", "again", "judged", "told where")):
         put(tmp_path / "msrvtt/test_qa.json", [row])
         words = ["--benchmark=msrvtt_qa", f"--data={tmp_path / 'msrvtt'}", f"--model={thinker}", "--fps=4"]
+        if turn >= 2:
+            own = options if turn == 2 else options | {"extract": "(.*)"}
+            words += ["--judge=api", "--judge_options", json.dumps(own)]
         assert evaluate.main([*words, f"--output_dir={tmp_path / out}", "--max_completion_length=4"]) == 0
         [record] = read_records(tmp_path / out / "items.jsonl")
         assert "</think>" not in record.prediction and not record.correct, turn
-        row |= {"answer": record.prediction}  # what it says on the way
+        if turn >= 2:
+            assert (record.pred, record.score, len(judge.seen)) == (turn == 3, 4 * (turn == 3), turn - 2)
+        word = record.prediction if turn == 0 else record.prediction.split()[0]
+        row |= {"answer": word}  # what it says on the way
     assert run(folder, thinker, tmp_path / "letters", "--answering=letter", "--short=false") == 0
     records = read_records(tmp_path / "letters/items.jsonl")
     assert any(record.correct for record in records)

@@ -222,6 +222,7 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
         torch.no_grad(),
         setup.make_batch_maker(loaded, config, blank_frames=options.blank_frames) as make_batch,
     ):
+        setup.for_reasoning(config, make_batch.encoder)  # refuses a bound that this model cannot keep
         sampler = make_sampler(policy)
 
         def answers(prompts):
@@ -236,6 +237,7 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
             category=BENCHMARKS[options.benchmark].category,
             is_right=_is_right(options, config, reasons=make_batch.encoder.reasons),
             grader=grader,
+            reasons=make_batch.encoder.reasons and "extract" not in options.judge_options,
             videos_per_step=options.videos_per_step,
             world=world,
             advance=advance,

@@ -12,6 +12,7 @@ from rlaif_fast.oracle.base import Oracle, RankRequest, rank_all
 from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.grading import MAX_GRADE, Grade
 from rlaif_fast.oracle.registry import build_oracle
+from rlaif_fast.policy.vocabulary import CLOSES
 
 # Options of a judge that grading does not read: how orders are drawn and fused, and what else than words is shown.
 OF_RANKINGS = (
@@ -52,28 +53,38 @@ class RankingGrader:
         return grades
 
 
-def grade_answers(grader: Grader, answers: Sequence[tuple[Example, str]]) -> list[Grade | None]:
+def grade_answers(
+    grader: Grader, answers: Sequence[tuple[Example, str]], *, reasons: bool = False
+) -> list[Grade | None]:
     """Grade answers to open questions by their words alone, as published: the frames are not shown.
 
     Args:
         grader: Grades.
         answers: Questions with the answers to them; of one that reasons, what stands behind the reasoning is graded.
+            One that says nothing there is wrong, and no grader is asked.
+        reasons: Whether the chat template opened the reasoning, so that an answer that does not close it says nothing.
 
     Returns:
         A grade for each, None where there could be none.
     """
-    requests = [
-        RankRequest(
+    said = ["" if reasons and CLOSES not in text else final_part(text) or "" for _, text in answers]
+    grades: list[Grade | None] = [None if text.strip() else Grade(False, 0) for text in said]
+    requests = {
+        place: RankRequest(
             id=f"{place}:{example.id}",
             question=example.question,
-            responses=(final_part(text) or text,),
+            responses=(said[place],),
             reference=example.answer,
             category=example.category,
             metadata=example.metadata,
         )
-        for place, (example, text) in enumerate(answers)
-    ]
-    return grader.grade(requests) if requests else []
+        for place, (example, _) in enumerate(answers)
+        if grades[place] is None
+    }
+    if requests:
+        for place, grade in zip(requests, grader.grade(list(requests.values()))):
+            grades[place] = grade
+    return grades
 
 
 def make_grader(name: str, options: Mapping[str, Any]) -> Grader:

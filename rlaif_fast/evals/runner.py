@@ -40,6 +40,7 @@ def run_items(
     category: str,
     is_right: IsRight,
     grader: Grader | None,
+    reasons: bool,
     videos_per_step: int,
     world: World,
     advance: Callable[[int], None],
@@ -54,6 +55,7 @@ def run_items(
         category: What the category is called among the groups of a record.
         is_right: Says whether an answer is right.
         grader: Grades the answers to open questions too; None grades none.
+        reasons: See `grade_answers`.
         videos_per_step: Videos answered at once, in each process; the next ones are decoded meanwhile.
         world: The processes that share the items.
         advance: Called with the number of items done.
@@ -66,7 +68,9 @@ def run_items(
     steps = [chunks[at : at + videos_per_step * world.size] for at in starts]
     mine = [[item for chunk in world.share(step) for item in chunk] for step in steps]
     for items_now, following in zip_longest(mine, mine[1:], fillvalue=()):
-        records = _answer_chunk(items_now, following, make_batch, answers, category, is_right, grader)
+        records = _answer_chunk(
+            items_now, following, make_batch, answers, category, is_right, grader, reasons
+        )
         everyone = [record for part in world.gather(records) for record in part]
         if folder is not None:
             folder.add(everyone)
@@ -109,6 +113,7 @@ def _answer_chunk(
     category: str,
     is_right: IsRight,
     grader: Grader | None,
+    reasons: bool,
 ) -> list[Record]:
     asked = _readable(items)
     prompts = make_batch(asked) if asked else []
@@ -118,7 +123,7 @@ def _answer_chunk(
     grades: dict[str, Grade | None] = {}
     if grader is not None:
         open_ended = [(p.example, text) for p, text in zip(prompts, texts) if not p.example.options]
-        found_grades = grade_answers(grader, open_ended)
+        found_grades = grade_answers(grader, open_ended, reasons=reasons)
         grades = {example.id: grade for (example, _), grade in zip(open_ended, found_grades)}
     found = {
         prompt.example.id: (text, is_right(request, text))

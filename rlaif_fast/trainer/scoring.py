@@ -18,7 +18,7 @@ from rlaif_fast.oracle.wrappers import oracles_in
 
 # How an answer comes to its verdict, above all which part of it the rules see. Every change of that raises it, so that
 # an evaluation begun before is refused. The rules have a number of their own (`ReferenceOracle.identity`).
-SCORING = 2
+SCORING = 3
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
 BEHIND_REASONING = r"(?:</think>|\Z)\s*(.*)"  # nothing where the reasoning does not end
 NEED_ANSWERS = ("reference", "embedding")  # oracles that compare with the reference answer
