@@ -1025,6 +1025,30 @@ def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tm
         played.generate_until([asked({}, visuals=lambda doc: [np.zeros(3)])])
 
 
+@pytest.mark.parametrize(
+    ("text", "until", "reasons", "expected"),
+    [
+        ("B\n\nbecause", ["\n\n"], False, "B\n\nbecause"),
+        ("Let me see.\n\nThe answer is B", "\n\n", False, "Let me see.\n\nThe answer is B"),
+        ("<think>A?\n\nno</think>\n\nB", ["\n\n"], False, "B"),
+        ("A?\nno</think>\n\nB\nC", ["\n"], True, "B"),
+        ("<think>A?</think>\n<answer>B</answer>", ["\n\n"], False, "B"),
+        ("it may be A", ["\n\n"], True, ""),
+        ("it may be A", None, False, "it may be A"),
+        ("B. because", ["", "."], False, "B"),
+    ],
+)
+def test_lmms_eval_is_told_what_stands_behind_the_reasoning(
+    text, until, reasons, expected, monkeypatch, tmp_path
+):
+    """Its tasks stop at a blank line by default, and that is where reasoning ends and an answer begins."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    pytest.importorskip("lmms_eval.models", exc_type=ImportError)
+    from rlaif_fast.evals.lmms_eval import said
+
+    assert said(text, until, reasons=reasons) == expected
+
+
 def test_every_benchmark_is_named_in_the_help():
     text = evaluate.EvaluateConfig.__doc__ or ""
     assert all(f'"{name}"' in text for name in BENCHMARKS)

@@ -20,11 +20,14 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
+from rlaif_fast.oracle.extract import final_part
+from rlaif_fast.policy.vocabulary import CLOSES
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.trainer import setup
 from rlaif_fast.video.refs import MediaRef
 
+BLANK_LINE = "\n\n"
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -61,7 +64,7 @@ class RlaifFast(lmms):
         return self._policy.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """The answer to each request, greedily, cut at the first of its stopping texts.
+        """The answer to each request, greedily, as `said` reads it.
 
         Raises:
             UsageError: A request asks for sampling, shows something but files, or a file cannot be read.
@@ -80,7 +83,8 @@ class RlaifFast(lmms):
             for start in range(0, len(places), self.batch_size):
                 part = places[start : start + self.batch_size]
                 for place, text in zip(part, self._answer([requests[place] for place in part], params)):
-                    answers[place] = _cut(text, requests[place].args[1].get("until"))
+                    until = requests[place].args[1].get("until")
+                    answers[place] = said(text, until, reasons=self._make_batch.encoder.reasons)
         return answers
 
     @torch.no_grad()
@@ -127,10 +131,21 @@ def _positive(name: str, value: int | str) -> int:
     return number
 
 
-def _cut(text: str, until: Any) -> str:
+def said(text: str, until: Any, *, reasons: bool) -> str:
+    """What a response says behind its reasoning, cut at the first of the stopping texts of a request.
+
+    lmms-eval's tasks stop at a blank line unless they say otherwise, which its own models of these families leave out
+    too: an answer may stand behind one.
+
+    Args:
+        text: The response.
+        until: The stopping text or texts; None for none.
+        reasons: Whether the chat template opened the reasoning, so that a response that does not close it says nothing.
+    """
+    answer = "" if reasons and CLOSES not in text else (final_part(text) or "").strip()
     for stop in [until] if isinstance(until, str) else until or ():
-        text = text.split(stop)[0] if stop else text
-    return text
+        answer = answer.split(stop)[0] if stop and stop != BLANK_LINE else answer
+    return answer
 
 
 def manifest() -> ModelManifest:
