@@ -208,6 +208,24 @@ def test_marks_that_a_reference_has_are_expected_behind_the_reasoning_too():
     assert scores_of(oracle, group)[0] == 1.0 > scores_of(oracle, group)[1]
 
 
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("<think>The result goes into <answer> tags.</think><answer>{}</answer>", True),
+        ("<think>maybe <answer>red</answer>, no</think>\n<answer>{}</answer>", True),
+        ("<think>maybe <answer>red</answer>, no</think>\n{}", True),
+        ("<think>no, <answer>{}</answer></think>\n", True),
+        ("<think>no, <answer>{}</answer></think>\nred", False),
+        ("<think>x</think><answer>red</answer></think><answer>{}</answer>", False),
+    ],
+)
+def test_a_block_inside_the_reasoning_is_no_answer_where_one_follows(said, right):
+    group = request("blue", ("x", "y"))
+    assert ReferenceOracle().is_correct(group, said.format("blue")) is right
+    choice = request("B", ("x", "y"), options=("red", "blue"))
+    assert ReferenceOracle().is_correct(choice, said.format("B").replace("red", "A")) is right
+
+
 def test_two_boxes_that_differ_are_no_answer():
     oracle = ReferenceOracle(extract=r"</think>\s*(.*)")
     two = "</think><|begin_of_box|>red<|end_of_box|> <|begin_of_box|>blue<|end_of_box|>"

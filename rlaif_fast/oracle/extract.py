@@ -10,6 +10,7 @@ from rlaif_fast.oracle.choice_texts import plain
 
 MARKUP = re.compile(r"\*\*|__|[*`_~#>]|\$|\\\(|\\\)|\\\[|\\\]|<\|[^<>|]{0,40}\|>|</?s>")
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
+_CLOSES = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _THOUGHT = re.compile(r"^.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _UNFINISHED = re.compile(r"^\s*<think(?:ing)?>", re.IGNORECASE)
 _BOXED = re.compile(
@@ -22,11 +23,13 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\s*\{([^{
 def final_part(response: str) -> str | None:
     """What a reply says behind its reasoning; None where it says nothing, or two things.
 
-    That is its last `<answer>` block, else what follows `</think>`, else all of it; and of that what is `\\boxed`. Two
-    blocks or boxes that differ are no answer, and neither is reasoning that does not end.
+    That is its last `<answer>` block, else what follows `</think>`, else all of it; and of that what is `\\boxed`. A
+    block in the reasoning counts where nothing follows that. Two blocks or boxes that differ are no answer, and neither
+    is reasoning that does not end.
     """
     text = response
-    answers = _ANSWER.findall(text)
+    behind = _CLOSES.split(text, 1)[-1]
+    answers = _ANSWER.findall(behind if behind.strip() else text)
     if len({plain(MARKUP.sub("", answer)) for answer in answers}) > 1:
         return None
     if answers:
