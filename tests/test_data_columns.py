@@ -85,6 +85,9 @@ REASONED = [
     ({"answer": "<answer>blue</answer>"}, "blue", "<answer>blue</answer>"),
     ({"answer": "<think>it is</think> blue"}, "blue", "<think>it is</think> blue"),
     ({"answer": "<think>a <answer>red</answer>?</think><answer> blue </answer>"}, "blue", None),
+    ({"answer": "<think>it goes into <answer> tags</think><answer>blue</answer>"}, "blue", None),
+    ({"answer": "<think>a <answer>red</answer>?</think>\nblue"}, "blue", None),
+    ({"answer": "<think>so <answer>blue</answer></think>"}, "blue", None),
     (
         {"process": "<think>it is</think>", "solution": "<answer>blue</answer>"},
         "blue",

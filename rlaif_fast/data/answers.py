@@ -11,7 +11,7 @@ from rlaif_fast.data.schema import index_of_letter, option_letters
 _LABEL = re.compile(r"^\s*(?:\(([A-Z]{1,2})\)|([A-Z]{1,2})[.):])\s*(.*\S)\s*$", re.DOTALL)
 _LETTER = re.compile(r"^\s*(?:\(([A-Z]{1,2})\)|([A-Z]{1,2}))(?:[.):]\s*|\s*$|(?<=\))\s+)(.*)$", re.DOTALL)
 _ANSWER = re.compile(r"<answer>([^<]*(?:<(?!/answer>)[^<]*)*)</answer>", re.IGNORECASE)
-_THINKING = re.compile(r"</?(?:think|answer)>", re.IGNORECASE)
+_CLOSES = re.compile(r"</think>", re.IGNORECASE)
 MAX_OPTIONS = 702  # A to ZZ
 
 
@@ -25,11 +25,13 @@ def split_target(answer: str | None, scored: str) -> tuple[str | None, str | Non
     if answer is None or not answer.strip():
         return None, None
     whole = answer.strip()
-    blocks = _ANSWER.findall(whole)
-    if scored == "whole" or not blocks:
-        behind = whole.rpartition("</think>")[2].strip() if scored == "answer" else whole
-        return behind or whole, whole if _THINKING.search(whole) and behind != whole else None
-    return blocks[-1].strip() or None, whole
+    if scored == "whole":
+        return whole, None
+    behind = _CLOSES.split(whole)[-1].strip() or whole
+    blocks = _ANSWER.findall(behind)  # not those that the reasoning mentions
+    if blocks:
+        return blocks[-1].strip() or None, whole
+    return behind, whole if behind != whole else None
 
 
 def settle_options(question: str, answer: str | None, options: Any) -> tuple[str, list[str], str | None]:
