@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import family_checkpoints
@@ -12,10 +13,13 @@ import torch
 from rlaif_fast.data import Example
 from rlaif_fast.evals.answering import likeliest
 from rlaif_fast.oracle.base import RankRequest
+from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle
+from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.encoder import PromptEncoder, ends_in_reasoning
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.scoring import scorer_by_name, scorer_of
 from rlaif_fast.trainer.setup import for_reasoning
 from rlaif_fast.video import PatchSpec
 
@@ -96,6 +100,51 @@ def test_the_oracle_sees_what_stands_behind_the_reasoning() -> None:
     assert [oracle.is_correct(request, response) for response in request.responses] == [True, False, False]
     [ranking] = oracle.rank([request])
     assert ranking.scores is not None and ranking.scores[2] == 0.0 < ranking.scores[1]
+
+
+@pytest.mark.parametrize(
+    ("oracle", "options"),
+    [
+        ("shuffled", {"inner": "reference"}),
+        (
+            "corrupted",
+            {
+                "kind": "flips",
+                "inner": {"name": "shuffled", "inner": {"name": "reference", "tolerance": 0.5}},
+            },
+        ),
+        ("ensemble", {"members": ["reference", {"name": "callable", "function": f"{__name__}:longest"}]}),
+    ],
+)
+def test_oracles_inside_others_see_it_too(oracle, options) -> None:
+    """What was cut off in the reasoning had the reward of a right answer, and counted as one."""
+    before = copy.deepcopy(options)
+    config = dataclasses.replace(TrainConfig(), oracle=oracle, oracle_options=options)
+    told, notes = for_reasoning(config, encoder_of(THINKING))
+    assert options == before and "extract" in notes[0]
+    assert ("'callable' sees responses whole" in notes[0]) is (oracle == "ensemble")
+    built = build_oracle(oracle, max_invalid_fraction=None, **told.oracle_options)
+    [reference] = [inner for inner in oracles_in(built) if isinstance(inner, ReferenceOracle)]
+    request = RankRequest(id="0", question="?", responses=("red", "blue </think> red"), reference="red")
+    assert reference.rank([request])[0].ranks == (1, 0)
+    assert reference.tolerance == (0.5 if oracle == "corrupted" else 0.0)
+    for scorer in (
+        scorer_of(built, told.oracle_options, reasons=True),
+        scorer_by_name(oracle, told.oracle_options, reasons=True),
+    ):
+        assert [scorer.is_correct(request, text) for text in request.responses] == [False, True]
+
+
+def test_an_inner_oracle_keeps_its_extract() -> None:
+    options = {"members": [{"name": "reference", "extract": "(.)"}, "embedding"]}
+    own = dataclasses.replace(TrainConfig(), oracle="ensemble", oracle_options=options)
+    config, notes = for_reasoning(own, encoder_of(THINKING))
+    assert config is own and "'embedding' sees responses whole" in notes[0]
+
+
+def longest(request):
+    """An oracle function: the longer, the better."""
+    return [float(len(text)) for text in request.responses]
 
 
 def test_what_is_asked_for_stays() -> None:

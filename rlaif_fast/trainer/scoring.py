@@ -21,6 +21,7 @@ from rlaif_fast.oracle.wrappers import oracles_in
 SCORING = 3
 FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
 BEHIND_REASONING = r"(?:</think>|\Z)\s*(.*)"  # nothing where the reasoning does not end
+TAKES_EXTRACT = ("reference", "api", "local")
 NEED_ANSWERS = ("reference", "embedding")  # oracles that compare with the reference answer
 RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
 
@@ -64,6 +65,34 @@ def rules(options: Mapping[str, Any], *, reasons: bool = False) -> ReferenceOrac
     """
     given = {name: options[name] for name in RULE_OPTIONS if options.get(name) is not None}
     return ReferenceOracle(**({"extract": BEHIND_REASONING} if reasons else {}) | given)
+
+
+def behind_reasoning(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options of an oracle with which it, and those that they name, see what stands behind the reasoning.
+
+    Where one has an `extract` of its own, that stays.
+
+    Returns:
+        The options, and the names of the oracles that see responses whole all the same.
+    """
+    told, whole = dict(options), []
+    if name in TAKES_EXTRACT:
+        told.setdefault("extract", BEHIND_REASONING)
+    elif not list(_inside(options)) and "extract" not in options:
+        whole.append(name)
+
+    def inside(oracle: Any) -> Any:
+        for nested, own in _inside({"inner": oracle}):
+            inner, others = behind_reasoning(nested, own)
+            whole.extend(others)
+            return oracle if inner == own else {"name": nested, **inner}
+        return oracle
+
+    if "inner" in told:
+        told["inner"] = inside(told["inner"])
+    if isinstance(told.get("members"), (list, tuple)):
+        told["members"] = [inside(member) for member in told["members"]]
+    return told, whole
 
 
 def choose_metric(

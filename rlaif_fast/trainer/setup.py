@@ -37,10 +37,8 @@ from rlaif_fast.trainer.inputs import refuse_other_data, refuse_other_model
 from rlaif_fast.trainer.notes import older_names, uneven_steps
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
 from rlaif_fast.trainer.run import Datasets, Run
-from rlaif_fast.trainer.scoring import BEHIND_REASONING, scorer_of
+from rlaif_fast.trainer.scoring import BEHIND_REASONING, behind_reasoning, scorer_of
 from rlaif_fast.video import ClipCache, ClipStore, FrameSampling
-
-TAKES_EXTRACT = ("reference", "api", "local")
 
 
 def build_run(
@@ -258,13 +256,14 @@ def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainCon
         require(config.sampler != "vllm", "max_reasoning_tokens", "null where sampler is vllm", budget)
         check_budget(budget, encoder.tokenizer, config.max_completion_length)
         note += f"; behind {budget} tokens it is closed, and the loss leaves the closing tokens out"
-    if "extract" in config.oracle_options:
+    options, whole = behind_reasoning(config.oracle, config.oracle_options)
+    if whole:
+        names = ", ".join(map(repr, dict.fromkeys(whole)))
+        note += f"; the oracle {names} sees responses whole, reasoning included"
+    if options == config.oracle_options:
         return config, (note,)
-    if config.oracle not in TAKES_EXTRACT:
-        return config, (f"{note}; the oracle {config.oracle!r} sees responses whole, reasoning included",)
-    options = config.oracle_options | {"extract": BEHIND_REASONING}
-    notes = (f"{note}; the oracle sees what stands behind it (extract: {BEHIND_REASONING})",)
-    return dataclasses.replace(config, oracle_options=options), notes
+    note += f"; the oracle sees what stands behind it (extract: {BEHIND_REASONING})"
+    return dataclasses.replace(config, oracle_options=options), (note,)
 
 
 def make_oracle(config: TrainConfig) -> Oracle:
