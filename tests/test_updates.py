@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -120,6 +121,19 @@ def test_the_sampling_ratio_weighs_the_loss(num_iterations):
     halved = [replace(group, sampling_ratio=torch.full_like(group.logps, 0.5)) for group in groups]
     _, ours = updated(policy, halved, **options)
     assert_same_gradients({name: 2 * gradient for name, gradient in ours.items()}, expected)
+
+
+class FromStart(GrpoRank):
+    samples_from = "start"
+
+
+@pytest.mark.parametrize("algorithm", ["grpo_rank", f"{__name__}:FromStart"])
+def test_what_the_start_drew_is_weighed_by_the_ratio_to_it(algorithm):
+    policy = make_policy("qwen3_vl")
+    groups = ranked_groups(policy, prompts_about_clips("qwen3_vl")[:2])
+    off = [replace(group, logps=group.logps - 0.1) for group in groups]
+    stats, _ = updated(policy, off, beta=0.0, num_generations=G, algorithm=algorithm)
+    assert stats["ratio_max"] == pytest.approx(1.0 if algorithm == "grpo_rank" else np.exp(0.1), rel=1e-3)
 
 
 def test_the_sampling_ratio_is_cut_at_its_cap():

@@ -98,9 +98,10 @@ def encode(run: Run, prompts: Sequence[Prompt]) -> MediaFeatures | None:
         return run.policy.encode_media(prompts)
 
 
-def on_policy(config: RlOptions) -> bool:
-    """Whether each rollout is learned from once and whole, so that nothing is updated before it is used up."""
-    return config.num_iterations == 1 and config.steps_per_generation == 1
+def on_policy(config: RlOptions, algorithm: Algorithm) -> bool:
+    """Whether each rollout is learned from by the weights that drew it: once and whole, and not drawn by the start."""
+    once = config.num_iterations == 1 and config.steps_per_generation == 1
+    return once and algorithm.samples_from != "start"
 
 
 def keeps_graph(run: Run) -> bool:
@@ -113,4 +114,4 @@ def keeps_tower_graph(config: RlOptions, algorithm: Algorithm, *, sharded: bool)
 
     The weights have to be those that are drawn with, and processes share no pass of sharded weights in a rollout.
     """
-    return on_policy(config) and algorithm.samples_from != "start" and not sharded
+    return on_policy(config, algorithm) and not sharded

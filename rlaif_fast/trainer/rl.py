@@ -354,7 +354,7 @@ def _loss(
         float32_weight=policy.head_float32,
         lengths=row_lengths,
         mask=counted_tokens(config, groups),
-        old_logps=None if on_policy(config) else torch.cat([group.logps for group in groups]),
+        old_logps=None if on_policy(config, run.algorithm) else torch.cat([group.logps for group in groups]),
         ref_logps=ref_logps,
         sampling_ratio=torch.cat(ratios).clamp(max=config.sampling_ratio_cap) if ratios else None,
         num_items_in_batch=items,
