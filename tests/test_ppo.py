@@ -361,6 +361,33 @@ def test_the_log_has_the_mean_of_a_step_s_value_updates(tmp_path, cache, monkeyp
     assert logged == pytest.approx([sum(losses) / 2])
 
 
+def test_schedules_end_with_their_phase_where_a_rollout_has_fewer_groups_than_parts(
+    tmp_path, cache, monkeypatch
+):
+    rates: dict[str, list[float]] = {"reward": [], "value": []}
+    appraise, update = RewardAndValue.appraise, RewardAndValue.update
+
+    def appraised(self, *given):
+        found, updates = appraise(self, *given), self._reward_updates
+        rates["reward"] += [] if updates is None else [updates.learning_rate]
+        return found
+
+    def updated(self, groups):
+        stats, updates = update(self, groups), self._value_updates
+        rates["value"] += [] if updates is None else [updates.learning_rate]
+        return stats
+
+    monkeypatch.setattr(RewardAndValue, "appraise", appraised)
+    monkeypatch.setattr(RewardAndValue, "update", updated)
+    changes = {"steps_per_generation": 8, "reward_model_updates": 8, "lr_scheduler_type": "linear"}
+    assert run(tmp_path / "run", cache, **changes) == 0
+    peak = SMALL["learning_rate"]
+    assert rates["reward"] == pytest.approx([peak / 2, 0.0])
+    assert rates["value"] == pytest.approx([peak * (15 - i) / 16 for i in range(16)])
+    logged = [row["learning_rate"] for row in metrics(tmp_path / "run") if row["stage"] == "rl"]
+    assert logged == pytest.approx([peak, peak, peak / 2, 0.0])
+
+
 def metrics(folder) -> list[dict]:
     """Everything logged but how long it took."""
     return [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(folder / "metrics.jsonl")]

@@ -319,6 +319,21 @@ def test_passes_of_bounded_size_train_alike(finished, run):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+def test_the_schedule_is_of_steps_however_many_groups_there_are_to_cut(run):
+    """A rollout of fewer groups than parts has fewer updates; a rate that falls to zero stayed high."""
+    code, folder, err = run(
+        sft="none",
+        videos_per_step=1,
+        steps_per_generation=8,
+        lr_scheduler_type="linear",
+        warmup_steps=1,
+        max_steps=3,
+    )
+    assert code == 0, err
+    rates = [row["learning_rate"] for row in metrics(folder) if row["stage"] == "rl"]
+    assert rates == pytest.approx([rates[0], rates[0] / 2, 0.0]) and rates[0] > 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -525,6 +525,31 @@ def test_a_run_goes_on_in_float32_where_bfloat16_left_it():
     assert torch.equal(wide.weight, state["float32_weights"][0])
 
 
+def test_a_schedule_goes_on_where_there_is_nothing_to_learn(recwarn):
+    models = [nn.Linear(2, 2) for _ in range(2)]
+    schedule = {"schedule": "linear", "warmup_steps": 2, "total_steps": 6}
+    whole, skipping = (make_updater(model, **schedule) for model in models)
+    for step in range(6):
+        models[0].weight.sum().backward()
+        whole.step()
+        before = models[1].weight.clone()
+        if step in (0, 3):
+            skipping.skip()
+            assert torch.equal(models[1].weight, before)
+        else:
+            models[1].weight.sum().backward()
+            skipping.step()
+        assert skipping.learning_rate == whole.learning_rate
+    assert not recwarn.list
+
+
+def test_a_supervised_step_that_nothing_of_could_be_read_is_a_step_of_the_schedule():
+    updater = make_updater(nn.Linear(2, 2), learning_rate=1.0, schedule="linear", total_steps=4)
+    run = SimpleNamespace(world=World(), make_batch=SimpleNamespace(encoder=None))
+    assert sft.learn(run, [], updater) is None
+    assert updater.learning_rate == 0.75
+
+
 def test_a_checkpoint_goes_on_with_another_learning_rate():
     def advance(updater, model, steps):
         for _ in range(steps):

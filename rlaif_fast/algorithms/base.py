@@ -30,6 +30,10 @@ class Updates(Protocol):
         """Update the weights by the gradients of all processes and clear them."""
         ...
 
+    def skip(self) -> None:
+        """Let the schedule go on where there was nothing to learn."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
         ...

@@ -113,7 +113,9 @@ class RewardAndValue:
     def _learn_part(self, groups: Sequence[Group]) -> list[float]:
         """One update; of all processes the loss, the pairs ordered as preferred, the pairs, and the groups."""
         (judged,) = self._world.sum(len(groups))
+        assert self._reward_updates is not None
         if not judged:
+            self._reward_updates.skip()
             return [0.0] * 4
         ordered = pairs = loss = 0.0
         with self.reward.in_place():
@@ -129,7 +131,6 @@ class RewardAndValue:
                 self.reward.backward(found.loss * self._world.size / judged)
                 loss += found.loss.item()
                 ordered, pairs = ordered + found.ordered.item(), pairs + found.pairs.item()
-        assert self._reward_updates is not None
         self._reward_updates.step()
         return [*self._world.sum(loss, ordered, pairs), judged]
 
@@ -194,6 +195,8 @@ class RewardAndValue:
         """One update of the value model from appraised groups; all processes call it together."""
         (tokens,) = self._world.sum(sum(group.tokens for group in groups))
         if not tokens:
+            if self._value_updates is not None:
+                self._value_updates.skip()
             return {}
         assert self.value is not None and self._value_updates is not None
         loss = clipped = 0.0

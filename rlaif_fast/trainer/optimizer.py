@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,14 @@ class Updater:
         self._optimizer.zero_grad(set_to_none=True)
         self._round()
         return norm
+
+    def skip(self) -> None:
+        """Let the schedule go on where there was nothing to learn: it is of steps, whatever they held."""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # torch minds one that begins before the first update
+            self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on, the float32 copies of the weights included."""

@@ -195,6 +195,8 @@ def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict
                 update_stats = update_loss(run, part, features)
                 if update_stats is not None:
                     updates.append(update_stats | {"grad_norm": updater.step()})
+                elif critic is None or step >= critic.first_policy_step:
+                    updater.skip()
             if critic is not None:
                 with logger.timer("critic"):
                     critic_updates.append(critic.update(part))

@@ -64,6 +64,7 @@ def learn(run: Run, prompts: Sequence[Prompt], updater: Updater) -> dict[str, An
     answers = [encoder.encode_answer(prompt.example.taught or "") for prompt in prompts]
     (tokens,) = world.sum(sum(map(len, answers)))
     if tokens == 0:
+        updater.skip()
         return None
     local_loss = accumulate(run, prompts, answers, world.size / tokens)
     grad_norm = updater.step()
