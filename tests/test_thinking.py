@@ -44,6 +44,8 @@ PLAIN = "<|im_start|>assistant\n"
     [
         (THINKING, "red", "</think>\n\nred"),
         (THINKING, "<think>left</think>\n\nred", "left</think>\n\nred"),
+        (THINKING, "left</think>\n\nred", "left</think>\n\nred"),  # what such a model writes itself
+        (THINKING, "</think>\n\nred", "</think>\n\nred"),
         (PLAIN, "red", "red"),
         (PLAIN, "<think>left</think>\n\nred", "<think>left</think>\n\nred"),
         (CLOSED, "red", "red"),

@@ -243,12 +243,15 @@ class PromptEncoder:
         """Token ids of an answer, the token that ends it last.
 
         Behind a prompt that ends inside the reasoning, an answer without reasoning closes it first; one that brings
-        its own is not opened twice.
+        its own, with what opens it or as such a model writes it, is neither opened nor closed twice.
         """
         text = self._plain(answer, answer=True)
         if self.reasons:
             _, opened, behind = text.partition(OPENS)
-            text = behind.lstrip() if opened and CLOSES in behind else f"{CLOSES}\n\n{text}"
+            if opened and CLOSES in behind:
+                text = behind.lstrip()
+            elif CLOSES not in text:
+                text = f"{CLOSES}\n\n{text}"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         end = self.family.turn_end
         return [
