@@ -116,6 +116,54 @@ def test_pointwise_is_the_probability_of_yes(checkpoint):
 
 
 @pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """A checkpoint whose template leaves a prompt inside the reasoning."""
+    words = {"Yes", "No", "A", "B", "C", "D", "E", "what", "happens", "?", "<think>", "</think>"}
+    folder = make_tiny(
+        tmp_path_factory.mktemp("thinker"), words | {*" ".join(ANSWERS).split()}, size=SIZE, seed=3
+    )
+    template = folder / "chat_template.jinja"
+    start = "<|im_start|>assistant\n"
+    template.write_text(template.read_text().replace(start, start + "<think>\n"))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["likelihood", "pointwise", "listwise"])
+def test_a_judge_that_reasons_is_asked_behind_the_reasoning(thinker, protocol, monkeypatch):
+    """Inside it, the odds of an answer were those of a first thought, and what closes it favoured long responses."""
+    oracle = judge(thinker, protocol=protocol, **({"orders": 2} if protocol == "listwise" else {}))
+    encoder = oracle.encoder
+    assert encoder.reasons and len(encoder.closing) >= 1
+    seen = []
+    encode_media = oracle.policy.encode_media
+    monkeypatch.setattr(
+        oracle.policy,
+        "encode_media",
+        lambda prompts, *rest: seen.extend(prompts) or encode_media(prompts, *rest),
+    )
+    [request] = requests(1)
+    [ranking] = oracle.rank([request])
+    ends = [prompt.input_ids.tolist()[-len(encoder.closing) :] for prompt in seen]
+    assert ends and all(end == encoder.closing for end in ends)
+    expected = []
+    for text in request.responses if protocol != "listwise" else ():
+        if protocol == "pointwise":
+            question = question_block(request) + answers_block([("answer", text)])
+            prompt = encoder.encode(Example(id="x", question=question, system=_POINTWISE), request.clips)
+            yes, no = (encoder.tokenizer.get_vocab()[word] for word in ("Yes", "No"))
+            logps = next_logps(oracle, prompt, encoder.closing)
+            expected.append(torch.sigmoid(logps[yes] - logps[no]).item())
+            continue
+        prompt = encoder.encode(Example(id="x", question=request.question), request.clips)
+        reply, begin = encoder.encode_answer(text), len(encoder.closing)
+        assert reply[:begin] == encoder.closing
+        steps = [next_logps(oracle, prompt, reply[:t])[reply[t]].item() for t in range(begin, len(reply))]
+        expected.append(torch.tensor(steps).mean().exp().item())
+    if expected:
+        assert ranking.scores == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
 def spaced(tmp_path_factory):
     """A checkpoint whose tokenizer, like those of real models, spells a letter behind a space by another token."""
     from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer

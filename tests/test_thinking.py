@@ -83,6 +83,20 @@ def test_likelihoods_are_of_the_text_behind_the_reasoning() -> None:
         assert likeliest(policy, encoder, prompts, [texts] * len(prompts)) == expected
 
 
+def test_a_prompt_behind_its_reasoning_has_what_its_processor_made_of_each_token() -> None:
+    encoder = encoder_of(THINKING)
+    prompt = encoder.encode(Example("0", "what color"), ())
+    length, more = len(prompt.input_ids), len(encoder.closing)
+    made = {"token_type_ids": torch.ones(1, length), "pixels": torch.ones(2, 3)}
+    closed = encoder.closed(dataclasses.replace(prompt, inputs=made))
+    assert closed.input_ids.tolist() == prompt.input_ids.tolist() + encoder.closing
+    assert closed.inputs["token_type_ids"].tolist() == [[1] * length + [0] * more]
+    assert closed.inputs["pixels"] is made["pixels"]
+    plain = encoder_of(PLAIN)
+    asked = plain.encode(Example("0", "what color"), ())
+    assert plain.closed(asked) is asked
+
+
 def test_which_prompts_end_in_reasoning() -> None:
     assert ends_in_reasoning("a <think>\n")
     assert not ends_in_reasoning("a <think>\n</think>\n")

@@ -70,7 +70,7 @@ def likeliest(
     """
     end = -1  # which is no part of a text
     replies = [[encoder.encode_answer(text)[:end] for text in texts] for texts in candidates]
-    closing = encoder.encode_answer("")[:end]
+    closing = encoder.closing
     places = []
     for group, found in zip(replies, reply_logps(policy, prompts, replies)):
         before = [len(closing) if reply[: len(closing)] == closing else 0 for reply in group]

@@ -45,7 +45,7 @@ _LISTWISE = (
 _POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
 _YES, _NO = ("Yes", "yes"), ("No", "no")
 _LABELS = (*string.ascii_uppercase, *string.digits, *string.ascii_lowercase)
-_REPLIES = 2  # changes with how replies are spelled and read
+_REPLIES = 3  # changes with how replies are spelled and read
 _SCORE_TIE = 1e-5  # below what float32 and another packing of the same batch change in a probability
 
 
@@ -203,7 +203,7 @@ class LocalOracle(Judge):
         from rlaif_fast.policy.forward_rows import reply_logps
 
         prompts = [self._encode(showing, None, showing.request.question) for showing in showings]
-        replies = [[self.encoder.encode_answer(text) for text in showing.texts] for showing in showings]
+        replies = [[self._reply(text) for text in showing.texts] for showing in showings]
         features = self.policy.encode_media(prompts)
         results = []
         found = reply_logps(self.policy, prompts, replies, features)
@@ -212,12 +212,17 @@ class LocalOracle(Judge):
             results.append(([float(logps.mean().exp()) for logps in candidates], tokens))
         return results
 
+    def _reply(self, text: str) -> list[int]:
+        """The tokens of a text with its end, behind a prompt of `_encode`."""
+        reply, closing = self.encoder.encode_answer(text), self.encoder.closing
+        return reply[len(closing) :] if reply[: len(closing)] == closing else reply
+
     def _encode(self, showing: Showing, rules: str | None, text: str) -> EncodedPrompt:
         request = showing.request
         # The rules' own block lists the options; the plain question is asked as the policy is.
         options = request.options if rules is None else ()
         example = Example(id=request.id, question=text, options=options, system=rules)
-        return self.encoder.encode(example, request.clips)
+        return self.encoder.closed(self.encoder.encode(example, request.clips))
 
     def check_group_size(self, count: int) -> None:
         """Raise `UsageError` where the tokenizer cannot say what the protocol has to read of `count` responses."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rlaif_fast.data.schema import Example, lettered
 from rlaif_fast.errors import UsageError, first_line
@@ -258,6 +259,23 @@ class PromptEncoder:
             *ids,
             self.tokenizer.eos_token_id if end is None else self.tokenizer.convert_tokens_to_ids(end),
         ]
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """The tokens that an answer without reasoning begins with, which close what the template opened; else none."""
+        return self.encode_answer("")[:-1]
+
+    def closed(self, prompt: Prompt) -> Prompt:
+        """A prompt that its template left inside the reasoning, behind it: for one who has to answer at once."""
+        length, more = len(prompt.input_ids), len(self.closing)
+        if not more:
+            return prompt
+        inputs = prompt.inputs and {
+            name: functional.pad(value, (0, more)) if value.shape == (1, length) else value
+            for name, value in prompt.inputs.items()
+        }
+        ids = torch.cat((prompt.input_ids, torch.tensor(self.closing)))
+        return replace(prompt, input_ids=ids, inputs=inputs)
 
     def _expand(self, clip: Clip, media: Media) -> str:
         if clip.is_image:
