@@ -140,9 +140,8 @@ class Updater:
     def skip(self) -> None:
         """Let the schedule go on where there was nothing to learn: it is of steps, whatever they held."""
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # torch minds one that begins before the first update
+            # torch minds a schedule that begins before the first update.
+            warnings.simplefilter("ignore", UserWarning)
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
