@@ -101,7 +101,7 @@ def close_group(
             score = load_float(scores, at, live)
         else:
             if SCORE == "mean":
-                score = score / length
+                score = tl.div_rn(score, length)  # equal means must tie
             score = tl.where(tokens > 0, score, LOWEST)  # a response without a token stands last
         member = kept
         if judged is not None:

@@ -7,6 +7,7 @@
 
 `rank_group` does one group in registers, as matrices of comparisons (no sort), and is what the fused loss
 calls when it closes a group; `rank_penalty` launches it alone. Nothing here has a gradient. Float32 inside.
+Quotients are rounded properly (`div_rn`): a compiled `/` is off by a bit, and x / x or a mean of equals must not be.
 Source: arXiv 2510.02561.
 
 Letters: N groups, G responses a group, GP = G rounded up to a power of two. Suffixes: _i this response, _j
@@ -53,7 +54,7 @@ def _tie_mean(worth_k, k, first, count):
 
 @triton.jit
 def _group_mean(x, live, G):
-    return tl.sum(tl.where(live, x, 0.0)) / G
+    return tl.div_rn(tl.sum(tl.where(live, x, 0.0)), G.to(tl.float32))
 
 
 @triton.jit
@@ -96,7 +97,7 @@ def _kendall_tau_b(order, score, live):
     sign_v = tl.where(pair, (score_ji > 0).to(tl.float32) - (score_ji < 0).to(tl.float32), 0.0)
     agreement = tl.sum(tl.sum(sign_u * sign_v, axis=1))
     untied = tl.sum(tl.sum(sign_u * sign_u, axis=1)) * tl.sum(tl.sum(sign_v * sign_v, axis=1))
-    return tl.where(untied > 0, agreement / tl.sqrt(tl.maximum(untied, 1.0)), 0.0)
+    return tl.where(untied > 0, tl.div_rn(agreement, tl.sqrt_rn(tl.maximum(untied, 1.0))), 0.0)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def rank_group(
     u = _tie_mean(relevance * discount, k, first_u, count_u)
     v = _tie_mean(relevance * discount, k, first_v, count_v)
 
-    # A compiled `/` is off by a bit: x / x must be 1, or the scale of a group without penalties magnifies what is left.
+    # 1 where u = v: the scale of a group without penalties would magnify what is left.
     if KIND == "paper":
         penalty = 1.0 - tl.div_rn(v, u)
     elif KIND == "paper_swapped":
@@ -146,10 +147,10 @@ def rank_group(
     tau = _kendall_tau_b(order, score, live)
 
     best = live & (first_u == 0)
-    top1 = tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)) / tl.maximum(
-        tl.sum(tl.where(best, 1.0, 0.0)), 1.0
+    top1 = tl.div_rn(
+        tl.sum(tl.where(best & (first_v == 0), 1.0, 0.0)), tl.maximum(tl.sum(tl.where(best, 1.0, 0.0)), 1.0)
     )
-    ndcg = found / tl.where(ranked, ideal, 1.0)
+    ndcg = tl.div_rn(found, tl.where(ranked, ideal, 1.0))
     return advantage, penalty, ndcg, tau, top1, tl.where(tied | ~ranked, 0.0, 1.0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton_cases import DEVICE, GRADIENT, LOSS, error, uninitialised_memory_is_nan, wide
+from triton_cases import DEVICE, GRADIENT, LOSS, error, round_as_compiled, uninitialised_memory_is_nan, wide
 
 from rlaif_fast.loss import reference
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
@@ -319,3 +319,11 @@ def test_a_response_without_a_token_stands_last(score):
     assert inputs["mask"] is not None
     inputs["mask"][2::4] = False
     check(inputs, LossOptions(kind="directed", score=score))
+
+
+def test_equal_means_of_unequal_lengths_tie(monkeypatch):
+    round_as_compiled(monkeypatch, every=2)
+    inputs = batch(1, 4, 5) | {"oracle_ranks": torch.arange(4.0, device=DEVICE)[None], "valid": None}
+    inputs["logps"] = inputs["old_logps"] = torch.full((4, 5), -0.75, device=DEVICE)
+    inputs["mask"] = torch.arange(5, device=DEVICE) <= torch.tensor([[1], [2], [4], [2]], device=DEVICE)
+    check(inputs, LossOptions())

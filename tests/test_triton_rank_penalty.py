@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partialmethod
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton.runtime.interpreter import InterpreterBuilder
-from triton_cases import DEVICE, LOSS, uninitialised_memory_is_nan
+from triton_cases import DEVICE, LOSS, round_as_compiled, uninitialised_memory_is_nan
 
 from rlaif_fast.loss import reference
 from rlaif_fast.loss.inputs import RankInputs
 from rlaif_fast.loss.options import KINDS, RankOptions
-from rlaif_fast_kernels.launch import INTERPRETED
 from rlaif_fast_kernels.rank_penalty import rank_penalty, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
@@ -83,23 +78,28 @@ def test_zscores_do_not_inherit_the_rounding_of_their_mean() -> None:
     assert not rank_penalty(RankInputs(middle, middle), options).advantages[0, 2:].any()
 
 
-def rounded_up(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Divide as compiled code may: every other quotient is the next larger number."""
-    quotient = np.divide(x, y)
-    if quotient.dtype != np.float32:
-        return quotient
-    odd = np.arange(quotient.size).reshape(quotient.shape) % 2 == 1
-    return np.where(odd, np.nextafter(quotient, np.float32(np.inf)), quotient)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rounded_division_makes_no_advantages_of_agreement(kind: str, monkeypatch) -> None:
-    if INTERPRETED:  # compiled, the division is the device's own
-        divide = partialmethod(InterpreterBuilder.binary_op, op=rounded_up)
-        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+    round_as_compiled(monkeypatch, every=2)
     for G in (2, 3, 5, 8, 32, 64):
         order = torch.randperm(G, generator=torch.Generator().manual_seed(G))[None].float().to(DEVICE)
         check(-order, order, RankOptions(kind=kind, scale="group"))
+
+
+def test_agreement_is_exactly_one(monkeypatch) -> None:
+    round_as_compiled(monkeypatch, every=1)
+    for G in (2, 3, 5, 7, 33, 64):
+        order = (torch.arange(G) // 2)[None].float().to(DEVICE)  # best is shared by two
+        result = rank_penalty(RankInputs(-order, order), RankOptions())
+        assert (result.ndcg == 1).all() and (result.top1_agreement == 1).all()
+        assert (result.kendall_tau == (G > 2)).all()  # two that tie have no order
+
+
+def test_a_rounded_division_leaves_a_reward_at_the_mean_where_it_is(monkeypatch) -> None:
+    round_as_compiled(monkeypatch, every=1)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 2.0, 2.0]], device=DEVICE)
+    advantages = rank_penalty(RankInputs(rewards, rewards), RankOptions(kind="zscore")).advantages
+    assert not advantages[0, [1, 3, 4]].any()
 
 
 def test_only_the_order_counts() -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partialmethod
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from rlaif_fast_kernels.launch import INTERPRETED
 
@@ -38,3 +42,24 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _next_larger(values: np.ndarray, every: int) -> np.ndarray:
+    if values.dtype != np.float32:
+        return values
+    moved = np.arange(values.size).reshape(values.shape) % every == every - 1
+    return np.where(moved & (values != 0), np.nextafter(values, np.float32(np.inf)), values)
+
+
+def round_as_compiled(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """Let the interpreter's `/` and `tl.sqrt` give the next larger number, at every so many of a block's places.
+
+    Compiled they are off by a bit. On a GPU they are the device's own.
+    """
+    if INTERPRETED:
+        divide = partialmethod(
+            InterpreterBuilder.binary_op, op=lambda x, y: _next_larger(np.divide(x, y), every)
+        )
+        root = partialmethod(InterpreterBuilder.unary_op, op=lambda x: _next_larger(np.sqrt(x), every))
+        monkeypatch.setattr(InterpreterBuilder, "create_fdiv", divide)
+        monkeypatch.setattr(InterpreterBuilder, "create_sqrt", root)
