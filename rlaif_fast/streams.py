@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+PATIENCE = 300.0  # seconds that a capture waits: a driver may never answer a thread
+
 
 class _Captures:
     """Lets captures of graphs run while no other thread uses the GPU.
 
     Whatever synchronises a device breaks a capture on it, in any thread. Decoders do: NVDEC under DALI did on an H100.
-    A thread inside may wait for another that is about to come in, so a capture that waits keeps nobody out.
+    A thread inside may wait for another that is about to come in, so a capture that waits keeps nobody out. One that
+    has waited for PATIENCE goes on all the same: it may break, which is told, and a run that hangs says nothing.
     """
 
     def __init__(self) -> None:
@@ -38,7 +44,9 @@ class _Captures:
     @contextmanager
     def alone(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._capturing and not self._inside)
+            if not self._changed.wait_for(lambda: not self._capturing and not self._inside, PATIENCE):
+                log.warning("rollout: captured beside threads that have used the GPU for %g s", PATIENCE)
+                self._changed.wait_for(lambda: not self._capturing)
             self._capturing = True
         try:
             yield

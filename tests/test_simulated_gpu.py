@@ -45,6 +45,8 @@ from rlaif_fast.trainer.preflight import check_backend
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
 from rlaif_fast.video import ClipStore, decoders
+from rlaif_fast.video.base import Clip
+from rlaif_fast.video.cache import ClipCache
 from rlaif_fast.video.dali import DaliDecoder
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 from rlaif_fast_kernels import launch
@@ -309,6 +311,16 @@ def test_frames_travel_beside_what_is_computed(gpu):
     moved = streams.used_here(streams.to_device(frames, DEVICE))
     assert isinstance(moved, DeviceTensor) and torch.equal(moved.value, frames)
     assert streams._stream(DEVICE).waits >= 1  # the thread that prefetches waits, nothing that computes does
+    streams._stream.cache_clear()
+
+
+def test_clips_go_from_a_gpu_to_disk_beside_what_is_computed(gpu, tmp_path):
+    """On the stream of the computation the copy would wait for a step, and a capture would not wait for the copy."""
+    clip = Clip(torch.full((1, 2, 2, 3), 7, dtype=torch.uint8, device=DEVICE), (0.0,), "k", "a.mp4")
+    ClipCache(0, tmp_path).put(clip)
+    assert streams._stream(DEVICE).waits == 1
+    found = ClipCache(0, tmp_path).get("k")
+    assert found is not None and (found.frames == 7).all()
     streams._stream.cache_clear()
 
 

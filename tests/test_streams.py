@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from rlaif_fast import streams
 from rlaif_fast.policy.testing import make_model, make_policy
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.rollout.graphs import GraphSampler
@@ -63,6 +64,15 @@ def test_a_block_that_fails_lets_the_others_in():
             thread, entered = in_thread(other)
             assert entered.wait(SECONDS)
             thread.join(SECONDS)
+
+
+def test_a_capture_does_not_wait_for_a_thread_that_never_comes_back(monkeypatch, caplog):
+    monkeypatch.setattr(streams, "PATIENCE", A_MOMENT)
+    with no_captures():
+        capture, captured = in_thread(capturing)
+        assert captured.wait(SECONDS)
+        capture.join(SECONDS)
+    assert caplog.text.count("captured beside threads that have used the GPU for 0.1 s") == 1
 
 
 @pytest.mark.gpu

@@ -3,6 +3,8 @@
 import re
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -279,3 +281,20 @@ def test_nvdec_equals_pyav(files, kind, order):
     assert theirs.is_cuda
     assert [read_counter(f.cpu()) for f in theirs] == order
     assert (ours.float() - theirs.cpu().float()).abs().mean() <= MEAN_TOLERANCE
+
+
+def test_threads_that_come_at_once_share_a_decoder(monkeypatch):
+    begin = threading.Barrier(4)
+
+    class Slow:
+        def __init__(self, device):
+            time.sleep(0.05)
+
+    monkeypatch.setitem(DECODERS, "slow", Slow)
+
+    def ask(_):
+        begin.wait()
+        return decoder("slow", "cpu")
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len({id(found) for found in threads.map(ask, range(4))}) == 1

@@ -17,6 +17,7 @@ import torch
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.recent import RecentlyUsed
+from rlaif_fast.streams import beside
 from rlaif_fast.video.base import Clip
 
 MAGIC = b"RFCLIP1\n"
@@ -92,7 +93,8 @@ class ClipCache:
             self._clips.put(clip.key, clip)
 
     def _write(self, folder: Path, clip: Clip) -> None:
-        frames = clip.frames.contiguous().cpu()
+        with beside(clip.frames.device):
+            frames = clip.frames.contiguous().cpu()
         if frames.nbytes > self.disk_bytes or (folder / (_name(clip.key) + SUFFIX)).exists():
             return
         header = json.dumps(

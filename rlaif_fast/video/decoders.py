@@ -218,9 +218,19 @@ def _say_once(name: str, codec: str, passed_over: str) -> None:
             log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
 
 
-@cache
+_MAKING = (
+    threading.Lock()
+)  # `cache` lets threads that come at once make one each, and DALI's pipelines hold GPU memory
+
+
 def decoder(name: str, device: str = "cpu") -> VideoDecoder:
     """Return the process's one decoder of that name for that device."""
+    with _MAKING:
+        return _made(name, device)
+
+
+@cache
+def _made(name: str, device: str) -> VideoDecoder:
     return _decoder_class(name)(device)
 
 
