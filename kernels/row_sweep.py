@@ -58,15 +58,15 @@ def sweep(x, V, y, scale, inner, cap, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
         at = v + offs_v
         ahead = tl.load(x + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
         m_new = tl.maximum(m, tl.max(z, axis=1))
-        shift = (m - m_new) * scale
+        shift = tl.maximum((m - m_new) * scale, FLOOR)  # s is 0 before the first logit, and 0 * -inf is NaN
         decay = tl.exp2(shift)
         d = (z - m_new[:, None]) * scale
         e = tl.exp2(d)
-        w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)  # 0 * -inf is NaN
+        w = decay * (w + s * shift) + tl.sum(e * tl.maximum(d, FLOOR), axis=1)
         s = decay * s + tl.sum(e, axis=1)
         m = m_new
     top = tl.max(m, axis=0)
-    shift = (m - top) * scale
+    shift = tl.maximum((m - top) * scale, FLOOR)
     decay = tl.exp2(shift)
     total = tl.sum(decay * s, axis=0)
     mean = tl.sum(decay * (w + s * shift), axis=0) / total  # of d under softmax

@@ -84,6 +84,15 @@ def test_temperature(dtype: torch.dtype, temperature: float) -> None:
     check(*rows(4, 300, dtype), temperature)
 
 
+@pytest.mark.parametrize("V", [5, 3 * BLOCK])
+def test_next_to_no_temperature(V: int) -> None:
+    logits, ids = rows(3, V)
+    logps, entropy = reference.selective_log_softmax(logits.double(), ids, Scaling(1e-12))
+    stats = row_stats(logits, ids, Scaling(1e-12))
+    assert error(stats.logps, logps) < LOSS[torch.float32]
+    assert error(stats.entropy, entropy) == 0
+
+
 def test_int32_ids() -> None:
     logits, ids = rows(3, 50)
     check(logits, ids.int())
