@@ -382,6 +382,7 @@ def simulated_gpu() -> Iterator[None]:
         patch.setattr(cuda, "unavailable", lambda: None)
         patch.setattr(FixedStep, "_capture", _capture)
         patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)

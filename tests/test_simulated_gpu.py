@@ -284,6 +284,9 @@ def test_what_auto_stands_for_on_a_gpu(gpu, monkeypatch, caplog):
     assert loading.resolve_device("auto").type == "cuda"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert gpu_count() == 3
+    assert loading.resolve_device("cuda:2").index == 2
+    with pytest.raises(UsageError, match="'cuda:3' was asked for, and torch sees 3 GPUs"):
+        loading.resolve_device("cuda:3")
     assert loading.resolve_dtype("auto", DEVICE) == torch.bfloat16
     monkeypatch.setattr(flash, "missing_flash_attn", lambda: "flash-attn is not installed")
     assert loading.resolve_attention("auto", DEVICE, torch.bfloat16)[0] == "sdpa"

@@ -126,6 +126,8 @@ def resolve_device(device: str) -> torch.device:
         raise UsageError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device: {device!r} was asked for, but torch sees no GPU; use --device cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device: {device!r} was asked for, and torch sees {torch.cuda.device_count()} GPUs")
     return chosen
 
 
