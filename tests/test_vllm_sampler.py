@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from rlaif_fast.policy.testing import (
 from rlaif_fast.rollout import VllmSampler, make_sampler
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.vllm import sampler as module
+from rlaif_fast.rollout.vllm.engine import ENVIRONMENT, LocalEngine
 from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.guard import check_agreement
 from rlaif_fast.rollout.vllm.requests import (
@@ -34,6 +37,7 @@ from rlaif_fast.rollout.vllm.requests import (
     seeds,
 )
 from rlaif_fast.rollout.vllm.weights import WeightsFolder, fingerprint, merged_weights
+from rlaif_fast.streams import no_captures
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rollout_log import ratio_stats
 
@@ -341,6 +345,29 @@ def test_without_vllm_the_sampler_says_what_is_missing(policy, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"vllm needs vLLM.*docs/engines\.md"):
         make_sampler(policy, "vllm")
+
+
+def test_vllm_starts_in_this_process_while_no_thread_uses_the_gpu(policy, tmp_path, monkeypatch):
+    """It captures graphs then, in a mode in which what other threads ask of CUDA fails as well."""
+    begun, entered = [], threading.Event()
+
+    def prefetch():
+        with no_captures():
+            entered.set()
+
+    class LLM:
+        def __init__(self, **_):
+            begun.append(threading.Thread(target=prefetch))
+            begun[0].start()
+            assert not entered.wait(0.1)
+            self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=512))
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
+    assert LocalEngine(policy, tmp_path, {}).max_model_len == 512
+    begun[0].join(10)
+    assert entered.is_set()
 
 
 def test_options_of_a_sampler_that_has_none_are_refused(policy):

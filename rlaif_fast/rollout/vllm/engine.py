@@ -17,6 +17,7 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 from rlaif_fast.rollout.base import Answer
 from rlaif_fast.rollout.vllm.folder import write_model_files
 from rlaif_fast.rollout.vllm.requests import MediaItem, by_modality, media_items
+from rlaif_fast.streams import capturing
 
 WORKER = "rlaif_fast.rollout.vllm.worker.WeightUpdates"
 LONGEST = 32768  # tokens of prompt and response, where the model takes more
@@ -76,7 +77,8 @@ class LocalEngine:
         self._config = unwrap(policy.model).config
         settings = defaults(policy) | options
         write_model_files(policy, folder, settings["max_model_len"])
-        with torch.random.fork_rng():  # vLLM seeds torch's generator
+        # vLLM seeds torch's generator, and captures its graphs, while another thread may prefetch frames
+        with torch.random.fork_rng(), capturing():
             try:
                 self._llm = LLM(model=str(folder), **settings)
             except TypeError as error:
