@@ -289,6 +289,7 @@ def test_threads_that_come_at_once_share_a_decoder(monkeypatch):
     class Slow:
         def __init__(self, device):
             time.sleep(0.05)
+            self.fallback = decoder("pyav", device)
 
     monkeypatch.setitem(DECODERS, "slow", Slow)
 

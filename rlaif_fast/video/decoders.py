@@ -218,9 +218,8 @@ def _say_once(name: str, codec: str, passed_over: str) -> None:
             log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
 
 
-_MAKING = (
-    threading.Lock()
-)  # `cache` lets threads that come at once make one each, and DALI's pipelines hold GPU memory
+# `cache` lets threads that come at once make one each, and DALI's pipelines hold GPU memory. One may build on another.
+_MAKING = threading.RLock()
 
 
 def decoder(name: str, device: str = "cpu") -> VideoDecoder:
