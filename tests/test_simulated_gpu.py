@@ -239,6 +239,33 @@ def test_a_capture_that_another_thread_broke_is_made_again(failures, gpu, monkey
     graphs._stream.cache_clear()
 
 
+@pytest.mark.parametrize("reason", [torch.OutOfMemoryError("no memory"), ValueError("a read on the host")])
+def test_a_capture_fails_by_what_failed_first(reason, gpu, monkeypatch, caplog):
+    """Not by the end of the capture, which is broken by then."""
+    policy, begun, run = make_run("qwen3_vl").policy, [], FixedStep._run
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, *, capture_error_mode):
+        begun.append(pool)
+        try:
+            yield
+        finally:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    def failing(step):
+        if begun:
+            raise reason
+        return run(step)
+
+    simulate_captures(monkeypatch, capture)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
+    monkeypatch.setattr(FixedStep, "_run", failing)
+    with pytest.raises(type(reason), match=str(reason)):
+        first_step(policy, 256)
+    assert len(begun) == 1 and "captured once more" not in caplog.text
+    graphs._stream.cache_clear()
+
+
 def simulate_captures(monkeypatch, capture) -> None:
     """Put `capture` in place of `torch.cuda.graph`; a replay does nothing."""
     monkeypatch.setattr(FixedStep, "_capture", CAPTURE)

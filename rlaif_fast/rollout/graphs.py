@@ -204,14 +204,24 @@ class FixedStep:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         recorded = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
         present = torch.cuda.current_stream()  # which a capture that fails does not make current again
+        failed: BaseException | None = None
         try:
             with capturing(), torch.cuda.stream(present), recorded:
-                self._hidden = self._run()
+                try:
+                    self._hidden = self._run()
+                except BaseException as error:
+                    failed = error
+                    raise
         except BaseException:
             # To PyTorch's allocator it would go on for good, and memory that two streams used would never be free.
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+            # The end of a broken capture says no more than that something failed before.
+            if failed is not None:
+                raise failed from None
             raise
+        finally:
+            failed = None  # its traceback holds this frame, and with it memory of the GPU
         return graph
 
     def _addresses(self) -> tuple[int, ...]:
