@@ -83,7 +83,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
                 if run_dir.finished and "max_steps" not in (given or {}):
                     resumed_config(run_dir, given or {})  # what the command may not change is said first
                 if first.rank == 0:
-                    recover_all(run_dir, extends="max_steps" in (given or {}))
+                    held.enter_context(recovered(run_dir, extends="max_steps" in (given or {})))
                 config = resumed_config(run_dir, given or {})
             else:
                 config = resolved(config)
@@ -91,9 +91,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
                 preflight(config)
                 if config.resume is None:
                     run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
-                held.enter_context(run_dir.lock())
-                if config.resume is not None:
-                    held.enter_context(config_kept(run_dir))
+                    held.enter_context(run_dir.lock())
                 prepare(run_dir, config)
         try:
             launch(train_in, config, config.num_processes, resolve_device(config.device))
@@ -104,48 +102,52 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     return Path(config.output_dir)
 
 
-def recover_all(run_dir: RunDir, *, extends: bool) -> None:
-    """Check what a run is resumed from, and say in a line each what is damaged.
+@contextlib.contextmanager
+def recovered(run_dir: RunDir, *, extends: bool) -> Iterator[None]:
+    """Hold a run that is checked and cut back to its last whole checkpoint; damage is said in a line each.
+
+    Where the block is refused before the run has gone on, its configuration and a finished run's results are put back.
 
     Raises:
         UsageError: The run is finished, and the command does not extend it; or it still goes on.
         RlaifFastError: Nothing whole is left.
     """
+    from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.recovery import recover
+
+    def last() -> str | None:
+        return CheckpointStore(run_dir.checkpoints, {}, read_only=True).index.last
 
     if run_dir.finished and not extends:
         raise UsageError(
             f"resume: {run_dir.path} is finished; nothing is left to do, unless --max_steps asks for more"
         )
+    dropped: dict[Path, tuple[int, bytes]] = {}
     with run_dir.lock():
-        for line in recover(run_dir):
+        for line in recover(run_dir, dropped):
             print(line, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def config_kept(run_dir: RunDir) -> Iterator[None]:
-    """Put a run's configuration back where what a command changes is refused before the run has gone on."""
-    from rlaif_fast.runs.checkpoint import CheckpointStore
-    from rlaif_fast.trainer.resume import saved_config
-
-    def last() -> str | None:
-        return CheckpointStore(run_dir.checkpoints, {}, read_only=True).index.last
-
-    earlier, begins_at = saved_config(run_dir), last()
-    try:
-        yield
-    except UsageError:
-        if last() == begins_at:
-            prepare(run_dir, earlier)
-        raise
+        text, begins_at = run_dir.config.read_text(encoding="utf-8"), last()
+        try:
+            yield
+        except BaseException as error:
+            untouched = run_dir.read_config() == text
+            if last() == begins_at and (untouched or isinstance(error, UsageError)):
+                if not untouched:
+                    write_config(run_dir, text)
+                run_dir.put_back(dropped)
+            raise
 
 
 def prepare(run_dir: RunDir, config: TrainConfig) -> None:
     """Bring a run's folder to the state that its processes start from."""
+    write_config(run_dir, dump_config(dataclasses.replace(config, resume=None)))
+
+
+def write_config(run_dir: RunDir, text: str) -> None:
+    """Make a text the configuration of a run, and vouch for it."""
     from rlaif_fast.outputs import write_atomically
     from rlaif_fast.runs.checkpoint import CheckpointStore
 
-    text = dump_config(dataclasses.replace(config, resume=None))
     write_atomically(run_dir.config, text)
     CheckpointStore(run_dir.checkpoints, {}).note_config(text)
 

@@ -1,15 +1,19 @@
 """Damages to a run that really trained: every one told, none used, and the run that goes on ends alike."""
 
+import json
 import random
 import shutil
 from collections import Counter
 
 import pytest
+import yaml
 from fuzzing import fuzz_seed
 from test_recovery import KINDS, files_of, flip, last, recovers
 from test_train import SMALL, metrics
 
 from rlaif_fast import train as train_module
+from rlaif_fast.outputs import MARKER
+from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import unseal
 from rlaif_fast.runs.recovery import recover
@@ -97,3 +101,43 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_and_ends_alike(whole, stopped, 
     assert train_module.main(["--resume", str(run.path)]) == 0
     assert f"damaged: {run.checkpoints / 'rl-000003' / name} " in capsys.readouterr().err
     assert metrics(run.path) == metrics(whole.path)
+
+
+def test_a_finished_run_keeps_its_results_where_a_command_to_extend_it_is_refused(whole, tmp_path, capsys):
+    run = RunDir(shutil.copytree(whole.path, tmp_path / "run"))
+    run.report.write_text("a report")
+    run.figures.mkdir()
+    (run.figures / "overview.png").write_bytes(b"a figure")
+
+    def contents():
+        return {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+    before = contents()
+    refused = {
+        "beta cannot change": ["--beta", "0.5"],
+        "no option 'tolerence'": ["--oracle_options", "{tolerence: 0.1}"],
+        "gave no verdict": [],
+    }
+    judge = {"oracle": "api", "oracle_options": {"model": "judge", "base_url": "http://127.0.0.1:9/v1"}}
+    for reason, words in refused.items():
+        if reason == "gave no verdict":  # the judge is down
+            text = yaml.safe_dump(yaml.safe_load(run.config.read_text()) | judge)
+            run.config.write_text(text)
+            CheckpointStore(run.checkpoints, {}).note_config(text)
+            before = contents()
+        assert train_module.main(["--resume", str(run.path), "--max_steps", "6", *words]) != 0
+        assert reason in capsys.readouterr().err
+        assert contents() == before, reason
+
+
+def test_a_finished_run_keeps_its_results_where_its_data_were_replaced(whole, tmp_path, capsys):
+    run = RunDir(shutil.copytree(whole.path, tmp_path / "run"))
+    marker = run.path / MARKER
+    began = json.loads(marker.read_text())
+    began["data"]["test"] = "1 rows, of another file"
+    marker.write_text(json.dumps(began))
+    kept = [run.config, run.summary, run.predictions("final"), *run.records]
+    before = {path: path.read_bytes() for path in kept if path.exists()}
+    assert train_module.main(["--resume", str(run.path), "--max_steps", "6"]) == 2
+    assert "test" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in kept if path.exists()} == before

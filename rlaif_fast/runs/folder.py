@@ -254,23 +254,41 @@ class RunDir:
         """The files that a checkpoint vouches for up to where they were; all but the predictions only grow."""
         return [self.metrics, self.rollouts, self.samples, self.quarantine, self.predictions("sft")]
 
-    def truncate_to(self, lengths: Mapping[str, int]) -> None:
+    def truncate_to(self, lengths: Mapping[str, int]) -> dict[Path, tuple[int, bytes]]:
         """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice, and its old report.
 
         Args:
             lengths: Bytes that stay of each of `records`, by file name; one that is not named is removed.
+
+        Returns:
+            Of a finished run, what was dropped, for `put_back`: by file, where it began, and the bytes.
         """
-        self.summary.unlink(missing_ok=True)
-        self.predictions("final").unlink(missing_ok=True)
-        self.report.unlink(missing_ok=True)
+        was_finished = self.finished
+        figures = sorted(self.figures.glob("*")) if self.figures.is_dir() else []
+        starts = dict.fromkeys((self.summary, self.predictions("final"), self.report, *figures), 0)
+        starts |= {path: lengths.get(path.name, 0) for path in self.records}
+        dropped = {}
+        for path, start in starts.items():
+            if not path.is_file() or path.stat().st_size <= start > 0:
+                continue
+            if was_finished:
+                with path.open("rb") as file:
+                    file.seek(start)
+                    dropped[path] = start, file.read()
+            if start == 0:
+                path.unlink()
+            else:
+                os.truncate(path, start)
         shutil.rmtree(self.figures, ignore_errors=True)
-        for path in self.records:
-            length = lengths.get(path.name, 0)
-            if path.is_file() and path.stat().st_size > length:
-                if length == 0:
-                    path.unlink()
-                else:
-                    os.truncate(path, length)
+        return dropped
+
+    def put_back(self, dropped: dict[Path, tuple[int, bytes]]) -> None:
+        """Undo `truncate_to`; the summary comes last, since half a run must not look finished."""
+        for path, (start, data) in reversed(dropped.items()):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as file:
+                file.truncate(start)
+                file.write(data)
 
     def let_go(self) -> None:
         """Delete the run that this one replaces; what is left of it after a kill is deleted with the next."""

@@ -12,8 +12,12 @@ from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, unseal
 
 
-def recover(run_dir: RunDir) -> list[str]:
+def recover(run_dir: RunDir, dropped: dict[Path, tuple[int, bytes]] | None = None) -> list[str]:
     """Check everything that a run is resumed from; take the newest whole checkpoint; cut the records back to it.
+
+    Args:
+        run_dir: The run.
+        dropped: Gets what was cut off, for `RunDir.put_back`.
 
     Returns:
         One line for each thing that is damaged, and one for the checkpoint that is used in place of a damaged one.
@@ -22,6 +26,7 @@ def recover(run_dir: RunDir) -> list[str]:
         RlaifFastError: Nothing whole is left to go on from; nothing was changed.
     """
     store = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
+    dropped = {} if dropped is None else dropped
     told: list[str] = []
     index = _index(store, told)
     whole = _whole(run_dir, index, told)
@@ -31,7 +36,7 @@ def recover(run_dir: RunDir) -> list[str]:
             reason = told[0] if told else f"{store.folder / str(index.last)} is missing"
             raise RlaifFastError(f"resume: no whole checkpoint is left: {reason}; start a new run")
         _check_config(run_dir, None, index, told)
-        run_dir.truncate_to({})
+        dropped.update(run_dir.truncate_to({}))
         return told
     name, manifest = usable[0], whole[usable[0]]
     if index.last is not None and name != index.last:
@@ -42,7 +47,7 @@ def recover(run_dir: RunDir) -> list[str]:
     if told:
         store = CheckpointStore(run_dir.checkpoints, {}, run=run_dir)
         store.go_back_to(name, manifest, keep=usable)
-    run_dir.truncate_to({log: length for log, (length, _) in manifest.logs.items()})
+    dropped.update(run_dir.truncate_to({log: length for log, (length, _) in manifest.logs.items()}))
     return told
 
 
