@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, printable
+from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
 from rlaif_fast.yaml_keys import refuse_repeated_keys
 
@@ -46,10 +47,6 @@ def parse_config(
             its type, or the file cannot be read.
     """
     files, flags = _files_and_flags(_words(argv))
-    for word in files:
-        path = Path(word.removeprefix("--config="))
-        if path.is_file():
-            _refuse_repeated(path)
     parser = _parser(config_class, prog, description)
     values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
     _tell_twice(parser, files, flags, _names(config_class))
@@ -116,18 +113,27 @@ def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             files += [word, *itertools.islice(rest, 1)]
         else:
             (files if word.startswith("--config=") else flags).append(word)
+    for word in files:
+        path = Path(word.removeprefix("--config="))
+        if path.is_file():
+            _check_file(path)
     return files, flags
 
 
-def _refuse_repeated(path: Path) -> None:
+def _check_file(path: Path) -> None:
     try:
         from yaml import YAMLError
     except ImportError:
         return  # the parser says what to install
     try:
-        refuse_repeated_keys(path)
-    except (OSError, ValueError, YAMLError):
-        return  # the parser reads the file again, and says what is wrong with it
+        if not refuse_repeated_keys(path):
+            raise UsageError(
+                f"config: {path} holds no keys (`KEY: value`, one a line); add some, or leave it out"
+            )
+    except UnicodeDecodeError as error:
+        raise UsageError(f"config: {path} is no text in UTF-8: {first_line(error)}") from None
+    except (OSError, ValueError, YAMLError) as error:
+        raise UsageError(f"config: cannot read {path}: {' '.join(str(error).split())}") from None
 
 
 def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
@@ -162,11 +168,10 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
         import jsonargparse
     except ImportError:
         raise UsageError('commands need the extra "train": pip install "rlaif-fast[train]"') from None
-    names = _names(config_class)
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise UsageError(_explain(message, names))
+            raise UsageError(_explain(message, config_class))
 
     usage = f"{prog} [--config FILE] [--KEY VALUE]..."  # the keys are many, and described below
     parser = Parser(
@@ -198,18 +203,34 @@ def _plain(value: Any) -> Any:
     return vars(value) if type(value).__name__ == "Namespace" else value
 
 
-def _explain(message: str, names: Sequence[str]) -> str:
-    """One line of the parser's complaint, with the nearest known name where a key is unknown."""
+def _explain(message: str, config_class: type) -> str:
+    """One line of the parser's complaint: what a key expects, or the nearest known name where a key is unknown."""
     line = " ".join(part.strip() for part in message.strip().splitlines() if part.strip())
+    kinds = get_type_hints(config_class)
+    unfit = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', line)
+    if unfit and unfit[1] in kinds:
+        return f"{unfit[1]}: expected {_in_words(kinds[unfit[1]])}, got {unfit[2]}"
     unknown = re.search(
-        r"[Uu]nrecognized arguments?: -*([\w-]+)|[Kk]ey '([\w-]+)' is not expected|'([\w-]+)' is not", line
+        r"[Uu]nrecognized arguments?: -*([\w-]+)|[Kk]ey '([\w-]+)' is not expected|'([\w.-]+)' is not", line
     )
     if unknown:
         key = next(group for group in unknown.groups() if group)
-        near = difflib.get_close_matches(key.replace("-", "_"), names, n=1)
+        near = difflib.get_close_matches(key.replace("-", "_"), _names(config_class), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; see --help for the keys there are"
         return f"unknown key {key!r}{hint}"
     return line
+
+
+def _in_words(kind: Any) -> str:
+    """What a value of a type looks like to who writes it."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    if kind in words:
+        return words[kind]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (dict, list):
+        return "keys with values, {KEY: value}" if get_origin(kind) is dict else "a list, [a, b], of text"
+    return " or ".join(map(_in_words, get_args(kind))) or str(kind)
 
 
 def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = "") -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from rlaif_fast.errors import UsageError
 
 
-def refuse_repeated_keys(file: str | Path) -> None:
-    """See to it that no mapping of a YAML file has a key twice.
+def refuse_repeated_keys(file: str | Path) -> bool:
+    """See to it that no mapping of a YAML file has a key twice; says whether the file holds keys at all.
 
     Raises:
         UsageError: One has; the key and its line are named.
@@ -18,7 +18,8 @@ def refuse_repeated_keys(file: str | Path) -> None:
     """
     import yaml
 
-    left: list[Any] = [yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)]
+    root = yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)
+    left: list[Any] = [root]
     met: set[int] = set()  # an alias may lead back to what holds it
     while left:
         node = left.pop()
@@ -39,3 +40,4 @@ def refuse_repeated_keys(file: str | Path) -> None:
                 seen.add(key.value)
         elif isinstance(node, yaml.SequenceNode):
             left += node.value
+    return isinstance(root, yaml.MappingNode)

@@ -1,6 +1,7 @@
 """Flags win over files wherever they stand, and what both set is told."""
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import dataclass, field
@@ -99,6 +100,48 @@ def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path, flag):
     file.write_text("model: one\nmore:\n  a: 1\n  a: 2\n")
     with pytest.raises(UsageError, match=r"twice.yaml:4: the key 'a' stands twice"):
         parse_config(Options, flag.replace("FILE", str(file)).split(), **TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no keys"),
+        (b"# steps: 1\n", "holds no keys"),
+        (b"- a\n", "holds no keys"),
+        (b"\xff\xfe", "is no text in UTF-8"),
+        (b"steps: [1\n", "cannot read .* line 2"),
+    ],
+)
+def test_a_file_that_holds_no_keys_is_refused_by_name(tmp_path, content, words):
+    file = tmp_path / "some.yaml"
+    file.write_bytes(content)
+    for read in (parse_config, given_values):
+        with pytest.raises(UsageError, match=f"config: .*{words}") as told:
+            read(Options, ["--config", str(file)], **TEXTS)
+        assert str(file) in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--max_steps 2.0", "max_steps: expected a whole number, got 2.0"),
+        ("--beta no", "beta: expected a number or null, got no"),
+        ("--learning_rate nan", "learning_rate: expected a number, got nan"),
+        ("--report maybe", "report: expected true or false, got maybe"),
+        ("--report_to wandb", "report_to: expected a list, [a, b], of text, got wandb"),
+        ("--oracle_options {bad", "oracle_options: expected keys with values, {KEY: value}, got {bad"),
+        ("--dtype fp32", "dtype: expected one of auto, float32, bfloat16, float16, got fp32"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_plain_words(words, told):
+    with pytest.raises(UsageError, match=f"^{re.escape(told)}$"):
+        parse_config(TrainConfig, words.split(), **TEXTS)
+
+
+def test_a_section_in_place_of_a_key_is_an_unknown_key(tmp_path):
+    (tmp_path / "some.yaml").write_text("lora: {r: 4}\n")
+    with pytest.raises(UsageError, match=r"unknown key 'lora.r'; did you mean 'lora_r'\?"):
+        parse_config(TrainConfig, ["--config", str(tmp_path / "some.yaml")], **TEXTS)
 
 
 def test_a_file_that_is_named_without_a_name_is_refused():
