@@ -440,6 +440,15 @@ def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, c
     assert (tmp_path / "out/items.jsonl").read_bytes() == before
 
 
+def test_an_evaluation_that_ended_before_its_first_answer_may_begin_with_other_settings(
+    folder, model, tmp_path, capsys
+):
+    assert run(folder, tmp_path / "misspelt", tmp_path / "out", "--limit=2") == 2
+    assert "there is no such folder" in capsys.readouterr().err
+    assert run(folder, model, tmp_path / "out", "--limit=2") == 0
+    assert len(read_records(tmp_path / "out/items.jsonl")) == 2
+
+
 def test_answers_that_were_scored_otherwise_are_not_gone_on_with(folder, model, tmp_path, capsys):
     """By an earlier version, that is; the first of them did not say how."""
     out = tmp_path / "out"

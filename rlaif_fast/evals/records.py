@@ -14,6 +14,7 @@ from rlaif_fast.evals.identity import asked_digest
 from rlaif_fast.oracle.grading import Grade
 from rlaif_fast.outputs import write_atomically
 from rlaif_fast.runs.files import json_line, read_jsonl
+from rlaif_fast.runs.folder import RunDir
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class EvalFolder:
     def open(cls, path: str | Path, settings: Mapping[str, Any]) -> EvalFolder:
         """Make the folder, or go on in one of the same settings; a line that was cut off is answered again.
 
+        One that holds no answer yet takes other settings.
+
         Raises:
             UsageError: It holds an evaluation of other settings, or something else.
         """
@@ -84,6 +87,10 @@ class EvalFolder:
             return folder
         if file.read_bytes() != text.encode():
             was, now = _settings(file), json.loads(text)
+            if not folder.items.exists():  # it ended before it had an answer, so nothing would be mixed
+                with RunDir(folder.path).lock():
+                    write_atomically(file, text)
+                return folder
             other = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))
             raise UsageError(
                 f"output_dir: {folder.path} holds an evaluation with other {', '.join(other)}; give another folder"

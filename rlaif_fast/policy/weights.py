@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -250,12 +251,9 @@ def check_config(folder: str | Path, what: str) -> None:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a name that is no folder can only have been meant as one: hub names have at most one slash."""
-    return (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or "\\" in name
-        or ("/" in name and Path(name).parent.is_dir())
+    """Whether a name that is no folder can only have been meant as one: hub names have at most one slash, no space."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is None or (
+        "/" in name and Path(name).parent.is_dir()
     )
 
 
