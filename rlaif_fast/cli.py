@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 import re
@@ -50,7 +51,8 @@ def parse_config(
     parser = _parser(config_class, prog, description)
     values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
     _tell_twice(parser, files, flags, _names(config_class))
-    return config_class(**{name: _plain(getattr(values, name)) for name in _names(config_class)})
+    found = {name: _plain(getattr(values, name)) for name in _names(config_class)}
+    return config_class(**_texts_kept(found, files, flags))
 
 
 def given_values(
@@ -71,7 +73,8 @@ def given_values(
     files, flags = _files_and_flags(_words(argv))
     words = flags if flags_alone else [*files, *flags]
     values = _parser(config_class, prog, description).parse_args(words, defaults=False)
-    return {name: _plain(values[name]) for name in _names(config_class) if name in values}
+    found = {name: _plain(values[name]) for name in _names(config_class) if name in values}
+    return _texts_kept(found, [] if flags_alone else files, flags)
 
 
 def typed_sections(
@@ -86,10 +89,19 @@ def typed_sections(
     found = {}
     for section, keys in sections.items():
         try:
-            values = parser.parse_object(dict(keys), defaults=False)
+            values = parser.parse_object(copy.deepcopy(dict(keys)), defaults=False)
         except UsageError as error:
             raise UsageError(f"config: {section}: {error}") from None
         found[section] = {name: _plain(values[name]) for name in keys}
+        for name, written in keys.items():
+            if isinstance(
+                written, dict
+            ):  # texts stay texts; unquoted, 1e-3 is one too, and meant as a number
+                held = found[section][name]
+                found[section][name] = {
+                    key: value if isinstance(value, str) and not isinstance(held[key], float) else held[key]
+                    for key, value in written.items()
+                }
     return found
 
 
@@ -136,6 +148,43 @@ def _check_file(path: Path) -> None:
         raise UsageError(f"config: cannot read {path}: {' '.join(str(error).split())}") from None
 
 
+def _texts_kept(values: dict[str, Any], files: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
+    """`values` with the texts that files and flags quote among keys of any type.
+
+    The parser reads such a text once more, and makes a number of "16" and a mapping of "Answer: (.*)".
+    """
+    import yaml
+
+    open_ended = {name: held for name, held in values.items() if isinstance(held, dict) and held}
+    texts: dict[str, dict[str, str | None]] = {name: {} for name in open_ended}
+
+    def note(name: str, node: Any) -> None:
+        if name in texts and isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                quoted = isinstance(value, yaml.ScalarNode) and value.style
+                texts[name][key.value] = value.value if quoted else None
+
+    if not open_ended:
+        return values
+    for word in files:
+        path = Path(word.removeprefix("--config="))
+        if path.is_file():
+            root: Any = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+            for key, node in root.value:
+                note(key.value, node)
+    for word, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
+        name, given, text = word.removeprefix("--").partition("=")
+        section, dot, inner = name.partition(".")
+        if word.startswith("--") and dot and section in texts:
+            texts[section][inner] = None  # a word of the command line is never quoted
+        elif word.startswith("--") and name in texts:
+            note(name, yaml.compose(text if given else following, yaml.SafeLoader))
+    for name, held in open_ended.items():
+        kept = {key: text for key, text in texts[name].items() if key in held and text is not None}
+        values[name] = held | kept
+    return values
+
+
 def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
     """Say what holds for each key that two files, a file and a flag, or two flags set."""
     settings = [word for word in flags if not word.startswith("--print-config")]
@@ -147,7 +196,7 @@ def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: 
         for name in names:
             if name not in found:
                 continue
-            held = _plain(found[name])
+            held = _texts_kept({name: _plain(found[name])}, *_files_and_flags(words))[name]
             if name in before and (source == "the flag" or held != before[name][1]):
                 earlier = "the file" if len(paths) == 1 else before[name][0]
                 print(f"{name}: {held!r} ({source}; {earlier} says {before[name][1]!r})", file=sys.stderr)

@@ -138,6 +138,23 @@ def test_a_value_of_another_type_is_refused_in_plain_words(words, told):
         parse_config(TrainConfig, words.split(), **TEXTS)
 
 
+def test_a_quoted_text_among_the_options_of_an_oracle_stays_one(tmp_path):
+    """A regular expression with a colon would become a mapping, a model's name of digits a number."""
+    texts = {"extract": "Answer: (.*)", "model": "16", "more": "[x]", "rate": 0.001, "number": 5}
+    file = tmp_path / "some.yaml"
+    file.write_text(
+        "oracle_options: {extract: 'Answer: (.*)', model: \"16\", more: '[x]', rate: 1e-3, number: 5}\n"
+    )
+    flag = '{"extract": "Answer: (.*)", "model": "16", "more": "[x]", "rate": 1e-3, "number": 5}'
+    for words in (["--config", str(file)], ["--oracle_options", flag], [f"--oracle_options={flag}"]):
+        assert parse_config(TrainConfig, words, **TEXTS).oracle_options == texts
+        assert given_values(TrainConfig, words, **TEXTS)["oracle_options"] == texts
+    words = ["--config", str(file), "--oracle_options", "{model: 17}"]
+    assert parse_config(TrainConfig, words, **TEXTS).oracle_options["model"] == 17
+    sections = cli.typed_sections(TrainConfig, {"arm": {"oracle_options": {**texts, "rate": "1e-3"}}})
+    assert sections["arm"]["oracle_options"] == texts
+
+
 def test_a_section_in_place_of_a_key_is_an_unknown_key(tmp_path):
     (tmp_path / "some.yaml").write_text("lora: {r: 4}\n")
     with pytest.raises(UsageError, match=r"unknown key 'lora.r'; did you mean 'lora_r'\?"):
