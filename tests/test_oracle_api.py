@@ -457,6 +457,7 @@ def test_concurrency_is_bounded():
         ({"response_format": "xml"}, "response_format"),
         ({"api_key": KEY}, "environment variable"),
         ({"extra_body": {"headers": [{"Authorization": KEY}]}}, "environment variable"),
+        ({"api_key_env": KEY}, "name of an environment variable"),
         ({"concurrency": 0}, "concurrency"),
         ({"deadline": 0}, "deadline"),
         ({"frames_per_clip": 0}, "'frames_per_clip' must be at least 1, got 0"),

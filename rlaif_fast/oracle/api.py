@@ -97,6 +97,12 @@ class ApiOracle(Judge):
         check_least(0, temperature=temperature, backoff=backoff, max_backoff=max_backoff)
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
+        if (
+            re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII) is None
+        ):  # a key, say, which must not be printed
+            raise UsageError(
+                "oracle option 'api_key_env' must be the name of an environment variable; put the key into one"
+            )
         self.model = model
         self.base_url = _endpoint(base_url)
         self.api_key_env = api_key_env
