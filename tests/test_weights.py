@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.loading import ModelOptions, check_lora, load_model
 from rlaif_fast.runs.checkpoint import load_weights, read_processor_files, save_model
+from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.preflight import check_model
 
@@ -224,6 +225,12 @@ def test_adapters_that_compute_something_else_are_refused(adapters, tmp_path, se
     for options in ({}, LORA):
         with pytest.raises(UsageError, match=words):
             load(copy, **options)
+
+
+def test_a_run_in_place_of_a_model_is_told_with_the_command_that_writes_its_model(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"it is a run: `python -m rlaif_fast.export {run.path} --out DIR`"):
+        check_model(str(run.path))
 
 
 @pytest.mark.parametrize(

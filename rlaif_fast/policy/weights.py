@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlaif_fast.errors import UsageError, first_line
+from rlaif_fast.outputs import MARKER
 from rlaif_fast.policy.families import FAMILIES
 from rlaif_fast.policy.model_files import ADAPTER_CONFIG
 from rlaif_fast.policy.shard import cut_like
@@ -233,7 +234,13 @@ def check_config(folder: str | Path, what: str) -> None:
         return
     config = path / "config.json"
     if not config.is_file():
-        raise UsageError(f"{what}: cannot load {str(folder)!r}: the folder has no config.json")
+        is_run = (path / MARKER).is_file()
+        hint = (
+            f"; it is a run: `python -m rlaif_fast.export {folder} --out DIR` writes its best model"
+            if is_run
+            else ""
+        )
+        raise UsageError(f"{what}: cannot load {str(folder)!r}: the folder has no config.json{hint}")
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
