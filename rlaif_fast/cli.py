@@ -94,9 +94,8 @@ def typed_sections(
             raise UsageError(f"config: {section}: {error}") from None
         found[section] = {name: _plain(values[name]) for name in keys}
         for name, written in keys.items():
-            if isinstance(
-                written, dict
-            ):  # texts stay texts; unquoted, 1e-3 is one too, and meant as a number
+            # Texts stay texts; unquoted, 1e-3 is one too, and meant as a number.
+            if isinstance(written, dict):
                 held = found[section][name]
                 found[section][name] = {
                     key: value if isinstance(value, str) and not isinstance(held[key], float) else held[key]

@@ -97,9 +97,8 @@ class ApiOracle(Judge):
         check_least(0, temperature=temperature, backoff=backoff, max_backoff=max_backoff)
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
-        if (
-            re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII) is None
-        ):  # a key, say, which must not be printed
+        # What is no name may be the key itself, which must not be printed.
+        if re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII) is None:
             raise UsageError(
                 "oracle option 'api_key_env' must be the name of an environment variable; put the key into one"
             )
