@@ -138,8 +138,14 @@ def test_each_run_is_planned_once_and_starts_come_first(tmp_path):
             {"arms": {"grpo": {}, "oracle": {"num_generations": 1}}},
             "config: arms.oracle, feedback.exact: num_generations: expected 2 to 64",
         ),
-        ({"arms": {"grpo": {}, "oracle": {"beta": "high"}}}, "config: arms.oracle: .*beta.* value: high"),
-        ({"start": {"oracle_options": "none"}}, "config: start: .*oracle_options.* Got value: none"),
+        (
+            {"arms": {"grpo": {}, "oracle": {"beta": "high"}}},
+            "config: arms.oracle: beta: expected a number or null, got high",
+        ),
+        (
+            {"start": {"oracle_options": "none"}},
+            "config: start: oracle_options: expected keys with values, {KEY: value}, got none",
+        ),
         ({"arms": {"grpo": {}, "../oracle": {}}}, "config: arms: expected names .*, got '../oracle'"),
         ({"feedback": {"exact": {}, 0.3: {}}}, "config: feedback: expected names .*, got 0.3"),
         ({"feedback": {"start": {}}}, "config: feedback: expected names .*, got 'start'"),
