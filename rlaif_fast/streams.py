@@ -57,10 +57,10 @@ class _Captures:
 
 
 _CAPTURES = _Captures()
-no_captures = _CAPTURES.kept_out  # the block may synchronise the device: no graph is captured meanwhile
-capturing = (
-    _CAPTURES.alone
-)  # the block captures a graph: it waits for the blocks of other threads, and they for it
+# The block may synchronise the device: no graph is captured meanwhile.
+no_captures = _CAPTURES.kept_out
+# The block captures a graph: it waits for the blocks of other threads, and they for it.
+capturing = _CAPTURES.alone
 
 
 def numbered(device: torch.device) -> torch.device:

@@ -53,6 +53,16 @@ class RankingGrader:
         return grades
 
 
+def stated(text: str, *, reasons: bool) -> str:
+    """What a response says behind its reasoning, "" where it says nothing.
+
+    Args:
+        text: The response.
+        reasons: Whether the chat template opened the reasoning, so that a response that does not close it says nothing.
+    """
+    return "" if reasons and CLOSES not in text else final_part(text) or ""
+
+
 def grade_answers(
     grader: Grader, answers: Sequence[tuple[Example, str]], *, reasons: bool = False
 ) -> list[Grade | None]:
@@ -62,12 +72,12 @@ def grade_answers(
         grader: Grades.
         answers: Questions with the answers to them; of one that reasons, what stands behind the reasoning is graded.
             One that says nothing there is wrong, and no grader is asked.
-        reasons: Whether the chat template opened the reasoning, so that an answer that does not close it says nothing.
+        reasons: See `stated`.
 
     Returns:
         A grade for each, None where there could be none.
     """
-    said = ["" if reasons and CLOSES not in text else final_part(text) or "" for _, text in answers]
+    said = [stated(text, reasons=reasons) for _, text in answers]
     grades: list[Grade | None] = [None if text.strip() else Grade(False, 0) for text in said]
     requests = {
         place: RankRequest(

@@ -19,9 +19,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError, require
+from rlaif_fast.evals.grading import stated
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
-from rlaif_fast.oracle.extract import final_part
-from rlaif_fast.policy.vocabulary import CLOSES
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.trainer import setup
@@ -140,9 +139,9 @@ def said(text: str, until: Any, *, reasons: bool) -> str:
     Args:
         text: The response.
         until: The stopping text or texts; None for none.
-        reasons: Whether the chat template opened the reasoning, so that a response that does not close it says nothing.
+        reasons: See `stated`.
     """
-    answer = "" if reasons and CLOSES not in text else (final_part(text) or "").strip()
+    answer = stated(text, reasons=reasons).strip()
     for stop in [until] if isinstance(until, str) else until or ():
         answer = answer.split(stop)[0] if stop and stop != BLANK_LINE else answer
     return answer
