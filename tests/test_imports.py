@@ -181,3 +181,14 @@ def test_every_command_has_a_script_and_every_script_a_command():
     for module, script in scripts.items():
         assert script == f"rlaif-fast-{module.removesuffix('.__main__').rpartition('.')[2]}"
         assert callable(importlib.import_module(module).main)
+
+
+def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
+    top = subprocess.run(["git", "ls-files"], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    if top.returncode:
+        pytest.skip("not a git checkout")
+    names = {name.partition("/")[0] for name in top.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == {
+        *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"),
+        *("bench", "configs", "csrc", "docs", "examples", "kernels", "rlaif_fast", "tests"),
+    }
