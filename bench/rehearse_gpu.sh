@@ -25,7 +25,7 @@ stage() { # NAME COMMAND...
 tests() { "$python" -m pytest -q -rs -p no:cacheprovider "$@"; }
 
 stage interpreter tests tests/test_gpu_path.py
-stage simulated tests tests/test_simulated_gpu.py
+stage simulated tests tests/test_simulated_gpu.py tests/test_simulated_capture.py
 stage lines "$python" bench/cuda_only_lines.py
 stage compiled tests tests/test_triton_aot.py
 if command -v nvcc >/dev/null; then

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rollout import assert_same
+from rollout_parts import assert_same
 
 from rlaif_fast.loss.testing import relative_l2
 from rlaif_fast.policy import cpu_attention

@@ -11,8 +11,8 @@ from pathlib import Path
 import family_checkpoints
 import pytest
 import torch
+from rollout_parts import assert_same
 from test_families_packed import make_encoder, make_prompts
-from test_rollout import assert_same
 from torch import nn
 
 from rlaif_fast.loss import extension

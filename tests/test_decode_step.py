@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from rollout_parts import assert_same
 from simulated_gpu import simulated_gpu
 from test_cpu_decoder import OTHERS, PLAIN, ShiftedNorm
 from test_families_packed import make_encoder, make_prompts
-from test_rollout import assert_same
 from torch import nn
 from triton_cases import DEVICE, error, uninitialised_memory_is_nan
 

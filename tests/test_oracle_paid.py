@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
 
-from test_oracle_api import Judge, oracle, request
+from api_judge import Judge, oracle, request
 
 from rlaif_fast.data.benchmarks.base import Item
 from rlaif_fast.data.schema import Example

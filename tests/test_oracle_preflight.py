@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
 
-from test_oracle_wire import REPLY, raw_server
+from test_oracle_sockets import REPLY, raw_server
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.oracle import build_oracle

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
-import socket
-import threading
-import time
 import zlib
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import strategies as st
 
 pytest.importorskip("httpx")
 pytest.importorskip("tenacity")
-
-import httpx
 from fuzzing import counts, fuzz
+from wire_parts import ask_all, completion
 
-from rlaif_fast.oracle import RankRequest, build_oracle
-from rlaif_fast.oracle.api import ApiOracle, _Session
 from rlaif_fast.oracle.wire import MAX_BODY_BYTES, Fault, Response, read_completion, retry_after, unpack
 
-GROUP = RankRequest("g", "Which?", ("a red square", "a blue circle"))
 VERDICT_KINDS = {
     "timeout", "connection", "malformed_body", "malformed", "refusal", "rate_limit", "server_error", "rejected",
     "unknown_ids", "missing_ids", "duplicate_ids",
 }  # fmt: skip
-
-
-def completion(content='{"better": "tie"}', **fields):
-    return {
-        "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
-        **fields,
-    }
-
-
-def ask_all(replies, **options):
-    """Rank one group for each (status, headers, body) of `replies`; the rankings and the oracle."""
-    oracle = ApiOracle(
-        model="m",
-        base_url="http://judge/v1",
-        protocol="pairwise",
-        orders=1,
-        max_attempts=1,
-        timeout=5.0,
-        **options,
-    )
-
-    async def run():
-        queue = list(replies)
-
-        async def handler(request):
-            status, headers, body = queue.pop(0)
-            return httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))
-
-        client = httpx.AsyncClient(transport=httpx.MockTransport(handler))
-
-        async def connect():
-            return client
-
-        outcomes = []
-        async with client:
-            for _ in replies:
-                session = _Session(oracle, connect, "sk-secret-0123456789")
-                [showing], _places = oracle._show(GROUP)
-                outcomes.append(await session.run(showing))
-        return outcomes
-
-    return asyncio.run(run()), oracle
 
 
 def check_outcome(outcome, oracle):
@@ -90,6 +39,8 @@ _scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12),
     st.sampled_from(["1e999", "tie", '{"better": "tie"}', "\ud800", "</think>", "```JSON\n{}\n```"]),
 )  # fmt: skip
+
+
 _values = st.recursive(
     _scalars,
     lambda inner: (
@@ -157,7 +108,11 @@ _headers = st.lists(
     ),
     max_size=3,
 )
+
+
 _statuses = st.sampled_from([200, 200, 200, 100, 204, 301, 400, 401, 429, 500, 599, 999])
+
+
 REPLIES = 10  # with one payload, since that takes the longest to draw
 
 
@@ -179,6 +134,8 @@ def test_any_reply_is_a_verdict_or_a_counted_fault(cases):
 
 
 REPLY = json.dumps(completion()).encode()
+
+
 USAGES = [
     "1e999",
     "-1e999",
@@ -285,117 +242,3 @@ def test_packed_replies_are_read_and_long_ones_are_not():
 )
 def test_retry_after_is_bounded(value):
     assert 0.0 <= retry_after(value) <= 3600.0
-
-
-@contextmanager
-def raw_server(script):
-    """A server that runs `script(connection)` for each connection."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    ended = threading.Event()
-
-    def serve():
-        while not ended.is_set():
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=guarded, args=(connection,), daemon=True).start()
-
-    def guarded(connection):
-        with connection:
-            try:
-                connection.recv(1 << 20)
-                script(connection, ended)
-            except OSError:
-                pass
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        ended.set()
-        listener.close()
-
-
-def drip(head, part):
-    def script(connection, ended):
-        connection.sendall(head)
-        while not ended.is_set():
-            connection.sendall(part)
-            time.sleep(0.05)
-
-    return script
-
-
-OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-
-
-@pytest.mark.parametrize(
-    "script",
-    [
-        drip(OK + b"Content-Length: 100000\r\n\r\n", b" "),
-        drip(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
-        drip(OK + b"Content-Encoding: gzip\r\nContent-Length: 100000\r\n\r\n", b"\x1f"),
-        drip(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
-        drip(b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b"x"),
-        drip(b"", b"H"),
-    ],
-    ids=["length", "chunked", "gzip", "headers", "error", "garbage"],
-)
-def test_a_reply_that_drips_holds_its_slot_for_one_timeout(script):
-    with raw_server(script) as url:
-        oracle = ApiOracle(
-            model="m", base_url=url, protocol="pairwise", orders=1, timeout=0.5, deadline=20.0, max_attempts=1
-        )
-        start = time.monotonic()
-        [ranking] = oracle.rank([GROUP])
-        assert time.monotonic() - start < 8.0
-    assert not ranking.valid
-    assert ranking.error
-
-
-@pytest.mark.parametrize("cases", counts(60, 2_000))
-def test_any_bytes_on_the_wire_are_a_fault(cases):
-    sent = [b""]
-    parts = st.sampled_from(
-        [
-            OK,
-            b"HTTP/1.1 ",
-            b"200",
-            b" OK\r\n",
-            b"\r\n\r\n",
-            b"Content-Length: ",
-            b"-1",
-            b"9" * 400,
-            b"Transfer-Encoding: chunked",
-            b"\r\n",
-            b"Content-Encoding: gzip\r\n",
-            b"ffffffffffffffff\r\n",
-            b"Set-Cookie: a=b; Max-Age=x\r\n",
-            b"\x00",
-            REPLY,
-        ]
-    )
-
-    def script(connection, ended):
-        connection.sendall(sent[0])
-
-    with raw_server(script) as url:
-
-        def check(case):
-            sent[0] = b"".join(case)
-            oracle = ApiOracle(
-                model="m", base_url=url, protocol="pairwise", orders=1, timeout=2.0, max_attempts=1
-            )
-            [ranking] = oracle.rank([GROUP])
-            assert ranking.valid or ranking.error
-
-        fuzz(st.lists(parts | st.binary(max_size=8), max_size=10), check, cases, "streams")
-
-
-def test_a_hostile_judge_stops_no_run():
-    bodies = [REPLY[:-1] + b', "usage": {"prompt_tokens": 1e999}}', b"[" * 100_000, b"{", b"\xff\xfe", b""]
-    outcomes, oracle = ask_all([(200, {}, body) for body in bodies])
-    assert [outcome.error is None for outcome in outcomes] == [True, False, False, False, False]
-    assert oracle.stats()["oracle/api/fault_malformed_body"] == 4.0
-    assert build_oracle("api", model="m", base_url="http://judge/v1").name == "api"

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import weakref
 
-import numpy as np
 import pytest
 import torch
+from rollout_parts import assert_same
 
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.policy import Policy
-from rlaif_fast.policy.prefix_decode import refuses_prefix_decode
 from rlaif_fast.policy.testing import (
     FAMILIES,
     IDS,
@@ -22,17 +21,8 @@ from rlaif_fast.policy.testing import (
     make_prompt,
     standard_prompts,
 )
-from rlaif_fast.rollout import make_sampler
-from rlaif_fast.rollout.base import Rollout, Sampler, SamplingParams
-from rlaif_fast.rollout.generate import TokenSampler, uniforms
-from rlaif_fast.rollout.graphs import (
-    CHECKED_STEPS,
-    LENGTH_STEP,
-    MAX_STEPS,
-    FixedStep,
-    GraphSampler,
-    check_graphs,
-)
+from rlaif_fast.rollout.base import Sampler, SamplingParams
+from rlaif_fast.rollout.graphs import GraphSampler
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
@@ -51,14 +41,6 @@ def policy(family) -> Policy:
     policy.forbidden_bias[EOS] += 3.0
     policy.forbidden_bias[IDS["word1"]] += 3.0
     return policy
-
-
-def assert_same(ours: Rollout, plain: Rollout) -> None:
-    assert torch.equal(ours.token_ids, plain.token_ids)
-    assert torch.equal(ours.mask, plain.mask)
-    assert torch.equal(ours.finished, plain.finished)
-    assert ours.texts == plain.texts
-    torch.testing.assert_close(ours.logps, plain.logps, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -260,174 +242,6 @@ def test_questions_about_one_clip_are_prefilled_together(family: str, max_packed
         assert seen[0] == longest[0] > 20  # a group is never cut
     else:
         assert seen[0] == sum(longest)
-
-
-# --- fixed steps --------------------------------------------------------------------------------------------
-
-
-def test_fixed_steps_are_kept_between_rollouts(policy: Policy, family: str) -> None:
-    """Buffers hold the last rollout's keys; a rollout of other prompts and the same sizes must not see them."""
-    sampler, params = GraphSampler(policy), SamplingParams(max_new_tokens=6, seed=3)
-    prompts = standard_prompts(family)
-    sampler.sample(prompts, 3, params)
-    step = sampler._step
-    assert_same(
-        sampler.sample(prompts[::-1], 3, params), SharedPrefixSampler(policy).sample(prompts[::-1], 3, params)
-    )
-    assert sampler._step is step
-    assert step.shape[2] % LENGTH_STEP == 0
-    assert_same(
-        sampler.sample(prompts[:2], 3, params), SharedPrefixSampler(policy).sample(prompts[:2], 3, params)
-    )
-    assert sampler._step is not step
-
-
-def test_a_few_fixed_steps_are_kept_and_the_oldest_goes_first(policy: Policy, family: str) -> None:
-    sampler, prompts = GraphSampler(policy), standard_prompts(family)
-    params = SamplingParams(max_new_tokens=3, seed=3)
-    steps = []
-    for count in (1, 2, 3, 1, 4):
-        sampler.sample(prompts[:count], 2, params)
-        steps.append(sampler._step)
-    assert steps[3] is steps[0]  # kept across two others
-    assert [step.shape[0] for step in sampler._steps.values()] == [3, 1, 4][-MAX_STEPS:]
-
-
-def test_fixed_steps_by_the_decode_kernel_draw_the_same_tokens(policy: Policy, family: str) -> None:
-    if refuses_prefix_decode(policy.device.type, torch.float32, 32) is not None:
-        pytest.skip("Triton's interpreter is off, and there is no GPU")
-    prompts, params = standard_prompts(family), SamplingParams(max_new_tokens=4, seed=5)
-    sampler = GraphSampler(policy, attention="kernel")
-    assert_same(sampler.sample(prompts, 3, params), SharedPrefixSampler(policy).sample(prompts, 3, params))
-    assert sampler._step._bias is None
-
-
-def test_the_attention_of_fixed_steps_is_named_or_refused(family: str) -> None:
-    policy = make_policy(family)
-    with pytest.raises(ValueError, match="expected auto, kernel or sdpa, got 'flash'"):
-        GraphSampler(policy, attention="flash").sample(standard_prompts(family), 2, SamplingParams(2))
-    policy.model.double()
-    with pytest.raises(ValueError, match="the prefix_decode kernel cannot run here"):
-        GraphSampler(policy, attention="kernel").sample(standard_prompts(family), 2, SamplingParams(2))
-
-
-def test_the_check_of_captured_steps_passes_and_fails(family: str, monkeypatch) -> None:
-    policy = make_policy(family)
-    assert check_graphs(policy) is None
-    runs = iter((*[1.0] * CHECKED_STEPS, 1.5))
-    run = FixedStep._run
-    monkeypatch.setattr(FixedStep, "_run", lambda step: run(step) * next(runs))
-    assert "is off by" in check_graphs(policy)
-    assert check_graphs(policy) == "StopIteration"
-
-
-@pytest.mark.parametrize("kind", [GraphSampler, SharedPrefixSampler])
-def test_steps_see_new_weights(family: str, kind) -> None:
-    policy, params = make_policy(family), SamplingParams(max_new_tokens=6, seed=2)
-    prompts = standard_prompts(family)
-    sampler = kind(policy)
-    before = sampler.sample(prompts, 2, params)
-    with torch.no_grad():
-        for parameter in policy.model.parameters():
-            parameter.mul_(1.3)
-    after = sampler.sample(prompts, 2, params)
-    assert_same(after, SharedPrefixSampler(policy, cpu_decoder=False).sample(prompts, 2, params))
-    assert not torch.equal(after.token_ids, before.token_ids)
-    assert sampler.decodes_in_cpp == (kind is SharedPrefixSampler)
-
-
-def test_samplers_by_name(tmp_path, monkeypatch) -> None:
-    policy, plain = make_policy("qwen3_vl"), make_policy("qwen3_vl", shared_prefix=False)
-    assert type(make_sampler(policy)) is SharedPrefixSampler
-    assert type(make_sampler(policy, "plain")) is type(make_sampler(plain)) is PlainSampler
-    with pytest.raises(UsageError, match="cuda_graphs needs a model on a GPU, this one is on cpu"):
-        make_sampler(policy, "cuda_graphs")
-    with pytest.raises(UsageError, match="shared_prefix needs shared_prefix: true"):
-        make_sampler(plain, "shared_prefix")
-    with pytest.raises(UsageError, match="unknown sampler 'vlm'"):
-        make_sampler(policy, "vlm")
-    meta = tmp_path / "echo-1.0.dist-info"
-    meta.mkdir()
-    (tmp_path / "echo_sampler.py").write_text("def make(policy):\n    return 'echo', policy\n")
-    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: echo\nVersion: 1.0\n")
-    (meta / "entry_points.txt").write_text("[rlaif_fast.samplers]\necho = echo_sampler:make\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert make_sampler(policy, "echo") == ("echo", policy)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_gives_the_same_tokens(family: str) -> None:
-    policy = make_policy(family, model=make_model(family).to("cuda"))
-    prompts, sampler = standard_prompts(family), GraphSampler(policy)
-    for seed in (1, 2):  # captured, then replayed from its first step
-        params = SamplingParams(max_new_tokens=9, seed=seed)
-        assert_same(
-            sampler.sample(prompts, 4, params), SharedPrefixSampler(policy).sample(prompts, 4, params)
-        )
-    assert sampler._step._graph is not None
-
-
-# --- the drawing --------------------------------------------------------------------------------------------
-
-
-class _Head:
-    """What `TokenSampler` needs of a policy."""
-
-    eos_token_ids = (4,)
-    device = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("params", "kept"),
-    [
-        (SamplingParams(min_new_tokens=0), {0, 1, 2, 3, 4}),
-        (SamplingParams(min_new_tokens=1), {0, 1, 2, 3}),
-        (SamplingParams(min_new_tokens=0, top_k=2), {0, 1}),
-        (SamplingParams(min_new_tokens=0, top_p=0.75), {0, 1, 2}),
-        (SamplingParams(min_new_tokens=0, top_p=0.2), {0}),
-        (SamplingParams(min_new_tokens=0, temperature=0.5), {0, 1, 2, 3, 4}),
-    ],
-)
-def test_draws_follow_the_filtered_distribution(params: SamplingParams, kept: set[int]) -> None:
-    logits = torch.tensor([[0.35, 0.3, 0.2, 0.1, 0.05, 0.0]]).log()
-    count = 40_000
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    tokens, logps = TokenSampler(_Head(), params)(
-        logits, torch.zeros(count, dtype=torch.int64), uniform, step=0
-    )
-    unfiltered = (logits / params.temperature).softmax(-1)[0]
-    expected = torch.zeros(6)
-    expected[list(kept)] = unfiltered[list(kept)]
-    frequencies = torch.bincount(tokens, minlength=6) / count
-    torch.testing.assert_close(frequencies, expected / expected.sum(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(logps, unfiltered.log()[tokens])  # of the policy, not of what the filters left
-
-
-def test_no_response_ends_early_however_cold_the_draw_and_sure_the_end() -> None:
-    logits = torch.zeros(1, 5)
-    logits[0, _Head.eos_token_ids[0]] = 40.0
-    for temperature in (1.0, 1e-3, 1e-6):
-        params = SamplingParams(min_new_tokens=1, temperature=temperature)
-        tokens, _ = TokenSampler(_Head(), params)(
-            logits, None, torch.tensor([0.5], dtype=torch.float64), step=0
-        )
-        assert tokens.item() not in _Head.eos_token_ids
-
-
-def test_extreme_draws_stay_on_tokens_with_mass() -> None:
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
-    draws = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
-    tokens, _ = TokenSampler(_Head(), SamplingParams(min_new_tokens=0))(logits, None, draws, step=0)
-    assert tokens.tolist() == [1, 3]
-
-
-def test_uniforms_belong_to_row_and_step() -> None:
-    params = SamplingParams(max_new_tokens=5, seed=9)
-    few, many = uniforms(3, params), uniforms(6, params)
-    assert torch.equal(few, many[:3])
-    assert few.min() >= 0
-    assert few.max() < 1
 
 
 @pytest.mark.parametrize(

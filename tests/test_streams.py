@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlaif_fast import streams
-from rlaif_fast.policy.testing import make_model, make_policy
+from rlaif_fast.policy.testing import make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.rollout.graphs import GraphSampler
 from rlaif_fast.streams import capturing, no_captures
@@ -80,8 +80,6 @@ def test_a_capture_does_not_wait_for_a_thread_that_never_comes_back(monkeypatch,
 @pytest.mark.skipif(bool(DaliDecoder.unavailable()), reason="needs DALI")
 def test_steps_are_captured_while_films_are_decoded(tmp_path, caplog):
     """NVDEC synchronises the device, and makes a decoder for each new size."""
-    from test_rollout import standard_prompts
-
     films = [
         str(write_video(tmp_path / f"{width}.mp4", counter_frames(48, 256, width), codec="libx264"))
         for width in range(256, 512, 32)

@@ -1,0 +1,71 @@
+"""Drawing a token: the filtered distribution, cold and extreme draws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rlaif_fast.rollout.base import SamplingParams
+from rlaif_fast.rollout.generate import TokenSampler, uniforms
+
+# --- the drawing --------------------------------------------------------------------------------------------
+
+
+class _Head:
+    """What `TokenSampler` needs of a policy."""
+
+    eos_token_ids = (4,)
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(min_new_tokens=0), {0, 1, 2, 3, 4}),
+        (SamplingParams(min_new_tokens=1), {0, 1, 2, 3}),
+        (SamplingParams(min_new_tokens=0, top_k=2), {0, 1}),
+        (SamplingParams(min_new_tokens=0, top_p=0.75), {0, 1, 2}),
+        (SamplingParams(min_new_tokens=0, top_p=0.2), {0}),
+        (SamplingParams(min_new_tokens=0, temperature=0.5), {0, 1, 2, 3, 4}),
+    ],
+)
+def test_draws_follow_the_filtered_distribution(params: SamplingParams, kept: set[int]) -> None:
+    logits = torch.tensor([[0.35, 0.3, 0.2, 0.1, 0.05, 0.0]]).log()
+    count = 40_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens, logps = TokenSampler(_Head(), params)(
+        logits, torch.zeros(count, dtype=torch.int64), uniform, step=0
+    )
+    unfiltered = (logits / params.temperature).softmax(-1)[0]
+    expected = torch.zeros(6)
+    expected[list(kept)] = unfiltered[list(kept)]
+    frequencies = torch.bincount(tokens, minlength=6) / count
+    torch.testing.assert_close(frequencies, expected / expected.sum(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logps, unfiltered.log()[tokens])  # of the policy, not of what the filters left
+
+
+def test_no_response_ends_early_however_cold_the_draw_and_sure_the_end() -> None:
+    logits = torch.zeros(1, 5)
+    logits[0, _Head.eos_token_ids[0]] = 40.0
+    for temperature in (1.0, 1e-3, 1e-6):
+        params = SamplingParams(min_new_tokens=1, temperature=temperature)
+        tokens, _ = TokenSampler(_Head(), params)(
+            logits, None, torch.tensor([0.5], dtype=torch.float64), step=0
+        )
+        assert tokens.item() not in _Head.eos_token_ids
+
+
+def test_extreme_draws_stay_on_tokens_with_mass() -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(2, -1)
+    draws = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    tokens, _ = TokenSampler(_Head(), SamplingParams(min_new_tokens=0))(logits, None, draws, step=0)
+    assert tokens.tolist() == [1, 3]
+
+
+def test_uniforms_belong_to_row_and_step() -> None:
+    params = SamplingParams(max_new_tokens=5, seed=9)
+    few, many = uniforms(3, params), uniforms(6, params)
+    assert torch.equal(few, many[:3])
+    assert few.min() >= 0
+    assert few.max() < 1
