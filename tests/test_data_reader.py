@@ -525,6 +525,36 @@ def test_check_names_wrong_rows_and_bad_files(write, media, capsys):
     assert main(["check", str(path), "--media_root", str(media), "--skip_decode"]) == 0
 
 
+def test_check_takes_a_folder_of_splits_and_tells_what_they_share(tmp_path, media, capsys):
+    """As `train --data FOLDER` reads it: every wrong row of every split, and rows that training would leave out."""
+    rows = {
+        "sft": [{"image": "c.png", "question": "Which?", "answer": "red"}],
+        "rl": [{**NATIVE, "video": "b.mp4"}, {"question": "Which?", "answer": "red"}],
+        "validation": [{**NATIVE, "video": "b.mp4"}],
+        "test": [{**NATIVE, "video": "b.mp4"}],
+    }
+    for split, lines in rows.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["check", str(tmp_path), "--media_root", str(media)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "note: 1 rl rows are about media of validation or test; training leaves them out" in out
+    assert "note: 1 validation rows are about media of test" in out and "sft rows are" not in out
+    assert all(f"{tmp_path / split}.jsonl: {len(lines)} rows" in out for split, lines in rows.items())
+    (tmp_path / "rl.jsonl").write_text(json.dumps(rows["test"][0]) + "\n")
+    assert main(command) == 2
+    assert "all 1 rl rows are about media of validation or test" in capsys.readouterr().err
+    (tmp_path / "sft.jsonl").write_text('{"question": 1}\n')
+    (tmp_path / "test.jsonl").write_text("")
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "sft.jsonl:1: question: expected a text, got int" in err and "test.jsonl: no row" in err
+    (tmp_path / "val.jsonl").write_text("")
+    (tmp_path / "validation.jsonl").unlink()
+    assert main(command) == 2
+    assert "val.jsonl would not be read" in capsys.readouterr().err
+
+
 def test_make_then_check_then_preview(tmp_path, capsys):
     out = tmp_path / "made"
     flags = [

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.data.identity import contents
 from rlaif_fast.data.reader import ReadReport, read_report
+from rlaif_fast.data.schema import Example
+from rlaif_fast.data.splits import SPLITS, files_of_splits, is_one_table, rows_apart
 from rlaif_fast.data.summary import chance_accuracy, summarise
-from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
+from rlaif_fast.data.synthetic.dataset import SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError, require_least
 from rlaif_fast.machine import cores
 from rlaif_fast.outputs import check_output
@@ -32,14 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     make.add_argument("--overwrite", action="store_true", help="Replace a dataset of another configuration.")
 
     check = commands.add_parser("check", help="Check a dataset and sum it up.")
-    check.add_argument("file", type=Path, help="JSONL, or a JSON array.")
+    check.add_argument(
+        "file", type=Path, help="JSONL, JSON, CSV, TSV or parquet, or a folder with a file for each split."
+    )
     check.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
     check.add_argument("--allow_unanswered", action="store_true", help="Rows need no answer.")
     check.add_argument("--skip_decode", action="store_true", help="Do not open the videos.")
     check.add_argument("--shown", type=int, default=10, help="Most wrong rows to name.")
 
     preview = commands.add_parser("preview", help="Draw clips with their questions into a PNG.")
-    preview.add_argument("file", type=Path, help="JSONL, or a JSON array.")
+    preview.add_argument("file", type=Path, help="JSONL, JSON, CSV, TSV or parquet.")
     preview.add_argument("out", type=Path, help="PNG to write.")
     preview.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
     preview.add_argument("--clips", type=int, default=8, help="Most clips and images to draw.")
@@ -80,28 +85,60 @@ def _make(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     require_least("shown", options.shown, 0)
-    report = read_report(
-        options.file, media_root=options.media_root, require_answer=not options.allow_unanswered
-    )
-    _print_table(report)
-    for note in report.notes:
+    one = options.file.is_file() or is_one_table(options.file)
+    files = {} if one or not options.file.is_dir() else files_of_splits(options.file)
+    reports = {
+        split: read_report(file, media_root=options.media_root, require_answer=not options.allow_unanswered)
+        for split, file in (files or {"": options.file}).items()
+    }
+    for report in reports.values():
+        _print_table(report)
+        for note in report.notes:
+            print(f"note: {note}")
+    wrong = [report.describe_errors(options.shown) for report in reports.values() if report.errors]
+    wrong += [
+        f"{report.path}: no row; write one JSON object a line"
+        for report in reports.values()
+        if not report.examples and not report.errors
+    ]
+    if wrong:
+        raise UsageError("\n".join(wrong))
+    rows = {split: report.examples for split, report in reports.items()}
+    for note in _shared(rows):
         print(f"note: {note}")
-    if report.errors:
-        raise UsageError(report.describe_errors(options.shown))
-    if not report.examples:
-        raise UsageError(f"{report.path}: no row; write one JSON object a line")
     if not options.skip_decode:
-        _open_media(report, options.shown)
-    print(f"{report.path}: {report.rows} rows, {len(report.examples)} questions, all good")
+        _open_media(options.file, [row for split in rows.values() for row in split], options.shown)
+    for report in reports.values():
+        print(f"{report.path}: {report.rows} rows, {len(report.examples)} questions, all good")
     return 0
 
 
-def _open_media(report: ReadReport, shown: int) -> None:
+def _shared(rows: Mapping[str, list[Example]]) -> Iterator[str]:
+    """A line for each split that is about media of one that is evaluated."""
+    if len(rows) == 1:
+        return
+    names = contents(row for split in rows.values() for row in split)
+    for split, held, follows in (
+        ("sft", ("validation", "test"), "training leaves them out"),
+        ("rl", ("validation", "test"), "training leaves them out"),
+        ("validation", ("test",), "the checkpoint that is tested is chosen by them"),
+    ):
+        own = rows.get(split, [])
+        left = rows_apart(own, [row for other in held for row in rows.get(other, [])], names)
+        if split == "rl" and own and not left:
+            raise UsageError(
+                f"all {len(own)} rl rows are about media of validation or test; give other media"
+            )
+        if len(left) < len(own):
+            yield f"{len(own) - len(left)} {split} rows are about media of {' or '.join(held)}; {follows}"
+
+
+def _open_media(file: Path, rows: Sequence[Example], shown: int) -> None:
     """Probe every video and open every image once."""
     from rlaif_fast.video import VideoError
 
     first: dict[MediaRef, str] = {}  # medium -> the first row that names it
-    for example in report.examples:
+    for example in rows:
         for medium in example.seen:
             first.setdefault(medium, example.source)
     errors = []
@@ -114,7 +151,7 @@ def _open_media(report: ReadReport, shown: int) -> None:
             advance(done, len(first))
     if errors:
         more = [f"... and {len(errors) - shown} more"] if len(errors) > shown else []
-        head = f"{report.path}: {len(errors)} of {len(first)} files cannot be decoded"
+        head = f"{file}: {len(errors)} of {len(first)} files cannot be decoded"
         raise RlaifFastError("\n  ".join([head, *errors[:shown], *more]))
 
 
@@ -138,7 +175,8 @@ def _print_table(report: ReadReport) -> None:
         return
     formats = ", ".join(f"{count} {name}" for name, count in report.formats.items())
     table = Table(
-        title=f"rows: {formats}", caption="choice: multiple choice; words of question, answer, longest answer"
+        title=f"{report.path.name}, rows: {formats}",
+        caption="choice: multiple choice; words of question, answer, longest answer",
     )
     table.add_column("category", no_wrap=True)
     for name in ("asked", "choice", "chance", "question", "answer", "longest"):

@@ -271,7 +271,8 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
             raise UsageError(f"{path}: holds several splits; name one of its folders")
         if not found:
             raise UsageError(
-                f"{path}: cannot read the dataset: neither a datasets folder (state.json) nor one of parquet files"
+                f"{path}: cannot read the dataset: neither a datasets folder (state.json) nor one of parquet files; "
+                "name a file"
             )
         if len({match.group(1).casefold() for file in found if (match := _SPLIT.match(file.name))}) > 1:
             raise UsageError(

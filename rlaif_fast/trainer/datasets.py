@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rlaif_fast.data import SyntheticConfig, make_dataset, read_examples
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
-from rlaif_fast.data.identity import Names, contents, group_by_content, media_of
+from rlaif_fast.data.identity import Names, contents, group_by_content
 from rlaif_fast.data.schema import Example
-from rlaif_fast.data.sources import TABLES
+from rlaif_fast.data.splits import SPLITS, files_of_splits, is_one_table, rows_apart
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.trainer.options import DataOptions, TrainConfig
 from rlaif_fast.trainer.run import Datasets
 from rlaif_fast.trainer.scoring import check_references, choose_metric, has_answer
-
-SPLITS = ("sft", "rl", "validation", "test")
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -85,7 +83,7 @@ def read_splits(
     """The rows of each split as they are on disk; a split without a file has none."""
     rows: dict[str, list[Example]] = {split: [] for split in SPLITS}
     source, own = Path(config.data).expanduser(), own_files(config)
-    if config.data != "synthetic" and (source.is_file() or _is_one_table(source)):
+    if config.data != "synthetic" and (source.is_file() or is_one_table(source)):
         everything = read_file(source, config)
         rows |= {"sft": everything, "rl": everything}
         found = own
@@ -123,32 +121,10 @@ def split_files(
         raise UsageError(
             f"data: there is no file or folder {source}; name a .jsonl file, a folder of them, or synthetic"
         )
-    found = {split: path for split in SPLITS if (path := source / f"{split}.jsonl").exists()}
-    _refuse_unread(source, {*found, *own_files(config), *(() if config.sft == "auto" else ("sft",))})
+    found = files_of_splits(source, {*own_files(config), *(() if config.sft == "auto" else ("sft",))})
     if "rl" not in found and "sft" not in found:
         raise UsageError(f"data: {source} holds neither rl.jsonl nor sft.jsonl")
     return found
-
-
-def _refuse_unread(folder: Path, known: Collection[str]) -> None:
-    """Refuse a file that by its name holds a split that is not known, and that nothing would read."""
-    for name, split in (*zip(SPLITS, SPLITS), ("val", "validation"), ("valid", "validation")):
-        for suffix in () if split in known else (".jsonl", *TABLES):
-            if (file := folder / f"{name}{suffix}").exists():
-                key = "data" if split == "rl" else f"{split}_data"
-                raise UsageError(
-                    f"data: {file} would not be read; give it as {key}, or name it {split}.jsonl if it is one"
-                )
-
-
-def _is_one_table(folder: Path) -> bool:
-    """Whether a folder is one dataset as `datasets` saves it, or of parquet files, and not of a file a split."""
-    if not folder.is_dir() or any(folder.glob("*.jsonl")):
-        return False
-    if any(folder.glob("*.parquet")) and any((folder / f"{split}.parquet").exists() for split in SPLITS):
-        return False
-    marks = ("state.json", "dataset_dict.json", "*.parquet", "*/*.parquet")
-    return any(file for mark in marks for file in folder.glob(mark))
 
 
 def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Names) -> None:
@@ -210,18 +186,6 @@ def drop_evaluated_media(
         if dropped and note is not None:
             note(f"Left out: {dropped} {split} rows about media of validation or test.")
         rows[split] = kept
-
-
-def rows_apart(rows: Sequence[Example], others: Sequence[Example], names: Names) -> list[Example]:
-    """The rows that share no video, picture or question without media with the others.
-
-    Args:
-        rows: The rows.
-        others: What they are kept apart from.
-        names: The `contents` of all.
-    """
-    theirs = media_of(others, names)
-    return [row for row in rows if media_of([row], names).isdisjoint(theirs)]
 
 
 def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from rlaif_fast.data.identity import digest_of_metadata, digest_of_rows, digests_of_media
 from rlaif_fast.data.schema import Example
+from rlaif_fast.data.splits import SPLITS
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.policy.model_files import differences, refuse_other_base
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.trainer.datasets import SPLITS
 from rlaif_fast.trainer.run import Datasets
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
