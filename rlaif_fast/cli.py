@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import re
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, printable
+from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, nearest, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
 from rlaif_fast.yaml_keys import refuse_repeated_keys
 
@@ -93,14 +92,8 @@ def typed_sections(
         except UsageError as error:
             raise UsageError(f"config: {section}: {error}") from None
         found[section] = {name: _plain(values[name]) for name in keys}
-        for name, written in keys.items():
-            # Texts stay texts; unquoted, 1e-3 is one too, and meant as a number.
-            if isinstance(written, dict):
-                held = found[section][name]
-                found[section][name] = {
-                    key: value if isinstance(value, str) and not isinstance(held[key], float) else held[key]
-                    for key, value in written.items()
-                }
+        # The parser would read the texts among keys of any type once more.
+        found[section] |= {name: written for name, written in keys.items() if isinstance(written, dict)}
     return found
 
 
@@ -263,9 +256,8 @@ def _explain(message: str, config_class: type) -> str:
     )
     if unknown:
         key = next(group for group in unknown.groups() if group)
-        near = difflib.get_close_matches(key.replace("-", "_"), _names(config_class), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; see --help for the keys there are"
-        return f"unknown key {key!r}{hint}"
+        names, otherwise = _names(config_class), "; see --help for the keys there are"
+        return f"unknown key {key!r}{nearest(key.replace('-', '_'), names, otherwise)}"
     return line
 
 

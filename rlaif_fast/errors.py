@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import math
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -40,6 +41,12 @@ class UsageError(RlaifFastError):
 
 class Outage(RlaifFastError):
     """A judge, an engine or the media files failed for good; what the run has done so far is whole and can be saved."""
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = ".") -> str:
+    """The end of a message about an unknown name: the nearest name there is, or `otherwise`."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def printable(text: str) -> str:

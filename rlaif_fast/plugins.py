@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import reduce
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rlaif_fast.errors import UsageError
+from rlaif_fast.errors import UsageError, nearest
 
 
 def plugins(kind: str) -> dict[str, EntryPoint]:
@@ -44,8 +43,7 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
     if name in others:
         return others[name].load()
     known = sorted({*own, *others, *also})
-    close = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    hint = nearest(name, known)
     raise UsageError(f"unknown {kind.removesuffix('s')} {name!r}{hint} Known: {', '.join(known)}")
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.machine import keep_freed_memory, peak_rss_bytes
+from rlaif_fast.yaml_keys import dump
 
 if TYPE_CHECKING:
     from rlaif_fast.distributed.world import World
@@ -270,9 +271,7 @@ def run_sft_stage(run: Run, state: dict | None) -> None:
 
 def dump_config(config: TrainConfig) -> str:
     """The configuration as YAML."""
-    import yaml
-
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return dump(dataclasses.asdict(config), sort_keys=False)
 
 
 if __name__ == "__main__":

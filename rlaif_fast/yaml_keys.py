@@ -1,7 +1,9 @@
-"""YAML files whose keys stand once: of two equal ones a reader would drop the first in silence."""
+"""YAML as our commands read it: keys stand once, a quoted text stays a text, and 1e-3 is a number."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from rlaif_fast.errors import UsageError
 
 def refuse_repeated_keys(file: str | Path) -> bool:
     """See to it that no mapping of a YAML file has a key twice; says whether the file holds keys at all.
+
+    Of two equal keys a reader would drop the first in silence.
 
     Raises:
         UsageError: One has; the key and its line are named.
@@ -41,3 +45,29 @@ def refuse_repeated_keys(file: str | Path) -> bool:
         elif isinstance(node, yaml.SequenceNode):
             left += node.value
     return isinstance(root, yaml.MappingNode)
+
+
+def load(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
+    import yaml
+
+    return yaml.load(text, _with_exponents(yaml.SafeLoader))
+
+
+def dump(values: Mapping[str, Any], *, sort_keys: bool) -> str:
+    """The YAML text that `load`, and a command's `--config`, read as these values."""
+    import yaml
+
+    return yaml.dump(dict(values), Dumper=_with_exponents(yaml.SafeDumper), sort_keys=sort_keys)
+
+
+def _with_exponents(base: Any) -> Any:
+    """A loader or dumper that takes 1e-3 for a number; for YAML 1.1, and so for PyYAML, it is a text."""
+    made: Any = type(base.__name__, (base,), {})
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    made.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    return made

@@ -151,7 +151,7 @@ def test_a_quoted_text_among_the_options_of_an_oracle_stays_one(tmp_path):
         assert given_values(TrainConfig, words, **TEXTS)["oracle_options"] == texts
     words = ["--config", str(file), "--oracle_options", "{model: 17}"]
     assert parse_config(TrainConfig, words, **TEXTS).oracle_options["model"] == 17
-    sections = cli.typed_sections(TrainConfig, {"arm": {"oracle_options": {**texts, "rate": "1e-3"}}})
+    sections = cli.typed_sections(TrainConfig, {"arm": {"oracle_options": texts}})
     assert sections["arm"]["oracle_options"] == texts
 
 

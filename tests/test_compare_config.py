@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_fast.cli import parse_config
 from rlaif_fast.comparison.plan import read_plan
+from rlaif_fast.errors import UsageError
+from rlaif_fast.train import dump_config
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.yaml_keys import dump, load
 
+SMALL = """
+output_dir: runs/small
+arms:
+  one: {learning_rate: 1e-3, oracle: "my:Oracle", oracle_options: {model: "1.0", rate: 1e-3, more: ["1e3", 2e-3]}}
+  two: {oracle: reference}
+tables: {main: {seeds: [1], arms: [one, two], feedback: [exact], baseline: two}}
+"""
 FILE = Path(__file__).parents[1] / "configs" / "compare.yaml"
 # What arms may set: how they learn, and how the samples of a step are cut into groups.
 OF_AN_ARM = {"algorithm", "advantage", "beta", "num_generations", "videos_per_step", "reward_model_steps"}
@@ -18,6 +29,30 @@ OF_FEEDBACK = {"feedback", "feedback_strength", "learning_rate"}
 @pytest.fixture(scope="module")
 def plan():
     return read_plan(FILE)
+
+
+def test_quoted_texts_among_options_stay_texts_down_to_the_run(tmp_path):
+    """What a comparison writes for a run is read back as the same values."""
+    file = tmp_path / "compare.yaml"
+    file.write_text(SMALL)
+    options = {"model": "1.0", "rate": 0.001, "more": ["1e3", 0.002]}
+    values = dict(read_plan(file).arms["one"])
+    assert values == {"learning_rate": 0.001, "oracle": "my:Oracle", "oracle_options": options}
+    values["oracle_options"] = options = {**options, "version": "1e-3"}
+    file.write_text(dump(values, sort_keys=True))
+    assert load(file.read_text()) == values
+    config = parse_config(TrainConfig, ["--config", str(file)], prog="", description="")
+    assert config.oracle_options == options and config.learning_rate == 0.001
+    again = file.with_name("config.yaml")
+    again.write_text(dump_config(config))
+    assert parse_config(TrainConfig, ["--config", str(again)], prog="", description="") == config
+
+
+def test_an_unknown_key_of_an_arm_is_told_with_the_nearest_one(tmp_path):
+    file = tmp_path / "compare.yaml"
+    file.write_text(SMALL.replace("learning_rate", "learning_rte"))
+    with pytest.raises(UsageError, match=r"arms.one.learning_rte is no key .*did you mean 'learning_rate'\?"):
+        read_plan(file)
 
 
 def test_every_run_is_a_configuration_that_can_begin(plan):

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlaif_fast.cli import typed_sections
-from rlaif_fast.errors import UsageError
-from rlaif_fast.yaml_keys import refuse_repeated_keys
+from rlaif_fast.errors import UsageError, nearest
+from rlaif_fast.yaml_keys import load, refuse_repeated_keys
 
 if TYPE_CHECKING:
     from rlaif_fast.trainer.options import TrainConfig
@@ -127,7 +127,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
 
     try:
         refuse_repeated_keys(file)
-        values = yaml.safe_load(Path(file).read_text())
+        values = load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"config: cannot read {file}: {error}") from error
     known = [entry.name for entry in dataclasses.fields(Plan)]
@@ -230,7 +230,8 @@ def _keys(keys: Any, section: str, reserved: tuple[str, ...]) -> dict[str, Any]:
         if name in reserved:
             raise UsageError(f"config: {section}.{name} is set by the comparison itself; leave it out")
         if name not in known:
-            raise UsageError(f"config: {section}.{name} is no key of rlaif_fast.train; see its --help")
+            hint = nearest(str(name), known, "; see its --help")
+            raise UsageError(f"config: {section}.{name} is no key of rlaif_fast.train{hint}")
     return keys
 
 

@@ -19,6 +19,7 @@ from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.outputs import INDEX, write_atomically
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.yaml_keys import dump, load
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0  # that a stopped run has to save
@@ -111,7 +112,7 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
             continue
         way_out = "choose another output_dir, or remove that folder"
         try:
-            made = yaml.safe_load(_config_file(job).read_text())
+            made = load(_config_file(job).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UsageError(
                 f"config: {_config_file(job)}, which says how {job.folder} was made, is missing; {way_out}"
@@ -122,7 +123,7 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
             raise UsageError(
                 f"config: {_config_file(job)}, which says how {job.folder} was made, is damaged; {way_out}"
             )
-        now = yaml.safe_load(yaml.safe_dump(dict(job.values)))
+        now = load(dump(job.values, sort_keys=True))
         changes = [
             f"{key} {made.get(key, 'unset')!r} (now {now.get(key, 'unset')!r})"
             for key in sorted((made.keys() | now.keys()) - set(PLACES))
@@ -168,7 +169,7 @@ def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     config = _config_file(job)
     log = job.folder.with_name(f"{job.folder.name}.log")
-    write_atomically(config, yaml.safe_dump(dict(job.values), sort_keys=True))
+    write_atomically(config, dump(job.values, sort_keys=True))
     words = ["--config", str(config)]
     if _has_checkpoint(job):
         words = ["--resume", str(job.folder)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.errors import UsageError, require
+from rlaif_fast.errors import UsageError, nearest, require
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.oracle.option_types import check_types
 from rlaif_fast.oracle.wrappers import WINDOW, CircuitBreaker
@@ -150,10 +149,8 @@ def _check_options(name: str, factory: Callable[..., Oracle], options: Mapping[s
     open_ended = len(named) < len(parameters) and not hasattr(factory, "more_options")
     for key in options:
         if key not in known and not open_ended:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UsageError(
-                f"oracle {name!r} has no option {key!r}{hint} Known: {', '.join(known) or 'none'}"
+                f"oracle {name!r} has no option {key!r}{nearest(key, known)} Known: {', '.join(known) or 'none'}"
             )
     missing = [key for key, p in named.items() if p.default is p.empty and key not in options]
     if missing:
