@@ -25,7 +25,7 @@ from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.answering import likeliest
-from rlaif_fast.evals.command import settings_of
+from rlaif_fast.evals.command import _items, settings_of
 from rlaif_fast.evals.grading import RankingGrader, grade_answers, make_grader
 from rlaif_fast.evals.identity import asked_digest, model_digest
 from rlaif_fast.evals.options import EvaluateConfig, configuration
@@ -38,6 +38,7 @@ from rlaif_fast.policy.tiny import make_tiny, words_of
 from rlaif_fast.report.stats import wilson_interval
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.integrity import Manifest, digests, write_manifest
+from rlaif_fast.train import dump_config
 from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video import ClipStore, FrameSampling
@@ -130,6 +131,20 @@ def test_videomme_from_its_template(tmp_path, video):
     questions = [{**VIDEOMME_ROW, "question_id": f"001-{i}", "response": ""} for i in (1, 2, 3)]
     put(tmp_path / "output_test_template.json", [shared | {"questions": questions}])
     assert [item.example.id for item in read_benchmark("videomme", tmp_path)] == ["001-1", "001-2", "001-3"]
+
+
+@pytest.mark.parametrize(
+    ("written", "options"),
+    [
+        (["A. U.S. army", "B. UK", "C. EU", "D. A. Lincoln"], ("U.S. army", "UK", "EU", "A. Lincoln")),
+        (["U.S. army", "UK", "EU", "A. Lincoln"], ("U.S. army", "UK", "EU", "A. Lincoln")),
+    ],
+)
+def test_videomme_options_lose_their_label_and_no_letter_of_their_own(tmp_path, video, written, options):
+    video("videos/fFjv93ACGo8.mp4")
+    put(tmp_path / "test.json", [VIDEOMME_ROW | {"options": written}])
+    (item,) = read_benchmark("videomme", tmp_path)
+    assert item.example.options == options
 
 
 def test_nextqa(tmp_path, video):
@@ -294,6 +309,21 @@ def test_jsonl_keeps_what_its_rows_say(tmp_path, video):
     first, second = read_benchmark("jsonl", tmp_path)
     assert first.example.seen[0].path == path and first.example.category == "motion"
     assert "gone.mp4" in second.trouble
+
+
+def test_jsonl_scores_the_part_of_an_answer_that_the_run_does(tmp_path, video):
+    whole = "<think>It rolls.</think><answer>a ball</answer>"
+    put(
+        tmp_path / "bench/test.jsonl",
+        {"question": "What moves?", "answer": whole, "video": video("bench/a.mp4")},
+    )
+    data = str(tmp_path / "bench")
+    for scored, answer in (("answer", "a ball"), ("whole", whole)):
+        assert read_benchmark("jsonl", data, scored=scored)[0].example.answer == answer
+        run = RunDir.create(tmp_path / scored)
+        run.config.write_text(dump_config(TrainConfig(scored_answer=scored)))
+        (item,) = _items(EvaluateConfig(benchmark="jsonl", data=data, run=str(run.path)))
+        assert item.example.answer == answer
 
 
 def test_jsonl_names_the_tables_that_it_does_not_read(tmp_path, video, caplog):

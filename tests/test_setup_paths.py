@@ -56,8 +56,9 @@ def test_the_folder_of_a_benchmark_and_paths_of_an_oracle_are_made_whole(tmp_pat
 
 def test_a_benchmark_scores_answers_in_its_own_way(published):
     config = TrainConfig(scored_answer="whole")
-    with pytest.raises(UsageError, match="scored_answer: expected answer with the benchmark jsonl:"):
-        datasets.read_file(Path(f"jsonl:{published}"), config)
+    with pytest.raises(UsageError, match="scored_answer: expected answer with the benchmark mvbench:"):
+        datasets.read_file(Path(f"mvbench:{published}"), config)
+    assert len(datasets.read_file(Path(f"jsonl:{published}"), config)) == 1
 
 
 def test_media_root_is_not_that_of_generated_clips(tmp_path):

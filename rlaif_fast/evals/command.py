@@ -48,7 +48,7 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
         with first.turn():
             if first.rank == 0:
                 settings = _begin(options, items, held)
-        work = (options, settings)
+        work = (options, settings, items)
         launch(_evaluate_in, work, options.num_processes, resolve_device(options.device))
         if first.rank == 0:
             _conclude(options, items, before, EvalFolder.open(path, settings))
@@ -57,9 +57,18 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
 
 def _items(options: EvaluateConfig) -> list[Item]:
     from rlaif_fast.data.benchmarks import read_benchmark
+    from rlaif_fast.runs.folder import RunDir
+    from rlaif_fast.trainer.resume import saved_config
 
     assert options.benchmark is not None and options.data is not None
-    return read_benchmark(options.benchmark, options.data, subtitles=options.subtitles, limit=options.limit)
+    run = TrainConfig() if options.run is None else saved_config(RunDir.open(options.run))
+    return read_benchmark(
+        options.benchmark,
+        options.data,
+        subtitles=options.subtitles,
+        limit=options.limit,
+        scored=run.scored_answer,
+    )
 
 
 def _results(options: EvaluateConfig) -> Path:
@@ -187,8 +196,8 @@ def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
-    """One process's part of an evaluation: what to evaluate, and in rank 0 its settings."""
+def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any], Sequence[Item]]) -> None:
+    """One process's part of an evaluation: what to evaluate, in rank 0 its settings, and the questions."""
     import torch
 
     from rlaif_fast.data.benchmarks import BENCHMARKS
@@ -199,13 +208,12 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any]]) -> None:
     from rlaif_fast.rollout import make_sampler
     from rlaif_fast.trainer import setup
 
-    options, settings = work
+    options, settings, items = work
     assert options.benchmark is not None
     # A bad file is an unanswered question, however many there are.
     config = dataclasses.replace(configuration(options), max_bad_fraction=1.0)
     setup.set_threads(config.threads, world.local_size)
     folder = EvalFolder.open(_results(options), settings) if world.is_main else None
-    items = _items(options)
     grader = None if options.judge is None else make_grader(options.judge, options.judge_options)
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)

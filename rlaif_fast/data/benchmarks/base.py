@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +16,6 @@ from rlaif_fast.data.schema import Example, option_letters
 from rlaif_fast.data.sources import files_below, rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut, MediaRef
-
-_LABEL = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
 
 
 @dataclass(frozen=True)
@@ -221,8 +218,3 @@ def letter_of(place: int | None, options: Sequence[str], where: str, answer: Any
     if place is None or not 0 <= place < len(options):
         raise UsageError(f"{where}: the answer {answer!r:.60} is none of the {len(options)} options")
     return option_letters(len(options))[place]
-
-
-def without_label(option: str) -> str:
-    """An option without the letter that its file writes before it."""
-    return _LABEL.sub("", option).strip()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.data.answers import MAX_OPTIONS
+from rlaif_fast.data.answers import MAX_OPTIONS, unlabelled
 from rlaif_fast.data.benchmarks.base import (
     Folder,
     Item,
@@ -18,7 +18,6 @@ from rlaif_fast.data.benchmarks.base import (
     letter_of,
     make_item,
     text_of,
-    without_label,
 )
 from rlaif_fast.data.schema import index_of_letter, lettered
 from rlaif_fast.data.sources import read_text
@@ -80,7 +79,7 @@ def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
             raise UsageError(f"{where}: expected 'questions' to list objects, got {questions!r:.60}")
         for question in questions:
             shared = {**row, **question}
-            options = list(map(without_label, _options(shared, "options", where)))
+            options = unlabelled(_options(shared, "options", where))
             answer = text_of(shared, "answer", where)
             name = text_of(shared, "videoID" if shared.get("videoID") else "video_id", where)
             text = text_of(shared, "question", where)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from rlaif_fast.data.benchmarks.base import Folder, Item, index_of, make_item, text_of
 from rlaif_fast.data.identity import files_of
@@ -76,7 +77,7 @@ def _brief(folder: Folder, names: list[str], row: dict, where: str, category: st
     )
 
 
-def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def jsonl(folder: Folder, subtitles: bool, scored: Literal["answer", "whole"] = "answer") -> Iterator[Item]:
     """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not.
 
     They are those of the first of four suffixes that there are any of; the log names the others.
@@ -91,7 +92,7 @@ def jsonl(folder: Folder, subtitles: bool) -> Iterator[Item]:
             ", ".join(sorted(file.name for file in beside)),
         )
     for file in files:
-        report = read_report(file, check_files=False)
+        report = read_report(file, check_files=False, scored=scored)
         if report.errors:
             raise UsageError(report.describe_errors())
         for example in report.examples:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
+from typing import Literal
 
 from rlaif_fast.data.benchmarks.base import Benchmark, Folder, Item
 from rlaif_fast.data.benchmarks.multiple_choice import mvbench, nextqa, videomme
@@ -25,7 +27,12 @@ BENCHMARKS = {
 
 
 def read_benchmark(
-    name: str, folder: str | Path, *, subtitles: bool = False, limit: int | None = None
+    name: str,
+    folder: str | Path,
+    *,
+    subtitles: bool = False,
+    limit: int | None = None,
+    scored: Literal["answer", "whole"] = "answer",
 ) -> list[Item]:
     """The items of a benchmark.
 
@@ -34,6 +41,7 @@ def read_benchmark(
         folder: Where its files are.
         subtitles: Show what is said in the video, for a benchmark that ships it.
         limit: The first items alone.
+        scored: Which part of an answer counts in files of our own formats, as for `read_examples`.
 
     Raises:
         UsageError: The name is not known, the benchmark has no subtitles, or a file is missing or of another layout.
@@ -42,7 +50,8 @@ def read_benchmark(
         raise UsageError(f"benchmark: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
     if subtitles and not BENCHMARKS[name].subtitles:
         raise UsageError(f"subtitles: {name} has none; leave it out")
-    items = list(itertools.islice(BENCHMARKS[name].read(Folder(folder), subtitles), limit))
+    read = functools.partial(jsonl, scored=scored) if name == "jsonl" else BENCHMARKS[name].read
+    items = list(itertools.islice(read(Folder(folder), subtitles), limit))
     if not items:
         raise UsageError(f"data: {folder} holds no question of {name}")
     seen: set[str] = set()
