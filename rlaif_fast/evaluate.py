@@ -69,6 +69,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
                     "prediction": p.text,
                     "answer": p.example.answer,
                     "correct": p.correct,
+                    "finished": p.finished,
                 }
                 for p in result.predictions
             ),

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from rlaif_fast.data.benchmarks import Item
@@ -137,7 +138,12 @@ def test_an_evaluation_decodes_the_next_videos_while_it_answers(maker, tmp_path,
             items, None, maker, answers, category="kind", is_right=lambda *_: True, videos_per_step=2, **rest
         )
     else:
-        sampler = SimpleNamespace(sample=lambda *given: SimpleNamespace(texts=answers(*given)))
+
+        def sample(*given):
+            texts = answers(*given)
+            return SimpleNamespace(texts=texts, finished=torch.ones(len(texts), dtype=torch.bool))
+
+        sampler = SimpleNamespace(sample=sample)
         scorer = SimpleNamespace(is_correct=lambda *_: True)
         found = evaluate(rows, maker, sampler, scorer=scorer, max_new_tokens=1, videos_per_step=2)
         assert [one.example.id for one in found.predictions] == [row.id for row in rows]

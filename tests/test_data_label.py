@@ -38,6 +38,22 @@ def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
     assert second == ROWS[1] | {"answer": "a dog", "videos": ["../in/v/a.mp4"]}
 
 
+def test_a_prediction_that_was_cut_off_is_left_out(tmp_path, capsys):
+    file = lines(tmp_path / "rl.jsonl", ROWS)
+    said = [{"example_id": "one", "prediction": "a cat", "finished": True}]
+    said += [{"example_id": "rl:2", "prediction": "a dog that", "finished": False}]
+    predictions, out = lines(tmp_path / "p.jsonl", said), tmp_path / "out.jsonl"
+    command = ["label", str(file), str(out), "--predictions", str(predictions)]
+    assert main(command) == 0
+    assert (
+        "1 rows, 1 without a prediction left out, 1 whose prediction was cut off" in capsys.readouterr().out
+    )
+    assert [json.loads(line)["answer"] for line in out.read_text().splitlines()] == ["a cat"]
+    lines(predictions, said[1:])
+    assert main(command) == 2
+    assert "raise max_completion_length" in capsys.readouterr().err
+
+
 def test_a_form_that_the_prediction_does_not_match_is_left_out(tmp_path):
     form = r"it is (red|blue)\."
     row = {"question": "What color?", "video": "v/a.mp4", "answer": "it is red."}
@@ -140,7 +156,9 @@ def test_rows_without_answers_are_answered_and_labelled(tmp_path, capsys):
     assert "no answer" in capsys.readouterr().err
     assert evaluate.main([*words, "--output", str(tmp_path / "p.jsonl")]) == 0
     out = tmp_path / "labelled.jsonl"
+    [prediction] = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
+    assert prediction["finished"] is False  # untrained, it does not end in four tokens
+    lines(tmp_path / "p.jsonl", [prediction | {"finished": True}])
     assert main(["label", str(file), str(out), "--predictions", str(tmp_path / "p.jsonl")]) == 0
     [example] = read_examples(out)
-    [prediction] = map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines())
     assert example.answer == prediction["prediction"].strip() and prediction["correct"] is None

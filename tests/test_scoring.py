@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_train import SMALL, in_a_file
 
 from rlaif_fast import train as train_module
@@ -225,7 +226,8 @@ def test_evaluation_scores_what_has_an_answer():
             assert not rows  # there is one step
 
     rows = [SHORT, NOTHING, BLANK]
-    sampler = SimpleNamespace(sample=lambda prompts, *_: SimpleNamespace(texts=["red", "x", "y"]))
+    rollout = SimpleNamespace(texts=["red", "x", "y"], finished=torch.tensor([True, False, True]))
+    sampler = SimpleNamespace(sample=lambda prompts, *_: rollout)
     result = evaluate(
         rows,
         Prompts(),
@@ -236,6 +238,7 @@ def test_evaluation_scores_what_has_an_answer():
         opponents={"2": "r", "6": "xx"},
     )
     assert [p.correct for p in result.predictions] == [True, None, None]
+    assert [p.finished for p in result.predictions] == [True, False, True]
     assert (result.accuracy, result.win_rate) == (1.0, 0.5)
     assert result.by_category() == {"all": {"accuracy": 1.0, "n": 1, "correct": 1}}
     nothing = EvalResult((Prediction(NOTHING, "x", None),))

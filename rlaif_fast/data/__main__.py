@@ -213,9 +213,13 @@ def _preview(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from rlaif_fast.data.label import label
 
-    written, missing, outside = label(options.file, options.predictions, options.out)
-    unnamed = f", {outside} whose prediction names none of their options left out" if outside else ""
-    print(f"{options.out}: {written} rows, {missing} without a prediction left out{unnamed}")
+    found = label(options.file, options.predictions, options.out)
+    told = f"{options.out}: {found.written} rows, {found.missing} without a prediction left out"
+    if found.cut_off:
+        told += f", {found.cut_off} whose prediction was cut off at its length limit left out"
+    if found.outside:
+        told += f", {found.outside} whose prediction names none of their options left out"
+    print(told)
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlaif_fast.data.answers import letter_of, settle_options, split_target
 from rlaif_fast.data.converters import id_of
@@ -20,7 +20,16 @@ from rlaif_fast.errors import UsageError, writing
 from rlaif_fast.outputs import check_output, write_atomically
 
 
-def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
+class Labelled(NamedTuple):
+    """How many rows were written, and how many were left out for which reason."""
+
+    written: int
+    missing: int  # no prediction
+    cut_off: int  # a prediction that did not end within its budget
+    outside: int  # a prediction that names none of the row's options
+
+
+def label(file: Path, predictions: Path, out: Path) -> Labelled:
     """Write the rows of `file` that have a prediction, with it as their `answer`.
 
     What describes the reference answer does not go with it: `metadata.form` where the prediction does not match it, and
@@ -32,8 +41,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
         out: JSONL to write; relative media paths are made to start from its folder.
 
     Returns:
-        Rows written, rows without a prediction, and rows whose prediction names none of their options; those two are
-        left out.
+        Rows written and left out.
 
     Raises:
         UsageError: A file cannot be read, `out` is one of the two that are read, a row asks more than one question, an
@@ -43,11 +51,14 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
         out.parent.mkdir(parents=True, exist_ok=True)
     out = check_output("OUT", out, [file, predictions])
     said: dict[str, str] = {}
+    unfinished: set[str] = set()
     for number, row in _objects(predictions, "example_id", "prediction"):
         if row["example_id"] in said:
             raise UsageError(f"{predictions}:{number}: {row['example_id']!r:.60} has a prediction already")
         said[row["example_id"]] = row["prediction"]
-    lines, missing, outside, met = [], 0, 0, set()
+        if row.get("finished") is False:
+            unfinished.add(row["example_id"])
+    lines, missing, cut_off, outside, met = [], 0, 0, 0, set()
     for number, row in _objects(file, "question"):
         name = _id(file, number, row)
         if name in met:
@@ -56,6 +67,9 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
         text = said.get(name)
         if text is None or not text.strip():
             missing += 1
+            continue
+        if name in unfinished:
+            cut_off += 1
             continue
         answered = _answered(file, number, row, text)
         if answered is None:
@@ -68,7 +82,11 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
             answered["metadata"] = {k: value for k, value in answered["metadata"].items() if k != "form"}
         lines.append(json.dumps(answered, ensure_ascii=False) + "\n")
     if not lines:
-        what = "prediction that names an option of" if outside else "prediction for"
+        what = "prediction for"
+        if outside:
+            what = "prediction that names an option of"
+        elif cut_off:
+            what = "prediction that ends within its budget (raise max_completion_length) for"
         raise UsageError(f"{predictions}: it holds no {what} a row of {file}")
     if unknown := [name for name in said if name not in met]:
         raise UsageError(
@@ -77,7 +95,7 @@ def label(file: Path, predictions: Path, out: Path) -> tuple[int, int, int]:
         )
     with writing(out):
         write_atomically(out, "".join(lines))
-    return len(lines), missing, outside
+    return Labelled(len(lines), missing, cut_off, outside)
 
 
 def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:

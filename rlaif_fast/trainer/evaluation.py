@@ -27,12 +27,14 @@ class Prediction:
         correct: Whether it is right; None where the row has no reference answer.
         win: 1 where the oracle ranks it above the opponent's, 0 below, 0.5 for a tie; None where it was not compared
             or could not be.
+        finished: Whether the answer came to its end within the budget.
     """
 
     example: Example
     text: str
     correct: bool | None
     win: float | None = None
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,19 +115,20 @@ def evaluate(
     starts = range(0, len(groups), videos_per_step)
     steps = [[row for group in groups[at : at + videos_per_step] for row in group] for at in starts]
 
-    def answer() -> dict[int, tuple[str, bool | None, float | None]]:
-        found: dict[int, tuple[str, bool | None, float | None]] = {}
+    def answer() -> dict[int, tuple[str, bool | None, float | None, bool]]:
+        found: dict[int, tuple[str, bool | None, float | None, bool]] = {}
         for rows, following in zip_longest(steps, steps[1:], fillvalue=()):
             prompts = make_batch(rows)
             make_batch.prefetch(following)
             if prompts:
-                texts = sampler.sample(prompts, 1, params).texts
-                wins = compare_with(prompts, texts, oracle, opponents or {})
-                for prompt, text, win in zip(prompts, texts, wins):
+                rollout = sampler.sample(prompts, 1, params)
+                wins = compare_with(prompts, rollout.texts, oracle, opponents or {})
+                ended = rollout.finished.tolist()
+                for prompt, text, win, finished in zip(prompts, rollout.texts, wins, ended):
                     correct = None
                     if has_answer(prompt.example):
                         correct = scorer.is_correct(rank_request(prompt, [text], 0), text)
-                    found[row_of[id(prompt.example)]] = text, correct, win
+                    found[row_of[id(prompt.example)]] = text, correct, win, finished
             advance(len(rows))
         return found
 
