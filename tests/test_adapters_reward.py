@@ -11,7 +11,7 @@ import torch
 
 from rlaif_fast import rank_advantages
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle import Ranking, ReferenceOracle, as_reward
+from rlaif_fast.oracle import Ranking, ReferenceOracle, as_reward, build_oracle
 from rlaif_fast.oracle.as_reward import gains, grouped
 from rlaif_fast.video.testing import counter_frames, write_video
 
@@ -102,9 +102,15 @@ def test_a_column_of_references_that_was_asked_for_has_to_be_there():
 
 def test_a_response_without_a_verdict_has_no_reward():
     assert gains(Ranking((0, None, 1)))[1] is None
-    without_reference = {"prompts": ["a", "a"], "completions": ["1", "2"]}
+    without_reference = {"prompts": ["a", "a"], "completions": ["1", "2"], "reference": [None, None]}
     assert as_reward(ReferenceOracle())(**without_reference) == [None, None]
     assert as_reward(ReferenceOracle(), failed=0.0)(**without_reference) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("oracle", [ReferenceOracle(), build_oracle("shuffled", inner="reference")])
+def test_a_missing_column_of_references_is_told_by_an_oracle_that_needs_it(oracle):
+    with pytest.raises(UsageError, match="the trainer passed no column 'reference' among answer"):
+        as_reward(oracle)(prompts=["q"] * 2, completions=["1", "2"], answer=["1"] * 2)
 
 
 def test_prompts_are_needed():

@@ -11,6 +11,7 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.oracle.records import content_text
+from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.video import ClipStore
 
 REFERENCE = "reference"  # the column of the reference answers, where nobody names another
@@ -81,7 +82,8 @@ class OracleReward:
                 Other things, as TRL's callbacks, say nothing about a response.
 
         Raises:
-            UsageError: No responses or prompts, or not as many of them; no column of the name that was asked for;
+            UsageError: No responses or prompts, or not as many of them; no column of the name that was asked for, or no
+                references for an oracle that ranks nothing without them;
                 references, media or forms that are not one a response; `group_size` rows that ask different things;
                 or an oracle that ranks not all of them.
         """
@@ -113,7 +115,14 @@ class OracleReward:
         rewards: list[float | None] = [self.failed] * len(completions)
         groups = grouped(prompts, self.group_size, _asked(columns_of_rows, reference))
         requests = requests_of(groups, prompts, completions, columns_of_rows, reference, self.media)
-        for rows, ranking in zip(groups, rank_all(self.oracle, requests)):
+        rankings = rank_all(self.oracle, requests)
+        told = names.get(reference) is not None or any(ranking.valid for ranking in rankings)
+        if not told and any(getattr(oracle, "needs_reference", False) for oracle in oracles_in(self.oracle)):
+            raise UsageError(
+                f"the oracle {self.oracle.name} ranks by reference answers, and the trainer passed no column "
+                f"{reference!r} among {', '.join(sorted(columns)) or 'none'}; add it to the dataset, or name another"
+            )
+        for rows, ranking in zip(groups, rankings):
             for row, gain in zip(rows, gains(ranking)):
                 rewards[row] = self.failed if gain is None else gain
         return rewards

@@ -44,6 +44,7 @@ class EmbeddingOracle:
 
     name = "embedding"
     gives_scores = True
+    needs_reference = True
 
     def __init__(
         self, *, model: str, device: str = "auto", batch_size: int = 64, max_response_chars: int = 2000

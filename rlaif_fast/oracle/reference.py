@@ -37,6 +37,7 @@ class ReferenceOracle:
 
     name = "reference"
     gives_scores = True
+    needs_reference = True
 
     def __init__(self, *, tolerance: float = 0.0, extract: str | None = None) -> None:
         if not 0.0 <= tolerance < 1.0:
