@@ -1,4 +1,4 @@
-"""A judge goes down, files turn bad, SIGTERM comes: whichever process meets it, all save together and go on alike."""
+"""A judge goes down, files turn bad, SIGTERM comes, code has a bug: no finished step is lost, and runs go on alike."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_train import SMALL, metrics
 from world_parts import exceed_the_limit, lose_the_judge
 
@@ -13,8 +14,9 @@ from rlaif_fast import train as train_module
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import SharedOutage
 from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.runs.logging import RunLogger
+from rlaif_fast.trainer import rl, sft
 from rlaif_fast.trainer import run as run_module
-from rlaif_fast.trainer import sft
 from rlaif_fast.video.errors import TooManyBadFiles
 
 # Trains in processes of which the last meets something in the second step of RL: `act(run)` once it was ranked.
@@ -28,6 +30,10 @@ from rlaif_fast.trainer import rl
 sample, complete = rl.sample_and_rank, CheckpointStore._complete
 def go_down(run):
     raise OracleFailedError("the judge is down")
+def have_a_bug(run):
+    raise KeyError("verdict")
+def be_killed(run):
+    os.kill(os.getpid(), signal.SIGKILL)
 def get_sigterm(run):
     os.kill(os.getpid(), signal.SIGTERM)
 def get_sigterm_from_scheduler_and_torchrun(run):
@@ -111,6 +117,22 @@ def test_two_processes_save_what_they_have_when_one_loses_its_judge(pair, cache,
 
 
 @pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        ("have_a_bug", "error: process 1: KeyError: 'verdict'"),
+        ("be_killed", "error: process 1 of the run was ended by SIGKILL"),
+    ],
+)
+def test_rank_0_saves_the_last_finished_step_whatever_ends_another_process(pair, cache, tmp_path, act, words):
+    """However long it takes: nothing interrupts it meanwhile."""
+    code, said = meet(act, (), tmp_path / "run", cache)
+    assert code == 1 and words in said and last(tmp_path / "run") == "rl-000001", said
+    assert (act == "have_a_bug") == ("in have_a_bug" in said)  # the traceback
+    assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(pair)
+
+
+@pytest.mark.parametrize(
     ("act", "launcher", "code"),
     [("get_sigterm", (), 143), ("get_sigterm_from_scheduler_and_torchrun", TORCHRUN, 1)],
 )
@@ -167,3 +189,66 @@ def test_supervised_steps_before_too_many_files_were_bad_are_not_lost(whole, cac
         assert train_module.main(words(folder, cache, **FEW)) == 1
     assert last(folder) == "sft-000002"
     assert goes_on_alike(whole, folder)
+
+
+class Bug(Exception):
+    """Of the code of somebody who trains."""
+
+
+# In a rollout; in the update behind it; in the supervised stage; in an evaluation; where its figures are written.
+@pytest.mark.parametrize(
+    ("module", "name", "number", "ending", "saved"),
+    [
+        (rl, "sample_and_rank", 2, Bug("no verdict"), "rl-000001"),
+        (rl, "update_loss", 2, torch.OutOfMemoryError("no memory"), "rl-000001"),
+        (sft, "learn", 4, Bug("no verdict"), "sft-000003"),
+        (run_module, "evaluate", 4, KeyboardInterrupt(), "rl-000001"),
+        (RunLogger, "message", -1, KeyboardInterrupt(), "rl-000001"),
+    ],
+)
+def test_an_error_that_is_no_outage_costs_no_finished_step(
+    whole, cache, tmp_path, monkeypatch, capsys, module, name, number, ending, saved
+):
+    folder, calls, original = tmp_path / "run", [], getattr(module, name)
+
+    def fail_once(*args, **options):
+        calls.append(args)
+        last_step_is_logged = name == "message" and "rl step 2, validation" in args[1]
+        if len(calls) == number or last_step_is_logged:
+            raise ending
+        return original(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, fail_once)
+        code = train_module.main(words(folder, cache, **FEW))
+    assert code == (130 if isinstance(ending, KeyboardInterrupt) else 1)
+    if name == "message":  # the evaluation stands in the log and in no checkpoint
+        assert "rl step 2 is not saved: the run ended inside an update or a record" in capsys.readouterr().out
+    assert last(folder) == saved
+    assert goes_on_alike(whole, folder)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_gradient_that_is_not_finite_costs_the_step_alone(cache, tmp_path, monkeypatch, capsys, iterations):
+    """What is half learned from is not saved as a step."""
+    folder, calls, update_loss = tmp_path / "run", [], rl.update_loss
+
+    def explode_last(run, *args):
+        stats = update_loss(run, *args)
+        calls.append(stats)
+        if len(calls) == 2 * iterations:
+            next(p for p in run.policy.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return stats
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rl, "update_loss", explode_last)
+        assert (
+            train_module.main(words(folder, cache, **FEW | {"eval_steps": 9}, num_iterations=iterations)) == 1
+        )
+    said = capsys.readouterr()
+    assert "the gradient is not finite" in said.err
+    assert last(folder) == ("rl-000001" if iterations == 1 else "sft")
+    assert (
+        "rl step 1 is saved" if iterations == 1 else "rl step 1 is not saved: the run ended inside"
+    ) in said.out
+    assert train_module.main(["--resume", str(folder)]) == 0

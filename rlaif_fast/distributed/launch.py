@@ -157,6 +157,10 @@ class _Others:
         if self._insisting:
             raise KeyboardInterrupt
 
+    def expect_end(self) -> None:
+        """Rank 0 knows that the run ends, and may take its time to save what it has."""
+        self._over.set()
+
     def stop(self) -> None:
         """End those that are still there."""
         self._over.set()
@@ -285,7 +289,8 @@ def _membership(
         _join_group(backend, rank, size, store)
 
     try:
-        yield World(rank, size, connect, _local_size(size) if store is None else size)
+        local_size = _local_size(size) if store is None else size
+        yield World(rank, size, connect, local_size, *([] if others is None else [others.expect_end]))
     except BaseException:
         _abandon_group()
         raise

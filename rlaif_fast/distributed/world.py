@@ -6,6 +6,7 @@ With one process every method is free and needs no process group. `trainer.launc
 from __future__ import annotations
 
 import contextlib
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlaif_fast.errors import Outage, RlaifFastError, UsageError
+from rlaif_fast.errors import Outage, RlaifFastError, UsageError, typed_line
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class ConnectionLost(RlaifFastError):
 
 
 class SharedOutage(Outage):
-    """An outage that at least one process met and all know of, so that they end together. Rank 0 tells it."""
+    """What ends the run in at least one process, and all know of, so that they end together. Rank 0 tells it."""
 
 
 class World:
@@ -39,6 +40,7 @@ class World:
         rank: This process, 0 to size - 1. Rank 0 writes the run's folder.
         size: How many there are.
         local_size: How many of them are on this machine.
+        expect_end: To be called by a process that knows that the run ends: nobody interrupts it from then on.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class World:
         size: int = 1,
         connect: Callable[[], Any] | None = None,
         local_size: int | None = None,
+        expect_end: Callable[[], Any] = lambda: None,
     ) -> None:
         self.rank = rank
         self.size = size
         self.local_size = size if local_size is None else local_size
         self._connect = connect
+        self.expect_end = expect_end
 
     def connect(self) -> None:
         """Wait until every process is there."""
@@ -138,18 +142,21 @@ class World:
         """What `work` gives in this process, once it is done in all of them; inside it nothing is exchanged.
 
         Raises:
-            Outage: It met one in this process, which is the only one.
-            SharedOutage: It met one in any of several processes; all of them raise it.
+            Exception: What `work` raised in this process, which is the only one.
+            SharedOutage: It raised in any of several processes; all of them raise this.
         """
         if self.size == 1:
             return work()
-        met: Outage | None = None
+        met: Exception | None = None
         try:
             result = work()
-        except Outage as error:
+        except Exception as error:
             met = error
+            if not isinstance(error, RlaifFastError):
+                traceback.print_exception(error)  # now: once the others know, rank 0 ends this process
         if self.sum(met is not None)[0]:
-            told = enumerate(self.gather(None if met is None else str(met)))
+            said = str(met) if isinstance(met, RlaifFastError) else met and typed_line(met)
+            told = enumerate(self.gather(said))
             rank, message = next((rank, message) for rank, message in told if message is not None)
             raise SharedOutage(f"process {rank}: {message}") from met
         return result

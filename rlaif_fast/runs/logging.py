@@ -59,6 +59,9 @@ class RunLogger:
         report_to: Trackers that get the metrics too (`runs.trackers`).
         config: The run's configuration, for the trackers.
 
+    Attributes:
+        records: Steps and evaluations recorded so far in this process, the one that is being written counted.
+
     Raises:
         UsageError: `tensorboard` is set and the package is not installed.
     """
@@ -76,6 +79,7 @@ class RunLogger:
     ) -> None:
         if log_every < 1:
             raise ValueError(f"log_every: expected at least 1, got {log_every}")
+        self.records = 0
         self._log_every = log_every
         self._seconds = dict(seconds or {})
         self._timers: list[str] = []
@@ -158,6 +162,7 @@ class RunLogger:
         last = running is not None and step >= running.total
         if stage == "eval" or last or step % self._log_every == 0:
             record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
+            self.records += 1
             _append(self._metrics, json_line(record))
             self._write_events(record)
             self._trackers.log(record)
@@ -259,6 +264,8 @@ class PackageLog(logging.Handler):
 
 class SilentLogger:
     """Stands in for `RunLogger` in the processes of a run that neither write nor print."""
+
+    records = 0
 
     def __enter__(self) -> SilentLogger:
         return self

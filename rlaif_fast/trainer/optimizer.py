@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlaif_fast.distributed.world import World
-from rlaif_fast.errors import RlaifFastError, UsageError
+from rlaif_fast.distributed.world import SharedOutage, World
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.shard import whole
 from rlaif_fast.policy.weights import set_float32_copy
 from rlaif_fast.runs.sharded import read_shards
@@ -47,6 +47,9 @@ class Updater:
         offload: Keep float32 weights, gradients and moments in main memory. Sharded weights stay where they are, and
             all of theirs beside them.
 
+    Attributes:
+        changes: Updates begun so far, skipped ones counted.
+
     Raises:
         UsageError: A weight is float16, whose gradients underflow without loss scaling.
     """
@@ -68,6 +71,7 @@ class Updater:
     ) -> None:
         from transformers import get_scheduler
 
+        self.changes = 0
         self._world = world
         self._max_grad_norm = max_grad_norm
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -121,16 +125,17 @@ class Updater:
         """Update the weights by the gradients of all processes and clear them; returns their norm before clipping.
 
         Raises:
-            RlaifFastError: The gradient is not finite; the weights are as they were.
+            SharedOutage: The gradient is not finite, in all processes; the weights are as they were.
         """
         if not self._sharded:
             self._world.average_gradients(self._updated)
         norm = whole(torch.nn.utils.clip_grad_norm_(self._updated, self._max_grad_norm))
         if not torch.isfinite(norm):
-            raise RlaifFastError(
+            raise SharedOutage(
                 "the gradient is not finite; lower the learning rate, or set dtype float32, and start from the last "
                 "checkpoint"
             )
+        self.changes += 1
         self._optimizer.step()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -139,6 +144,7 @@ class Updater:
 
     def skip(self) -> None:
         """Let the schedule go on where there was nothing to learn: it is of steps, whatever they held."""
+        self.changes += 1
         with warnings.catch_warnings():
             # torch minds a schedule that begins before the first update.
             warnings.simplefilter("ignore", UserWarning)

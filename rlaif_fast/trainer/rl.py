@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlaif_fast.algorithms.group import Group, minibatches, rank_rollout, to_learn_from, verdicts_on
 from rlaif_fast.distributed.world import World
-from rlaif_fast.errors import Outage
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, for_policy, response_hidden, response_rows
 from rlaif_fast.prompts.batches import EpochOrder, by_media
@@ -27,6 +27,7 @@ from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.rollout_log import log_rollouts
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.seeds import seed_step
+from rlaif_fast.trainer.stage_checkpoints import StageCheckpoints
 
 # The statistics of a loss that are logged, where it has them.
 LOGGED = (
@@ -60,9 +61,15 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
     config, policy, logger, world = run.config, run.policy, run.logger, run.world
     clips = by_media(run.data.rl)
     order = EpochOrder(clips, config.videos_per_step, config.seed + 1)
-    run.critic = critic = run.algorithm.make_critic(policy, world, partial(make_updater, config, world))
+    updaters: list[Updater] = []
+
+    def make(model: nn.Module, *args: Any, **options: Any) -> Updater:
+        updaters.append(make_updater(config, world, model, *args, **options))
+        return updaters[-1]
+
+    run.critic = critic = run.algorithm.make_critic(policy, world, make)
     begin = 0 if critic is None else critic.first_policy_step
-    updater = make_updater(config, world, policy.model, begin=begin)
+    updater = make(policy.model, begin=begin)
     progress, start_answers, drawn = Progress(), None, None
     if resume_from is not None:
         state = load_state(resume_from)
@@ -75,21 +82,17 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         ask = partial(asked, run, order)
         run.ahead = RolloutAhead(run.sampler, policy, config.num_generations, ask, config.max_steps, drawn)
 
-    def save(name: str, **roles: bool) -> None:
-        state = {
-            "stage": "rl",
-            "step": progress.step,
-            "progress": vars(progress).copy(),
-            "start_answers": start_answers,
-            "seconds": logger.seconds(),
-        } | updater.state_dict()
+    def stage_state(alone: bool) -> dict:
+        state = {"progress": vars(progress).copy(), "start_answers": start_answers} | updater.state_dict()
         if critic is not None:
             state["critic"] = critic.state_dict()
         if run.ahead is not None:
-            parts = world.gather(run.ahead.drawn(progress.step))
-            state["drawn"] = [group for part in parts for group in part]
-        with logger.timer("checkpoint"):
-            run.store.save(name, policy.model, policy.tokenizer, state, **roles)
+            mine = run.ahead.drawn(progress.step)
+            state["drawn"] = [group for part in ([mine] if alone else world.gather(mine)) for group in part]
+        return state
+
+    def changes() -> list[int]:
+        return [one.changes for one in updaters]
 
     if resume_from is None:
         # The start is a candidate for the best checkpoint, so what is kept never scores below it on validation.
@@ -112,33 +115,25 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         score = run.score(result)
         improved = score > progress.best_score or run.data.metric == "none"
         progress.note(score, improved=improved, counts=progress.step > begin)
-        save(f"rl-{progress.step:06d}", last=True, best=improved)
+        checkpoints.save(best=improved)
 
-    saved = progress.step
-    with updater, run.termination.saving(), logger.stage("rl", total=config.max_steps, start=progress.step):
-        try:
-            if progress.evaluation_due:
+    checkpoints = StageCheckpoints(run, "rl", progress.step, stage_state, changes)
+    stage = logger.stage("rl", total=config.max_steps, start=progress.step)
+    with updater, run.termination.saving(), stage, checkpoints.kept():
+        if progress.evaluation_due:
+            evaluate()
+        while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
+            seed_step(config, world, "rl", progress.step)
+            stats = train_step(run, order, updater, progress.step)
+            progress.step += 1
+            logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
+            checkpoints.finished(progress.step)
+
+            if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
+                progress.evaluation_due = True
                 evaluate()
-            while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):
-                seed_step(config, world, "rl", progress.step)
-                stats = train_step(run, order, updater, progress.step)
-                progress.step += 1
-                logger.log("rl", progress.step, **stats, learning_rate=updater.learning_rate)
-
-                if progress.step % config.eval_steps == 0 or progress.step == config.max_steps:
-                    progress.evaluation_due = True
-                    evaluate()
-                    saved = progress.step
-                if progress.step < config.max_steps and run.asked_to_end():
-                    if saved != progress.step:
-                        save(f"rl-{progress.step:06d}", last=True)
-                    run.wait_until_saved()
-                    raise Terminated
-        except Outage:
-            if saved != progress.step:
-                save(f"rl-{progress.step:06d}", last=True)
-            run.wait_until_saved()
-            raise
+            if progress.step < config.max_steps and run.asked_to_end():
+                raise Terminated
     if progress.is_over(config.early_stopping_patience):
         logger.message(
             f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"

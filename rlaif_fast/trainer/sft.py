@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlaif_fast import token_logps
 from rlaif_fast.data.schema import Example
-from rlaif_fast.errors import Outage, UsageError
+from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import ForwardRows, answer_rows, for_policy, response_hidden
 from rlaif_fast.policy.policy import Policy
@@ -24,6 +24,7 @@ from rlaif_fast.trainer.optimizer import Updater
 from rlaif_fast.trainer.passes import backward_in_parts
 from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.seeds import seed_step
+from rlaif_fast.trainer.stage_checkpoints import StageCheckpoints
 
 
 def sft_loss(
@@ -123,50 +124,35 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         updater.load_state_dict(state, resume_from)
         done, evaluation_due = state["step"], state.get("evaluation_due", False)
 
-    def save() -> None:
-        state = {
-            "stage": "sft",
-            "step": done,
-            "seconds": logger.seconds(),
-            "evaluation_due": evaluation_due,  # the run ended in it
-        } | updater.state_dict()
-        with logger.timer("checkpoint"):
-            run.store.save(f"sft-{done:06d}", policy.model, policy.tokenizer, state, last=True)
+    def stage_state(alone: bool) -> dict:
+        return {"evaluation_due": evaluation_due} | updater.state_dict()  # due where the run ended in it
 
     def evaluate() -> None:
         nonlocal evaluation_due
         run.evaluate(run.data.validation, phase="sft", split="validation", step=done)
         evaluation_due = False
-        save()
+        checkpoints.save()
 
-    saved = done
-    with updater, run.termination.saving(), logger.stage("sft", total=config.sft_steps, start=done):
-        try:
+    checkpoints = StageCheckpoints(run, "sft", done, stage_state, lambda: updater.changes)
+    stage = logger.stage("sft", total=config.sft_steps, start=done)
+    with updater, run.termination.saving(), stage, checkpoints.kept():
+        if evaluation_due:
+            evaluate()
+        while done < config.sft_steps:
+            seed_step(config, world, "sft", done)
+            prompts = world.together(partial(taught, run, order, done))
+            with logger.timer("sft"):
+                learned = learn(run, prompts, updater)
+            done += 1
+            if learned is not None:
+                logger.log("sft", done, **learned, learning_rate=updater.learning_rate)
+            checkpoints.finished(done)
+            unfinished = done < config.sft_steps
+            evaluation_due = done % (4 * config.eval_steps) == 0 and unfinished
             if evaluation_due:
                 evaluate()
-            while done < config.sft_steps:
-                seed_step(config, world, "sft", done)
-                prompts = world.together(partial(taught, run, order, done))
-                with logger.timer("sft"):
-                    learned = learn(run, prompts, updater)
-                done += 1
-                if learned is not None:
-                    logger.log("sft", done, **learned, learning_rate=updater.learning_rate)
-                unfinished = done < config.sft_steps
-                evaluation_due = done % (4 * config.eval_steps) == 0 and unfinished
-                if evaluation_due:
-                    evaluate()
-                    saved = done
-                if unfinished and run.asked_to_end():
-                    if saved != done:
-                        save()
-                    run.wait_until_saved()
-                    raise Terminated
-        except Outage:
-            if saved != done:
-                save()
-            run.wait_until_saved()
-            raise
+            if unfinished and run.asked_to_end():
+                raise Terminated
 
 
 def taught(run: Run, order: EpochOrder, step: int) -> list[Prompt]:
