@@ -199,13 +199,14 @@ def train_in(world: World, config: TrainConfig) -> None:
             ).installed()
         )
         run, notes = build_run(world, config, run_dir, logger, open_parts, termination)
+        run.peak_before = state.get("peak_rss_bytes", 0) if state else 0
         policy, data = run.policy, run.data
         describe(run)
 
         sft_steps = config.sft_steps if config.sft == "auto" else 0
         if index.sft is None:
             run_sft_stage(run, state)
-            state = {"stage": "sft", "step": sft_steps, "seconds": logger.seconds(), "test_due": True}
+            state = {"stage": "sft", "step": sft_steps, "test_due": True} | run.usage()
             with logger.timer("checkpoint"):
                 run.store.save("sft", policy.model, policy.tokenizer, state, last=True, sft=True)
                 run.wait_until_saved()

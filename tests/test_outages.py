@@ -252,3 +252,13 @@ def test_a_gradient_that_is_not_finite_costs_the_step_alone(cache, tmp_path, mon
         "rl step 1 is saved" if iterations == 1 else "rl step 1 is not saved: the run ended inside"
     ) in said.out
     assert train_module.main(["--resume", str(folder)]) == 0
+
+
+def test_the_peak_of_memory_is_that_of_all_sessions(cache, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "peak_rss_bytes", lambda: 2**50)
+        patched.setattr(rl, "sample_and_rank", lambda *args: 1 / 0)
+        assert train_module.main(words(folder, cache, **FEW)) == 1
+    assert train_module.main(["--resume", str(folder)]) == 0
+    assert json.loads((folder / "summary.json").read_text())["peak_rss_bytes"] == 2**50

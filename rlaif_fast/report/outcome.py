@@ -134,7 +134,7 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         return {
             "seconds": logger.elapsed(),
             "seconds_by_stage": logger.seconds(),
-            "peak_rss_bytes": peak_rss_bytes() + others_rss_bytes,
+            "peak_rss_bytes": max(run.peak_before, peak_rss_bytes() + others_rss_bytes),
         }
 
     summary = {

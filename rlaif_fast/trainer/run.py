@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rlaif_fast.algorithms import Algorithm, Critic
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
+from rlaif_fast.machine import peak_rss_bytes
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.prompts.batches import BatchMaker
@@ -53,6 +55,16 @@ class Run:
     termination: Termination
     critic: Critic | None = None  # of the RL stage
     ahead: RolloutAhead | None = None  # of the RL stage
+    peak_before: int = 0  # most bytes that the run held before it was resumed, all processes together
+
+    def usage(self, *, alone: bool = False) -> dict[str, Any]:
+        """What a checkpoint keeps of the time and the memory that the run has taken.
+
+        All processes call it together, or one alone, which then counts its own memory and that from before.
+        """
+        peak = peak_rss_bytes()
+        held = peak if alone else int(self.world.sum(peak)[0])
+        return {"seconds": self.logger.seconds(), "peak_rss_bytes": max(held, self.peak_before)}
 
     def asked_to_end(self) -> bool:
         """Whether the run got SIGTERM; all processes agree."""

@@ -88,9 +88,7 @@ class StageCheckpoints:
     def _write(self, alone: bool = False) -> None:
         assert self._due is not None
         run, roles = self._run, self._due
-        state = {"stage": self._stage, "step": self.step, "seconds": run.logger.seconds()} | self._state(
-            alone
-        )
+        state = {"stage": self._stage, "step": self.step} | run.usage(alone=alone) | self._state(alone)
         with run.logger.timer("checkpoint"):
             name = f"{self._stage}-{self.step:06d}"
             run.store.save(name, run.policy.model, run.policy.tokenizer, state, last=True, **roles)
