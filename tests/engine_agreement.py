@@ -31,7 +31,12 @@ SIZE = TinySize(
     hidden_size=128, layers=3, heads=4, intermediate_size=96, vision_hidden_size=32, initializer_range=0.1
 )
 LORA = SimpleNamespace(
-    lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_modules=["decoder", "tower"], lora_target_modules=None
+    lora_r=4,
+    lora_alpha=8,
+    use_rslora=False,
+    lora_dropout=0.0,
+    lora_modules=["decoder", "tower"],
+    lora_target_modules=None,
 )
 DRAWS = {
     "plain": SamplingParams(24, temperature=0.7),

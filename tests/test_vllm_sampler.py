@@ -43,7 +43,12 @@ from rlaif_fast.trainer.rollout_log import ratio_stats
 
 EOS = IDS["<|im_end|>"]
 LORA = SimpleNamespace(
-    lora_r=4, lora_alpha=8, lora_dropout=0.0, lora_modules=["decoder", "tower"], lora_target_modules=None
+    lora_r=4,
+    lora_alpha=8,
+    use_rslora=False,
+    lora_dropout=0.0,
+    lora_modules=["decoder", "tower"],
+    lora_target_modules=None,
 )
 
 

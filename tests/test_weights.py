@@ -192,6 +192,27 @@ def test_adapters_whose_layers_are_a_regular_expression_are_merged(tiny, tmp_pat
         load(tmp_path)
 
 
+def test_rslora_adapters_compute_what_peft_computes(tiny, adapters, tmp_path):
+    """Merged, and trained on: scaled by alpha / sqrt(r), which is twice alpha / r where r is 4."""
+    from peft import PeftModel
+
+    copy = Path(shutil.copytree(adapters, tmp_path / "adapters"))
+    saved = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(saved | {"use_rslora": True}))
+    ids = torch.arange(20, 40)[None]
+    whole = PeftModel.from_pretrained(load(tiny).model, str(copy)).eval()(input_ids=ids).logits
+    on = load(copy, use_rslora=True, **LORA)
+    save_model(tmp_path / "on", on.model, on.tokenizer, {})
+    assert json.loads((tmp_path / "on/adapter_config.json").read_text())["use_rslora"] is True
+    for model in (load(copy).model, on.model, load(tmp_path / "on").model):
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, whole)
+    assert not torch.allclose(load(adapters).model.eval()(input_ids=ids).logits, whole)
+    with pytest.raises(UsageError, match="use_rslora True, and the run has False; set use_rslora to True"):
+        load(copy, **LORA)
+    with pytest.raises(UsageError, match="use_rslora False, and the run has True; set use_rslora to False"):
+        load(adapters, use_rslora=True, **LORA)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -203,7 +224,6 @@ def test_adapters_whose_layers_are_a_regular_expression_are_merged(tiny, tmp_pat
         ),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ({"alora_invocation_tokens": [3, 4]}, r"trained with alora_invocation_tokens \[3, 4\]"),
-        ({"use_rslora": True}, "trained with use_rslora True"),
         ({"use_dora": True}, "trained with use_dora True"),
         ({"modules_to_save": ["lm_head"]}, "trained with modules_to_save"),
         ({"someones_new_setting": 2}, "trained with someones_new_setting 2"),

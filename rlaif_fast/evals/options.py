@@ -198,6 +198,7 @@ def load_checkpoint(config: TrainConfig) -> LoadedModel:
         lora_r=0,
         load_in_4bit=False,  # what is served: adapters merged into the weights as they were before they were packed
         lora_alpha=usual.lora_alpha,
+        use_rslora=usual.use_rslora,
         lora_dropout=usual.lora_dropout,
         lora_modules=usual.lora_modules,
         lora_target_modules=usual.lora_target_modules,

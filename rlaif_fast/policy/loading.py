@@ -50,6 +50,7 @@ class ModelOptions:
         train_router: Train the router of a mixture of experts too; false freezes it.
         lora_r: Rank of LoRA adapters on linear layers; 0 trains the weights themselves.
         lora_alpha: LoRA scale.
+        use_rslora: Scale the adapters by lora_alpha / sqrt(lora_r) (rsLoRA) in place of lora_alpha / lora_r.
         lora_dropout: Dropout in front of the adapters.
         lora_modules: Parts that get adapters: "decoder", "tower", "projector"; an empty list is wherever the layers of
             `lora_target_modules` are.
@@ -79,6 +80,7 @@ class ModelOptions:
     train_router: bool = False
     lora_r: int = 0
     lora_alpha: int = 32
+    use_rslora: bool = False
     lora_dropout: float = 0.0
     lora_modules: list[str] = field(default_factory=lambda: ["decoder"])
     lora_target_modules: list[str] | None = None
@@ -245,7 +247,8 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     refuse_other_base(folder, base, what)
     r = options.lora_r or saved.get("r", 0)
     alpha = options.lora_alpha if options.lora_r else saved.get("lora_alpha", 0)
-    scaled = dataclasses.replace(options, model=base, lora_r=r, lora_alpha=alpha)
+    rooted = options.use_rslora if options.lora_r else bool(saved.get("use_rslora"))
+    scaled = dataclasses.replace(options, model=base, lora_r=r, lora_alpha=alpha, use_rslora=rooted)
     if not options.lora_r:
         freezing: dict[str, Any] = dict.fromkeys(FREEZING.values())
         targets = saved.get("target_modules")
@@ -287,6 +290,6 @@ def check_lora(options: ModelOptions) -> None:
         return
     require(not options.load_in_4bit, "load_in_4bit", "false where lora_r is 0", options.load_in_4bit)
     usual = ModelOptions()
-    for name in ("lora_alpha", "lora_dropout", "lora_modules", "lora_target_modules"):
+    for name in ("lora_alpha", "use_rslora", "lora_dropout", "lora_modules", "lora_target_modules"):
         if getattr(options, name) != getattr(usual, name):
             raise UsageError(f"{name}: {getattr(options, name)} has no effect where lora_r is 0; set lora_r")

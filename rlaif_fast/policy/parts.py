@@ -142,6 +142,7 @@ def add_lora(model: nn.Module, options: Any) -> nn.Module:
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
+        use_rslora=options.use_rslora,
         lora_dropout=options.lora_dropout,
         target_modules=chosen,
     )

@@ -24,7 +24,7 @@ ELSEWHERE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
-    "revision", "runtime_config", "target_modules", "task_type",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 KEEP_BASE = {"gaussian", "eva", "orthogonal"}  # ways to start adapters that leave the base as it is
 SHOWN = 4  # names in a message
@@ -162,17 +162,23 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
         what: As in `refuse_partial`.
 
     Raises:
-        UsageError: The folder holds no adapters, they were trained with another r or lora_alpha or for other
-            layers, or a weight is missing, unexpected, or of another shape.
+        UsageError: The folder holds no adapters, they were trained with another r, lora_alpha or use_rslora or for
+            other layers, or a weight is missing, unexpected, or of another shape.
     """
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     saved, ours = adapter_config(folder, what), model.peft_config["default"]
-    for name, option in (("r", "lora_r"), ("lora_alpha", "lora_alpha")):
-        if saved.get(name) != getattr(ours, name):
+    settings = {
+        "lora_r": ("r", None),
+        "lora_alpha": ("lora_alpha", None),
+        "use_rslora": ("use_rslora", False),
+    }
+    for option, (name, usual) in settings.items():
+        value = saved.get(name, usual)
+        if value != getattr(ours, name):
             raise UsageError(
-                f"{what} was trained with {option} {saved.get(name)}, and the run has {getattr(ours, name)}; "
-                f"set {option} to {saved.get(name)}"
+                f"{what} was trained with {option} {value}, and the run has {getattr(ours, name)}; "
+                f"set {option} to {value}"
             )
     started = saved.get("init_lora_weights")
     if isinstance(started, str) and started not in KEEP_BASE:
