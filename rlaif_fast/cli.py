@@ -277,7 +277,7 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
     """Run a command; print an error as one line and return its exit code.
 
     Args:
-        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM.
+        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM and SIGHUP.
         debug: Show tracebacks instead.
         flag: What the user says for that; empty where the command has no such flag.
     """
@@ -289,8 +289,8 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Terminated:
-        print("terminated by SIGTERM", file=sys.stderr)
+    except Terminated as error:
+        print(f"terminated by {error}", file=sys.stderr)
         return EXIT_CODE
     except OSError as error:
         if debug:

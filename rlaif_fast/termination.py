@@ -1,4 +1,7 @@
-"""SIGTERM: the first asks a run to finish its step, save and end; a second one, or the end of the grace, ends it."""
+"""SIGTERM and SIGHUP: the first asks a run to finish its step, save and end; a second one, or no more grace, ends it.
+
+SIGHUP comes when the terminal is closed, and is left alone where it is ignored (nohup).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 128 + signal.SIGTERM
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ECHO_SECONDS = 5.0  # torchrun passes a signal on at once, on a busy machine perhaps seconds later
 
 
 class Terminated(BaseException):
-    """The run was asked to end and has saved what it had, or had nothing to save. Commands exit with 143."""
+    """The run was asked to end and has saved what it had, or had nothing to save. Commands exit with 143.
+
+    Its message is the name of the signal.
+    """
 
 
 class Termination:
@@ -34,6 +41,7 @@ class Termination:
         self.echo_seconds = echo_seconds
         self._heard_at = 0.0  # of the monotonic clock
         self.requested = False
+        self.heard = "SIGTERM"  # the signal, in a process that got one
         self._saves = False
         self._timer: threading.Timer | None = None
 
@@ -43,11 +51,14 @@ class Termination:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = signal.signal(signal.SIGTERM, self._on_signal)
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        listened = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in listened}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             if self._timer is not None:
                 self._timer.cancel()
 
@@ -60,17 +71,30 @@ class Termination:
         finally:
             self._saves = False
 
-    def _on_signal(self, *_: object) -> None:
-        now = time.monotonic()
+    def _on_signal(self, number: int, _: object) -> None:
+        now, self.heard = time.monotonic(), signal.Signals(number).name
+        if self.heard == "SIGHUP":
+            self._leave_terminals()
         if self.requested and now - self._heard_at >= self.echo_seconds:
             os._exit(EXIT_CODE)
         if self.requested:
             return
         self.requested, self._heard_at = True, now
         if not self._saves:
-            raise Terminated
+            raise Terminated(self.heard)
         self._timer = threading.Timer(self.grace_seconds, os._exit, (EXIT_CODE,))
         self._timer.daemon = True
         self._timer.start()
         if self.announce:
-            print("SIGTERM: this step is finished and saved, then the run ends", file=sys.stderr, flush=True)
+            print(
+                f"{self.heard}: this step is finished and saved, then the run ends",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _leave_terminals(self) -> None:
+        """Write nowhere what would go to a terminal that is gone, where writing fails."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in self._terminals:
+            os.dup2(nowhere, fd)
+        os.close(nowhere)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -74,12 +76,32 @@ def signalled(code: str) -> int:
     return subprocess.run([sys.executable, "-c", text], check=False, timeout=120).returncode
 
 
+def test_a_terminal_that_is_closed_costs_no_step(tmp_path, cache):
+    values = SMALL | {"output_dir": tmp_path, "cache_dir": cache, "sft_steps": 2}
+    values |= {"max_steps": 500, "eval_steps": 1000, "lr_scheduler_type": "constant"}
+    command = [sys.executable, "-m", "rlaif_fast.train", *(f"--{k}={v}" for k, v in values.items())]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, command)
+    while not any(row["stage"] == "rl" for row in metrics(tmp_path)):
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 2**16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_CODE
+    steps = [row["step"] for row in metrics(tmp_path) if row["stage"] == "rl"]
+    assert json.loads((tmp_path / "checkpoints/index.json").read_text())["last"] == f"rl-{steps[-1]:06d}"
+
+
 def test_a_second_sigterm_and_the_end_of_the_grace_end_at_once():
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
     block = "t = Termination({})\nwith t.installed(), t.saving():\n    {}\n    {}\n    os._exit(0)"
     assert signalled(block.format(60, kill, kill)) == EXIT_CODE == 143
     assert signalled(block.format(0.2, kill, "time.sleep(30)")) == 143
     assert signalled(block.format(60, kill, "assert t.requested")) == 0
+    nohup = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + block
+    hangup = "os.kill(os.getpid(), signal.SIGHUP)"
+    assert signalled(nohup.format(60, hangup, "assert not t.requested")) == 0
+    assert signalled(block.format(60, hangup, "assert t.requested")) == 0
     echo = block.replace("{}", "{}, echo_seconds=0.5", 1)
     assert signalled(echo.format(60, kill, kill)) == 0
     assert signalled(echo.format(60, kill, f"time.sleep(1); {kill}")) == 143

@@ -295,7 +295,7 @@ class RunOptions:
         tensorboard: Write TensorBoard events.
         report_to: Trackers that get the metrics too, each by its own library: trackio, wandb, swanlab, mlflow.
         report: Write report.html and its figures at the end.
-        grace_seconds: How long a run that gets SIGTERM may take to finish its step and save before it ends without.
+        grace_seconds: How long a run may take, on SIGTERM or SIGHUP, to finish its step and save before it just ends.
         debug: Show tracebacks.
     """
 

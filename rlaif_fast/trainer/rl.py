@@ -133,7 +133,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
                 progress.evaluation_due = True
                 evaluate()
             if progress.step < config.max_steps and run.asked_to_end():
-                raise Terminated
+                raise Terminated(run.termination.heard)
     if progress.is_over(config.early_stopping_patience):
         logger.message(
             f"no better validation {run.data.metric} in {progress.evals_without_gain} evaluations: stopped early"

@@ -67,7 +67,7 @@ class Run:
         return {"seconds": self.logger.seconds(), "peak_rss_bytes": max(held, self.peak_before)}
 
     def asked_to_end(self) -> bool:
-        """Whether the run got SIGTERM; all processes agree."""
+        """Whether the run got SIGTERM or SIGHUP; all processes agree."""
         return self.world.sum(float(self.termination.requested))[0] > 0
 
     def wait_until_saved(self) -> None:

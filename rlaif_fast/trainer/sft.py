@@ -152,7 +152,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
             if evaluation_due:
                 evaluate()
             if unfinished and run.asked_to_end():
-                raise Terminated
+                raise Terminated(run.termination.heard)
 
 
 def taught(run: Run, order: EpochOrder, step: int) -> list[Prompt]:

@@ -240,11 +240,11 @@ class _Refused(Exception):
 
 @contextmanager
 def _signals_for_the_group_blocked() -> Iterator[None]:
-    """What is started here never sees SIGINT and SIGTERM, which terminals and schedulers send to whole groups.
+    """What is started here never sees SIGINT, SIGTERM and SIGHUP, which terminals and schedulers send to whole groups.
 
     A file would be bad because its process was ended by one. The process ends when the channel closes.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
