@@ -2,6 +2,7 @@
 
 Each goes through its own library, which is optional and configured as its documentation says (keys, projects, offline
 modes: by its environment variables). Metrics bear TRL's names where TRL has them. A resumed run goes on in its tracker.
+Steps behind the checkpoint are made and sent again, since nothing in the run's folder says what a tracker has of them.
 """
 
 from __future__ import annotations
