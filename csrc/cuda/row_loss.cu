@@ -4,9 +4,9 @@
 //     z = scale logits / temperature, or c tanh(scale logits / c) / temperature where a cap c bounds them
 //     d loss / d logits = (g ([v = y] - p) - h p (log p + H)) dz / dlogits
 //
-// A thread keeps a running maximum m, s = sum 2^(z - m) and w = sum 2^(z - m) (z - m) of the vectors it loads; they are
-// merged over the warp, the block and the other block. Later it reads back only what it stored, so no barrier guards the
-// row. float32 inside; equal inputs give equal bits.
+// A thread keeps a running maximum and two sums (`Stats`) of the vectors it loads; they are merged over the warp, the
+// block and the other block. Later it reads back only what it stored, so no barrier guards the row. float32 inside; equal
+// inputs give equal bits.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -17,6 +17,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/library.h>
+
+#include <cstdint>
 
 #include "../options.h"
 #include "../row_cluster.h"
@@ -33,7 +35,6 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarps = kClusterThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kFloor = -1e30f;  // below every logit; finite, so that differences and products with 0 are
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -55,21 +56,6 @@ struct Rows {
   float* grad_logps;
   float* grad_entropy;
 };
-
-struct Stats {
-  float m;
-  float s;
-  float w;
-};
-
-__device__ __forceinline__ Stats merge(Stats a, Stats b) {
-  const float m = fmaxf(a.m, b.m);
-  const float da = a.m - m;
-  const float db = b.m - m;
-  const float ea = exp2f(da);
-  const float eb = exp2f(db);
-  return {m, ea * a.s + eb * b.s, ea * (a.w + a.s * da) + eb * (b.w + b.s * db)};
-}
 
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -127,25 +113,19 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
     float top = own.m;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      top = fmaxf(top, capped(widen(vector.values[i]), rows.inner, rows.cap) * scale);
+      top = fmaxf(top, capped(widen(vector.values[i]), rows.inner, rows.cap));
     }
-    const float shift = own.m - top;
-    const float decay = exp2f(shift);
-    own.w = decay * (own.w + own.s * shift);
-    own.s *= decay;
-    own.m = top;
+    own = raised(own, top, scale);
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      const float d = capped(widen(vector.values[i]), rows.inner, rows.cap) * scale - top;
-      const float e = exp2f(d);
-      own.s += e;
-      own.w += e * fmaxf(d, kFloor);  // 0 * -inf is NaN
+      take(own, capped(widen(vector.values[i]), rows.inner, rows.cap), scale);
     }
   }
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    own = merge(own, {__shfl_down_sync(kAllLanes, own.m, offset), __shfl_down_sync(kAllLanes, own.s, offset),
-                      __shfl_down_sync(kAllLanes, own.w, offset)});
+    const Stats other{__shfl_down_sync(kAllLanes, own.m, offset), __shfl_down_sync(kAllLanes, own.s, offset),
+                      __shfl_down_sync(kAllLanes, own.w, offset)};
+    own = merge(own, other, scale);
   }
   if (lane == 0) {
     of_warp[threadIdx.x / kWarp] = own;
@@ -158,7 +138,7 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
   if (threadIdx.x == 0) {
     Stats all = of_warp[0];
     for (int i = 1; i < kWarps; ++i) {
-      all = merge(all, of_warp[i]);
+      all = merge(all, of_warp[i], scale);
     }
     of_block = all;
     if (block == token_block) {
@@ -175,14 +155,13 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
   cluster.sync();
   const Stats first = *cluster.map_shared_rank(&of_block, 0);
   const Stats second = *cluster.map_shared_rank(&of_block, 1);
-  const float z_y = *cluster.map_shared_rank(&at_token, token_block) * scale;
+  const float x_y = *cluster.map_shared_rank(&at_token, token_block);
   cluster.sync();  // neither block leaves while the other reads from it
 
-  const Stats all = merge(first, second);  // in one order in both blocks
+  const Stats all = merge(first, second, scale);  // in one order in both blocks
   const float log_total = log2f(all.s);
-  const float lse2 = all.m + log_total;
   const float entropy = (log_total - all.w / all.s) * kLn2;
-  const float logp = inside ? (z_y - lse2) * kLn2 : nanf("");
+  const float logp = inside ? ((x_y - all.m) * scale - log_total) * kLn2 : nanf("");
   const float log_ratio = rows.old_logps == nullptr ? 0.f : logp - rows.old_logps[m];
   const PolicyTerm<float> policy = policy_term(log_ratio, logp, rows.advantages[m], options);
   float slope = policy.slope * (rows.sampling_ratio == nullptr ? 1.f : rows.sampling_ratio[m]);
@@ -192,7 +171,7 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
   const float g = -weight * slope;
   if (block == 0 && threadIdx.x == 0) {
     rows.logps[m] = logp;
-    rows.lse[m] = lse2 * kLn2;
+    rows.lse[m] = (all.m * scale + log_total) * kLn2;
     rows.entropy[m] = entropy;
     rows.grad_logps[m] = g;
     rows.grad_entropy[m] = h;
@@ -205,7 +184,7 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       const float x = capped(widen(vector.values[i]), rows.inner, rows.cap);
-      const float d = x * scale - lse2;
+      const float d = (x - all.m) * scale - log_total;
       const float p = exp2f(d);
       float grad = (column + i == y ? g : 0.f) - p * (g + h * (fmaxf(d, kFloor) * kLn2 + entropy));
       if (rows.cap != 0) {
@@ -229,6 +208,14 @@ const float* floats(const char* name, const std::optional<at::Tensor>& x, int64_
   return x.has_value() ? floats(name, *x, M) : nullptr;
 }
 
+bool is_aligned(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0; }
+
+int attribute(cudaDeviceAttr which, const at::Tensor& x) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, x.get_device()));
+  return value;
+}
+
 using LossRows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 LossRows row_loss_cuda_(at::Tensor& logits, const at::Tensor& token_ids, double temperature,
@@ -243,12 +230,17 @@ LossRows row_loss_cuda_(at::Tensor& logits, const at::Tensor& token_ids, double 
   const int64_t M = logits.size(0);
   const int64_t V = logits.size(1);
   const int per_vector = kVectorBytes / 2;
-  TORCH_CHECK_VALUE(row_fits(V, 2) && logits.stride(0) % per_vector == 0,
-                    "the cluster kernel takes rows of a multiple of ", per_vector, " logits, at most ",
-                    kClusterBlocks * kMaxSharedBytes / 2, "; got ", V);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  TORCH_CHECK_VALUE(attribute(cudaDevAttrComputeCapabilityMajor, logits) >= 9,
+                    "the cluster kernel needs compute capability 9.0 or later");
+  const int shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, logits);
+  TORCH_CHECK_VALUE(row_fits(V, shared_bytes, 2), "the cluster kernel takes rows of a multiple of ", per_vector,
+                    " logits, on this device at most ", longest_row(shared_bytes, 2), "; got ", V);
+  TORCH_CHECK_VALUE(logits.stride(0) % per_vector == 0 && is_aligned(logits.const_data_ptr()),
+                    "the rows of logits must start at multiples of ", kVectorBytes, " bytes for the cluster kernel; got a "
+                    "stride of ", logits.stride(0), " logits and an offset of ", logits.storage_offset());
   TORCH_CHECK_VALUE(token_ids.scalar_type() == at::kLong && token_ids.is_contiguous() && token_ids.numel() == M,
                     "token_ids must be ", M, " contiguous int64 numbers; got ", token_ids.sizes());
-  const c10::cuda::CUDAGuard guard(logits.device());
   const auto make = [&] { return at::empty({M}, logits.options().dtype(at::kFloat)); };
   at::Tensor logps = make(), lse = make(), entropy = make(), grad_logps = make(), grad_entropy = make();
   if (M == 0) {
@@ -274,7 +266,8 @@ LossRows row_loss_cuda_(at::Tensor& logits, const at::Tensor& token_ids, double 
   const int bytes = share_of(0, static_cast<int>(V / per_vector)).count * kVectorBytes;
   const dim3 grid(static_cast<unsigned>(M * kClusterBlocks));
   const auto launch = [&](auto kernel, auto* data) {
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes));
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        shared_bytes - kOtherSharedBytes));
     kernel<<<grid, kClusterThreads, bytes, c10::cuda::getCurrentCUDAStream()>>>(data, logits.stride(0),
                                                                                static_cast<int>(V), rows, options);
   };
