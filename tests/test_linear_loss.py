@@ -66,6 +66,25 @@ def test_real_vocabularies(V):
     assert_matches(random_problem(N=1, G=2, T=3, V=V, H=8), beta=0.04, entropy_coef=0.01)
 
 
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_ids_of_any_stride(on_policy):
+    """As `topk(2).indices[..., 1]` leaves them, and no mask that would copy them."""
+    problem = random_problem()
+    tensors = {} if on_policy else {"old_logps": problem.tensors["old_logps"]}
+    ids = torch.stack([problem.token_ids] * 2, -1)[..., 1]
+    results = [
+        evaluate(
+            dataclasses.replace(problem, token_ids=x, tensors=tensors),
+            "cpu",
+            advantages=torch.linspace(-1, 1, 12),
+        )
+        for x in (problem.token_ids, ids)
+    ]
+    (plain, plain_grads), (strided, strided_grads) = results
+    assert not ids.is_contiguous() and torch.equal(plain.loss, strided.loss)
+    assert all(map(torch.equal, plain_grads, strided_grads))
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 10_000])
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("packed", [False, True])

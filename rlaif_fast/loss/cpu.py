@@ -177,7 +177,7 @@ def row_loss(
     """Overwrite the logits with their gradient of the loss; return statistics and per-row gradients."""
     logps, lse, entropy, grad_logps, grad_entropy = torch.ops.rlaif_fast.row_loss_(
         logits,
-        token_ids.long(),
+        token_ids.long().contiguous(),
         *_widened_scaling(scaling, slice(None), logits),
         *(None if x is None else x.contiguous() for x in rows),
         *flatten(options),
