@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlaif_fast import (
     GRPORankLoss,
@@ -37,7 +40,11 @@ LOSS_CASES = {
     # arguments that differ from a good call: (error, words of its message)
     "logps not a tensor": ({"logps": [1.0]}, TypeError, "logps must be a tensor.*got list"),
     "logps 1-d": ({"logps": LOGPS[0]}, ValueError, r"logps must be .*\(B, T\); got .*\(5,\)"),
-    "logps int": ({"logps": LOGPS.long()}, TypeError, "logps must have a floating point dtype; got .*int64"),
+    "logps int": (
+        {"logps": LOGPS.long()},
+        TypeError,
+        "logps must have a floating point dtype of at least 16 bits; got .*int64",
+    ),
     "ranks of the wrong length": (
         {"oracle_ranks": RANKS[:1]},
         ValueError,
@@ -208,6 +215,40 @@ def test_logits_and_hidden_states():
         fused_linear_grpo_rank_loss(HIDDEN, WEIGHT, IDS, RANKS, chunk_size=0)
     with pytest.raises(TypeError, match="hidden must be a tensor"):
         token_logps([1.0], WEIGHT, IDS)
+    tiny = torch.float8_e4m3fn
+    with pytest.raises(
+        TypeError, match=r"hidden must have a floating point dtype of at least 16 bits; got .*float8"
+    ):
+        fused_linear_grpo_rank_loss(HIDDEN.to(tiny), WEIGHT.to(tiny), IDS, RANKS)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_sharded_parameter_is_refused_by_name(backend, tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(WEIGHT, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(TypeError, match=r"weight must be a plain tensor.*full_tensor.*got a DTensor"):
+            fused_linear_grpo_rank_loss(HIDDEN, weight, IDS, RANKS, backend=backend)
+        plain = fused_linear_grpo_rank_loss(HIDDEN, weight.full_tensor(), IDS, RANKS, backend=backend)
+        assert torch.isfinite(plain.loss)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_tensors_without_values_have_shapes():
+    """A model on the device "meta" goes through the loss, autocast or not."""
+    arguments = {"oracle_ranks": RANKS.to("meta"), "mask": torch.ones(B, T, device="meta")}
+    ids, hidden = IDS.to("meta"), HIDDEN.to("meta").requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [
+            grpo_rank_loss(LOGPS.to("meta"), **arguments),
+            grpo_rank_loss_from_logits(LOGITS.to("meta"), ids, **arguments),
+            fused_linear_grpo_rank_loss(hidden, WEIGHT.to("meta"), ids, **arguments),
+        ]
+    outputs[-1].loss.backward()
+    assert hidden.grad.shape == hidden.shape and hidden.grad.is_meta
+    for out in outputs:
+        assert out.loss.is_meta and out.loss.shape == () and out.advantages.shape == (B,)
 
 
 def test_packed_hidden_states():

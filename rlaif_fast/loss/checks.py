@@ -20,6 +20,7 @@ from rlaif_fast.loss.options import (
     check_flag,
     check_number,
 )
+from rlaif_fast.loss.precision import dtype_of
 
 OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
 
@@ -42,15 +43,17 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor 
         expected = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         error = ValueError if isinstance(value, Tensor) else TypeError
         raise error(f"{name} must be {expected}; got {describe(value)}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(f"{name} must be a plain tensor, such as full_tensor() gives; got a DTensor")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the other tensors; got {describe(value)}")
 
 
 def floating(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor | None = None) -> None:
-    """Raise unless `value` is a floating point tensor (see `tensor`)."""
+    """Raise unless `value` is a floating point tensor of at least 16 bits (see `tensor`)."""
     tensor(name, value, shape, like=like)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must have a floating point dtype; got {describe(value)}")
+    if not value.is_floating_point() or value.itemsize < 2:
+        raise TypeError(f"{name} must have a floating point dtype of at least 16 bits; got {describe(value)}")
 
 
 def token_ids(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
@@ -359,8 +362,7 @@ def head(
         raise TypeError(f"hidden must be a tensor of shape (..., H); got {describe(hidden)}")
     floating("hidden", hidden, tuple(hidden.shape))
     floating("weight", weight, ("V", hidden.shape[-1]), like=hidden)
-    cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (weight.dtype, hidden.dtype)
-    if weight.dtype != hidden.dtype and not cast:
+    if dtype_of(weight.device, weight.dtype) != dtype_of(hidden.device, hidden.dtype):
         raise TypeError(f"weight must have the dtype of hidden, {hidden.dtype}; got {describe(weight)}")
     if weight.shape[0] < 1:
         raise ValueError(f"weight must be (V, H) with V of at least 1; got {describe(weight)}")

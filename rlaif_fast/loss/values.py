@@ -13,9 +13,9 @@ from rlaif_fast.loss.options import check_flag
 
 
 def can_read(x: Tensor, validate: bool) -> bool:
-    """Return whether values may be looked at: not while tracing, nor while a CUDA graph is captured."""
+    """Return whether there are values that may be looked at: not while tracing, nor while a CUDA graph is captured."""
     check_flag("validate", validate)
-    if not validate or torch.compiler.is_compiling():
+    if not validate or x.is_meta or torch.compiler.is_compiling():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

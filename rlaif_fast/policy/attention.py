@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.policy.cpu_attention import GroupParts, group_parts
 from rlaif_fast.policy.cpu_attention import attend as attend_in_parts
 from rlaif_fast.policy.flash import (
@@ -66,14 +67,6 @@ class AttentionContext(Protocol):
     ) -> Tensor:
         """Return (1, S, H, D)."""
         ...
-
-
-def dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What attention computes in where the weights are of `dtype`: theirs, or autocast's."""
-    kind = device.type
-    known = torch.amp.is_autocast_available(kind)  # not of "meta"
-    cast = known and torch.is_autocast_enabled(kind) and dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if cast else dtype
 
 
 def install(decoder: Any) -> None:

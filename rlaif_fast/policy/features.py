@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlaif_fast.policy.attention import dtype_of
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.families.base import Family
 from rlaif_fast.policy.packing import ranges

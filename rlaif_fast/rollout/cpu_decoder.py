@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlaif_fast.errors import first_line
 from rlaif_fast.loss import extension
-from rlaif_fast.policy.attention import dtype_of
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout.plain_layers import PlainLayer, plain_layers, refuses_plain_layers
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rlaif_fast.policy.attention import dtype_of
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.policy.decode_step import refuses_decode_step
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout.plain_layers import PlainLayer, plain_layers, refuses_plain_layers

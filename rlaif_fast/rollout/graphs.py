@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import UsageError, typed_line
-from rlaif_fast.policy.attention import dtype_of
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.policy.linear_attention import state_size
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prefix_decode import prefix_decode, refuses_prefix_decode

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlaif_fast.policy.attention import AttentionContext, SdpaContext, dtype_of, sdpa
+from rlaif_fast.loss.precision import dtype_of
+from rlaif_fast.policy.attention import AttentionContext, SdpaContext, sdpa
 from rlaif_fast.policy.cut import cut
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.forward_rows import answer_rows, share_media

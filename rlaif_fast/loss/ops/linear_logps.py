@@ -14,22 +14,20 @@ from torch import Tensor
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import Head, Needs, RowStats, Scaling
 from rlaif_fast.loss.ops.scale import refuse_transforms
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
 
 def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """Cast as autocast would for the matmul of the head; of two weights only the leaf stays in the graph."""
-    device, (weight, bias) = hidden.device.type, (head.weight, head.bias)
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
 
-        def cast(x: Tensor) -> Tensor:
-            return x if x.dtype == torch.float64 else x.to(low)
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype_of(x.device, x.dtype))
 
-        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+    weight, bias = cast(head.weight), None if head.bias is None else cast(head.bias)
     if head.float32_weight is not None:
         weight = weight.detach()
-    return hidden, head._replace(weight=weight, bias=bias)
+    return cast(hidden), head._replace(weight=weight, bias=bias)
 
 
 def in_dtype(gradients: Any, of: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

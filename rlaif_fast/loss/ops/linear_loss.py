@@ -20,6 +20,7 @@ from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype,
 from rlaif_fast.loss.ops.rank_loss import rank_loss
 from rlaif_fast.loss.ops.scale import refuse_double_backward, refuse_transforms, scaled
 from rlaif_fast.loss.options import STATS, LossOptions
+from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.loss.rank_close import RankClose
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 from rlaif_fast.loss.vocabulary_shard import VocabularyShard
@@ -178,9 +179,7 @@ def in_backward(hidden: Tensor, head: Head, backend: str) -> bool:
 
     A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
     """
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = dtype_of(hidden.device, hidden.dtype)
     leaves = (hidden, head.leaf, head.bias)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     return backend == "reference" or (dtype == torch.float16 and wanted)
