@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from rlaif_fast import grpo_rank_loss_from_logits, selective_log_softmax
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss_from_logits, selective_log_softmax
 from rlaif_fast.loss import ops
 from rlaif_fast.loss.cpu import _matrices, row_loss, row_stats
 from rlaif_fast.loss.inputs import RowInputs, Scaling
@@ -54,6 +54,27 @@ def test_rows_match_the_reference(V, dtype):
     ids = torch.tensor([0, V - 1, V // 2])
     assert_rows_match(logits, ids)
     assert_rows_match(logits, ids, temperature=0.6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("in_one_sweep", [False, True])
+def test_a_probability_in_the_gradient_is_as_good_as_the_logsumexp(temperature, in_one_sweep):
+    """The bound of docs/kernels.md. Each row: confident or not, and a gradient that is 0 or not."""
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 300)
+    ids = logits.topk(2).indices.gather(1, torch.arange(64)[:, None] % 2).squeeze(1)
+    grads = []
+    for x, backend in ((logits, "cpu"), (logits.double(), "reference")):
+        x = x.clone().requires_grad_()
+        if in_one_sweep:
+            identity, ones = torch.eye(300, dtype=x.dtype), torch.ones(64, dtype=x.dtype)
+            arguments = {"advantages": ones, "temperature": temperature, "backend": backend}
+            loss = fused_linear_grpo_rank_loss(x[:, None], identity, ids[:, None], **arguments).loss * -64
+        else:
+            loss = selective_log_softmax(x, ids, temperature=temperature, backend=backend).sum()
+        grads.append(torch.autograd.grad(loss, x)[0].double() * temperature)
+    lse = (logits.double() / temperature).logsumexp(-1).abs()
+    assert ((grads[0] - grads[1]).abs().amax(-1) <= torch.finfo(torch.float32).eps * lse).all()
 
 
 def test_no_rows():

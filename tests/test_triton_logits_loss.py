@@ -93,6 +93,30 @@ def test_next_to_no_temperature(V: int) -> None:
     assert error(stats.entropy, entropy) == 0
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01, 0.001])
+@pytest.mark.parametrize("in_one_sweep", [False, True])
+def test_a_probability_in_the_gradient_is_as_good_as_the_logsumexp(
+    temperature: float, in_one_sweep: bool
+) -> None:
+    """The bound of docs/kernels.md."""
+    logits, _ = rows(8, 300)
+    ids = logits.topk(2).indices.gather(1, torch.arange(8, device=DEVICE)[:, None] % 2).squeeze(1)
+    ones, scaling, exact = (
+        torch.ones(8, device=DEVICE),
+        Scaling(temperature),
+        logits.double().requires_grad_(),
+    )
+    reference.selective_log_softmax(exact, ids, scaling)[0].sum().backward()
+    place = logits.clone()
+    if in_one_sweep:
+        row_loss(place, ids, scaling, RowInputs(ones, -ones, None, None, None), LossOptions())
+    else:
+        row_grad(place, ids, scaling, row_stats(place, ids, scaling), ones, None, place)
+    lse = (logits.double() / temperature).logsumexp(-1).abs()
+    error = (place.double() - exact.grad).abs().amax(-1) * temperature
+    assert (error <= 2 * torch.finfo(torch.float32).eps * lse).all()
+
+
 def test_int32_ids() -> None:
     logits, ids = rows(3, 50)
     check(logits, ids.int())
