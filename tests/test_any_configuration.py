@@ -10,7 +10,7 @@ import re
 import pytest
 from family_checkpoints import RECIPES, write_checkpoint
 from fuzzing import fuzz_seed
-from test_train import SMALL, in_a_file, metrics
+from tiny_runs import SMALL, in_a_file, metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.trainer.run import Run

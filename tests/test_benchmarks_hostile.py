@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from benchmark_parts import VIDEOMME_ROW, put
 from fuzzing import counts, fuzz
 from hypothesis import strategies as st
-from test_benchmarks import VIDEOMME_ROW, put
 from test_data_hostile import json_values, words
 
 from rlaif_fast.data.benchmarks import BENCHMARKS, read_benchmark

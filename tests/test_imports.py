@@ -192,3 +192,12 @@ def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
         *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml", "setup.py"),
         *("bench", "configs", "csrc", "docs", "examples", "kernels", "rlaif_fast", "tests"),
     }
+
+
+def test_no_file_of_code_is_longer_than_400_lines():
+    kinds = {".py", ".cpp", ".cu", ".h", ".cuh"}
+    folders = ("rlaif_fast", "kernels", "csrc", "bench", "tests", "examples")
+    files = [path for folder in folders for path in (ROOT.parent / folder).rglob("*") if path.suffix in kinds]
+    assert len(files) > 400
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}

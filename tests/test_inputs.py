@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 
 from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast import train as train_module

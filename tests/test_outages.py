@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 from world_parts import exceed_the_limit, lose_the_judge
 
 from rlaif_fast import train as train_module

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import UsageError

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_families_packed import make_encoder, make_prompts
 from test_thinking import CLOSED, PLAIN, THINKING, encoder_of
-from test_updates import G, assert_same_gradients, prompts_about_clips, ranked_groups, updated
+from update_parts import G, assert_same_gradients, prompts_about_clips, ranked_groups, updated
 
 from rlaif_fast.algorithms.group import policy_scores
 from rlaif_fast.errors import UsageError

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from fuzzing import fuzz_seed
 from test_recovery import KINDS, files_of, flip, last, recovers
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.outputs import MARKER

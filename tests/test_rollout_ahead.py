@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 from vllm_parts import PolicyEngine, serving
 
 from rlaif_fast import train as train_module

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import SMALL, in_a_file
+from tiny_runs import SMALL, in_a_file
 
 from rlaif_fast import train as train_module
 from rlaif_fast.data.schema import Example

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 from vllm_parts import choice, serving
 
 from rlaif_fast import train as train_module

@@ -13,7 +13,7 @@ import pytest
 import torch
 from fuzzing import fuzz_seed
 from safetensors.torch import load_file
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from test_train import SMALL, metrics
+from tiny_runs import SMALL, metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import run_command

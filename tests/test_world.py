@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import SMALL, in_a_file, metrics
+from tiny_runs import SMALL, in_a_file, metrics
 from world_parts import (
     average_in_buckets,
     be_killed,

@@ -1,0 +1,92 @@
+"""`python -m rlaif_fast.evaluate` on a finished run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlaif_fast import evaluate as evaluate_module
+from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
+from rlaif_fast.policy.loading import ModelOptions, load_model
+from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.files import read_jsonl
+
+pytest_plugins = ("tiny_runs",)  # its fixtures
+
+
+def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    figures = evaluate_command(EvaluateConfig(run=str(finished), output=str(tmp_path / "out.jsonl")))
+    assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
+    assert len(list(read_jsonl(tmp_path / "out.jsonl"))) == sum(
+        r["n"] for r in figures["by_category"].values()
+    )
+    blind = evaluate_command(EvaluateConfig(run=str(finished), blank_frames=True))
+    assert 0.0 <= blind["accuracy"] <= 1.0
+    assert "category" in capsys.readouterr().out
+
+
+def test_evaluate_reads_other_data_as_the_run_did(finished, cache, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text().replace("on_bad_row: raise", "on_bad_row: skip")
+    (folder / "config.yaml").write_text(text)
+    CheckpointStore(folder / "checkpoints", {}).note_config(text)
+    rows = next(cache.glob("data/*/test.jsonl"))
+    data = rows.with_name("other.jsonl")
+    data.write_text(rows.read_text().splitlines()[0] + '\n{"question": 5}\n')
+    words = ["--data", str(data), "--output"]
+    assert evaluate_module.main(["--run", str(folder), *words, str(tmp_path / "p.jsonl")]) == 0
+    assert len(list(read_jsonl(tmp_path / "p.jsonl"))) == 1
+    assert evaluate_module.main(["--run", str(finished), *words, str(tmp_path / "q.jsonl")]) == 2
+    assert "1 of 2 rows are wrong" in capsys.readouterr().err
+    before = data.read_bytes()
+    assert evaluate_module.main(["--run", str(folder), *words, str(data)]) == 2
+    assert "is read, and would be lost" in capsys.readouterr().err and data.read_bytes() == before
+    assert evaluate_module.main(["--run", str(folder), "--media_root", str(tmp_path)]) == 2
+    assert "media_root: expected null where the run's data are synthetic" in capsys.readouterr().err
+
+
+def test_evaluate_notices_a_damaged_configuration(finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text[: text.index("oracle")])
+    figures = evaluate_command(EvaluateConfig(run=str(folder)))
+    assert f"damaged: {folder / 'config.yaml'} is not as it was written" in capsys.readouterr().err
+    assert figures["accuracy"] == json.loads((folder / "summary.json").read_text())["final_accuracy"]
+
+
+def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
+    code, folder, err = run(lora_r=4, sft_steps=2, max_steps=2)
+    assert code == 0, err
+    summary = json.loads((folder / "summary.json").read_text())
+    options = EvaluateConfig(run=str(folder))
+    figures = evaluate_command(options)
+    assert figures["accuracy"] == pytest.approx(summary["final_accuracy"])
+    adapted = evaluate_module.load_checkpoint(evaluate_module.configuration(options)).model
+    base = load_model(ModelOptions(model=adapter_base(folder), device="cpu", dtype="float32")).model
+    weights = dict(base.named_parameters())
+    changed = {name for name, weight in adapted.named_parameters() if not weight.equal(weights[name])}
+    assert changed == {name for name in weights if "language_model" in name and "_proj.weight" in name}
+
+    index = json.loads((folder / "checkpoints/index.json").read_text())
+    best = folder / "checkpoints" / index["best"]
+    data = next(cache.glob("data/*/test.jsonl"))
+    pixels = {"min_pixels": 1024, "max_pixels": 1024, "max_completion_length": 12}
+    alone = evaluate_command(EvaluateConfig(model=str(best), data=str(data), **pixels))
+    assert alone["accuracy"] == pytest.approx(summary["final_accuracy"])
+
+    shutil.copytree(best, tmp_path / "adapters")
+    adapters = tmp_path / "adapters" / "adapter_config.json"
+    settings = json.loads((best / adapters.name).read_text())
+    adapters.write_text(json.dumps(settings | {"base_model_name_or_path": "/nonexistent/base"}))
+    words = ["--model", str(adapters.parent), "--data", str(data), "--debug", "true"]
+    assert evaluate_module.main(words) == 2
+    err = capsys.readouterr().err
+    assert "holds LoRA adapters of the model '/nonexistent/base'" in err and "Traceback" in err
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapters of a run were trained on."""
+    best = next(folder.glob("checkpoints/*/adapter_config.json"))
+    return json.loads(best.read_text())["base_model_name_or_path"]
