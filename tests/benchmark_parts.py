@@ -108,7 +108,7 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path, video) -> Path:
+def videomme(tmp_path, video) -> Path:
     """A Video-MME folder: two videos that can be read, one that is damaged, one that is missing."""
     rows = []
     for number, (name, duration) in enumerate(

@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest_plugins = ("benchmark_parts", "tiny_runs")  # fixtures of several files
 KERNEL_TESTS = ("test_triton_", "test_decode_step", "test_patchify", "test_prefix_decode")
 
 

@@ -30,15 +30,12 @@ from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video.refs import Cut, MediaRef
 
-pytest_plugins = ("benchmark_parts",)  # its fixtures
-
-
 # Answers
 
 
-def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp_path, capsys):
+def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(videomme, model, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(folder, model, out) == 0
+    assert run(videomme, model, out) == 0
     said = capsys.readouterr().out
     assert "question 2-1 is unanswered and counts as wrong: " in said and "duration" in said
     records = {record.id: record for record in read_records(out / "items.jsonl")}
@@ -53,70 +50,70 @@ def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(folder, model, tmp
     whole = (out / "items.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (out / "items.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
-    assert run(folder, model, out) == 0
+    assert run(videomme, model, out) == 0
     assert sorted((out / "items.jsonl").read_bytes().splitlines()) == sorted(whole.splitlines())
     # Other settings do not go into the same folder.
-    assert run(folder, model, out, "--answering=letter", "--short=false") == 2
+    assert run(videomme, model, out, "--answering=letter", "--short=false") == 2
     assert "other answering" in capsys.readouterr().err
     # Nor do answers to what the files asked before.
-    rows = json.loads((folder / "test-0.json").read_text())
-    put(folder / "test-0.json", [rows[0] | {"answer": "D"}, *rows[1:]])
-    assert run(folder, model, out) == 2
+    rows = json.loads((videomme / "test-0.json").read_text())
+    put(videomme / "test-0.json", [rows[0] | {"answer": "D"}, *rows[1:]])
+    assert run(videomme, model, out) == 2
     assert "an answer to '0-1' that was asked 'How many candles are on the tree?' (right: 'A')" in (
         capsys.readouterr().err
     )
 
 
-def test_two_evaluations_do_not_write_into_one_folder_at_once(folder, model, tmp_path, capsys):
+def test_two_evaluations_do_not_write_into_one_folder_at_once(videomme, model, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(folder, model, out, "--limit=2") == 0
+    assert run(videomme, model, out, "--limit=2") == 0
     before = (out / "items.jsonl").read_bytes()
     with RunDir(out).lock():  # as the other one holds it
-        assert run(folder, model, out) == 2
+        assert run(videomme, model, out) == 2
     assert f"output_dir {out} is in use by a run that still goes on" in capsys.readouterr().err
     assert (out / "items.jsonl").read_bytes() == before
-    assert run(folder, model, out) == 0
+    assert run(videomme, model, out) == 0
 
 
-def test_other_weights_do_not_go_into_the_same_folder(folder, model, tmp_path, capsys):
+def test_other_weights_do_not_go_into_the_same_folder(videomme, model, tmp_path, capsys):
     own = shutil.copytree(model, tmp_path / "own")
-    assert run(folder, own, tmp_path / "out", "--limit=2") == 0
+    assert run(videomme, own, tmp_path / "out", "--limit=2") == 0
     before = (tmp_path / "out/items.jsonl").read_bytes()
     words = set(VOCABULARY) | set(words_of(("A B C D . one two man who is driving ? ball",)))
     other = make_tiny(tmp_path / "other", words, seed=4)
     shutil.copy(other / "model.safetensors", own / "model.safetensors")
     capsys.readouterr()
-    assert run(folder, own, tmp_path / "out", "--limit=2") == 2
+    assert run(videomme, own, tmp_path / "out", "--limit=2") == 2
     assert "holds an evaluation with other weights; give another folder" in capsys.readouterr().err
     assert (tmp_path / "out/items.jsonl").read_bytes() == before
 
 
 def test_an_evaluation_that_ended_before_its_first_answer_may_begin_with_other_settings(
-    folder, model, tmp_path, capsys
+    videomme, model, tmp_path, capsys
 ):
-    assert run(folder, tmp_path / "misspelt", tmp_path / "out", "--limit=2") == 2
+    assert run(videomme, tmp_path / "misspelt", tmp_path / "out", "--limit=2") == 2
     assert "there is no such folder" in capsys.readouterr().err
-    assert run(folder, model, tmp_path / "out", "--limit=2") == 0
+    assert run(videomme, model, tmp_path / "out", "--limit=2") == 0
     assert len(read_records(tmp_path / "out/items.jsonl")) == 2
 
 
-def test_answers_that_were_scored_otherwise_are_not_gone_on_with(folder, model, tmp_path, capsys):
+def test_answers_that_were_scored_otherwise_are_not_gone_on_with(videomme, model, tmp_path, capsys):
     """By an earlier version, that is; the first of them did not say how."""
     out = tmp_path / "out"
-    assert run(folder, model, out, "--limit=2") == 0
+    assert run(videomme, model, out, "--limit=2") == 0
     settings = json.loads((out / "settings.json").read_text())
     for scoring in ({}, {"scoring": settings["scoring"] - 1}):
         earlier = {name: value for name, value in settings.items() if name != "scoring"} | scoring
         put(out / "settings.json", earlier)
         capsys.readouterr()
-        assert run(folder, model, out) == 2
+        assert run(videomme, model, out) == 2
         assert "holds an evaluation with other scoring; give another folder" in capsys.readouterr().err
     # Compared with, it is told.
     before = f"--before={out / 'items.jsonl'}"
-    assert run(folder, model, tmp_path / "other", "--limit=2", before) == 0
+    assert run(videomme, model, tmp_path / "other", "--limit=2", before) == 0
     assert "items.jsonl has other scoring, which is part of the change" in capsys.readouterr().err
     put(out / "settings.json", settings)
-    assert run(folder, model, tmp_path / "other", "--limit=2", before) == 0
+    assert run(videomme, model, tmp_path / "other", "--limit=2", before) == 0
     assert "part of the change" not in capsys.readouterr().err
 
 
@@ -179,25 +176,25 @@ def test_answers_to_other_options_media_or_cuts_are_refused(change, tmp_path):
         folder.refuse_other_questions([dataclasses.replace(example, **change)])
 
 
-def test_what_could_not_be_asked_is_asked_again(folder, model, tmp_path, video, capsys):
-    assert run(folder, model, tmp_path / "out") == 0
+def test_what_could_not_be_asked_is_asked_again(videomme, model, tmp_path, video, capsys):
+    assert run(videomme, model, tmp_path / "out") == 0
     video("bench/data/bad.mp4")
     video("bench/data/gone.mp4")
-    assert run(folder, model, tmp_path / "out") == 0
+    assert run(videomme, model, tmp_path / "out") == 0
     assert all(record.prediction is not None for record in read_records(tmp_path / "out/items.jsonl"))
     assert len(read_records(tmp_path / "out/items.jsonl")) == 8
-    put(folder / "data/one.mp4", "other\n")
-    assert run(folder, model, tmp_path / "out") == 2
+    put(videomme / "data/one.mp4", "other\n")
+    assert run(videomme, model, tmp_path / "out") == 2
     assert "'0-1' that was asked" in capsys.readouterr().err
 
 
-def test_nothing_that_can_be_answered_is_an_error(folder, model, tmp_path, capsys):
+def test_nothing_that_can_be_answered_is_an_error(videomme, model, tmp_path, capsys):
     for name in ("one", "two"):
-        put(folder / f"data/{name}.mp4", "no video\n")
-    assert run(folder, model, tmp_path / "out") == 2
+        put(videomme / f"data/{name}.mp4", "no video\n")
+    assert run(videomme, model, tmp_path / "out") == 2
     assert "none of the 8 questions could be answered" in capsys.readouterr().err
-    shutil.rmtree(folder / "data")
-    assert run(folder, model, tmp_path / "new") == 2
+    shutil.rmtree(videomme / "data")
+    assert run(videomme, model, tmp_path / "new") == 2
     assert "none of the 8 questions can be asked: no video 'one'" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
@@ -210,10 +207,10 @@ def test_nothing_that_can_be_answered_is_an_error(folder, model, tmp_path, capsy
         (["--before=BEFORE"], "before: it holds 1 questions, 0 of them"),
     ],
 )
-def test_what_no_question_reads_is_refused(folder, tmp_path, words, said, capsys):
+def test_what_no_question_reads_is_refused(videomme, tmp_path, words, said, capsys):
     EvalFolder.open(tmp_path / "before", {}).add([record(1, "v", True)])
     words = [word.replace("BEFORE", str(tmp_path / "before/items.jsonl")) for word in words]
-    assert run(folder, "no model", tmp_path / "out", *words) == 2
+    assert run(videomme, "no model", tmp_path / "out", *words) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -226,11 +223,11 @@ def test_choices_alone_have_another_way_to_be_answered(tmp_path, video, capsys):
     assert "answering: it is of multiple choice" in capsys.readouterr().err
 
 
-def test_two_processes_answer_as_one_does(folder, model, tmp_path):
+def test_two_processes_answer_as_one_does(videomme, model, tmp_path):
     for out, processes in (("one", 1), ("two", 2)):
         assert (
             run(
-                folder,
+                videomme,
                 model,
                 tmp_path / out,
                 f"--num_processes={processes}",
@@ -245,16 +242,16 @@ def test_two_processes_answer_as_one_does(folder, model, tmp_path):
     assert first == second
 
 
-def test_letters_and_likelihoods_are_the_most_likely(folder, model, tmp_path):
+def test_letters_and_likelihoods_are_the_most_likely(videomme, model, tmp_path):
     """Against a plain forward pass of the model for every option."""
     from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
     from rlaif_fast.trainer import setup
 
-    options = EvaluateConfig(benchmark="videomme", data=str(folder), model=model, fps=4.0)
+    options = EvaluateConfig(benchmark="videomme", data=str(videomme), model=model, fps=4.0)
     config = configuration(options)
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)
-    items = [item for item in read_benchmark("videomme", folder) if not item.trouble][:4]
+    items = [item for item in read_benchmark("videomme", videomme) if not item.trouble][:4]
     with torch.no_grad(), setup.make_batch_maker(loaded, config) as make_batch:
         prompts = make_batch([item.example for item in items])
         candidates = [
@@ -348,8 +345,8 @@ def test_damaged_records_are_refused_by_name_and_kept(tmp_path, content):
         read_records(put(tmp_path / "typed.jsonl", json.dumps(row) + "\n"))
 
 
-def test_checkpoints_can_be_chosen_by_a_benchmark(folder):
-    name = Path(f"videomme:{folder}")
+def test_checkpoints_can_be_chosen_by_a_benchmark(videomme):
+    name = Path(f"videomme:{videomme}")
     with pytest.raises(UsageError, match="2 of 8 questions: no video 'gone'"):
         read_file(name, TrainConfig())
     rows = read_file(name, TrainConfig(on_bad_row="skip"))

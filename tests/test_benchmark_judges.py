@@ -18,9 +18,6 @@ from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
 from rlaif_fast.policy.tiny import make_tiny, words_of
 
-pytest_plugins = ("benchmark_parts",)  # its fixtures
-
-
 # Answers
 
 
@@ -107,7 +104,7 @@ def test_open_answers_are_graded_in_an_evaluation(judge, model, tmp_path, video)
     assert whole["judge_score"] == answered.score / 2 and whole["judge_accuracy"] == answered.pred / 2
 
 
-def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video, judge):
+def test_reasoning_that_does_not_end_is_no_answer(tmp_path, videomme, video, judge):
     """Of a model whose template opens it: a right word in it was counted. A letter that is chosen closes nothing.
 
     Neither is it one for a judge.
@@ -135,7 +132,7 @@ def test_reasoning_that_does_not_end_is_no_answer(tmp_path, folder, video, judge
             assert (record.pred, record.score, len(judge.seen)) == (turn == 3, 4 * (turn == 3), turn - 2)
         word = record.prediction if turn == 0 else record.prediction.split()[0]
         row |= {"answer": word}  # what it says on the way
-    assert run(folder, thinker, tmp_path / "letters", "--answering=letter", "--short=false") == 0
+    assert run(videomme, thinker, tmp_path / "letters", "--answering=letter", "--short=false") == 0
     records = read_records(tmp_path / "letters/items.jsonl")
     assert any(record.correct for record in records)
     assert all(record.correct == (record.prediction == record.answer) for record in records)

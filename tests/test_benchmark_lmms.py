@@ -13,9 +13,6 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.records import read_records
 from rlaif_fast.oracle import RankRequest, build_oracle
 
-pytest_plugins = ("benchmark_parts",)  # its fixtures
-
-
 # Answers
 
 
@@ -54,7 +51,7 @@ def test_videomme_scores_as_lmms_eval_does(monkeypatch, tmp_path):
     assert 100 * sum(ours) / len(ours) == pytest.approx(score, abs=1e-9)
 
 
-def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tmp_path):
+def test_lmms_eval_gets_the_answers_of_the_policy(videomme, model, monkeypatch, tmp_path):
     """Through its own registry and its own kind of request."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     pytest.importorskip("lmms_eval.models", exc_type=ImportError)
@@ -68,7 +65,7 @@ def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tm
     played = registry.get_model_class("rlaif_fast").create_from_arg_string(
         f"pretrained={model},fps=4", {"batch_size": 3, "device": "cpu", "max_batch_size": None}
     )
-    items = [item for item in read_benchmark("videomme", folder) if "bad" not in str(item.example.seen)][:4]
+    items = [item for item in read_benchmark("videomme", videomme) if "bad" not in str(item.example.seen)][:4]
     played.task_dict = {"videomme": {"test": [{"path": item.example.seen[0].path} for item in items]}}
 
     def asked(given, place=0, visuals=lambda doc: [doc["path"]]):
@@ -80,7 +77,7 @@ def test_lmms_eval_gets_the_answers_of_the_policy(folder, model, monkeypatch, tm
     texts = played.generate_until(
         [asked({"max_new_tokens": 4, "temperature": 0}, place) for place in range(4)]
     )
-    assert run(folder, model, tmp_path / "out") == 0
+    assert run(videomme, model, tmp_path / "out") == 0
     records = {record.id: record.prediction for record in read_records(tmp_path / "out/items.jsonl")}
     assert texts == [records[item.example.id] for item in items]
     [cut] = played.generate_until([asked({"max_new_tokens": 4, "until": [texts[0].split()[0]]})])

@@ -22,9 +22,6 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video import ClipStore, FrameSampling
 from rlaif_fast.video.refs import Cut, MediaRef
 
-pytest_plugins = ("benchmark_parts",)  # its fixtures
-
-
 # The files as they ship
 
 

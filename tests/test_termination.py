@@ -71,9 +71,15 @@ def test_a_folder_that_is_removed_ends_the_run_with_an_error(tmp_path, cache, mo
     assert not (tmp_path / "run").exists()
 
 
+def heed_hangups() -> None:
+    """As a terminal's processes do, also where these tests were started with nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def signalled(code: str) -> int:
     text = f"import os, signal, time\nfrom rlaif_fast.termination import Terminated, Termination\n{code}"
-    return subprocess.run([sys.executable, "-c", text], check=False, timeout=120).returncode
+    command = [sys.executable, "-c", text]
+    return subprocess.run(command, check=False, timeout=120, preexec_fn=heed_hangups).returncode
 
 
 def test_a_terminal_that_is_closed_costs_no_step(tmp_path, cache):
@@ -82,6 +88,7 @@ def test_a_terminal_that_is_closed_costs_no_step(tmp_path, cache):
     command = [sys.executable, "-m", "rlaif_fast.train", *(f"--{k}={v}" for k, v in values.items())]
     child, terminal = pty.fork()
     if child == 0:
+        heed_hangups()
         os.execv(sys.executable, command)
     while not any(row["stage"] == "rl" for row in metrics(tmp_path)):
         if select.select([terminal], [], [], 0.1)[0]:

@@ -6,8 +6,6 @@ from tiny_runs import metrics
 from rlaif_fast import train as train_module
 from rlaif_fast.runs.folder import RunDir
 
-pytest_plugins = ("tiny_runs",)  # its fixtures
-
 
 @pytest.mark.parametrize(
     "changes",
