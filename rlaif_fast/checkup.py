@@ -1,4 +1,4 @@
-"""Runs every kernel and wire that this machine has against its reference, at small sizes: `doctor --check`.
+"""Runs every kernel, attention backend and GPU decoder against its reference, at small sizes: `doctor --check`.
 
 On a GPU the kernels run there, elsewhere Triton's run in its interpreter and the C++ ones on the CPU. Each check gives
 the largest relative error and what it may be; what cannot run says why.

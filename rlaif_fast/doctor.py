@@ -103,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlaif_fast.doctor", description=__doc__)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
-        "--check", action="store_true", help="run every kernel and wire of this machine against its reference"
+        "--check",
+        action="store_true",
+        help="run every kernel, attention backend and GPU decoder against its reference",
     )
     modes.add_argument(
         "--model", metavar="PATH", help="say how this model would be trained, or why not, without its weights"
