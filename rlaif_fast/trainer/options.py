@@ -20,25 +20,25 @@ OWN_SAMPLERS = ("auto", "shared_prefix", "cuda_graphs", "plain")  # that draw wi
 
 @dataclass
 class DataOptions:
-    """What the policy is asked, and how clips become frames.
+    """The datasets, and how clips become frames.
 
     Attributes:
         data: "synthetic" (clips made on the spot), a JSONL file, or a folder with sft, rl, validation and test .jsonl.
-            A single file serves SFT and RL; `holdout_fraction` of its videos is held out for validation, and for the
-            test, unless that has a file of its own.
+            A single file serves SFT and RL; `holdout_fraction` of its videos is held out for validation, and as much
+            for the test, unless they have files of their own.
         sft_data: JSONL for supervised fine-tuning, in place of the one in `data`.
         validation_data: JSONL that checkpoints are chosen by, in place of the one in `data`; or a published benchmark,
             as "videomme:FOLDER" (see `rlaif_fast.evaluate --benchmark`).
         test_data: JSONL that the final figures are measured on, in place of the one in `data`.
         media_root: Folder that relative media paths start from; null is the folder of the JSONL file.
         holdout_fraction: Share of the videos held out for validation, and as many for the test, where it has no file.
-        scored_answer: Part of an answer that is scored: what stands in its `<answer>` block, or the "whole".
+        scored_answer: Part of an answer that is scored: the content of its `<answer>` block ("answer"), or the "whole".
         on_bad_row: Stop at the first file with bad rows ("raise"), or leave such rows out and count them ("skip").
         max_bad_fraction: Share of unreadable media above which the run stops.
         decode_workers: Processes that scan and decode videos, for each process of the run.
         decode_timeout: Seconds to scan a video, and again to decode it; one that takes longer is unreadable.
-        fps: Frames sampled a second.
-        nframes: Frames sampled a video, in place of `fps`.
+        fps: Frames sampled per second.
+        nframes: Frames sampled per video, in place of `fps`.
         min_frames: Fewest frames sampled.
         max_frames: Most frames sampled.
         decoder: "auto", "pyav", "dali", "torchcodec".
@@ -51,9 +51,9 @@ class DataOptions:
         synthetic_questions_per_clip: Most questions about one synthetic clip, of distinct categories.
         synthetic_difficulty: 1 to 3: more objects, noise and distractors.
         synthetic_ocr_fraction: Share of the synthetic clips whose objects show digits, with questions about them.
-        label_noise: Share of the synthetic SFT answers with one fact replaced by a wrong one at random.
-        label_confusion: Share of the synthetic SFT answers with an easily confused value ("blue", "moves left", about a
-            third of all) that have the value it is confused with: an annotator's systematic error.
+        label_noise: Share of the synthetic SFT answers in which a random wrong fact replaces one fact.
+        label_confusion: Of the synthetic SFT answers with an easily confused value ("blue", "moves left"; about a third
+            of all), the share that has the other value instead: an annotator's systematic error.
         multiple_choice_fraction: Share of the synthetic questions asked with options.
         codec: Codec of the synthetic clips, "vp9" or "h264".
     """
@@ -114,7 +114,7 @@ class SftOptions:
         sft: "auto" runs it, "none" skips it, a checkpoint folder starts RL from there.
         sft_steps: Optimizer steps.
         sft_learning_rate: Peak learning rate.
-        sft_videos_per_step: Videos a step; all their questions are learned together.
+        sft_videos_per_step: Videos per step; all their questions are learned together.
         sft_warmup_steps: Steps of linear warm-up; a cosine to a tenth of the peak follows.
         sft_weight_decay: AdamW weight decay.
     """
@@ -141,19 +141,19 @@ class RlOptions:
 
     Attributes:
         max_steps: Rollouts, each followed by its updates.
-        videos_per_step: Videos a rollout; every question about them is asked, up to `questions_per_video`.
-        questions_per_video: Most questions asked about one video in a step.
-        num_generations: Responses a prompt, G, 2 to 64.
+        videos_per_step: Videos per rollout, each with all its questions, up to `questions_per_video`.
+        questions_per_video: Most questions about one video in a step.
+        num_generations: Responses per prompt, G, 2 to 64.
         top_p: Nucleus mass kept when sampling.
         top_k: Tokens kept when sampling; 0 keeps all.
         sampler: What draws responses: "auto", "shared_prefix", "cuda_graphs" (decode steps captured on a GPU), "plain",
             "vllm", or one from the entry-point group `rlaif_fast.samplers`.
         sampler_options: Keyword arguments of that sampler, as YAML or JSON (see docs/engines.md).
-        sampling_ratio_cap: Most that a token weighs where a sampler's probabilities are not quite the policy's.
-        rollout_lag: 1 has servers (`sampler: vllm` with `urls`) draw the next step's responses while this step's are
-            learned from; the ratio corrects for the update between. 0 draws with the weights that learn.
+        sampling_ratio_cap: Largest weight of a token where the sampler's probabilities differ from the policy's.
+        rollout_lag: With 1, servers (`sampler: vllm` with `urls`) sample the next step's responses while the policy
+            learns from this step's; the ratio corrects for the update in between. 0 samples with the current weights.
         num_iterations: Passes over each rollout; more than 1 makes the clipping matter.
-        steps_per_generation: Optimizer steps a pass (the rollout is cut into as many parts, by group).
+        steps_per_generation: Optimizer steps per pass; the rollout is split into as many parts, by group.
         learning_rate: Peak learning rate.
         warmup_steps: Steps of linear warm-up.
         lr_scheduler_type: "cosine" (to `min_lr_ratio` of the peak), "linear" or "constant".
@@ -162,19 +162,19 @@ class RlOptions:
         adam_beta1: AdamW beta 1.
         adam_beta2: AdamW beta 2.
         max_grad_norm: Gradient clipping.
-        optimizer_offload: Keep float32 weights, gradients and moments in main memory, and update there: of 18 bytes a
-            bfloat16 weight that trains, 2 stay on the GPU. Each gradient and each new weight crosses the bus. With
-            `sharding` all shards are kept there, of weights that do not train too.
+        optimizer_offload: Keep float32 weights, gradients and moments in main memory, and update there. Of 18 bytes per
+            trained bfloat16 weight, 2 stay on the GPU. Each gradient and each new weight crosses the bus. With
+            `sharding`, all shards are kept there, also those of frozen weights.
         mask_truncated_completions: Leave responses without an end of sequence out of the loss.
         dynamic_sampling: Replace groups without signal (all tied) by fresh prompts.
-        dynamic_sampling_rounds: Most extra rollouts a step for that.
+        dynamic_sampling_rounds: Most extra rollouts per step for that.
         eval_steps: Steps between two evaluations on the validation set; a checkpoint is written at each. Supervised
             fine-tuning evaluates and writes at every fourth of them, and at its end.
-        metric_for_best_model: What the best checkpoint is chosen by, on validation: "accuracy"; "oracle", the share of
-            greedy answers that the run's oracle ranks above those where RL began; "none" keeps the last; "auto" is
-            oracle where answers are free text or missing, else accuracy.
-        async_checkpoints: Copy what a checkpoint holds and write it while the run goes on. It takes main memory for the
-            copy; a run that is killed meanwhile goes on from the checkpoint before.
+        metric_for_best_model: Validation metric that selects the best checkpoint: "accuracy"; "oracle", the share of
+            greedy answers that the run's oracle ranks above those from the start of RL; "none" keeps the last; "auto"
+            is "oracle" where answers are free text or missing, else "accuracy".
+        async_checkpoints: Copy a checkpoint's contents and write them while the run continues. The copy takes main
+            memory. A run that is killed during the writing resumes from the checkpoint before.
         keep_checkpoints: Newest checkpoints that are kept, at least 2, so that a run goes on where one is damaged.
         early_stopping_patience: Evaluations without a better score after which the stage ends; 0 never ends it early.
     """
@@ -273,29 +273,29 @@ class RlOptions:
 
 @dataclass
 class RunOptions:
-    """Where the run lives and what it shows.
+    """Where the run is kept, its processes, and what it records.
 
     Attributes:
-        output_dir: The run's folder; it is made, and must be new, empty or an unfinished run of ours with `resume`.
+        output_dir: Folder of the run. It must be new or empty, or be an unfinished run that `resume` continues.
         overwrite_output_dir: Replace an earlier run in `output_dir`, which is deleted once this one has made a step.
-        resume: Folder of a run to continue from its last checkpoint, with the configuration it began with; of the
-            other keys a few can change (learning rates, dtype, options of the oracle), the rest is refused.
+        resume: Folder of a run to continue from its last checkpoint, with the configuration it began with. A few keys
+            may change (learning rates, dtype, options of the oracle); other changes are refused.
         cache_dir: Where synthetic data and tiny models are kept between runs.
         seed: Seed of weights, data, order and sampling.
         num_processes: Processes on this machine that share every step; 0 is one, or two where there is no GPU and
             more than one core. Under torchrun its processes are used instead.
-        sharding: "fsdp2" cuts weights, gradients and the optimizer's moments over the processes (PyTorch's FSDP2), so
-            that each holds its part of them; "none" leaves each process the whole model.
-        sharding_size: With fsdp2 the processes that hold the weights together once; 0 is all of a machine's. With more
-            processes than that, each such row holds the weights.
-        threads: CPU threads a process; 0 leaves it to torch, and divides the cores among several processes.
+        sharding: "fsdp2" shards weights, gradients and the optimizer's moments over the processes (PyTorch's FSDP2);
+            with "none" each process holds the whole model.
+        sharding_size: With fsdp2, how many processes together hold the weights once; 0 is all of a machine's. With more
+            processes than that, each group of this size holds the weights.
+        threads: CPU threads per process; 0 leaves it to torch, and divides the cores among several processes.
         logging_steps: Steps between two lines in metrics.jsonl.
         eval_videos_per_step: Videos evaluated at once, while the next ones are decoded.
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
-        report_to: Trackers that get the metrics too, each by its own library: trackio, wandb, swanlab, mlflow.
+        report_to: Trackers that also get the metrics: trackio, wandb, swanlab, mlflow.
         report: Write report.html and its figures at the end.
-        grace_seconds: How long a run may take, on SIGTERM or SIGHUP, to finish its step and save before it just ends.
+        grace_seconds: Longest time to finish the step and save on SIGTERM or SIGHUP; then the run ends anyway.
         debug: Show tracebacks.
     """
 
@@ -336,7 +336,7 @@ class RunOptions:
 class TrainConfig(
     ModelOptions, DataOptions, SftOptions, RlOptions, AlgorithmOptions, OracleOptions, RunOptions
 ):
-    """Everything `python -m rlaif_fast.train` can be told; the defaults are for a model of billions of parameters."""
+    """Every key of `python -m rlaif_fast.train`; the defaults are for a model of billions of parameters."""
 
     min_pixels: int = 128 * 32 * 32
     max_pixels: int = 256 * 32 * 32
