@@ -19,20 +19,20 @@ OF_A_CRITIC = (
 
 @dataclass
 class AlgorithmOptions:
-    """What is learned from a group, and how.
+    """The algorithm, its loss and its models.
 
     Attributes:
         algorithm: "grpo_rank" (the oracle's order), "grpo" (scores, normalised in the group), "rloo" (scores, against
             the other responses' mean), "gopo" (ranks, evenly spaced), "rlrr" (ranks as relative rewards), "odrpo"
             (ranks, threshold by threshold), "online_dpo" (the best response against the worst), "dpo" (the same
-            of responses that the start drew), "lipo" (every pair, weighed by LambdaLoss), "ppo_rm" (a reward model from
-            the rankings, then PPO), one from the entry-point group `rlaif_fast.algorithms`, or "module:Class" of a file
-            of your own.
-        advantage: How grpo_rank makes advantages of ranks: "directed", "oracle", "paper", "paper_swapped"; "zscore" is
-            `algorithm: grpo`.
+            with responses of the starting weights), "lipo" (every pair, weighed by LambdaLoss), "ppo_rm" (reward model
+            from rankings, then PPO), one from the entry-point group `rlaif_fast.algorithms`, or "module:Class" of a
+            file of your own.
+        advantage: How grpo_rank turns ranks into advantages: "directed", "oracle", "paper", "paper_swapped";
+            "zscore" is `algorithm: grpo`.
         penalty_weight: Weight w of the rank penalty in a directed advantage.
         scale: "none", or "group": divide by the group's root mean square (grpo_rank, grpo and rlrr).
-        score: What the policy's own order is made of: "mean" or "sum" of the token log-probs.
+        score: Score that gives the policy's own order: "mean" or "sum" of the token log-probs.
         weight_by_confidence: Multiply a group's advantages by the oracle's confidence.
         beta: Weight of the KL to the reference policy (the start of this stage), 0.01 where null. For online_dpo, dpo
             and lipo DPO's beta, 0.1 where null: how strongly the policy is held to the reference.
@@ -45,14 +45,14 @@ class AlgorithmOptions:
         importance_sampling_level: "token" or "sequence".
         temperature: Sampling temperature; the loss uses the same.
         max_completion_length: Most tokens in a response, the end-of-sequence token counted; "dr_grpo" divides by it.
-        max_reasoning_tokens: Tokens of reasoning behind which it is closed, for a model whose chat template opens it;
-            the closing tokens are left out of the loss. null sets no bound of its own.
+        max_reasoning_tokens: Most tokens of reasoning, for a model whose chat template opens it; then it is closed. The
+            closing tokens are left out of the loss. null sets no bound of its own.
         backend: Backend of the loss: "auto", "triton", "cuda", "cpu", "reference".
-        reward_model_steps: Rollouts, of `max_steps`, that the start draws, the oracle ranks and the reward model learns
-            from before PPO begins (ppo_rm, like all options below).
-        reward_model_refresh: Let the oracle rank PPO's rollouts too, and the reward model learn from each before it
-            scores it; else the reward model stays as it is and PPO asks no oracle.
-        reward_model_updates: Updates of the reward model from a rollout, each from a part of its groups.
+        reward_model_steps: The first rollouts of `max_steps`. The starting weights draw them, the oracle ranks them,
+            and the reward model learns from them before PPO begins (ppo_rm, like all options below).
+        reward_model_refresh: Let the oracle rank PPO's rollouts too; the reward model learns from each before scoring
+            it. Otherwise the reward model stays fixed, and PPO does not use the oracle.
+        reward_model_updates: Updates of the reward model per rollout, each on a part of its groups.
         reward_model_learning_rate: Peak learning rate of the reward model; null is `learning_rate`.
         center_rewards_coefficient: Weight of the squared sum of two scores, which holds them near zero.
         value_learning_rate: Peak learning rate of the value model; null is `learning_rate`.

@@ -49,28 +49,29 @@ class EvaluateConfig:
     From `media_root` on, null takes the run's value, or without a run what training takes unless told otherwise.
 
     Attributes:
-        run: A run's folder: its best checkpoint is evaluated, with its configuration.
+        run: Folder of a run; its best checkpoint is evaluated, with its configuration.
         model: A checkpoint folder, a folder of LoRA adapters or a hub name, in place of the run's.
         data: A JSONL file, in place of the run's test split; with `benchmark` the folder with its files.
-        benchmark: "videomme", "msvd_qa", "msrvtt_qa", "activitynet_qa", "nextqa", "mvbench" or "jsonl": answer it, and
-            write every answer, tables and bars to `output_dir`.
-        output_dir: A benchmark's results; an interrupted evaluation goes on there. null is `evals/BENCHMARK`.
+        benchmark: "videomme", "msvd_qa", "msrvtt_qa", "activitynet_qa", "nextqa", "mvbench" or "jsonl"; its
+            answers, tables and bars are written to `output_dir`.
+        output_dir: Folder for a benchmark's results; an interrupted evaluation continues there. null is
+            `evals/BENCHMARK`.
         answering: How multiple choice is answered in a benchmark: "generate" writes the answer out, "letter" takes the
             most likely letter, "likelihood" the option of the most likely text.
-        subtitles: Show what is said in the video (Video-MME).
-        judge: Oracle that grades the answers to open questions, yes or no and 0 to 5; null asks none.
-        judge_options: Its options.
-        before: The `items.jsonl` of another evaluation on the same questions, which this one is compared with.
-        limit: The first questions of a benchmark alone; null takes all.
+        subtitles: Show the model the subtitles of the video (Video-MME).
+        judge: Oracle that grades the answers to open questions, yes or no and 0 to 5; null for none.
+        judge_options: Options of the judge.
+        before: The `items.jsonl` of another evaluation on the same questions, to compare with.
+        limit: Answer only the first questions of a benchmark; null takes all.
         num_processes: Processes that share a benchmark on this machine; under torchrun those that it started.
-        blank_frames: Replace every frame by grey: what a policy answers that cannot see.
+        blank_frames: Replace every frame by grey, to see what the policy answers without the video.
         output: JSONL file for the predictions; null writes none.
         device: "auto", "cpu", "cuda".
         videos_per_step: Videos answered at once, while the next ones are decoded.
         debug: Show tracebacks.
         media_root: Folder that relative media paths start from.
-        fps: Frames sampled a second.
-        nframes: Frames sampled a video, in place of `fps`.
+        fps: Frames sampled per second.
+        nframes: Frames sampled per video, in place of `fps`.
         min_frames: Fewest frames sampled.
         max_frames: Most frames sampled.
         min_pixels: Fewest pixels of a resized frame or image.

@@ -193,12 +193,12 @@ def grpo_rank_loss_from_logits(
         token_ids: (B, T) int64 or int32 in [0, V) wherever the mask is 1.
         oracle_ranks: As in `grpo_rank_loss`, like every argument not listed here. The entropy comes from the
             logits.
-        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token. What a low one
-            costs the gradient in float32 says docs/kernels.md.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` has one for each token. docs/kernels.md
+            says how much precision a low one costs the gradient in float32.
         logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
         logit_scale: Above 0; multiplies the logits, before the cap.
         inplace_backward: Let the backward pass overwrite the logits' memory with their gradient. Backward then runs
-            once, and raises where the logits changed meanwhile; what else reads them in its backward pass raises.
+            once, and raises if the logits changed meanwhile; other backward passes that read them raise too.
             Ignored by the reference and under torch.compile.
         backend: "auto", "triton", "cpu" or "reference".
 

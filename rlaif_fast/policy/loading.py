@@ -52,12 +52,12 @@ class ModelOptions:
         lora_alpha: LoRA scale.
         use_rslora: Scale the adapters by lora_alpha / sqrt(lora_r) (rsLoRA) in place of lora_alpha / lora_r.
         lora_dropout: Dropout in front of the adapters.
-        lora_modules: Parts that get adapters: "decoder", "tower", "projector"; an empty list is wherever the layers of
-            `lora_target_modules` are.
+        lora_modules: Parts that get adapters: "decoder", "tower", "projector". With an empty list, adapters go wherever
+            the layers of `lora_target_modules` are.
         lora_target_modules: Names of the linear layers that get an adapter; null is the family's own in the decoder,
             and all in the tower and the projector.
-        shared_prefix: Compute each prompt once a group. false is the plain path of other trainers (any family).
-        attention_backend: How the shared prefix is attended to: "auto", "flash", "torch_flash", "sdpa", "flex",
+        shared_prefix: Compute each prompt once per group. false is the plain path of other trainers (any family).
+        attention_backend: Attention over the shared prefix: "auto", "flash", "torch_flash", "sdpa", "flex",
             "reference".
         max_packed_tokens: Most tokens in one packed row, and in one forward and backward pass.
         max_cached_tokens: Most tokens whose keys and values a rollout holds at once; more prompts take turns.
@@ -65,7 +65,7 @@ class ModelOptions:
         min_pixels: Fewest pixels of a resized frame or image.
         max_pixels: Most pixels of a resized frame or image.
         total_pixels: Most pixels of all frames of a prompt together; null for no bound.
-        system_prompt: System turn for rows that bring none; null leaves it to the chat template.
+        system_prompt: System turn for rows without one; null leaves it to the chat template.
     """
 
     model: str = "tiny"
