@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import os
 import re
+import select
 import sys
 import traceback
 from collections import Counter
@@ -273,17 +276,27 @@ def _in_words(kind: Any) -> str:
     return " or ".join(map(_in_words, get_args(kind))) or str(kind)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviated flag, nor does one that it makes for a subcommand."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
+
+
 def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = "") -> int:
     """Run a command; print an error as one line and return its exit code.
 
     Args:
-        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM and SIGHUP.
+        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM and SIGHUP. Where the
+            reader of the output has gone it ends with 1, and says nothing.
         debug: Show tracebacks instead.
         flag: What the user says for that; empty where the command has no such flag.
     """
     hint = f" (run with {flag} for the traceback)" if flag else ""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except RlaifFastError as error:
         if debug:
             traceback.print_exc()
@@ -293,6 +306,8 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
         print(f"terminated by {error}", file=sys.stderr)
         return EXIT_CODE
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
         if debug:
             raise
         print(f"error: {_os_reason(error)}{hint}", file=sys.stderr)
@@ -305,6 +320,17 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
             raise
         print(f"error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the standard output any more; what is still to be written there is then dropped."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)  # an error is told unasked
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _os_reason(error: OSError) -> str:

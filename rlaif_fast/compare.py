@@ -10,29 +10,34 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlaif_fast.cli import run_command
+from rlaif_fast.cli import CommandParser, run_command
 from rlaif_fast.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m rlaif_fast.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="show these finished runs")
-    parser.add_argument("--categories", action="store_true", help="with RUN: add a table by category")
+    parser.add_argument(
+        "--categories", action="store_true", default=None, help="with RUN: add a table by category"
+    )
     parser.add_argument("--config", metavar="FILE", help="run the comparison that this YAML file describes")
     parser.add_argument(
         "--output_dir", metavar="DIR", help="with --config: in place of the file's output_dir"
     )
     parser.add_argument(
-        "--workers", type=int, default=0, help="with --config: runs at a time; 0 is one a GPU or core"
+        "--workers", type=int, help="with --config: runs at a time; without it one a GPU or core, as with 0"
     )
     parser.add_argument("--tables", nargs="+", metavar="NAME", help="with --config: run these tables alone")
     parser.add_argument(
-        "--report_only", action="store_true", help="with --config: run nothing, write the report"
+        "--report_only",
+        action="store_true",
+        default=None,
+        help="with --config: run nothing, write the report",
     )
     arguments = parser.parse_args(argv)
     if (arguments.config is None) == (not arguments.runs):
@@ -43,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unread, where = ["categories"], "--config"
         if arguments.report_only:
             unread, where = [*unread, "workers"], "--report_only"
-    given = [f"--{name}" for name in unread if getattr(arguments, name)]
+    given = [f"--{name}" for name in unread if getattr(arguments, name) is not None]
     if given:
         parser.error(f"{', '.join(given)}: not read with {where}; leave it out")
     return run_command(lambda: _show(arguments) if arguments.config is None else _compare(arguments))
@@ -86,7 +91,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     refuse_changed(plan.jobs())
     progress = None
     if not arguments.report_only:
-        progress = run_with_bar(plan, workers=arguments.workers)
+        progress = run_with_bar(plan, workers=arguments.workers or 0)
     print(f"report: {write_report(plan)}")
     if progress is not None:
         check_all_finished(progress)

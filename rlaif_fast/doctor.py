@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -21,6 +20,7 @@ from importlib import metadata
 import torch
 
 from rlaif_fast import __version__
+from rlaif_fast.cli import CommandParser, run_command
 from rlaif_fast.loss import backends, extension
 from rlaif_fast.machine import cores as available_cores
 
@@ -100,7 +100,7 @@ def packages() -> list[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 where a check failed, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m rlaif_fast.doctor", description=__doc__)
+    parser = CommandParser(prog="python -m rlaif_fast.doctor", description=__doc__)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--check",
@@ -112,9 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.check:
-        return check()
+        return run_command(check)
     if options.model is not None:
-        return check_model(options.model)
+        return run_command(lambda: check_model(options.model))
+    return run_command(report)
+
+
+def report() -> int:
+    """Print what is there; returns 0."""
     findings = [*machine(), built_extension(), *packages()]
     statuses = backends.report()
     try:
@@ -148,10 +153,17 @@ def check() -> int:
 
 
 def check_model(model: str) -> int:
-    """Say how a model would be trained; returns 1 where it would be refused, else 0."""
+    """Say how a model would be trained; returns 1 where it would be refused, else 0.
+
+    Raises:
+        UsageError: It is the tiny model, which a run makes.
+    """
     from rlaif_fast.errors import UsageError
     from rlaif_fast.prompts.describe import describe_model
+    from rlaif_fast.trainer.options import TINY_FAMILIES
 
+    if model in TINY_FAMILIES:
+        raise UsageError(f"model: {model!r} is made by the run that trains it; give a checkpoint of that run")
     try:
         lines = describe_model(model)
     except UsageError as error:

@@ -49,6 +49,8 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     config = configuration(options, tell)
     # Answers are wanted, and may be all that is wanted.
     rows, known = _rows(options, config, require_answer=output is None)
+    if output is not None:
+        check_output("output", output, [medium.path for row in rows for medium in row.seen])
     result, unread = _answers(options, config, rows)
     if not result.predictions:
         raise UsageError(f"evaluate: none of the {len(rows)} rows could be answered: {unread}")

@@ -6,7 +6,6 @@ its current name. It is loaded once more, and its log-probabilities are compared
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rlaif_fast.cli import run_command
+from rlaif_fast.cli import CommandParser, run_command
 from rlaif_fast.errors import RlaifFastError, UsageError, first_line, typed_line
 from rlaif_fast.outputs import refuse_records
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, save_quietly
@@ -33,7 +32,7 @@ IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="rlaif_fast.export", description=__doc__)
+    parser = CommandParser(prog="rlaif_fast.export", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new or empty")
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into their base model")
@@ -67,6 +66,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
     """
     from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
 
+    out = out.expanduser()
     source = checkpoint_of(run.expanduser())
     adapters = adapter_folder(str(source)) is not None
     if merge and not adapters:

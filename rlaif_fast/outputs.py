@@ -42,7 +42,7 @@ def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None]
         raise UsageError(f"{name}: {path} is a folder; give a file")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"{name}: the folder {path.parent} is not writable; give another file")
-    for read in reads:
+    for read in reads if path.exists() else ():
         if read is not None and is_same(path, Path(read).expanduser()):
             raise UsageError(f"{name}: {path} is read, and would be lost; give another file")
     refuse_records(name, path)

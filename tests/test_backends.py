@@ -131,6 +131,11 @@ def test_doctor_prints_every_backend(capsys):
         assert word in text, word
 
 
+def test_the_doctor_does_not_look_for_the_tiny_model(capsys):
+    assert doctor.main(["--model", "tiny"]) == 2
+    assert "model: 'tiny' is made by the run that trains it" in capsys.readouterr().err
+
+
 def test_masked_out_fields_are_left_out_of_the_statistics():
     stats = grpo_rank_loss(torch.zeros(2, 3), advantages=torch.zeros(2)).stats
     clipped = {"clip_low", "clip_high"} | {

@@ -1,8 +1,11 @@
 """Flags win over files wherever they stand, and what both set is told."""
 
+import errno
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,6 +238,49 @@ def test_a_flag_that_an_error_names_is_one_that_the_command_takes(command, monke
             runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
         assert end.value.code == 0, capsys.readouterr().err
     assert [debug for debug, _ in seen] == [False, bool(seen[0][1])]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("compare", ["RUN", "--categ"]),
+        ("doctor", ["--mod", "PATH"]),
+        ("export", ["RUN", "--out", "DIR", "--mer"]),
+        ("data", ["check", "FILE", "--skip"]),
+        ("video", ["probe", "FILE", "--js"]),
+        ("oracle", ["rank", "FILE", "--out", "OTHER"]),
+    ],
+)
+def test_no_command_takes_an_abbreviated_flag(command, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"rlaif_fast.{command}", run_name="__main__")
+    assert end.value.code == 2
+    assert "unrecognized arguments: --" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_closes_the_pipe_is_no_error(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run(
+            [sys.executable, "-m", "rlaif_fast.oracle", "list"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            timeout=100,
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capfd):
+    def command():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    assert cli.run_command(command) == 1
+    assert capfd.readouterr().err == "error: Broken pipe\n"
 
 
 def test_an_unexpected_error_names_the_flag_where_there_is_one(capsys):

@@ -123,6 +123,7 @@ def test_cells_cannot_break_the_table():
     [
         (["run", "--output_dir", "zz", "--tables", "a"], "--output_dir, --tables: not read with RUN"),
         (["run", "--workers", "7"], "--workers: not read with RUN"),
+        (["run", "--workers", "0"], "--workers: not read with RUN"),
         (["run", "--report_only"], "--report_only: not read with RUN"),
         (["--config", "c.yaml", "--categories"], "--categories: not read with --config"),
         (["--config", "c.yaml", "--report_only", "--workers", "3"], "--workers: not read with --report_only"),

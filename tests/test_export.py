@@ -243,3 +243,10 @@ def test_weights_that_are_not_as_they_were_written_are_refused(base, tmp_path):
     check_weights(checkpoint / "config.json")  # what is no folder is for others to refuse
     (checkpoint / MANIFEST).write_text('{"files": "of someone else"}')
     assert checkpoint_of(checkpoint) == checkpoint
+
+
+def test_the_home_folder_is_known_by_its_sign(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main([str(base), "--out=~/out"]) == 0
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "~").exists()

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from rlaif_fast.data.__main__ import main as data_command
+from rlaif_fast.oracle.__main__ import main as oracle_command
 from rlaif_fast.video import FrameSampling
 from rlaif_fast.video.__main__ import _vet_all, main
 from rlaif_fast.video.refs import Cut, MediaRef
@@ -147,3 +149,27 @@ def test_check_looks_at_what_each_row_shows(folder, tmp_path, capsys):
     data.write_text(json.dumps(pictures) + "\n")
     assert main(["check", str(data), "--workers", "1"]) == 1
     assert f"{tmp_path / '2.png'}: 8x8, but the first picture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_a_timeout_is_a_time(folder, capsys, seconds):
+    assert main(["check", str(folder / "mixed.jsonl"), "--timeout", seconds]) == 2
+    assert capsys.readouterr().err.startswith("error: timeout: expected a positive number, got ")
+
+
+def test_no_command_writes_over_a_medium_of_its_rows(tmp_path, capsys):
+    write_video(tmp_path / "clip.mp4", counter_frames(4), codec="mpeg4")
+    (tmp_path / "link.png").symlink_to("clip.mp4")
+    held = (tmp_path / "clip.mp4").read_bytes()
+    rows = str(tmp_path / "rows.jsonl")
+    row = {"id": "1", "video": "clip.mp4", "question": "What?", "answer": "a", "responses": ["a", "b"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    over = str(tmp_path / "link.png")
+    for command, words in (
+        (main, ["check", rows, "--quarantine", over]),
+        (data_command, ["preview", rows, over]),
+        (oracle_command, ["rank", rows, "--output", over]),
+    ):
+        assert command(words) == 2
+        assert f"{over} is read, and would be lost" in capsys.readouterr().err
+    assert (tmp_path / "clip.mp4").read_bytes() == held

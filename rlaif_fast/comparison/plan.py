@@ -129,7 +129,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
         refuse_repeated_keys(file)
         values = load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"config: cannot read {file}: {error}") from error
+        raise UsageError(f"config: cannot read {file}: {' '.join(str(error).split())}") from error
     known = [entry.name for entry in dataclasses.fields(Plan)]
     if not isinstance(values, dict) or not {"arms", "tables"} <= values.keys():
         raise UsageError(
@@ -146,7 +146,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     values = {**values, "feedback": values.get("feedback") or {"exact": {}}}
     sections = _sections(values)
     plan = Plan(
-        output_dir=Path(folder),
+        output_dir=Path(folder).expanduser(),
         common=sections["common"],
         start=sections["start"],
         arms={name: sections[f"arms.{name}"] for name in values["arms"]},

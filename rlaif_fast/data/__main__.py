@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.cli import CommandParser, parse_config, run_command
 from rlaif_fast.data.identity import contents
 from rlaif_fast.data.reader import ReadReport, read_report
 from rlaif_fast.data.schema import Example
@@ -24,7 +24,7 @@ from rlaif_fast.video.refs import MediaRef
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
-    parser = argparse.ArgumentParser("rlaif_fast.data", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("rlaif_fast.data", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="make|check|preview|label")
 
@@ -205,6 +205,7 @@ def _preview(options: argparse.Namespace) -> int:
         raise UsageError(report.describe_errors() if report.errors else f"{report.path}: no row to draw")
     if report.errors:
         print(f"left out: {report.describe_errors()}", file=sys.stderr)
+    check_output("out", options.out, [m.path for example in report.examples for m in example.seen])
     drawn = draw_preview(report.examples, options.out, clips=options.clips, frames=options.frames)
     print(f"{options.out}: {drawn} clips")
     return 0

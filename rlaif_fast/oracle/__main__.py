@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlaif_fast.cli import run_command
+from rlaif_fast.cli import CommandParser, run_command
 from rlaif_fast.errors import UsageError, needed_by, require_least
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
@@ -43,7 +43,7 @@ _Ranked = tuple[str, dict[str, int | None]]  # category, and the rank of each re
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for a failure, 2 for wrong usage or wrong data."""
-    parser = argparse.ArgumentParser("rlaif_fast.oracle", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("rlaif_fast.oracle", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="rank|agree|pairs|list")
 
@@ -104,8 +104,8 @@ def _rank(options: argparse.Namespace) -> int:
     rows = list(read_rows(options.file))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")
-    media = _checked(rows, options)  # a wrong row is reported before anything is paid for
     output = _output(options, "ranked")
+    media = _checked(rows, options, output)  # a wrong row is reported before anything is paid for
     for role, file in (("rank", options.file), ("write", output)):
         if options.cache is not None and is_same(options.cache.expanduser(), file):
             raise UsageError(f"cache: {options.cache} is the file to {role}; give another")
@@ -128,7 +128,7 @@ def _rank(options: argparse.Namespace) -> int:
     return int(len(failures) > options.max_invalid_fraction * len(rankings))
 
 
-def _checked(rows: Sequence[_Row], options: argparse.Namespace) -> Callable[[_Row], list[Clip]]:
+def _checked(rows: Sequence[_Row], options: argparse.Namespace, output: Path) -> Callable[[_Row], list[Clip]]:
     """What decodes the media of a row, once every row and every file has been looked at."""
     for where, row in rows:
         row_request(row, where)
@@ -136,6 +136,7 @@ def _checked(rows: Sequence[_Row], options: argparse.Namespace) -> Callable[[_Ro
         return lambda _: []
     clips = RowClips(options.media_root or options.file.parent, options.nframes)
     media = {where: clips.find(row, where) for where, row in rows}
+    check_output("output", output, [medium.path for found in media.values() for medium in found])
     for where, found in media.items():
         clips.check(found, where)
     return lambda pair: clips.load(media[pair[0]], pair[0])
@@ -299,9 +300,4 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 if __name__ == "__main__":
-    # A reader that closes the pipe early is no error of ours.
-    try:
-        sys.exit(main())
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    sys.exit(main())

@@ -6,7 +6,6 @@ and datasets: the template escapes them, and the page forbids scripts and loadin
 
 from __future__ import annotations
 
-import argparse
 import importlib.resources
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from rlaif_fast.cli import run_command
+from rlaif_fast.cli import CommandParser, run_command
 from rlaif_fast.errors import writing
 from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report import figures
@@ -198,9 +197,7 @@ def _template() -> Template:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report of a run again; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m rlaif_fast.report.html", description=write_report.__doc__
-    )
+    parser = CommandParser(prog="python -m rlaif_fast.report.html", description=write_report.__doc__)
     parser.add_argument("run_dir", help="the --output_dir of a run")
     arguments = parser.parse_args(argv)
 

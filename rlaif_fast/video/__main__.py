@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import run_command
-from rlaif_fast.errors import UsageError, require_least
-from rlaif_fast.outputs import check_output
+from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.errors import UsageError, require_least, require_positive
+from rlaif_fast.machine import cores
+from rlaif_fast.outputs import check_output, write_atomically
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.clips import load_clip
 from rlaif_fast.video.errors import VideoError, kind_of
@@ -29,7 +29,7 @@ from rlaif_fast.video.sampling import FrameSampling
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 when a file is bad, 2 for wrong usage."""
-    parser = argparse.ArgumentParser("rlaif_fast.video", description=__doc__, allow_abbrev=False)
+    parser = CommandParser("rlaif_fast.video", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="probe|check|preview")
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("dataset", type=Path, metavar="DATASET.jsonl")
     check.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
     check.add_argument("--full", action="store_true", help="Decode every frame, not only the sampled ones.")
-    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Decoding processes.")
+    check.add_argument("--workers", type=int, default=cores(), help="Decoding processes.")
     check.add_argument(
         "--timeout", type=float, default=300.0, help="Seconds to scan a file, and again to decode it."
     )
@@ -144,6 +144,7 @@ class _Vetted:
 def _check(options: argparse.Namespace) -> int:
     require_least("shown", options.shown, 0)
     require_least("workers", options.workers, 1)
+    require_positive("timeout", options.timeout)
     from rich.console import Console
 
     from rlaif_fast.data.reader import read_report
@@ -155,6 +156,8 @@ def _check(options: argparse.Namespace) -> int:
         options.dataset, media_root=options.media_root, require_answer=False, check_files=False
     )
     media = dict.fromkeys(medium for example in report.examples for medium in example.seen)
+    if options.quarantine is not None:
+        check_output("quarantine", options.quarantine, [medium.path for medium in media])
     console = Console()
     for row in report.errors[: options.shown]:
         console.print(f"[red]row[/red] {_escaped(row)}", highlight=False, soft_wrap=True)
@@ -171,7 +174,7 @@ def _check(options: argparse.Namespace) -> int:
         console.print(f"... and {len(bad) - options.shown} more")
     if options.quarantine is not None:
         lines = [json.dumps({"path": r.path, "reason": r.reason}, ensure_ascii=False) + "\n" for r in bad]
-        options.quarantine.write_text("".join(lines), encoding="utf-8")
+        write_atomically(options.quarantine, "".join(lines))
     gone = {medium for medium, result in zip(media, vetted, strict=True) if result.reason}
     _summarise(vetted, bad, gone, report.examples, len(report.errors), seconds, console)
     return 1 if bad or report.errors else 0
