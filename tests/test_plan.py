@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from rlaif_fast.algorithms import make_algorithm
-from rlaif_fast.algorithms.group import rank_rollout
+from rlaif_fast.algorithms.group import minibatches, rank_rollout
 from rlaif_fast.data.schema import Example
 from rlaif_fast.distributed.world import World
 from rlaif_fast.oracle.base import Ranking
@@ -61,6 +61,13 @@ CASES = {
         {"beta": 0.01, "freeze_vision_tower": True},
     ),
     "several passes": ("qwen3_vl", SMALL, torch.float32, LONG, {"beta": 0.0, "max_packed_tokens": 700}),
+    "optimizer steps on parts": (
+        "qwen3_vl",
+        SMALL,
+        torch.float32,
+        LONG,
+        {"beta": 0.0, "num_iterations": 2, "steps_per_generation": 3},
+    ),
     # Drawn with the start's weights, the tower's pass is not the update's.
     "dpo": ("qwen3_vl", SMALL, torch.float32, LONG, {"beta": 0.1, "algorithm": "dpo"}),
 }
@@ -149,8 +156,11 @@ def measured(family, size, dtype, grid, config) -> tuple[int, int]:
 
 def update(run, updater, prompts, rollout, features):
     groups = rank_rollout(prompts, rollout, Last(), run.algorithm)
-    update_loss(run, [replace(group, advantages=torch.linspace(-1, 1, G)) for group in groups], features)
-    updater.step()
+    groups = [replace(group, advantages=torch.linspace(-1, 1, G)) for group in groups]
+    for _ in range(run.config.num_iterations):
+        for part in minibatches(groups, run.config.steps_per_generation):
+            update_loss(run, part, features)
+            updater.step()
 
 
 def recorded():
@@ -202,6 +212,26 @@ def test_what_servers_draw_is_scored_and_not_decoded():
     assert "keys and values" not in served.rollout | served.update
     assert {"prefill", "decode"}.isdisjoint(served.seconds) and served.seconds["scoring"] > 0
     assert {"prefill", "decode"} <= make_plan(PlanConfig(**own)).seconds.keys()
+
+
+def test_each_pass_over_a_rollout_takes_its_time():
+    """And an optimizer step on a part of the rollout its memory."""
+    own = {"videos_per_step": 4, "max_completion_length": 8, "max_frames": 8, "max_pixels": 4096}
+    own |= {"min_pixels": 4096, "beta": 0.1, "algorithm": "dpo"}  # whose tower runs for the update alone
+    config = PlanConfig(**own)
+    once, twice = make_plan(config), make_plan(replace(config, num_iterations=2))
+    for name in ("update", "reference", "optimizer"):
+        assert twice.seconds[name] == pytest.approx(2 * once.seconds[name])
+    # A pass in the rollout, a pass and its backward an iteration.
+    assert twice.seconds["vision tower"] > 1.5 * once.seconds["vision tower"]
+    for name in ("prefill", "decode"):
+        assert twice.seconds[name] == once.seconds[name]
+    assert twice.update == once.update
+    parts = make_plan(replace(config, steps_per_generation=4))
+    for name in ("update", "reference", "vision tower"):
+        assert parts.seconds[name] == pytest.approx(once.seconds[name], rel=0.01)
+    assert parts.seconds["optimizer"] == pytest.approx(4 * once.seconds["optimizer"])
+    assert sum(parts.update.values()) < sum(once.update.values()) and parts.rollout == once.rollout
 
 
 def test_a_deep_model_is_drawn_on_from_shallow_ones(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from rlaif_fast.loss import reference
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.rollout.base import Rollout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,7 @@ def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None
     return ranking.scores
 
 
-def minibatches(groups: Sequence[Group], parts: int) -> list[Sequence[Group]]:
+def minibatches(groups: Sequence[T], parts: int) -> list[Sequence[T]]:
     """The groups cut into `parts` as evenly as possible; some may be empty."""
     bounds = [len(groups) * i // parts for i in range(parts + 1)]
     return [groups[low:high] for low, high in pairwise(bounds)]

@@ -37,7 +37,7 @@ class Plan:
         update: Bytes by part when the update does.
         seconds: By part.
         prompt_tokens: Tokens of a prompt.
-        passes: Forward and backward passes of an update.
+        passes: Forward and backward passes of an optimizer step.
     """
 
     config: PlanConfig

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlaif_fast.algorithms.group import minibatches
 from rlaif_fast.algorithms.registry import make_algorithm
 from rlaif_fast.loss.chunks import gpu_chunk_rows
 from rlaif_fast.loss.inputs import Head
@@ -46,7 +47,7 @@ class Step:
         rollout: Bytes by part when the rollout holds most, without what is held all the time.
         update: Likewise of the update.
         flops: By part: "vision tower", "prefill" or "scoring", "update", and of the last the "forward" pass.
-        passes: Forward and backward passes of an update.
+        passes: Forward and backward passes of an optimizer step.
         at_once: Prompts whose keys and values a rollout holds together.
         cache: Bytes of those; 0 where servers hold them.
     """
@@ -117,6 +118,9 @@ class _Simulation:
         captured: bool,
     ) -> None:
         self.policy, self.config, self.prompts = policy, config, prompts
+        self.learned = max(minibatches(prompts, config.steps_per_generation), key=len)
+        # Optimizer steps as large as that one.
+        self.updates = config.num_iterations * len(prompts) / len(self.learned)
         self.together, self.ledger, self.captured = together, ledger, captured
         self.flops: dict[str, float] = {}
         self.held: dict[Tensor, Tensor] = {}  # gradients in float32, where they are not the weights' own
@@ -128,12 +132,12 @@ class _Simulation:
         at_once = self.turns()
         # Of each size once, from the step before.
         caches = [self.make_cache(size) for size in dict.fromkeys(at_once)] if self.captured else []
-        features = self.encode(with_graph=kept)
+        features = self.encode(self.prompts, with_graph=kept)
         cache = self.roll_out(None if features is None else features.detach(), at_once[0], caches)
         rollout = self.ledger.take_peak()
         if self.policy.vision.trains and not kept:
             del features
-            features = self.encode(with_graph=True)
+            features = self.encode(self.learned, with_graph=True, times=self.updates)
         passes = self.update(features)
         del caches  # until here
         return Step(rollout, self.ledger.take_peak(), self.flops, passes, at_once[0], cache)
@@ -141,9 +145,11 @@ class _Simulation:
     def count(self, part: str, before: float, times: float = 1.0) -> None:
         self.flops[part] = self.flops.get(part, 0.0) + (self.ledger.flops - before) * times
 
-    def encode(self, *, with_graph: bool) -> MediaFeatures | None:
+    def encode(
+        self, prompts: Sequence[EncodedPrompt], *, with_graph: bool, times: float = 1.0
+    ) -> MediaFeatures | None:
         """What `VisionEncoder` does, without what it remembers."""
-        media = list({m.key: m for prompt in self.prompts for m in prompt.media}.values())
+        media = list({m.key: m for prompt in prompts for m in prompt.media}.values())
         if not media:
             return None
         tower, before = self.policy.vision.tower, self.ledger.flops
@@ -164,7 +170,7 @@ class _Simulation:
                 pieces += zip(*(level.split(lengths) for level in levels))
                 del output, levels, patches
             whole = tuple(torch.cat(level) for level in zip(*pieces))
-        self.count("vision tower", before)
+        self.count("vision tower", before, times)
         ends = np.cumsum([0, *(size // merge for size in sizes)]).tolist()
         return MediaFeatures(whole, {m.key: (ends[i], ends[i + 1] - ends[i]) for i, m in enumerate(media)})
 
@@ -223,11 +229,11 @@ class _Simulation:
         self.count("scoring", before)
 
     def update(self, features: MediaFeatures | None) -> int:
-        """The largest pass of an update, behind the others where there are several."""
+        """The largest pass of an optimizer step, behind the others where there are several."""
         policy, config, ledger = self.policy, self.config, self.ledger
         tokens = config.num_generations * config.max_completion_length
-        counts = [tokens] * len(self.prompts)
-        parts = cut_by_tokens(self.prompts, counts, config.max_packed_tokens)
+        counts = [tokens] * len(self.learned)
+        parts = cut_by_tokens(self.learned, counts, config.max_packed_tokens)
         sizes = [part.stop - part.start for part in parts]
         largest = parts[sizes.index(max(sizes))]
         trained = [p for p in policy.model.parameters() if p.requires_grad]
@@ -240,21 +246,22 @@ class _Simulation:
         hooks = [p.register_post_accumulate_grad_hook(self.collect) for p in trained]
         leaves = features.leaves() if features is not None and features.requires_grad else None
         before = ledger.flops
-        prompts = self.prompts[largest]
+        prompts = self.learned[largest]
+        times = self.updates * len(self.learned) / len(prompts)
         rows = for_policy(response_rows(prompts, self.responses(len(prompts))), policy)
         hidden = response_hidden(policy, rows, features=leaves or features)
         with ledger.part("logits"):
             loss = _FusedLoss.apply(hidden, policy.head_weight)
         del hidden
-        self.count("forward", before, len(self.prompts) / len(prompts))
+        self.count("forward", before, times)
         loss.backward()
         del loss
-        self.count("update", before, len(self.prompts) / len(prompts))
+        self.count("update", before, times)
         if leaves is not None:
             assert features is not None
             before = ledger.flops
             features.backward_from(leaves)
-            self.count("vision tower", before)
+            self.count("vision tower", before, self.updates)
         for hook in hooks:
             hook.remove()
         return len(parts)

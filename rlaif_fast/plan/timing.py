@@ -44,14 +44,14 @@ def seconds_of(
         computed = 2 * decoder * responses / turns
         parts["decode"] = turns * config.max_completion_length * max(read / bandwidth, computed / rate)
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    parts["optimizer"] = OPTIMIZER_BYTES * trained / config.together / bandwidth
+    updates = config.num_iterations * config.steps_per_generation
+    parts["optimizer"] = updates * OPTIMIZER_BYTES * trained / config.together / bandwidth
     if config.gpus > 1:
-        parts["exchanges"] = _exchanged(policy, config, step.passes, trained)
+        parts["exchanges"] = _exchanged(policy, config, step.passes, updates, trained)
     return parts
 
 
-def _exchanged(policy: Policy, config: PlanConfig, passes: int, trained: int) -> float:
-    updates = config.num_iterations * config.steps_per_generation
+def _exchanged(policy: Policy, config: PlanConfig, passes: int, updates: int, trained: int) -> float:
     inside = LINK * GPUS[config.gpu].link * 1e9
     machines = -(-config.gpus // config.gpus_a_machine)
     together = config.together
