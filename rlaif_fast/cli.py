@@ -194,12 +194,12 @@ def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: 
             held = _texts_kept({name: _plain(found[name])}, *_files_and_flags(words))[name]
             if name in before and (source == "the flag" or held != before[name][1]):
                 earlier = "the file" if len(paths) == 1 else before[name][0]
-                print(f"{name}: {held!r} ({source}; {earlier} says {before[name][1]!r})", file=sys.stderr)
+                tell(f"{name}: {held!r} ({source}; {earlier} says {before[name][1]!r})")
             before[name] = source, held
     given = Counter(word[2:].partition("=")[0] for word in settings if word.startswith("--"))
     for name in names:
         if given[name] > 1:
-            print(f"{name}: {before[name][1]!r} (the last of {given[name]} flags)", file=sys.stderr)
+            tell(f"{name}: {before[name][1]!r} (the last of {given[name]} flags)")
 
 
 def _names(config_class: type) -> list[str]:
@@ -274,6 +274,17 @@ def _in_words(kind: Any) -> str:
     if get_origin(kind) in (dict, list):
         return "keys with values, {KEY: value}" if get_origin(kind) is dict else "a list, [a, b], of text"
     return " or ".join(map(_in_words, get_args(kind))) or str(kind)
+
+
+def is_first() -> bool:
+    """Whether this is no process of torchrun's, or the first of them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell(line: str) -> None:
+    """Print a line beside the results; what all processes of torchrun would say is said once."""
+    if is_first():
+        print(line, file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):

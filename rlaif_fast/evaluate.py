@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlaif_fast.cli import flag_is_true, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, parse_config, run_command, tell
 from rlaif_fast.errors import UsageError, require
-from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint, tell
+from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
 from rlaif_fast.outputs import check_output
 from rlaif_fast.trainer.options import TrainConfig
 

@@ -15,11 +15,10 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command, tell
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.machine import keep_freed_memory, peak_rss_bytes
 from rlaif_fast.yaml_keys import dump
@@ -47,12 +46,12 @@ def _run(argv: list[str]) -> int:
     given = given_values(TrainConfig, words, **texts)
     under = None
     if "resume" not in given:
-        under = defaults_of(given.get("model", TrainConfig.model), partial(print, file=sys.stderr))
+        under = defaults_of(given.get("model", TrainConfig.model), tell)
     config = parse_config(TrainConfig, argv, **texts, under=under)
     if config.resume is None:
         flags = given_values(TrainConfig, words, **texts, flags_alone=True)
         for line in tell_unread(config, flags, given.keys() - flags.keys()):
-            print(line, file=sys.stderr)
+            tell(line)
     train(config, given)
     return 0
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.evals.options import EvaluateConfig, configuration
+from rlaif_fast.evaluate import main as evaluate_main
 from rlaif_fast.plan import __main__ as plan_module
 from rlaif_fast.policy.tiny import TinySize, make_tiny
 from rlaif_fast.trainer.cached_model import defaults_of
@@ -68,6 +70,27 @@ def test_a_flag_wins_wherever_it_stands(files, order, capsys):
     told = capsys.readouterr().err.splitlines()
     assert told[-1 - ("early" in order)].startswith("model: 'flag' (the flag; ")
     assert told[-1].endswith("(the last of 2 flags)" if "early" in order else "says 'one')")
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "steps: 3 (the last of 2 flags)\n"), ("1", "")])
+def test_of_the_processes_of_torchrun_the_first_tells(rank, said, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert parse_config(Options, ["--steps", "2", "--steps", "3"], **TEXTS).steps == 3
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", ["other.csv"]), ("1", [])])
+def test_of_the_processes_of_torchrun_the_first_names_files_that_are_not_read(
+    rank, said, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "rows.jsonl").write_text('{"id": "1", "video": "gone.mp4", "question": "?", "answer": "a"}\n')
+    (tmp_path / "other.csv").write_text("a,b\n")
+    try:
+        assert evaluate_main(["--benchmark", "jsonl", "--data", str(tmp_path), "--model", "none"]) == 2
+    finally:
+        logging.getLogger("rlaif_fast.data").setLevel(logging.NOTSET)
+    assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == said
 
 
 def test_every_key_that_both_set_is_told(files, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,11 +146,6 @@ class EvaluateConfig:
         for name in BENCHMARK_ONLY:
             if getattr(self, name) not in (EvaluateConfig.__dataclass_fields__[name].default, {}):
                 raise UsageError(f"{name}: only a benchmark takes it; add --benchmark, or leave it out")
-
-
-def tell(line: str) -> None:
-    """Print a line beside the results."""
-    print(line, file=sys.stderr)
 
 
 def configuration(options: EvaluateConfig, tell: Callable[[str], None] = lambda line: None) -> TrainConfig:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command
+from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command, tell
 from rlaif_fast.plan.options import GPUS, PlanConfig
 from rlaif_fast.trainer.cached_model import defaults_of
 from rlaif_fast.trainer.unread import tell_unread
@@ -27,13 +26,13 @@ def _run(words: Sequence[str]) -> int:
     texts: dict[str, Any] = {"prog": "rlaif_fast.plan [CONFIG]", "description": __doc__ or ""}
     given = [word for word in words if not word.startswith("--print-config")]
     model = given_values(PlanConfig, given, **texts).get("model", PlanConfig.model)
-    under = defaults_of(model, partial(print, file=sys.stderr))
+    under = defaults_of(model, tell)
     config = parse_config(PlanConfig, words, **texts, under=under)
     by_flag = given_values(PlanConfig, given, **texts, flags_alone=True)
     for line in tell_unread(
         config, by_flag, given_values(PlanConfig, given, **texts).keys() - by_flag.keys()
     ):
-        print(line, file=sys.stderr)
+        tell(line)
     from rlaif_fast.plan.plan import GIB, make_fit, make_plan
     from rlaif_fast.trainer.preflight import MODEL_ORACLES
     from rlaif_fast.trainer.scoring import oracles_named
