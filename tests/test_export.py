@@ -207,14 +207,16 @@ def test_adapters_whose_base_has_moved_say_what_to_do(base, tmp_path):
     loaded = load_model(ModelOptions(model=str(own), lora_r=4))
     checkpoint = tmp_path / "checkpoint"
     save_model(checkpoint, loaded.model, loaded.tokenizer, read_processor_files(str(own)))
+    run = RunDir.create(tmp_path / "run")
+    store = CheckpointStore(run.checkpoints, read_processor_files(str(own)))
+    store.save("sft", loaded.model, loaded.tokenizer, {"step": 0}, best=True)
     own.rename(moved)
-    settings = checkpoint / "adapter_config.json"
-    with pytest.raises(
-        UsageError, match=rf"no such folder; bring it back, or name its new place in {settings}"
-    ):
-        export(checkpoint, tmp_path / "out", merge=True)
-    settings.write_text(settings.read_text().replace(str(own), str(moved)))
-    export(checkpoint, tmp_path / "out", merge=True)
+    for source in (checkpoint, run.path):
+        with pytest.raises(UsageError, match="no such folder; bring it back, or put a link to its new place"):
+            export(source, tmp_path / "out", merge=True)
+    own.symlink_to(moved)
+    for source in (checkpoint, run.path):
+        export(source, tmp_path / f"out of {source.name}", merge=True)
 
 
 def test_weights_that_are_not_as_they_were_written_are_refused(base, tmp_path):

@@ -258,7 +258,8 @@ def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
         loaded = load_model(scaled)
     except UsageError as error:
         moved = looks_like_a_path(base) and not Path(base).expanduser().exists()
-        remedy = f"; bring it back, or name its new place in {folder / ADAPTER_CONFIG}" if moved else ""
+        # A run's files are sealed, so another path cannot be written into them.
+        remedy = "; bring it back, or put a link to its new place there" if moved else ""
         raise UsageError(f"{what} holds LoRA adapters of the model {base!r}: {error}{remedy}") from error
     load_adapters(loaded.model, folder, what)
     if options.lora_r:
