@@ -115,6 +115,10 @@ def test_replay_matches_by_content_whatever_the_order(tmp_path):
         ),
         ('{"responses": ["a", "b"], "ranks": [0, 1]}', "v.jsonl:1: 'question' must be a text"),
         ('{"question": 3, "responses": ["a", "b"], "ranks": [0, 1]}', "v.jsonl:1: 'question' must be a text"),
+        (
+            f'{{"question": "q", "responses": ["a", "b"], "ranks": [0, {10**400}]}}',
+            r"v.jsonl:1: 'ranks' holds an integer beyond 2\*\*53",
+        ),
         ("", "v.jsonl holds no rows"),
         ('{"responses": ["a", "b"], "ranks": [0, 1], "confidence": NaN}', "v.jsonl:1: NaN is no JSON"),
         (

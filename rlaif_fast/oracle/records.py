@@ -45,6 +45,8 @@ def ranking_from_json(value: Mapping[str, Any]) -> Ranking:
         rank is None or (isinstance(rank, int) and not isinstance(rank, bool)) for rank in ranks
     ):
         raise ValueError("'ranks' must be a list of integers and nulls")
+    if any(rank is not None and abs(rank) > 2**53 for rank in ranks):
+        raise ValueError("'ranks' holds an integer beyond 2**53, which no float tells from its neighbour")
     scores = value.get("scores")
     if scores is not None and (
         not isinstance(scores, list)
