@@ -1,5 +1,7 @@
 """Runs of `ppo_rm`: options, log, schedules and resume."""
 
+import json
+
 import pytest
 
 from rlaif_fast import train as train_module
@@ -150,3 +152,21 @@ def test_a_run_goes_on_as_if_never_stopped(tmp_path, cache, monkeypatch, changes
     assert ["value/loss" in row for row in steps] == ["grad_norm" in row for row in steps] == learned
     assert abs(steps[-1]["kl"]) > 0
     assert {row["step"] for row in read_jsonl(tmp_path / "run" / "rollouts.jsonl")} == {1, 2, 3, 4}
+
+
+def test_an_error_in_the_first_ppo_step_costs_that_step_alone(tmp_path, cache, monkeypatch):
+    """The value model is there by then, and has not learned."""
+    changes = {"eval_steps": 9}
+    assert run(tmp_path / "whole", cache, **changes) == 0
+    update_loss = rl.update_loss
+
+    def fail_at_groups(run, groups, features):
+        return 1 / 0 if groups else update_loss(run, groups, features)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rl, "update_loss", fail_at_groups)
+        assert run(tmp_path / "run", cache, **changes) == 1
+    index = json.loads((tmp_path / "run" / "checkpoints" / "index.json").read_text())
+    assert index["last"] == "rl-000002"
+    assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

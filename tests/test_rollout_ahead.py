@@ -19,6 +19,7 @@ from rlaif_fast.rollout import SharedPrefixSampler, VllmSampler
 from rlaif_fast.rollout.base import Begun, EngineLost, SamplingParams
 from rlaif_fast.rollout.vllm import sampler as module
 from rlaif_fast.trainer import rl
+from rlaif_fast.trainer import run as run_module
 from rlaif_fast.trainer.ahead import RolloutAhead
 from rlaif_fast.trainer.options import TrainConfig
 
@@ -170,6 +171,30 @@ def test_a_resumed_run_learns_from_what_was_drawn_before(train, tmp_path, monkey
         patched.setattr(rl, "sample_and_rank", sample_or_die)
         with pytest.raises(Killed):
             train("run")
+    assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_an_evaluation_that_a_resumed_run_owes_keeps_what_was_drawn_before(train, tmp_path, monkeypatch):
+    """The run is ended in the evaluation behind step 2, resumed, and ended again behind that evaluation."""
+    assert train("whole") == 0
+    sample, evaluate, calls = rl.sample_and_rank, run_module.evaluate, []
+
+    def evaluate_or_end(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:  # the test of the supervised stage, the start, step 2
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **options)
+
+    def end(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "evaluate", evaluate_or_end)
+        assert train("run") == 130
+        patched.setattr(rl, "sample_and_rank", end)
+        assert train_module.main(["--resume", str(tmp_path / "run")]) == 130
+    assert rl.sample_and_rank is sample
     assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 

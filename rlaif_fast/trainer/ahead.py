@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import cast
 
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
@@ -72,8 +73,19 @@ class RolloutAhead:
         """What was begun, once it is drawn; see `SamplerElsewhere`."""
         return self._sampler.finish(begun, features)
 
-    def drawn(self, step: int) -> Drawn:
-        """This process's part of what a checkpoint before `step` keeps, once it is drawn; nothing where that failed."""
+    def drawn(self, step: int, world: World | None = None) -> Drawn:
+        """What a checkpoint before `step` keeps, once it is drawn; nothing of a process where that failed.
+
+        Args:
+            step: The step that learns from it.
+            world: The processes whose parts are gathered; None to do without the others.
+        """
+        if self._drawn is not None:
+            return self._drawn  # of the checkpoint before, behind which no process has asked anything
+        mine = self._drawn_here(step)
+        return mine if world is None else [group for part in world.gather(mine) for group in part]
+
+    def _drawn_here(self, step: int) -> Drawn:
         begun = self._begun.get(step)
         if begun is None:
             return []

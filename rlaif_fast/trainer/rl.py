@@ -87,12 +87,11 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         if critic is not None:
             state["critic"] = critic.state_dict()
         if run.ahead is not None:
-            mine = run.ahead.drawn(progress.step)
-            state["drawn"] = [group for part in ([mine] if alone else world.gather(mine)) for group in part]
+            state["drawn"] = run.ahead.drawn(progress.step, None if alone else world)
         return state
 
-    def changes() -> list[int]:
-        return [one.changes for one in updaters]
+    def changes() -> int:
+        return sum(one.changes for one in updaters)
 
     if resume_from is None:
         # The start is a candidate for the best checkpoint, so what is kept never scores below it on validation.
