@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 from tiny_runs import SMALL, metrics
-from world_parts import exceed_the_limit, lose_the_judge
+from world_parts import exceed_the_limit, lose_the_judge, meet_in_a_step
 
 from rlaif_fast import train as train_module
+from rlaif_fast.cli import run_command
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import SharedOutage
+from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.logging import RunLogger
 from rlaif_fast.trainer import rl, sft
@@ -75,6 +77,22 @@ def test_all_processes_learn_of_an_outage_and_rank_0_alone_tells_it(tmp_path, ca
         launch(lose_the_judge, str(tmp_path), 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("met", "code", "line"),
+    [
+        (
+            UsageError("oracle judge: expected 8 rankings, got 7"),
+            2,
+            "oracle judge: expected 8 rankings, got 7",
+        ),
+        (ValueError("a bug"), 1, "ValueError: a bug"),
+    ],
+)
+def test_the_exit_code_is_that_of_what_a_process_met(capfd, met, code, line):
+    assert run_command(lambda: launch(meet_in_a_step, met, 2)) == code
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: process 1: {line}"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

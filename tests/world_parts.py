@@ -129,6 +129,16 @@ def lose_the_judge(world: World, folder: str | None) -> str:
         raise
 
 
+def meet_in_a_step(world: World, met: Exception) -> None:
+    """Process 1 meets something in a step that all take together."""
+
+    def step() -> None:
+        if world.rank == 1:
+            raise met
+
+    world.together(step)
+
+
 def exceed_the_limit(world: World, options: tuple[str, bool]) -> str:
     """What each process says where the shards of process 1 are larger than its system lets files be."""
     folder, asynchronous = options

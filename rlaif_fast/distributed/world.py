@@ -28,7 +28,16 @@ class ConnectionLost(RlaifFastError):
 
 
 class SharedOutage(Outage):
-    """What ends the run in at least one process, and all know of, so that they end together. Rank 0 tells it."""
+    """What ends the run in at least one process, and all know of, so that they end together. Rank 0 tells it.
+
+    Args:
+        message: What it is.
+        exit_code: Of what the process met: 2 where the input is wrong, 1 else.
+    """
+
+    def __init__(self, message: str, exit_code: int = Outage.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class World:
@@ -155,10 +164,11 @@ class World:
             if not isinstance(error, RlaifFastError):
                 traceback.print_exception(error)  # now: once the others know, rank 0 ends this process
         if self.sum(met is not None)[0]:
-            said = str(met) if isinstance(met, RlaifFastError) else met and typed_line(met)
-            told = enumerate(self.gather(said))
-            rank, message = next((rank, message) for rank, message in told if message is not None)
-            raise SharedOutage(f"process {rank}: {message}") from met
+            said = None if met is None else (typed_line(met), Outage.exit_code)
+            if isinstance(met, RlaifFastError):
+                said = str(met), met.exit_code
+            rank, (message, exit_code) = next((rank, it) for rank, it in enumerate(self.gather(said)) if it)
+            raise SharedOutage(f"process {rank}: {message}", exit_code) from met
         return result
 
     @contextlib.contextmanager
