@@ -49,6 +49,18 @@ class Says:
         return self.said * len(requests)
 
 
+class SaysElse:
+    """An oracle of somebody else's, which returns no rankings."""
+
+    name = "says else"
+
+    def __init__(self, said):
+        self.said = said
+
+    def rank(self, requests):
+        return None if self.said is None else [self.said] * len(requests)
+
+
 AROUND = {
     "nothing": lambda oracle, folder: oracle,
     "breaker": lambda oracle, folder: CircuitBreaker(oracle),
@@ -64,6 +76,8 @@ AROUND = {
     ("oracle", "message"),
     [
         (Says(0, 1, 2, rankings=2), r"oracle says: expected \d rankings, got \d"),
+        (SaysElse(None), r"oracle says else: expected \d rankings, got 0"),
+        (SaysElse((0, 1, 2)), r"request g0: expected a Ranking, got \(0, 1, 2\)"),
         (Says(0, 1), "oracle says, request g0: expected 3 ranks, got 2"),
         (Says(0, 1, float("nan")), "request g0: expected ranks that are numbers or None"),
         (Says("0", "1", "2"), "request g0: expected ranks that are numbers or None"),

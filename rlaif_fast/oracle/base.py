@@ -116,10 +116,11 @@ def rank_all(oracle: Oracle, requests: Sequence[RankRequest], **more: Any) -> li
         One ranking a request, in their order.
 
     Raises:
-        UsageError: The oracle returned more or fewer; or of one the ranks or scores are not one a response, a rank is
-            no finite number, the score of a ranked response is no number, or the confidence is not in [0, 1].
+        UsageError: The oracle returned more or fewer, or what is no `Ranking`; or of one the ranks or scores are not
+            one a response, a rank is no finite number, the score of a ranked response is no number, or the confidence
+            is not in [0, 1].
     """
-    rankings = list(oracle.rank(requests, **more))
+    rankings = list(oracle.rank(requests, **more) or ())
     require(
         len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
     )
@@ -127,7 +128,9 @@ def rank_all(oracle: Oracle, requests: Sequence[RankRequest], **more: Any) -> li
 
 
 def _checked(oracle: Oracle, request: RankRequest, ranking: Ranking) -> Ranking:
-    ranks, scores, name = ranking.ranks, ranking.scores, f"oracle {oracle.name}, request {request.id}"
+    name = f"oracle {oracle.name}, request {request.id}"
+    require(isinstance(ranking, Ranking), name, "a Ranking", ranking)
+    ranks, scores = ranking.ranks, ranking.scores
     count = len(request.responses)
     require(len(ranks) == count, name, f"{count} ranks", len(ranks))
     finite = all(rank is None or (isinstance(rank, Real) and math.isfinite(rank)) for rank in ranks)
