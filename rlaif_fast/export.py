@@ -66,8 +66,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
     """
     from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
 
-    out = out.expanduser()
-    source = checkpoint_of(run.expanduser())
+    source, out = checkpoint_of(run.expanduser()), out.expanduser()
     adapters = adapter_folder(str(source)) is not None
     if merge and not adapters:
         raise UsageError(f"merge: {source} holds no LoRA adapters; leave --merge out")

@@ -68,7 +68,7 @@ def test_create_refuses_a_finished_run_unless_told(tmp_path):
 
 def made_run(path, steps):
     run = RunDir.create(path)
-    (run.checkpoints / "step-10").mkdir()
+    (run.checkpoints / "rl-10").mkdir()
     run.metrics.write_text("{}\n" * steps)
     run.predictions("sft").write_text("{}\n")
     run.write_summary({"final_accuracy": 0.5})
@@ -105,7 +105,7 @@ def test_a_run_that_is_replaced_comes_back_where_the_other_never_began(tmp_path,
         monkeypatch.undo()
         with pytest.raises(UsageError, match="finished run"):
             RunDir.create(run.path)
-    assert contents(run.path) == before and (run.checkpoints / "step-10").is_dir()
+    assert contents(run.path) == before and (run.checkpoints / "rl-10").is_dir()
     assert {entry.name for entry in run.path.iterdir()}.isdisjoint({module.REPLACED, module.MOVING})
 
 
@@ -141,7 +141,7 @@ def test_create_takes_a_folder_that_was_locked_and_never_begun(tmp_path):
 def test_create_refuses_to_lose_checkpoints(tmp_path):
     run = RunDir.create(tmp_path / "run")
     RunDir.create(run.path)  # nothing to lose yet
-    (run.checkpoints / "step-10").mkdir()
+    (run.checkpoints / "rl-10").mkdir()
     with pytest.raises(UsageError, match="--resume"):
         RunDir.create(run.path)
     RunDir.create(run.path, overwrite=True)

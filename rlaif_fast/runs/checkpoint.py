@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from rlaif_fast.policy.weights import (
     save_quietly,
 )
 from rlaif_fast.runs.background import Background, copied, copied_weights
-from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.folder import RunDir, is_checkpoint_name
 from rlaif_fast.runs.integrity import (
     Damage,
     LogDigests,
@@ -295,14 +294,8 @@ class CheckpointStore:
         """
         kept = self._read_index().kept()
         for child in self.folder.iterdir():
-            whole = child.name.removeprefix(".").removesuffix(".partial")
-            if child.is_dir() and is_checkpoint_name(whole) and child.name not in kept:
+            if child.is_dir() and is_checkpoint_name(child.name, partial=True) and child.name not in kept:
                 shutil.rmtree(child, ignore_errors=True)
-
-
-def is_checkpoint_name(name: str) -> bool:
-    """Whether a run names a checkpoint so: the end of a stage, or a step of one."""
-    return re.fullmatch(r"sft|(sft|rl)-\d+", name) is not None
 
 
 def _needs(roles: Mapping[str, str | None]) -> list[str]:

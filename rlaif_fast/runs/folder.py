@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ class RunDir:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts.jsonl"
@@ -317,12 +318,19 @@ class RunDir:
                 f"output_dir {self.path} holds a finished run; choose another folder, "
                 "or set overwrite_output_dir to replace it"
             )
-        begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        entries = sorted(entry.name for entry in self.checkpoints.glob("*"))
+        begun = bool(entries)
         if begun and not overwrite:
             raise UsageError(
                 f"output_dir {self.path} holds an unfinished run; continue it with --resume {self.path}, "
                 "or set overwrite_output_dir to start over"
             )
+        for name in entries:
+            if INDEX not in (name, written_as(name)) and not is_checkpoint_name(name, partial=True):
+                raise UsageError(
+                    f"overwrite_output_dir: {self.checkpoints / name} was not written by a run and would be deleted; "
+                    "move it elsewhere"
+                )
         return self.finished or begun
 
     def _set_aside(self) -> None:
@@ -347,6 +355,12 @@ class RunDir:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def is_checkpoint_name(name: str, *, partial: bool = False) -> bool:
+    """Whether a run names a checkpoint so, the end of a stage or a step of one; with `partial` what becomes one too."""
+    whole = name.removeprefix(".").removesuffix(".partial") if partial else name
+    return re.fullmatch(r"sft|(sft|rl)-\d+", whole) is not None
 
 
 def _size(count: float) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 from rlaif_fast.digests import text_digest
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.outputs import INDEX, write_atomically
-from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore, is_checkpoint_name
-from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.runs.checkpoint import CheckpointIndex, CheckpointStore
+from rlaif_fast.runs.folder import RunDir, is_checkpoint_name
 from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manifest, unseal
 
 

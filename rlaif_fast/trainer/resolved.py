@@ -21,6 +21,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
     whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
     whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
+    whole["output_dir"] = str(Path(config.output_dir).expanduser())
     whole["oracle_options"] = _whole_paths(config.oracle_options)
     return dataclasses.replace(config, num_processes=process_count(config), **whole)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -143,7 +142,7 @@ def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
         raise UsageError(
             f"resume: max_steps can be raised to extend a run, and {config.max_steps} is less than {saved.max_steps}"
         )
-    if Path(given.get("output_dir", run_dir.path)).resolve() != run_dir.path.resolve():
+    if RunDir(given.get("output_dir", run_dir.path)).path.resolve() != run_dir.path.resolve():
         fixed.append("output_dir")
     if fixed:
         raise UsageError(
