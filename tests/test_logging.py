@@ -6,6 +6,7 @@ import logging
 import os
 import pty
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -194,6 +195,18 @@ def test_event_files_follow_the_metrics_through_a_resume(run):
     assert _events(run) == {"rl/loss": [(1, 0.5), (2, 1.0), (3, 9.0)]}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's thread
+def test_a_run_goes_on_where_its_event_files_cannot_be_written(run):
+    stream = io.StringIO()
+    with _logger(run, tensorboard=True, stream=stream) as logger:
+        logger.log("rl", 1, loss=1.0)
+        shutil.rmtree(run.tensorboard)
+        for step in (2, 3, 4):
+            logger.log("rl", step, loss=1.0)
+    assert stream.getvalue().count("tensorboard: no longer written (FileNotFoundError") == 1
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3, 4]
+
+
 def test_time_goes_on_after_a_resume(run):
     with run.metrics.open("w") as file:
         file.write(json.dumps({"time": 500.0, "stage": "rl", "step": 1}) + "\n")
@@ -226,6 +239,28 @@ with RunLogger(RunDir.open(sys.argv[1]), tensorboard=False) as logger, logger.st
         logger.message(f"message {step}")
         time.sleep(0.3)
 """
+
+
+LISTENING = SCRIPT.replace(
+    "with RunLogger",
+    """from rlaif_fast.termination import Termination
+termination = Termination(60)
+with termination.installed(), termination.saving(), RunLogger""",
+)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_that_nobody_reads_asks_the_run_to_end(run, both):
+    """Nothing is raised within a step: the loop ends the run behind it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = LISTENING + "sys.exit(0 if termination.requested else 3)"
+    command = [sys.executable, "-c", code, str(run.path)]
+    process = subprocess.run(command, stdout=writer, stderr=writer if both else subprocess.PIPE, check=False)
+    os.close(writer)
+    assert process.returncode == 0
+    assert both or b"nothing reads what the run prints any more (broken pipe)\nSIGTERM: " in process.stderr
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3]
 
 
 def test_on_a_terminal_there_is_a_bar_and_messages_do_not_tear_it(run):

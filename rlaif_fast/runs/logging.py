@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -24,13 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rlaif_fast.errors import RlaifFastError, UsageError, typed_line
+from rlaif_fast.errors import RlaifFastError, typed_line
+from rlaif_fast.runs.events import EventFiles
 from rlaif_fast.runs.files import json_line, plain, read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.trackers import Trackers
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # What the progress line shows, in this order: the scalar, its label, its format.
 LIVE_VALUES = (
@@ -84,7 +82,7 @@ class RunLogger:
         self._seconds = dict(seconds or {})
         self._timers: list[str] = []
         self._timer_mark = 0.0
-        self._console = Console(
+        self._console = _RunConsole(
             file=stream if stream is not None else sys.stdout, markup=False, highlight=False, soft_wrap=True
         )
         self._stages: list[_Stage] = []
@@ -94,11 +92,11 @@ class RunLogger:
         earlier = list(read_jsonl(run_dir.metrics))
         self._has_begun = bool(earlier)
         self._started = time.perf_counter() - (earlier[-1]["time"] if earlier else 0.0)
-        self._created = run_dir.created
-        self._events = _event_writer(run_dir) if tensorboard else None
+        self._events = EventFiles(run_dir, self.message) if tensorboard else None
         self._trackers = Trackers(list(report_to), run_dir, config or {}, self.message)
         for record in earlier:
-            self._write_events(record)
+            if self._events is not None:
+                self._events.write(record)
             self._trackers.replay(record)
         # Unbuffered: a line is with the system once written, and a full disk is met there, not at the end.
         self._metrics = run_dir.metrics.open("ab", buffering=0)
@@ -164,7 +162,8 @@ class RunLogger:
             record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
             self.records += 1
             _append(self._metrics, json_line(record))
-            self._write_events(record)
+            if self._events is not None:
+                self._events.write(record)
             self._trackers.log(record)
             if stage == "eval":
                 self.message(_evaluation_line(record))
@@ -223,18 +222,6 @@ class RunLogger:
         return "  ".join(
             f"{label} {self._live[key]:{spec}}" for key, label, spec in LIVE_VALUES if key in self._live
         )
-
-    def _write_events(self, record: Mapping[str, Any]) -> None:
-        if self._events is None:
-            return
-        prefix = "/".join(str(record[key]) for key in ("stage", "phase", "split") if key in record)
-        values = {key: value for key, value in record.items() if key not in ("time", "step")}
-        for category, row in values.pop("by_category", {}).items():
-            values[f"accuracy/{category}"] = row["accuracy"]
-        for key, value in values.items():
-            if isinstance(value, (int, float)):
-                walltime = self._created + record["time"]
-                self._events.add_scalar(f"{prefix}/{key}", value, record["step"], walltime=walltime)
 
 
 class PackageLog(logging.Handler):
@@ -296,6 +283,19 @@ class SilentLogger:
         return 0.0
 
 
+class _RunConsole(Console):
+    """Where what read its output has ended, it ends the run as SIGTERM does; rich would end it within a step."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+        try:
+            print("nothing reads what the run prints any more (broken pipe)", file=sys.stderr, flush=True)
+        except OSError:  # the same pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        signal.raise_signal(signal.SIGTERM)
+
+
 class _Stage:
     """The progress of one stage: a task of the bar, or plain lines where there is no bar."""
 
@@ -348,19 +348,6 @@ def _progress_bar(console: Console) -> Progress | None:
         console=console,
         refresh_per_second=4,
     )
-
-
-def _event_writer(run_dir: RunDir) -> SummaryWriter:
-    """A writer on an empty folder: what was there is written again from the metrics."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UsageError(
-            "tensorboard is not installed; pip install 'rlaif-fast[train]', or set --tensorboard false"
-        ) from error
-    if run_dir.tensorboard.exists():
-        shutil.rmtree(run_dir.tensorboard)
-    return SummaryWriter(log_dir=str(run_dir.tensorboard))
 
 
 def _append(file: FileIO, text: str) -> None:
