@@ -104,6 +104,20 @@ def stopped(made):
     return RunDir(made / "stopped")
 
 
+def test_a_run_goes_on_where_its_data_were_moved(whole, stopped, made, tmp_path, capsys):
+    run = RunDir(shutil.copytree(stopped.path, tmp_path / "run"))
+    moved = shutil.copytree(made / "data", tmp_path / "moved")
+    rows = (moved / "test.jsonl").read_text()
+    (moved / "test.jsonl").write_text(rows.replace("What", "Who").replace("what", "who"))
+    words, before = ["--resume", str(run.path), f"--data={moved}"], run.config.read_text()
+    assert train_module.main(words) == 2
+    assert "data: not the rows" in capsys.readouterr().err and run.config.read_text() == before
+    (moved / "test.jsonl").write_text(rows)
+    assert train_module.main(words) == 0
+    assert metrics(run.path) == metrics(whole.path)
+    assert f"data: {moved}\n" in run.config.read_text()
+
+
 @pytest.mark.parametrize("version", ["this", "an earlier"])
 def test_a_run_with_dropout_that_was_killed_ends_alike(whole, stopped, version, tmp_path):
     run = RunDir(shutil.copytree(stopped.path, tmp_path / "run"))

@@ -41,6 +41,12 @@ CHANGEABLE = (
     "async_checkpoints",
     "keep_checkpoints",
     "grace_seconds",
+    # Where the data lie: rows, metadata and media files have to be those that the run began with.
+    "data",
+    "sft_data",
+    "validation_data",
+    "test_data",
+    "media_root",
 )
 
 
