@@ -1,5 +1,6 @@
 """A judge goes down, files turn bad, SIGTERM comes, code has a bug: no finished step is lost, and runs go on alike."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from rlaif_fast.cli import run_command
 from rlaif_fast.distributed.launch import launch
 from rlaif_fast.distributed.world import SharedOutage
 from rlaif_fast.errors import UsageError
+from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.logging import RunLogger
 from rlaif_fast.trainer import rl, sft
@@ -270,6 +272,22 @@ def test_a_gradient_that_is_not_finite_costs_the_step_alone(cache, tmp_path, mon
         "rl step 1 is saved" if iterations == 1 else "rl step 1 is not saved: the run ended inside"
     ) in said.out
     assert train_module.main(["--resume", str(folder)]) == 0
+
+
+def test_a_checkpoint_that_could_not_be_written_meanwhile_is_the_reason(cache, tmp_path, monkeypatch, capsys):
+    folder, complete = tmp_path / "run", CheckpointStore._complete
+
+    def complete_or_not(store, target, *args):
+        if target.name == "rl-000001":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        complete(store, target, *args)
+
+    monkeypatch.setattr(CheckpointStore, "_complete", complete_or_not)
+    assert train_module.main(words(folder, cache, **FEW, async_checkpoints="true")) == 1
+    said = capsys.readouterr()
+    assert "rl-000001: No space left on device; free some space" in said.err
+    assert "rl step 2 is not saved: the checkpoint before it could not be written" in said.out
+    assert last(folder) == "sft"
 
 
 def test_the_peak_of_memory_is_that_of_all_sessions(cache, tmp_path, monkeypatch):

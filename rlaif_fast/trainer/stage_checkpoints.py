@@ -65,7 +65,9 @@ class StageCheckpoints:
         run, due, reason = self._run, self._due is not None, None
         if alone:
             run.world.expect_end()
-        if due and self._whole_at != self._now():
+        if due and self._whole_at is None:
+            reason = "the checkpoint before it could not be written"
+        elif due and self._whole_at != self._now():
             reason = "the run ended inside an update or a record"
         elif due and alone and run.policy.shards is not None:
             reason = "the weights are sharded, and the other processes are not there to save theirs"
