@@ -230,6 +230,13 @@ def test_a_cache_and_what_rank_writes_are_two_files(tmp_path, capsys, output, mo
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("flag", ["--nframes=4", "--media_root=."])
+def test_what_only_a_decoded_video_needs_is_refused_without_one(tmp_path, capsys, flag):
+    source = write(tmp_path / "in.jsonl", ROWS[0])
+    assert main(["rank", str(source), "--no_clips", flag]) == 2
+    assert f"{flag.partition('=')[0]}: not read with --no_clips" in capsys.readouterr().err
+
+
 def test_the_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "rlaif_fast.oracle", "list"],

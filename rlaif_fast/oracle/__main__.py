@@ -35,6 +35,7 @@ from rlaif_fast.outputs import check_output, is_same
 from rlaif_fast.runs.files import json_line
 from rlaif_fast.video.base import Clip
 
+USUAL_FRAMES = 8  # of a video
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
 _Row = tuple[str, dict[str, Any]]  # "file:line" and what stands there
 _Group = tuple[str, frozenset[str]]  # its id or question, and the responses
@@ -59,10 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rank.add_argument("--cache", type=Path, help="Keep verdicts in this file; ranking again is then free.")
     rank.add_argument("--output", type=Path, help="File to write; FILE.ranked.jsonl without it.")
-    rank.add_argument("--media_root", type=Path, help="Folder that relative paths start from.")
+    rank.add_argument(
+        "--media_root", type=Path, help="Folder that relative paths start from; that of FILE without it."
+    )
     rank.add_argument("--no_clips", action="store_true", help="Do not decode the videos.")
     rank.add_argument(
-        "--nframes", type=int, default=8, help="Frames of a video whose row does not say which."
+        "--nframes",
+        type=int,
+        help=f"Frames of a video whose row does not say which; {USUAL_FRAMES} without it.",
     )
     rank.add_argument("--batch_size", type=int, default=64, help="Groups ranked at a time.")
     rank.add_argument(
@@ -100,6 +105,12 @@ def _list(options: argparse.Namespace) -> int:
 
 def _rank(options: argparse.Namespace) -> int:
     require_least("batch_size", options.batch_size, 1)
+    if options.no_clips:
+        for name in ("nframes", "media_root"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name}: not read with --no_clips, which decodes no video")
+    if options.nframes is None:
+        options.nframes = USUAL_FRAMES
     require_least("nframes", options.nframes, 1)
     rows = list(read_rows(options.file))
     if not rows:
