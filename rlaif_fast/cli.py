@@ -304,6 +304,9 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
         flag: What the user says for that; empty where the command has no such flag.
     """
     hint = f" (run with {flag} for the traceback)" if flag else ""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it stays open
     try:
         code = command()
         sys.stdout.flush()
@@ -335,7 +338,10 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
 
 def _reader_is_gone() -> bool:
     """Whether nobody reads the standard output any more; what is still to be written there is then dropped."""
-    output = sys.stdout.fileno()
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # no file: a notebook's, a test's
+        return False
     poll = select.poll()
     poll.register(output, 0)  # an error is told unasked
     gone = bool(poll.poll(0))

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -296,6 +297,15 @@ def test_a_reader_that_closes_the_pipe_is_no_error(unbuffered):
             timeout=100,
         )
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("words", [["oracle", "list"], ["train", "--print-config"]])
+def test_closed_outputs_are_no_error(words):
+    """As a daemon has them."""
+    command = shlex.join([sys.executable, "-m", f"rlaif_fast.{words[0]}", *words[1:]])
+    for closed in (">&-", ">&- 2>&-"):
+        done = subprocess.run(f"{command} {closed}", shell=True, check=False, stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_pipe_that_breaks_elsewhere_is_an_error(capfd):
