@@ -1,6 +1,30 @@
 """Rows as datasets are published and other trainers write them, and what has to come of each."""
 
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
 from rlaif_fast.data import read_examples
+from rlaif_fast.data.synthetic.encode import encode_video
+
+
+def media_folder(folder: Path) -> Path:
+    """Fill a folder with two videos and an image."""
+    (folder / "empty").mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
+    for name in ("a.mp4", "b.mp4"):
+        encode_video(folder / name, frames)
+    Image.fromarray(frames[0]).save(folder / "c.png")
+    return folder
+
+
+def write_rows(folder: Path, *rows: dict | str, name: str = "data.jsonl") -> Path:
+    """Write rows, or raw lines, into a file."""
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
 
 
 def one(write, media, row, **options):

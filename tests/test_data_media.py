@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 
 import pytest
 
 pytest.importorskip("PIL")
-from media_parts import counters, example_of, load
-from PIL import Image
+from media_parts import counters, example_of, load, make_encoder, media_folder, write_rows
 
 from rlaif_fast.data import read_examples
 from rlaif_fast.data.__main__ import main
 from rlaif_fast.errors import UsageError
-from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.prompts.batches import BatchMaker
-from rlaif_fast.prompts.encoder import PromptEncoder
-from rlaif_fast.video import ClipStore, PatchSpec, PixelBudget
-from rlaif_fast.video.testing import counter_frames, write_video
+from rlaif_fast.video import ClipStore
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("media")
-    write_video(folder / "a.mp4", counter_frames(40), fps=10)
-    write_video(folder / "b.mp4", counter_frames(40), fps=10)
-    pictures = list(counter_frames(12))
-    for number in range(12):
-        frame = Image.fromarray(pictures[number])
-        for name in (f"frames/f{number}.png", f"p{number}.png"):
-            (folder / name).parent.mkdir(exist_ok=True)
-            frame.save(folder / name)
-    return folder
+    return media_folder(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(*rows):
-        path = tmp_path / "data.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-
-    return write
+    return partial(write_rows, tmp_path)
 
 
 PART = "messages"
@@ -105,13 +87,7 @@ def test_pixel_bounds_are_used(write, media, where, keys, encoder):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    from transformers import AutoTokenizer
-
-    words = {"before", "after", "what", "then", "end"}
-    folder = make_tiny(tmp_path_factory.mktemp("tiny") / "model", words, family="qwen3_vl", seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(folder or tmp_path_factory.getbasetemp())
-    spec = PatchSpec(16)
-    return PromptEncoder(tokenizer, "qwen2_5_vl", spec, PixelBudget(spec.factor, 1024, 64 * 64))
+    return make_encoder(tmp_path_factory.mktemp("tiny") / "model")
 
 
 REFUSED = {

@@ -1,39 +1,21 @@
 """Rows as published datasets and other trainers write them."""
 
-import json
+from functools import partial
 
-import numpy as np
 import pytest
-from published_rows import PUBLISHED, one
+from published_rows import PUBLISHED, media_folder, one, write_rows
 
 from rlaif_fast.data import read_examples
-from rlaif_fast.data.synthetic.encode import encode_video
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """A folder with two videos and an image."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("media")
-    (folder / "empty").mkdir()
-    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
-    for name in ("a.mp4", "b.mp4"):
-        encode_video(folder / name, frames)
-    Image.fromarray(frames[0]).save(folder / "c.png")
-    return folder
+    return media_folder(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture
-def write(media, tmp_path):
-    """Write rows (or raw lines) into a file whose media are in `media`."""
-
-    def write_rows(*rows, name="data.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    return write_rows
+def write(tmp_path):
+    return partial(write_rows, tmp_path)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -5,44 +5,27 @@ import json
 import logging
 import time
 import tracemalloc
+from functools import partial
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_rows import NATIVE, PUBLISHED, one
+from published_rows import NATIVE, PUBLISHED, media_folder, one, write_rows
 
 from rlaif_fast.data import read_examples, read_report
 from rlaif_fast.data.converters import FORMATS, RowError, convert
 from rlaif_fast.data.sources import rows_of
-from rlaif_fast.data.synthetic.encode import encode_video
 from rlaif_fast.errors import UsageError
 
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """A folder with two videos and an image."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("media")
-    (folder / "empty").mkdir()
-    frames = np.random.default_rng(0).integers(0, 255, (8, 32, 32, 3), np.uint8)
-    for name in ("a.mp4", "b.mp4"):
-        encode_video(folder / name, frames)
-    Image.fromarray(frames[0]).save(folder / "c.png")
-    return folder
+    return media_folder(tmp_path_factory.mktemp("media"))
 
 
 @pytest.fixture
-def write(media, tmp_path):
-    """Write rows (or raw lines) into a file whose media are in `media`."""
-
-    def write_rows(*rows, name="data.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    return write_rows
+def write(tmp_path):
+    return partial(write_rows, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from rollout_parts import assert_same
+from rollout_parts import EOS, assert_same, make_ending_policy
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.policy.policy import Policy
@@ -16,7 +16,6 @@ from rlaif_fast.policy.testing import (
     FAMILIES,
     IDS,
     make_media,
-    make_model,
     make_policy,
     make_prompt,
     standard_prompts,
@@ -26,8 +25,6 @@ from rlaif_fast.rollout.graphs import GraphSampler
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import GroupCache, SharedPrefixSampler
 
-EOS = IDS["<|im_end|>"]
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request) -> str:
@@ -36,11 +33,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def policy(family) -> Policy:
-    """A policy that ends a response now and then, and repeats itself within a group."""
-    policy = make_policy(family, model=make_model(family))
-    policy.forbidden_bias[EOS] += 3.0
-    policy.forbidden_bias[IDS["word1"]] += 3.0
-    return policy
+    return make_ending_policy(family)
 
 
 @pytest.mark.parametrize(

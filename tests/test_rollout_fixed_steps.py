@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rollout_parts import assert_same
+from rollout_parts import assert_same, make_ending_policy
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prefix_decode import refuses_prefix_decode
-from rlaif_fast.policy.testing import FAMILIES, IDS, make_model, make_policy, standard_prompts
+from rlaif_fast.policy.testing import FAMILIES, make_model, make_policy, standard_prompts
 from rlaif_fast.rollout import make_sampler
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.graphs import (
@@ -23,8 +23,6 @@ from rlaif_fast.rollout.graphs import (
 from rlaif_fast.rollout.plain import PlainSampler
 from rlaif_fast.rollout.shared_prefix import SharedPrefixSampler
 
-EOS = IDS["<|im_end|>"]
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request) -> str:
@@ -33,11 +31,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def policy(family) -> Policy:
-    """A policy that ends a response now and then, and repeats itself within a group."""
-    policy = make_policy(family, model=make_model(family))
-    policy.forbidden_bias[EOS] += 3.0
-    policy.forbidden_bias[IDS["word1"]] += 3.0
-    return policy
+    return make_ending_policy(family)
 
 
 # --- fixed steps --------------------------------------------------------------------------------------------

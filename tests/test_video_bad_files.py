@@ -11,28 +11,17 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_file_parts import changed, counters, scramble
+from video_file_parts import H264, changed, counters, scramble, whole_files
 
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import ClipStore, TooManyBadFiles, VideoError, decode, load_clip, load_image, probe
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
-H264 = {"codec": "libx264"}
-
-
-MPEG4 = {"codec": "mpeg4"}
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """One whole file of 40 frames for each container."""
-    folder = tmp_path_factory.mktemp("good")
-    kinds = {"mp4": H264, "webm": {}, "avi": MPEG4, "mkv": H264, "ts": H264, "mov": H264}
-    return {
-        ending: write_video(folder / f"good.{ending}", counter_frames(40), **how)
-        for ending, how in kinds.items()
-    }
+    return whole_files(tmp_path_factory.mktemp("good"))
 
 
 @pytest.mark.parametrize("ending", ["webm", "mp4", "mkv", "avi"])

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from video_file_parts import changed, counters, scramble
+from video_file_parts import H264, changed, counters, scramble, whole_files
 
 from rlaif_fast.video import (
     PatchSpec,
@@ -27,21 +27,10 @@ from rlaif_fast.video.probe import scan_file
 from rlaif_fast.video.testing import counter_frame, counter_frames, read_counter, write_video
 from rlaif_fast.video.torchcodec import TorchCodecDecoder
 
-H264 = {"codec": "libx264"}
-
-
-MPEG4 = {"codec": "mpeg4"}
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """One whole file of 40 frames for each container."""
-    folder = tmp_path_factory.mktemp("good")
-    kinds = {"mp4": H264, "webm": {}, "avi": MPEG4, "mkv": H264, "ts": H264, "mov": H264}
-    return {
-        ending: write_video(folder / f"good.{ending}", counter_frames(40), **how)
-        for ending, how in kinds.items()
-    }
+    return whole_files(tmp_path_factory.mktemp("good"))
 
 
 def set_display_matrix(matrix, data):

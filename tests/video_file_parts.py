@@ -6,7 +6,19 @@ from pathlib import Path
 import av
 
 from rlaif_fast.video import decode
-from rlaif_fast.video.testing import read_counter
+from rlaif_fast.video.testing import counter_frames, read_counter, write_video
+
+H264 = {"codec": "libx264"}
+MPEG4 = {"codec": "mpeg4"}
+
+
+def whole_files(folder: Path) -> dict[str, Path]:
+    """One whole file of 40 frames for each container."""
+    kinds = {"mp4": H264, "webm": {}, "avi": MPEG4, "mkv": H264, "ts": H264, "mov": H264}
+    return {
+        ending: write_video(folder / f"good.{ending}", counter_frames(40), **how)
+        for ending, how in kinds.items()
+    }
 
 
 def changed(source: Path, target: Path, change) -> Path:
