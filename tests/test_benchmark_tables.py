@@ -14,8 +14,6 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.tables import as_text, draw_bars, table_of, write_tables
 from rlaif_fast.report.stats import wilson_interval
 
-# Tables
-
 
 def test_a_figure_of_hundreds_of_groups_draws_those_with_the_most_questions(tmp_path):
     records = [record(number, f"v{number}", True, topic=f"t{number // 2}") for number in range(401)]

@@ -22,8 +22,6 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video import ClipStore, FrameSampling
 from rlaif_fast.video.refs import Cut, MediaRef
 
-# The files as they ship
-
 
 def test_videomme_from_parquet_with_subtitles(tmp_path, video):
     pyarrow = pytest.importorskip("pyarrow")
@@ -319,9 +317,6 @@ def test_a_name_or_a_folder_that_is_not_there(tmp_path):
         read_benchmark("videomme", tmp_path / "none")
     with pytest.raises(UsageError, match="nextqa has none"):
         read_benchmark("nextqa", tmp_path, subtitles=True)
-
-
-# Answers
 
 
 def test_every_benchmark_is_named_in_the_help():

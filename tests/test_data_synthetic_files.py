@@ -59,9 +59,6 @@ def digests(root):
     }
 
 
-# Files
-
-
 def test_splits_and_rows(dataset):
     seen_ids, seen_videos = set(), {}
     for split in SPLITS:

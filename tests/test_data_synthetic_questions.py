@@ -22,9 +22,6 @@ OCR = "OCR problems"
 EASY = set(CATEGORIES) - {"action reasoning", OCR}
 
 
-# Questions
-
-
 @given(worlds, st.integers(0, 10**6))
 @settings(max_examples=300, deadline=None)
 def test_questions_are_well_formed(world, seed):

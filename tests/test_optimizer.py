@@ -23,8 +23,6 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rl import update_loss
 from rlaif_fast.trainer.sft import accumulate
 
-# --- the optimizer ------------------------------------------------------------------------------------------
-
 
 def make_updater(model, **changes) -> Updater:
     options = {

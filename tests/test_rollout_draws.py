@@ -9,8 +9,6 @@ import torch
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
 
-# --- the drawing --------------------------------------------------------------------------------------------
-
 
 class _Head:
     """What `TokenSampler` needs of a policy."""

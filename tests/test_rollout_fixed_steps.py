@@ -34,9 +34,6 @@ def policy(family) -> Policy:
     return make_ending_policy(family)
 
 
-# --- fixed steps --------------------------------------------------------------------------------------------
-
-
 def test_fixed_steps_are_kept_between_rollouts(policy: Policy, family: str) -> None:
     """Buffers hold the last rollout's keys; a rollout of other prompts and the same sizes must not see them."""
     sampler, params = GraphSampler(policy), SamplingParams(max_new_tokens=6, seed=3)

@@ -21,9 +21,6 @@ from rlaif_fast.policy.testing import FAMILIES, make_model, make_policy, make_re
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-# --- backends whose kernels do not run here -----------------------------------------------------------------
-
-
 class TorchVarlen:
     """The varlen interface in plain PyTorch, sequence by sequence; the backward pass reads `lse` and `out` as
     given.
