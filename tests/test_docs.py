@@ -170,5 +170,7 @@ def test_python_blocks_import_what_there_is(path):
             continue
         for node in ast.walk(ast.parse(code.replace("=...", "=None").replace(", ...", ""))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("rlaif_fast"):
+                if node.module.startswith("rlaif_fast.adapters.trl"):
+                    pytest.importorskip("trl")
                 module = importlib.import_module(node.module)
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
