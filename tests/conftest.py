@@ -11,7 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest_plugins = ("benchmark_parts", "tiny_runs")  # fixtures of several files
+# Their fixtures are loaded by the files that need them; their asserts show values as those of tests do.
+pytest.register_assert_rewrite("benchmark_parts", "tiny_runs")
+
 KERNEL_TESTS = ("test_triton_", "test_decode_step", "test_patchify", "test_prefix_decode")
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
+from vllm_parts import LORA
 
 from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.testing import make_media, make_model, make_policy, make_prompt
@@ -29,14 +29,6 @@ OPTIONS = {"max_model_len": 256, "max_num_seqs": 64, "max_num_batched_tokens": 2
 # vLLM's attention on a CPU wants heads of 32 or more.
 SIZE = TinySize(
     hidden_size=128, layers=3, heads=4, intermediate_size=96, vision_hidden_size=32, initializer_range=0.1
-)
-LORA = SimpleNamespace(
-    lora_r=4,
-    lora_alpha=8,
-    use_rslora=False,
-    lora_dropout=0.0,
-    lora_modules=["decoder", "tower"],
-    lora_target_modules=None,
 )
 DRAWS = {
     "plain": SamplingParams(24, temperature=0.7),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_run_dir import Words, file_limit  # noqa: F401
-from test_vllm_sampler import LORA
 from tiny_runs import SMALL, metrics
+from vllm_parts import LORA
 
 from rlaif_fast import train as train_module
 from rlaif_fast.errors import RlaifFastError

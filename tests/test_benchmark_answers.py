@@ -30,6 +30,8 @@ from rlaif_fast.trainer.datasets import read_file
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video.refs import Cut, MediaRef
 
+pytest_plugins = ("benchmark_parts",)
+
 
 def test_an_evaluation_counts_what_cannot_be_seen_and_goes_on(videomme, model, tmp_path, capsys):
     out = tmp_path / "out"

@@ -18,6 +18,8 @@ from rlaif_fast.oracle.grading import Grade, parse_grade
 from rlaif_fast.oracle.protocols import MalformedVerdict
 from rlaif_fast.policy.tiny import make_tiny, words_of
 
+pytest_plugins = ("benchmark_parts",)
+
 
 def test_a_judge_grades_answers_over_http(judge):
     url = f"http://127.0.0.1:{judge.server_address[1]}/v1"

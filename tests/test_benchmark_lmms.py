@@ -13,6 +13,8 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.records import read_records
 from rlaif_fast.oracle import RankRequest, build_oracle
 
+pytest_plugins = ("benchmark_parts",)
+
 
 def made_up_replies(count: int) -> list[tuple[str, str]]:
     """(reply, right letter) as models write to Video-MME's prompt: a letter, with or without its text."""

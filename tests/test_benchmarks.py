@@ -22,6 +22,8 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.video import ClipStore, FrameSampling
 from rlaif_fast.video.refs import Cut, MediaRef
 
+pytest_plugins = ("benchmark_parts",)
+
 
 def test_videomme_from_parquet_with_subtitles(tmp_path, video):
     pyarrow = pytest.importorskip("pyarrow")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_agreement import write_start
+from tiny_runs import SMALL
 from vllm_server import VllmServer
 
 from rlaif_fast.rollout.vllm.requests import MediaItem
@@ -34,26 +35,7 @@ pytestmark = [
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 1800  # seconds; the first start compiles
-RUN = {
-    "seed": 5,
-    "sampler": "vllm",
-    "sampler_options": '{"max_model_len": 512, "max_num_seqs": 64}',
-    "synthetic_sft_clips": 12,
-    "synthetic_rl_clips": 8,
-    "synthetic_validation_clips": 4,
-    "synthetic_test_clips": 5,
-    "sft_steps": 4,
-    "sft_videos_per_step": 4,
-    "max_steps": 4,
-    "videos_per_step": 3,
-    "num_generations": 4,
-    "eval_steps": 2,
-    "gallery_clips": 1,
-    "report": "false",
-    "tensorboard": "false",
-    "num_processes": 1,
-    "threads": 1,
-}
+RUN = SMALL | {"sampler": "vllm", "sampler_options": '{"max_model_len": 512, "max_num_seqs": 64}'}
 
 
 def run(*words: str) -> str:

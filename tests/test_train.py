@@ -15,6 +15,8 @@ from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.trainer import rl
 from rlaif_fast.video.errors import TooManyBadFiles
 
+pytest_plugins = ("tiny_runs",)
+
 
 def test_run_leaves_what_it_promises(finished):
     summary = json.loads((finished / "summary.json").read_text())

@@ -12,6 +12,8 @@ from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
 
+pytest_plugins = ("tiny_runs",)
+
 
 def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
     summary = json.loads((finished / "summary.json").read_text())

@@ -6,6 +6,8 @@ from tiny_runs import metrics
 from rlaif_fast import train as train_module
 from rlaif_fast.runs.folder import RunDir
 
+pytest_plugins = ("tiny_runs",)
+
 
 @pytest.mark.parametrize(
     "changes",

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import AutoTokenizer
-from vllm_parts import PolicyEngine
+from vllm_parts import LORA, PolicyEngine
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.policy.parts import add_lora
@@ -42,14 +42,6 @@ from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.rollout_log import ratio_stats
 
 EOS = IDS["<|im_end|>"]
-LORA = SimpleNamespace(
-    lora_r=4,
-    lora_alpha=8,
-    use_rslora=False,
-    lora_dropout=0.0,
-    lora_modules=["decoder", "tower"],
-    lora_target_modules=None,
-)
 
 
 @pytest.fixture

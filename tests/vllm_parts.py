@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,15 @@ from rlaif_fast.rollout.generate import score
 from rlaif_fast.rollout.vllm.requests import media_items
 from rlaif_fast.rollout.vllm.wire import packed_item
 from rlaif_fast.rollout.vllm.worker import describe
+
+LORA = SimpleNamespace(
+    lora_r=4,
+    lora_alpha=8,
+    use_rslora=False,
+    lora_dropout=0.0,
+    lora_modules=["decoder", "tower"],
+    lora_target_modules=None,
+)
 
 
 class PolicyEngine:

@@ -196,8 +196,8 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
     """
     name, _, folder = str(path).partition(":")
     if name in BENCHMARKS and folder and not path.exists():
-        plain = config.scored_answer == "answer" or name == "jsonl"
-        require(plain, "scored_answer", f"answer with the benchmark {path}", "whole")
+        possible = config.scored_answer == "answer" or BENCHMARKS[name].in_parts
+        require(possible, "scored_answer", f"answer with the benchmark {path}", "whole")
         items = read_benchmark(name, folder, scored=config.scored_answer)
         missing = [item for item in items if item.trouble]
         if missing and (config.on_bad_row == "raise" or len(missing) == len(items)):

@@ -42,12 +42,14 @@ class Benchmark:
         category: What `Example.category` is called in its tables.
         read: Reads the items from a folder; the second argument asks for subtitles.
         subtitles: Whether it has some.
+        in_parts: Whether its answers may have parts, as in files of our own formats: `read` then takes `scored` too.
     """
 
     name: str
     category: str
-    read: Callable[[Folder, bool], Iterator[Item]]
+    read: Callable[..., Iterator[Item]]
     subtitles: bool = False
+    in_parts: bool = False
 
 
 class Folder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ BENCHMARKS = {
         Benchmark("activitynet_qa", "question type", activitynet_qa),
         Benchmark("nextqa", "question type", nextqa),
         Benchmark("mvbench", "task", mvbench),
-        Benchmark("jsonl", "category", jsonl),
+        Benchmark("jsonl", "category", jsonl, in_parts=True),
     )
 }
 
@@ -41,17 +40,18 @@ def read_benchmark(
         folder: Where its files are.
         subtitles: Show what is said in the video, for a benchmark that ships it.
         limit: The first items alone.
-        scored: Which part of an answer counts in files of our own formats, as for `read_examples`.
+        scored: Which part of an answer counts where it may have parts, as for `read_examples`.
 
     Raises:
         UsageError: The name is not known, the benchmark has no subtitles, or a file is missing or of another layout.
     """
     if name not in BENCHMARKS:
         raise UsageError(f"benchmark: expected one of {', '.join(BENCHMARKS)}, got {name!r}")
-    if subtitles and not BENCHMARKS[name].subtitles:
+    benchmark = BENCHMARKS[name]
+    if subtitles and not benchmark.subtitles:
         raise UsageError(f"subtitles: {name} has none; leave it out")
-    read = functools.partial(jsonl, scored=scored) if name == "jsonl" else BENCHMARKS[name].read
-    items = list(itertools.islice(read(Folder(folder), subtitles), limit))
+    more = {"scored": scored} if benchmark.in_parts else {}
+    items = list(itertools.islice(benchmark.read(Folder(folder), subtitles, **more), limit))
     if not items:
         raise UsageError(f"data: {folder} holds no question of {name}")
     seen: set[str] = set()
