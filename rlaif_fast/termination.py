@@ -1,6 +1,7 @@
 """SIGTERM and SIGHUP: the first asks a run to finish its step, save and end; a second one, or no more grace, ends it.
 
-SIGHUP comes when the terminal is closed, and is left alone where it is ignored (nohup).
+A step that has used half of the grace is given up, so that the finished ones are still saved. SIGHUP comes when the
+terminal is closed, and is left alone where it is ignored (nohup).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 128 + signal.SIGTERM
@@ -25,11 +26,16 @@ class Terminated(BaseException):
     """
 
 
+class StepGivenUp(Terminated):
+    """The step took too long. What was finished before it is saved."""
+
+
 class Termination:
     """Whether this process was asked to end.
 
     Args:
-        grace_seconds: How long the step and the checkpoint may take before the process ends without them.
+        grace_seconds: How long the step and the checkpoint may take before the process ends without them. The step
+            may take half of it.
         announce: Say on stderr that the request was heard; one process of a run does.
         echo_seconds: Another signal that comes so soon is the same request. Schedulers send it to all processes of a
             job, and torchrun passes on to its processes what it got itself.
@@ -42,8 +48,9 @@ class Termination:
         self._heard_at = 0.0  # of the monotonic clock
         self.requested = False
         self.heard = "SIGTERM"  # the signal, in a process that got one
-        self._saves = False
-        self._timer: threading.Timer | None = None
+        self._may_give_up: Callable[[], bool] | None = None
+        self._half_over = False
+        self._timers: list[threading.Timer] = []
 
     @contextmanager
     def installed(self) -> Iterator[Termination]:
@@ -57,21 +64,31 @@ class Termination:
         try:
             yield self
         finally:
+            for timer in self._timers:
+                timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._timer is not None:
-                self._timer.cancel()
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """A block that looks at `requested` after each step and saves; outside of it, a request ends at once."""
-        self._saves = True
+    def saving(self, may_give_up: Callable[[], bool]) -> Iterator[None]:
+        """A block that looks at `requested` after each step and saves; outside of it, a request ends at once.
+
+        Args:
+            may_give_up: Asked when a step in the block has taken half of the grace. Where it may, `StepGivenUp` breaks
+                the step; where not, it has the other half too.
+        """
+        self._may_give_up = may_give_up
         try:
             yield
         finally:
-            self._saves = False
+            self._may_give_up = None
 
     def _on_signal(self, number: int, _: object) -> None:
+        if self._half_over:
+            self._half_over = False
+            if self._may_give_up is not None and self._may_give_up():
+                raise StepGivenUp(self.heard)
+            return
         now, self.heard = time.monotonic(), signal.Signals(number).name
         if self.heard == "SIGHUP":
             self._leave_terminals()
@@ -80,17 +97,30 @@ class Termination:
         if self.requested:
             return
         self.requested, self._heard_at = True, now
-        if not self._saves:
+        if self._may_give_up is None:
             raise Terminated(self.heard)
-        self._timer = threading.Timer(self.grace_seconds, os._exit, (EXIT_CODE,))
-        self._timer.daemon = True
-        self._timer.start()
+        for seconds, act, arguments in (
+            (self.grace_seconds / 2, self._wake, (number,)),
+            (self.grace_seconds, os._exit, (EXIT_CODE,)),
+        ):
+            timer = threading.Timer(seconds, act, arguments)
+            timer.daemon = True
+            timer.start()
+            self._timers.append(timer)
         if self.announce:
             print(
-                f"{self.heard}: this step is finished and saved, then the run ends",
+                f"{self.heard}: the run saves and ends when this step is done, or without it in"
+                f" {self.grace_seconds / 2:g} s",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _wake(self, number: int) -> None:
+        """Have the main thread see that half of the grace is over, also where it waits for the system."""
+        self._half_over = True
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, number)
 
     def _leave_terminals(self) -> None:
         """Write nowhere what would go to a terminal that is gone, where writing fails."""

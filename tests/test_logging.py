@@ -245,7 +245,7 @@ LISTENING = SCRIPT.replace(
     "with RunLogger",
     """from rlaif_fast.termination import Termination
 termination = Termination(60)
-with termination.installed(), termination.saving(), RunLogger""",
+with termination.installed(), termination.saving(lambda: False), RunLogger""",
 )
 
 

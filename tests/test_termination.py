@@ -101,7 +101,9 @@ def test_a_terminal_that_is_closed_costs_no_step(tmp_path, cache):
 
 def test_a_second_sigterm_and_the_end_of_the_grace_end_at_once():
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
-    block = "t = Termination({})\nwith t.installed(), t.saving():\n    {}\n    {}\n    os._exit(0)"
+    block = (
+        "t = Termination({})\nwith t.installed(), t.saving(lambda: False):\n    {}\n    {}\n    os._exit(0)"
+    )
     assert signalled(block.format(60, kill, kill)) == EXIT_CODE == 143
     assert signalled(block.format(0.2, kill, "time.sleep(30)")) == 143
     assert signalled(block.format(60, kill, "assert t.requested")) == 0
@@ -112,6 +114,36 @@ def test_a_second_sigterm_and_the_end_of_the_grace_end_at_once():
     echo = block.replace("{}", "{}, echo_seconds=0.5", 1)
     assert signalled(echo.format(60, kill, kill)) == 0
     assert signalled(echo.format(60, kill, f"time.sleep(1); {kill}")) == 143
+
+
+def test_a_step_that_outlasts_its_share_of_the_grace_is_given_up():
+    code = """
+t = Termination({})
+with t.installed(), t.saving(lambda: {}):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    except Terminated as error:
+        os._exit(7 if type(error).__name__ == "StepGivenUp" and str(error) == "SIGTERM" else 8)
+"""
+    assert signalled(code.format(16, True)) == 7
+    assert signalled(code.format(2, False)) == EXIT_CODE
+
+
+def test_a_step_that_is_given_up_costs_no_finished_one(tmp_path, cache, monkeypatch, capsys):
+    def hang():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    assert start(tmp_path / "whole", cache) == 0
+
+    with monkeypatch.context() as patched:
+        at_step(patched, 2, hang)
+        assert start(tmp_path / "run", cache, grace_seconds=16) == EXIT_CODE
+    assert json.loads((tmp_path / "run/checkpoints/index.json").read_text())["last"] == "rl-000001"
+    assert "rl step 1 is saved; --resume goes on" in capsys.readouterr().out
+    assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_outside_of_a_step_sigterm_ends_at_once():
@@ -181,7 +213,7 @@ def test_two_processes_finish_the_step_when_their_group_gets_sigterm(tmp_path, c
     finally:
         run.kill()
     assert run.returncode == EXIT_CODE, said
-    assert said.count("SIGTERM: this step is finished and saved") == 1
+    assert said.count("SIGTERM: the run saves and ends when this step is done") == 1
     assert "crashed" not in said and not (tmp_path / "quarantine.jsonl").exists()
     steps = [row["step"] for row in metrics(tmp_path) if row["stage"] == "rl"]
     assert json.loads((tmp_path / "checkpoints/index.json").read_text())["last"] == f"rl-{steps[-1]:06d}"

@@ -295,7 +295,8 @@ class RunOptions:
         tensorboard: Write TensorBoard events.
         report_to: Trackers that also get the metrics: trackio, wandb, swanlab, mlflow.
         report: Write report.html and its figures at the end.
-        grace_seconds: Longest time to finish the step and save on SIGTERM or SIGHUP; then the run ends anyway.
+        grace_seconds: Longest time to finish the step and save on SIGTERM or SIGHUP; then the run ends anyway. A step
+            that has used half of it and has not begun to update the weights is given up.
         debug: Show tracebacks.
     """
 

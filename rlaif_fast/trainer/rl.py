@@ -118,7 +118,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
 
     checkpoints = StageCheckpoints(run, "rl", progress.step, stage_state, changes)
     stage = logger.stage("rl", total=config.max_steps, start=progress.step)
-    with updater, run.termination.saving(), stage, checkpoints.kept():
+    with updater, run.termination.saving(checkpoints.may_give_up), stage, checkpoints.kept():
         if progress.evaluation_due:
             evaluate()
         while progress.step < config.max_steps and not progress.is_over(config.early_stopping_patience):

@@ -135,7 +135,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
 
     checkpoints = StageCheckpoints(run, "sft", done, stage_state, lambda: updater.changes)
     stage = logger.stage("sft", total=config.sft_steps, start=done)
-    with updater, run.termination.saving(), stage, checkpoints.kept():
+    with updater, run.termination.saving(checkpoints.may_give_up), stage, checkpoints.kept():
         if evaluation_due:
             evaluate()
         while done < config.sft_steps:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlaif_fast.distributed.world import SharedOutage
 from rlaif_fast.errors import typed_line
-from rlaif_fast.termination import Terminated
+from rlaif_fast.termination import StepGivenUp, Terminated
 from rlaif_fast.trainer.run import Run
 
 
@@ -35,6 +35,7 @@ class StageCheckpoints:
         self.step = step
         self._due: dict[str, bool] | None = None  # the roles of a checkpoint that is not written yet
         self._whole_at: tuple[Any, int] | None = self._now()
+        self._writing = False
 
     def finished(self, step: int) -> None:
         """So many steps are done, and logged."""
@@ -55,13 +56,21 @@ class StageCheckpoints:
             yield
         except BaseException as error:
             world = self._run.world
-            shared = world.size == 1 or isinstance(error, (Terminated, SharedOutage))
+            together = isinstance(error, (Terminated, SharedOutage)) and not isinstance(error, StepGivenUp)
+            shared = world.size == 1 or together
             if shared or world.is_main:
                 self._keep(error, alone=not shared)
             raise
 
+    def may_give_up(self) -> bool:
+        """Whether this process may break the step: rank 0, where it has all weights and nothing has changed them."""
+        run = self._run
+        has_all = run.world.is_main and (run.world.size == 1 or run.policy.shards is None)
+        return has_all and not self._writing and self._whole_at == self._now()
+
     def _keep(self, error: BaseException, *, alone: bool) -> None:
         """Save what is due: all processes do, or rank 0 alone, which has all weights unless they are sharded."""
+        self._writing = True
         run, due, reason = self._run, self._due is not None, None
         if alone:
             run.world.expect_end()
@@ -84,17 +93,17 @@ class StageCheckpoints:
             reason = typed_line(refused)
         if reason is not None:
             run.logger.message(f"{self._stage} step {self.step} is not saved: {reason}")
-        elif self.step and not isinstance(error, Terminated):
+        elif self.step and (not isinstance(error, Terminated) or isinstance(error, StepGivenUp)):
             run.logger.message(f"{self._stage} step {self.step} is saved; --resume goes on from there")
 
     def _write(self, alone: bool = False) -> None:
         assert self._due is not None
-        run, roles = self._run, self._due
+        run, roles, self._writing = self._run, self._due, True
         state = {"stage": self._stage, "step": self.step} | run.usage(alone=alone) | self._state(alone)
         with run.logger.timer("checkpoint"):
             name = f"{self._stage}-{self.step:06d}"
             run.store.save(name, run.policy.model, run.policy.tokenizer, state, last=True, **roles)
-        self._due = None
+        self._due, self._writing = None, False
 
     def _now(self) -> tuple[Any, int]:
         return self._changes(), self._run.logger.records
