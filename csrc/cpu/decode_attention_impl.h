@@ -10,20 +10,19 @@
 #include <vector>
 
 #include "row_kernels.h"
+#include "vectors_impl.h"
 
 namespace rlaif {
 namespace {
 
-constexpr int64_t kTile = 256;  // columns whose scores stay in the first-level cache while the values are added up
+constexpr int64_t kTile = 128;  // columns whose scores and values stay in the first-level cache
 
-using FloatVec = at::vec::Vectorized<float>;
+// Rows of the other operand that one loop keeps sums of, which hide the latency of a multiply-add. A vector of 16 comes
+// with 32 registers.
+constexpr int kKeySums = 8;
+constexpr int kValueSums = FloatVec::size() == 16 ? 16 : 8;
 
-// Rows of the other operand that one loop keeps sums of: 8 sums a loop hide the latency of a multiply-add.
-template <int64_t kVectors>
-constexpr int64_t kSums = kVectors == 1 ? 8 : 4;
-
-// One lane chunk of one key head: kVectors vectors of queries.
-template <int64_t kVectors>
+// A vector of queries of one key head.
 class LaneChunk {
  public:
   // query (D, lanes), scores (columns, lanes) and out (D, lanes) begin at the chunk.
@@ -40,36 +39,32 @@ class LaneChunk {
 
   // `masks` (C, lanes) of the group, from the chunk on.
   void run(const float* masks) {
-    std::fill_n(most_, kVectors, FloatVec(-std::numeric_limits<float>::infinity()));
+    most_ = FloatVec(-std::numeric_limits<float>::infinity());
     int64_t j = 0;
-    for (; j + kSums<kVectors> <= count_; j += kSums<kVectors>) {
-      score<kSums<kVectors>>(j, masks);
+    for (; j + kKeySums <= count_; j += kKeySums) {
+      score<kKeySums>(j, masks);
     }
     for (; j < count_; ++j) {
       score<1>(j, masks);
     }
-    std::fill_n(total_, kVectors, FloatVec(0.0f));
+    total_ = FloatVec(0.0f);
     for (int64_t d = 0; d < args_.D; ++d) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        FloatVec(0.0f).store(out_ + d * lanes_ + v * FloatVec::size());
-      }
+      FloatVec(0.0f).store(out_ + d * lanes_);
     }
     for (int64_t begin = 0; begin < count_; begin += kTile) {
       const int64_t end = std::min(count_, begin + kTile);
       weigh(begin, end);
       int64_t d = 0;
-      for (; d + kSums<kVectors> <= args_.D; d += kSums<kVectors>) {
-        add_values<kSums<kVectors>>(begin, end, d);
+      for (; d + kValueSums <= args_.D; d += kValueSums) {
+        add_values<kValueSums>(begin, end, d);
       }
       for (; d < args_.D; ++d) {
         add_values<1>(begin, end, d);
       }
     }
     for (int64_t d = 0; d < args_.D; ++d) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        float* at = out_ + d * lanes_ + v * FloatVec::size();
-        (FloatVec::loadu(at) / total_[v]).store(at);
-      }
+      float* at = out_ + d * lanes_;
+      (FloatVec::loadu(at) / total_).store(at);
     }
   }
 
@@ -77,77 +72,45 @@ class LaneChunk {
   int64_t column(int64_t j) const { return columns_[j] >> 1; }
 
   // Scores of the columns j .. j + kHere - 1, and their running maxima.
-  template <int64_t kHere>
+  template <int kHere>
   void score(int64_t j, const float* masks) {
-    const float* key[kHere];
-    FloatVec sums[kHere][kVectors];
-    for (int64_t c = 0; c < kHere; ++c) {
-      key[c] = keys_ + column(j + c) * args_.D;
-      std::fill_n(sums[c], kVectors, FloatVec(0.0f));
-    }
+    std::array<const float*, kHere> key;
+    for_each<kHere>([&](auto c) { key[c] = keys_ + column(j + c) * args_.D; });
+    auto sums = vectors<kHere>([](auto) { return FloatVec(0.0f); });
     for (int64_t d = 0; d < args_.D; ++d) {
-      FloatVec query[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) {
-        query[v] = FloatVec::loadu(query_ + d * lanes_ + v * FloatVec::size());
-      }
-      for (int64_t c = 0; c < kHere; ++c) {
-        const FloatVec number(key[c][d]);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          sums[c][v] = at::vec::fmadd(query[v], number, sums[c][v]);
-        }
-      }
+      const FloatVec query = FloatVec::loadu(query_ + d * lanes_);
+      for_each<kHere>([&](auto c) { sums[c] = at::vec::fmadd(query, FloatVec(key[c][d]), sums[c]); });
     }
-    for (int64_t c = 0; c < kHere; ++c) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        FloatVec sum = sums[c][v];
-        if (columns_[j + c] & 1) {
-          sum = sum + FloatVec::loadu(masks + column(j + c) * lanes_ + v * FloatVec::size());
-        }
-        most_[v] = at::vec::maximum(most_[v], sum);
-        sum.store(scores_ + (j + c) * lanes_ + v * FloatVec::size());
+    for_each<kHere>([&](auto c) {
+      FloatVec sum = sums[c];
+      if (columns_[j + c] & 1) {
+        sum = sum + FloatVec::loadu(masks + column(j + c) * lanes_);
       }
-    }
+      most_ = at::vec::maximum(most_, sum);
+      sum.store(scores_ + (j + c) * lanes_);
+    });
   }
 
   // Scores to unnormalised probabilities.
   void weigh(int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        float* at = scores_ + j * lanes_ + v * FloatVec::size();
-        const FloatVec weight = (FloatVec::loadu(at) - most_[v]).exp();
-        weight.store(at);
-        total_[v] = total_[v] + weight;
-      }
+      float* at = scores_ + j * lanes_;
+      const FloatVec weight = (FloatVec::loadu(at) - most_).exp();
+      weight.store(at);
+      total_ = total_ + weight;
     }
   }
 
   // Adds the columns' values, numbers d .. d + kHere - 1 of each.
-  template <int64_t kHere>
+  template <int kHere>
   void add_values(int64_t begin, int64_t end, int64_t d) {
-    FloatVec sums[kHere][kVectors];
-    for (int64_t i = 0; i < kHere; ++i) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        sums[i][v] = FloatVec::loadu(out_ + (d + i) * lanes_ + v * FloatVec::size());
-      }
-    }
+    auto sums = vectors<kHere>([&](auto i) { return FloatVec::loadu(out_ + (d + i) * lanes_); });
     for (int64_t j = begin; j < end; ++j) {
       const float* value = values_ + column(j) * args_.D + d;
-      FloatVec weight[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) {
-        weight[v] = FloatVec::loadu(scores_ + j * lanes_ + v * FloatVec::size());
-      }
-      for (int64_t i = 0; i < kHere; ++i) {
-        const FloatVec number(value[i]);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          sums[i][v] = at::vec::fmadd(weight[v], number, sums[i][v]);
-        }
-      }
+      const FloatVec weight = FloatVec::loadu(scores_ + j * lanes_);
+      for_each<kHere>([&](auto i) { sums[i] = at::vec::fmadd(weight, FloatVec(value[i]), sums[i]); });
     }
-    for (int64_t i = 0; i < kHere; ++i) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        sums[i][v].store(out_ + (d + i) * lanes_ + v * FloatVec::size());
-      }
-    }
+    for_each<kHere>([&](auto i) { sums[i].store(out_ + (d + i) * lanes_); });
   }
 
   const DecodeAttentionArgs& args_;
@@ -156,7 +119,7 @@ class LaneChunk {
   const int64_t count_;
   const float *keys_, *values_, *query_;
   float *scores_, *out_;
-  FloatVec most_[kVectors], total_[kVectors];
+  FloatVec most_, total_;
 };
 
 void decode_attention(const DecodeAttentionArgs& args, int64_t begin, int64_t end) {
@@ -169,14 +132,8 @@ void decode_attention(const DecodeAttentionArgs& args, int64_t begin, int64_t en
       }
     }
     const float* masks = args.masks + pair / args.K * args.C * lanes;
-    for (int64_t lane = 0; lane < lanes;) {
-      if (lane + 2 * vector <= lanes) {
-        LaneChunk<2>(args, pair, &query[lane], &scores[lane], &out[lane]).run(masks + lane);
-        lane += 2 * vector;
-      } else {
-        LaneChunk<1>(args, pair, &query[lane], &scores[lane], &out[lane]).run(masks + lane);
-        lane += vector;
-      }
+    for (int64_t lane = 0; lane < lanes; lane += vector) {
+      LaneChunk(args, pair, &query[lane], &scores[lane], &out[lane]).run(masks + lane);
     }
     for (int64_t q = 0; q < Q; ++q) {
       for (int64_t d = 0; d < D; ++d) {

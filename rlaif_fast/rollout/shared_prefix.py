@@ -338,17 +338,21 @@ class SharedPrefixSampler(ReadsPolicy):
             if not len(live) or step + 1 == params.max_new_tokens:
                 break
             # One node for each distinct (node, token); sorted, so that the nodes of a group stay adjacent.
-            branch, node = np.unique(node * vocabulary + new, return_inverse=True)
+            branch = node * vocabulary + new
+            if own_node:
+                node = np.arange(len(node))
+            else:
+                branch, node = np.unique(branch, return_inverse=True)
             parent, fed = branch // vocabulary, branch % vocabulary
             if cache.states is not None:
                 cache.states.select(torch.from_numpy(parent).to(device))
             node_group, allowed = node_group[parent], allowed[parent]
-            present, place = np.unique(node_group, return_inverse=True)
+            counts = np.bincount(node_group, minlength=len(cache.used))
+            present = np.flatnonzero(counts)
             if 2 * len(present) <= len(cache.used):
                 cache.keep(present)
                 next_position, prompt_lengths = next_position[present], prompt_lengths[present]
-                node_group = place
-            counts = np.bincount(node_group, minlength=len(cache.used))
+                node_group, counts = np.searchsorted(present, node_group), counts[present]
             columns = cache.used[node_group] + ranges(counts)
             cache.used = cache.used + counts
             allowed[np.arange(len(fed)), columns] = True
