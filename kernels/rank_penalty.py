@@ -39,9 +39,12 @@ def launch_config(G: int) -> dict[str, int]:
 
 @triton.jit
 def _positions(key_i, key_j, live_j):
-    """Return first, count (GP,): key i shares positions first..first+count-1; the lowest key comes first."""
+    """Return first, count (GP,): key i shares positions first..first+count-1; the lowest key comes first.
+
+    A NaN is neither lower nor higher than any key: it ties with all.
+    """
     first = tl.sum(tl.where(live_j & (key_j < key_i), 1.0, 0.0), axis=1)
-    count = tl.sum(tl.where(live_j & (key_j == key_i), 1.0, 0.0), axis=1)
+    count = tl.sum(tl.where(live_j & ((key_j >= key_i) == (key_j <= key_i)), 1.0, 0.0), axis=1)
     return first, count
 
 

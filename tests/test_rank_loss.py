@@ -164,6 +164,19 @@ def test_a_nan_that_counts_is_not_swallowed(backend):
     assert torch.isnan(out.loss)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_ranks_the_others_alike_in_every_backend(kind):
+    problem = random_problem()
+    problem.tensors["old_logps"][0, 0] = math.nan
+    ours, theirs = (evaluate(problem, backend, kind=kind) for backend in ("cpu", "reference"))
+    assert ours[0].advantages.isfinite().all()
+    assert torch.allclose(ours[0].advantages, theirs[0].advantages, atol=1e-6)
+    for name in ("ndcg", "kendall_tau", "top1_agreement", "penalty"):
+        assert torch.allclose(ours[0].stats[name], theirs[0].stats[name], atol=1e-6)
+    for mine, other in zip(ours[1], theirs[1]):
+        assert torch.allclose(mine[1:], other[1:], atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_nothing_counts(backend, loss_type):

@@ -16,7 +16,7 @@ from triton_cases import DEVICE, GRADIENT, LOSS, error, round_as_compiled, unini
 
 from rlaif_fast.loss import reference
 from rlaif_fast.loss.inputs import TokenGradients, TokenInputs
-from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.options import KINDS, SCALES, STATS, LossOptions
 from rlaif_fast_kernels.rank_loss import launch_config, rank_loss, supports
 
 poison = pytest.fixture(autouse=True)(uninitialised_memory_is_nan)
@@ -264,6 +264,20 @@ def test_nan_in_a_token_that_counts_reaches_the_loss(name: str) -> None:
     inputs |= {"mask": None, "valid": None}
     inputs[name][1, 2] = float("nan")
     assert run(rank_loss, inputs, LossOptions(beta=0.04)).loss.isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_nan_stays_in_its_own_response(kind: str, scale: str) -> None:
+    inputs = batch(2, 3, 4)
+    inputs |= {"mask": None, "valid": None, "judged": None, "scores": None}
+    inputs["old_logps"][1, 2] = float("nan")
+    options = LossOptions(kind=kind, scale=scale)
+    ours, theirs = run(rank_loss, inputs, options), run(reference.rank_loss, inputs, options)
+    assert ours.loss.isnan() and theirs.loss.isnan()
+    assert torch.allclose(ours.advantages, theirs.advantages, atol=1e-5)
+    assert ours.grad_logps.isnan().any(1).tolist() == [False, True, False, False, False, False]
+    assert not ours.stats[STATS.index("kendall_tau")].isnan()
 
 
 def test_strided_inputs() -> None:

@@ -23,10 +23,14 @@ def positions(
     keys: Tensor,  # (N, G), lower is better
     members: Tensor,  # (N, G) bool
 ) -> tuple[Tensor, Tensor]:
-    """Return first, count (N, G): key i ties with count - 1 others over positions first..first+count-1."""
+    """Return first, count (N, G): key i ties with count - 1 others over positions first..first+count-1.
+
+    A NaN is neither lower nor higher than any key: it ties with all.
+    """
     mine, others, live = keys[:, :, None], keys[:, None, :], members[:, None, :]
     first = ((others < mine) & live).sum(-1)
-    return first, ((others == mine) & live).sum(-1).clamp(min=1)  # who is no member keeps a finite quotient
+    ties = (others >= mine) == (others <= mine)
+    return first, (ties & live).sum(-1).clamp(min=1)  # who is no member keeps a finite quotient
 
 
 def tie_mean(
@@ -106,8 +110,10 @@ def _kendall_tau_b(
 ) -> Tensor:  # (N,)
     """(concordant - discordant) / sqrt(pairs untied in a * pairs untied in b); 0 where there is none."""
     pair = members[:, :, None] & members[:, None, :]
-    a_sign = torch.sign(a[:, :, None] - a[:, None, :]) * pair
-    b_sign = torch.sign(b[:, :, None] - b[:, None, :]) * pair
+    a_sign, b_sign = (
+        torch.sign(x[:, :, None] - x[:, None, :]).nan_to_num() * pair  # a NaN ties with all
+        for x in (a, b)
+    )
     agreement = (a_sign * b_sign).sum((-1, -2))
     untied = a_sign.square().sum((-1, -2)) * b_sign.square().sum((-1, -2))
     return torch.where(untied > 0, agreement / untied.clamp(min=1).sqrt(), torch.zeros_like(agreement))
