@@ -205,6 +205,20 @@ def test_logits_and_hidden_states():
         grpo_rank_loss_from_logits(LOGITS[..., :0], IDS, RANKS)
     with pytest.raises(ValueError, match=r"temperature must be finite and above 0.0; got 0.0"):
         grpo_rank_loss_from_logits(LOGITS, IDS, RANKS, temperature=0.0)
+    for form, inputs in (
+        (grpo_rank_loss_from_logits, (LOGITS, IDS, RANKS)),
+        (fused_linear_grpo_rank_loss, (HIDDEN, WEIGHT, IDS, RANKS)),
+        (selective_log_softmax, (LOGITS, IDS)),
+        (token_logps, (HIDDEN, WEIGHT, IDS)),
+    ):
+        infinite = torch.ones(IDS.shape).index_fill(1, torch.tensor([2]), math.inf)
+        for temperature in (1e-40, torch.full(IDS.shape, 1e-40), infinite):
+            with pytest.raises(ValueError, match="temperature must be"):
+                form(*inputs, temperature=temperature)
+        with pytest.raises(ValueError, match=r"temperature must be at least 0.01, float32 .*; got 0.001"):
+            form(*inputs, temperature=1e-3, logit_scale=1e28)
+        with pytest.raises(ValueError, match="logit_softcap must be at least 1e-30"):
+            form(*inputs, logit_softcap=1e-40)
     with pytest.raises(ValueError, match=r"weight must be .*\(V, 8\); got .*\(11, 7\)"):
         fused_linear_grpo_rank_loss(HIDDEN, WEIGHT[:, 1:], IDS, RANKS)
     with pytest.raises(TypeError, match="weight must have the dtype of hidden"):

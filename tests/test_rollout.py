@@ -242,6 +242,8 @@ def test_questions_about_one_clip_are_prefilled_together(family: str, max_packed
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"min_new_tokens": 99}, "min_new_tokens"),

@@ -108,6 +108,10 @@ def test_forbidden_tokens_are_not_allowed_and_end_tokens_stop(policy):
     assert IDS["<|video_pad|>"] not in options["allowed_token_ids"]
     wanted = {"n": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 9, "min_tokens": 2}
     assert wanted.items() <= options.items()
+    with pytest.raises(UsageError, match=r"temperature: .*0.01"):
+        sampling_options(policy, SamplingParams(9, 1e-3), 4)
+    with pytest.raises(UsageError, match=r"temperature: .*0.01"):
+        TrainConfig(sampler="vllm", temperature=1e-3)
 
 
 def test_no_two_responses_of_two_steps_share_a_seed():

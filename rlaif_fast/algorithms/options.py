@@ -8,7 +8,7 @@ from typing import Literal
 from rlaif_fast.algorithms.registry import find_algorithm
 from rlaif_fast.errors import UsageError, require, require_least, require_positive
 from rlaif_fast.loss.backends import NAMES as BACKENDS
-from rlaif_fast.loss.options import LossOptions
+from rlaif_fast.loss.options import LossOptions, check_divisor
 
 # Options that only an algorithm with a critic reads.
 OF_A_CRITIC = (
@@ -107,9 +107,9 @@ class AlgorithmOptions:
                 max_completion_length=self.max_completion_length,
                 importance_sampling_level=self.importance_sampling_level,
             )
+            check_divisor("temperature", self.temperature)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
-        require_positive("temperature", self.temperature)
         require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
         self._check_critic()
         algorithm = find_algorithm(self)

@@ -18,7 +18,7 @@ from rlaif_fast.loss.options import (
     RankOptions,
     check_count,
     check_flag,
-    check_number,
+    check_scaling,
 )
 from rlaif_fast.loss.precision import dtype_of
 
@@ -329,15 +329,14 @@ def scaling(
     validate: bool,
 ) -> Scaling:
     """Return what happens to the logits before the softmax, or raise."""
-    check_number("logit_scale", scale, minimum=0.0, strict=True)
-    if softcap is not None:
-        check_number("logit_softcap", softcap, minimum=0.0, strict=True)
-    if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, minimum=0.0, strict=True)
+    per_token = isinstance(temperature, Tensor)
+    check_scaling(1.0 if per_token else temperature, softcap, scale)
+    if not per_token:
         return Scaling(temperature, None, softcap, scale)
     floating("temperature", temperature, shape, like=like)
-    if values.can_read(temperature, validate) and not (temperature > 0).all():
-        raise ValueError("temperature must be above 0 for every token; got 0 or less, or NaN")
+    if values.can_read(temperature, validate) and temperature.numel():
+        for bound in torch.stack(temperature.aminmax()).tolist():  # NaN where one is
+            check_scaling(bound, softcap, scale)
     return Scaling(1.0, temperature.detach().reshape(-1), softcap, scale)
 
 

@@ -15,7 +15,7 @@ from rlaif_fast.loss.api import (
     grpo_rank_loss_from_logits,
 )
 from rlaif_fast.loss.inputs import BATCH_TENSORS, LossArguments
-from rlaif_fast.loss.options import check_choice, check_number
+from rlaif_fast.loss.options import check_choice, check_scaling
 
 __all__ = ["GRPORankLoss"]
 
@@ -60,10 +60,7 @@ class GRPORankLoss(nn.Module):
             raise TypeError(f"GRPORankLoss has no option {', '.join(map(repr, unknown))}")
         checks.loss_options(options)
         check_choice("backend", backend, ("auto", *backends.NAMES))
-        check_number("temperature", temperature, minimum=0.0, strict=True)
-        check_number("logit_scale", logit_scale, minimum=0.0, strict=True)
-        if logit_softcap is not None:
-            check_number("logit_softcap", logit_softcap, minimum=0.0, strict=True)
+        check_scaling(temperature, logit_softcap, logit_scale)
         self.scaling: dict[str, Any] = {
             "temperature": temperature, "logit_softcap": logit_softcap, "logit_scale": logit_scale
         }  # fmt: skip

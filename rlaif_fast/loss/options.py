@@ -22,6 +22,8 @@ MIN_RANKED = 2  # judged responses from which a group says something
 # finite in float32. The gradient through a clamped ratio is zero.
 LOG_RATIO_LIMIT = 20.0
 
+MAX_QUOTIENT = 1e30  # logits that are scaled by more overflow float32
+
 RANKING_STATS = ("penalty", "ndcg", "kendall_tau", "top1_agreement", "no_signal")  # where there are ranks
 
 # The order of the statistics in the vector that every backend returns.
@@ -62,6 +64,23 @@ def check_number(name: str, value: object, *, minimum: float, strict: bool = Fal
         raise ValueError(
             f"{name} must be finite and {'above' if strict else 'at least'} {minimum}; got {value}"
         )
+
+
+def check_divisor(name: str, value: float, dividend: float = 1.0) -> None:
+    """Raise TypeError or ValueError unless `value` is above 0 and the dividend over it has room in float32."""
+    check_number(name, value, minimum=0.0, strict=True)
+    if dividend / value > MAX_QUOTIENT:
+        raise ValueError(
+            f"{name} must be at least {dividend / MAX_QUOTIENT:.3g}, float32 overflows; got {value}"
+        )
+
+
+def check_scaling(temperature: float, softcap: float | None, scale: float) -> None:
+    """Raise TypeError or ValueError unless logits can be scaled, capped and divided so in float32."""
+    check_number("logit_scale", scale, minimum=0.0, strict=True)
+    if softcap is not None:
+        check_divisor("logit_softcap", softcap, scale)
+    check_divisor("temperature", temperature, scale if softcap is None else softcap)
 
 
 def check_count(name: str, value: object) -> None:
@@ -149,8 +168,8 @@ class LossOptions(RankOptions):
         check_choice("entropy_aggregate", self.entropy_aggregate, AGGREGATES)
         check_choice("empty_rows", self.empty_rows, EMPTY_ROWS)
         check_choice("cispo_bound", self.cispo_bound, CISPO_BOUNDS)
-        check_number("sapo_temperature_pos", self.sapo_temperature_pos, minimum=0.0, strict=True)
-        check_number("sapo_temperature_neg", self.sapo_temperature_neg, minimum=0.0, strict=True)
+        check_divisor("sapo_temperature_pos", self.sapo_temperature_pos)
+        check_divisor("sapo_temperature_neg", self.sapo_temperature_neg)
         check_number("epsilon", self.epsilon_low, minimum=0.0)
         check_number("epsilon_high", self.epsilon_high, minimum=0.0)
         check_number("beta", self.beta, minimum=0.0)

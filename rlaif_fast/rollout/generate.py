@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.errors import RlaifFastError
+from rlaif_fast.loss.options import check_divisor
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
@@ -32,8 +33,8 @@ def check_params(params: SamplingParams, num_generations: int, prompts: Sequence
         raise ValueError(f"num_generations: expected at least 1, got {num_generations}")
     if params.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {params.max_new_tokens}")
-    if params.temperature < 0:
-        raise ValueError(f"temperature: expected 0 (greedy) or more, got {params.temperature}")
+    if params.temperature != 0:  # not greedy
+        check_divisor("temperature", params.temperature)
     if not 0 < params.top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {params.top_p}")
     if params.top_k < 0:

@@ -24,6 +24,7 @@ AS_FRAMES = ("qwen3_vl", "qwen3_vl_moe")  # each temporal patch has a block of i
 AS_VIDEOS = ("qwen2_5_vl",)
 # Families whose log-probabilities were compared with the engine's. Qwen2.5-VL's are off by 3.6, and the guard says so.
 COMPARED = ("qwen3_vl",)
+LEAST_TEMPERATURE = 0.01  # vLLM takes a lower one for this
 SEED_STEP = 1_000_003  # prompts apart, so that the responses of two never share a generator
 
 
@@ -138,8 +139,12 @@ def sampling_options(policy: Policy, params: SamplingParams, num_generations: in
     """The arguments of `vllm.SamplingParams`, without the seed.
 
     Raises:
-        UsageError: `max_reasoning_tokens`, which this engine does not keep.
+        UsageError: `max_reasoning_tokens`, which this engine does not keep, or a temperature that it would raise.
     """
+    if 0 < params.temperature < LEAST_TEMPERATURE:
+        raise UsageError(
+            f"temperature: vllm draws at no less than {LEAST_TEMPERATURE} (or at 0), got {params.temperature}"
+        )
     if params.max_reasoning_tokens is not None:
         raise UsageError(
             "max_reasoning_tokens: the vllm sampler does not bound the reasoning; use another one"
