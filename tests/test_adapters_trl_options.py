@@ -12,10 +12,12 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install 'rlaif-fast
 import trl.trainer.grpo_trainer
 from datasets import Dataset
 from test_adapters_ranking import InOrder
+from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from rlaif_fast.adapters import parity
 from rlaif_fast.adapters.trl import OracleGRPOTrainer
+from rlaif_fast.adapters.trl_loss import add_rank_loss
 from rlaif_fast.adapters.trl_metrics import CLIPPED, EXTREMES, logged
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import Ranking, ReferenceOracle
@@ -52,6 +54,22 @@ def test_options_this_trainer_has_not_are_refused_before_a_model_is_loaded(tmp_p
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
     with pytest.raises(ValueError, match=message):
         OracleGRPOTrainer("no/such/model", ReferenceOracle(), args=args)
+
+
+def test_a_model_whose_logits_trl_does_not_scale_is_refused():
+    tiny = {
+        "num_hidden_layers": 3,
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "lru_width": 8,
+    }
+    model = AutoModelForCausalLM.from_config(RecurrentGemmaConfig(**tiny, intermediate_size=8))
+    ids = torch.arange(4)[None]
+    uncapped = model.lm_head(model.model(ids).last_hidden_state)
+    assert torch.allclose(model(ids).logits, 30 * (uncapped / 30).tanh())
+    with pytest.raises(ValueError, match=r"has no logits_soft_cap=30.0 of recurrent_gemma"):
+        add_rank_loss(model)
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("zscore", 1.0), ("paper", 2.0)])

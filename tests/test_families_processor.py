@@ -140,6 +140,13 @@ def test_what_is_missing_is_named(monkeypatch) -> None:
     check_head(config)
 
 
+def test_a_scale_in_front_of_the_head_is_refused() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(UsageError, match="inkling_mm_model: logits_mup_width_multiplier changes its logits"):
+        check_head(AutoConfig.for_model("inkling_mm_model"))
+
+
 def test_a_class_without_an_inner_model_is_refused() -> None:
     """Llama 4 keeps its decoder under another name, so what came out would be logits."""
     model, tokenizer = family_checkpoints.make_model("qwen2_vl")

@@ -18,6 +18,8 @@ from rlaif_fast.adapters.trl_media import MEDIA, joined, mask_of, whole
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
 from rlaif_fast.loss.output import LossOutput
 
+# of RecurrentGemma, xLSTM and Inkling, which TRL's own passes leave out
+UNKNOWN_SCALES = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
 OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
 
 
@@ -145,7 +147,15 @@ def logit_options(config: Any) -> dict[str, Any]:
 
     Cohere has `logit_scale`, Falcon-H1 `lm_head_multiplier`; Granite divides by `logits_scaling`, HyperCLOVA X
     multiplies by it.
+
+    Raises:
+        ValueError: The model scales its logits in another way, which TRL's old and reference passes do not know.
     """
+    for name in UNKNOWN_SCALES:
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"OracleGRPOTrainer has no {name}={getattr(config, name)} of {config.model_type}"
+            )
     scale = next(
         (
             value

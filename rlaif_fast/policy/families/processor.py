@@ -16,7 +16,16 @@ from rlaif_fast.policy.prompt import EncodedPrompt
 
 # the head is then not a linear layer
 MASKED_LOGITS = {"chameleon"}  # pictures' own tokens
-SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+SCALED_LOGITS = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *(
+        "logit_scale",
+        "logits_scaling",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_mup_width_multiplier",
+    ),
+)
 
 
 def load_processor(model: str, model_type: str) -> Any:
