@@ -16,7 +16,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,9 +24,11 @@ from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.base import RankRequest
 from rlaif_fast.oracle.grading import Grade, grade_ask
 from rlaif_fast.oracle.images import encode_frames
+from rlaif_fast.oracle.in_flight import InFlight
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
 from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
+from rlaif_fast.oracle.records import request_text
 from rlaif_fast.oracle.untrusted import cut_middle
 from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, read_usage, status_fault
 from rlaif_fast.video.base import Clip
@@ -118,6 +120,7 @@ class ApiOracle(Judge):
         self.image_size = image_size
         self.extra_body = dict(extra_body or {})
         self._counts: Counter[str] = Counter()
+        self._grading: InFlight[Grade | None] = InFlight()
         with needed_by("the api oracle", "judge"):
             import httpx  # noqa: F401
             import tenacity  # noqa: F401
@@ -152,7 +155,13 @@ class ApiOracle(Judge):
 
     def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
         """Grade the one response of each request against its reference answer; None where there was no verdict."""
-        return _run_in_loop(self._in_session(lambda session: [session.grade(r) for r in requests]))
+        words = [replace(request, clips=(), category="", metadata={}) for request in requests]
+
+        def grade(places: list[int]) -> list[Grade | None]:
+            asked = [words[place] for place in places]
+            return _run_in_loop(self._in_session(lambda session: list(map(session.grade, asked))))
+
+        return self._grading.run(list(map(request_text, words)), grade)
 
     async def _in_session(self, calls: Callable[[_Session], list[Coroutine[Any, Any, T]]]) -> list[T]:
         """Make all calls at once in one session."""

@@ -39,6 +39,24 @@ class RankRequest:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What a judge said about one shown order.
+
+    Attributes:
+        order: The responses in order of appearance, duplicates of a text left out; empty where each was
+            judged on its own.
+        ranks: The ranks it gave, G entries; None where it gave none (and for the left-out duplicates).
+        raw: Its replies.
+        error: Why there are no ranks; None where there are.
+    """
+
+    order: tuple[int, ...]
+    ranks: tuple[int | None, ...]
+    raw: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class Ranking:
     """An oracle's verdict on one group.
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
+from rlaif_fast.oracle.in_flight import InFlight
 from rlaif_fast.oracle.judge import Judge
 from rlaif_fast.oracle.records import content_text, ranking_from_json, ranking_to_json, request_to_json
 from rlaif_fast.oracle.wrappers import AroundOracle, identity_of
@@ -252,6 +253,7 @@ class CachedOracle(AroundOracle):
         self.name = inner.name
         identity_of(inner)
         self.cache = VerdictCache(path)
+        self._in_flight: InFlight[Ranking] = InFlight()
         self.hits = 0
         self.misses = 0
 
@@ -266,17 +268,24 @@ class CachedOracle(AroundOracle):
         return own | super().stats()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
-        """Rank every request; what the cache holds costs no tokens and no time."""
+        """Rank every request; what the cache holds, or somebody is asking already, costs no tokens and no time."""
         keys = [self.key(request) for request in requests]
         found = self.cache.get_many(sorted(set(keys)))
-        first = {key: at for at, key in reversed(list(enumerate(keys))) if key not in found}
-        missing = sorted(first.values())
-        self.hits += len(requests) - len(missing)
-        self.misses += len(missing)
-        fresh = dict(zip(missing, self._ask([requests[at] for at in missing], [keys[at] for at in missing])))
-        return [
-            fresh[at] if at in fresh else found.get(key) or fresh[first[key]] for at, key in enumerate(keys)
-        ]
+        missing = [at for at, key in enumerate(keys) if key not in found]
+        asked: list[int] = []
+
+        def ask(places: list[int]) -> list[Ranking]:
+            own = [missing[place] for place in places]
+            late = self.cache.get_many([keys[at] for at in own])  # kept by another thread meanwhile
+            asked.extend(at for at in own if keys[at] not in late)
+            fresh = dict(zip(asked, self._ask([requests[at] for at in asked], [keys[at] for at in asked])))
+            return [fresh[at] if at in fresh else late[keys[at]] for at in own]
+
+        wanted = [keys[at] for at in missing]
+        found.update(zip(wanted, self._in_flight.run(wanted, ask)))
+        self.hits += len(requests) - len(asked)
+        self.misses += len(asked)
+        return [found[key] for key in keys]
 
     def _ask(self, requests: Sequence[RankRequest], keys: Sequence[str]) -> list[Ranking]:
         """Rank what the cache does not hold, and keep it; what a judge gave before it was interrupted is kept too."""
@@ -287,9 +296,9 @@ class CachedOracle(AroundOracle):
             if ranking.valid:
                 self.cache.put_many([(keys[place], ranking)])
 
-        if isinstance(self.inner, Judge) and type(self.inner).rank is Judge.rank:
-            return rank_all(self.inner, requests, keep=keep)
-        rankings = rank_all(self.inner, requests)
+        kept = isinstance(self.inner, Judge) and type(self.inner).rank is Judge.rank
+        rankings = rank_all(self.inner, requests, **({"keep": keep} if kept else {}))
+        # A judge does not tell of what another thread was asking already.
         self.cache.put_many([(key, ranking) for key, ranking in zip(keys, rankings) if ranking.valid])
         return rankings
 

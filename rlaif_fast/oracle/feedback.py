@@ -1,7 +1,8 @@
 """Feedback that is not perfect: another oracle's verdicts, corrupted in the ways that judges and reward models are.
 
 Scores and ranks come from the same corrupted values, so that two algorithms differ in nothing but how they use them.
-Every draw depends on the seed, the request's id and its responses alone, not on batches; equal responses stay equal.
+Every draw depends on the seed, the request's id and its responses alone; equal responses stay equal. In a run the id
+begins with the group's place in its batch, so that two groups of one question draw apart.
 """
 
 from __future__ import annotations

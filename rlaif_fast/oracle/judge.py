@@ -12,35 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Ranking, RankRequest, gives_scores
+from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict, gives_scores
 from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import agreement, borda, kemeny
+from rlaif_fast.oracle.in_flight import InFlight
 from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
+from rlaif_fast.oracle.records import request_text
 from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
 DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 2, "pointwise": 1, "likelihood": 1}
 Keep = Callable[[int, Ranking], None]  # is told the place of a request, and the ranking of it
 _ORDERED = {"listwise", "pairwise", "network"}  # what is shown first may matter
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge said about one shown order.
-
-    Attributes:
-        order: The responses in order of appearance, duplicates of a text left out; empty where each was
-            judged on its own.
-        ranks: The ranks it gave, G entries; None where it gave none (and for the left-out duplicates).
-        raw: Its replies.
-        error: Why there are no ranks; None where there are.
-    """
-
-    order: tuple[int, ...]
-    ranks: Ranks
-    raw: tuple[str, ...] = ()
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +114,7 @@ class Judge(ABC):
 
     def __init__(self, options: JudgeOptions) -> None:
         self.options = options
+        self._in_flight: InFlight[Ranking] = InFlight()
 
     @property
     def identity(self) -> str:
@@ -148,11 +133,22 @@ class Judge(ABC):
     def rank(self, requests: Sequence[RankRequest], keep: Keep | None = None) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests.
 
+        What is asked twice at the same time, in one batch or by several threads, is judged once.
+
         Args:
             requests: The groups.
-            keep: Called with the place and the ranking of each group as soon as all of it was judged, so that what was
-                paid for is not lost where the rest is interrupted.
+            keep: Called with the place and the ranking of each group judged in this call as soon as all of it was, so
+                that what was paid for is not lost where the rest is interrupted.
         """
+        asked = [request_text(self.asked(request)) for request in requests]
+
+        def judge(places: list[int]) -> list[Ranking]:
+            told = None if keep is None else lambda at, ranking: keep(places[at], ranking)
+            return self._rank([requests[place] for place in places], told)
+
+        return self._in_flight.run(asked, judge)
+
+    def _rank(self, requests: Sequence[RankRequest], keep: Keep | None) -> list[Ranking]:
         groups = [self._show(request) for request in requests]
         owners = [(group, place) for group, (own, _) in enumerate(groups) for place in range(len(own))]
         flat = [showing for showings, _ in groups for showing in showings]

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rlaif_fast.errors import require_least
-from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
+from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, Verdict, rank_all
 from rlaif_fast.oracle.fusion import Order, kendall_tau, top1_agreement
-from rlaif_fast.oracle.judge import Verdict
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.wrappers import CircuitBreaker, OracleFailedError
 

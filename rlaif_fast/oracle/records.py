@@ -14,8 +14,7 @@ from torch import Tensor
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError
-from rlaif_fast.oracle.base import Ranking, RankRequest
-from rlaif_fast.oracle.judge import Verdict
+from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict
 
 _REFERENCE = ("reference", "answer", "solution")
 _VERDICT_KEYS = {"order", "ranks", "raw", "error"}
@@ -82,6 +81,11 @@ def request_to_json(request: RankRequest) -> dict[str, Any]:
         "category": request.category,
         "metadata": dict(request.metadata),
     }
+
+
+def request_text(request: RankRequest) -> str:
+    """A text that two requests share where they ask the same, whatever their ids."""
+    return content_text(request_to_json(request))
 
 
 def content_text(value: Any) -> str:
