@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -87,6 +88,36 @@ def test_check_of_a_mixed_dataset(folder, tmp_path, capsys):
     assert "2 of 4 keep all their files" in shown
     named = {json.loads(line)["path"] for line in quarantine.read_text().splitlines()}
     assert named == {str(folder / "cut.webm"), str(folder / "gone.mp4")}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"video_start": 9.0, "video_end": 3.0}, r"video_end: expected more than video_start \(9\), got 3"),
+        ({"video_start": 3.0, "video_end": 3.0}, r"expected more than video_start \(3\), got 3"),
+        ({"video_end": 0.0}, r"expected more than video_start \(0\), got 0"),
+        ({"nframes": 1}, "nframes is 1, and the model sees 2 frames at a time"),
+        ({"min_frames": 1, "max_frames": 1}, "max_frames is 1"),
+    ],
+)
+def test_flags_that_fit_no_file_are_refused_once(given, message, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": "?", "video": "gone.mp4"}\n' * 3)
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    commands = {
+        "check": [str(tmp_path / "rows.jsonl")],
+        "probe": ["gone.mp4"],
+        "preview": ["gone.mp4", "--out", str(tmp_path / "sheet.png")],
+    }
+    for command, rest in commands.items():
+        assert main([command, *rest, *flags]) == 2
+        shown = capsys.readouterr()
+        assert re.search(message, shown.err) and not shown.out
+    if "nframes" in given:
+        groups = tmp_path / "groups.jsonl"
+        groups.write_text('{"question": "?", "video": "gone.mp4", "answer": "a", "responses": ["a", "b"]}\n')
+        (tmp_path / "gone.mp4").touch()
+        assert oracle_command(["rank", str(groups), "--output", str(tmp_path / "out.jsonl"), *flags]) == 2
+        assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
 def test_preview(folder, tmp_path, capsys):

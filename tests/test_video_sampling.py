@@ -134,6 +134,12 @@ def test_bad_options_are_refused(options):
         FrameSampling(**options)
 
 
+@pytest.mark.parametrize("name", ["video_start", "video_end"])
+def test_no_part_of_a_video_begins_before_it(name):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of seconds, at least 0, got -1"):
+        FrameSampling(**{name: -1.0})
+
+
 @pytest.mark.parametrize("name", ["video_start", "video_end", "fps"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(name, value):

@@ -26,11 +26,17 @@ class RowClips:
     Args:
         root: Folder that relative paths start from.
         nframes: Frames of a video whose row does not say which are seen.
+
+    Raises:
+        UsageError: They are fewer than a model sees at a time.
     """
 
     def __init__(self, root: Path, nframes: int) -> None:
         self._files = MediaFiles(root, check=True)
         self._sampling = FrameSampling(nframes=nframes)
+        fault = self._sampling.fault()
+        if fault is not None:
+            raise UsageError(fault)
         self._opened: set[MediaRef] = set()
 
     def find(self, row: Mapping[str, Any], where: str) -> tuple[MediaRef, ...]:

@@ -79,7 +79,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def _sampling(options: argparse.Namespace) -> FrameSampling:
     try:
-        return FrameSampling(
+        sampling = FrameSampling(
             fps=options.fps,
             nframes=options.nframes,
             min_frames=options.min_frames,
@@ -89,6 +89,10 @@ def _sampling(options: argparse.Namespace) -> FrameSampling:
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+    fault = sampling.fault()
+    if fault is not None:
+        raise UsageError(fault)
+    return sampling
 
 
 def _probe(options: argparse.Namespace) -> int:

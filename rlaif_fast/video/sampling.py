@@ -43,8 +43,8 @@ class FrameSampling:
             raise ValueError(f"fps must be positive and finite, got {self.fps}")
         for name in ("video_start", "video_end"):
             seconds = getattr(self, name)
-            if seconds is not None and not math.isfinite(seconds):
-                raise ValueError(f"{name} must be a finite number of seconds, got {seconds}")
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise ValueError(f"{name} must be a finite number of seconds, at least 0, got {seconds}")
         if self.frame_factor < 1:
             raise ValueError(f"frame_factor must be at least 1, got {self.frame_factor}")
         if self.nframes is not None and self.nframes < 1:
@@ -88,6 +88,8 @@ class FrameSampling:
 
     def fault(self) -> str | None:
         """Why not one video can be sampled so; None where some can."""
+        if self.video_end is not None and (self.video_start or 0.0) >= self.video_end:
+            return f"video_end: expected more than video_start ({self.video_start or 0:g}), got {self.video_end:g}"
         name = "max_frames" if self.nframes is None else "nframes"
         wanted = getattr(self, name)
         rounded = math.floor if self.nframes is None else round
@@ -123,9 +125,9 @@ class FrameSampling:
         else:
             length = info.frames / info.fps
             if start is not None:
-                first = math.ceil(max(0.0, min(start, length)) * info.fps)
+                first = math.ceil(min(start, length) * info.fps)
             if end is not None:
-                last = min(math.floor(max(0.0, min(end, length)) * info.fps), info.frames - 1)
+                last = min(math.floor(min(end, length) * info.fps), info.frames - 1)
         if (start is not None or end is not None) and first >= last:
             raise VideoError(
                 info.path,
