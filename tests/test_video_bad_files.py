@@ -14,8 +14,18 @@ import pytest
 from video_file_parts import H264, changed, counters, scramble, whole_files
 
 from rlaif_fast.errors import RlaifFastError
-from rlaif_fast.video import ClipStore, TooManyBadFiles, VideoError, decode, load_clip, load_image, probe
+from rlaif_fast.video import (
+    ClipCache,
+    ClipStore,
+    TooManyBadFiles,
+    VideoError,
+    decode,
+    load_clip,
+    load_image,
+    probe,
+)
 from rlaif_fast.video.isolate import DecodeProcess
+from rlaif_fast.video.probe import check_same, file_version
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 
@@ -64,6 +74,19 @@ def _truncated_webm(good, folder):
 
 def _truncated_avi(good, folder):
     return changed(good["avi"], folder / "a.avi", lambda data: data.__delitem__(slice(-2000, None)))
+
+
+def _half_downloaded(ending, share):
+    """A download into a file of full size: what has not come yet are zeros."""
+
+    def make(good, folder):
+        def blank(data):
+            data[int(len(data) * share) :] = bytes(len(data) - int(len(data) * share))
+
+        return changed(good[ending], folder / f"a.{ending}", blank)
+
+    make.__name__ = f"_half_downloaded_{ending}_{share}"
+    return make
 
 
 def _empty(good, folder):
@@ -143,6 +166,9 @@ BAD = [
     (_truncated_after_the_index, "truncated: the container spans"),
     (_truncated_webm, "truncated: the container spans"),
     (_truncated_avi, "truncated: the container spans"),
+    (_half_downloaded("webm", 0.4), "damaged: no element of the container at byte"),
+    (_half_downloaded("webm", 0.8), "damaged: no element of the container at byte"),
+    (_half_downloaded("mkv", 0.6), "damaged: no element of the container at byte"),
     (_empty, "empty file"),
     (_text, "not a readable video"),
     (_text_file, "not a video"),
@@ -199,6 +225,35 @@ def test_replaced_file_is_scanned_again(good, tmp_path):
     shutil.copy(good["webm"], path)
     assert probe(path).codec == "vp9"
     assert counters(path, [9]) == [9]
+
+
+@pytest.mark.parametrize("ending", ["webm", "mkv"])
+def test_a_live_recording_does_not_say_how_long_its_parts_are(tmp_path, ending):
+    options = {"container_options": {"live": "1"}}
+    path = write_video(
+        tmp_path / f"a.{ending}", counter_frames(20), **(options if ending == "webm" else H264 | options)
+    )
+    assert counters(path, [0, 19]) == [0, 19]
+
+
+def test_a_copy_with_the_size_and_time_of_the_file_it_replaces_is_read_anew(tmp_path):
+    """`cp -p` and `rsync --inplace` write into the file that is there."""
+    image = pytest.importorskip("PIL.Image")
+    cache = ClipCache()
+    for colour in ((255, 0, 0), (0, 0, 255)):
+        image.new("RGB", (32, 32), colour).save(tmp_path / "new.bmp")
+        os.utime(tmp_path / "new.bmp", (1e9, 1e9))
+        shutil.copy2(tmp_path / "new.bmp", tmp_path / "seen.bmp")
+        clip = load_image(tmp_path / "seen.bmp", cache=cache)
+        assert tuple(clip.frames[0, 0, 0].tolist()) == colour
+
+
+def test_a_new_link_to_a_file_is_no_change_of_it(good, tmp_path):
+    path = shutil.copy(good["mp4"], tmp_path / "a.mp4")
+    version = file_version(path)
+    os.link(path, tmp_path / "b.mp4")
+    assert file_version(path) != version
+    check_same(path, version)
 
 
 def test_frame_that_does_not_exist(good):

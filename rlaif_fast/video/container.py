@@ -11,6 +11,7 @@ from typing import BinaryIO
 WHOLE_DIGEST_BYTES = 256 << 20  # larger files are digested in DIGEST_BLOCKS evenly spread blocks
 DIGEST_BLOCKS = 256
 DIGEST_BLOCK_BYTES = 1 << 20
+CLUSTER = b"\x1fC\xb6u"  # of Matroska, holds the frames
 
 
 class BadVideo(Exception):
@@ -67,7 +68,7 @@ def _check_length(file: BinaryIO, size: int) -> None:
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
         end = _end_of_boxes(file, size)
     elif head[:4] == b"\x1aE\xdf\xa3":
-        end = _end_of_segment(head)
+        end = _end_of_segment(head, file, size)
     elif head[:4] == b"RIFF":
         end = 8 + struct.unpack("<I", head[4:8])[0]
     if end is not None and end > size + 1:  # RIFF chunks may lack the padding byte
@@ -91,15 +92,44 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
     return at
 
 
-def _end_of_segment(head: bytes) -> int | None:
-    """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown."""
+def _end_of_segment(head: bytes, file: BinaryIO, size: int) -> int | None:
+    """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown.
+
+    Raises:
+        BadVideo: The elements in it do not follow one another. Readers skip such a part, and the film is shorter.
+    """
     length, width = _ebml_size(head, 4)
     at = 4 + width + length
     if head[at : at + 4] != b"\x18S\x80g":
         return None
     length, width = _ebml_size(head, at + 4)
-    unknown = (1 << (7 * width)) - 1
-    return None if length == unknown else at + 4 + width + length
+    start = at + 4 + width
+    if length == _unknown_size(width):
+        return None
+    if start + length <= size:
+        _check_elements(file.fileno(), start, start + length, into=CLUSTER)
+    return start + length
+
+
+def _check_elements(file: int, at: int, end: int, into: bytes = b"") -> None:
+    """Refuse what holds an element that is none, or reaches out of it; elements called `into` are looked into."""
+    while at < end:
+        head = os.pread(file, 12, at)
+        id_width = 9 - head[0].bit_length()
+        sized = id_width <= 4 and any(head[id_width : id_width + 1])
+        length, width = _ebml_size(head, id_width)
+        if sized and length == _unknown_size(width):
+            return  # a live recording: it ends where the next one begins
+        start = at + id_width + width
+        if not sized or start + length > end:
+            raise BadVideo(f"damaged: no element of the container at byte {at}")
+        if into and head.startswith(into):
+            _check_elements(file, start, start + length)
+        at = start + length
+
+
+def _unknown_size(width: int) -> int:
+    return (1 << (7 * width)) - 1
 
 
 def _ebml_size(head: bytes, at: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from rlaif_fast.video.errors import VideoError
 MEMO_DIGESTS = 100_000
 MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
 
-Version = tuple[str, int, int, int]
+Version = tuple[str, int, int, int, int]
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -90,7 +90,8 @@ def file_version(path: str) -> Version:
         raise VideoError(path, f"no file can have this path ({error})") from None
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
         raise VideoError(path, "is not a regular file")  # opening a pipe would wait forever
-    return (str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    # The time of the last change of its entry tells a copy that took over size and time of what was there (cp -p).
+    return str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino, facts.st_ctime_ns
 
 
 def check_same(path: str, version: Version) -> None:
@@ -99,7 +100,7 @@ def check_same(path: str, version: Version) -> None:
     Raises:
         VideoError: The file has changed.
     """
-    if file_version(path) != version:
+    if file_version(path)[:-1] != version[:-1]:  # a new link or mode changes no content
         raise VideoError(path, "changed while it was read")
 
 
