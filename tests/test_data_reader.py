@@ -38,6 +38,11 @@ def test_answers_of_choices_become_letters(write, media, answer, letter):
     assert (example.answer, example.options) == (letter, ("a dog", "a cat"))
 
 
+def test_an_answer_is_its_option_however_its_accents_are_spelled(write, media):
+    row = {**NATIVE, "options": ["th\u00e9", "caf\u00e9"], "answer": "cafe\u0301"}
+    assert one(write, media, row).answer == "B"
+
+
 @pytest.mark.parametrize(
     ("options", "letter"),
     [(["A. B", "B. A", "C. C"], "A"), (["B", "A", "C"], "B")],
@@ -83,6 +88,19 @@ WRONG = {
     "one option": ({**NATIVE, "options": ["x"]}, "at least 2"),
     "options of a wrong type": ({**NATIVE, "options": "A or B"}, "options: expected a list"),
     "answer beyond the options": ({**NATIVE, "options": ["x", "y"], "answer": "C"}, "none of the options"),
+    "answer that two options have": ({**NATIVE, "options": ["x", "X."], "answer": "x"}, "of several options"),
+    "form with a full stop that the answer lacks": (
+        {**NATIVE, "answer": "it is 7", "metadata": {"form": r"it is (\d)\."}},
+        "metadata.form: the answer 'it is 7' does not match it",
+    ),
+    "form beside an answer too long to be scored": (
+        {**NATIVE, "answer": "a" * 4001, "metadata": {"form": "a*"}},
+        "does not match it",
+    ),
+    "form that is spelled with combining marks": (
+        {**NATIVE, "answer": "cafe\u0301", "metadata": {"form": "cafe\u0301"}},
+        "does not match it",
+    ),
     "more tags than files": (
         {**NATIVE, "question": "<video><video>x"},
         "2 <video> or <image> tags, but 1 files",

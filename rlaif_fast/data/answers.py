@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
@@ -57,6 +58,8 @@ def settle_options(question: str, answer: str | None, options: Any) -> tuple[str
         return question, found, None
     letter = letter_of(answer, found, labelled=found != [text.strip() for text in texts])
     if letter is None:
+        if [_plain(text) for text in found].count(_plain(answer)) > 1:
+            raise RowError(f"answer: {answer!r:.60} is the text of several options; give its letter")
         raise RowError(
             f"answer: {answer!r:.60} is none of the options, or labels another than stands there; give its letter"
         )
@@ -138,4 +141,4 @@ def letter_of(answer: str, options: list[str], *, labelled: bool = False) -> str
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold().rstrip(" .")
+    return " ".join(unicodedata.normalize("NFC", text).split()).casefold().rstrip(" .")

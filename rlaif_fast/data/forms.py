@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
@@ -16,6 +17,7 @@ except ImportError:  # Python 3.10
 
 MAX_FORM_CHARS = 4000
 MAX_TEXT_CHARS = 4000  # of a text that is matched; a longer one is malformed
+FINAL_PUNCTUATION = " \t\n.!?,;:"
 _MANY = 20  # repeats from here on count as without bound
 # of anything, one behind the other: their number is the power of the time that matching takes
 _MOST_REPEATS = 2
@@ -30,12 +32,16 @@ def check_form(form: Any, answer: str | None) -> None:
     reason = fault_of(form)
     if reason is not None:
         raise RowError(f"metadata.form: {reason}")
-    squeezed = " ".join((answer or "").split())
-    pattern = re.compile(form, re.IGNORECASE)
-    if answer is not None and not any(
-        map(pattern.fullmatch, (squeezed, squeezed.rstrip(" .!?,;:"), f"{squeezed}."))
-    ):
+    if answer is not None and match_form(re.compile(form, re.IGNORECASE), answer) is None:
         raise RowError(f"metadata.form: the answer {answer!r:.60} does not match it")
+
+
+def match_form(form: re.Pattern[str], text: str) -> re.Match[str] | None:
+    """How a text matches a form, as it stands or without its final punctuation; None where it is malformed."""
+    squeezed = " ".join(unicodedata.normalize("NFKC", text).split())
+    if len(squeezed) > MAX_TEXT_CHARS:
+        return None
+    return form.fullmatch(squeezed) or form.fullmatch(squeezed.rstrip(FINAL_PUNCTUATION))
 
 
 def fault_of(form: Any) -> str | None:

@@ -7,9 +7,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+from rlaif_fast.data.forms import FINAL_PUNCTUATION
 from rlaif_fast.oracle import choice_words as words
 
-FINAL_PUNCTUATION = " \t\n.!?,;:"
 QUOTES = "\"'“”‘’«»「」"
 _WORD = re.compile(r"[^\W_]+")
 

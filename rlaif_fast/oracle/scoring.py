@@ -19,9 +19,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from rlaif_fast.data.forms import MAX_TEXT_CHARS, fault_of
+from rlaif_fast.data.forms import FINAL_PUNCTUATION, fault_of, match_form
 from rlaif_fast.errors import UsageError, needed_by
-from rlaif_fast.oracle.choice_texts import FINAL_PUNCTUATION, QUOTES, tokens
+from rlaif_fast.oracle.choice_texts import QUOTES, tokens
 from rlaif_fast.oracle.choices import parse_choice, reference_choice
 
 EMPHASIS = f"{QUOTES}*_`"  # at the ends: "red", **red**
@@ -87,13 +87,7 @@ def compile_form(form: str) -> re.Pattern[str]:
 
 def form_facts(form: str, text: str) -> tuple[str, ...] | None:
     """The groups of `form` in a well-formed answer, normalised; None where `text` is malformed."""
-    pattern = compile_form(form)
-    # The form may or may not spell the final punctuation, so both the text as it stands and without it are
-    # tried.
-    squeezed = " ".join(unicodedata.normalize("NFKC", text).split())
-    if len(squeezed) > MAX_TEXT_CHARS:
-        return None
-    match = pattern.fullmatch(squeezed) or pattern.fullmatch(squeezed.rstrip(FINAL_PUNCTUATION))
+    match = match_form(compile_form(form), text)
     if match is None:
         return None
     return tuple(normalise(group or "") for group in match.groups())
