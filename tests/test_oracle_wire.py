@@ -14,7 +14,17 @@ pytest.importorskip("tenacity")
 from fuzzing import counts, fuzz
 from wire_parts import ask_all, completion
 
-from rlaif_fast.oracle.wire import MAX_BODY_BYTES, Fault, Response, read_completion, retry_after, unpack
+from rlaif_fast.oracle.api import _KEY_LIKE
+from rlaif_fast.oracle.protocols import MalformedVerdict, parse_object
+from rlaif_fast.oracle.wire import (
+    MAX_BODY_BYTES,
+    Fault,
+    Response,
+    read_completion,
+    retry_after,
+    status_fault,
+    unpack,
+)
 
 VERDICT_KINDS = {
     "timeout", "connection", "malformed_body", "malformed", "refusal", "rate_limit", "server_error", "rejected",
@@ -242,3 +252,19 @@ def test_packed_replies_are_read_and_long_ones_are_not():
 )
 def test_retry_after_is_bounded(value):
     assert 0.0 <= retry_after(value) <= 3600.0
+
+
+def test_a_redirect_says_where_to():
+    """An http address of an https server is the usual case."""
+    response = Response(301, {"location": "https://judge.example/v1/chat/completions?token=sk-abcdefgh"}, b"")
+    fault = status_fault(response, lambda text: text.replace("sk-abcdefgh", "[key]"))
+    assert not fault.retry
+    assert str(fault).startswith(
+        "HTTP 301: a redirect to 'https://judge.example/v1/chat/completions?token=[key]'"
+    )
+
+
+def test_what_is_said_of_a_repeated_name_does_not_look_like_a_key():
+    with pytest.raises(MalformedVerdict, match="a name stands twice") as caught:
+        parse_object('{"ranking": [], "ranking": []}', {"ranking"})
+    assert _KEY_LIKE.search(str(caught.value)) is None

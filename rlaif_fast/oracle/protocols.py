@@ -254,7 +254,7 @@ def _body(reply: str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a name stands twice")
     return value
 
 

@@ -182,6 +182,9 @@ def status_fault(response: Response, redact: Callable[[str], str] = str) -> Faul
     """The fault that a reply of any status but 200 is; `redact` as for `read_completion`."""
     status = response.status
     detail = f"HTTP {status}: {_start(response, redact)}"
+    if 300 <= status < 400:  # not followed: the key would go to another server
+        place = redact(response.headers.get("location", "nowhere"))[:200]
+        detail = f"HTTP {status}: a redirect to {place!r}; set base_url to where it leads"
     wait = retry_after(response.headers.get("retry-after"))
     if status == 429:
         return Fault("rate_limit", detail, wait=wait)
