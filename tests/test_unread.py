@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
 
 import pytest
+from tiny_runs import cache, metrics, run  # noqa: F401
 
 from rlaif_fast import train as train_module
+from rlaif_fast.algorithms.rloo import Rloo
 from rlaif_fast.data.synthetic.dataset import SyntheticConfig
 from rlaif_fast.errors import UsageError, require_given
 from rlaif_fast.evals.options import EvaluateConfig
@@ -24,6 +26,7 @@ LEFT = {
     ("oracle", "reference"): ("weight_by_confidence",),
     ("lora_r", 0): ("feature_cache_bytes",),
     ("sft_steps", 0): ("sft_learning_rate", "sft_warmup_steps"),
+    ("num_iterations", 1): ("epsilon", "epsilon_high", "delta", "cliprange_value"),
     ("nframes", 8): ("fps",),
     ("lr_scheduler_type", "linear"): ("min_lr_ratio",),
     ("dynamic_sampling", False): ("dynamic_sampling_rounds",),
@@ -32,7 +35,7 @@ LEFT = {
 }
 READ = {
     **{"data": "rows.jsonl", "dynamic_sampling": True, "sampler": "vllm", "oracle": "api"},
-    **{"lora_r": 4},
+    **{"lora_r": 4, "num_iterations": 2},
 }
 
 
@@ -99,6 +102,32 @@ def test_a_file_may_say_more_than_a_run_reads():
         "not read, since sft is none: sft_steps, sft_warmup_steps",
         "not read, since nframes is 8: fps",
     ]
+
+
+OFF_POLICY = {"epsilon": 0.01, "epsilon_high": 0.01, "delta": 1.02}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_read"),
+    [
+        ({}, set()),
+        ({"num_iterations": 2}, OFF_POLICY.keys()),
+        ({"steps_per_generation": 2}, OFF_POLICY.keys()),
+        ({"algorithm": "test_unread:Odd"}, OFF_POLICY.keys()),  # which may read what it likes
+    ],
+)
+def test_what_bounds_the_ratio_is_read_where_the_weights_have_moved(changes, is_read):
+    assert OFF_POLICY.keys() - unread(TrainConfig(**changes)).keys() == is_read
+
+
+def test_what_bounds_the_ratio_changes_nothing_before_the_weights_move(run):  # noqa: F811
+    (_, one, _), (_, other, said) = run("one"), run("other", **OFF_POLICY)
+    assert metrics(one) == metrics(other)
+    assert f"not read, since num_iterations and steps_per_generation are 1: {', '.join(OFF_POLICY)}" in said
+
+
+class Odd(Rloo):
+    """Of another package."""
 
 
 def test_every_name_is_a_key():

@@ -37,7 +37,8 @@ class AlgorithmOptions:
         beta: Weight of the KL to the reference policy (the start of this stage), 0.01 where null. For online_dpo, dpo
             and lipo DPO's beta, 0.1 where null: how strongly the policy is held to the reference.
         kl: KL estimator: "k1", "k2", "k3".
-        epsilon: Lower (and, by default, upper) clip range.
+        epsilon: Lower (and, by default, upper) clip range; what bounds the ratio is read where the weights have moved
+            since the rollout, by `num_iterations` or `steps_per_generation`.
         epsilon_high: Upper clip range.
         delta: Upper bound on the ratio (two-sided clipping); null for none.
         entropy_coef: Weight of the entropy bonus.

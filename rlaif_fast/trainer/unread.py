@@ -7,8 +7,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from rlaif_fast.algorithms.options import OF_A_CRITIC
+from rlaif_fast.algorithms.registry import ALGORITHMS, make_algorithm
 from rlaif_fast.data.benchmarks import BENCHMARKS
 from rlaif_fast.errors import UsageError
+from rlaif_fast.trainer.drawing import on_policy
 from rlaif_fast.trainer.options import OWN_SAMPLERS, TINY_FAMILIES, SftOptions, TrainConfig
 
 SYNTHETIC = (
@@ -24,6 +26,8 @@ REINFORCED = (
     *("beta", "kl", "epsilon", "epsilon_high", "delta", "entropy_coef", "loss_type"),
     *("importance_sampling_level", *OF_A_CRITIC),
 )
+# Bounds of what moves away from the rollout: nothing has where its own weights learn from it, once and whole.
+OFF_POLICY = ("epsilon", "epsilon_high", "delta", "cliprange_value")
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
 
 
@@ -52,8 +56,11 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
         yield REINFORCED, "max_steps is 0"
-    elif config.beta == 0:
-        yield ("kl",), "beta is 0"
+    else:
+        if config.beta == 0:
+            yield ("kl",), "beta is 0"
+        if config.algorithm in ALGORITHMS and on_policy(config, make_algorithm(config)):
+            yield OFF_POLICY, "num_iterations and steps_per_generation are 1"
     if config.nframes is not None:
         where = f"nframes is {config.nframes}"
         yield ("fps",), where
