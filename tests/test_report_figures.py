@@ -86,6 +86,20 @@ def test_of_hundreds_of_categories_the_figures_draw_those_with_the_most_question
             assert image.height < 5000
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_category_in_any_script_is_drawn_whole_and_without_a_warning(tmp_path):
+    """Of one category the overview was so low that both accuracies lay on each other."""
+    run = RunDir.create(tmp_path)
+    for phase in ("sft", "final"):
+        row = {"example_id": "a", "category": "视频 🙂 $x$", "video": "v", "chance": 0.25, "correct": True}
+        write_jsonl(run.predictions(phase), [row])
+    evaluation = {"time": 1.0, "stage": "eval", "phase": "rl", "split": "validation", "accuracy": 0.5}
+    write_jsonl(run.metrics, [{**evaluation, "step": step} for step in range(2)])
+    assert "视频 🙂 $x$" in write_report(run).read_text()
+    with Image.open(run.figures / "overview.png") as image:
+        assert image.height > image.width / 4
+
+
 def test_comparison_pairs_questions_by_name(tmp_path):
     run = RunDir.create(tmp_path)
     assert compare_predictions(run) is None

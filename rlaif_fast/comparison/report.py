@@ -182,8 +182,10 @@ def draw_curves(table: Table, cells: Cells, file: Path) -> None:
     """
     import matplotlib
 
+    from rlaif_fast.report.style import drawing
+
     matplotlib.use("Agg")
-    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar sign in a name is a dollar sign
+    with drawing({}):
         _draw_curves(table, cells, file)
 
 

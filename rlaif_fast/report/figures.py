@@ -13,49 +13,15 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlaif_fast.report.stats import Interval
+from rlaif_fast.report.style import AFTER, BEFORE, COLORS, INK, MUTED, STYLE, THIRD, drawing
 
-INK, MUTED, GRID = "#1d2433", "#667085", "#e3e6ec"
-BEFORE, AFTER, THIRD = "#8b94a7", "#0b7a75", "#b5651d"
-COLORS = {"ink": INK, "muted": MUTED, "grid": GRID, "before": BEFORE, "after": AFTER, "third": THIRD}
-
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "legend.labelcolor": INK,
-    "svg.fonttype": "none",
-    "text.parse_math": False,  # a dollar sign in a category's name is a dollar sign
-}
 PNG_DPI = 160
 WIDE, HALF, NARROW = 900, 640, 340  # pixels that a figure is drawn for
 
@@ -131,7 +97,7 @@ Draw = Callable[[Axes], None]
 def to_svg(draw: Draw, width: int, height: int, label: str) -> str:
     """Draw one figure as an SVG element that scales with the page and takes its colours from it."""
     salt = f"{label} {width}"  # the names inside must differ from those of every other figure on the page
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+    with drawing({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained", facecolor="none")
         axes = figure.subplots()
         axes.set_facecolor("none")
@@ -161,7 +127,7 @@ def to_png(path: Path, draws: Sequence[tuple[str, Draw]], size: tuple[int, int],
         columns: How many stand in a row.
     """
     rows = -(-len(draws) // columns)
-    with matplotlib.rc_context(STYLE):
+    with drawing(STYLE):
         figure = Figure(
             figsize=(size[0] * columns / 72, size[1] * rows / 72), layout="constrained", facecolor="white"
         )
@@ -179,8 +145,8 @@ def to_png(path: Path, draws: Sequence[tuple[str, Draw]], size: tuple[int, int],
 def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel | None, note: str) -> None:
     """Save the result of a run as one picture: the headline, the validation curve, the categories with a note."""
     left = [["headline"], ["panel"], ["panel"]] if panel is not None else [["headline"]]
-    with matplotlib.rc_context(STYLE):
-        height = 100 + 42 * len(scores)
+    with drawing(STYLE):
+        height = max(100 + 42 * len(scores), 430)  # the left column needs as much
         figure = Figure(figsize=(1320 / 72, height / 72), layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.2, h_pad=0.15, wspace=0.03)  # type: ignore[union-attr, call-arg]
         axes = figure.subplot_mosaic([[*row, "categories"] for row in left], width_ratios=[5, 8])
