@@ -310,6 +310,9 @@ def test_what_does_not_fit_is_said_with_what_would(capsys):
     judged = '{"inner": {"name": "local", "model": "judge"}}'
     main([*words[:-1], "0", "--oracle", "shuffled", "--oracle_options", judged])
     assert "Not in the figures: the model of the oracle local." in capsys.readouterr().out
+    main([*words[:-1], "0", "--dynamic_sampling", "true", "--dynamic_sampling_rounds", "3"])
+    said = capsys.readouterr().out
+    assert "Not in the figures: the extra rollouts of dynamic_sampling, up to 3 a step." in said
 
 
 def test_what_cannot_be_planned_is_refused(capsys):

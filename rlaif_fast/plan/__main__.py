@@ -48,6 +48,9 @@ def _run(words: Sequence[str]) -> int:
     ]
     if loaded:
         print(f"Not in the figures: the model of the oracle {', '.join(loaded)}.")
+    if config.dynamic_sampling:
+        rounds = config.dynamic_sampling_rounds
+        print(f"Not in the figures: the extra rollouts of dynamic_sampling, up to {rounds} a step.")
     _print_memory(plan)
     print(f"\n{'seconds of a step':<30}{sum(plan.seconds.values()):>10.1f}")
     for name, seconds in plan.seconds.items():
