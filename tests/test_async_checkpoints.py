@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_run_dir import Words, file_limit  # noqa: F401
 from tiny_runs import SMALL, metrics
+from torch.distributed import checkpoint
 from vllm_parts import LORA
 
 from rlaif_fast import train as train_module
@@ -19,6 +20,7 @@ from rlaif_fast.policy.parts import add_lora
 from rlaif_fast.policy.testing import make_model
 from rlaif_fast.runs.background import copied, copied_weights
 from rlaif_fast.runs.checkpoint import CheckpointStore
+from rlaif_fast.runs.sharded import FOLDER, read_shards
 
 
 class Weights(torch.nn.Module):
@@ -147,3 +149,12 @@ def test_a_run_killed_while_it_writes_goes_on_from_the_checkpoint_before(whole, 
     assert train_module.main(["--resume", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run") == metrics(whole)
     assert same_weights(tmp_path / "run", whole)
+
+
+@pytest.mark.filterwarnings("error:torch.distributed is disabled")
+def test_one_process_reads_shards_without_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        checkpoint.save({"weight": torch.arange(3.0)}, checkpoint_id=tmp_path / FOLDER, no_dist=True)
+    found = {"weight": torch.zeros(3)}
+    read_shards(tmp_path, found)
+    assert found["weight"].tolist() == [0.0, 1.0, 2.0]

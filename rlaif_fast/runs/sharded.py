@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -95,7 +96,10 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{folder} was written without sharding, and a sharded run cannot go on from it; add --sharding none"
         )
     try:
-        checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # One process reads all of it, as is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
     except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
         cause = _cause(error) if isinstance(error, checkpoint.CheckpointException) else error
         raise UsageError(f"{folder / FOLDER} does not fit what is trained: {typed_line(cause)}") from error
