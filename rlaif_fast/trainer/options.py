@@ -356,8 +356,8 @@ class TrainConfig(
             self.check_sharding()
         if self.load_in_4bit:
             self.check_4bit()
-        drawn_so = self.sampler != "vllm" or self.temperature >= 0.01
-        require(drawn_so, "temperature", "at least 0.01, as vllm draws, where sampler is vllm", self.temperature)
+        warm = self.sampler != "vllm" or self.temperature >= 0.01
+        require(warm, "temperature", "at least 0.01, as vllm draws, where sampler is vllm", self.temperature)
         from_start = self.rollout_lag == 1 and find_algorithm(self).samples_from == "start"
         require(not from_start, "rollout_lag", f"0 where algorithm is {self.algorithm}", self.rollout_lag)
         late = find_algorithm(self).has_critic and 0 < self.max_steps <= self.reward_model_steps
