@@ -11,7 +11,7 @@ from test_linear_attention import ROWS
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import check_shared_prefix
-from rlaif_fast.policy.families.base import DECODERS, WINDOWED
+from rlaif_fast.policy.families.base import BY_LAYER, DECODERS, WINDOWED
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.packing import PackedRow, make_buckets
 from rlaif_fast.policy.pattern import Pattern, PatternContext, backend_name, picture_runs, row_context
@@ -209,6 +209,40 @@ def test_a_decoder_of_another_type_attends_as_alone(kind) -> None:
     drawn = PlainSampler(policies[0]).sample(prompts, 2, params)
     shared = SharedPrefixSampler(policies[1]).sample(prompts, 2, params)
     assert shared.token_ids.tolist() == drawn.token_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", sorted(DECODERS))
+@pytest.mark.parametrize("types", [("sliding_attention", "full_attention"), ("full_attention",) * 2])
+def test_windows_by_layer_are_those_of_the_model(kind, types) -> None:
+    """Some decoders do not read `layer_types`; packed rows would have windows that their own forward has not."""
+    mixed = {"layer_types": list(types), "sliding_window": 8, "use_sliding_window": True}
+
+    def logps(shared: bool, **values) -> torch.Tensor:
+        config = with_decoder(kind, **mixed | values)
+        model, tokenizer = family_checkpoints.make_model("internvl", dtype=torch.float64, values=config)
+        prompts = make_prompts(make_encoder("internvl", tokenizer, model.config))
+        policy = Policy(model, tokenizer, shared_prefix=shared)
+        return policy.response_logps(prompts, *responses(tokenizer)).detach()
+
+    told = kind in BY_LAYER or (kind not in WINDOWED and set(types) == {"full_attention"})
+    if told:
+        torch.testing.assert_close(logps(True), logps(False), rtol=0, atol=TOLERANCE)
+        return
+    with pytest.raises(UsageError, match=f"decoder '{kind}' does not read the windows that layer_types"):
+        logps(True)
+    # The model computes the same without them.
+    own = ["sliding_attention" if kind in WINDOWED else "full_attention"] * 2
+    torch.testing.assert_close(logps(False), logps(False, layer_types=own), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "glm4v"])
+def test_a_family_without_windows_is_given_none(model_type) -> None:
+    text = family_checkpoints.RECIPES[model_type][0]["text_config"]
+    text = text | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    values = family_checkpoints.RECIPES[model_type][0] | {"text_config": text}
+    config = family_checkpoints.make_config(model_type, family_checkpoints.make_tokenizer(model_type), values)
+    with pytest.raises(UsageError, match=r"does not read the windows.*take layer_types out"):
+        check_shared_prefix(config)
 
 
 @pytest.mark.parametrize("kind", ["gpt_oss", "gemma2", "stablelm", "nemotron"])

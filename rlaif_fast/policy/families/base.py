@@ -42,6 +42,13 @@ DECODERS = frozenset((
 ))
 # fmt: on
 WINDOWED = {"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}  # `sliding_window` is of every layer
+# Decoders that read `layer_types`; what it says of windows, others ignore.
+# fmt: off
+BY_LAYER = {
+    "cohere2", "exaone4", "gemma3_text", "ministral", "olmo3", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
+    "qwen3", "smollm3",
+}
+# fmt: on
 Features = tuple[Tensor, ...]  # of one medium: the projector's output, then each deepstack level, each (F, H)
 
 
@@ -249,9 +256,7 @@ class Family:
     def pattern(self, config: Any) -> Pattern | None:
         """How its decoder attends where that is not causally to all that came before; None where it is."""
         text = config.get_text_config()
-        usual = "sliding_attention" if text.model_type in WINDOWED else "full_attention"
-        types = getattr(text, "layer_types", None) or [usual] * text.num_hidden_layers
-        windows = tuple(text.sliding_window if kind == "sliding_attention" else None for kind in types)
+        windows = _windows(text, getattr(text, "layer_types", None))
         if set(windows) == {None} and not self.two_way_pictures:
             return None
         return Pattern(windows, self.two_way_pictures)
@@ -263,12 +268,25 @@ class Family:
             return self.unshared
         if self.decoders is not None and text.model_type not in self.decoders:
             return f"packed rows are not known to be right with its decoder {text.model_type!r}"
-        unknown = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS
+        types = getattr(text, "layer_types", None)
+        unknown = set(types or ()) - KNOWN_LAYERS
         if unknown:
             return f"it has layers of the type {', '.join(sorted(unknown))}"
+        if text.model_type not in BY_LAYER and _windows(text, types) != _windows(text, None):
+            return (
+                f"its decoder {text.model_type!r} does not read the windows that layer_types gives its layers; "
+                "take layer_types out of the model's config.json"
+            )
         if getattr(text, "attention_dropout", 0.0):
             return "it has attention_dropout; set that to 0 in the model's config.json"
         return None
+
+
+def _windows(text: Any, types: Sequence[str] | None) -> tuple[int | None, ...]:
+    """The window of each layer by its type, or, without types, as the decoder has them; None where it sees all."""
+    usual = "sliding_attention" if text.model_type in WINDOWED else "full_attention"
+    types = types or [usual] * text.num_hidden_layers
+    return tuple(getattr(text, "sliding_window", None) if t == "sliding_attention" else None for t in types)
 
 
 def _under(name: str, places: Sequence[str]) -> bool:
