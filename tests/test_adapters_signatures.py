@@ -72,6 +72,13 @@ def test_verl_refuses_what_it_does_not_know(batch):
         verl.policy_loss(*arguments, "seq-mean-token-sum-norm", SimpleNamespace(clip_ratio=0.2))
     with pytest.raises(ValueError, match="config must be"):
         verl.policy_loss(*arguments)
+    for mode, missing, other in (
+        ("token-mean", "batch_num_tokens", "global_batch_size"),
+        ("seq-mean-token-sum", "global_batch_size", "batch_num_tokens"),
+    ):
+        config = SimpleNamespace(clip_ratio=0.2, global_batch_info={"dp_size": 2, other: 10})
+        with pytest.raises(ValueError, match=f"must have {missing} where dp_size is above 1"):
+            verl.policy_loss(*arguments, mode, config)
 
 
 @pytest.mark.parametrize("token_level", [True, False])

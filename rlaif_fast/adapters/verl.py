@@ -39,7 +39,8 @@ def policy_loss(
         rollout_is_weights: `sampling_ratio`.
 
     Raises:
-        ValueError: No configuration, or an aggregate that is not one of these.
+        ValueError: No configuration, an aggregate that is not one of these, or several processes without the count of
+            the whole batch.
     """
     if config is None:
         raise ValueError("config must be verl's actor configuration; got None")
@@ -49,7 +50,10 @@ def policy_loss(
         )
     low, high = _of(config, "clip_ratio_low"), _of(config, "clip_ratio_high")
     dual_clip, info = _of(config, "clip_ratio_c"), _of(config, "global_batch_info") or {}
-    items = info.get("batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size")
+    whole = "batch_num_tokens" if loss_agg_mode == "token-mean" else "global_batch_size"
+    items, processes = info.get(whole), info.get("dp_size", 1)
+    if items is None and processes > 1:
+        raise ValueError(f"global_batch_info must have {whole} where dp_size is above 1; got {dict(info)}")
     out = grpo_rank_loss(
         log_prob,
         old_logps=old_log_prob,
@@ -61,7 +65,7 @@ def policy_loss(
         dual_clip=DUAL_CLIP if dual_clip is None else dual_clip,
         loss_type=LOSS_TYPES[loss_agg_mode],
         empty_rows="skip",
-        num_items_in_batch=None if items is None else items / info.get("dp_size", 1),
+        num_items_in_batch=None if items is None else items / processes,
     )
     mask = response_mask.bool()
     distance = (old_log_prob - log_prob).detach().masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
