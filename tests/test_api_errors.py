@@ -229,6 +229,10 @@ def test_logits_and_hidden_states():
         fused_linear_grpo_rank_loss(HIDDEN, WEIGHT, IDS, RANKS, chunk_size=0)
     with pytest.raises(TypeError, match="hidden must be a tensor"):
         token_logps([1.0], WEIGHT, IDS)
+    with pytest.raises(TypeError, match="return_entropy must be True or False; got str 'no'"):
+        token_logps(HIDDEN, WEIGHT, IDS, return_entropy="no")
+    with pytest.raises(TypeError, match="return_entropy must be True or False; got int 1"):
+        selective_log_softmax(HIDDEN @ WEIGHT.T, IDS, return_entropy=1)
     tiny = torch.float8_e4m3fn
     with pytest.raises(
         TypeError, match=r"hidden must have a floating point dtype of at least 16 bits; got .*float8"

@@ -133,3 +133,12 @@ def test_a_group_index_on_policy_needs_an_order():
         fused_linear_grpo_rank_loss(problem.hidden, problem.weight, problem.token_ids, ranks, **arguments)
     with pytest.raises(ValueError, match="group_size must be None with group_index"):
         grpo_rank_loss(problem.logps, ranks, group_size=4, **arguments)
+
+
+def test_a_group_without_this_process_is_refused():
+    problem = random_problem()
+    outside = dist.distributed_c10d.GroupMember.NON_GROUP_MEMBER  # what `new_group` gives there
+    with pytest.raises(TypeError, match="process_group must be one that this process belongs to"):
+        fused_linear_grpo_rank_loss(
+            problem.hidden, problem.weight, problem.token_ids, problem.oracle_ranks, process_group=outside
+        )

@@ -336,10 +336,10 @@ def selective_log_softmax(
         ValueError: A shape, device or value does not fit (the message names the argument).
         TypeError: A dtype or type does not fit.
     """
+    checks.check_flag("return_entropy", return_entropy)
     checks.logits(logits, token_ids, None, validate)
-    scaling = checks.scaling(
-        temperature, logit_softcap, logit_scale, tuple(token_ids.shape), logits, validate
-    )
+    shape = tuple(token_ids.shape)
+    scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, logits, validate)
     logps, entropy = ops.selective_log_softmax(logits, token_ids, scaling, backend)
     return (logps, entropy) if return_entropy else logps
 
@@ -383,14 +383,14 @@ def token_logps(
         ValueError: A shape, device or value does not fit (the message names the argument).
         TypeError: A dtype or type does not fit.
     """
+    checks.check_flag("return_entropy", return_entropy)
     checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape = tuple(hidden.shape[:-1])
     checks.token_ids("token_ids", token_ids, shape, like=hidden)
     values.ids_in_range(token_ids, weight.shape[0], None, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
-    head = Head(weight, bias, scaling, float32_weight)
-    rows, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
-    logps, entropy = ops.linear_logps(rows, head, ids, chunk_size, backend)
+    head, rows = Head(weight, bias, scaling, float32_weight), hidden.reshape(-1, hidden.shape[-1])
+    logps, entropy = ops.linear_logps(rows, head, token_ids.reshape(-1), chunk_size, backend)
     logps, entropy = logps.view(token_ids.shape), entropy.view(token_ids.shape)
     return (logps, entropy) if return_entropy else logps
 

@@ -25,9 +25,14 @@ class VocabularyShard:
         group: Its ranks hold consecutive shards, in the order of the ranks.
         size: V_local, rows of the weight on this rank; shards may differ in size.
         device: Where the tensors are.
+
+    Raises:
+        TypeError: The group is none that this process belongs to.
     """
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be one that this process belongs to; got {group!r}")
         self.group = group
         self.size = size
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
