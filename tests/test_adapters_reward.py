@@ -47,7 +47,12 @@ def test_every_trainers_way_to_call_gives_the_same():
         data_sources=["d"] * 4, solution_strs=ANSWERS, ground_truths=["7"] * 4,
         extra_infos=[{"question": "How many?"}] * 4,
     )  # fmt: skip
-    assert trl == swift == verl
+    # as verl's batch reward manager hands over what its data held
+    arrays = as_reward(oracle, failed=0.0)(
+        data_sources=np.array(["d"] * 4, object), solution_strs=ANSWERS, ground_truths=["7"] * 4,
+        extra_infos=np.array([{"question": "How many?"}] * 4, object),
+    )  # fmt: skip
+    assert trl == swift == verl == arrays
     assert trl[0] == trl[3] > trl[1] > trl[2]
 
 
@@ -116,6 +121,8 @@ def test_a_missing_column_of_references_is_told_by_an_oracle_that_needs_it(oracl
 def test_prompts_are_needed():
     with pytest.raises(UsageError, match="needs prompts and completions"):
         as_reward(ReferenceOracle())(completions=["1"])
+    with pytest.raises(UsageError, match="needs prompts and completions"):
+        as_reward(ReferenceOracle())(prompts=["q"] * 2, completions=["1", None])
 
 
 def test_nothing_is_imported_unless_asked_for():

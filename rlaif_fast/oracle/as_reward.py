@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlaif_fast.data.media_keys import MEDIA_KEYS
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
@@ -77,9 +79,9 @@ class OracleReward:
         Args:
             prompts: B prompts, texts or chats. ms-swift has `messages` in their place, verl none.
             completions: B responses, texts or chats; verl has `solution_strs`.
-            columns: Whatever else the trainer passes. Lists of B become the metadata of a group where all its rows
-                agree, but `ground_truths` (verl) is the reference answer and `extra_infos[i]["question"]` the prompt.
-                Other things, as TRL's callbacks, say nothing about a response.
+            columns: Whatever else the trainer passes. Lists or object arrays of B become the metadata of a group where
+                all its rows agree, but `ground_truths` (verl) is the reference answer and
+                `extra_infos[i]["question"]` the prompt. Other things, as TRL's callbacks, say nothing about a response.
 
         Raises:
             UsageError: No responses or prompts, or not as many of them; no column of the name that was asked for, or no
@@ -87,7 +89,8 @@ class OracleReward:
                 references, media or forms that are not one a response; `group_size` rows that ask different things;
                 or an oracle that ranks not all of them.
         """
-        names = dict(columns)
+        # verl hands columns over as arrays of objects
+        names = {name: _listed(column) for name, column in columns.items()}
         reference = self.reference
         if completions is None:  # verl
             completions, reference = names.pop("solution_strs", None), "ground_truths"
@@ -99,7 +102,7 @@ class OracleReward:
             ]
         else:
             check_reference(reference, names)
-        if completions is None or prompts is None or None in prompts:
+        if completions is None or prompts is None or None in (*prompts, *completions):
             raise UsageError(
                 "the reward of an oracle needs prompts and completions; the trainer passed "
                 f"{', '.join(sorted(columns)) or 'neither'}"
@@ -248,6 +251,10 @@ def text_of(message: Any) -> str:
     if isinstance(message, Mapping):
         return text_of(message.get("content") or message.get("text") or "")
     return "\n".join(text for text in map(text_of, message) if text)
+
+
+def _listed(column: Any) -> Any:
+    return column.tolist() if isinstance(column, np.ndarray) and column.dtype == object else column
 
 
 def _is_column(value: Any, rows: int) -> bool:
