@@ -5,7 +5,10 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -58,6 +61,44 @@ def test_equal_to_pyav(files, name, kind, order):
     assert theirs.shape == ours.shape
     assert theirs.dtype == torch.uint8
     assert (ours.float() - theirs.float()).abs().mean() <= MEAN_TOLERANCE
+
+
+def one_colour(path, rgb, matrix, red, blue, full_range):
+    """A film of one colour, encoded by a matrix of these shares of red and blue."""
+    r, g, b = (value / 255 for value in rgb)
+    light = red * r + (1 - red - blue) * g + blue * b
+    to_blue, to_red = (b - light) / (2 - 2 * blue), (r - light) / (2 - 2 * red)
+    low, span, chroma = (0, 255, 255) if full_range else (16, 219, 224)
+    planes = [low + span * light, 128 + chroma * to_blue, 128 + chroma * to_red]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = 2 if full_range else 1
+        picture = np.concatenate([np.full(n, round(v), np.uint8) for n, v in zip((1024, 256, 256), planes)])
+        frame = av.VideoFrame.from_ndarray(picture.reshape(48, 32), format="yuv420p")
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+@pytest.mark.parametrize("full_range", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize(
+    ("matrix", "red", "blue"),
+    [(1, 0.2126, 0.0722), (2, 0.299, 0.114), (6, 0.299, 0.114), (7, 0.212, 0.087), (9, 0.2627, 0.0593)],
+    ids=["bt709", "none", "bt601", "smpte240m", "bt2020"],
+)
+def test_colours_are_by_the_matrix_that_a_film_names(tmp_path, matrix, red, blue, full_range):
+    needs("dali")
+    path, colour = tmp_path / "a.webm", (170, 60, 40)
+    one_colour(path, colour, matrix, red, blue, full_range)
+    assert scan_file(str(path)).colorspace == matrix
+    for name in ("pyav", "dali"):
+        shown = decode(str(path), [0], decoder=name).float().mean((0, 1, 2))
+        assert (shown - torch.tensor(colour)).abs().max() <= 4, (name, shown)
+
+
+def test_films_of_other_matrices_are_left_to_ffmpeg(files):
+    scan = replace(scan_file(files["vp9"]), colorspace=8)
+    assert "colour matrix 8" in DaliDecoder.refuses(scan, torch.device("cuda"))
 
 
 def test_more_files_than_a_batch_of_unequal_sizes(files):

@@ -33,6 +33,9 @@ GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
 BATCH_FILES = 8  # a decoder is held per file; DALI's own cache of NVDEC decoders holds 100
 BATCH_BYTES = 1 << 30  # of decoded frames
 WAIT_SECONDS = 120.0
+BT_601 = (0.299, 0.114)  # by which DALI reads the colours of every film
+# Share of red and of blue in the brightness, by `Scan.colorspace`.
+LUMA = {2: BT_601, 5: BT_601, 6: BT_601, 1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 
 
 @dataclass
@@ -90,6 +93,8 @@ class DaliDecoder:
             return "its frame numbers would differ (hidden, cut or unordered frames)"
         if scan.mirrored:
             return "mirrored films are left to FFmpeg"
+        if scan.colorspace not in LUMA:
+            return f"films of the colour matrix {scan.colorspace} are left to FFmpeg"
         if device.type != "cpu" and "10" in scan.pixel_format:
             return f"{scan.pixel_format} is left to FFmpeg"
         return None
@@ -197,7 +202,10 @@ class DaliDecoder:
         with beside(self.device):  # `output` holds DALI's memory until the copies are whole
             decoded = [torch.from_dlpack(output[i]) for i in range(len(batch))]
             turns = [-(job.scan.rotation // 90) for job in batch]
-            return [torch.rot90(x, k, (1, 2)) for x, k in zip(decoded, turns)]  # a copy where k is 0, too
+            upright = [torch.rot90(x, k, (1, 2)) for x, k in zip(decoded, turns)]  # a copy where k is 0, too
+            for job, frames in zip(batch, upright):
+                _recolour(frames, LUMA[job.scan.colorspace])
+            return upright
 
     def _build(self) -> Any:
         from nvidia.dali import fn
@@ -221,6 +229,26 @@ class DaliDecoder:
             pipeline.set_outputs(fn.decoders.video(encoded, frames=indices, device=place, pad_mode="none"))
         pipeline.build()
         return pipeline
+
+
+def _recolour(frames: Tensor, luma: tuple[float, float]) -> None:
+    """Give frames (F, H, W, 3) that were read by BT.601 the colours of their own matrix, in place.
+
+    A colour that BT.601 put outside 0 to 255 was clipped there, and is near its own alone.
+    """
+    if luma == BT_601:
+        return
+    change = (_rgb_of(luma) @ _rgb_of(BT_601).inverse()).T.to(frames.device, torch.float32)
+    for frame in frames:  # one at a time: it takes eight times its memory
+        frame.copy_((frame.float() @ change).round_().clamp_(0, 255))
+
+
+def _rgb_of(luma: tuple[float, float]) -> Tensor:
+    """Red, green and blue (rows) of the brightness and the differences to blue and red (columns)."""
+    red, blue = luma
+    green, to_blue, to_red = 1 - red - blue, 2 * (1 - blue), 2 * (1 - red)
+    rows = [[1, 0, to_red], [1, -to_blue * blue / green, -to_red * red / green], [1, to_blue, 0]]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _settle(job: _Job, decoded: Tensor) -> None:

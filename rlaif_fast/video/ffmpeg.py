@@ -271,6 +271,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         width=first.width,
         height=first.height,
         pixel_format=first.format.name,
+        colorspace=int(first.colorspace),
         rotation=_rotation(first),
         mirrored=_mirrored(first),
         fps=fps,

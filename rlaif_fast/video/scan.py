@@ -16,6 +16,7 @@ class Scan:
         width: Pixels, as coded (before rotation).
         height: Pixels, as coded (before rotation).
         pixel_format: As FFmpeg spells it.
+        colorspace: Number of the matrix between RGB and YUV (ITU-T H.273, table 4); 2 where the file names none.
         rotation: Degrees clockwise to turn a decoded frame for display; 0, 90, 180 or 270.
         mirrored: Whether a decoded frame is turned upside down before that.
         fps: Average frames per second.
@@ -34,6 +35,7 @@ class Scan:
     width: int
     height: int
     pixel_format: str
+    colorspace: int
     rotation: int
     mirrored: bool
     fps: float
