@@ -312,6 +312,19 @@ def test_files_of_another_layout_are_refused(tmp_path, name, files, words):
         read_benchmark(name, tmp_path)
 
 
+def test_a_folder_of_two_benchmarks_is_refused(tmp_path):
+    row = {"answer": "man", "id": 1, "question": "who is driving?", "video_id": 1301}
+    put(tmp_path / "MSRVTT-QA/test_qa.json", [row])
+    put(tmp_path / "MSVD-QA/test_qa.json", [row | {"id": 2}])
+    with pytest.raises(
+        UsageError, match=r"holds MSRVTT-QA/test_qa.json, MSVD-QA/test_qa.json; give the folder"
+    ):
+        read_benchmark("msvd_qa", tmp_path)
+    (tmp_path / "MSVD-QA/also").mkdir()
+    (tmp_path / "MSVD-QA/also/test_qa.json").symlink_to(tmp_path / "MSVD-QA/test_qa.json")
+    assert [item.example.id for item in read_benchmark("msvd_qa", tmp_path / "MSVD-QA")] == ["2"]
+
+
 def test_a_name_or_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="videomme, msvd_qa"):
         read_benchmark("mme", tmp_path)

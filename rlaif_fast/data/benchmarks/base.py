@@ -70,11 +70,17 @@ class Folder:
         """The files of the first pattern that finds any, in order.
 
         Raises:
-            UsageError: None does.
+            UsageError: None does, or a pattern that names one file finds several, which may be of several benchmarks.
         """
         for pattern in patterns:
             if found := self.matching(pattern):
-                return found
+                own = {file.resolve(): file for file in reversed(found)}  # links to one file are one
+                if len(own) > 1 and "*" not in Path(pattern).name:
+                    places = ", ".join(str(file.relative_to(self.path)) for file in found)
+                    raise UsageError(
+                        f"data: {self.path} holds {places}; give the folder of one benchmark alone"
+                    )
+                return sorted(own.values())
         raise UsageError(f"data: {self.path} holds none of {', '.join(patterns)}")
 
     def rows(self, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
