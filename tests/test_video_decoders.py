@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ from rlaif_fast.video import ClipStore, FrameSampling, VideoError, decode, decod
 from rlaif_fast.video.dali import BATCH_FILES, DaliDecoder
 from rlaif_fast.video.decoders import DECODERS, choose, decoder
 from rlaif_fast.video.probe import scan_file
-from rlaif_fast.video.testing import counter_frames, read_counter, write_video
+from rlaif_fast.video.testing import counter_frame, counter_frames, read_counter, write_video
 
 OTHERS = [name for name in DECODERS if name != "pyav"]
 ORDERS = [[0], list(range(60)), [59, 0, 31, 31, 12, 13, 11, 59], [7] * 5, list(range(59, -1, -7))]
@@ -259,6 +260,24 @@ def test_a_file_that_dali_cannot_read_leaves_its_kind_there(files, monkeypatch):
     for _ in range(3):
         decoders.by_name("auto", scan, [0], torch.device("cpu"), attempt)
     assert tried == ["dali", "dali", "pyav", "dali"]
+
+
+@pytest.mark.parametrize("ending", ["mkv", "mp4"])
+def test_of_two_films_in_a_file_the_one_that_players_show_is_read(tmp_path, ending):
+    path, none = str(tmp_path / f"a.{ending}"), av.stream.Disposition(0)
+    with av.open(path, "w") as container:
+        streams = [container.add_stream("libvpx-vp9", rate=10) for _ in range(2)]
+        for stream, shown in zip(streams, (none, av.stream.Disposition.default), strict=True):
+            stream.height, stream.width, stream.pix_fmt, stream.disposition = 96, 128, "yuv420p", shown
+        for first, stream in zip((0, 100), streams, strict=True):
+            for number in range(4):
+                frame = av.VideoFrame.from_ndarray(counter_frame(first + number), format="rgb24")
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    assert [read_counter(f) for f in decode(path, range(4), decoder="pyav")] == [100, 101, 102, 103]
+    for other in OTHERS:
+        assert "several films" in DECODERS[other].refuses(scan_file(path), torch.device("cpu"))
 
 
 def test_cut_film_is_left_to_ffmpeg(tmp_path, caplog):

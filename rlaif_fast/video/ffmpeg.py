@@ -17,7 +17,7 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -61,7 +61,8 @@ def scan(path: str) -> Scan:
             raise BadVideo("damaged: the container marks packets as corrupt")
         # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-        return _summarise(path, stream, packets, unordered)
+        found = _summarise(path, stream, packets, unordered)
+        return replace(found, plain=found.plain and _is_only_film(container))
 
 
 def read_frames(
@@ -351,13 +352,20 @@ def _mirrored(frame: Any) -> bool:
 
 
 def _video_stream(container: Any) -> Any:
-    for stream in container.streams.video:
-        if stream.codec_context.name in NOT_VIDEO_CODECS:
-            raise BadVideo(f"not a video (FFmpeg reads it as {stream.codec_context.name} text)")
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    kinds = sorted({s.type for s in container.streams})
-    raise BadVideo(f"no video stream ({', '.join(kinds) if kinds else 'no streams at all'})")
+    """The video stream that players show: the one marked as default, else that of the most frames and bits."""
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+        kinds = sorted({s.type for s in container.streams})
+        raise BadVideo(f"no video stream ({', '.join(kinds) if kinds else 'no streams at all'})")
+    if stream.codec_context.name in NOT_VIDEO_CODECS:
+        raise BadVideo(f"not a video (FFmpeg reads it as {stream.codec_context.name} text)")
+    return stream
+
+
+def _is_only_film(container: Any) -> bool:
+    """Whether a file has one video stream beside covers."""
+    cover = av.stream.Disposition.attached_pic
+    return sum(not stream.disposition & cover for stream in container.streams.video) == 1
 
 
 def _open(path: str) -> Any:

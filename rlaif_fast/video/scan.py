@@ -9,7 +9,7 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Scan:
-    """What the packets of a file's first video stream say.
+    """What the packets of a file's video stream say, of several those of the one that players show.
 
     Attributes:
         codec: Codec name as FFmpeg spells it.
@@ -28,7 +28,7 @@ class Scan:
         time_base: Seconds per unit.
         variable_rate: Whether the frames are unevenly spaced.
         counted: Whether frames can only be told apart by counting (no usable presentation times).
-        plain: Whether every packet is one shown frame, so that any decoder counts frames alike.
+        plain: Whether every packet of the file's one film is one shown frame, so that any decoder counts frames alike.
     """
 
     codec: str
