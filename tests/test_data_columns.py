@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from datetime import datetime, timedelta
+from decimal import Decimal
 
 import pytest
 
@@ -358,3 +360,18 @@ def test_questions_and_answers_in_two_files_are_joined(folder):
     (folder / "test_a.json").write_text(json.dumps([{"answer": "yes"}]))
     with pytest.raises(UsageError, match="expected an answer with a question_id"):
         read_report(folder / "test_q.json")
+
+
+def test_times_and_decimals_of_a_table_are_texts(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    moment, price = datetime(2024, 1, 2, 3, 4), Decimal("1.50")
+    row = {"question": "What?", "answer": "a ball", "made": moment, "facts": {"day": [moment.date()]}}
+    table = pyarrow.Table.from_pylist([row | {"price": price, "length": timedelta(seconds=90)}])
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    [example] = read_examples(tmp_path / "a.parquet")
+    assert json.loads(json.dumps(example.metadata)) == {
+        "made": "2024-01-02T03:04:00",
+        "facts": {"day": ["2024-01-02"]},
+        "price": "1.50",
+        "length": "0:01:30",
+    }

@@ -9,6 +9,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -295,5 +297,15 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the columns that are null in it."""
-    return {key: value for key, value in row.items() if value is not None}
+    """A row without the columns that are null in it; times and decimals are texts, as in JSON."""
+    return {key: _written(value) for key, value in row.items() if value is not None}
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_written(item) for item in value]
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    return str(value) if isinstance(value, (timedelta, Decimal)) else value
