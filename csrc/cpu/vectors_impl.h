@@ -9,7 +9,6 @@
 #include <c10/util/Unroll.h>
 
 #include <array>
-#include <cstdint>
 #include <type_traits>
 #include <utility>
 
