@@ -56,8 +56,7 @@ class StageCheckpoints:
             yield
         except BaseException as error:
             world = self._run.world
-            together = isinstance(error, (Terminated, SharedOutage)) and not isinstance(error, StepGivenUp)
-            shared = world.size == 1 or together
+            shared = world.size == 1 or isinstance(error, SharedOutage) or _is_asked_for(error)
             if shared or world.is_main:
                 self._keep(error, alone=not shared)
             raise
@@ -93,7 +92,7 @@ class StageCheckpoints:
             reason = typed_line(refused)
         if reason is not None:
             run.logger.message(f"{self._stage} step {self.step} is not saved: {reason}")
-        elif self.step and (not isinstance(error, Terminated) or isinstance(error, StepGivenUp)):
+        elif self.step and not _is_asked_for(error):
             run.logger.message(f"{self._stage} step {self.step} is saved; --resume goes on from there")
 
     def _write(self, alone: bool = False) -> None:
@@ -107,3 +106,8 @@ class StageCheckpoints:
 
     def _now(self) -> tuple[Any, int]:
         return self._changes(), self._run.logger.records
+
+
+def _is_asked_for(error: BaseException) -> bool:
+    """Whether the run was asked to end, and all processes end it behind the same step."""
+    return isinstance(error, Terminated) and not isinstance(error, StepGivenUp)
