@@ -48,6 +48,8 @@ def test_what_two_processes_exchange(tmp_path):
     for got in (answers, other):
         assert got["sum"] == [2.0, 1.0]
         assert got["gather"] == [{"rank": 0}, {"rank": 1}]
+        # Four numbers cross, and not the twelve that share their memory.
+        assert got["row"] == [[4.0, 5.0, 6.0, 7.0] if got is answers else [0.0, 1.0, 2.0, 3.0], 4 * 4]
         assert got["grads"] == [[1.5] * 3, [4.0] * 4]
         assert got["broadcast"] == 7.0
     assert (tmp_path / "order").read_text() == "01"

@@ -80,12 +80,12 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer, asked: bool = T
         asked: Whether the run's oracle ranked them; else their ranks are a model's, and its figures are left out.
     """
     requests, rankings = requests_of(groups), [group.ranking for group in groups]
-    right = [
-        scorer.is_correct(request, text)
-        for group, request in zip(groups, requests)
-        if has_answer(group.prompt.example)
-        for text in request.responses
-    ]
+    right: list[bool] = []
+    for group, request in zip(groups, requests):
+        if has_answer(group.prompt.example):
+            # Groups hold many repeats once the policy is confident; each distinct text is scored once.
+            by_text = {text: scorer.is_correct(request, text) for text in set(request.responses)}
+            right += [by_text[text] for text in request.responses]
     top1 = [group.ranking.ranks[int(group.scores.argmax())] == 0 for group in groups if group.ranking.valid]
     agreement = torch.stack([group.agreement for group in groups], dim=1)  # (2, groups)
     ndcg, kendall_tau = (row.nanmean() for row in agreement)
