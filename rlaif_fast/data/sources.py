@@ -13,6 +13,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import CUT_KEYS
@@ -73,19 +74,24 @@ def files_below(folder: Path) -> list[Path]:
 
 def _checked(row: Any) -> Any:
     """The row, or the `RowError` that says why no file of a run could hold it."""
-    waiting = [(row, 1)]
+    waiting = [(row, 1, "")]
     while waiting:
-        value, depth = waiting.pop()
+        value, depth, column = waiting.pop()
         if isinstance(value, (dict, list)) and depth > MAX_DEPTH:
             return RowError(f"nested more than {MAX_DEPTH} deep")
         if isinstance(value, dict):
-            waiting += [(key, depth + 1) for key in value] + [(item, depth + 1) for item in value.values()]
+            waiting += [(key, depth + 1, column) for key in value]
+            waiting += [(item, depth + 1, column or key) for key, item in value.items()]
         elif isinstance(value, list):
-            waiting += [(item, depth + 1) for item in value]
+            waiting += [(item, depth + 1, column) for item in value]
         elif isinstance(value, str) and not value.isascii() and _HALVES.search(value):
             return RowError(f"{value!r:.60} holds half of a character (an unpaired surrogate)")
         elif isinstance(value, float) and not math.isfinite(value):
             return RowError(f"{value} is no number; leave the key out")
+        elif isinstance(value, bytes):
+            return RowError(
+                f"{column}: holds bytes; write those of a file to a file and give its path, or leave the column out"
+            )
     return row
 
 
@@ -257,10 +263,10 @@ def _parquet(paths: list[Path]) -> Iterator[tuple[int, Any]]:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
+                    for row in _rows_in(batch):
                         number += 1
-                        yield number, _present(row)
-        except (OSError, pyarrow.ArrowException) as error:
+                        yield number, row
+        except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
             raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 
 
@@ -289,23 +295,31 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
         for name in names:
             with pyarrow.memory_map(str(path / name)) as source:
                 for batch in pyarrow.ipc.open_stream(source):
-                    for row in batch.to_pylist():
+                    for row in _rows_in(batch):
                         number += 1
-                        yield number, _present(row)
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+                        yield number, row
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 
 
-def _present(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the columns that are null in it; times and decimals are texts, as in JSON."""
-    return {key: _written(value) for key, value in row.items() if value is not None}
+def _rows_in(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a part of a table, without the columns that are null in them; all that JSON lacks but bytes as text.
+
+    Raises:
+        ValueError: Two columns have one name, or a value is none of Python's.
+    """
+    names = batch.schema.names
+    if len(set(names)) < len(names):
+        raise ValueError(f"a column name stands twice in {names}")
+    for row in batch.to_pylist():
+        yield {key: _written(value) for key, value in row.items() if value is not None}
 
 
 def _written(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _written(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):  # a map is a list of pairs
         return [_written(item) for item in value]
     if isinstance(value, (date, time)):  # a datetime is a date
         return value.isoformat()
-    return str(value) if isinstance(value, (timedelta, Decimal)) else value
+    return str(value) if isinstance(value, (timedelta, Decimal, UUID)) else value
