@@ -332,3 +332,16 @@ def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
     assert not gives_scores(listwise)
     assert listwise.rank(requests(1))[0].scores is None
     assert gives_scores(judge(checkpoint, protocol="pointwise"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "pointwise", "orders": 2}, "'orders' must be 1 with protocol='pointwise'"),
+        ({"protocol": "likelihood", "orders": 4}, "'orders' must be 1 with protocol='likelihood'"),
+        ({"protocol": "likelihood", "extract": "<answer>(.*)"}, "'extract' is not read"),
+    ],
+)
+def test_options_that_change_no_verdict_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        build_oracle("local", model="x", **options)

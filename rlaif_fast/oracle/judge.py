@@ -58,7 +58,8 @@ class JudgeOptions:
         orders: k, the orders of appearance each group is shown in, 1 or even (every order is followed by its
             reverse); None is 4 listwise, 2 for pairs and 1 pointwise.
         fusion: "borda" or "kemeny".
-        min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing.
+        min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing; needs several
+            orders.
         use_reference: Show the reference answer to the judge where there is one.
         use_clips: Show the frames to the judge.
         max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
@@ -92,6 +93,11 @@ class JudgeOptions:
             )
         if not 0.0 <= self.min_confidence <= 1.0:
             raise UsageError(f"oracle option 'min_confidence' must be in [0, 1], got {self.min_confidence}")
+        if self.min_confidence > 0.0 and self.num_orders == 1:
+            raise UsageError(
+                f"oracle option 'min_confidence' must be 0 with one order, whose confidence is always 1, got "
+                f"{self.min_confidence}; set 'orders'"
+            )
         compile_extract(self.extract)
 
     @property

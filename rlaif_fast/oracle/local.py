@@ -88,6 +88,13 @@ class LocalOracle(Judge):
             raise UsageError(f"oracle 'local' takes protocol {', '.join(LOCAL_PROTOCOLS)}, got {protocol!r}")
         check_least(1, batch_size=batch_size)
         super().__init__(JudgeOptions(protocol=protocol, **judge))
+        if protocol != "listwise" and self.options.num_orders > 1:
+            raise UsageError(
+                f"oracle 'local': 'orders' must be 1 with protocol={protocol!r}, which reads the same each time, got "
+                f"{self.options.num_orders}"
+            )
+        if protocol == "likelihood" and self.options.extract:
+            raise UsageError("oracle 'local': 'extract' is not read with protocol='likelihood'; leave it out")
         self.batch_size = batch_size
         self.model = model
         self.pixels = (min_pixels, max_pixels)
