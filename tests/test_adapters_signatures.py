@@ -97,6 +97,10 @@ def test_openrlhf(batch, token_level, whole):
     assert 0.0 < clip < 1.0
     torch.testing.assert_close(kl, ((batch.old - batch.logps) * batch.mask).sum() / LENGTHS.sum())
     assert sampler.item() == pytest.approx(0.25) and left_out.item() == 0.0
+    missing = "batch_num_tokens" if token_level else "global_batch_size"
+    counts = {"batch_num_tokens": 40, "global_batch_size": 10, missing: None}
+    with pytest.raises(ValueError, match=f"{missing} must be given where dp_size is above 1"):
+        loss_fn(batch.logps, batch.old, batch.advantages, batch.mask, dp_size=2, **counts)
 
 
 def test_skyrl(batch):

@@ -54,8 +54,14 @@ class PolicyLoss(nn.Module):
         old, and the share of tokens that are left out because of it, which is 0.
 
         The last two are None without `rollout_log_probs`. These are compared, and no weight is made of them.
+
+        Raises:
+            ValueError: Several processes without the count of the whole batch.
         """
+        whole = "batch_num_tokens" if self.token_level_loss else "global_batch_size"
         items = batch_num_tokens if self.token_level_loss else global_batch_size
+        if items is None and dp_size > 1:
+            raise ValueError(f"{whole} must be given where dp_size is above 1; got dp_size={dp_size}")
         out = grpo_rank_loss(
             log_probs,
             old_logps=old_log_probs,
