@@ -189,3 +189,14 @@ def test_rllm_without_a_token_or_a_step():
     (found, empty), _ = rllm.estimator(InOrder())([], None, traj_groups=groups)
     assert found[0] == found[3] == 0.0 and found[1] > 0 > found[2]
     assert empty.tolist() == [0.0]
+
+
+def test_a_batch_of_which_nothing_could_be_ranked_is_told_in_the_log(caplog):
+    failing = InOrder(lambda rankings: [Ranking((None,) * 3, error="no judge")] * len(rankings))
+    assert rows(failing).tolist() == [0.0] * 6
+    assert caplog.messages == [
+        "the oracle in order ranked none of the 2 groups of a batch; the last: no judge"
+    ]
+    caplog.clear()
+    rows(InOrder(lambda rankings: [*rankings[:1], Ranking((None,) * 3, error="no judge")]))
+    assert not caplog.messages

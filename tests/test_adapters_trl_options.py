@@ -168,6 +168,16 @@ def test_an_oracle_that_ranks_not_all_is_refused(tmp_path, monkeypatch):
         trained(tmp_path, monkeypatch, InOrder(lambda rankings: rankings[:0]))
 
 
+def test_a_missing_column_of_references_is_told_by_an_oracle_that_needs_it(tmp_path):
+    trainer = parity.trl_trainer(str(tmp_path))
+    trainer.oracles = [ReferenceOracle()]
+    batch = [{"prompt": "1", "answer": "1"}] * 6, ["1"] * 6, list("123456"), [[2]] * 6
+    with pytest.raises(UsageError, match="the trainer passed no column 'reference' among answer; add it"):
+        trainer._calculate_rewards(*batch)
+    trainer.oracles = [InOrder()]  # which needs none
+    assert trainer._calculate_rewards(*batch).isfinite().all()
+
+
 def test_what_any_row_says_reaches_the_oracle(tmp_path):
     asked = []
 

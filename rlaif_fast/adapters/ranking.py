@@ -12,8 +12,8 @@ from torch import Tensor
 from rlaif_fast.loss.api import rank_advantages
 from rlaif_fast.loss.inputs import RankAdvantages
 from rlaif_fast.loss.options import KINDS, RankOptions, check_choice
-from rlaif_fast.oracle.as_reward import gains, prompt_media, requests_of
-from rlaif_fast.oracle.base import Oracle, rank_all
+from rlaif_fast.oracle.as_reward import gains, prompt_media, rank_groups, requests_of
+from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.video import ClipStore
 
 RANK_KINDS = tuple(kind for kind in KINDS if kind != "zscore")  # which wants rewards
@@ -115,7 +115,8 @@ class RowRanker:
         for row, name in enumerate(group_ids):
             groups[numbers[name]].append(row)
         raw, ranks = [0.0] * count, [float("nan")] * count
-        rankings = rank_all(self.oracle, requests_of(groups, prompts, responses, told, media=self.media))
+        requests = requests_of(groups, prompts, responses, told, media=self.media)
+        rankings = rank_groups(self.oracle, requests, told)
         for rows, ranking in zip(groups, rankings):
             for row, rank, gain in zip(rows, ranking.ranks, gains(ranking)):
                 if rank is not None and gain is not None:

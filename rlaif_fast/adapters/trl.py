@@ -20,9 +20,10 @@ from rlaif_fast.oracle.as_reward import (
     gains,
     grouped,
     prompt_media,
+    rank_groups,
     requests_of,
 )
-from rlaif_fast.oracle.base import Oracle, rank_all
+from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.policy.vocabulary import texts_of
 from rlaif_fast.video import ClipStore
 
@@ -103,7 +104,7 @@ class OracleGRPOTrainer(VideoPrompts):
         if self.accelerator.is_main_process:
             asked = grouped(prompts, size), prompts, completions, columns, self.reference, self.prompt_media
             requests = requests_of(*asked)
-            rankings = [rank_all(oracle, requests) for oracle in self.oracles]
+            rankings = [rank_groups(oracle, requests, columns, self.reference) for oracle in self.oracles]
         broadcast_object_list(rankings)
         first, device = self.accelerator.process_index * len(inputs), self.accelerator.device
         self._ranks, rewards = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from rlaif_fast.oracle.prompt_media import PARTS, PromptMedia
 from rlaif_fast.oracle.records import content_text
 from rlaif_fast.oracle.wrappers import oracles_in
 from rlaif_fast.video import ClipStore
+
+logger = logging.getLogger(__name__)
 
 REFERENCE = "reference"  # the column of the reference answers, where nobody names another
 # columns beside the reference that a verdict depends on
@@ -118,13 +121,7 @@ class OracleReward:
         rewards: list[float | None] = [self.failed] * len(completions)
         groups = grouped(prompts, self.group_size, _asked(columns_of_rows, reference))
         requests = requests_of(groups, prompts, completions, columns_of_rows, reference, self.media)
-        rankings = rank_all(self.oracle, requests)
-        told = names.get(reference) is not None or any(ranking.valid for ranking in rankings)
-        if not told and any(getattr(oracle, "needs_reference", False) for oracle in oracles_in(self.oracle)):
-            raise UsageError(
-                f"the oracle {self.oracle.name} ranks by reference answers, and the trainer passed no column "
-                f"{reference!r} among {', '.join(sorted(columns)) or 'none'}; add it to the dataset, or name another"
-            )
+        rankings = rank_groups(self.oracle, requests, names, reference)
         for rows, ranking in zip(groups, rankings):
             for row, gain in zip(rows, gains(ranking)):
                 rewards[row] = self.failed if gain is None else gain
@@ -147,6 +144,36 @@ def check_reference(reference: str, columns: Iterable[str]) -> None:
         raise UsageError(
             f"reference={reference!r}: there is no such column among {', '.join(names) or 'none'}"
         )
+
+
+def rank_groups(
+    oracle: Oracle, requests: Sequence[RankRequest], columns: Mapping[str, Any], reference: str = REFERENCE
+) -> list[Ranking]:
+    """Rank the groups of a trainer's batch; a batch of which none could be ranked is told in the log.
+
+    Args:
+        oracle: Ranks them.
+        requests: What it is asked, from `requests_of`.
+        columns: By name, what the trainer passed of its rows.
+        reference: Name of the column of reference answers.
+
+    Raises:
+        UsageError: There is no such column, and an oracle that needs it ranked nothing; or see `rank_all`.
+    """
+    rankings = rank_all(oracle, requests)
+    if not rankings or any(ranking.valid for ranking in rankings):
+        return rankings
+    needed = any(getattr(part, "needs_reference", False) for part in oracles_in(oracle))
+    if needed and columns.get(reference) is None:
+        raise UsageError(
+            f"the oracle {oracle.name} ranks by reference answers, and the trainer passed no column {reference!r} "
+            f"among {', '.join(sorted(columns)) or 'none'}; add it to the dataset, or name another"
+        )
+    logger.warning(
+        "the oracle %s ranked none of the %d groups of a batch; the last: %s",
+        oracle.name, len(rankings), rankings[-1].failure,
+    )  # fmt: skip
+    return rankings
 
 
 def gains(ranking: Ranking) -> list[float | None]:
