@@ -166,7 +166,7 @@ def test_an_oracle_sees_the_media_of_a_prompt(tmp_path):
     prompts = [
         chat({"type": "video", "video": str(film), "image": None}),
         chat({"type": "video", "video": str(film), "nframes": 2}),
-        chat({"type": "image", "image": picture(7)}, {"type": "video", "video": frames}),
+        chat({"type": "image", "image": picture(7), "text": None}, {"type": "video", "video": frames}),
         chat({"type": "video", "video": [picture(1), picture(2)]}),
         chat({"type": "image", "path": str(tmp_path / "still.png")}),
         chat(),

@@ -50,7 +50,10 @@ class PromptMedia:
         held = value.get(kind) if isinstance(value, Mapping) else value
         frames = _frames(kind, held)
         if frames is not None:
-            if isinstance(value, Mapping) and (extra := sorted(value.keys() - {"type", kind})):
+            given = value if isinstance(value, Mapping) else {}
+            # a dataset gives every part the keys of all, None where it has none
+            extra = sorted(name for name in given if name not in ("type", kind) and given[name] is not None)
+            if extra:
                 raise UsageError(f"{kind}: {', '.join(extra)} cannot be applied to frames that are decoded")
             key = hashlib.blake2b(frames.numpy().tobytes(), digest_size=20).hexdigest()
             times = tuple(float(i) for i in range(len(frames)))
