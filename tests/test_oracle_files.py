@@ -7,10 +7,12 @@ import logging
 import pytest
 from oracle_file_parts import write
 
+from rlaif_fast.data.reader import read_examples
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle import Ranking, RankRequest, build_oracle
 from rlaif_fast.oracle.callable import CallableOracle
 from rlaif_fast.oracle.ensemble import EnsembleOracle
+from rlaif_fast.oracle.records import row_request
 from rlaif_fast.oracle.replay import ReplayOracle
 
 
@@ -174,3 +176,12 @@ def test_an_ensemble_fuses_and_measures_agreement():
             build_oracle("ensemble", **options)
     with pytest.raises(UsageError):
         EnsembleOracle([CallableOracle(function=by_length)] * 2, min_members=3)
+
+
+def test_the_columns_of_a_row_are_its_metadata_as_in_training(tmp_path):
+    row = {"id": "1", "question": "?", "answer": "a", "kind": "x", "level": 3, "metadata": {"level": 4}}
+    file = write(tmp_path / "rows.jsonl", row)
+    [example] = read_examples(file)
+    judged = {"responses": ["a", "b"], "ranks": [0, 1], "scores": [1, 0], "confidence": 1.0, "error": None}
+    request = row_request(row | judged, "here")
+    assert request.metadata == example.metadata == {"kind": "x", "level": 4}

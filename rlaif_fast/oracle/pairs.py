@@ -6,16 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import Any, Literal
 
-from rlaif_fast.oracle.records import row_ranks, row_responses
+from rlaif_fast.oracle.records import OF_THE_GROUP, row_ranks, row_responses
 
 Which = Literal["best_worst", "all"]
-# What a ranked row or a line of rollouts.jsonl says of its whole group, and not of the prompt.
-OF_THE_GROUP = frozenset(
-    {
-        *("responses", "ranks", "oracle_ranks", "policy_ranks", "scores", "advantages", "verdicts"),
-        *("tokens", "seconds", "error", "valid", "step"),
-    }
-)
 
 
 def best_and_worst(ranks: Sequence[int | None]) -> tuple[int, int] | None:

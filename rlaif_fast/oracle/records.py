@@ -12,11 +12,24 @@ from typing import Any
 from torch import Tensor
 
 from rlaif_fast.data.errors import RowError
+from rlaif_fast.data.media_keys import CUT_KEYS, MEDIA_KEYS
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict
 
 _REFERENCE = ("reference", "answer", "solution")
+# What a ranked row or a line of rollouts.jsonl says of its whole group, and not of the prompt.
+OF_THE_GROUP = frozenset(
+    {
+        *("responses", "ranks", "oracle_ranks", "policy_ranks", "scores", "advantages", "verdicts"),
+        *("tokens", "seconds", "error", "valid", "step"),
+    }
+)
+# What is no metadata of a row: it stands in a field of the request, or says what was made of the row.
+_OWN = OF_THE_GROUP | {
+    *("id", "example_id", "question", "options", "category", "metadata", "system", "confidence"),
+    *(*_REFERENCE, *MEDIA_KEYS, *CUT_KEYS),
+}
 _VERDICT_KEYS = {"order", "ranks", "raw", "error"}
 
 
@@ -182,7 +195,7 @@ def row_id(row: Mapping[str, Any]) -> str | None:
 
 
 def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -> RankRequest:
-    """A dataset row with `responses` as a request.
+    """A dataset row with `responses` as a request; as in training, other columns are its metadata.
 
     Raises:
         UsageError: If a field has the wrong type.
@@ -198,8 +211,7 @@ def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -
         raise UsageError(f"{where}: 'options' must be a list of texts")
     if not isinstance(metadata, dict):
         raise UsageError(f"{where}: 'metadata' must be an object")
-    if row.get("form") is not None:
-        metadata = {"form": row["form"], **metadata}
+    rest = {key: value for key, value in row.items() if key not in _OWN and value is not None}
     return RankRequest(
         id=row_id(row) or where,
         question=question,
@@ -208,5 +220,5 @@ def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -
         reference=reference,
         options=tuple(options),
         category=str(row.get("category", "")),
-        metadata=metadata,
+        metadata={**rest, **metadata},
     )
