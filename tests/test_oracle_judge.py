@@ -360,13 +360,11 @@ def test_what_one_order_left_out_leaves_no_pull_of_the_slots(orders):
     assert any(None in verdict.ranks for ranking in rankings for verdict in ranking.verdicts)
 
 
-def test_orders_are_one_or_even():
+def test_orders_are_one_or_even_and_confidence_needs_several():
     with pytest.raises(UsageError, match="1 or even"):
         JudgeOptions(orders=3)
     assert JudgeOptions(protocol="pointwise", orders=3).num_orders == 3
-
-
-def test_one_order_is_not_told_apart_by_confidence():
+    # one order cannot disagree with itself
     for options in ({"orders": 1}, {"protocol": "pointwise"}):
         with pytest.raises(UsageError, match="'min_confidence' must be 0 with one order"):
             JudgeOptions(min_confidence=0.5, **options)
