@@ -309,6 +309,22 @@ def test_reward_model_does_not_judge_what_it_was_cut_to(reward_model):
     assert ranking.ranks == (0, 0)
 
 
+def test_no_input_is_longer_than_the_table_of_positions(encoder, reward_model, tmp_path):
+    folder = tmp_path / "long"
+    shutil.copytree(encoder, folder)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 1024}')  # the encoder reads 512
+    long = "a square moves " * 200
+    group = request((long + "left", long + "right"), reference="left")
+    judges = (
+        EmbeddingOracle(model=str(folder), device="cpu"),
+        RewardModelOracle(model=str(reward_model), device="cpu"),
+    )
+    for judge in judges:
+        assert judge.rank([group])[0].valid
+    with pytest.raises(UsageError, match=r"'max_tokens' must be at most 512, the positions of .*, got 513"):
+        RewardModelOracle(model=str(reward_model), device="cpu", max_tokens=513)
+
+
 def test_reward_model_uses_a_chat_template_and_needs_one_output(reward_model, tmp_path):
     from transformers import BertConfig, BertForSequenceClassification
 

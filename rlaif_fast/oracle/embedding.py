@@ -21,6 +21,7 @@ from rlaif_fast.oracle.extract import final_part
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.option_types import check_least
+from rlaif_fast.oracle.positions import learned_positions
 from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import show_responses
 
@@ -67,7 +68,8 @@ class EmbeddingOracle:
             what = f"oracle option 'model': {model!r}"
             found = load_whole(AutoModel, folder, what, unread="pooler", dtype=torch.float32)
             self._model = found.eval().to(place)
-            self._use_first, self._max_tokens = _pooling(folder)
+            self._use_first, most = _pooling(folder)
+            self._max_tokens = min(most, learned_positions(self._model) or most)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"oracle option 'model': cannot load an encoder from {model!r}: {first_line(error)}"

@@ -17,7 +17,10 @@ from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.option_types import check_least
+from rlaif_fast.oracle.positions import learned_positions
 from rlaif_fast.oracle.untrusted import show_responses
+
+MAX_TOKENS = 2048  # of an input, where nothing else is said
 
 
 class RewardModelOracle:
@@ -31,6 +34,7 @@ class RewardModelOracle:
         device: "auto", "cpu", "cuda", ...
         batch_size: Responses in one forward pass.
         max_tokens: Longest input; the middle of a longer one goes. Responses that differ there alone are not judged.
+            None is 2048, or what the model's table of positions has where that is less.
         max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
         tie: Scores closer than this tie.
     """
@@ -44,11 +48,12 @@ class RewardModelOracle:
         model: str,
         device: str = "auto",
         batch_size: int = 32,
-        max_tokens: int = 2048,
+        max_tokens: int | None = None,
         max_response_chars: int = 2000,
         tie: float = 1e-4,
     ) -> None:
-        check_least(1, batch_size=batch_size, max_tokens=max_tokens, max_response_chars=max_response_chars)
+        given = {} if max_tokens is None else {"max_tokens": max_tokens}
+        check_least(1, batch_size=batch_size, max_response_chars=max_response_chars, **given)
         check_least(0, tie=tie)
         with needed_by("the reward_model oracle", "train"):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -69,13 +74,18 @@ class RewardModelOracle:
             raise UsageError(
                 f"oracle option 'model': expected one output, {model!r} has {self._model.config.num_labels}"
             )
+        most = learned_positions(self._model)
+        if most is not None and max_tokens is not None and max_tokens > most:
+            raise UsageError(
+                f"oracle option 'max_tokens' must be at most {most}, the positions of {model!r}, got {max_tokens}"
+            )
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         if self._model.config.pad_token_id is None:
             self._model.config.pad_token_id = self._tokenizer.pad_token_id
         self.model_name = model
         self.batch_size = batch_size
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens or min(MAX_TOKENS, most or MAX_TOKENS)
         self.max_response_chars = max_response_chars
         self.tie = tie
 
