@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 from oracle_file_parts import write
@@ -59,9 +60,15 @@ async def asks_elsewhere(request):
     return [0.0 for _ in request.responses]
 
 
-@pytest.mark.parametrize(
-    "function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3, asks_elsewhere]
-)
+class AsksElsewhere:
+    async def __call__(self, request):
+        return await asks_elsewhere(request)
+
+
+LATER = [asks_elsewhere, AsksElsewhere(), partial(asks_elsewhere), partial(AsksElsewhere())]
+
+
+@pytest.mark.parametrize("function", ["nothing", "no.module:f", "os.path:nothing", "os.path:sep", 3, *LATER])
 def test_what_is_no_function_is_refused(function):
     with pytest.raises(UsageError, match="function"):
         CallableOracle(function=function)

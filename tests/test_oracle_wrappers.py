@@ -61,6 +61,15 @@ class SaysElse:
         return None if self.said is None else [self.said] * len(requests)
 
 
+class SaysLater:
+    """An oracle of somebody else's, which has to be awaited."""
+
+    name = "says later"
+
+    async def rank(self, requests):
+        return []
+
+
 AROUND = {
     "nothing": lambda oracle, folder: oracle,
     "breaker": lambda oracle, folder: CircuitBreaker(oracle),
@@ -71,11 +80,13 @@ AROUND = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize(
     ("oracle", "message"),
     [
         (Says(0, 1, 2, rankings=2), r"oracle says: expected \d rankings, got \d"),
+        (SaysLater(), "oracle says later: expected a list of rankings, got <coroutine"),
         (SaysElse(None), r"oracle says else: expected \d rankings, got 0"),
         (SaysElse((0, 1, 2)), r"request g0: expected a Ranking, got \(0, 1, 2\)"),
         (Says(0, 1), "oracle says, request g0: expected 3 ranks, got 2"),

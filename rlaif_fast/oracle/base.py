@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -138,7 +138,10 @@ def rank_all(oracle: Oracle, requests: Sequence[RankRequest], **more: Any) -> li
             one a response, a rank is no finite number, the score of a ranked response is no number, or the confidence
             is not in [0, 1].
     """
-    rankings = list(oracle.rank(requests, **more) or ())
+    returned = oracle.rank(requests, **more)
+    listed = returned is None or isinstance(returned, Iterable)
+    require(listed, f"oracle {oracle.name}", "a list of rankings", returned)  # a coroutine is none
+    rankings = list(returned or ())
     require(
         len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)
     )

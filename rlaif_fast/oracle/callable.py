@@ -41,7 +41,8 @@ class CallableOracle:
         self.function = _import(function) if isinstance(function, str) else function
         if not callable(self.function):
             raise UsageError(f"oracle option 'function' must be a function, got {self.function!r}")
-        if inspect.iscoroutinefunction(self.function):
+        called = getattr(self.function, "func", self.function)  # of a functools.partial
+        if any(map(inspect.iscoroutinefunction, (called, type(called).__call__))):
             raise UsageError(
                 f"oracle option 'function' must return its values, and {self.function!r} is async; wrap it in one that "
                 "runs it (asyncio.run)"
