@@ -1,5 +1,6 @@
 """Controls around an oracle, the circuit breaker, and the registry."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -22,6 +23,8 @@ from rlaif_fast.oracle.cache import CachedOracle
 from rlaif_fast.oracle.ensemble import EnsembleOracle
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import kendall_tau, ranks_from_scores
+from rlaif_fast.oracle.records import ranking_to_json
+from rlaif_fast.runs.files import json_line
 
 
 def groups(count, size=5):
@@ -104,6 +107,15 @@ def test_what_is_no_ranking_of_the_requests_is_refused_wherever_the_oracle_stand
 ):
     with pytest.raises(UsageError, match=message):
         rank_all(AROUND[around](oracle, tmp_path), groups(2, size=3))
+
+
+def test_a_verdict_that_json_lacks_is_kept_as_text(tmp_path):
+    said = Says(0, 1, 2, verdicts=({"why"}, {(0, 1): np.array([1.0])}), tokens=np.int64(3))
+    for oracle in (said, CachedOracle(said, path=tmp_path / "verdicts.db")):
+        [ranking] = rank_all(oracle, groups(1, size=3))
+        line = json.loads(json_line(ranking_to_json(ranking)))
+        assert line["verdicts"] == ["{'why'}", {"(0, 1)": [1.0]}] and line["tokens"] == 3
+    assert rank_all(oracle, groups(1, size=3))[0].verdicts == tuple(line["verdicts"])  # from the file
 
 
 @pytest.mark.parametrize("around", [name for name in AROUND if name != "shuffled"])

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, rank_all
@@ -102,7 +102,7 @@ class VerdictCache:
 
     def put_many(self, rankings: Sequence[tuple[str, Ranking]]) -> None:
         """Keep rankings by key; the first one kept for a key stays."""
-        texts = [(key, json.dumps(ranking_to_json(ranking), default=_written)) for key, ranking in rankings]
+        texts = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
         rows = [(key, text, _checksum(key.encode(), text.encode())) for key, text in texts]
 
         def write(connection: sqlite3.Connection) -> None:
@@ -196,11 +196,6 @@ class VerdictCache:
         with open(f"{self.path}.lock", "w") as lock:  # noqa: PTH123
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-
-def _written(value: Any) -> Any:
-    """What JSON does not hold: numbers of NumPy and torch as plain ones, anything else as a text for the log."""
-    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _checksum(key: bytes, text: bytes) -> str:

@@ -34,16 +34,27 @@ _VERDICT_KEYS = {"order", "ranks", "raw", "error"}
 
 
 def ranking_to_json(ranking: Ranking) -> dict[str, Any]:
-    """A ranking as JSON-ready values; verdicts other than `Verdict` must be JSON-ready themselves."""
+    """A ranking as JSON-ready values; of a verdict, which is for the log, what JSON lacks becomes text."""
     return {
         "ranks": list(ranking.ranks),
         "scores": None if ranking.scores is None else list(ranking.scores),
         "confidence": ranking.confidence,
-        "verdicts": [asdict(v) if isinstance(v, Verdict) else v for v in ranking.verdicts],
-        "tokens": ranking.tokens,
-        "seconds": ranking.seconds,
+        "verdicts": [_written(asdict(v) if isinstance(v, Verdict) else v) for v in ranking.verdicts],
+        "tokens": _written(ranking.tokens),
+        "seconds": _written(ranking.seconds),
         "error": ranking.error,
     }
+
+
+def _written(value: Any) -> Any:
+    """Numbers of NumPy and torch as plain ones, and anything else that JSON does not hold as a text."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _written(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_written(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def ranking_from_json(value: Mapping[str, Any]) -> Ranking:
