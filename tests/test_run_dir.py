@@ -256,8 +256,8 @@ def test_summary_holds_numbers_of_every_kind_and_stays_json(tmp_path):
             "f": True,
         }
     )
-    loaded = json.loads(run.summary.read_text(), parse_constant=pytest.fail)
-    assert loaded == {"a": 1.5, "b": 0.5, "c": None, "d": [3], "e": str(tmp_path), "f": True}
+    json.loads(run.summary.read_text(), parse_constant=pytest.fail)
+    assert run.read_summary() == {"a": 1.5, "b": 0.5, "c": None, "d": [3], "e": str(tmp_path), "f": True}
     assert plain({1: (2, math.inf)}) == {"1": [2, None]}
 
 

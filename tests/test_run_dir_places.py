@@ -36,3 +36,28 @@ def test_what_somebody_keeps_among_the_checkpoints_is_not_overwritten(tmp_path, 
     (run.checkpoints / "merged").rmdir()
     RunDir.create(run.path, overwrite=True).let_go()
     assert not list(run.checkpoints.iterdir())
+
+
+def test_a_name_that_is_too_long_is_told_with_its_option(tmp_path):
+    with pytest.raises(UsageError, match=r"output_dir .* cannot be written \(File name too long\)"):
+        RunDir.create(tmp_path / ("x" * 300))
+
+
+def test_a_summary_that_was_changed_is_named(tmp_path):
+    run = RunDir.create(tmp_path / "run")
+    run.metrics.write_text("{}\n")
+    run.write_summary({"seconds": 7.0, "config": {"num_generations": 4}, "name": "é"})
+    whole, values = run.summary.read_bytes(), run.read_summary()
+    assert values["seconds"] == 7.0 and values["sha256"].keys() == {"metrics.jsonl"}
+    run.write_summary(values)
+    assert run.summary.read_bytes() == whole
+    for at in range(0, len(whole), 3):
+        run.summary.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            assert run.read_summary().items() >= {k: v for k, v in values.items() if k != "sha256"}.items()
+        except UsageError as error:
+            assert "summary.json is not" in str(error)
+    # a flipped name of a record would take its digest away
+    run.summary.write_bytes(whole.replace(b"metrics.jsonl", b"metricz.jsonl"))
+    with pytest.raises(UsageError, match=r"summary\.json is not as the run wrote it"):
+        run.read_summary()

@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.digests import file_digest
+from rlaif_fast.digests import file_digest, text_digest
 from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED, write_atomically, written_as
 from rlaif_fast.runs.files import plain
@@ -91,11 +91,11 @@ class RunDir:
                 not writable, or on a disk that is too full.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise UsageError(
-                f"output_dir {run.path} is a file; choose a folder that is empty or does not exist"
-            )
         try:
+            if run.path.exists() and not run.path.is_dir():
+                raise UsageError(
+                    f"output_dir {run.path} is a file; choose a folder that is empty or does not exist"
+                )
             entries = {entry.name for entry in run.path.iterdir()} if run.path.exists() else set()
             if MARKER not in entries and any(written_as(name) != MARKER for name in entries - {LOCK}):
                 raise UsageError(
@@ -173,29 +173,44 @@ class RunDir:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json` so that it is there completely or not at all. Call it last.
 
-        It vouches for the records that its figures come from.
+        It vouches for the records that its figures come from, and for itself.
         """
         digests = {path.name: file_digest(path) for path in self._results if path.is_file()}
         whole = {**summary, **({"sha256": digests} if digests else {})}
-        text = json.dumps(plain(whole), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(self.summary, text + "\n")
+        write_atomically(self.summary, self._sealed(plain(whole)))
+
+    def _sealed(self, summary: Mapping[str, Any]) -> str:
+        """The text of a summary with a digest of itself beside those of the records."""
+
+        def text(values: Mapping[str, Any]) -> str:
+            return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+        own = {self.summary.name: text_digest(text(summary))}
+        return text({**summary, "sha256": {**summary.get("sha256", {}), **own}})
 
     def read_summary(self) -> dict[str, Any]:
         """Return the summary of a finished run.
 
         Raises:
-            UsageError: The run has not finished, or its summary is not what a run writes.
+            UsageError: The run has not finished, or its summary is not what it wrote.
         """
         if not self.finished:
             raise UsageError(
                 f"{self.path} has no summary.json: the run did not finish; continue it with --resume"
             )
         try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+            text = self.summary.read_bytes().decode()
+            summary = json.loads(text)
         except ValueError as error:
             raise UsageError(f"{self.summary} is not valid JSON ({error})") from error
         if not isinstance(summary, dict):
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
+        digests = dict(summary.pop("sha256", {}))
+        own = digests.pop(self.summary.name, None)
+        if digests:
+            summary["sha256"] = digests
+        if own is not None and text != self._sealed(summary):
+            raise self._changed(self.summary)
         return summary
 
     def read_config(self) -> str | None:
@@ -242,9 +257,12 @@ class RunDir:
         for path in self._results:
             digest = summary.get("sha256", {}).get(path.name)
             if digest is not None and not (path.is_file() and file_digest(path) == digest):
-                raise UsageError(
-                    f"{path} is not as the run wrote it; bring it back, or remove {self.path} and run again"
-                )
+                raise self._changed(path)
+
+    def _changed(self, path: Path) -> UsageError:
+        return UsageError(
+            f"{path} is not as the run wrote it; bring it back, or remove {self.path} and run again"
+        )
 
     @property
     def _results(self) -> list[Path]:
