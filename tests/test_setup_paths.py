@@ -116,3 +116,9 @@ def _index(run, **roles):
     from rlaif_fast.runs.integrity import sealed
 
     return sealed(dataclasses.asdict(CheckpointIndex(**roles)))
+
+
+@pytest.mark.parametrize("key", ["cache_dir", "output_dir", "data"])
+def test_a_home_folder_that_is_not_there_is_named(key):
+    with pytest.raises(UsageError, match=r"~nobody-has-this-name/x: there is no such home folder; set HOME"):
+        resolved(TrainConfig(**{key: "~nobody-has-this-name/x"}))

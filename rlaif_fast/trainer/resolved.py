@@ -9,6 +9,7 @@ from typing import Any
 
 from rlaif_fast.data.benchmarks import BENCHMARKS
 from rlaif_fast.distributed.launch import under_torchrun
+from rlaif_fast.errors import UsageError
 from rlaif_fast.machine import cores
 from rlaif_fast.policy.loading import resolve_device
 from rlaif_fast.trainer.options import TINY_FAMILIES, TrainConfig
@@ -21,7 +22,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
     whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
     whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
-    whole["output_dir"] = str(Path(config.output_dir).expanduser())
+    whole["output_dir"] = str(_expanded(config.output_dir))
     whole["oracle_options"] = _whole_paths(config.oracle_options)
     return dataclasses.replace(config, num_processes=process_count(config), **whole)
 
@@ -46,11 +47,18 @@ def _whole_path(value: str | None, *, made: bool = False) -> str | None:
     if value is None or value in {*TINY_FAMILIES, "synthetic", "auto", "none"}:
         return value
     name, colon, folder = value.partition(":")
-    if name not in BENCHMARKS or Path(value).expanduser().exists():
+    if name not in BENCHMARKS or _expanded(value).exists():
         name, colon, folder = "", "", value
-    path = Path(folder).expanduser()
+    path = _expanded(folder)
     is_there = path.exists() if not made else not path.is_absolute()
     return f"{name}{colon}{path.resolve()}" if is_there else value
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # an account without a home folder
+        raise UsageError(f"{path}: there is no such home folder; set HOME, or give a whole path") from None
 
 
 def _whole_paths(options: Any) -> Any:
