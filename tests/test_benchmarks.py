@@ -239,6 +239,17 @@ def test_msrvtt_and_activitynet(tmp_path, video):
     assert item.example.asked.startswith("Does the car park? Answer")
 
 
+@pytest.mark.parametrize("name", ["msvd_qa", "msrvtt_qa"])
+def test_evaluation_packs_name_their_videos(tmp_path, video, name):
+    question = {"question": "what is a man on?", "video_name": "video7010", "question_id": "158581"}
+    put(tmp_path / "test_q.json", [question])
+    put(tmp_path / "test_a.json", [{"answer": "couch", "type": 3, "question_id": "158581"}])
+    path = video("videos/all/video7010.mp4")
+    [item] = read_benchmark(name, tmp_path)
+    assert item.example.seen[0].path == path
+    assert (item.example.id, item.example.answer, item.example.category) == ("158581", "couch", "what")
+
+
 def test_jsonl_keeps_what_its_rows_say(tmp_path, video):
     path = video("a.mp4")
     rows = [{"question": "What moves?", "answer": "a ball", "video": "a.mp4", "category": "motion"}]

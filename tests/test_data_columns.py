@@ -358,3 +358,33 @@ def test_questions_and_answers_in_two_files_are_joined(folder):
     (folder / "test_a.json").write_text(json.dumps([{"answer": "yes"}]))
     with pytest.raises(UsageError, match="expected an answer with a question_id"):
         read_report(folder / "test_q.json")
+
+
+@pytest.mark.parametrize("name", ["video7019", "video7019.mp4"])
+def test_a_video_is_found_by_name_in_the_folders_of_evaluation_packs(folder, name):
+    question = {"video_name": name, "question": "what is a man on", "question_id": "158581"}
+    (folder / "test_q.json").write_text(json.dumps([question]))
+    (folder / "test_a.json").write_text(json.dumps([{"answer": "couch", "type": 3, "question_id": "158581"}]))
+    video = folder / "videos/all/video7019.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"a video")
+    [example] = read_examples(folder / "test_q.json")
+    assert example.videos == (str(video),) and example.answer == "couch"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"a": 1}', "[]", "None", "nan", "true", "1.0", "007"])
+def test_answers_of_a_table_stay_texts(tmp_path, text):
+    cell = text.replace('"', '""')
+    (tmp_path / "a.csv").write_text(f'id,question,answer\n{"007"},"{cell}","{cell}"\n')
+    [example] = read_examples(tmp_path / "a.csv")
+    assert (example.id, example.question, example.answer) == ("007", text, text)
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", ",,", ", ,"])
+def test_rows_of_an_array_are_parted_by_one_comma(tmp_path, between):
+    row = json.dumps({"question": "q", "answer": "x"})
+    (tmp_path / "a.json").write_text(f"[{row}{between}{row}]")
+    report = read_report(tmp_path / "a.json")
+    assert len(report.examples) == 1 and "the rest is not read" in report.errors[0]
+    (tmp_path / "a.json").write_text(f"[\n{row}\n,\n{row},\n]\n")
+    assert [example.source.rpartition(":")[2] for example in read_examples(tmp_path / "a.json")] == ["2", "4"]

@@ -35,7 +35,8 @@ class Medium:
     path: str
     cut: Cut = field(default_factory=Cut)
     frames: tuple[str, ...] = ()
-    by_name: bool = False  # the path lacks its suffix, and maybe its folder
+    # what the file may be called where the path is not known: without its folder, and maybe without its suffix
+    names: tuple[str, ...] = ()
 
 
 def read_cut(values: Mapping[str, Any], kind: str, default: Cut | None = None) -> Cut:

@@ -5,16 +5,16 @@
 | NExT-QA        | `a0` to `a4`                        | `video`                   | `a0`..., the index `answer` |
 | MVBench        | `candidates` (or `choices`)         | `video`                   | `candidates`, text or letter |
 | Video-MME      | `videoID`                           | `{videoID}`               | `options`, letter           |
-| ActivityNet-QA | `video_name`                        | `{video_name}`, `v_...`   | text                        |
+| ActivityNet-QA | `video_name`                        | `v_{video_name}`, `{video_name}` | text                 |
 | MSRVTT-QA      | `video_id`, `category_id`           | `video{video_id}`         | text                        |
 | MSVD-QA        | `video_id`                          | `vid{video_id}`, or as `youtube_mapping.txt` says | text |
 
-The suffix is looked up: .mp4, .avi, .mkv, .webm, .mov, beside the file or in `videos/`, `video/`, `data/`.
+The suffix is looked up: .mp4, .avi, .mkv, .webm, .mov, in the folders of `reader.VIDEO_FOLDERS`. The evaluation packs
+of Video-ChatGPT and Video-LLaVA name the videos of all their datasets by `video_name`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +23,6 @@ from rlaif_fast.data.media_keys import Medium, row_cut
 from rlaif_fast.data.schema import option_letters
 
 Row = Mapping[str, Any]
-_SUFFIX = re.compile(r"\.[A-Za-z0-9]{2,4}$")
 
 
 def unfold(row: Row) -> Row:
@@ -87,26 +86,25 @@ def _in_order(options: Mapping[str, Any]) -> list[Any]:
 
 def named_video(row: Row) -> Medium | None:
     """The video that a row names by an id alone; None where it does not."""
-    stem = None
+    names: tuple[str, ...]
     if row.get("videoID"):
-        stem = str(row["videoID"])
+        names = (str(row["videoID"]),)
     elif row.get("video_name"):
         name = str(row["video_name"])
-        stem = name if name.startswith("v_") or _SUFFIX.search(name) else f"v_{name}"
+        names = (name,) if name.startswith("v_") else (f"v_{name}", name)
     elif row.get("video_id") is not None and "question" in row:
         name = str(row["video_id"])
         prefix = "video" if "category_id" in row else "vid"
-        stem = f"{prefix}{name}" if name.isdecimal() else name
-    return None if stem is None else _medium(stem, row)
+        names = (f"{prefix}{name}" if name.isdecimal() else name,)
+    else:
+        return None
+    for name in names:
+        if "\0" in name or name.startswith("/") or ".." in name:
+            raise RowError(f"the video's name {name!r:.60} is not a name")
+    return Medium("video", names[0], row_cut(row, "video"), names=names)
 
 
 def youtube_names(mapping: str) -> dict[str, str]:
     """What the text of MSVD's `youtube_mapping.txt` calls the files of its videos, by their number ("vid12")."""
     pairs = (line.split() for line in mapping.splitlines())
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
-
-
-def _medium(stem: str, row: Row) -> Medium:
-    if "\0" in stem or stem.startswith("/") or ".." in stem:
-        raise RowError(f"the video's name {stem!r:.60} is not a name")
-    return Medium("video", stem, row_cut(row, "video"), by_name=_SUFFIX.search(stem) is None)

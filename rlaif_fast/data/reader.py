@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,9 @@ from rlaif_fast.video.refs import Cut, MediaRef
 logger = logging.getLogger(__name__)
 
 # as published datasets unpack
-VIDEO_FOLDERS = (Path(), Path("videos"), Path("video"), Path("data"), Path("YouTubeClips"))
+VIDEO_FOLDERS = tuple(
+    map(Path, ("", "videos", "video", "data", "YouTubeClips", "videos/all", "all_test", "mp4"))
+)
 _SHOWN = 10  # wrong rows that a message names
 
 
@@ -173,14 +176,14 @@ class MediaFiles:
         self.seen: dict[str, str] = {}  # path -> what is wrong with it
         self.folders: dict[Path, tuple[str, ...]] = {}  # folder -> the pictures in it
 
-    def find(self, stem: str) -> str:
-        """The video of that name, whatever its suffix, in the folder or in one where published datasets keep them."""
-        stems = [self._youtube[stem], stem] if stem in self._youtube else [stem]
+    def find(self, names: Sequence[str]) -> str:
+        """The video of the first name that there is one of, in the folder or where published datasets keep them."""
+        known = [each for name in names for each in (self._youtube.get(name), name) if each]
         tried = [
             folder / f"{name}{suffix}"
-            for name in stems
+            for name in known
             for folder in VIDEO_FOLDERS
-            for suffix in VIDEO_SUFFIXES
+            for suffix in (("",) if name.casefold().endswith(VIDEO_SUFFIXES) else VIDEO_SUFFIXES)
         ]
         for name in tried:
             if (self.root / name).exists():
@@ -205,8 +208,8 @@ class MediaFiles:
             raise RowError(f"{error.filename or medium.path} cannot be read: {error.strerror}") from None
 
     def _resolve(self, medium: Medium) -> MediaRef:
-        if medium.by_name:
-            medium = replace(medium, path=self.find(medium.path))
+        if medium.names:
+            medium = replace(medium, path=self.find(medium.names))
         names = medium.frames or (medium.path,)
         paths = tuple(str(self.root / name) for name in names)
         if not medium.frames and medium.kind == "video" and Path(paths[0]).is_dir():

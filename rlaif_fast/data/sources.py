@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -33,6 +34,9 @@ _PACKED = {
     b"\xfd7zXZ": "xz",
 }
 _HALVES = re.compile("[\ud800-\udfff]")  # of characters
+_BLANK, _COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
+# Cells that are texts, whatever they look like: an answer may be "[1, 2]".
+_TEXT_CELLS = {"question", "problem", "query", "answer", "solution", "response", "system", "process"}
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
@@ -161,9 +165,8 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
     at, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        while at < len(text) and (text[at].isspace() or text[at] == ","):
-            at += 1
+    for gap in chain([_BLANK], repeat(_COMMA)):
+        before = text[at : (at := gap.match(text, at).end())]  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
             if text[at + 1 :].strip():
@@ -171,6 +174,9 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
                     line,
                     RowError(f"the array ends and {text[at + 1 :].strip()!r:.40} follows; it is not read"),
                 )
+            return
+        if gap is _COMMA and "," not in before:
+            yield line, RowError(f"expected a comma, got {text[at : at + 20]!r}; the rest is not read")
             return
         found = _guarded(_DECODER.raw_decode, text, at)
         if isinstance(found, RowError):
@@ -213,7 +219,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """The rows of a CSV file with a header; a cell that holds a JSON list or object is one, an empty one is absent.
 
-    Cells are texts, but for the seconds, rates and sizes of `media_keys`, which are numbers.
+    Other cells, all questions and all answers are texts, but for the seconds, rates and sizes of `media_keys`, which
+    are numbers.
     """
     csv.field_size_limit(_CELL_CHARS)
     try:
@@ -238,7 +245,7 @@ def _cell(key: str, value: str) -> Any:
     if key in CUT_KEYS:
         with contextlib.suppress(ValueError):  # what is no number is refused where it is read
             return float(value)
-    if value.lstrip()[:1] in ("[", "{"):
+    if key not in _TEXT_CELLS and value.lstrip()[:1] in ("[", "{"):
         found = _guarded(_DECODER.decode, value)
         return value if isinstance(found, RowError) else found
     return value

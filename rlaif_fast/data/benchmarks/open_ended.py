@@ -21,6 +21,8 @@ from rlaif_fast.video.refs import MediaRef
 logger = logging.getLogger(__name__)
 
 _TABLES = ("*.jsonl", "*.json", "*.parquet", "*.csv")
+# The evaluation packs of Video-ChatGPT and Video-LLaVA ship test_q.json with test_a.json.
+_TEST = ("**/test_qa.json", "**/test_q.json", "**/*test*.json", "**/*test*.jsonl")
 _BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
 _ACTIVITYNET_TYPES = (
     "motion",
@@ -39,16 +41,16 @@ def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MSVD-QA: `vid12` is the twelfth line of `youtube_mapping.txt`, which names the clip's file."""
     mapping = folder.optional("**/youtube_mapping.txt")
     names = youtube_names(read_text(mapping)) if mapping else {}
-    for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
-        number = text_of(row, "video_id", where)
+    for where, row in folder.rows(*_TEST):
+        number = text_of(row, "video_name" if "video_name" in row else "video_id", where)
         name = f"vid{number}" if number.isdecimal() else number
         yield _brief(folder, [*([names[name]] if name in names else []), name], row, where)
 
 
 def msrvtt_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
     """MSRVTT-QA."""
-    for where, row in folder.rows("**/test_qa.json", "**/*test*.json", "**/*test*.jsonl"):
-        number = text_of(row, "video_id", where)
+    for where, row in folder.rows(*_TEST):
+        number = text_of(row, "video_name" if "video_name" in row else "video_id", where)
         yield _brief(folder, [f"video{number}" if number.isdecimal() else number], row, where)
 
 
