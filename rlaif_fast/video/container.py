@@ -71,6 +71,10 @@ def _check_length(file: BinaryIO, size: int) -> None:
         end = _end_of_segment(head, file, size)
     elif head[:4] == b"RIFF":
         end = 8 + struct.unpack("<I", head[4:8])[0]
+        if head[8:12] == b"AVI " and end <= size + 1:
+            _check_index(file, end)
+    elif head[:4] == b"FLV\x01":
+        end = _end_of_tags(file, size)
     if end is not None and end > size + 1:  # RIFF chunks may lack the padding byte
         raise BadVideo(f"truncated: the container spans {end} bytes, the file has {size}")
 
@@ -126,6 +130,58 @@ def _check_elements(file: int, at: int, end: int, into: bytes = b"") -> None:
         if into and head.startswith(into):
             _check_elements(file, start, start + length)
         at = start + length
+
+
+def _check_index(file: BinaryIO, end: int) -> None:
+    """Refuse an AVI file whose index names frames where there are none: readers go on at the next, at a wrong time.
+
+    The places count from the list of frames, or from the start of the file. An index whose first frame is at neither
+    is of a kind of its own, and says nothing.
+    """
+    at, frames, index = 12, None, b""
+    while at + 8 <= end and not index:
+        name, length, kind = struct.unpack("<4sI4s", os.pread(file.fileno(), 12, at).ljust(12, b"\0"))
+        if name == b"LIST" and kind == b"movi":
+            frames = at + 8
+        elif name == b"idx1":
+            index = os.pread(file.fileno(), min(length, end - at), at + 8)
+        at += 8 + length + length % 2
+    entries = [
+        (index[i : i + 4], int.from_bytes(index[i + 8 : i + 12], "little"))
+        for i in range(0, len(index) - 15, 16)
+    ]
+    if frames is None or not entries:
+        return
+    name, first = entries[0]
+    for start in (frames, 0):
+        if os.pread(file.fileno(), 4, start + first) == name:
+            break
+    else:
+        return
+    for name, place in entries:
+        if os.pread(file.fileno(), 4, start + place) != name:
+            raise BadVideo(f"damaged: the index names a part at byte {start + place}, where there is none")
+
+
+def _end_of_tags(file: BinaryIO, size: int) -> int:
+    """Return where the last tag of an FLV file ends, or where its first tag says that the file does.
+
+    Raises:
+        BadVideo: The tags do not follow one another. Readers skip such a part, and the film is shorter.
+    """
+    at = int.from_bytes(os.pread(file.fileno(), 4, 5), "big") + 4
+    told = os.pread(file.fileno(), 1 << 16, at)
+    found = told.find(b"\0\x08filesize\0")
+    declared = (
+        int(struct.unpack_from(">d", told.ljust(found + 19, b"\0"), found + 11)[0]) if found >= 0 else 0
+    )
+    end = declared if 0 < declared < size else size  # what follows the film is not read
+    while at + 11 <= end:
+        head = os.pread(file.fileno(), 11, at)
+        if head[0] & 0x1F not in (8, 9, 18) or head[8:] != b"\0\0\0":
+            raise BadVideo(f"damaged: no part of the container at byte {at}")
+        at += 11 + int.from_bytes(head[1:4], "big") + 4
+    return max(at - 4, declared)  # the last four bytes repeat a length
 
 
 def _unknown_size(width: int) -> int:

@@ -25,6 +25,7 @@ import av
 import numpy as np
 
 from rlaif_fast.video.container import BadVideo, check_file
+from rlaif_fast.video.headers import SIZES, Size
 from rlaif_fast.video.scan import Scan, seconds_since_first
 
 # Containers that hold their own frames. Playlists (hls, dash), lists (concat), numbered pictures (image2) and the like
@@ -231,19 +232,21 @@ class _Packet:
     key: bool
     shown: bool
     corrupt: bool
+    size: Size | None
 
 
 def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
-    hidden_flag = stream.codec_context.name in ("vp8", "libvpx")
+    codec = stream.codec_context.codec.canonical_name
+    size_of = SIZES.get(codec, lambda data: None)
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
                 continue
             # RFC 6386, 9.1: bit 4 of the first byte of a VP8 frame says whether it is shown.
-            shown = not packet.is_discard and not (hidden_flag and not memoryview(packet)[0] & 0x10)
-            yield _Packet(
-                packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, shown, packet.is_corrupt
-            )
+            data = memoryview(packet)
+            shown = not packet.is_discard and not (codec == "vp8" and not data[0] & 0x10)
+            times = packet.pts, packet.dts, packet.duration or 0
+            yield _Packet(*times, packet.is_keyframe, shown, packet.is_corrupt, size_of(data))
     except av.error.FFmpegError as error:
         raise BadVideo(f"damaged: {_plain(error)}") from None
 
@@ -284,7 +287,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         time_base=base,
         variable_rate=variable,
         counted=counted,
-        plain=not counted and len(pts) == len(packets),
+        plain=not counted and len(pts) == len(packets) and len({p.size for p in packets} - {None}) <= 1,
     )
 
 

@@ -28,7 +28,8 @@ class Scan:
         time_base: Seconds per unit.
         variable_rate: Whether the frames are unevenly spaced.
         counted: Whether frames can only be told apart by counting (no usable presentation times).
-        plain: Whether every packet of the file's one film is one shown frame, so that any decoder counts frames alike.
+        plain: Whether every packet of the file's one film is one shown frame, and all are of one size, so that any
+            decoder counts and cuts frames alike.
     """
 
     codec: str
