@@ -378,13 +378,3 @@ def test_answers_of_a_table_stay_texts(tmp_path, text):
     (tmp_path / "a.csv").write_text(f'id,question,answer\n{"007"},"{cell}","{cell}"\n')
     [example] = read_examples(tmp_path / "a.csv")
     assert (example.id, example.question, example.answer) == ("007", text, text)
-
-
-@pytest.mark.parametrize("between", ["", " ", "\n", ",,", ", ,"])
-def test_rows_of_an_array_are_parted_by_one_comma(tmp_path, between):
-    row = json.dumps({"question": "q", "answer": "x"})
-    (tmp_path / "a.json").write_text(f"[{row}{between}{row}]")
-    report = read_report(tmp_path / "a.json")
-    assert len(report.examples) == 1 and "the rest is not read" in report.errors[0]
-    (tmp_path / "a.json").write_text(f"[\n{row}\n,\n{row},\n]\n")
-    assert [example.source.rpartition(":")[2] for example in read_examples(tmp_path / "a.json")] == ["2", "4"]

@@ -187,3 +187,13 @@ def test_rows_of_an_array_on_one_line_have_names_of_their_own(tmp_path, key):
     examples = read_examples(tmp_path / "data.json", require_answer=False)
     assert [one.question for one in examples] == [f"what {i}?" for i in range(4)]
     assert len({one.id for one in examples}) == 4
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", ",,", ", ,"])
+def test_rows_of_an_array_are_parted_by_one_comma(tmp_path, between):
+    row = json.dumps({"question": "q", "answer": "x"})
+    (tmp_path / "a.json").write_text(f"[{row}{between}{row}]")
+    report = read_report(tmp_path / "a.json")
+    assert len(report.examples) == 1 and "the rest is not read" in report.errors[0]
+    (tmp_path / "a.json").write_text(f"[\n{row}\n,\n{row},\n]\n")
+    assert [example.source.rpartition(":")[2] for example in read_examples(tmp_path / "a.json")] == ["2", "4"]
