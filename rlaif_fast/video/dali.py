@@ -90,7 +90,7 @@ class DaliDecoder:
         if scan.codec not in codecs:
             return f"it does not decode {scan.codec} on {device.type}"
         if not scan.plain:
-            return "its frames would differ (hidden, cut or unordered ones, several films or several sizes)"
+            return "its frames or their numbers would differ (hidden, cut or unordered, several films or several sizes)"
         if scan.mirrored:
             return "mirrored films are left to FFmpeg"
         if scan.colorspace not in LUMA:

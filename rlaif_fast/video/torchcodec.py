@@ -41,7 +41,7 @@ class TorchCodecDecoder:
     def refuses(scan: ffmpeg.Scan, device: torch.device) -> str | None:
         """Return why torchcodec cannot read such a file on `device`, or None."""
         if not scan.plain:
-            return "its frames would differ (hidden, cut or unordered ones, several films or several sizes)"
+            return "its frames or their numbers would differ (hidden, cut or unordered, several films or several sizes)"
         if scan.rotation or scan.mirrored:
             return "its versions differ in whether they turn a rotated film"
         return None
