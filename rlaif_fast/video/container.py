@@ -146,10 +146,10 @@ def _check_index(file: BinaryIO, end: int) -> None:
         elif name == b"idx1":
             index = os.pread(file.fileno(), min(length, end - at), at + 8)
         at += 8 + length + length % 2
+    parts = struct.iter_unpack("<4s3I", index[: len(index) // 16 * 16])
     entries = [
-        (index[i : i + 4], int.from_bytes(index[i + 8 : i + 12], "little"))
-        for i in range(0, len(index) - 15, 16)
-    ]
+        (name, place) for name, _, place, held in parts if held
+    ]  # no bytes: the frame before once more
     if frames is None or not entries:
         return
     name, first = entries[0]
