@@ -46,6 +46,13 @@ def test_an_avi_index_of_a_kind_of_its_own_says_nothing(tmp_path):
     assert scan_file(str(path)).pts
 
 
+@pytest.mark.parametrize("behind", [bytes(300), b"\x00\x01\x86\xa0\xff\xd8\x02\x81" * 40])
+def test_what_follows_an_mp4_film_is_not_read(tmp_path, behind):
+    path = write_video(tmp_path / "a.mp4", counter_frames(40), codec="mpeg4")
+    path.write_bytes(path.read_bytes() + behind)
+    assert probe(path).frames == 40
+
+
 @pytest.fixture
 def flv(tmp_path):
     path = write_video(tmp_path / "a.flv", counter_frames(80), codec="flv")

@@ -80,11 +80,13 @@ def _check_length(file: BinaryIO, size: int) -> None:
 
 
 def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
-    """Return where the last top-level box of an MP4 or MOV ends; None when that is left open."""
+    """Return where the last top-level box of an MP4 or MOV ends; None when that is left open, or no box follows."""
     at = 0
     while at + 8 <= size:
         file.seek(at)
-        (length,) = struct.unpack(">I4x", file.read(8))
+        length, name = struct.unpack(">I4s", file.read(8))
+        if not all(0x20 <= letter < 0x7F or letter == 0xA9 for letter in name):
+            return None  # readers ignore what follows the film
         if length == 1:
             wide = file.read(8)
             if len(wide) < 8:
