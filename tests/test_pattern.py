@@ -235,6 +235,23 @@ def test_windows_by_layer_are_those_of_the_model(kind, types) -> None:
     torch.testing.assert_close(logps(False), logps(False, layer_types=own), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("types", [None, ("sliding_attention", "full_attention"), ("full_attention",) * 2])
+def test_windows_that_a_decoder_does_not_read_do_not_change_what_is_drawn(kind, types) -> None:
+    """Transformers makes caches by the configuration alone, and drops what is outside a window."""
+    values = {"sliding_window": 8, "use_sliding_window": True} | (
+        {"layer_types": list(types)} if types else {}
+    )
+    model, tokenizer = family_checkpoints.make_model(
+        "internvl", dtype=torch.float64, values=with_decoder(kind, **values)
+    )
+    prompts = make_prompts(make_encoder("internvl", tokenizer, model.config))
+    policy = Policy(model, tokenizer, shared_prefix=False)
+    drawn = PlainSampler(policy).sample(prompts, 2, SamplingParams(max_new_tokens=6, seed=1))
+    logps = policy.response_logps(prompts, drawn.token_ids, drawn.mask.sum(1)).detach()
+    torch.testing.assert_close(drawn.logps[drawn.mask].double(), logps, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_5", "glm4v"])
 def test_a_family_without_windows_is_given_none(model_type) -> None:
     text = family_checkpoints.RECIPES[model_type][0]["text_config"]

@@ -36,7 +36,7 @@ class PlainSampler(ReadsPolicy):
 
         `generate` runs the vision tower itself, whatever `features` hold.
         """
-        from transformers import GenerationConfig, LogitsProcessorList
+        from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
         check_params(params, num_generations, prompts)
         policy = self.policy
@@ -47,7 +47,9 @@ class PlainSampler(ReadsPolicy):
         # Where `generate` would repeat media wrongly for several responses, each response gets a prompt of its own.
         expands = family is not None and family.expands
         rows = prompts if expands else [prompt for prompt in prompts for _ in range(num_generations)]
-        inputs = model_inputs(policy.model, rows, padding_side="left")
+        inputs: dict[str, Any] = dict(model_inputs(policy.model, rows, padding_side="left"))
+        if family is not None and family.misleads_caches(unwrap(policy.model).config):
+            inputs["past_key_values"] = DynamicCache()  # of all tokens; what a layer sees is up to its mask
         # The checkpoint's own settings (a repetition penalty, say) would change what is drawn.
         settings = GenerationConfig(
             num_return_sequences=num_generations if expands else 1,

@@ -261,6 +261,13 @@ class Family:
             return None
         return Pattern(windows, self.two_way_pictures)
 
+    def misleads_caches(self, config: Any) -> bool:
+        """Whether Transformers would make a cache of windows that this decoder may not have."""
+        text = config.get_text_config()
+        if getattr(text, "sliding_window", None) is None or text.model_type in BY_LAYER:
+            return False
+        return set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+
     def refuses_shared_prefix(self, config: Any) -> str | None:
         """Why a model of this family cannot compute each prompt once a group; None where it can."""
         text = config.get_text_config()
