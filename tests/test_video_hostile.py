@@ -6,6 +6,10 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
+from multiprocessing import Pipe
+from pathlib import Path
 
 import pytest
 from fuzzing import counts, fuzz
@@ -16,7 +20,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 from rlaif_fast.errors import RlaifFastError, UsageError, printable
-from rlaif_fast.video import ClipStore, VideoError, image, load_clip, load_image, probe
+from rlaif_fast.video import ClipStore, VideoError, image, isolate, load_clip, load_image, probe
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.testing import counter_frames, write_video
 
@@ -131,6 +135,19 @@ def test_the_worker_outlives_what_it_does_not_expect(clip):
         assert process.pid == pid
     finally:
         process.close()
+
+
+def test_the_worker_ends_quietly_with_a_process_that_was_killed():
+    ours, theirs = Pipe()
+    worker = subprocess.Popen(
+        [sys.executable, Path(isolate.__file__).with_name("worker.py"), str(theirs.fileno()), "-1"],
+        pass_fds=(theirs.fileno(),),
+        stderr=subprocess.PIPE,
+    )
+    theirs.close()
+    assert ours.poll(60)  # it is ready, and nobody reads that
+    ours.close()
+    assert (worker.communicate(timeout=30)[1], worker.returncode) == (b"", 0)
 
 
 def probe_scan(path):

@@ -6,6 +6,7 @@ It loads `ffmpeg.py` without what the packages around it import: torch would cos
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 import sys
@@ -18,11 +19,12 @@ import numpy as np
 
 
 def main(socket_fd: int, memory_fd: int) -> None:
-    """Serve until the other end closes."""
+    """Serve until the other end closes, or is gone: where it was killed, what it had not read resets the socket."""
     ffmpeg = _load("ffmpeg")
-    with Connection(socket_fd) as channel:
+    with contextlib.suppress(EOFError, ConnectionError), Connection(socket_fd) as channel:
         channel.send(("ready",))
-        while (request := _receive(channel)) is not None:
+        while True:
+            request = channel.recv()
             try:
                 _serve(ffmpeg, channel, memory_fd, *request)
             except ffmpeg.BadVideo as error:
@@ -30,17 +32,9 @@ def main(socket_fd: int, memory_fd: int) -> None:
             except MemoryError:
                 channel.send(("bad", "not enough memory to decode it"))
             except (ConnectionError, EOFError):
-                return  # the other end is gone
+                return
             except Exception as error:  # whatever a decoder raises is the file's fault
                 channel.send(("bad", f"cannot be decoded: {type(error).__name__}: {error}"))
-
-
-def _receive(channel: Connection) -> Any:
-    """The next request; None once the other end is closed."""
-    try:
-        return channel.recv()
-    except EOFError:
-        return None
 
 
 def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: str, *rest: Any) -> None:
@@ -70,8 +64,7 @@ def _serve(ffmpeg: Any, channel: Connection, memory_fd: int, kind: str, path: st
 
 def _hand_over(channel: Connection, held: list[int]) -> None:
     channel.send(("frames", held))
-    if _receive(channel) is None:
-        sys.exit(0)
+    channel.recv()
 
 
 def _load(module: str) -> Any:
