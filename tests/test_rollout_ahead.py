@@ -12,6 +12,7 @@ from tiny_runs import SMALL, metrics
 from vllm_parts import PolicyEngine, serving
 
 from rlaif_fast import train as train_module
+from rlaif_fast.distributed.world import World
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.testing import make_policy, standard_prompts
@@ -208,14 +209,37 @@ def test_what_was_drawn_for_other_prompts_is_drawn_anew(monkeypatch):
         object.__setattr__(prompt, "example", type("Row", (), {"id": f"row {i}"}))
     first = RolloutAhead(sampler, policy, 2, lambda step: (prompts[:3], PARAMS), 9)
     begun = first.begin(4)
-    kept = first.drawn(4)
+    kept = first.drawn(4, World())
     assert [example_id for example_id, _ in kept] == ["row 0", "row 1", "row 2"]
     fewer = RolloutAhead(sampler, policy, 2, lambda step: (prompts[1:3], PARAMS), 9, kept).begin(4)
     assert fewer.answers.result() == begun.answers.result()[1:]
     loads = len(StandIn.drawn_with)
     RolloutAhead(sampler, policy, 2, lambda step: (prompts[2:4], PARAMS), 9, kept).begin(4)
     assert len(StandIn.drawn_with) == loads + 1
-    assert first.begin(9) is None and first.drawn(9) == []
+    assert first.begin(9) is None and first.drawn(9, World()) == []
+
+
+def test_a_checkpoint_that_lacks_what_was_drawn_ahead_says_so(monkeypatch):
+    """The other process is gone; then this one's server is."""
+    policy, prompts = make_policy("qwen3_vl"), standard_prompts("qwen3_vl")[:1]
+    monkeypatch.setattr(module, "ServedEngine", StandIn)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", lambda threads: AtOnce())
+    object.__setattr__(prompts[0], "example", type("Row", (), {"id": "row"}))
+    ahead = RolloutAhead(VllmSampler(policy, **URLS), policy, 2, lambda step: (prompts, PARAMS), 9)
+    ahead.begin(4)
+    said: list[str] = []
+    assert len(ahead.drawn(4, World(), note=said.append)) == 1 and not said
+    assert len(ahead.drawn(4, World(0, 2), alone=True, note=said.append)) == 1
+    monkeypatch.setattr(AtOnce, "submit", lambda self, function, *arguments: lost)
+    lost: Future = Future()
+    lost.set_exception(EngineLost("http://a is gone"))
+    ahead.begin(5)
+    assert ahead.drawn(5, World(), note=said.append) == []
+    assert said == [
+        f"the checkpoint lacks responses that were drawn ahead for step {step}; a resumed run draws anew"
+        for step in (5, 6)
+    ]
+    assert ahead.drawn(9, World(0, 2), alone=True, note=said.append) == [] and len(said) == 2
 
 
 @pytest.mark.parametrize(

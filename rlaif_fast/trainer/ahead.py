@@ -73,25 +73,35 @@ class RolloutAhead:
         """What was begun, once it is drawn; see `SamplerElsewhere`."""
         return self._sampler.finish(begun, features)
 
-    def drawn(self, step: int, world: World | None = None) -> Drawn:
+    def drawn(
+        self, step: int, world: World, *, alone: bool = False, note: Callable[[str], None] = lambda line: None
+    ) -> Drawn:
         """What a checkpoint before `step` keeps, once it is drawn; nothing of a process where that failed.
 
         Args:
             step: The step that learns from it.
-            world: The processes whose parts are gathered; None to do without the others.
+            world: The processes whose parts are gathered.
+            alone: Do without the others, of which one is gone.
+            note: Told where a part is missing.
         """
         if self._drawn is not None:
             return self._drawn  # of the checkpoint before, behind which no process has asked anything
         mine = self._drawn_here(step)
-        return mine if world is None else [group for part in world.gather(mine) for group in part]
+        parts = [mine] if alone else world.gather(mine)
+        if step < self._steps and (None in parts or len(parts) < world.size):
+            note(
+                f"the checkpoint lacks responses that were drawn ahead for step {step + 1}; a resumed run draws anew"
+            )
+        return [group for part in parts for group in part or ()]
 
-    def _drawn_here(self, step: int) -> Drawn:
+    def _drawn_here(self, step: int) -> Drawn | None:
+        """None where the drawing failed."""
         begun = self._begun.get(step)
         if begun is None:
             return []
         wait([begun.answers])
         if begun.answers.exception() is not None:
-            return []
+            return None
         return [
             (prompt.example.id, [(list(answer.token_ids), list(answer.logps)) for answer in group])
             for prompt, group in zip(begun.prompts, begun.answers.result())

@@ -87,7 +87,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         if critic is not None:
             state["critic"] = critic.state_dict()
         if run.ahead is not None:
-            state["drawn"] = run.ahead.drawn(progress.step, None if alone else world)
+            state["drawn"] = run.ahead.drawn(progress.step, world, alone=alone, note=logger.message)
         return state
 
     def changes() -> int:
