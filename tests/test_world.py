@@ -18,6 +18,7 @@ from tiny_runs import SMALL, in_a_file, metrics
 from world_parts import (
     average_in_buckets,
     be_killed,
+    be_killed_in_an_exchange,
     be_killed_unnoticed,
     exchange,
     look_for_folder,
@@ -112,7 +113,7 @@ def test_the_process_that_failed_first_is_named(capfd):
     assert written.count("Traceback") == 1
 
 
-@pytest.mark.parametrize("work", [be_killed, be_killed_unnoticed])
+@pytest.mark.parametrize("work", [be_killed, be_killed_in_an_exchange, be_killed_unnoticed])
 @pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
 def test_a_killed_process_is_reported_with_its_signal(work, interrupts, monkeypatch, capfd):
     """Also where interrupts are ignored, as they are behind nohup and in the background of a script."""

@@ -100,6 +100,14 @@ def be_killed_unnoticed(world: World, rank: int) -> None:
     time.sleep(60)
 
 
+def be_killed_in_an_exchange(world: World, rank: int) -> None:
+    """Process `rank` is killed while the others wait for it in an exchange that is not the world's, as FSDP's are."""
+    world.barrier()
+    if world.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.all_reduce(torch.zeros(1))
+
+
 def be_killed_while_stuck(world: World, rank: int) -> None:
     """Process `rank` is killed while the others are where Python cannot interrupt them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from rlaif_fast.distributed import child
-from rlaif_fast.distributed.world import ConnectionLost, SharedOutage, World
+from rlaif_fast.distributed.world import ConnectionLost, SharedOutage, World, telling_lost_exchanges
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.termination import EXIT_CODE, Terminated
 
@@ -89,7 +89,8 @@ def launch(
         with _membership(rank, size, int(os.environ.get("LOCAL_RANK", rank)), device) as world:
             world.connect()  # torchrun started them together: none begins before rank 0 is ready
             try:
-                return work(world, argument)
+                with telling_lost_exchanges():
+                    return work(world, argument)
             except SharedOutage:
                 if rank != 0:
                     _leave_to_rank_0(world)
@@ -111,7 +112,8 @@ def launch(
         ]
     )
     with others, _membership(0, num_processes, 0, device, store, others) as world, others.blamed():
-        result = work(world, argument)
+        with telling_lost_exchanges():
+            result = work(world, argument)
         world.connect()
         return result
 
@@ -318,7 +320,8 @@ def _other(
         )
         with _membership(rank, size, rank, device, store) as world:
             try:
-                work(world, argument)
+                with telling_lost_exchanges():
+                    work(world, argument)
                 world.connect()
             except SharedOutage:
                 _leave_to_rank_0(world)

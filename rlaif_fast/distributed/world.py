@@ -241,11 +241,31 @@ def buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[l
 
 @contextlib.contextmanager
 def telling_lost_connections() -> Iterator[None]:
-    """Tell a broken connection from the other errors of a process."""
+    """Tell a broken connection from the other errors of a process, around an exchange and nothing else."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConnectionLost(f"lost the connection to the other processes ({reason})") from error
+        raise _lost(error) from error
+
+
+@contextlib.contextmanager
+def telling_lost_exchanges() -> Iterator[None]:
+    """As `telling_lost_connections`, around whatever a process does: FSDP and checkpoints exchange by themselves."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_an_exchange(error):
+            raise
+        raise _lost(error) from error
+
+
+def is_of_an_exchange(error: BaseException) -> bool:
+    """Whether torch met it in an exchange; the errors of gloo have no type, and name the line of its source."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
+def _lost(error: RuntimeError) -> ConnectionLost:
+    reason = str(error).strip().split("\n")[0]
+    return ConnectionLost(f"lost the connection to the other processes ({reason})")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.tensor import DTensor
 
+from rlaif_fast.distributed.world import is_of_an_exchange
 from rlaif_fast.errors import UsageError, typed_line
 from rlaif_fast.policy.shard import whole
 from rlaif_fast.runs.background import copied_weights
@@ -102,4 +103,6 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
     except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:
         cause = _cause(error) if isinstance(error, checkpoint.CheckpointException) else error
+        if is_of_an_exchange(cause):
+            raise cause from None
         raise UsageError(f"{folder / FOLDER} does not fit what is trained: {typed_line(cause)}") from error
