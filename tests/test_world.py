@@ -329,6 +329,36 @@ def test_torchrun_waits_for_the_repair_of_a_damaged_configuration(pair, tmp_path
     assert metrics(folder) == metrics(pair)
 
 
+def test_restarted_processes_of_torchrun_wait_for_rank_0_again(tmp_path):
+    (tmp_path / "turn.py").write_text(
+        "import os, time\n"
+        "from pathlib import Path\n"
+        "from rlaif_fast.distributed.launch import RankZeroFirst, launch\n"
+        "def work(world, folder):\n"
+        "    assert world.sum(1.0) == [2.0]\n"
+        "if __name__ == '__main__':\n"
+        "    ready = Path(__file__).with_name('ready ' + os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "    first = RankZeroFirst()\n"
+        "    with first.turn():\n"
+        "        if first.rank == 0:\n"
+        "            time.sleep(2)\n"
+        "            ready.touch()\n"
+        "        assert ready.exists()\n"
+        "    launch(work, None, 0)\n"
+        "    assert ready.name == 'ready 1'\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    process = subprocess.run(
+        [*command, "--max-restarts=1", tmp_path / "turn.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
 def test_more_processes_than_videos(cache, tmp_path):
     folder = train(tmp_path / "run", cache, num_processes=2, videos_per_step=1, sft_videos_per_step=1)
     steps = [row for row in metrics(folder) if row["stage"] == "rl"]

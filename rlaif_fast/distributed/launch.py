@@ -47,8 +47,7 @@ class RankZeroFirst:
         self.rank = int(os.environ.get("RANK", "0"))
         self._store: dist.Store | None = None
         if under_torchrun():
-            rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            self._store = dist.PrefixStore("rank zero first", rendezvous)
+            self._store = dist.PrefixStore("rank zero first", _store_of_torchrun())
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
@@ -63,6 +62,15 @@ class RankZeroFirst:
 def under_torchrun() -> bool:
     """Whether this process is one of several that torchrun started."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _store_of_torchrun() -> dist.Store:
+    """What torchrun's processes meet in. Behind `--max-restarts` it still holds what those before them wrote there."""
+    rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    # Each of several agents counts its own restarts.
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return dist.PrefixStore(f"restart {restarts}", rendezvous)
 
 
 def launch(
@@ -380,6 +388,7 @@ def _join_group(backend: str, rank: int, size: int, store: dist.Store | None) ->
     if store is not None:
         # The rendezvous is on this machine, and so is the traffic: the host's name need not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = _store_of_torchrun() if store is None else store
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
