@@ -18,6 +18,7 @@ constexpr int kClusterThreads = 1024;
 constexpr int kVectorBytes = 16;
 constexpr int kOtherSharedBytes = 7 * 1024;  // of a block, for the statistics
 constexpr float kFloor = -1e30f;  // below every logit; finite, so that differences and products with 0 are
+constexpr float kLeast = -1e3f;  // exp2 of it is 0, and its product with any gradient finite
 
 // The vectors of a row that one block holds.
 struct Share {

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 FLOOR = tl.constexpr(-1e30)  # below every logit; finite, so that differences and products with 0 are
+LEAST = tl.constexpr(-1e3)  # exp2 of it is 0, and its product with any gradient finite
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 
@@ -99,7 +100,7 @@ def write_grad(
             before = at - BLOCK_V
             ahead = tl.load(x + before, mask=before >= 0, other=float("-inf"), eviction_policy="evict_first")
             p = tl.exp2(d)
-            slope = g + h * (tl.maximum(d, FLOOR) * LN2 + H)
+            slope = g + h * (tl.maximum(d, LEAST) * LN2 + H)
             grad = tl.where(at == y, g, 0.0) - p * slope
             if cap is not None:
                 share = capped / cap

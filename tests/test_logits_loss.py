@@ -97,6 +97,22 @@ def test_peaked_flat_shifted_and_impossible_logits(dtype):
     assert_rows_match(logits.to(dtype), ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [5.0, 65536.0, 1e20])
+def test_a_large_gradient_of_the_entropy_leaves_impossible_tokens_alone(dtype, scale):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 67).to(dtype)
+    logits[:, 1::3] = -math.inf
+    grads = []
+    for x, backend in ((logits, "cpu"), (logits.double(), "reference")):
+        x = x.clone().requires_grad_()
+        ids = torch.zeros(2, dtype=torch.long)
+        _, entropy = selective_log_softmax(x, ids, return_entropy=True, backend=backend)
+        grads += torch.autograd.grad(scale * entropy.sum(), x)
+    assert (grads[0][:, 1::3] == 0).all()
+    assert relative_l2(grads[0], grads[1]) < TOLERANCES[dtype].gradient
+
+
 def test_a_nan_logit_is_not_swallowed():
     for at in (0, 5, 299):
         logits = torch.randn(1, 300)

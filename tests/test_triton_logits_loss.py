@@ -162,6 +162,17 @@ def test_forbidden_tokens_have_no_probability_and_no_gradient() -> None:
     check(logits, ids)
 
 
+def test_a_large_gradient_of_the_entropy_leaves_forbidden_tokens_alone() -> None:
+    logits, ids = rows(2, 300)
+    logits[:, 1::2] = -float("inf")
+    grad, large = torch.empty_like(logits), torch.empty_like(logits)
+    zeros, ones = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+    stats = row_stats(logits, ids, Scaling())
+    row_grad(logits, ids, Scaling(), stats, zeros, ones, grad)
+    row_grad(logits, ids, Scaling(), stats, zeros, ones * 2.0**40, large)
+    assert torch.equal(large, grad * 2.0**40)
+
+
 def test_large_logits_do_not_overflow() -> None:
     logits, ids = rows(4, 300)
     check(logits * 10, ids)

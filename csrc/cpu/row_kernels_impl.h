@@ -214,7 +214,7 @@ inline void row_grad(const T* row, T* out, int64_t V, int64_t id, const Scaling<
   }
   const W inv_temperature = scaling.factor;
   // -p * (grad_logp + grad_entropy * (log p + H)) / temperature, with the constants folded.
-  const W floor = std::numeric_limits<W>::lowest() / 4;
+  const W floor = -1000;  // exp of it is 0, also in double, and its product with any gradient finite
   const W slope = -grad_entropy * inv_temperature;
   const W base = -(grad_logp + grad_entropy * entropy) * inv_temperature;
   const W own = grad_logp * inv_temperature;

@@ -186,7 +186,7 @@ __global__ void RLAIF_CLUSTER __launch_bounds__(kClusterThreads, 1)
       const float x = capped(widen(vector.values[i]), rows.inner, rows.cap);
       const float d = (x - all.m) * scale - log_total;
       const float p = exp2f(d);
-      float grad = (column + i == y ? g : 0.f) - p * (g + h * (fmaxf(d, kFloor) * kLn2 + entropy));
+      float grad = (column + i == y ? g : 0.f) - p * (g + h * (fmaxf(d, kLeast) * kLn2 + entropy));
       if (rows.cap != 0) {
         const float part = x / rows.cap;
         grad *= rows.inner * rows.cap * (1 - part * part);  // d (c tanh u) / du = c (1 - tanh^2)
