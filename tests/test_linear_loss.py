@@ -310,3 +310,21 @@ def test_gradients_are_contiguous_however_the_inputs_lie(loss, chunk_size):
         logps = token_logps(hidden, weight, problem.token_ids.flatten(), chunk_size=chunk_size)
         logps.sum().backward()
     assert layouts == [True, True]
+
+
+@pytest.mark.parametrize("batched", ["hidden", "weight"])
+def test_vmap_loses_no_gradient(batched):
+    problem = random_problem(N=1)
+    tensors = {"hidden": problem.hidden, "weight": problem.weight}
+    stack = torch.stack([tensors[batched], 2 * tensors[batched]])
+
+    def loss(x):
+        h, w = {**tensors, batched: x}.values()
+        return fused_linear_grpo_rank_loss(h, w, problem.token_ids, problem.oracle_ranks, backend="cpu").loss
+
+    def gradient(losses):
+        leaf = stack.clone().requires_grad_()
+        return torch.autograd.grad(losses(leaf), leaf)[0]
+
+    together = gradient(lambda leaf: torch.vmap(loss)(leaf).sum())
+    torch.testing.assert_close(together, gradient(lambda leaf: loss(leaf[0]) + loss(leaf[1])))

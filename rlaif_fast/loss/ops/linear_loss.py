@@ -18,7 +18,7 @@ from rlaif_fast.loss.inputs import Head, Needs, Padding, Scaling, TokenGradients
 from rlaif_fast.loss.linear import Close
 from rlaif_fast.loss.ops.linear_logps import autocast, fake_gradients, in_dtype, linear_logps
 from rlaif_fast.loss.ops.rank_loss import rank_loss
-from rlaif_fast.loss.ops.scale import refuse_double_backward, refuse_transforms, scaled
+from rlaif_fast.loss.ops.scale import refuse_double_backward, refuse_transforms, scaled, wants_gradient
 from rlaif_fast.loss.options import STATS, LossOptions
 from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.loss.rank_close import RankClose
@@ -167,8 +167,7 @@ def _by_kernels(
         padding = None if lengths is None else Padding(lengths, hidden.shape[0])
         make_close = _rank_close(inputs, options, padding)
         return with_close(hidden, head, token_ids, padding, make_close, chunk_size, backend, shard)
-    leaves = (hidden, head.leaf, head.bias)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    needs = [wants_gradient(x) for x in (hidden, head.leaf, head.bias)]
     rest = (token_ids, lengths, chunk_size, *needs, *flatten(head.scaling, inputs, options), backend)
     loss, ranked, stats, *_ = _linear_loss(hidden, head.weight, head.bias, head.float32_weight, *rest)
     return loss, ranked, stats
@@ -180,8 +179,7 @@ def in_backward(hidden: Tensor, head: Head, backend: str) -> bool:
     A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
     """
     dtype = dtype_of(hidden.device, hidden.dtype)
-    leaves = (hidden, head.leaf, head.bias)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    wanted = any(wants_gradient(x) for x in (hidden, head.leaf, head.bias))
     return backend == "reference" or (dtype == torch.float16 and wanted)
 
 

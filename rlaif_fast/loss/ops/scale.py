@@ -13,6 +13,15 @@ def refuse_double_backward() -> None:
         raise RuntimeError("the loss is differentiable once: create_graph=True is not supported")
 
 
+def wants_gradient(x: Tensor | None) -> bool:
+    """Return whether autograd follows a tensor, one within `torch.vmap` too, which itself does not say so."""
+    if x is None or not torch.is_grad_enabled():
+        return False
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 def refuse_transforms(*leaves: Tensor | None) -> None:
     """Raise where a derivative is taken forwards, which would be 0 without a word, or by `torch.func`."""
     if torch.compiler.is_compiling():
