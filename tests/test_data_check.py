@@ -3,6 +3,8 @@
 import json
 from functools import partial
 
+import av
+import numpy as np
 import pytest
 from published_rows import media_folder, write_rows
 
@@ -76,6 +78,18 @@ def test_check_names_wrong_rows_and_bad_files(write, media, capsys):
     err = capsys.readouterr().err
     assert "1 of 2 files cannot be decoded" in err and f"{path}:2: {bad}" in err and "Traceback" not in err
     assert main(["check", str(path), "--media_root", str(media), "--skip_decode"]) == 0
+
+
+def test_check_refuses_a_video_too_short_to_be_sampled(write, media, capsys):
+    """Training and `video check` dropped a clip of one frame that this check called good."""
+    with av.open(str(media / "one.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=2)
+        stream.width = stream.height = 64
+        for frame in (av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8)), None):
+            file.mux(stream.encode(frame))
+    file = write(NATIVE | {"video": "one.mp4"})
+    assert main(["check", str(file), "--media_root", str(media)]) == 1
+    assert "one.mp4: holds 1 frame, but 2 are to be sampled" in capsys.readouterr().err
 
 
 def test_check_takes_a_folder_of_splits_and_tells_what_they_share(tmp_path, media, capsys):

@@ -162,9 +162,7 @@ def _open_medium(medium: MediaRef) -> None:
     if not medium.is_video_file:
         load_medium(medium, FrameSampling())
         return
-    info = probe(medium.path)
-    if medium.cut.given():
-        FrameSampling().cut(medium).sample(info)
+    FrameSampling().cut(medium).sample(probe(medium.path))
 
 
 def _print_table(report: ReadReport) -> None:
