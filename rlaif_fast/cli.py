@@ -121,10 +121,14 @@ def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             (files if word.startswith("--config=") else flags).append(word)
     for word in files:
-        path = Path(word.removeprefix("--config="))
-        if path.is_file():
-            _check_file(path)
+        if word != "--config":
+            _check_file(_path_in(word))
     return files, flags
+
+
+def _path_in(word: str) -> Path:
+    """The file that a word of the command line names, alone or after `--config=`."""
+    return Path(word.removeprefix("--config=")).expanduser()
 
 
 def _check_file(path: Path) -> None:
@@ -139,7 +143,7 @@ def _check_file(path: Path) -> None:
             )
     except UnicodeDecodeError as error:
         raise UsageError(f"config: {path} is no text in UTF-8: {first_line(error)}") from None
-    except (OSError, ValueError, YAMLError) as error:
+    except (ValueError, YAMLError) as error:
         raise UsageError(f"config: cannot read {path}: {' '.join(str(error).split())}") from None
 
 
@@ -162,8 +166,7 @@ def _texts_kept(values: dict[str, Any], files: Sequence[str], flags: Sequence[st
     if not open_ended:
         return values
     for word in files:
-        path = Path(word.removeprefix("--config="))
-        if path.is_file():
+        if (path := _path_in(word)).is_file():
             root: Any = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
             for key, node in root.value:
                 note(key.value, node)
@@ -254,6 +257,9 @@ def _explain(message: str, config_class: type) -> str:
     unfit = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', line)
     if unfit and unfit[1] in kinds:
         return f"{unfit[1]}: expected {_in_words(kinds[unfit[1]])}, got {unfit[2]}"
+    bare = re.search(r"[Uu]nrecognized arguments: (?!-)(.*)", line)
+    if bare:
+        return f"unexpected {bare[1]!r}; a configuration file goes with --config FILE, a key with --KEY VALUE"
     unknown = re.search(
         r"[Uu]nrecognized arguments?: -*([\w-]+)|[Kk]ey '([\w-]+)' is not expected|'([\w.-]+)' is not", line
     )

@@ -16,13 +16,19 @@ def refuse_repeated_keys(file: str | Path) -> bool:
     Of two equal keys a reader would drop the first in silence.
 
     Raises:
-        UsageError: One has; the key and its line are named.
-        OSError: The file cannot be read.
+        UsageError: One has; the key and its line are named. Or the file cannot be read, or only once (a pipe).
+        UnicodeDecodeError: It is no text in UTF-8.
         yaml.YAMLError: It is no YAML.
     """
     import yaml
 
-    root = yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)
+    if Path(file).is_fifo():
+        raise UsageError(f"config: {file} is a pipe, and the file is read more than once; write it to a file")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"config: cannot read {file}: {error.strerror}") from None
+    root = yaml.compose(text, yaml.SafeLoader)
     left: list[Any] = [root]
     met: set[int] = set()  # an alias may lead back to what holds it
     while left:

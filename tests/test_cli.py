@@ -188,6 +188,29 @@ def test_a_section_in_place_of_a_key_is_an_unknown_key(tmp_path):
         parse_config(TrainConfig, ["--config", str(tmp_path / "some.yaml")], **TEXTS)
 
 
+def test_a_file_that_cannot_be_read_and_a_word_alone_are_told_in_words(tmp_path, monkeypatch):
+    """`train configs/tiny.yaml` was told of an unknown key 'configs'; a pipe of an "Unexpected config:"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "some.yaml").write_text('oracle_options: {model: "16"}\n')
+    os.mkfifo(tmp_path / "pipe")
+    for words, told in (
+        (
+            ["configs/tiny.yaml"],
+            "unexpected 'configs/tiny.yaml'; a configuration file goes with --config FILE",
+        ),
+        (["--max_steps", "3", "x", "y"], "unexpected 'x y'; "),
+        (["--config", "/no/such.yaml"], "config: cannot read /no/such.yaml: No such file or directory"),
+        ([f"--config={tmp_path}"], f"config: cannot read {tmp_path}: Is a directory"),
+        (
+            ["--config", str(tmp_path / "pipe")],
+            f"config: {tmp_path / 'pipe'} is a pipe, and the file is read",
+        ),
+    ):
+        with pytest.raises(UsageError, match=re.escape(told)):
+            parse_config(TrainConfig, words, **TEXTS)
+    assert parse_config(TrainConfig, ["--config=~/some.yaml"], **TEXTS).oracle_options == {"model": "16"}
+
+
 def test_a_file_that_is_named_without_a_name_is_refused():
     with pytest.raises(UsageError):
         parse_config(Options, ["--steps", "1", "--config"], **TEXTS)

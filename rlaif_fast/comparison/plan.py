@@ -128,7 +128,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     try:
         refuse_repeated_keys(file)
         values = load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"config: cannot read {file}: {' '.join(str(error).split())}") from error
     known = [entry.name for entry in dataclasses.fields(Plan)]
     if not isinstance(values, dict) or not {"arms", "tables"} <= values.keys():
