@@ -204,6 +204,28 @@ def test_a_run_whose_last_checkpoint_is_kept_is_not_said_to_be_its_start(tmp_pat
     assert "before and after are one policy" not in last
 
 
+def test_a_run_without_rl_says_so(tmp_path):
+    """It said that RL put 0 answers right and 0 wrong."""
+    run = make_run(tmp_path / "run", clips=1, sft_steps=4, rl_steps=20)
+    summary = run.read_summary()
+    summary["config"] |= {"max_steps": 0}
+    page = Page(write_report(run, summary=summary).read_text()).text
+    assert "No RL took place (max_steps is 0)" in page and "RL put" not in page
+
+
+def test_a_mark_at_zero_hides_no_name():
+    nothing = figures.Interval(0.0, 0.0, 0.3)
+    score = figures.Score("all categories", 8, nothing, nothing, figures.Interval(0.0, 0.0, 0.0), 0.25)
+    for draw in (figures.headline(score), figures.categories([score])):
+        figure = Figure(figsize=(9, 3), dpi=72)
+        axes = figure.subplots()
+        draw(axes)
+        figure.canvas.draw()
+        marks = [line for line in axes.lines if line.get_marker() == "o"]
+        left = min(axes.transData.transform((0, 0))[0] - mark.get_markersize() / 2 for mark in marks)
+        assert all(name.get_window_extent().x1 < left for name in axes.get_yticklabels())
+
+
 def test_clips_that_all_changed_alike_have_no_interval(tmp_path):
     """Of a handful of questions that nothing changed in, +0.0 to +0.0 was called an interval of 95%."""
     run = RunDir.create(tmp_path)

@@ -182,7 +182,7 @@ def headline(score: Score) -> Draw:
                 fontweight="bold",
             )
         axes.set_yticks([y for y, *_ in rows], [name for _, name, *_ in rows])
-        axes.tick_params(axis="y", labelsize=11, labelcolor=INK)
+        axes.tick_params(axis="y", labelsize=11, labelcolor=INK, pad=9)  # clear of a mark at 0%
         axes.set_ylim(-0.6, 1.85)
         _chance(axes, score.chance, -0.6, 1.45)
         axes.annotate(
@@ -234,7 +234,7 @@ def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
         break_at, count = (16, "\nn={}") if narrow else (40, "  (n={})")
         names = [textwrap.fill(score.name, break_at) + count.format(score.n) for score in scores]
         axes.set_yticks([top + 0.35, *range(top - 1, -1, -1)], names)
-        axes.tick_params(axis="y", labelsize=9.5 if narrow else 10.5, labelcolor=INK, length=0)
+        axes.tick_params(axis="y", labelsize=9.5 if narrow else 10.5, labelcolor=INK, length=0, pad=7)
         axes.set_ylim(-0.6, top + 0.35 + 0.6)
         axes.text(
             1.03,

@@ -53,6 +53,7 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
         finished=bool(summary),
         facts=_facts(run_dir, summary),
         comparison=comparison,
+        without_rl=config.get("max_steps") == 0,
         start_kept=any(panel.wide and panel.marked_step == 0 for panel in panels),
         figures=_svg_figures(comparison, seconds),
         panels=[(panel, _panel_svg(panel)) for panel in panels],
