@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from PIL import Image
 from report_parts import Page, make_run
 
 from rlaif_fast.data.schema import Example
+from rlaif_fast.evaluate import print_table
 from rlaif_fast.oracle import build_oracle
 from rlaif_fast.report import figures
 from rlaif_fast.report.html import compare_predictions, write_report
@@ -224,6 +226,19 @@ def test_a_mark_at_zero_hides_no_name():
         marks = [line for line in axes.lines if line.get_marker() == "o"]
         left = min(axes.transData.transform((0, 0))[0] - mark.get_markersize() / 2 for mark in marks)
         assert all(name.get_window_extent().x1 < left for name in axes.get_yticklabels())
+
+
+def test_rows_without_a_category_are_told_of_once(tmp_path, capsys):
+    """The line `all` stood twice, and the bars of all questions too."""
+    run = make_run(tmp_path / "run", clips=1, sft_steps=4, rl_steps=20)
+    for phase in ("sft", "final"):
+        rows = [json.loads(line) | {"category": "all"} for line in run.predictions(phase).open()]
+        write_jsonl(run.predictions(phase), rows)
+    found = compare_predictions(run)
+    assert found is not None and found.by_category == () and found.total.n > 0
+    assert "all categories" in Page(write_report(run).read_text()).text
+    print_table({"accuracy": 0.5, "by_category": {"all": {"accuracy": 0.5, "n": 2}}, "chance": {"all": 0.25}})
+    assert capsys.readouterr().out.count("all ") == 1
 
 
 def test_clips_that_all_changed_alike_have_no_interval(tmp_path):

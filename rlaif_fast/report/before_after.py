@@ -23,7 +23,7 @@ class Comparison:
 
     Attributes:
         total: All questions.
-        by_category: Each category, the largest gain first.
+        by_category: Each category, the largest gain first; none where no row has one.
         fixed: Questions answered wrong before and right after.
         broken: Questions answered right before and wrong after.
         clips: Videos that the questions are about; 0 where the predictions do not say.
@@ -52,7 +52,9 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
     pairs = scored_pairs(run_dir)
     if not pairs:
         return None
-    scores = [_score(name, found) for name, found in by_category(pairs).items()]
+    found = by_category(pairs)
+    # Of rows without a category the total says all.
+    scores = [] if set(found) == {"all"} else [_score(name, own) for name, own in found.items()]
     return Comparison(
         total=_score("all categories", pairs),
         by_category=tuple(sorted(scores, key=lambda score: (-score.change.mean, score.name))),

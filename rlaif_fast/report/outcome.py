@@ -213,6 +213,8 @@ def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
     width = max(map(len, [*summary["by_category"], "all"]))
     logger.message(f"{'held-out accuracy':<{width}}  {'before RL':>9}  {'after RL':>8}  {'n':>5}")
     for name, row in summary["by_category"].items():
+        if set(summary["by_category"]) == {"all"}:
+            break  # no row has a category; the last line says it
         logger.message(f"{name:<{width}}  {row['sft']:9.3f}  {row['final']:8.3f}  {row['n']:5d}")
     total = sum(row["n"] for row in summary["by_category"].values())
     logger.message(
