@@ -210,13 +210,13 @@ def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
 
 def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
     """Test accuracy before and after RL, by category."""
-    width = max(map(len, [*summary["by_category"], "all"]))
+    by_category = summary["by_category"]
+    width = max(map(len, [*by_category, "all"]))
     logger.message(f"{'held-out accuracy':<{width}}  {'before RL':>9}  {'after RL':>8}  {'n':>5}")
-    for name, row in summary["by_category"].items():
-        if set(summary["by_category"]) == {"all"}:
-            break  # no row has a category; the last line says it
+    alone = by_category.keys() == {"all"}  # no row has a category: the last line says it
+    for name, row in () if alone else by_category.items():
         logger.message(f"{name:<{width}}  {row['sft']:9.3f}  {row['final']:8.3f}  {row['n']:5d}")
-    total = sum(row["n"] for row in summary["by_category"].values())
+    total = sum(row["n"] for row in by_category.values())
     logger.message(
         f"{'all':<{width}}  {summary['sft_accuracy']:9.3f}  {summary['final_accuracy']:8.3f}  {total:5d}"
     )
