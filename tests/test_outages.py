@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import SMALL, metrics
+from tiny_runs import SMALL, in_a_file, metrics
 from world_parts import exceed_the_limit, lose_the_judge, meet_in_a_step
 
 from rlaif_fast import train as train_module
@@ -298,3 +298,29 @@ def test_the_peak_of_memory_is_that_of_all_sessions(cache, tmp_path, monkeypatch
         assert train_module.main(words(folder, cache, **FEW)) == 1
     assert train_module.main(["--resume", str(folder)]) == 0
     assert json.loads((folder / "summary.json").read_text())["peak_rss_bytes"] == 2**50
+
+
+def test_a_run_goes_on_where_no_clip_of_the_gallery_can_be_read(tmp_path, cache):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "bad.mp4").write_text("no video\n" * 50)
+    for split in ("sft", "rl", "validation", "test"):
+        rows = [
+            {"id": f"{split} {n}", "question": f"what color is {split} {n} ?", "answer": "red"}
+            for n in (1, 2, 3)
+        ]
+        if split == "test":
+            rows[0]["video"] = "bad.mp4"
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    values = SMALL | {
+        "output_dir": folder,
+        "cache_dir": cache,
+        "data": data,
+        "max_bad_fraction": 1,
+        "report": "true",
+    }
+    assert train_module.main(in_a_file(values, tmp_path / "run.yaml")) == 0
+    asked = [row["example_id"] for row in read_jsonl(folder / "predictions-final.jsonl")]
+    assert asked == ["test 2", "test 3"]
+    assert not list(read_jsonl(folder / "samples.jsonl"))

@@ -110,6 +110,8 @@ def _write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
         return
     with run.logger.timer("gallery"), torch.no_grad():
         prompts = run.make_batch(rows)
+        if not prompts:  # no clip can be read
+            return
         params = sampling_params(config, config.seed)
         rollout = run.sampler.sample(prompts, config.num_generations, params)
         groups = rank_rollout(prompts, rollout, run.oracle, run.algorithm)
