@@ -24,8 +24,8 @@ class OracleOptions:
         oracle_noise: Standard deviation of noise on the oracle's scores (an experiment), 0 for none.
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
         max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
-        blind_control: Groups that the oracle ranks again without frames every `eval_steps`, to see whether it looks;
-            0 for none.
+        blind_control: Groups that the oracle ranks again without frames every `eval_steps`, to see whether it looks; 0
+            for none. Of several processes the first asks, about its own groups, which may be fewer.
     """
 
     oracle: str = "reference"
