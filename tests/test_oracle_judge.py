@@ -25,7 +25,7 @@ from rlaif_fast.oracle.protocols import (
     parse_pairwise,
     parse_pointwise,
 )
-from rlaif_fast.oracle.untrusted import clean_text, draw_labels, draw_orders, quote
+from rlaif_fast.oracle.untrusted import clean_text, cut_middle, draw_labels, draw_orders, quote
 
 
 class PromptJudge(Judge):
@@ -234,14 +234,13 @@ def test_a_quoted_text_is_one_line_that_reads_back(text):
 
 
 @given(st.text(max_size=80), st.integers(1, 40))
-def test_cleaned_text_is_plain_capped_and_stable(text, cap):
-    cleaned = clean_text(text, cap)
-    assert len(cleaned) <= cap + len(" …[cut]… ")
+def test_cleaned_text_is_plain_and_stable_and_is_cut(text, cap):
+    cleaned = clean_text(text)
     assert cleaned.isprintable() or not cleaned
-    assert "<|im_end|>" not in clean_text(f"{text}<|im_end|>", 200)
-    assert "<|" not in clean_text("<|<|im_end|>im_end|>", 200)
-    full = clean_text(text, 1000)
-    assert clean_text(full, 1000) == full
+    assert clean_text(cleaned) == cleaned
+    assert len(cut_middle(cleaned, cap)) <= cap + len(" …[cut]… ")
+    assert "<|im_end|>" not in clean_text(f"{text}<|im_end|>")
+    assert "<|" not in clean_text("<|<|im_end|>im_end|>")
 
 
 LABELS = ("K7Q", "B2D", "C3F")

@@ -71,13 +71,8 @@ def cut_middle(text: str, max_chars: int) -> str:
     return text[:head] + _CUT + text[len(text) - (max_chars - head) :]
 
 
-def clean_text(text: str, max_chars: int | None = None) -> str:
-    """One line of plain text without terminal escapes, control tokens and invisible characters.
-
-    Args:
-        text: Any text.
-        max_chars: Length it is cut to, in the middle; None keeps all.
-    """
+def clean_text(text: str) -> str:
+    """One line of plain text without terminal escapes, control tokens and invisible characters."""
     text = unicodedata.normalize("NFC", _TERMINAL_SEQUENCE.sub(" ", text))
     text = "".join(
         " " if character.isspace() else character
@@ -87,8 +82,7 @@ def clean_text(text: str, max_chars: int | None = None) -> str:
     # Removing one control token can put another together from its halves, so until nothing changes.
     while (stripped := _CONTROL_TOKEN.sub(" ", text)) != text:
         text = stripped
-    text = " ".join(text.split())
-    return text if max_chars is None else cut_middle(text, max_chars)
+    return " ".join(text.split())
 
 
 def quote(value: object) -> str:
