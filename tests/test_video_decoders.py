@@ -258,7 +258,7 @@ def test_a_file_that_dali_cannot_read_leaves_its_kind_there(files, monkeypatch):
         return torch.zeros(1)
 
     for _ in range(3):
-        decoders.by_name("auto", scan, [0], torch.device("cpu"), attempt)
+        decoders.by_name("auto", scan, torch.device("cpu"), attempt)
     assert tried == ["dali", "dali", "pyav", "dali"]
 
 
@@ -290,17 +290,17 @@ def test_cut_film_is_left_to_ffmpeg(tmp_path, caplog):
     scan = scan_file(str(path))
     assert "numbers would differ" in DaliDecoder.refuses(scan, torch.device("cuda"))
     with caplog.at_level("INFO"):
-        assert choose("auto", scan, [0], torch.device("cuda")) == "pyav"
+        assert choose("auto", scan, torch.device("cuda")) == "pyav"
     assert re.search(r"video: \w+ is decoded by pyav \(no dali: .+\)", caplog.text)
 
 
 def test_unknown_and_missing_decoders():
     with pytest.raises(UsageError, match="unknown decoder 'decord'"):
-        choose("decord", None, [], torch.device("cpu"))
+        choose("decord", None, torch.device("cpu"))
     for name in DECODERS:
         if DECODERS[name].unavailable():
             with pytest.raises(UsageError, match=f"decoder '{name}' cannot run here"):
-                choose(name, None, [], torch.device("cpu"))
+                choose(name, None, torch.device("cpu"))
 
 
 def test_decoder_of_another_package(tmp_path, monkeypatch):

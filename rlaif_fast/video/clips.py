@@ -17,7 +17,7 @@ from rlaif_fast.video.decoders import assemble, by_name, decode_sized
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.preprocess import PixelBudget
-from rlaif_fast.video.probe import MEMO, check_same, file_digest, file_version, info_of, scan_file
+from rlaif_fast.video.probe import check_same, file_digest, file_version, info_of, scan_file
 from rlaif_fast.video.sampling import FrameSampling
 
 MAX_CLIP_BYTES = 16 << 30  # frames of one clip after resizing; more is a configuration that no machine holds
@@ -54,11 +54,7 @@ def load_clip(
     path = str(path)
     device = numbered(torch.device(device))
     version = file_version(path)
-    if process is not None and MEMO.scan(version) is None:
-        found, digest = process.scan(path, timeout)
-        MEMO.keep_scan(version, found)
-        MEMO.keep_digest(version, digest)
-    scan = scan_file(path)
+    scan = scan_file(path, process, timeout)
     info = info_of(path, scan)
     indices, sample_fps = (sampling or FrameSampling()).sample(info)
     size = resize.size(path, len(indices), *scan.shape) if resize is not None else scan.shape
@@ -80,7 +76,7 @@ def load_clip(
         pictures = process.frames(path, scan, indices, timeout)
         return to_device(assemble(pictures, indices, scan.shape, size), device)
 
-    frames = by_name(decoder, scan, indices, device, attempt)
+    frames = by_name(decoder, scan, device, attempt)
     check_same(path, version)
     times = info.timestamps
     clip = Clip(frames, tuple(times[i] for i in indices), key, path, sample_fps=sample_fps)

@@ -123,7 +123,7 @@ def assemble(
     return out[torch.tensor([place[i] for i in indices], dtype=torch.long)]
 
 
-def choose(name: str, scan: ffmpeg.Scan, indices: Sequence[int], device: torch.device) -> str:
+def choose(name: str, scan: ffmpeg.Scan, device: torch.device) -> str:
     """Return the decoder that `name` ("auto" or one of the table) stands for.
 
     Raises:
@@ -163,13 +163,7 @@ def _kind(scan: ffmpeg.Scan, device: torch.device) -> tuple[str, ...]:
     return str(device), scan.codec, scan.pixel_format, size
 
 
-def by_name(
-    name: str,
-    scan: ffmpeg.Scan,
-    indices: Sequence[int],
-    device: torch.device,
-    attempt: Callable[[str], Tensor],
-) -> Tensor:
+def by_name(name: str, scan: ffmpeg.Scan, device: torch.device, attempt: Callable[[str], Tensor]) -> Tensor:
     """Decode by the decoder that `name` stands for. Where "auto" took another than PyAV and that fails, PyAV decides.
 
     What PyAV can decode is no bad file; where the other has read none of its kind yet, PyAV gets all of that kind.
@@ -177,7 +171,6 @@ def by_name(
     Args:
         name: "auto" or one of the table.
         scan: The file.
-        indices: As for `decode`.
         device: Where the frames end up.
         attempt: Decodes by the decoder of that name.
 
@@ -185,7 +178,7 @@ def by_name(
         VideoError: The file is bad.
         UsageError: As in `choose`.
     """
-    chosen = choose(name, scan, indices, device)
+    chosen = choose(name, scan, device)
     kind = chosen, *_kind(scan, device)
     try:
         frames = attempt(chosen)
@@ -251,7 +244,7 @@ def decode(
     path, place = str(path), numbered(torch.device(device))
     scan = scan_file(path)
     attempt = partial(decode_sized, path, indices, None, place)
-    return used_here(by_name(decoder, scan, indices, place, attempt))
+    return used_here(by_name(decoder, scan, place, attempt))
 
 
 def decode_sized(

@@ -6,17 +6,19 @@ import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlaif_fast.recent import RecentlyUsed
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.container import BadVideo, digest
 from rlaif_fast.video.errors import VideoError
+from rlaif_fast.video.isolate import DecodeProcess
 
 MEMO_DIGESTS = 100_000
 MEMO_FRAMES = 2_000_000  # frames whose times are remembered, over all files (about 100 bytes each)
 
+V = TypeVar("V")
 Version = tuple[str, int, int, int, int]
 
 
@@ -50,34 +52,24 @@ def info_of(path: str, scan: ffmpeg.Scan) -> VideoInfo:
     )
 
 
-class _Memo:
-    """Scans and digests by file version."""
+class _Memo(RecentlyUsed[Version, V]):
+    """Values by file version, for several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int, **limits: Any) -> None:
+        super().__init__(budget, **limits)
         self._lock = threading.Lock()
-        self._scans: RecentlyUsed[Version, ffmpeg.Scan] = RecentlyUsed(
-            MEMO_FRAMES, lambda scan: len(scan.pts), at_least=1
-        )
-        self._digests: RecentlyUsed[Version, str] = RecentlyUsed(MEMO_DIGESTS)
 
-    def scan(self, version: Version) -> ffmpeg.Scan | None:
+    def get(self, key: Version) -> V | None:
         with self._lock:
-            return self._scans.get(version)
+            return super().get(key)
 
-    def keep_scan(self, version: Version, scan: ffmpeg.Scan) -> None:
+    def put(self, key: Version, value: V) -> None:
         with self._lock:
-            self._scans.put(version, scan)
-
-    def digest(self, version: Version) -> str | None:
-        with self._lock:
-            return self._digests.get(version)
-
-    def keep_digest(self, version: Version, digest: str) -> None:
-        with self._lock:
-            self._digests.put(version, digest)
+            super().put(key, value)
 
 
-MEMO = _Memo()
+SCANS: _Memo[ffmpeg.Scan] = _Memo(MEMO_FRAMES, weigh=lambda scan: len(scan.pts), at_least=1)
+DIGESTS: _Memo[str] = _Memo(MEMO_DIGESTS)
 
 
 def file_version(path: str) -> Version:
@@ -104,18 +96,26 @@ def check_same(path: str, version: Version) -> None:
         raise VideoError(path, "changed while it was read")
 
 
-def scan_file(path: str) -> ffmpeg.Scan:
-    """Return the scan of `path`, from memory where the file has not changed."""
+def scan_file(path: str, process: DecodeProcess | None = None, timeout: float | None = None) -> ffmpeg.Scan:
+    """Return the scan of `path`, from memory where the file has not changed; else `process` reads it, if there is one.
+
+    The process digests the file too, within `timeout` seconds in all.
+    """
     version = file_version(path)
-    known = MEMO.scan(version)
-    if known is None:
+    known = SCANS.get(version)
+    if known is not None:
+        return known
+    if process is not None:
+        known, content = process.scan(path, timeout)
+        DIGESTS.put(version, content)
+    else:
         try:
             known = ffmpeg.scan(path)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
         except Exception as error:  # whatever a decoder raises is the file's fault
             raise VideoError(path, f"cannot be read: {type(error).__name__}: {error}") from None
-        MEMO.keep_scan(version, known)
+    SCANS.put(version, known)
     return known
 
 
@@ -138,13 +138,13 @@ def scan_for(decoder: Any, path: str, indices: Sequence[int]) -> ffmpeg.Scan:
 def file_digest(path: str) -> str:
     """Return a digest of the file's content; above 256 MiB of its size and 256 blocks spread over it."""
     version = file_version(path)
-    known = MEMO.digest(version)
+    known = DIGESTS.get(version)
     if known is None:
         try:
             known = digest(path)
         except BadVideo as error:
             raise VideoError(path, str(error)) from None
-        MEMO.keep_digest(version, known)
+        DIGESTS.put(version, known)
     return known
 
 
