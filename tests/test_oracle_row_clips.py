@@ -116,3 +116,22 @@ def test_rank_reads_the_form_and_the_solution_of_a_row(tmp_path):
     assert main(["rank", str(source)]) == 0
     [ranked] = map(json.loads, (tmp_path / "in.ranked.jsonl").read_text().splitlines())
     assert ranked["scores"][:2] == [1.0, pytest.approx(0.6)]
+
+
+def brightness(request):
+    mean = float(request.clips[0].frames.float().mean())
+    return [mean, -mean]
+
+
+def test_rows_on_one_line_are_shown_their_own_media(tmp_path):
+    """A JSON array may have all of its rows on one line."""
+    from PIL import Image
+
+    for name, value in (("black", 0), ("white", 255)):
+        Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / f"{name}.png")
+    rows = [{"question": "?", "responses": ["x", "y"], "image": f"{name}.png"} for name in ("black", "white")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = ["--oracle", "callable", "--option", f"function={__name__}:brightness"]
+    assert main(["rank", str(tmp_path / "rows.json"), *words]) == 0
+    ranked = [json.loads(line) for line in (tmp_path / "rows.ranked.jsonl").read_text().splitlines()]
+    assert [row["scores"] for row in ranked] == [[0.0, 0.0], [255.0, -255.0]]

@@ -61,6 +61,23 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         yield number, row if isinstance(row, RowError) else _checked(row)
 
 
+def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file:line", row); rows after the first of a line have their number too, so that no two share a place.
+
+    Raises:
+        UsageError: The file cannot be read, or a row of it is wrong or no JSON object.
+    """
+    last = 0
+    for number, (line, row) in enumerate(rows_of(path), 1):
+        where = f"{path}:{line}" if line != last else f"{path}:{line}, row {number}"
+        last = line
+        if isinstance(row, RowError):
+            raise UsageError(f"{where}: {row}")
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: expected one JSON object, got {type(row).__name__}")
+        yield where, row
+
+
 def files_below(folder: Path) -> list[Path]:
     """Every file below a folder, in order; links to folders are followed, and each folder is read once."""
     found: list[Path] = []

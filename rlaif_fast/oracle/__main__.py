@@ -15,19 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.data.sources import objects_of
 from rlaif_fast.errors import UsageError, needed_by, require_least
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import oracle_stats
 from rlaif_fast.oracle.pairs import pair_rows
-from rlaif_fast.oracle.records import (
-    ranking_to_json,
-    read_rows,
-    row_id,
-    row_ranks,
-    row_request,
-    row_responses,
-)
+from rlaif_fast.oracle.records import ranking_to_json, row_id, row_ranks, row_request, row_responses
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
@@ -112,7 +106,7 @@ def _rank(options: argparse.Namespace) -> int:
     if options.nframes is None:
         options.nframes = USUAL_FRAMES
     require_least("nframes", options.nframes, 1)
-    rows = list(read_rows(options.file))
+    rows = list(objects_of(options.file.expanduser()))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")
     output = _output(options, "ranked")
@@ -243,7 +237,7 @@ def _pairs(options: argparse.Namespace) -> int:
     groups, written, without = 0, 0, 0
     output = _output(options, "pairs")
     with _writing(output) as file:
-        for where, row in read_rows(options.file):
+        for where, row in objects_of(options.file.expanduser()):
             found = list(pair_rows(row, where, options.pairs))
             groups, written, without = groups + 1, written + len(found), without + (not found)
             file.writelines(map(json_line, found))
@@ -289,7 +283,7 @@ def _read_rankings(path: Path) -> dict[_Group, _Ranked]:
     """The rankings of a file by group."""
     rankings: dict[_Group, _Ranked] = {}
     places: dict[_Group, str] = {}
-    for where, row in read_rows(path):
+    for where, row in objects_of(path.expanduser()):
         responses, ranks = row_responses(row, where), row_ranks(row, where)
         name = row_id(row) or str(row.get("question"))
         key, found = (name, frozenset(responses)), dict(zip(responses, ranks))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import CUT_KEYS, MEDIA_KEYS
-from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict
 
@@ -136,22 +133,6 @@ def _content(value: Any) -> str:
         return repr(value)
     shape = getattr(value, "shape", None) or getattr(value, "size", None)
     return f"{shape} {hashlib.blake2b(value.tobytes(), digest_size=20).hexdigest()}"
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file with their place as "file:line".
-
-    Raises:
-        UsageError: If the file cannot be read, or a line is no JSON object that a file can hold.
-    """
-    path = Path(path).expanduser()
-    for number, row in rows_of(path):
-        where = f"{path}:{number}"
-        if isinstance(row, RowError):
-            raise UsageError(f"{where}: {row}")
-        if not isinstance(row, dict):
-            raise UsageError(f"{where}: expected one JSON object a line")
-        yield where, row
 
 
 def row_responses(row: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlaif_fast.data.sources import objects_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, unranked
 from rlaif_fast.oracle.fusion import ranks_from_scores
-from rlaif_fast.oracle.records import read_rows, row_confidence, row_id, row_ranks, row_responses
+from rlaif_fast.oracle.records import row_confidence, row_id, row_ranks, row_responses
 
 
 class ReplayOracle:
@@ -34,7 +35,7 @@ class ReplayOracle:
         self.path = Path(path)
         self._rows: dict[tuple[str, frozenset[str]], list[_Row]] = defaultdict(list)
         digest = hashlib.sha256()
-        for where, row in read_rows(self.path):
+        for where, row in objects_of(self.path.expanduser()):
             responses, ranks = row_responses(row, where), row_ranks(row, where)
             confidence, question = row_confidence(row, where), row.get("question")
             if not isinstance(question, str):

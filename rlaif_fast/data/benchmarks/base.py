@@ -13,7 +13,7 @@ from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_cut
 from rlaif_fast.data.reader import pictures_in
 from rlaif_fast.data.schema import Example, option_letters
-from rlaif_fast.data.sources import files_below, rows_of
+from rlaif_fast.data.sources import files_below, objects_of
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut, MediaRef
 
@@ -90,22 +90,7 @@ class Folder:
             UsageError: There is no such file, or one has a row that cannot be read.
         """
         for file in self.files(*patterns):
-            yield from self.rows_in(file)
-
-    @staticmethod
-    def rows_in(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        """("file:line", row) of one file; rows after the first of a line have their number too.
-
-        Raises:
-            UsageError: It has a row that cannot be read.
-        """
-        last = 0
-        for number, (line, row) in enumerate(rows_of(file), 1):
-            where = f"{file}:{line}" if line != last else f"{file}:{line}, row {number}"
-            last = line
-            if isinstance(row, RowError) or not isinstance(row, dict):
-                raise UsageError(f"{where}: {row if isinstance(row, RowError) else 'no object'}")
-            yield where, row
+            yield from objects_of(file)
 
     def optional(self, pattern: str) -> Path | None:
         """The first file that matches, where there is one."""

@@ -20,7 +20,7 @@ from rlaif_fast.data.benchmarks.base import (
     text_of,
 )
 from rlaif_fast.data.schema import index_of_letter, lettered
-from rlaif_fast.data.sources import read_text
+from rlaif_fast.data.sources import objects_of, read_text
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut
 
@@ -151,7 +151,7 @@ def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem
         home = _MVBENCH_HOMES.get(task)
-        for where, row in folder.rows_in(file):
+        for where, row in objects_of(file):
             options = _options(row, "candidates", where)
             answer, question = text_of(row, "answer", where), text_of(row, "question", where)
             place = options.index(answer) if answer in options else None
