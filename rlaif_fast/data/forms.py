@@ -107,9 +107,5 @@ def _is_wide(item: Any) -> bool:
         return True
     if code is not _codes.IN:
         return False
-    return argument[0][0] is _codes.NEGATE or (
-        any(
-            part == (_codes.CATEGORY, _codes.CATEGORY_SPACE) or part == (_codes.LITERAL, 32)
-            for part in argument
-        )
-    )
+    spaces = (_codes.CATEGORY, _codes.CATEGORY_SPACE), (_codes.LITERAL, 32)
+    return argument[0][0] is _codes.NEGATE or any(part in spaces for part in argument)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import date, time, timedelta
 from decimal import Decimal
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -45,11 +44,12 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UsageError: The file itself cannot be read.
     """
+    source: Iterator[tuple[int, Any]]
     suffix = path.suffix.casefold()
     if path.is_dir():
-        source = _arrow_folder(path)
+        source = enumerate(_arrow_folder(path), 1)
     elif suffix == ".parquet":
-        source = _parquet([path])
+        source = enumerate(_parquet([path]), 1)
     elif suffix in (".csv", ".tsv"):
         source = _csv(path, "\t" if suffix == ".tsv" else ",")
     else:
@@ -181,18 +181,17 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
-    at, line, counted = text.index("[") + 1, 1, 0
-    for gap in chain([_BLANK], repeat(_COMMA)):
-        before = text[at : (at := gap.match(text, at).end())]  # type: ignore[union-attr]
+    at, line, counted, gap = text.index("[") + 1, 1, 0, _BLANK
+    while True:
+        before = gap.match(text, at)
+        assert before is not None  # it matches nothing, too
+        at = before.end()
         line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            if text[at + 1 :].strip():
-                yield (
-                    line,
-                    RowError(f"the array ends and {text[at + 1 :].strip()!r:.40} follows; it is not read"),
-                )
+        if text.startswith("]", at):
+            if rest := text[at + 1 :].strip():
+                yield line, RowError(f"the array ends and {rest!r:.40} follows; it is not read")
             return
-        if gap is _COMMA and "," not in before:
+        if gap is _COMMA and "," not in before.group():
             yield line, RowError(f"expected a comma, got {text[at : at + 20]!r}; the rest is not read")
             return
         found = _guarded(_DECODER.raw_decode, text, at)
@@ -201,6 +200,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
             return
         row, at = found
         yield line, row
+        gap = _COMMA
 
 
 def _guarded(decode: Callable[..., Any], *given: Any) -> Any:
@@ -280,21 +280,18 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-def _parquet(paths: list[Path]) -> Iterator[tuple[int, Any]]:
+def _parquet(paths: list[Path]) -> Iterator[dict[str, Any]]:
     pyarrow = _pyarrow()
-    number = 0
     for path in paths:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1024):
-                    for row in _rows_in(batch):
-                        number += 1
-                        yield number, row
+                    yield from _rows_in(batch)
         except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
             raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 
 
-def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
+def _arrow_folder(path: Path) -> Iterator[dict[str, Any]]:
     """A folder of `datasets.Dataset.save_to_disk`, or of parquet files."""
     state = path / "state.json"
     if not state.is_file():
@@ -313,15 +310,12 @@ def _arrow_folder(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _parquet(found)
         return
     pyarrow = _pyarrow()
-    number = 0
     try:
         names = [file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
         for name in names:
             with pyarrow.memory_map(str(path / name)) as source:
                 for batch in pyarrow.ipc.open_stream(source):
-                    for row in _rows_in(batch):
-                        number += 1
-                        yield number, row
+                    yield from _rows_in(batch)
     except (OSError, ValueError, OverflowError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 

@@ -40,9 +40,9 @@ class Benchmark:
     Attributes:
         name: Its name on the command line.
         category: What `Example.category` is called in its tables.
-        read: Reads the items from a folder; the second argument asks for subtitles.
-        subtitles: Whether it has some.
-        in_parts: Whether its answers may have parts, as in files of our own formats: `read` then takes `scored` too.
+        read: Reads the items from a folder.
+        subtitles: Whether it has some; `read` is then told by `subtitles` whether to show them.
+        in_parts: Whether its answers may have parts, as in files of our own formats; `read` then takes `scored`.
     """
 
     name: str

@@ -122,7 +122,7 @@ def _subtitle(folder: Folder, name: str) -> str:
     return "\n".join(_FONT.sub("", line) for line in said)
 
 
-def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def nextqa(folder: Folder) -> Iterator[Item]:
     """NExT-QA, multiple choice."""
     mapping = folder.optional("**/map_vid_vidorID.json")
     places = _mapping(mapping) if mapping else {}
@@ -146,7 +146,7 @@ def nextqa(folder: Folder, subtitles: bool) -> Iterator[Item]:
         )
 
 
-def mvbench(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def mvbench(folder: Folder) -> Iterator[Item]:
     """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem

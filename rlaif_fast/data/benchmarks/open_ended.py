@@ -37,7 +37,7 @@ _ACTIVITYNET_TYPES = (
 )
 
 
-def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def msvd_qa(folder: Folder) -> Iterator[Item]:
     """MSVD-QA: `vid12` is the twelfth line of `youtube_mapping.txt`, which names the clip's file."""
     mapping = folder.optional("**/youtube_mapping.txt")
     names = youtube_names(read_text(mapping)) if mapping else {}
@@ -47,14 +47,14 @@ def msvd_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
         yield _brief(folder, [*([names[name]] if name in names else []), name], row, where)
 
 
-def msrvtt_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def msrvtt_qa(folder: Folder) -> Iterator[Item]:
     """MSRVTT-QA."""
     for where, row in folder.rows(*_TEST):
         number = text_of(row, "video_name" if "video_name" in row else "video_id", where)
         yield _brief(folder, [f"video{number}" if number.isdecimal() else number], row, where)
 
 
-def activitynet_qa(folder: Folder, subtitles: bool) -> Iterator[Item]:
+def activitynet_qa(folder: Folder) -> Iterator[Item]:
     """ActivityNet-QA; the answers stand in a file of their own."""
     for where, row in folder.rows("**/test_q.json", "**/test-*.parquet", "**/*test*.json"):
         kind = index_of(row.get("type"), len(_ACTIVITYNET_TYPES))
@@ -79,7 +79,7 @@ def _brief(folder: Folder, names: list[str], row: dict, where: str, category: st
     )
 
 
-def jsonl(folder: Folder, subtitles: bool, scored: Literal["answer", "whole"] = "answer") -> Iterator[Item]:
+def jsonl(folder: Folder, scored: Literal["answer", "whole"]) -> Iterator[Item]:
     """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not.
 
     They are those of the first of four suffixes that there are any of; the log names the others.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlaif_fast.data.benchmarks.base import Benchmark, Folder, Item
 from rlaif_fast.data.benchmarks.multiple_choice import mvbench, nextqa, videomme
@@ -50,8 +50,9 @@ def read_benchmark(
     benchmark = BENCHMARKS[name]
     if subtitles and not benchmark.subtitles:
         raise UsageError(f"subtitles: {name} has none; leave it out")
-    more = {"scored": scored} if benchmark.in_parts else {}
-    items = list(itertools.islice(benchmark.read(Folder(folder), subtitles, **more), limit))
+    more: dict[str, Any] = {"subtitles": subtitles} if benchmark.subtitles else {}
+    more |= {"scored": scored} if benchmark.in_parts else {}
+    items = list(itertools.islice(benchmark.read(Folder(folder), **more), limit))
     if not items:
         raise UsageError(f"data: {folder} holds no question of {name}")
     seen: set[str] = set()
