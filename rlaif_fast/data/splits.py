@@ -25,7 +25,9 @@ def files_of_splits(folder: Path, elsewhere: Collection[str] = ()) -> dict[str, 
     """
     found = {split: path for split in SPLITS if (path := folder / f"{split}.jsonl").exists()}
     for name, split in (*zip(SPLITS, SPLITS), ("val", "validation"), ("valid", "validation")):
-        for suffix in () if split in {*found, *elsewhere} else (".jsonl", *TABLES):
+        if split in found or split in elsewhere:
+            continue
+        for suffix in (".jsonl", *TABLES):
             if (file := folder / f"{name}{suffix}").exists():
                 key = "data" if split == "rl" else f"{split}_data"
                 raise UsageError(

@@ -119,16 +119,13 @@ class EmbeddingOracle:
                 scored.append(None)
                 continue
             reference, *responses = group
-            scored.append(
-                tuple(
-                    1.0
-                    if text == reference
-                    else 0.0
-                    if not text
-                    else float((embeddings[text] @ embeddings[reference]).clamp(0.0, 1.0))
-                    for text in responses
-                )
-            )
+            scores = []
+            for text in responses:
+                if text == reference or not text:
+                    scores.append(float(text == reference))
+                else:
+                    scores.append(float((embeddings[text] @ embeddings[reference]).clamp(0.0, 1.0)))
+            scored.append(tuple(scores))
         return scored
 
     def _texts(self, request: RankRequest) -> list[str] | None:
@@ -176,7 +173,7 @@ def resolve_model(model: str) -> str:
         return model
     name = model.replace("-", "_")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    for root in spec.submodule_search_locations or [] if spec else []:
+    for root in (spec and spec.submodule_search_locations) or []:
         found = sorted(Path(root).glob("**/config.json"), key=lambda path: len(path.parts))
         for config in found:
             if "model_type" in json.loads(config.read_text()):

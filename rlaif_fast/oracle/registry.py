@@ -53,7 +53,7 @@ def refuse_secrets(options: Mapping[str, Any]) -> None:
                 f"oracle option {key!r}: keys do not belong in a configuration; put it into an environment "
                 "variable and name that with option 'api_key_env'"
             )
-        for nested in [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []:
+        for nested in value if isinstance(value, list) else [value]:
             if isinstance(nested, Mapping):
                 refuse_secrets(nested)
 

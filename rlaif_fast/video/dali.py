@@ -167,8 +167,9 @@ class DaliDecoder:
             if len(batch) == 1:
                 reason = f"DALI cannot decode it: {_told(error)}"
                 batch[0].result.set_exception(VideoError(batch[0].path, reason))
-            for job in batch if len(batch) > 1 else []:
-                self._serve([job])
+            else:
+                for job in batch:
+                    self._serve([job])
         else:
             for job, decoded in zip(batch, frames, strict=True):
                 _settle(job, decoded)

@@ -303,19 +303,18 @@ def _rate(
 ) -> tuple[float, float, bool]:
     """Return (frames per second, seconds, whether the spacing varies)."""
     n = len(pts)
-    declared = stream.average_rate or None
+    declared = float(stream.average_rate or 0.0)
     if n == 1:
         length = next((float(p.duration * base) for p in packets if p.duration > 0), 0.0)
-        fps = float(declared) if declared else (1 / length if length else 1.0)
+        fps = declared or (1 / length if length else 1.0)
         return fps, 1 / fps, False
     times = seconds_since_first(pts, base)
     span = times[-1]
     measured = (n - 1) / span
     # A container rounds each time to its time base; the declared rate has no such error where it fits.
     rounding = float(base) + CONSTANT_RATE_TOLERANCE * span / (n - 1)
-    for rate in [float(declared)] if declared else []:
-        if all(abs(time - i / rate) <= rounding for i, time in enumerate(times)):
-            return rate, n / rate, False
+    if declared and all(abs(time - i / declared) <= rounding for i, time in enumerate(times)):
+        return declared, n / declared, False
     even = all(abs(time - i / measured) <= rounding for i, time in enumerate(times))
     return measured, span + 1 / measured, not even
 

@@ -225,8 +225,9 @@ class DecodePool:
                 lent -= 1
             except queue.Empty:
                 break
-        for process in self._all if lent else []:
-            process._kill()  # ends the wait of the thread that holds it
+        if lent:
+            for process in self._all:
+                process._kill()  # ends the wait of the thread that holds it
 
     @property
     def pids(self) -> list[int]:
