@@ -7,14 +7,10 @@ import weakref
 from pathlib import Path
 
 import pytest
+from oracle_file_parts import write
 
 from rlaif_fast.oracle.__main__ import main
 from rlaif_fast.video.testing import counter_frames, write_video
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def shown(request):

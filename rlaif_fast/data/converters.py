@@ -76,14 +76,10 @@ def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
     hints = [
         f"{key!r} (did you mean {near[0]!r}?)"
         for key in row
-        if (near := _nearest(key, known)) and near[0] != key
+        if (near := difflib.get_close_matches(key, known, 1, 0.75)) and near[0] != key
     ]
     found = ", ".join(hints or map(repr, row)) or "no key"
     raise RowError(f"none of the keys {', '.join(FORMATS)} is there; found {found}")
-
-
-def _nearest(key: str, known: list[str]) -> list[str]:
-    return difflib.get_close_matches(key, known, 1, 0.75)
 
 
 # Formats

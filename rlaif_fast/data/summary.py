@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from rlaif_fast.data.schema import Example
 
@@ -85,16 +86,12 @@ def summarise(examples: Sequence[Example]) -> list[CategorySummary]:
             questions=len(group),
             multiple_choice=sum(bool(example.options) for example in group),
             chance=chances.get(category, float("nan")),
-            mean_question_words=_mean([len(example.question.split()) for example in group]),
-            mean_answer_words=_mean([len((example.answer or "").split()) for example in group]),
+            mean_question_words=fmean(len(example.question.split()) for example in group),
+            mean_answer_words=fmean(len((example.answer or "").split()) for example in group),
             max_answer_words=max(len((example.answer or "").split()) for example in group),
         )
         for category, group in sorted(members.items())
     ]
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values)
 
 
 def _wording(example: Example) -> Hashable:

@@ -236,12 +236,9 @@ def agreement(orders: Sequence[Order]) -> float:
         return 1.0
     w = kendall_w(orders)
     if w is None:
-        return 1.0 if _all_tied(orders) else 0.0
+        all_tied = all(len({rank for rank in order if rank is not None}) == 1 for order in orders)
+        return 1.0 if all_tied else 0.0
     return max(0.0, (k * w - 1.0) / (k - 1.0))
-
-
-def _all_tied(orders: Sequence[Order]) -> bool:
-    return all(len({rank for rank in order if rank is not None}) == 1 for order in orders)
 
 
 def _group_size(orders: Sequence[Order]) -> int:

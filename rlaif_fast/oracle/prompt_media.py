@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlaif_fast.data.errors import RowError
-from rlaif_fast.data.media_keys import Medium, read_medium
+from rlaif_fast.data.media_keys import read_medium
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video import ClipStore
 from rlaif_fast.video.base import Clip
@@ -62,9 +62,6 @@ class PromptMedia:
             medium = read_medium(value, kind, kind)
         except RowError as error:
             raise UsageError(f"a prompt's {error}") from None
-        return self._load(medium)
-
-    def _load(self, medium: Medium) -> Clip:
         if self._store is None:
             self._store = ClipStore()
         return self._store.load(MediaRef(medium.path, medium.kind == "image", medium.cut, medium.frames))

@@ -85,12 +85,11 @@ class ReferenceOracle:
         """The score of each response, in [0, 1]."""
         reference, kind = _reference_of(request)
         # Groups hold many repeats once the policy is confident; each distinct text is scored once.
-        scores = {text: self._score_one(text, reference, kind, request) for text in set(request.responses)}
-        return tuple(scores[text] for text in request.responses)
-
-    def _score_one(self, response: str, reference: str, kind: str, request: RankRequest) -> float:
-        text, factor = self._answer_of(response, reference)
-        return factor * self._score_by_kind(text, reference, kind, request)
+        scores = {}
+        for response in set(request.responses):
+            text, factor = self._answer_of(response, reference)
+            scores[response] = factor * self._score_by_kind(text, reference, kind, request)
+        return tuple(scores[response] for response in request.responses)
 
     def _score_by_kind(self, text: str, reference: str, kind: str, request: RankRequest) -> float:
         if kind == "form":

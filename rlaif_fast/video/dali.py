@@ -110,7 +110,9 @@ class DaliDecoder:
         """Read the file, queue it for the next batch and return the future of its frames."""
         scan = scan_for(self, path, indices)
         if not len(indices):
-            return _done(torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device))
+            nothing: Future[Tensor] = Future()
+            nothing.set_result(torch.empty(0, *scan.shape, 3, dtype=torch.uint8, device=self.device))
+            return nothing
         try:
             data = np.fromfile(path, np.uint8)
         except OSError as error:
@@ -259,12 +261,6 @@ def _settle(job: _Job, decoded: Tensor) -> None:
     else:
         got = "x".join(map(str, decoded.shape))
         job.result.set_exception(VideoError(job.path, f"DALI gave frames of {got}, not {wanted}"))
-
-
-def _done(frames: Tensor) -> Future[Tensor]:
-    result: Future[Tensor] = Future()
-    result.set_result(frames)
-    return result
 
 
 def _told(error: RuntimeError) -> str:

@@ -76,8 +76,10 @@ def file_version(path: str) -> Version:
     """Return what changes when the file does."""
     try:
         facts = Path(path).stat()
+    except FileNotFoundError:
+        raise VideoError(path, "does not exist") from None
     except OSError as error:
-        raise VideoError(path, _os_reason(error)) from None
+        raise VideoError(path, f"cannot be read: {error.strerror}") from None
     except ValueError as error:  # a NUL, or a surrogate that no file system encodes
         raise VideoError(path, f"no file can have this path ({error})") from None
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
@@ -146,7 +148,3 @@ def file_digest(path: str) -> str:
             raise VideoError(path, str(error)) from None
         DIGESTS.put(version, known)
     return known
-
-
-def _os_reason(error: OSError) -> str:
-    return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"

@@ -110,7 +110,8 @@ class FrameSampling:
             wanted = min(min(max(seconds * self.fps, least), most), total)
             count = math.floor(wanted / factor) * factor
         if not factor <= count <= total:
-            raise VideoError(path, f"{_frames(total)}, but {max(count, factor)} are to be sampled")
+            held = f"holds {total} frame{'s' if total != 1 else ''}"
+            raise VideoError(path, f"{held}, but {max(count, factor)} are to be sampled")
         return count
 
     def _range(self, info: VideoInfo) -> tuple[int, int]:
@@ -173,7 +174,3 @@ def sample_indices(
 def _on_screen(info: VideoInfo, seconds: float, first: int, last: int) -> int:
     """Return the frame shown at `seconds`: the last one that is not later."""
     return min(max(bisect_right(info.timestamps, seconds + 1e-9) - 1, first), last)
-
-
-def _frames(count: int) -> str:
-    return f"holds {count} frame{'s' if count != 1 else ''}"
