@@ -133,6 +133,7 @@ def test_concurrency_is_bounded():
         ({"response_format": "xml"}, "response_format"),
         ({"api_key": KEY}, "environment variable"),
         ({"extra_body": {"headers": [{"Authorization": KEY}]}}, "environment variable"),
+        ({"extra_body": {"headers": [[{"Authorization": KEY}]]}}, "environment variable"),
         ({"api_key_env": KEY}, "name of an environment variable"),
         ({"concurrency": 0}, "concurrency"),
         ({"deadline": 0}, "deadline"),

@@ -41,21 +41,23 @@ def oracle_names() -> list[str]:
     return sorted({*_BUILTIN, *plugins("oracles")})
 
 
-def refuse_secrets(options: Mapping[str, Any]) -> None:
+def refuse_secrets(options: Any) -> None:
     """Refuse options that hold a key or password, before they are written to any file.
 
     Raises:
         UsageError: If a name says so, at any depth; the value is not shown.
     """
-    for key, value in options.items():
-        if _SECRET.search(str(key)):
-            raise UsageError(
-                f"oracle option {key!r}: keys do not belong in a configuration; put it into an environment "
-                "variable and name that with option 'api_key_env'"
-            )
-        for nested in value if isinstance(value, list) else [value]:
-            if isinstance(nested, Mapping):
-                refuse_secrets(nested)
+    if isinstance(options, (list, tuple)):
+        for value in options:
+            refuse_secrets(value)
+    elif isinstance(options, Mapping):
+        for key, value in options.items():
+            if _SECRET.search(str(key)):
+                raise UsageError(
+                    f"oracle option {key!r}: keys do not belong in a configuration; put it into an environment "
+                    "variable and name that with option 'api_key_env'"
+                )
+            refuse_secrets(value)
 
 
 def build_oracle(
