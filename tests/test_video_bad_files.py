@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from video_file_parts import H264, changed, counters, scramble, whole_files
 
 from rlaif_fast.errors import RlaifFastError
@@ -20,12 +21,14 @@ from rlaif_fast.video import (
     TooManyBadFiles,
     VideoError,
     decode,
+    image,
     load_clip,
     load_image,
     probe,
 )
 from rlaif_fast.video.isolate import DecodeProcess
 from rlaif_fast.video.probe import check_same, file_version
+from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.testing import counter_frames, read_counter, write_video
 
 
@@ -306,6 +309,26 @@ def test_a_bad_file_is_read_once_and_costs_one_line(good, tmp_path):
     lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
     assert {line["path"]: line["reason"] for line in lines} == store.stats.bad_files
     assert len(lines) == 2
+
+
+def test_a_video_of_pictures_is_read_once_where_one_is_bad(tmp_path, monkeypatch):
+    pictures = tuple(str(tmp_path / f"{number}.png") for number in range(6))
+    for picture, frame in zip(pictures, counter_frames(6)):
+        Image.fromarray(frame).save(picture)
+    Path(pictures[3]).write_bytes(b"no picture")
+    read = []
+    monkeypatch.setattr(
+        "rlaif_fast.video.image._read", lambda path, real=image._read: read.append(path) or real(path)
+    )
+    with ClipStore() as store:
+        for _ in range(2):
+            with pytest.raises(VideoError, match=r"3\.png: not an image") as caught:
+                store.load(MediaRef(str(tmp_path), frames=pictures))
+            assert caught.value.path == pictures[3]
+        part = store.load(MediaRef(str(tmp_path), frames=pictures[:2]))
+    assert len(read) == 4 + 2
+    assert [read_counter(frame) for frame in part.frames] == [0, 1]
+    assert set(store.stats.bad_files) == {pictures[3]}
 
 
 def test_too_many_bad_files_stop_with_a_summary(tmp_path, monkeypatch):

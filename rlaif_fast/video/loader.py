@@ -122,6 +122,7 @@ class ClipStore:
         self.max_bad_fraction = max_bad_fraction
         self.stats = LoadStats()
         self._seen: set[str] = set()
+        self._pictures: dict[MediaRef, str] = {}  # of a video that comes as pictures, the bad one
         self._closed = False
         self._lock = threading.Lock()
         self._in_flight: dict[MediaRef, Future[Clip]] = {}
@@ -155,7 +156,7 @@ class ClipStore:
 
     def reason(self, medium: MediaRef) -> str | None:
         """Why a medium was found bad; None where it was not."""
-        names = (medium.path, _name(medium))
+        names = (medium.path, _name(medium), self._pictures.get(medium, ""))
         return next((found for name in names if (found := self.stats.bad_files.get(name))), None)
 
     def close(self) -> None:
@@ -179,14 +180,17 @@ class ClipStore:
     def _load(self, medium: MediaRef) -> Clip:
         reason = self.reason(medium)
         if reason is not None:
-            raise VideoError(medium.path, reason)
+            raise VideoError(self._pictures.get(medium, medium.path), reason)
         try:
             clip = self._read(medium)
         except VideoError as error:
             if self._closed:
                 raise
-            # A part that a file does not hold is no fault of its other parts.
-            self._set_aside(VideoError(_name(medium), error.reason) if error.path == medium.path else error)
+            if error.path != medium.path:
+                self._pictures[medium] = error.path
+                self._set_aside(error)
+            else:  # a part that a file does not hold is no fault of its other parts
+                self._set_aside(VideoError(_name(medium), error.reason))
             raise
         with self._lock:
             self._seen.add(medium.path)
