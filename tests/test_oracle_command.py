@@ -12,6 +12,7 @@ import pytest
 from oracle_file_parts import write
 
 from rlaif_fast.oracle.__main__ import main
+from rlaif_fast.oracle.records import row_request
 
 ROWS = (
     {
@@ -103,6 +104,15 @@ def test_pairs_refuse_a_file_without_any(tmp_path, capsys):
     assert main(["pairs", str(tied), "--output", str(tied)]) == 2
     assert "is read, and would be lost" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["v.jsonl"]
+
+
+def test_a_null_is_a_key_that_is_not_there(tmp_path, capsys):
+    row = {"id": None, "example_id": "e", "question": "?", "category": None, "responses": ["a", "b"]}
+    request = row_request(row, "v.jsonl:1")
+    assert (request.id, request.category) == ("e", "")
+    source = str(write(tmp_path / "v.jsonl", {**row, "ranks": [0, 1]}))
+    assert main(["agree", source, source]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["(none)", "1", "1.000", "1.000"]
 
 
 def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):

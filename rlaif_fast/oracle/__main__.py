@@ -21,7 +21,14 @@ from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_
 from rlaif_fast.oracle.fusion import kendall_tau, top1_agreement
 from rlaif_fast.oracle.monitors import oracle_stats
 from rlaif_fast.oracle.pairs import pair_rows
-from rlaif_fast.oracle.records import ranking_to_json, row_id, row_ranks, row_request, row_responses
+from rlaif_fast.oracle.records import (
+    ranking_to_json,
+    row_category,
+    row_id,
+    row_ranks,
+    row_request,
+    row_responses,
+)
 from rlaif_fast.oracle.reference import ReferenceOracle
 from rlaif_fast.oracle.registry import build_oracle, oracle_names
 from rlaif_fast.oracle.row_clips import RowClips
@@ -292,7 +299,7 @@ def _read_rankings(path: Path) -> dict[_Group, _Ranked]:
             raise UsageError(f"{where}: gives the response {unlike[0]!r:.60} two ranks")
         if key in rankings and rankings[key][1] != found:
             raise UsageError(f"{where}: ranks the group {name!r:.60} otherwise than {places[key]}")
-        rankings[key] = str(row.get("category", "")), found
+        rankings[key] = row_category(row), found
         places[key] = where
     if not rankings:
         raise UsageError(f"{path} holds no rows")

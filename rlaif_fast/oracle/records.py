@@ -182,8 +182,12 @@ def row_confidence(row: Mapping[str, Any], where: str) -> float:
 
 def row_id(row: Mapping[str, Any]) -> str | None:
     """The name of a row: `id`, or `example_id` in a run's rollouts.jsonl."""
-    name = row.get("id", row.get("example_id"))
-    return None if name is None else str(name)
+    return next((str(row[key]) for key in ("id", "example_id") if row.get(key) is not None), None)
+
+
+def row_category(row: Mapping[str, Any]) -> str:
+    """The category of a row; "" where it has none."""
+    return "" if row.get("category") is None else str(row["category"])
 
 
 def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -> RankRequest:
@@ -211,6 +215,6 @@ def row_request(row: Mapping[str, Any], where: str, clips: Sequence[Any] = ()) -
         clips=tuple(clips),
         reference=reference,
         options=tuple(options),
-        category=str(row.get("category", "")),
+        category=row_category(row),
         metadata={**rest, **metadata},
     )
