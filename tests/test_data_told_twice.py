@@ -197,3 +197,23 @@ def test_rows_of_an_array_are_parted_by_one_comma(tmp_path, between):
     assert len(report.examples) == 1 and "the rest is not read" in report.errors[0]
     (tmp_path / "a.json").write_text(f"[\n{row}\n,\n{row},\n]\n")
     assert [example.source.rpartition(":")[2] for example in read_examples(tmp_path / "a.json")] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "answer", "options"),
+    [
+        ({"a0": "red", "a1": "blue", "a2": None, "answer": 1}, "B", ("red", "blue")),
+        ({"a0": "red", "a1": None, "a2": "blue", "answer": 2}, "B", ("red", "blue")),
+        ({"a0": "red", "a1": "blue", "options": None, "answer": 1}, "B", ("red", "blue")),
+        ({"candidates": ["red", "blue"], "options": [], "answer": "blue"}, "B", ("red", "blue")),
+        ({"answer": None, "reward_model": {"ground_truth": "blue"}}, "blue", ()),
+    ],
+)
+def test_a_null_or_empty_key_hides_no_other_and_is_no_text(read, row, answer, options):
+    [example] = read({**ASK, **row})
+    assert (example.answer, example.options) == (answer, options)
+
+
+def test_an_index_of_no_option_is_refused(read):
+    with pytest.raises(UsageError, match=r"expected the index of an option \(0, 2\), got 1"):
+        read({**ASK, "a0": "red", "a1": None, "a2": "blue", "answer": 1})

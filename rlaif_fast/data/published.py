@@ -28,14 +28,14 @@ Row = Mapping[str, Any]
 def unfold(row: Row) -> Row:
     """The row with its options and answer under the names that all formats share."""
     changed = dict(row)
-    if "a0" in row and "options" not in row:
-        keys = [f"a{i}" for i in range(len(row)) if f"a{i}" in row]
+    keys = [f"a{i}" for i in range(len(row)) if row.get(f"a{i}") is not None]
+    if "a0" in keys and not row.get("options"):
         changed["options"] = [str(changed.pop(key)) for key in keys]
-        changed["answer"] = _by_index(row.get("answer"), len(keys))
+        changed["answer"] = _by_index(row.get("answer"), keys)
     model = row.get("reward_model")
-    if isinstance(model, Mapping) and model.get("ground_truth") is not None:  # verl
-        changed.setdefault("answer", model["ground_truth"])
-    if changed.get("options") is None:
+    if isinstance(model, Mapping) and changed.get("answer") is None:  # verl
+        changed["answer"] = model.get("ground_truth")
+    if not changed.get("options"):
         listed = next((key for key in ("candidates", "choices") if row.get(key)), None)
         if listed is not None:
             if not _are_texts(row[listed]):
@@ -61,13 +61,14 @@ def _present(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: text for name, text in options.items() if text is not None}
 
 
-def _by_index(answer: Any, count: int) -> Any:
+def _by_index(answer: Any, keys: list[str]) -> Any:
+    """The letter of the option whose key is "a" and the answer."""
     if answer is None:
         return None
-    digits = str(answer)
-    if not digits.isdecimal() or int(digits) >= count:
-        raise RowError(f"answer: expected an index from 0 to {count - 1}, got {answer!r:.60}")
-    return option_letters(count)[int(digits)]
+    if f"a{answer}" not in keys:
+        known = ", ".join(key[1:] for key in keys)
+        raise RowError(f"answer: expected the index of an option ({known}), got {answer!r:.60}")
+    return option_letters(len(keys))[keys.index(f"a{answer}")]
 
 
 def _in_order(options: Mapping[str, Any]) -> list[Any]:
