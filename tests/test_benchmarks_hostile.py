@@ -66,6 +66,7 @@ def test_any_row_is_read_or_refused(tmp_path, name, cases):
     ("name", "change", "said"),
     [
         ("videomme", {"questions": "two"}, "expected 'questions' to list objects"),
+        ("videomme", {"options": ["A. One.", None]}, "expected 'options' to list the options"),
         ("videomme", {"questions": ["what?"]}, "expected 'questions' to list objects"),
         ("videomme", {"options": ["x"] * 703}, "expected 'options' to list the options"),
         ("mvbench", {"start": "0:05"}, "start: expected a number"),

@@ -41,6 +41,7 @@ def read(tmp_path):
         {"video": "a.mp4", "query": "color?", "solution": "red"},
         {"video": "a.mp4", "conversations": [HUMAN], "solution": "red"},
         {**ASK, "answer": None, "solution": "red"},
+        {"problem": "color?", "path": "a.mp4", "data_type": None, "solution": "red"},
         {**ASK, "answer": "", "solution": "red"},
         {"video": "a.mp4", "prompt": "color?", "completion": "red", "answer": ""},
         {**CHAT, "answer": ""},

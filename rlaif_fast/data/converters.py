@@ -92,7 +92,7 @@ def _native(row: Row) -> list[Fields]:
 def _video_r1(row: Row) -> list[Fields]:
     fields = Fields(_text(row, "problem"))
     if row.get("path") is not None:
-        kind = row.get("data_type", "video")
+        kind = "video" if row.get("data_type") is None else row["data_type"]
         if kind not in ("video", "image"):
             raise RowError(f"data_type: expected 'video' or 'image', got {kind!r}")
         fields.media.append(read_medium(row["path"], kind, "path", row_cut(row, kind)))

@@ -185,8 +185,9 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 
 def _options(row: dict[str, Any], key: str, where: str) -> list[str]:
-    value = row.get(key)
-    if isinstance(value, list) and 2 <= len(value) <= MAX_OPTIONS:
+    value: Any = row.get(key)
+    listed = isinstance(value, list) and 2 <= len(value) <= MAX_OPTIONS
+    if listed and all(isinstance(option, (str, int, float)) for option in value):
         return [str(option).strip() for option in value]
     raise UsageError(
         f"{where}: expected {key!r} to list the options, got {value!r:.60}; is this the benchmark named?"
