@@ -47,12 +47,12 @@ def test_a_stage_out_of_time_says_what_failed_before(tmp_path):
     (tests / "conftest.py").write_text(conftest.read_text())
     run = f"set -uo pipefail; collect=(); {sharded} sharded some {tests}"
     done = subprocess.run(
-        ["bash", "-c", f'{stage} 10 bash -c "$1"', "_", run],
+        ["bash", "-c", f'{stage} 20 bash -c "$1"', "_", run],
         env={**ENVIRONMENT, "out": str(tmp_path), "python": sys.executable},
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=80,
     )
     assert done.returncode == 124
     assert done.stdout.count("FAILED") == 1 and "test_wrong" in done.stdout
