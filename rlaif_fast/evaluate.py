@@ -139,11 +139,12 @@ def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Exampl
 
 def print_table(figures: dict) -> None:
     """Accuracy and the accuracy of blind guessing, by category."""
+    from rlaif_fast.data.schema import named_categories
+
     by_category, chance = figures["by_category"], figures["chance"]
     width = max(map(len, [*by_category, "all"]))
     print(f"{'category':<{width}}  accuracy  chance      n")
-    alone = by_category.keys() == {"all"}  # no row has a category: the last line says it
-    for name, row in () if alone else by_category.items():
+    for name, row in named_categories(by_category).items():
         print(f"{name:<{width}}  {row['accuracy']:8.3f}  {chance[name]:6.3f}  {row['n']:5d}")
     total = sum(row["n"] for row in by_category.values())
     blind = sum(chance[name] * row["n"] for name, row in by_category.items()) / max(total, 1)

@@ -16,7 +16,7 @@ from rlaif_fast.data.converters import TEXT_KEYS, Fields, convert
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import MEDIA_KEYS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Medium
 from rlaif_fast.data.published import youtube_names
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.schema import NO_CATEGORY, Example
 from rlaif_fast.data.sources import read_text, rows_of
 from rlaif_fast.errors import UsageError, printable, require
 from rlaif_fast.video.refs import Cut, MediaRef
@@ -156,7 +156,9 @@ def read_report(
         report.examples += examples
         report.formats[name] += 1
     if uncategorised:
-        report.notes.append(f'{uncategorised} questions have no category; they are reported under "all"')
+        report.notes.append(
+            f'{uncategorised} questions have no category; they are reported under "{NO_CATEGORY}"'
+        )
     if renamed:
         report.notes.append(f"{renamed} questions share their id with another; their line was added to it")
     return report
@@ -267,7 +269,7 @@ def _example(fields: Fields, id_: str, media: MediaFiles, source: str) -> Exampl
         videos=tuple(ref.path for ref in videos),
         images=tuple(ref.path for ref in images),
         options=tuple(fields.options),
-        category=fields.category or "all",
+        category=fields.category or NO_CATEGORY,
         metadata=fields.metadata,
         system=fields.system,
         source=source,

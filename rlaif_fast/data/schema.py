@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rlaif_fast.video.refs import MediaRef
 
+T = TypeVar("T")
+
+NO_CATEGORY = "all"  # the category of rows that name none
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -19,6 +22,11 @@ def option_letters(count: int) -> list[str]:
 def lettered(options: Sequence[str], form: str = "{}. {}") -> list[str]:
     """The options with their labels, as `form` puts the two together."""
     return [form.format(letter, text) for letter, text in zip(option_letters(len(options)), options)]
+
+
+def named_categories(by_category: Mapping[str, T]) -> Mapping[str, T]:
+    """The categories to show beside the total: none where no row names one, since the total says it all."""
+    return {} if by_category.keys() == {NO_CATEGORY} else by_category
 
 
 def _letter(index: int) -> str:
@@ -64,7 +72,7 @@ class Example:
     videos: tuple[str, ...] = ()
     images: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
-    category: str = "all"
+    category: str = NO_CATEGORY
     metadata: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     source: str = ""

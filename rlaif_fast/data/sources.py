@@ -67,7 +67,7 @@ def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UsageError: The file cannot be read, or a row of it is wrong or no JSON object.
     """
-    last = 0
+    last, path = 0, path.expanduser()
     for number, (line, row) in enumerate(rows_of(path), 1):
         where = f"{path}:{line}" if line != last else f"{path}:{line}, row {number}"
         last = line

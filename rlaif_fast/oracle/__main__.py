@@ -113,7 +113,7 @@ def _rank(options: argparse.Namespace) -> int:
     if options.nframes is None:
         options.nframes = USUAL_FRAMES
     require_least("nframes", options.nframes, 1)
-    rows = list(objects_of(options.file.expanduser()))
+    rows = list(objects_of(options.file))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")
     output = _output(options, "ranked")
@@ -244,7 +244,7 @@ def _pairs(options: argparse.Namespace) -> int:
     groups, written, without = 0, 0, 0
     output = _output(options, "pairs")
     with _writing(output) as file:
-        for where, row in objects_of(options.file.expanduser()):
+        for where, row in objects_of(options.file):
             found = list(pair_rows(row, where, options.pairs))
             groups, written, without = groups + 1, written + len(found), without + (not found)
             file.writelines(map(json_line, found))
@@ -290,7 +290,7 @@ def _read_rankings(path: Path) -> dict[_Group, _Ranked]:
     """The rankings of a file by group."""
     rankings: dict[_Group, _Ranked] = {}
     places: dict[_Group, str] = {}
-    for where, row in objects_of(path.expanduser()):
+    for where, row in objects_of(path):
         responses, ranks = row_responses(row, where), row_ranks(row, where)
         name = row_id(row) or str(row.get("question"))
         key, found = (name, frozenset(responses)), dict(zip(responses, ranks))

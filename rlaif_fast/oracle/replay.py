@@ -35,7 +35,7 @@ class ReplayOracle:
         self.path = Path(path)
         self._rows: dict[tuple[str, frozenset[str]], list[_Row]] = defaultdict(list)
         digest = hashlib.sha256()
-        for where, row in objects_of(self.path.expanduser()):
+        for where, row in objects_of(self.path):
             responses, ranks = row_responses(row, where), row_ranks(row, where)
             confidence, question = row_confidence(row, where), row.get("question")
             if not isinstance(question, str):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rlaif_fast.data.schema import named_categories
 from rlaif_fast.report.figures import Score
 from rlaif_fast.report.gallery import media_of
 from rlaif_fast.report.stats import left_out, most_asked, paired_bootstrap, share_interval
@@ -52,9 +53,7 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
     pairs = scored_pairs(run_dir)
     if not pairs:
         return None
-    found = by_category(pairs)
-    # Of rows without a category the total says all.
-    scores = [] if set(found) == {"all"} else [_score(name, own) for name, own in found.items()]
+    scores = [_score(name, own) for name, own in named_categories(by_category(pairs)).items()]
     return Comparison(
         total=_score("all categories", pairs),
         by_category=tuple(sorted(scores, key=lambda score: (-score.change.mean, score.name))),

@@ -14,6 +14,7 @@ import torch
 
 from rlaif_fast.algorithms.group import rank_rollout
 from rlaif_fast.data import chance_by_category
+from rlaif_fast.data.schema import named_categories
 from rlaif_fast.errors import writing
 from rlaif_fast.machine import cores, peak_rss_bytes
 from rlaif_fast.oracle.reference import ReferenceOracle
@@ -215,8 +216,7 @@ def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
     by_category = summary["by_category"]
     width = max(map(len, [*by_category, "all"]))
     logger.message(f"{'held-out accuracy':<{width}}  {'before RL':>9}  {'after RL':>8}  {'n':>5}")
-    alone = by_category.keys() == {"all"}  # no row has a category: the last line says it
-    for name, row in () if alone else by_category.items():
+    for name, row in named_categories(by_category).items():
         logger.message(f"{name:<{width}}  {row['sft']:9.3f}  {row['final']:8.3f}  {row['n']:5d}")
     total = sum(row["n"] for row in by_category.values())
     logger.message(
