@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rlaif_fast.rollout.plain_layers import PlainLayer, plain_layers, refuses_pl
 
 log = logging.getLogger(__name__)
 
+STEPS_AHEAD = 256  # that cosines and sines are made for at once
 TOLERANCE = 1e-4  # relative l2 distance of two float32 results that add up in another order
 
 
@@ -68,6 +69,8 @@ class CpuDecoder:
         self._policy = policy
         self._layers: list[PlainLayer] = []
         self._agrees: bool | None = None  # with the model's own step; None before the first
+        self._rotary_span = range(0)  # positions of the table
+        self._rotary_table: tuple[Tensor, ...] = ()  # cosines and sines, each (positions, D)
 
     @property
     def in_use(self) -> bool:
@@ -81,6 +84,7 @@ class CpuDecoder:
         self._layers = [] if refused else plain_layers(self._policy)
         if [layer.modules for layer in self._layers] != before:
             self._agrees = None
+        self._rotary_span = range(0)
 
     def __call__(
         self,
@@ -116,10 +120,9 @@ class CpuDecoder:
         return of_model()  # once more, so that the keys and values are its own
 
     def _run(self, ids: Tensor, positions: Tensor, step: GroupStep) -> Tensor:
-        decoder = self._policy.decoder
         hidden = self._policy.embedding(ids)
-        given = positions[:, None] if self._policy.position_axes == 3 else positions[:1]
-        cos, sin = (x[0].contiguous() for x in decoder.rotary_emb(hidden[None], given))
+        # The axes of a position are equal behind a prompt, so the first stands for all.
+        cos, sin = self._rotary(positions[0], hidden)
         for index, layer in enumerate(self._layers):
             torch.ops.rlaif_fast.decode_layer_(
                 hidden,
@@ -136,4 +139,27 @@ class CpuDecoder:
                 layer.eps,
                 layer.scale,
             )
-        return decoder.norm(hidden)
+        return self._policy.decoder.norm(hidden)
+
+    def _rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (A, D) of positions (A,), made for many steps at once where they depend on nothing else."""
+        if _rotates_by_length(self._policy.decoder.rotary_emb):
+            return self._make_rotary(positions, like)
+        least, most = map(int, positions.aminmax())
+        if least < self._rotary_span.start or most >= self._rotary_span.stop:
+            self._rotary_span = range(least, most + STEPS_AHEAD)
+            self._rotary_table = self._make_rotary(torch.arange(least, most + STEPS_AHEAD), like)
+        rows = positions - self._rotary_span.start
+        cos, sin = (table.index_select(0, rows) for table in self._rotary_table)
+        return cos, sin
+
+    def _make_rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        lead = (3, 1) if self._policy.position_axes == 3 else (1,)
+        cos, sin = self._policy.decoder.rotary_emb(like[None], positions.expand(*lead, -1))
+        return cos[0].reshape(len(positions), -1), sin[0].reshape(len(positions), -1)
+
+
+def _rotates_by_length(rotary: Any) -> bool:
+    """Whether the angles of a position depend on the longest one that is asked for; True where that is unknown."""
+    kind = getattr(rotary, "rope_type", None)
+    return not isinstance(kind, str) or "dynamic" in kind or kind == "longrope"
