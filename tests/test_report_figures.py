@@ -228,6 +228,18 @@ def test_a_mark_at_zero_hides_no_name():
         assert all(name.get_window_extent().x1 < left for name in axes.get_yticklabels())
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_share_below_nothing_or_above_all_is_on_an_axis(share):
+    axes = Figure().add_subplot()
+    curve = figures.Curve("", np.arange(4), np.full(4, share))
+    figures.learning_curve(figures.Panel("", "", (curve,), "RL step", percent=True))(axes)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    low, high = axes.get_ylim()
+    shown = [label for place, label in zip(axes.get_yticks(), labels) if low <= place <= high]
+    assert low < share < high and len(shown) > 2
+    assert all(0 <= float(label.rstrip("%")) <= 100 for label in shown)
+
+
 def test_rows_without_a_category_are_told_of_once(tmp_path, capsys):
     """The line `all` stood twice, and the bars of all questions too."""
     run = make_run(tmp_path / "run", clips=1, sft_steps=4, rl_steps=20)

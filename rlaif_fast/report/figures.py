@@ -309,6 +309,8 @@ def learning_curve(panel: Panel) -> Draw:
                 fontsize=9,
             )
         if panel.percent:
+            low, high = axes.get_ylim()  # no share is below 0 or above 1
+            axes.set_ylim(max(low, -0.04 * high), min(high, 1 + 0.04 * (1 - low)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{round(100 * value, 2):g}%")
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6 if panel.wide else 4, integer=True))
