@@ -274,22 +274,6 @@ def test_no_single_flip_gives_a_wrong_verdict_or_an_error(tmp_path, open_meanwhi
     assert survived > 60  # most flips cost nothing but their row
 
 
-def test_a_cache_of_the_first_layout_is_kept(tmp_path):
-    path = tmp_path / "c.sqlite"
-    made = CachedOracle(Counting(), path=path)
-    right = made.rank([request(str(n), f"question {n}") for n in range(5)])
-    made.cache.close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE old (key TEXT PRIMARY KEY, ranking TEXT NOT NULL) WITHOUT ROWID")
-        connection.execute("INSERT INTO old SELECT key, ranking FROM verdicts")
-        connection.execute("DROP TABLE verdicts")
-        connection.execute("ALTER TABLE old RENAME TO verdicts")
-        connection.execute("PRAGMA user_version=1")
-    again = CachedOracle(Counting(), path=path)
-    assert again.rank([request(str(n), f"question {n}") for n in range(5)]) == right
-    assert again.inner.asked == []
-
-
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     with pytest.raises(UsageError, match="folder"):
         VerdictCache(tmp_path)

@@ -151,9 +151,7 @@ class VerdictCache:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
                 version = connection.execute("PRAGMA user_version").fetchone()[0]
-                if version == 1:
-                    _add_checksums(connection)
-                elif version not in (0, _SCHEMA_VERSION):
+                if version not in (0, _SCHEMA_VERSION):
                     raise sqlite3.DatabaseError(f"layout {version}, expected {_SCHEMA_VERSION}")
                 verdict = connection.execute("PRAGMA quick_check").fetchone()[0]
                 if verdict != "ok":
@@ -210,18 +208,6 @@ def _checked(key: bytes, text: bytes, checksum: bytes) -> Ranking | None:
         return ranking_from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _add_checksums(connection: sqlite3.Connection) -> None:
-    """Bring a file of the first layout, whose rows had no checksums, into this one."""
-    rows = connection.execute("SELECT key, ranking FROM verdicts").fetchall()
-    with connection:
-        connection.execute("DROP TABLE verdicts")
-        connection.execute(_SCHEMA)
-        connection.executemany(
-            "INSERT INTO verdicts VALUES (?, ?, ?)",
-            [(key, text, _checksum(key.encode(), text.encode())) for key, text in rows],
-        )
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

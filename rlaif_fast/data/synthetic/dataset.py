@@ -234,14 +234,8 @@ def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
 
 
 def _damaged(root: Path, config: SyntheticConfig, marker: Mapping[str, Any]) -> str | None:
-    """A file of rows, or a folder of videos, that is not what the marker says; an older one only counts the rows."""
-    known: Mapping[str, Any]
-    found: Mapping[str, Any]
-    if "files" in marker:
-        known, found = marker["files"], _digests(root, config)
-    else:
-        known = {f"{split}.jsonl": rows for split, rows in marker["questions"].items()}
-        found = {f"{split}.jsonl": _rows_in(root, split) for split in SPLITS}
+    """A file of rows, or a folder of videos, that is not what the marker says."""
+    known, found = marker["files"], _digests(root, config)
     return next((name for name in found if known.get(name) != found[name]), None)
 
 
@@ -254,11 +248,6 @@ def _digests(root: Path, config: SyntheticConfig) -> dict[str, str | None]:
             whole = all(file.is_file() for file in files)
             found[name] = text_digest(" ".join(map(file_digest, files))) if whole else None
     return found
-
-
-def _rows_in(root: Path, split: str) -> int | None:
-    file = root / f"{split}.jsonl"
-    return len(file.read_bytes().splitlines()) if file.is_file() else None
 
 
 def _video(config: SyntheticConfig, split: str, index: int) -> str:
