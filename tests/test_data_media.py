@@ -113,6 +113,7 @@ def test_any_other_key_of_a_part_is_refused_by_name(write, media, where, key):
 WRONG = [
     {"fps": 0}, {"fps": -1}, {"fps": "2"}, {"fps": True}, {"nframes": 0}, {"nframes": 2.5}, {"video_start": -1},
     {"video_start": 2, "video_end": 1}, {"video_end": 0}, {"min_frames": 9, "max_frames": 3}, {"fps": 1, "nframes": 4},
+    {"min_frames": 2, "nframes": 4}, {"max_frames": 8, "nframes": 4},
     {"min_pixels": 9, "max_pixels": 3}, {"max_pixels": 0}, {"fps": float("inf")}, {"video_start": [1]},
 ]  # fmt: skip
 
@@ -122,6 +123,38 @@ WRONG = [
 def test_a_value_that_cannot_be_is_refused_by_name(write, media, where, keys):
     with pytest.raises(UsageError, match=rf"data\.jsonl:1: ({'|'.join(keys)}|Infinity)"):
         example_of(write, media, row_of(where, keys))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "p0.png", "fps": 2}, "fps: the row has no video"),
+        ({"images": ["p0.png"], "nframes": 4}, "nframes: the row has no video"),
+        ({"image": "p0.png", "total_pixels": 4096}, "total_pixels: the row has no video"),
+        ({"video_start": 1}, "video_start: the row has no video"),
+        ({"max_pixels": 4096}, "max_pixels: the row has no video or picture"),
+    ],
+)
+def test_a_key_of_a_row_that_none_of_its_media_reads_is_refused(write, media, row, message):
+    asked = {"question": "what?", "answer": "x"}
+    with pytest.raises(UsageError, match=rf"data\.jsonl:1: {message}$"):
+        read_examples(write(asked | row), media_root=media)
+    unset = asked | row | dict.fromkeys(row.keys() - {"image", "images"})
+    assert read_examples(write(unset), media_root=media)
+
+
+def test_a_key_for_the_videos_of_a_row_may_stand_beside_its_pictures(write, media):
+    row = {
+        "question": "what?",
+        "answer": "x",
+        "video": "v.mp4",
+        "image": "p0.png",
+        "fps": 2,
+        "max_pixels": 4096,
+    }
+    [example] = read_examples(write(row), media_root=media, check_files=False)
+    cuts = [medium.cut.given() for medium in example.seen]
+    assert cuts == [{"fps": 2.0, "max_pixels": 4096}, {"max_pixels": 4096}]
 
 
 def test_a_picture_has_no_seconds(write, media):

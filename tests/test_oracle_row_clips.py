@@ -85,6 +85,7 @@ def test_rank_lets_the_frames_of_a_batch_go(tmp_path):
         ({"video": {"path": "film.mp4", "speed": 2}}, "the key 'speed' of a video is not used"),
         ({"video": 7}, "video: expected the path of a file, got 7"),
         ({"video": "film.mp4", "fps": 2, "nframes": 4}, "fps: give it or nframes, not both"),
+        ({"video_end": 2}, "video_end: the row has no video"),
     ],
 )
 def test_a_bad_medium_of_any_row_is_told_before_the_first_is_ranked(tmp_path, capsys, media, message):

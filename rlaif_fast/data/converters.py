@@ -24,7 +24,15 @@ from typing import Any
 from rlaif_fast.data.answers import contradict, settle_options, split_target
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
-from rlaif_fast.data.media_keys import CUT_KEYS, MEDIA_KEYS, Medium, read_medium, row_cut, row_media
+from rlaif_fast.data.media_keys import (
+    CUT_KEYS,
+    MEDIA_KEYS,
+    Medium,
+    read_medium,
+    refuse_idle_cut,
+    row_cut,
+    row_media,
+)
 from rlaif_fast.data.published import named_video, unfold
 
 Row = Mapping[str, Any]
@@ -334,6 +342,7 @@ def place_media(fields: Fields, row: Row) -> None:
     if not fields.question:
         raise RowError("the question is empty")
     fields.media = first + tagged
+    refuse_idle_cut(row, fields.media)
     pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
     fields.layout = [] if not any(piece.strip() for piece in pieces[:-1]) else [""] * len(first) + pieces
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,9 @@ def read_cut(values: Mapping[str, Any], kind: str, default: Cut | None = None) -
             raise RowError(f"{low}: expected at most {high} ({found[high]}), got {found[low]}")
     if "video_end" in found and found.get("video_start", 0.0) >= found["video_end"]:
         raise RowError(f"video_end: expected more than video_start, got {found['video_end']}")
-    if values.get("fps") is not None and values.get("nframes") is not None:
-        raise RowError("fps: give it or nframes, not both")
+    for key in ("fps", "min_frames", "max_frames"):
+        if values.get(key) is not None and values.get("nframes") is not None:
+            raise RowError(f"{key}: give it or nframes, not both")
     return Cut(**found)
 
 
@@ -158,6 +159,20 @@ def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
     """What the keys of a row itself say of all its media of one kind."""
     names = CUT_KEYS if kind == "video" else OF_IMAGES
     return read_cut({key: row.get(key) for key in names}, kind)
+
+
+def refuse_idle_cut(row: Mapping[str, Any], media: Iterable[Medium]) -> None:
+    """Refuse a key of a row that says which part of its media is seen where the row has none that it is for.
+
+    Raises:
+        RowError: With the key.
+    """
+    kinds = {medium.kind for medium in media}
+    for key in CUT_KEYS:
+        if row.get(key) is None or "video" in kinds:
+            continue
+        if not kinds or key not in OF_IMAGES:
+            raise RowError(f"{key}: the row has no video" + (" or picture" if key in OF_IMAGES else ""))
 
 
 def _is_still(value: Any) -> bool:
