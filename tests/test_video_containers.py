@@ -112,14 +112,45 @@ QUICK = {"deadline": "realtime", "cpu-used": "8"}
 
 @pytest.mark.parametrize(
     ("codec", "pixels", "options"),
-    [("libvpx", "yuv420p", QUICK), ("libvpx-vp9", "yuv420p", QUICK), ("mjpeg", "yuvj420p", {})],
+    [
+        ("libvpx", "yuv420p", QUICK),
+        ("libvpx-vp9", "yuv420p", QUICK),
+        ("mjpeg", "yuvj420p", {}),
+        ("libx264", "yuv420p", {"bf": "0"}),
+        ("libx265", "yuv420p", {"x265-params": "bframes=0:log-level=none"}),
+        ("mpeg4", "yuv420p", {}),
+        ("libsvtav1", "yuv420p", {"preset": "12"}),
+    ],
 )
 def test_a_film_that_changes_its_size_is_left_to_pyav(tmp_path, codec, pixels, options):
     path = of_two_sizes(tmp_path / "a.mkv", codec, pixels, options)
     scan = scan_file(path)
     assert len(scan.pts) == 40
     for name in ("dali", "torchcodec"):
-        assert "several sizes" in DECODERS[name].refuses(scan, torch.device("cpu"))
+        assert "several sizes" in DECODERS[name].refuses(scan, torch.device("cuda"))
     assert decode(path, [0, 19], decoder="auto").shape == (2, 96, 128, 3)
     with pytest.raises(VideoError, match="frame 25 is 96x64, the first 128x96"):
         decode(path, [0, 25], decoder="auto")
+
+
+REPEATED = {
+    "libx264": {"x264-params": "repeat-headers=1"},
+    "libx265": {"x265-params": "repeat-headers=1:keyint=5:log-level=none"},
+    "mpeg4": {},
+}
+
+
+@pytest.mark.parametrize("codec", REPEATED)
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_a_film_that_says_its_size_again_is_plain(tmp_path, codec, container):
+    path = tmp_path / f"a.{container}"
+    write_video(path, counter_frames(20), codec=codec, gop=5, codec_options=REPEATED[codec])
+    assert scan_file(str(path)).plain
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_an_av1_film_of_several_key_frames_is_plain(tmp_path, container):
+    path = write_video(tmp_path / f"a.{container}", counter_frames(20), codec="libsvtav1", gop=5)
+    scan = scan_file(str(path))
+    assert len(scan.keys) > 1
+    assert scan.plain

@@ -237,7 +237,8 @@ class _Packet:
 
 def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
     codec = stream.codec_context.codec.canonical_name
-    size_of = SIZES.get(codec, lambda data: None)
+    size_of = SIZES.get(codec, lambda data, once: None)
+    once = bytes(stream.codec_context.extradata or b"")
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
@@ -246,7 +247,7 @@ def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
             data = memoryview(packet)
             shown = not packet.is_discard and not (codec == "vp8" and not data[0] & 0x10)
             times = packet.pts, packet.dts, packet.duration or 0
-            yield _Packet(*times, packet.is_keyframe, shown, packet.is_corrupt, size_of(data))
+            yield _Packet(*times, packet.is_keyframe, shown, packet.is_corrupt, size_of(data, once))
     except av.error.FFmpegError as error:
         raise BadVideo(f"damaged: {_plain(error)}") from None
 

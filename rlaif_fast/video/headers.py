@@ -1,23 +1,28 @@
-"""The size of its picture that a compressed frame names itself; a film's may change on the way."""
+"""The size of its picture that a compressed frame names itself; a film's may change on the way.
+
+Each function takes a packet and what the container says once for all of them (FFmpeg's extradata).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-Size = tuple[int, int]  # (width, height)
+Size = tuple[int, int] | bytes  # (width, height), or the header that names them among other things
 
 _VP9_RGB = 7  # colour space
+_AV1_SEQUENCE = 1  # type of the part that is a header
 _MJPEG_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # markers among those of frames, 0xC0 to 0xCF
 
 
-def _vp8(data: memoryview) -> Size | None:
+def _vp8(data: memoryview, once: bytes) -> Size | None:
     """RFC 6386, 9.1: key frames alone name it."""
     if data[0] & 1 or len(data) < 10:
         return None
     return int.from_bytes(data[6:8], "little") & 0x3FFF, int.from_bytes(data[8:10], "little") & 0x3FFF
 
 
-def _vp9(data: memoryview) -> Size | None:
+def _vp9(data: memoryview, once: bytes) -> Size | None:
     """VP9 bitstream specification, 6.2 and 7.2: frames that do not take it from another name it."""
     head = int.from_bytes(bytes(data[:24]).ljust(24, b"\0"), "big")
     left = 8 * 24
@@ -60,7 +65,7 @@ def _vp9(data: memoryview) -> Size | None:
     return 1 + take(16), 1 + take(16)
 
 
-def _mjpeg(data: memoryview) -> Size | None:
+def _mjpeg(data: memoryview, once: bytes) -> Size | None:
     """ITU-T T.81, B.2: the frame header stands among the segments before the scan."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
@@ -70,5 +75,57 @@ def _mjpeg(data: memoryview) -> Size | None:
     return None
 
 
-# Of the codecs that DALI decodes on a CPU, by canonical name.
-SIZES: dict[str, Callable[[memoryview], Size | None]] = {"vp8": _vp8, "vp9": _vp9, "mjpeg": _mjpeg}
+def _parameters(kind_of: Callable[[int], int], kinds: range, data: memoryview, once: bytes) -> Size | None:
+    """The header of the film that stands in a packet, else the one that the container has.
+
+    Args:
+        kind_of: The kind of a part, from its first byte.
+        kinds: Those of headers.
+        data: The packet.
+        once: What the container has.
+    """
+    own = b"".join(part for part in _parts(data) if kind_of(part[0]) in kinds)
+    return own if own and own not in once else once or None
+
+
+def _parts(data: memoryview) -> list[bytes]:
+    """What a packet holds, each part behind its length (MP4, Matroska) or behind a start code."""
+    at, found = 0, []
+    while at + 4 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        found.append(bytes(data[at + 4 : at + 4 + length]))
+        at += 4 + length
+    if at != len(data):
+        found = [part.rstrip(b"\0") for part in bytes(data).split(b"\0\0\1")]
+    return [part for part in found if part]
+
+
+def _av1(data: memoryview, once: bytes) -> Size | None:
+    """AV1 bitstream specification, 5.3: the sequence header. That of the container may differ in what is no size."""
+    at = 0
+    while at < len(data):
+        kind, extended, sized = data[at] >> 3 & 15, data[at] & 4, data[at] & 2
+        at += 2 if extended else 1
+        length = 0 if sized else len(data) - at
+        for shift, byte in zip(range(0, 56, 7), data[at:]) if sized else ():
+            length |= (byte & 127) << shift
+            at += 1
+            if byte < 128:
+                break
+        if kind == _AV1_SEQUENCE:
+            return bytes(data[at : at + length])
+        at += length
+    return None
+
+
+# Of the codecs that DALI decodes, by canonical name.
+SIZES: dict[str, Callable[[memoryview, bytes], Size | None]] = {
+    "vp8": _vp8,
+    "vp9": _vp9,
+    "mjpeg": _mjpeg,
+    # ITU-T H.264, 7.3.1; H.265, 7.3.1.2; ISO/IEC 14496-2, 6.2.1
+    "h264": partial(_parameters, lambda head: head & 31, range(7, 8)),
+    "hevc": partial(_parameters, lambda head: head >> 1 & 63, range(33, 34)),
+    "mpeg4": partial(_parameters, lambda head: head, range(0x20, 0x30)),
+    "av1": _av1,
+}
