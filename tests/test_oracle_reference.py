@@ -56,6 +56,27 @@ def test_equal_scores_tie_and_all_equal_groups_tie_wholly():
 WORDS = ("the", "red", "square", "moves", "left", "circle", "right", "left.")
 
 
+@pytest.mark.parametrize(
+    ("reference", "response", "right"),
+    [
+        ("?", "?", True),
+        ("?", "", False),
+        ("?", "!", False),
+        ("?", "...", False),
+        ("红色的圆", "红色的圆。", True),
+        ("हाँ", "हाँ।", True),
+        ("نعم", "نعم؟", True),
+        ("3", "\u22123", False),
+        ("-3", "\u22123", True),
+        ("\u22123", "-3.0", True),
+    ],
+)
+def test_signs_of_any_script_are_read(reference, response, right):
+    oracle, asked = ReferenceOracle(), request(reference, (response, "other words"))
+    assert oracle.is_correct(asked, response) is right
+    assert (scores_of(oracle, asked)[0] >= 0.9) is right
+
+
 @given(words=st.lists(st.sampled_from(WORDS), max_size=9))
 def test_malformed_never_reaches_well_formed(words):
     text = " ".join(words)
@@ -102,6 +123,7 @@ def test_parse_choice(response, index):
         ("none", None),
         ("x3", None),
         ("the one on the left: 2", 2.0),
+        ("\u22123", -3.0),
     ],
 )
 def test_parse_number(text, value):

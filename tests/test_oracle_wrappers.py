@@ -257,7 +257,7 @@ def test_build_by_name():
     assert oracle.name == "corrupted"
     assert (
         oracle.identity
-        == "corrupted/1 kind=flips strength=0.2 seed=4 (reference/5 tolerance=0.1 extract=None)"
+        == "corrupted/1 kind=flips strength=0.2 seed=4 (reference/6 tolerance=0.1 extract=None)"
     )
     assert isinstance(build_oracle("reference", max_invalid_fraction=None), ReferenceOracle)
     assert {"reference", "corrupted", "shuffled"} <= set(oracle_names())

@@ -309,9 +309,10 @@ def test_a_reference_oracle_without_answers_is_refused_at_once(tmp_path, rows, c
 
 
 def test_final_figures_use_the_options_of_the_oracle(tmp_path, rows, capsys):
-    """What is taken out of a response is empty, so no answer is right but one that is empty too."""
+    """What is taken out of a response is empty, which the form of the answers lets pass; no other response is."""
     options = {"oracle_options": json.dumps({"extract": "^()"}), "max_steps": 1, "sft": "none"}
-    code, folder, output = train(tmp_path, [row | {"answer": "."} for row in rows], capsys, **options)
+    asked = [row | {"answer": "red", "metadata": {"form": "()(?:red)?"}} for row in rows]
+    code, folder, output = train(tmp_path, asked, capsys, **options)
     assert code == 0, output
     assert json.loads((folder / "summary.json").read_text())["final_accuracy"] == 1.0
     rl = [row for row in read_jsonl(folder / "metrics.jsonl") if row["stage"] == "rl"]

@@ -49,7 +49,7 @@ class ReferenceOracle:
     def identity(self) -> str:
         """What a cached verdict depends on beside the request."""
         extract = self._extract.pattern if self._extract else None
-        return f"reference/5 tolerance={self.tolerance} extract={extract}"
+        return f"reference/6 tolerance={self.tolerance} extract={extract}"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests."""

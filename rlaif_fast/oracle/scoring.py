@@ -39,9 +39,17 @@ _NUMBER_WORDS = {
 
 
 def normalise(text: str) -> str:
-    """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation, quotes and emphasis."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(folded.split()).lstrip(EMPHASIS).rstrip(EMPHASIS + FINAL_PUNCTUATION)
+    """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation, quotes and emphasis.
+
+    A text of nothing else keeps them: "?" may be the answer, and no answer is not.
+    """
+    squeezed = " ".join(_plain_forms(text).casefold().split())
+    return squeezed.lstrip(EMPHASIS).rstrip(EMPHASIS + FINAL_PUNCTUATION) or squeezed
+
+
+def _plain_forms(text: str) -> str:
+    """`text` without Unicode's compatibility forms, each minus sign a hyphen."""
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
 
 
 def token_f1(response: str, reference: str) -> float:
@@ -67,7 +75,7 @@ def _chrf_metric():
 
 def parse_number(text: str) -> float | None:
     """The one number `text` names in digits, or else as a word up to twenty; None where it is not one."""
-    digits = {float(match.replace(",", "")) for match in _NUMBER.findall(unicodedata.normalize("NFKC", text))}
+    digits = {float(match.replace(",", "")) for match in _NUMBER.findall(_plain_forms(text))}
     found = digits or {_NUMBER_WORDS[token] for token in tokens(text) if token in _NUMBER_WORDS}
     return found.pop() if len(found) == 1 else None
 
