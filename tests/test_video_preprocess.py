@@ -11,6 +11,7 @@ from rlaif_fast.video import (
     PixelBudget,
     VideoError,
     grid_timestamps,
+    load_image,
     preprocess,
     smart_resize,
 )
@@ -108,6 +109,19 @@ def test_media_of_an_image_repeats_it_over_the_temporal_patch():
     assert media.timestamps == ()
     both = media.patches.view(-1, 3, 2, 64)
     assert torch.equal(both[:, :, 0], both[:, :, 1])
+
+
+def test_an_image_is_loaded_as_large_as_its_patches_are(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "a.png"
+    image.fromarray(counter_frame(3)).save(path)  # 96 x 128
+    spec = PatchSpec(8)
+    budget = spec.budget(256, 4096, 256)
+    loaded = load_image(path, resize=budget)
+    limits = {"min_pixels": 256, "max_pixels": 4096, "total_pixels": 256}
+    grids = [preprocess(clip, spec, **limits).grid_thw for clip in (loaded, load_image(path))]
+    assert loaded.frames.shape == (1, 48, 64, 3)
+    assert grids == [(1, 6, 8)] * 2
 
 
 def test_key_changes_with_what_changes_the_patches():

@@ -28,10 +28,16 @@ def load_image(
 ) -> Clip:
     """Return a still image as a clip of one frame, upright (EXIF), transparent parts on white, 16 bits as 8.
 
+    Args:
+        path: The file.
+        resize: Limits on its size, but for `total_pixels`, which is of videos; None keeps all pixels.
+        cache: Where it is looked up and kept.
+
     Raises:
         VideoError: When the file is not an image, or not a whole one.
     """
     path = str(path)
+    resize = None if resize is None else replace(resize, total_pixels=None)
     version = file_version(path)
     key = clip_key(file_digest(path), [0], None if resize is None else f"image:{resize}")
     known = cache.get(key) if cache is not None else None
