@@ -17,7 +17,7 @@ except ImportError:  # Python 3.10
 
 MAX_FORM_CHARS = 4000
 MAX_TEXT_CHARS = 4000  # of a text that is matched; a longer one is malformed
-FINAL_PUNCTUATION = " \t\n.!?,;:。、।۔؟؛،"  # NFKC makes the first of them of the other wide ones
+FINAL_PUNCTUATION = " \t\n.!?,;:。、।۔؟؛،"  # full-width signs are the first of these behind NFKC
 _MANY = 20  # repeats from here on count as without bound
 # of anything, one behind the other: their number is the power of the time that matching takes
 _MOST_REPEATS = 2
