@@ -208,6 +208,20 @@ def test_extreme_ratios_stay_finite(backend, level, log_ratio, kl):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_a_clamped_kl_is_flat_where_the_reference_policy_rules_a_token_out(backend, kl):
+    problem = random_problem(seed=3)
+    at = problem.tensors["mask"].nonzero()[0].tolist()
+    grads = []
+    for value in (-1e4, -math.inf):
+        problem.tensors["ref_logps"][tuple(at)] = value
+        out, (grad, *_) = evaluate(problem, backend, beta=0.04, kl=kl, kl_clamp=10.0)
+        assert torch.isfinite(out.loss) and torch.isfinite(grad).all()
+        grads.append(grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_group_of_identical_responses_ties(backend):
     problem = random_problem(N=1, G=4)
     problem.tensors.clear()

@@ -16,6 +16,7 @@ SAPO.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -195,6 +196,10 @@ def _kl(
     if options.kl == "k1":
         kl = -x
     elif options.kl == "k2":
+        if options.kl_clamp is not None:
+            # before the square: the gradient of an infinite one is NaN, clamped or not
+            bound = math.sqrt(2 * options.kl_clamp)
+            x = x.clamp(-bound, bound)
         kl = x.square() / 2
     else:
         x = x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
