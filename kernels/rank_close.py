@@ -226,7 +226,7 @@ def close_batch(
     scale = tl.where((offs_k >= GROUP_NDCG) & (offs_k <= GROUP_TOP1), 1.0 / groups, scale)
     scale = tl.where(offs_k == GROUP_NO_SIGNAL, (1.0 / N) if HAS_RANKS else 0.0, scale)
     total = tl.where(offs_k == GROUP_LOW_MIN, tl.where(tokens > 0, 1.0 - total, total), total)
-    stats = total * scale
+    stats = tl.where(scale == 0, 0.0, total * scale)  # what has no weight may be infinite
     loss = tl.sum(tl.where(offs_k < GROUP_KL, stats, 0.0))
     tl.store(loss_out, loss)
     tl.store(stats_out + offs_k, stats, mask=offs_k < STATISTICS)

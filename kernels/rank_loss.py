@@ -276,6 +276,8 @@ def rank_loss(
                 PER_TOKEN=per_token,
                 **config,
             )
+        if beta == 0.0:
+            tokens[2] = None  # a KL that is only watched has no gradient
         write_gradient(
             tokens,
             valid,

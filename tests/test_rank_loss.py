@@ -222,6 +222,17 @@ def test_a_clamped_kl_is_flat_where_the_reference_policy_rules_a_token_out(backe
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_has_no_weight_may_be_infinite(backend):
+    problem = random_problem(seed=3)
+    at = tuple(problem.tensors["mask"].nonzero()[0].tolist())
+    without, (grad, *_) = evaluate(problem, backend, ref_logps=None)
+    problem.tensors["ref_logps"][at], problem.entropy[at] = -math.inf, math.nan
+    out, (watched, *_) = evaluate(problem, backend, kl="k2")
+    assert torch.equal(out.loss, without.loss) and torch.equal(watched, grad)
+    assert out.stats["loss/kl"] == 0.0 and out.stats["kl"] == math.inf and out.stats["entropy"].isnan()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_group_of_identical_responses_ties(backend):
     problem = random_problem(N=1, G=4)
     problem.tensors.clear()

@@ -114,6 +114,28 @@ def test_from_hidden_states(case: str, chunk_size: int | None) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["logps", "hidden"])
+def test_a_kl_that_is_only_watched_may_be_infinite(form: str) -> None:
+    """With a beta of 0 neither the loss nor a gradient knows of it, nor of an entropy without a coefficient."""
+    t = tensors()
+    at = tuple(t["mask"].nonzero()[0].tolist())
+    logps, entropy = t["old"] + 0.1, torch.zeros_like(t["old"])
+    t["ref"][at], entropy[at] = -torch.inf, torch.nan
+    arguments = {"old_logps": t["old"], "ref_logps": t["ref"], "mask": t["mask"], "kl": "k2"}
+
+    def loss(backend: str) -> Any:
+        if form == "hidden":
+            rest = (t["hidden"], t["weight"], t["ids"], t["ranks"])
+            out = rlaif_fast.fused_linear_grpo_rank_loss(*rest, backend=backend, **arguments)
+        else:
+            out = rlaif_fast.grpo_rank_loss(logps, t["ranks"], entropy=entropy, backend=backend, **arguments)
+            assert out.stats.pop("entropy").isnan()
+        assert out.loss.isfinite() and out.stats.pop("kl") == torch.inf
+        return out
+
+    assert_same(loss, [t["hidden"], t["weight"]] if form == "hidden" else [logps])
+
+
 def test_rows_without_gradient_drop_out() -> None:
     t = tensors()
     advantages = torch.tensor([0.0, 1.0, 0.0, -1.0], device=DEVICE)

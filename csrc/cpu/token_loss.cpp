@@ -299,12 +299,11 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
       }
     }
     const double policy_loss = -all.policy;
-    const double kl_loss = beta * all.kl_weighted;
+    const double kl_loss = beta == 0 ? 0 : beta * all.kl_weighted;  // what has no weight may be infinite
     const double entropy_loss = entropy_coef == 0 ? 0 : -entropy_coef * all.entropy_weighted;
     const double per = 1.0 / static_cast<double>(std::max<int64_t>(1, tokens));
     const double per_group = 1.0 / static_cast<double>(std::max<int64_t>(1, ranked_groups));
-    *loss.data_ptr<scalar_t>() =
-        static_cast<scalar_t>(policy_loss + (beta == 0 ? 0 : kl_loss) + entropy_loss);
+    *loss.data_ptr<scalar_t>() = static_cast<scalar_t>(policy_loss + kl_loss + entropy_loss);
     const double values[kStats] = {policy_loss,
                                    kl_loss,
                                    entropy_loss,

@@ -80,7 +80,7 @@ class RankClose:
             advantages[:, None] if advantages.dim() == 1 else advantages,
             weights,
             cast(inputs.old_logps),
-            cast(inputs.ref_logps),
+            cast(inputs.ref_logps) if self.options.beta != 0.0 else None,
             cast(inputs.sampling_ratio),
             entropy_weights(self.mask, weights, inputs.num_tokens, self.options) if tokens else None,
         )

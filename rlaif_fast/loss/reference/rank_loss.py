@@ -103,11 +103,12 @@ def rank_loss(
     weight = token_weights(mask, length, row_valid, inputs.num_items, options, logps.dtype)
     entropy_weight = entropy_weights(mask, weight, inputs.num_tokens, options)
     policy_loss = -(policy * weight).sum()
-    kl_loss = zero if kl is None else options.beta * (kl * weight).sum()
-    entropy_loss = zero
+    kl_loss, entropy_loss = zero, zero  # what has no weight may be infinite
+    if kl is not None and options.beta != 0.0:
+        kl_loss = options.beta * (kl * weight).sum()
     if entropy is not None and options.entropy_coef != 0.0:
         entropy_loss = -options.entropy_coef * (entropy * entropy_weight).sum()
-    loss = policy_loss + entropy_loss if options.beta == 0.0 else policy_loss + kl_loss + entropy_loss
+    loss = policy_loss + kl_loss + entropy_loss
 
     def token_mean(x: Tensor) -> Tensor:
         return (x.to(logps.dtype) * mask).sum() / mask.sum().clamp(min=1)
