@@ -52,7 +52,7 @@ LOSS_CASES = {
     ),
     "ranks 3-d": ({"oracle_ranks": RANKS[None]}, ValueError, r"oracle_ranks must be .*\(N, G\)"),
     "ranks a list": ({"oracle_ranks": [[0, 1, 2]]}, TypeError, "oracle_ranks must be a tensor.*got list"),
-    "ranks bool": ({"oracle_ranks": RANKS > 1}, TypeError, "oracle_ranks must be integer or floating.*bool"),
+    "ranks bool": ({"oracle_ranks": RANKS > 1}, TypeError, "oracle_ranks must be int, uint8 or float.*bool"),
     "negative rank": (
         {"oracle_ranks": ranks_with(-1)},
         ValueError,

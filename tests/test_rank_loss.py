@@ -319,3 +319,23 @@ def test_result_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
     for out, grads in losses[1:]:
         assert torch.equal(out.loss, losses[0][0].loss) and torch.equal(grads[0], losses[0][1][0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.complex64]
+)
+@pytest.mark.parametrize("index", [None, torch.tensor([0, 0])])
+def test_ranks_that_pytorch_cannot_compare_are_refused_by_name(dtype, index):
+    ranks = torch.tensor([0, 1]).to(dtype)
+    with pytest.raises(TypeError, match=f"oracle_ranks must be int, uint8 or float.* got a {dtype} tensor"):
+        grpo_rank_loss(torch.zeros(2, 3), ranks if index is not None else ranks[None], group_index=index)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["logps", "old_logps", "mask"])
+def test_a_jagged_or_sparse_tensor_is_refused_by_name(name, backend):
+    jagged = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)], layout=torch.jagged)
+    for odd in (jagged, torch.zeros(2, 3).to_sparse()):
+        given = {"logps": torch.zeros(2, 3), name: odd}
+        with pytest.raises(TypeError, match=rf"{name} must be a plain tensor.*got .* layout {odd.layout}"):
+            grpo_rank_loss(oracle_ranks=torch.tensor([[0, 1]]), backend=backend, **given)

@@ -22,6 +22,7 @@ from rlaif_fast.loss.options import (
 )
 from rlaif_fast.loss.precision import dtype_of
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # PyTorch compares no others
 OF_RANKS = ("kind", "penalty_weight", "scale", "score")  # options of a loss that ranks
 
 
@@ -34,6 +35,9 @@ def describe(value: Any) -> str:
 
 def tensor(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor | None = None) -> None:
     """Raise unless `value` is a tensor of `shape` (a letter stands for any size) on the device of `like`."""
+    if isinstance(value, Tensor) and (value.layout != torch.strided or hasattr(value, "full_tensor")):
+        kind = f"{type(value).__name__} of layout {value.layout}"
+        raise TypeError(f"{name} must be a plain tensor, as full_tensor() or to_dense() gives; got a {kind}")
     fits = (
         isinstance(value, Tensor)
         and value.dim() == len(shape)
@@ -43,8 +47,6 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor 
         expected = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         error = ValueError if isinstance(value, Tensor) else TypeError
         raise error(f"{name} must be {expected}; got {describe(value)}")
-    if hasattr(value, "full_tensor"):
-        raise TypeError(f"{name} must be a plain tensor, such as full_tensor() gives; got a DTensor")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device} like the other tensors; got {describe(value)}")
 
@@ -70,6 +72,13 @@ def boolean(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor
         raise TypeError(f"{name} must be bool; got {describe(value)}")
 
 
+def ranks(value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
+    """Raise unless `value` is a tensor of ranks (see `tensor`)."""
+    tensor("oracle_ranks", value, shape, like=like)
+    if value.dtype not in INTEGERS and not (value.is_floating_point() and value.itemsize >= 2):
+        raise TypeError(f"oracle_ranks must be int, uint8 or float of 16 bits or more; got {describe(value)}")
+
+
 def unit_weights(name: str, value: Any, units: int, like: Tensor, validate: bool) -> None:
     """Raise unless `value` multiplies each of some pairs or groups by a finite number of at least 0."""
     floating(name, value, (units,), like=like)
@@ -88,11 +97,8 @@ def ranking(
     like: Tensor,
     validate: bool,
 ) -> Tensor:  # (N, G)
-    """Return the ranks, or rewards, as the backends take them; raise unless what ranks the groups fits together and
-    holds possible values."""
-    tensor("oracle_ranks", oracle_ranks, ("N", "G"), like=like)
-    if oracle_ranks.dtype == torch.bool or oracle_ranks.is_complex():
-        raise TypeError(f"oracle_ranks must be integer or floating point; got {describe(oracle_ranks)}")
+    """Return the ranks, or rewards, as the backends take them; raise unless what ranks the groups fits together."""
+    ranks(oracle_ranks, ("N", "G"), like=like)
     N, G = oracle_ranks.shape
     if not 1 <= G <= MAX_GROUP_SIZE:
         raise ValueError(f"oracle_ranks must have between 1 and {MAX_GROUP_SIZE} responses a group; got {G}")
@@ -133,9 +139,8 @@ def rank_inputs(
 ) -> RankInputs:
     """Return the tensors of the rank penalty as the backends take them, or raise."""
     floating("scores", scores, ("N", "G"))
-    oracle_ranks = ranking(
-        oracle_ranks, scores, judged, weights, valid, options, like=scores, validate=validate
-    )
+    given = (judged, weights, valid, options)
+    oracle_ranks = ranking(oracle_ranks, scores, *given, like=scores, validate=validate)
     scores = scores.detach()
     if not options.orders_policy:
         scores = scores.nan_to_num()  # ignored, so it may hold anything
@@ -345,9 +350,7 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None, validate: bool) -> None
     if not isinstance(value, Tensor):
         raise TypeError(f"logits must be a tensor of shape (..., V); got {describe(value)}")
     if value.dim() < 1 or value.shape[-1] < 1:
-        raise ValueError(
-            f"logits must be a tensor of shape (..., V) with V of at least 1; got {describe(value)}"
-        )
+        raise ValueError(f"logits must be (..., V) with V of at least 1; got {describe(value)}")
     floating("logits", value, tuple(value.shape))
     token_ids("token_ids", ids, tuple(value.shape[:-1]), like=value)
     values.ids_in_range(ids, value.shape[-1], mask, validate)

@@ -53,7 +53,7 @@ def rank_by_index(
     """Return advantages and penalties (B,), the rest (N,); and the means over what was ranked."""
     checks.floating("scores", scores, ("B",))
     shape = tuple(scores.shape)
-    checks.tensor("oracle_ranks", oracle_ranks, shape, like=scores)
+    checks.ranks(oracle_ranks, shape, like=scores)
     checks.token_ids("group_index", group_index, shape, like=scores)
     if judged is None:
         judged = torch.ones(shape, dtype=torch.bool, device=scores.device)
