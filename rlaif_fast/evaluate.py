@@ -142,10 +142,11 @@ def print_table(figures: dict) -> None:
     from rlaif_fast.data.schema import named_categories
 
     by_category, chance = figures["by_category"], figures["chance"]
-    width = max(map(len, [*by_category, "all"]))
+    width = max(map(len, ["category", *by_category]))
     print(f"{'category':<{width}}  accuracy  chance      n")
-    for name, row in named_categories(by_category).items():
-        print(f"{name:<{width}}  {row['accuracy']:8.3f}  {chance[name]:6.3f}  {row['n']:5d}")
+    rows = {name: {**row, "chance": chance[name]} for name, row in by_category.items()}
+    for name, row in named_categories(rows).items():
+        print(f"{name:<{width}}  {row['accuracy']:8.3f}  {row['chance']:6.3f}  {row['n']:5d}")
     total = sum(row["n"] for row in by_category.values())
     blind = sum(chance[name] * row["n"] for name, row in by_category.items()) / max(total, 1)
     print(f"{'all':<{width}}  {figures['accuracy']:8.3f}  {blind:6.3f}  {total:5d}")

@@ -67,6 +67,18 @@ def test_check_prints_a_table(write, media, capsys):
     assert "counting problem" in out and "2 questions, all good" in out and "note: 1 questions" in out
 
 
+def test_rows_without_a_category_are_no_second_total(write, media, capsys):
+    """Both were called "all"."""
+
+    def firsts(*rows: dict) -> list[str]:
+        assert main(["check", str(write(*rows)), "--media_root", str(media)]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return [line[1] for line in lines if line and line[0] == "│"]
+
+    assert firsts(NATIVE, {**NATIVE, "id": "two", "category": "motion"}) == ["(none)", "motion", "all"]
+    assert firsts(NATIVE, {**NATIVE, "id": "two"}) == ["all"]
+
+
 def test_check_names_wrong_rows_and_bad_files(write, media, capsys):
     path = write(NATIVE, {"question": "x"})
     assert main(["check", str(path), "--media_root", str(media)]) == 2

@@ -112,7 +112,7 @@ def test_a_null_is_a_key_that_is_not_there(tmp_path, capsys):
     assert (request.id, request.category) == ("e", "")
     source = str(write(tmp_path / "v.jsonl", {**row, "ranks": [0, 1]}))
     assert main(["agree", source, source]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == ["(none)", "1", "1.000", "1.000"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["all", "1", "1.000", "1.000"]
 
 
 def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):
@@ -123,7 +123,10 @@ def test_agree_shows_disagreement_and_what_is_missing(tmp_path, capsys):
     second = write(tmp_path / "b.jsonl", {**base, "id": 1, "ranks": [2, 1, 0]})
     assert main(["agree", str(first), str(second)]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[1].split() == ["c", "1", "-1.000", "0.000"]
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ["c", "1", "-1.000", "0.000"],
+        ["all", "1", "-1.000", "0.000"],
+    ]
     assert "1 groups are in the first file alone" in err
     third = write(tmp_path / "c.jsonl", {**base, "id": 9, "ranks": [0, 1, 2]})
     assert main(["agree", str(first), str(third)]) == 2
@@ -256,3 +259,15 @@ def test_the_command_runs_as_a_module():
         timeout=120,
     )
     assert {"api", "reference", "replay"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("none", [{}, {"category": "all"}])
+def test_agree_calls_one_row_all(tmp_path, capsys, none):
+    """Groups of a run without a category are of "all", which was also the total's name."""
+    rows = [
+        {"id": 1, "responses": ["a", "b"], "ranks": [0, 1], **none},
+        {"id": 2, "responses": ["a", "b"], "ranks": [0, 1], "category": "c"},
+    ]
+    source = str(write(tmp_path / "v.jsonl", *rows))
+    assert main(["agree", source, source]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["(none)", "c", "all"]

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from rlaif_fast.distributed.world import World
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
+from rlaif_fast.trainer.drawing import draw_seed
+from rlaif_fast.trainer.options import TrainConfig
 
 
 class _Head:
@@ -67,3 +70,16 @@ def test_uniforms_belong_to_row_and_step() -> None:
     assert torch.equal(few, many[:3])
     assert few.min() >= 0
     assert few.max() < 1
+
+
+@pytest.mark.parametrize("rounds", [2, 15, 16, 40])
+def test_no_two_rounds_of_a_run_draw_with_one_seed(rounds: int) -> None:
+    """Past 15 extra rounds, the last ones of a step drew with the seeds of the next step."""
+    config = TrainConfig(dynamic_sampling=True, dynamic_sampling_rounds=rounds, seed=3)
+    seeds = [
+        draw_seed(config, World(rank, 2), step, attempt)
+        for rank in range(2)
+        for step in range(4)
+        for attempt in range(rounds + 1)
+    ]
+    assert len(set(seeds)) == len(seeds)

@@ -12,9 +12,9 @@ from pathlib import Path
 from rlaif_fast.cli import CommandParser, parse_config, run_command
 from rlaif_fast.data.identity import contents
 from rlaif_fast.data.reader import ReadReport, read_report
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.schema import Example, named_categories
 from rlaif_fast.data.splits import SPLITS, files_of_splits, is_one_table, rows_apart
-from rlaif_fast.data.summary import chance_accuracy, summarise
+from rlaif_fast.data.summary import summarise, summary_of_all
 from rlaif_fast.data.synthetic.dataset import SyntheticConfig, make_dataset
 from rlaif_fast.errors import RlaifFastError, UsageError, require_least
 from rlaif_fast.machine import cores
@@ -179,9 +179,12 @@ def _print_table(report: ReadReport) -> None:
     table.add_column("category", no_wrap=True)
     for name in ("asked", "choice", "chance", "question", "answer", "longest"):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in summarise(report.examples):
+    named = named_categories({line.category: line for line in summarise(report.examples)})
+    for name, line in (*named.items(), ("all", summary_of_all(report.examples))):
+        if name == "all":
+            table.add_section()
         table.add_row(
-            line.category,
+            name,
             str(line.questions),
             str(line.multiple_choice),
             f"{line.chance:.1%}",
@@ -189,8 +192,6 @@ def _print_table(report: ReadReport) -> None:
             f"{line.mean_answer_words:.1f}",
             str(line.max_answer_words),
         )
-    table.add_section()
-    table.add_row("all", str(len(report.examples)), "", f"{chance_accuracy(report.examples):.1%}", "", "", "")
     Console().print(table)
 
 

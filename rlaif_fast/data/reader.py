@@ -156,9 +156,7 @@ def read_report(
         report.examples += examples
         report.formats[name] += 1
     if uncategorised:
-        report.notes.append(
-            f'{uncategorised} questions have no category; they are reported under "{NO_CATEGORY}"'
-        )
+        report.notes.append(f"{uncategorised} questions have no category")
     if renamed:
         report.notes.append(f"{renamed} questions share their id with another; their line was added to it")
     return report

@@ -25,8 +25,13 @@ def lettered(options: Sequence[str], form: str = "{}. {}") -> list[str]:
 
 
 def named_categories(by_category: Mapping[str, T]) -> Mapping[str, T]:
-    """The categories to show beside the total: none where no row names one, since the total says it all."""
-    return {} if by_category.keys() == {NO_CATEGORY} else by_category
+    """The categories to show beside the total, which is called "all", so rows that name none are "(none)" there.
+
+    Empty where no row names one, since the total says it all.
+    """
+    if by_category.keys() <= {NO_CATEGORY}:
+        return {}
+    return {"(none)" if name == NO_CATEGORY else name: value for name, value in by_category.items()}
 
 
 def _letter(index: int) -> str:

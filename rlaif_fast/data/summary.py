@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from rlaif_fast.data.schema import Example
+from rlaif_fast.data.schema import NO_CATEGORY, Example
 
 _ENOUGH = 20  # times a question must be asked before its own most frequent answer says anything
 
@@ -81,17 +81,26 @@ def summarise(examples: Sequence[Example]) -> list[CategorySummary]:
     for example in examples:
         members[example.category].append(example)
     return [
-        CategorySummary(
-            category=category,
-            questions=len(group),
-            multiple_choice=sum(bool(example.options) for example in group),
-            chance=chances.get(category, float("nan")),
-            mean_question_words=fmean(len(example.question.split()) for example in group),
-            mean_answer_words=fmean(len((example.answer or "").split()) for example in group),
-            max_answer_words=max(len((example.answer or "").split()) for example in group),
-        )
+        _summary(category, group, chances.get(category, float("nan")))
         for category, group in sorted(members.items())
     ]
+
+
+def summary_of_all(examples: Sequence[Example]) -> CategorySummary:
+    """The entry of all questions together, of which there is at least one."""
+    return _summary(NO_CATEGORY, examples, chance_accuracy(examples))
+
+
+def _summary(category: str, group: Sequence[Example], chance: float) -> CategorySummary:
+    return CategorySummary(
+        category=category,
+        questions=len(group),
+        multiple_choice=sum(bool(example.options) for example in group),
+        chance=chance,
+        mean_question_words=fmean(len(example.question.split()) for example in group),
+        mean_answer_words=fmean(len((example.answer or "").split()) for example in group),
+        max_answer_words=max(len((example.answer or "").split()) for example in group),
+    )
 
 
 def _wording(example: Example) -> Hashable:

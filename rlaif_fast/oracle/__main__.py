@@ -11,10 +11,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
 from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.data.schema import NO_CATEGORY, named_categories
 from rlaif_fast.data.sources import objects_of
 from rlaif_fast.errors import UsageError, needed_by, require_least
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, rank_all
@@ -270,10 +272,8 @@ def _agree(options: argparse.Namespace) -> int:
         other = second[key][1]
         texts = sorted(ranks)
         pair = [ranks[text] for text in texts], [other[text] for text in texts]
-        by_category[category].append((kendall_tau(*pair), top1_agreement(*pair)))
-    rows = [(category or "(none)", values) for category, values in sorted(by_category.items())]
-    if len(rows) > 1:
-        rows.append(("all", [value for _, values in rows for value in values]))
+        by_category[category or NO_CATEGORY].append((kendall_tau(*pair), top1_agreement(*pair)))
+    rows = [*sorted(named_categories(by_category).items()), ("all", list(chain(*by_category.values())))]
     width = max(len(category) for category, _ in rows)
     print(f"{'category':<{max(width, 8)}}  {'groups':>6}  {'tau':>6}  {'top-1':>6}")
     for category, values in rows:

@@ -214,7 +214,7 @@ def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
 def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
     """Test accuracy before and after RL, by category."""
     by_category = summary["by_category"]
-    width = max(map(len, [*by_category, "all"]))
+    width = max(map(len, ["held-out accuracy", *by_category]))
     logger.message(f"{'held-out accuracy':<{width}}  {'before RL':>9}  {'after RL':>8}  {'n':>5}")
     for name, row in named_categories(by_category).items():
         logger.message(f"{name:<{width}}  {row['sft']:9.3f}  {row['final']:8.3f}  {row['n']:5d}")

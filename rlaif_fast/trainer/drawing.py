@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from rlaif_fast.algorithms.base import Algorithm
+from rlaif_fast.distributed.world import World
 from rlaif_fast.policy.features import MediaFeatures
 from rlaif_fast.prompts.batches import EpochOrder, take_turns
 from rlaif_fast.prompts.encoder import Prompt
@@ -56,8 +57,13 @@ def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[lis
     with run.logger.timer("decode"):
         prompts = run.make_batch(rows)
         run.make_batch.prefetch([row for clip in world.share(order.step(step + 1)) for row in clip])
-    seed = ((config.seed * 1_000_003 + step) * 16 + attempt) * world.size + world.rank
-    return prompts, sampling_params(config, seed)
+    return prompts, sampling_params(config, draw_seed(config, world, step, attempt))
+
+
+def draw_seed(config: TrainConfig, world: World, step: int, attempt: int) -> int:
+    """The seed of one process's draws, which no other round, step or process of the run has."""
+    rounds = max(16, 1 + config.dynamic_sampling_rounds)
+    return ((config.seed * 1_000_003 + step) * rounds + attempt) * world.size + world.rank
 
 
 def sampling_params(config: TrainConfig, seed: int) -> SamplingParams:
