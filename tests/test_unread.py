@@ -15,13 +15,16 @@ from rlaif_fast.evals.options import EvaluateConfig
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.unread import PACKED, REINFORCED, SUPERVISED, SYNTHETIC, tell_unread, unread
+from rlaif_fast.trainer.unread import LEARNING, PACKED, REINFORCED, SUPERVISED, SYNTHETIC, tell_unread, unread
 
 LEFT = {
     ("data", "rows.jsonl"): ("synthetic_rl_clips", "label_confusion", "codec"),
     ("data", "synthetic"): ("media_root", "holdout_fraction"),
     ("sft", "none"): ("sft_steps", "sft_learning_rate"),
-    ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
+    ("max_steps", 0): (
+        *("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
+        *("temperature", "top_p", "top_k", "num_generations", "advantage", "scale", "score"),
+    ),
     ("beta", 0.0): ("kl",),
     ("oracle", "reference"): ("weight_by_confidence",),
     ("lora_r", 0): ("feature_cache_bytes",),
@@ -104,6 +107,29 @@ def test_a_file_may_say_more_than_a_run_reads():
     ]
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_read"), [({"sft": "none"}, False), ({"sft_steps": 0}, False), ({}, True)]
+)
+def test_a_run_that_learns_nothing_reads_nothing_of_learning(changes, is_read):
+    assert set(LEARNING) & unread(TrainConfig(max_steps=0, **changes)).keys() == (
+        set() if is_read else set(LEARNING)
+    )
+
+
+def test_a_run_without_rl_is_the_same_whatever_would_draw_and_rank(run):  # noqa: F811
+    given = {
+        "num_generations": 5,
+        "temperature": 0.3,
+        "top_p": 0.5,
+        "top_k": 3,
+        "score": "sum",
+        "scale": "none",
+    }
+    (_, one, _), (_, other, said) = run("one", max_steps=0), run("other", max_steps=0, **given)
+    assert metrics(one) == metrics(other)
+    assert all(name in said for name in given)
+
+
 OFF_POLICY = {"epsilon": 0.01, "epsilon_high": 0.01, "delta": 1.02}
 
 
@@ -132,7 +158,7 @@ class Odd(Rloo):
 
 def test_every_name_is_a_key():
     known = {field.name for field in fields(TrainConfig)}
-    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *PACKED}
+    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *LEARNING, *PACKED}
 
 
 def test_the_command_refuses_a_flag_and_tells_a_file(tmp_path, capsys):

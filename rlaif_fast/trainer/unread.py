@@ -25,7 +25,11 @@ REINFORCED = (
     *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience", "blind_control"),
     *("beta", "kl", "epsilon", "epsilon_high", "delta", "entropy_coef", "loss_type"),
     *("importance_sampling_level", *OF_A_CRITIC),
+    *("advantage", "penalty_weight", "scale", "score", "weight_by_confidence"),
+    *("num_generations", "temperature", "top_p", "top_k"),
 )
+# Of either stage.
+LEARNING = ("eval_steps", "max_grad_norm", "optimizer_offload", "gradient_checkpointing", "backend")
 # Bounds of what moves away from the rollout: nothing has where its own weights learn from it, once and whole.
 OFF_POLICY = ("epsilon", "epsilon_high", "delta", "cliprange_value")
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
@@ -56,6 +60,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
         yield REINFORCED, "max_steps is 0"
+        if config.sft != "auto" or config.sft_steps == 0:
+            yield LEARNING, "neither stage has a step"
     else:
         if config.beta == 0:
             yield ("kl",), "beta is 0"
