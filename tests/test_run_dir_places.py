@@ -1,6 +1,7 @@
 """Where a run's folder is, and what in it is somebody else's."""
 
 import dataclasses
+import os
 
 import pytest
 
@@ -61,3 +62,10 @@ def test_a_summary_that_was_changed_is_named(tmp_path):
     run.summary.write_bytes(whole.replace(b"metrics.jsonl", b"metricz.jsonl"))
     with pytest.raises(UsageError, match=r"summary\.json is not as the run wrote it"):
         run.read_summary()
+
+
+def test_create_refuses_a_name_that_is_not_utf_8(tmp_path):
+    """Tokenizers cannot be saved under it, which a run met at its first checkpoint."""
+    with pytest.raises(UsageError, match=r"'.*/r\\udce9' is not a name in UTF-8"):
+        RunDir.create(tmp_path / os.fsdecode(b"r\xe9"))
+    assert not list(tmp_path.iterdir())

@@ -88,9 +88,15 @@ class RunDir:
 
         Raises:
             UsageError: `path` is a file, a folder that is not ours, a run that would be lost or that still goes on,
-                not writable, or on a disk that is too full.
+                not writable, not UTF-8, or on a disk that is too full.
         """
         run = cls(path)
+        try:
+            str(run.path).encode()
+        except UnicodeEncodeError:  # tokenizers and TensorBoard write to no such path
+            raise UsageError(
+                f"output_dir {str(run.path)!a} is not a name in UTF-8; choose another folder"
+            ) from None
         try:
             if run.path.exists() and not run.path.is_dir():
                 raise UsageError(
