@@ -15,16 +15,22 @@ from rlaif_fast.evals.options import EvaluateConfig
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.options import TrainConfig
-from rlaif_fast.trainer.unread import LEARNING, PACKED, REINFORCED, SUPERVISED, SYNTHETIC, tell_unread, unread
+from rlaif_fast.trainer.unread import (
+    LEARNING,
+    PACKED,
+    REINFORCED,
+    SAMPLED,
+    SUPERVISED,
+    SYNTHETIC,
+    tell_unread,
+    unread,
+)
 
 LEFT = {
     ("data", "rows.jsonl"): ("synthetic_rl_clips", "label_confusion", "codec"),
     ("data", "synthetic"): ("media_root", "holdout_fraction"),
     ("sft", "none"): ("sft_steps", "sft_learning_rate"),
-    ("max_steps", 0): (
-        *("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
-        *("temperature", "top_p", "top_k", "num_generations", "advantage", "scale", "score"),
-    ),
+    ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
     ("beta", 0.0): ("kl",),
     ("oracle", "reference"): ("weight_by_confidence",),
     ("lora_r", 0): ("feature_cache_bytes",),
@@ -116,7 +122,7 @@ def test_a_run_that_learns_nothing_reads_nothing_of_learning(changes, is_read):
     )
 
 
-def test_a_run_without_rl_is_the_same_whatever_would_draw_and_rank(run):  # noqa: F811
+def test_without_rl_what_draws_and_ranks_is_read_for_the_gallery_alone(run):  # noqa: F811
     given = {
         "num_generations": 5,
         "temperature": 0.3,
@@ -125,9 +131,12 @@ def test_a_run_without_rl_is_the_same_whatever_would_draw_and_rank(run):  # noqa
         "score": "sum",
         "scale": "none",
     }
-    (_, one, _), (_, other, said) = run("one", max_steps=0), run("other", max_steps=0, **given)
+    off = {"max_steps": 0, "gallery_clips": 0}
+    (_, one, _), (_, other, said) = run("one", **off), run("other", **off, **given)
     assert metrics(one) == metrics(other)
-    assert all(name in said for name in given)
+    assert all(name in said for name in given) and given.keys() < set(SAMPLED)
+    with_gallery = unread(TrainConfig(max_steps=0, gallery_clips=1, oracle="embedding"))
+    assert not with_gallery.keys() & set(SAMPLED)
 
 
 OFF_POLICY = {"epsilon": 0.01, "epsilon_high": 0.01, "delta": 1.02}
@@ -158,7 +167,7 @@ class Odd(Rloo):
 
 def test_every_name_is_a_key():
     known = {field.name for field in fields(TrainConfig)}
-    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *LEARNING, *PACKED}
+    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *SAMPLED, *LEARNING, *PACKED}
 
 
 def test_the_command_refuses_a_flag_and_tells_a_file(tmp_path, capsys):

@@ -25,8 +25,11 @@ REINFORCED = (
     *("dynamic_sampling", "dynamic_sampling_rounds", "early_stopping_patience", "blind_control"),
     *("beta", "kl", "epsilon", "epsilon_high", "delta", "entropy_coef", "loss_type"),
     *("importance_sampling_level", *OF_A_CRITIC),
-    *("advantage", "penalty_weight", "scale", "score", "weight_by_confidence"),
+)
+# Of the responses to a few test clips too, which a run without RL records as well.
+SAMPLED = (
     *("num_generations", "temperature", "top_p", "top_k"),
+    *("advantage", "penalty_weight", "scale", "score", "weight_by_confidence"),
 )
 # Of either stage.
 LEARNING = ("eval_steps", "max_grad_norm", "optimizer_offload", "gradient_checkpointing", "backend")
@@ -60,6 +63,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
     if config.max_steps == 0:
         yield REINFORCED, "max_steps is 0"
+        if config.gallery_clips == 0:
+            yield SAMPLED, "max_steps and gallery_clips are 0"
         if config.sft != "auto" or config.sft_steps == 0:
             yield LEARNING, "neither stage has a step"
     else:
