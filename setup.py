@@ -16,7 +16,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -151,4 +151,5 @@ def build_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**build_arguments())
+rooms = find_namespace_packages(include=["rlaif_fast", "rlaif_fast.*"], exclude=["*.__pycache__"])
+setup(packages=[*rooms, "rlaif_fast_configs", "rlaif_fast_kernels"], **build_arguments())
