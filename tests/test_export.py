@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from rlaif_fast import doctor
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.export import (
@@ -26,6 +27,7 @@ from rlaif_fast.export import (
     settings_of,
     write_settings,
 )
+from rlaif_fast.plan.model import shape_of
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.runs.checkpoint import CheckpointStore, read_processor_files, save_model
@@ -84,6 +86,13 @@ def test_adapters(adapted, base, tmp_path, merge):
     if merge:
         _, told = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
         assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_the_doctor_and_a_plan_look_at_the_base_of_adapters(adapted, base, capsys):
+    folder, _ = adapted
+    assert doctor.main(["--model", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["adapters", "LoRA,", "of", str(base)]
+    assert shape_of(str(folder)).to_dict() == shape_of(str(base)).to_dict()
 
 
 def test_both_layouts(base, tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.frontend import read_config
-from rlaif_fast.policy.loading import ModelOptions
+from rlaif_fast.policy.loading import ModelOptions, base_of
 from rlaif_fast.policy.parts import ready_to_train
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.tiny import TinySize, tiny_config
@@ -59,7 +59,7 @@ class NoTokenizer:
 
 
 def shape_of(model: str) -> Any:
-    """The configuration of a published model, of "tiny", or of a folder.
+    """The configuration of a published model, of "tiny", or of a folder; of LoRA adapters that of their base.
 
     Raises:
         UsageError: It cannot be read, or is of a family that is not foretold.
@@ -69,7 +69,8 @@ def shape_of(model: str) -> Any:
         media = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
         ids |= {token: 1 + place for place, token in enumerate(media)}
         return tiny_config(TINY_FAMILIES[model], TINY_VOCABULARY, ids, TinySize())
-    config = _published(*PUBLISHED[model]) if model in PUBLISHED else read_config(model)
+    base = base_of(model)
+    config = _published(*PUBLISHED[base]) if base in PUBLISHED else read_config(base)
     if config.model_type not in FAMILIES:
         raise UsageError(
             f"model: a plan knows the families {', '.join(FAMILIES)}, and {model!r} is {config.model_type!r}"

@@ -232,6 +232,16 @@ def adapter_folder(model: str) -> Path | None:
     return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
 
+def base_of(model: str) -> str:
+    """The model that `model` names, or that the LoRA adapters of this folder were trained on.
+
+    Raises:
+        UsageError: The adapters are of a kind that cannot be loaded.
+    """
+    folder = adapter_folder(model)
+    return model if folder is None else adapter_config(folder, f"model: {model}")["base_model_name_or_path"]
+
+
 def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     """Load the model that LoRA adapters were trained on, and the adapters.
 

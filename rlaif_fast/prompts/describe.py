@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlaif_fast.errors import UsageError
 from rlaif_fast.policy.families import check_shared_prefix, find_family
 from rlaif_fast.policy.frontend import load_frontend
+from rlaif_fast.policy.loading import base_of
 from rlaif_fast.prompts.make import check_encoding, make_encoder
 
 
@@ -12,20 +13,23 @@ def describe_model(model: str) -> list[tuple[str, str]]:
     """Pairs of a word and what is said of it.
 
     Args:
-        model: A folder or hub name.
+        model: A folder, of LoRA adapters too, or a hub name.
 
     Raises:
         UsageError: The model would be refused, and why.
     """
     from transformers import __version__ as version
 
-    frontend = load_frontend(model)
+    base = base_of(model)
+    frontend = load_frontend(base)
     config, spec = frontend.config, frontend.patch_spec
     family = find_family(config.model_type)
     tokens = check_encoding(frontend)
     encoder = make_encoder(frontend, spec.budget(spec.factor**2, spec.factor**2))
     known = "not in the table; its own processor makes the prompts" if family is None else family.name
     lines = [("transformers", version), ("type", config.model_type), ("family", known)]
+    if base != model:
+        lines.insert(0, ("adapters", f"LoRA, of {base}"))
     try:
         check_shared_prefix(config)
         lines.append(("shared prefix", "yes"))

@@ -13,8 +13,7 @@ from rlaif_fast.oracle.registry import find_oracle
 from rlaif_fast.policy import quantization
 from rlaif_fast.policy.families import check_shared_prefix
 from rlaif_fast.policy.frontend import load_frontend
-from rlaif_fast.policy.loading import adapter_folder, resolve_device, resolve_dtype
-from rlaif_fast.policy.weights import adapter_config
+from rlaif_fast.policy.loading import base_of, resolve_device, resolve_dtype
 from rlaif_fast.prompts.make import check_encoding
 from rlaif_fast.runs.integrity import check_weights
 from rlaif_fast.trainer.datasets import load_data, needs_answers, own_files, read_file
@@ -67,10 +66,7 @@ def check_model(model: str, *, shared_prefix: bool = False, system_prompt: str |
     """
     if is_tiny(model):
         return
-    adapters = adapter_folder(model)
-    if adapters is not None:
-        model = adapter_config(adapters, f"model: {model}")["base_model_name_or_path"]
-    frontend = load_frontend(model)
+    frontend = load_frontend(base_of(model))
     if shared_prefix:
         check_shared_prefix(frontend.config)
     check_encoding(frontend, system_prompt)
