@@ -27,7 +27,7 @@ class GRPORankLoss(nn.Module):
         temperature: Above 0; divides the logits, where the loss sees them.
         logit_softcap: Bounds the logits, where the loss sees them.
         logit_scale: Multiplies the logits, where the loss sees them.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "triton", "cpu" or "reference"; of hidden states also "cuda".
         **options: Every option of `grpo_rank_loss` that is not a tensor of the batch (`kind`, `beta`,
             `loss_type`, ...).
 

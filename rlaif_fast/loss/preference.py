@@ -181,7 +181,7 @@ def fused_linear_dpo_loss(
         float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding: the weight's gradient is its
             gradient, and `weight` gets none.
         validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns:
         `PreferenceOutput`: loss, rewards (B,) and stats.
