@@ -294,10 +294,17 @@ def tell(line: str) -> None:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flag, nor does one that it makes for a subcommand."""
+    """A parser that takes no abbreviated flag and expands `~` in paths, and so do those of its subcommands."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"allow_abbrev": False})
+        # A shell leaves it in --KEY=~/PATH.
+        self.register("type", Path, lambda text: Path(expanded(text)))
+
+
+def expanded(text: str) -> str:
+    """A path with the home folder in place of `~`; that of a user who is not there stays as it is."""
+    return os.path.expanduser(text)  # noqa: PTH111 - pathlib's raises then
 
 
 def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = "") -> int:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from rlaif_fast.data.__main__ import main as data_command
+from rlaif_fast.data.reader import read_examples
 from rlaif_fast.oracle.__main__ import main as oracle_command
 from rlaif_fast.video import FrameSampling
 from rlaif_fast.video.__main__ import _vet_all, main
@@ -204,3 +205,28 @@ def test_no_command_writes_over_a_medium_of_its_rows(tmp_path, capsys):
         assert command(words) == 2
         assert f"{over} is read, and would be lost" in capsys.readouterr().err
     assert (tmp_path / "clip.mp4").read_bytes() == held
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    row = {"video": "good.webm", "question": "?", "answer": "a", "responses": ["a", "b"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    few = [f"--{split}_clips=1" for split in ("sft", "rl", "validation", "test")]
+    for command, words in (
+        (main, ["probe", "~/good.webm"]),
+        (main, ["preview", "~/good.webm", "--out", "sheet.png"]),
+        (main, ["check", "~/clean.jsonl"]),
+        (main, ["check", "rows.jsonl", "--media_root=~"]),
+        (data_command, ["check", "~/clean.jsonl"]),
+        (data_command, ["check", "rows.jsonl", "--media_root=~"]),
+        (data_command, ["preview", "~/clean.jsonl", "drawn.png"]),
+        (data_command, ["make", "~/made", *few]),
+        (oracle_command, ["rank", "rows.jsonl", "--media_root=~"]),
+    ):
+        assert command(words) == 0, capsys.readouterr().err
+    assert (folder / "made" / "test.jsonl").is_file()
+    examples = read_examples("rows.jsonl", media_root="~")
+    assert [medium.path for medium in examples[0].seen] == [str(folder / "good.webm")]
+    assert main(["probe", "~no-such-user/good.webm"]) == 1
+    assert "~no-such-user/good.webm: does not exist" in capsys.readouterr().out

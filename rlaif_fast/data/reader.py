@@ -113,8 +113,8 @@ def read_report(
         UsageError: The file itself cannot be read, or `scored` is none of its values.
     """
     require(scored in ("answer", "whole"), "scored", "answer or whole", scored)
-    path = Path(path)
-    root = Path(media_root) if media_root is not None else path.parent
+    path = Path(path).expanduser()
+    root = path.parent if media_root is None else Path(media_root).expanduser()
     report = ReadReport(path)
     lines_of: dict[str, int] = {}  # id -> line
     renamed = uncategorised = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import CommandParser, expanded, run_command
 from rlaif_fast.errors import UsageError, require_least, require_positive
 from rlaif_fast.machine import cores
 from rlaif_fast.outputs import check_output, write_atomically
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="probe|check|preview")
 
     look = commands.add_parser("probe", help="Say what files hold.")
-    look.add_argument("files", nargs="+", metavar="FILE")
+    look.add_argument("files", nargs="+", type=expanded, metavar="FILE")
     look.add_argument(
         "--json",
         action="store_true",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_sampling(check)
 
     preview = commands.add_parser("preview", help="Draw the sampled frames as a contact sheet.")
-    preview.add_argument("file", metavar="FILE")
+    preview.add_argument("file", type=expanded, metavar="FILE")
     preview.add_argument("--out", type=Path, required=True, help="PNG, JPEG, PDF or SVG to write.")
     preview.add_argument("--columns", type=int, default=6, help="Frames in a row.")
     preview.add_argument("--most", type=int, default=48, help="Most frames to draw.")
