@@ -16,6 +16,7 @@ from rlaif_fast.cli import flag_is_true, parse_config, run_command, tell
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
 from rlaif_fast.outputs import check_output
+from rlaif_fast.policy.model_files import model_files
 from rlaif_fast.trainer.options import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def evaluate_command(options: EvaluateConfig) -> dict:
 
     output = None if options.output is None else check_output("output", options.output, [options.data])
     config = configuration(options, tell)
+    if output is not None:
+        check_output("output", output, model_files(Path(config.model).expanduser()))
     # Answers are wanted, and may be all that is wanted.
     rows, known = _rows(options, config, require_answer=output is None)
     if output is not None:

@@ -243,6 +243,21 @@ def test_a_cache_and_what_rank_writes_are_two_files(tmp_path, capsys, output, mo
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_rankings_that_an_oracle_reads_are_not_written_over(tmp_path, capsys, within):
+    source = write(tmp_path / "in.jsonl", ROWS[0])
+    ranked = tmp_path / "in.ranked.jsonl"
+    assert main(["rank", str(source)]) == 0
+    before = ranked.read_bytes()
+    given = ["--oracle", "replay", "--option", f"path={ranked}"]
+    if within:
+        members = json.dumps([{"oracle": "replay", "path": str(ranked)}])
+        given = ["--oracle", "ensemble", "--option", f"oracles={members}"]
+    assert main(["rank", str(source), *given]) == 2
+    assert f"output: {ranked} is read, and would be lost" in capsys.readouterr().err
+    assert ranked.read_bytes() == before
+
+
 @pytest.mark.parametrize("flag", ["--nframes=4", "--media_root=."])
 def test_what_only_a_decoded_video_needs_is_refused_without_one(tmp_path, capsys, flag):
     source = write(tmp_path / "in.jsonl", ROWS[0])

@@ -43,6 +43,12 @@ def test_evaluate_reads_other_data_as_the_run_did(finished, cache, tmp_path, cap
     before = data.read_bytes()
     assert evaluate_module.main(["--run", str(folder), *words, str(data)]) == 2
     assert "is read, and would be lost" in capsys.readouterr().err and data.read_bytes() == before
+    best = CheckpointStore(folder / "checkpoints", {}, read_only=True).checked("best")
+    model = Path(shutil.copytree(best, tmp_path / "model"))
+    before = (model / "config.json").read_bytes()
+    assert evaluate_module.main(["--model", str(model), *words, str(model / "config.json")]) == 2
+    assert "is read, and would be lost" in capsys.readouterr().err
+    assert (model / "config.json").read_bytes() == before
     assert evaluate_module.main(["--run", str(folder), "--media_root", str(tmp_path)]) == 2
     assert "media_root: expected null where the run's data are synthetic" in capsys.readouterr().err
 

@@ -201,6 +201,7 @@ def test_no_command_writes_over_a_medium_of_its_rows(tmp_path, capsys):
         (main, ["check", rows, "--quarantine", over]),
         (data_command, ["preview", rows, over]),
         (oracle_command, ["rank", rows, "--output", over]),
+        (oracle_command, ["rank", rows, "--cache", over]),
     ):
         assert command(words) == 2
         assert f"{over} is read, and would be lost" in capsys.readouterr().err

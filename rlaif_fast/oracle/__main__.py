@@ -9,13 +9,13 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import CommandParser, expanded, run_command
 from rlaif_fast.data.schema import NO_CATEGORY, named_categories
 from rlaif_fast.data.sources import objects_of
 from rlaif_fast.errors import UsageError, needed_by, require_least
@@ -118,16 +118,17 @@ def _rank(options: argparse.Namespace) -> int:
     rows = list(objects_of(options.file))
     if not rows:
         raise UsageError(f"{options.file} holds no rows")
-    output = _output(options, "ranked")
+    given = _options(options.option)
+    output = _output(options, "ranked", _files_in(given))
     media = _checked(rows, options, output)  # a wrong row is reported before anything is paid for
     for role, file in (("rank", options.file), ("write", output)):
-        if options.cache is not None and is_same(options.cache.expanduser(), file):
+        if options.cache is not None and is_same(options.cache, file):
             raise UsageError(f"cache: {options.cache} is the file to {role}; give another")
     oracle = build_oracle(
         options.oracle,
         cache=options.cache,
         max_invalid_fraction=options.max_invalid_fraction,
-        **_options(options.option),
+        **given,
     )
     requests, rankings = _rank_rows(oracle, rows, media, options, output)
     stats = {**oracle_stats(requests, rankings, reference=ReferenceOracle()), **counters(oracle)}
@@ -150,16 +151,19 @@ def _checked(rows: Sequence[_Row], options: argparse.Namespace, output: Path) ->
         return lambda _: []
     clips = RowClips(options.media_root or options.file.parent, options.nframes)
     media = {where: clips.find(row, where) for where, row in rows}
-    check_output("output", output, [medium.path for found in media.values() for medium in found])
+    read = [medium.path for found in media.values() for medium in found]
+    check_output("output", output, read)
+    if options.cache is not None and any(is_same(options.cache, Path(path)) for path in read):
+        raise UsageError(f"cache: {options.cache} is read, and would be lost; give another file")
     for where, found in media.items():
         clips.check(found, where)
     return lambda pair: clips.load(media[pair[0]], pair[0])
 
 
-def _output(options: argparse.Namespace, suffix: str) -> Path:
-    """The file to write."""
+def _output(options: argparse.Namespace, suffix: str, reads: Iterable[str] = ()) -> Path:
+    """The file to write, which is neither FILE nor one of `reads`."""
     output: Path = options.output or options.file.with_name(f"{options.file.stem}.{suffix}.jsonl")
-    return check_output("output", output, [options.file])
+    return check_output("output", output, [options.file, *reads])
 
 
 @contextlib.contextmanager
@@ -230,6 +234,16 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--option {key}: expected it once, got {found[key]!r} and {value!r}")
         found[key] = value
     return found
+
+
+def _files_in(value: Any) -> Iterator[str]:
+    """The files that options name, those of oracles in an oracle's options too."""
+    if isinstance(value, str):
+        if os.path.isfile(expanded(value)):  # noqa: PTH113 - a text may be too long for pathlib's
+            yield expanded(value)
+    elif isinstance(value, (dict, list)):
+        for held in value.values() if isinstance(value, dict) else value:
+            yield from _files_in(held)
 
 
 def _option(text: str) -> tuple[str, Any]:
