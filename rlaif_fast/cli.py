@@ -277,6 +277,8 @@ def _in_words(kind: Any) -> str:
         return words[kind]
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))}, each {_in_words(get_args(kind)[0])}"
     if get_origin(kind) in (dict, list):
         return "keys with values, {KEY: value}" if get_origin(kind) is dict else "a list, [a, b], of text"
     return " or ".join(map(_in_words, get_args(kind))) or str(kind)

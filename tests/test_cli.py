@@ -17,6 +17,7 @@ import pytest
 from rlaif_fast import cli
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
+from rlaif_fast.data.synthetic.dataset import SyntheticConfig
 from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.evaluate import main as evaluate_main
@@ -186,6 +187,11 @@ def test_a_section_in_place_of_a_key_is_an_unknown_key(tmp_path):
     (tmp_path / "some.yaml").write_text("lora: {r: 4}\n")
     with pytest.raises(UsageError, match=r"unknown key 'lora.r'; did you mean 'lora_r'\?"):
         parse_config(TrainConfig, ["--config", str(tmp_path / "some.yaml")], **TEXTS)
+
+
+def test_a_key_that_takes_several_numbers_says_how_many():
+    with pytest.raises(UsageError, match="difficulty: expected a list of 3, each a number, got 1,1"):
+        parse_config(SyntheticConfig, ["--difficulty", "1,1"], **TEXTS)
 
 
 def test_a_file_that_cannot_be_read_and_a_word_alone_are_told_in_words(tmp_path, monkeypatch):

@@ -121,6 +121,15 @@ def test_flags_that_fit_no_file_are_refused_once(given, message, tmp_path, capsy
         assert re.search(f"error: {message}", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("flag", ["--min_frames=2", "--max_frames=8"])
+def test_bounds_beside_a_number_of_frames_are_refused_where_no_row_has_a_rate(folder, capsys, flag):
+    flags = ["--nframes=4", flag]
+    for command in (["probe"], ["preview", "--out", str(folder / "sheet.png")]):
+        assert main([*command, str(folder / "good.webm"), *flags]) == 2
+        assert f"{flag[2:12]}: not read with --nframes" in capsys.readouterr().err
+    assert main(["check", str(folder / "clean.jsonl"), *flags]) == 0
+
+
 def test_preview(folder, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     out = tmp_path / "sheet.png"

@@ -71,19 +71,24 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     count = group.add_mutually_exclusive_group()
     count.add_argument("--fps", type=float, default=2.0, help="Frames per second of video.")
     count.add_argument("--nframes", type=int, help="This many frames, instead of --fps.")
-    group.add_argument("--min_frames", type=int, default=4)
-    group.add_argument("--max_frames", type=int, default=768)
+    group.add_argument("--min_frames", type=int, help="Fewest frames under --fps; 4 without it.")
+    group.add_argument("--max_frames", type=int, help="Most frames under --fps; 768 without it.")
     group.add_argument("--video_start", type=float, help="Seconds.")
     group.add_argument("--video_end", type=float, help="Seconds.")
 
 
 def _sampling(options: argparse.Namespace) -> FrameSampling:
+    given = {name: getattr(options, name) for name in ("min_frames", "max_frames")}
+    limits = {name: value for name, value in given.items() if value is not None}
+    # The rows of a dataset may have rates of their own.
+    if options.nframes is not None and limits and options.command != "check":
+        names = ", ".join(limits)
+        raise UsageError(f"{names}: not read with --nframes, which sets their number; leave it out")
     try:
         sampling = FrameSampling(
             fps=options.fps,
             nframes=options.nframes,
-            min_frames=options.min_frames,
-            max_frames=options.max_frames,
+            **limits,
             video_start=options.video_start,
             video_end=options.video_end,
         )
