@@ -24,6 +24,13 @@ from rlaif_fast.yaml_keys import refuse_repeated_keys
 
 Config = TypeVar("Config")
 
+NEEDS_TRAIN = 'commands need the extra "train": pip install "rlaif-fast[train]"'
+# What that extra brings, as it is imported.
+OF_TRAIN = {
+    *("transformers", "av", "jsonargparse", "yaml", "rich", "matplotlib", "tensorboard", "jinja2", "PIL"),
+    *("safetensors", "tokenizers", "peft", "sacrebleu"),
+}
+
 
 def parse_config(
     config_class: type[Config],
@@ -214,7 +221,7 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
     try:
         import jsonargparse
     except ImportError:
-        raise UsageError('commands need the extra "train": pip install "rlaif-fast[train]"') from None
+        raise UsageError(NEEDS_TRAIN) from None
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -347,8 +354,14 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        print(f"error: {_reason(error)}{hint}", file=sys.stderr)
         return 1
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in OF_TRAIN:
+        return f"{error.name} is not installed; {NEEDS_TRAIN}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _reader_is_gone() -> bool:

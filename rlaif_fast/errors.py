@@ -39,6 +39,10 @@ class UsageError(RlaifFastError):
     exit_code = 2
 
 
+class MissingPackage(RlaifFastError, ImportError):
+    """A package that this needs is not installed; the message says which extra brings it."""
+
+
 class Outage(RlaifFastError):
     """A judge, an engine or the media files failed for good; what the run has done so far is whole and can be saved."""
 
@@ -94,12 +98,12 @@ def needed_by(what: str, extra: str) -> Iterator[None]:
         extra: The extra of rlaif-fast that brings it.
 
     Raises:
-        RlaifFastError: An import failed.
+        MissingPackage: An import failed.
     """
     try:
         yield
     except ImportError as error:
-        raise RlaifFastError(
+        raise MissingPackage(
             f"{what} needs {error.name or 'a package'}, which is not installed; run: pip install 'rlaif-fast[{extra}]'"
         ) from error
 

@@ -13,22 +13,23 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
-from rlaif_fast.errors import RlaifFastError, typed_line
+from rlaif_fast.errors import RlaifFastError, needed_by, typed_line
 from rlaif_fast.runs.events import EventFiles
 from rlaif_fast.runs.files import json_line, plain, read_jsonl
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.runs.trackers import Trackers
+
+with needed_by("this command", "train"):
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
 # What the progress line shows, in this order: the scalar, its label, its format.
 LIVE_VALUES = (

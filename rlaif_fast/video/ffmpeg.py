@@ -1,6 +1,6 @@
 """Reading video files through FFmpeg (PyAV): which frames a file holds, and the pixels of some of them.
 
-This file, `container.py` and `scan.py` import neither torch nor the rest of the package, so that a decoding process
+This file, `container.py` and `scan.py` import neither torch nor what would, so that a decoding process
 (see `worker.py`) starts in a fifth of a second and weighs 60 MB.
 
 `scan` reads every packet header once and writes down the presentation time of each frame that a player would
@@ -21,12 +21,15 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import av
 import numpy as np
 
+from rlaif_fast.errors import needed_by
 from rlaif_fast.video.container import BadVideo, check_file
 from rlaif_fast.video.headers import SIZES, Size
 from rlaif_fast.video.scan import Scan, seconds_since_first
+
+with needed_by("reading videos", "train"):
+    import av
 
 # Containers that hold their own frames. Playlists (hls, dash), lists (concat), numbered pictures (image2) and the like
 # name other files, and are refused.

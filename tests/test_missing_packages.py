@@ -1,0 +1,74 @@
+"""What a command says where the packages of its extra are not installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlaif_fast.cli import OF_TRAIN
+from rlaif_fast.errors import MissingPackage, RlaifFastError, needed_by
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+IMPORTED_AS = {"PyYAML": "yaml", "Jinja2": "jinja2", "Pillow": "PIL"}
+
+
+def without(missing: set[str], module: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a Python that has none of `missing`."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(missing)!r}))\n"
+        f"sys.argv = {['command', *words]!r}\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_the_packages_of_the_extra_are_known() -> None:
+    extras = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    names = [re.match(r"[\w-]+", requirement)[0] for requirement in extras["train"]]
+    assert {IMPORTED_AS.get(name, name) for name in names} == OF_TRAIN
+    assert any(requirement.startswith("av") for requirement in extras["judge"])
+
+
+@pytest.mark.parametrize(
+    "module", ["train", "evaluate", "data", "video", "oracle", "compare", "plan", "export"]
+)
+@pytest.mark.parametrize("missing", [OF_TRAIN, OF_TRAIN - {"av"}])
+def test_a_command_names_the_extra_that_it_needs(module: str, missing: set[str], tmp_path) -> None:
+    words = {
+        "train": ["--output_dir", str(tmp_path)],
+        "compare": ["--config", str(Path(__file__).parents[1] / "configs" / "compare.yaml"), "--report_only"],
+        "evaluate": ["--model", str(tmp_path), "--data", str(tmp_path)],
+        "plan": ["tiny"],
+        "export": [str(tmp_path), "--out", str(tmp_path / "out")],
+        "data": ["make", str(tmp_path / "data")],
+        "video": ["probe", str(tmp_path / "a.mp4")],
+        "oracle": ["list"],
+    }[module]
+    done = without(missing, f"rlaif_fast.{module}", *words)
+    if missing == OF_TRAIN or module in ("train", "evaluate", "plan", "compare"):
+        assert done.returncode != 0
+        assert "rlaif-fast[train]" in done.stderr.strip().splitlines()[-1]
+
+
+def test_doctor_needs_no_extra() -> None:
+    done = without(OF_TRAIN, "rlaif_fast.doctor")
+    assert done.returncode == 0, done.stderr
+    assert "not installed" in done.stdout
+
+
+def test_what_is_missing_is_an_import_error_too() -> None:
+    words = r"a test needs nowhere.*rlaif-fast\[train\]"
+    with pytest.raises(MissingPackage, match=words) as caught, needed_by("a test", "train"):
+        import nowhere  # noqa: F401
+    assert isinstance(caught.value, ImportError) and isinstance(caught.value, RlaifFastError)
