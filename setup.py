@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.sdist import sdist
 
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -151,5 +152,19 @@ def build_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
+class Sources(sdist):
+    """Takes all of csrc along: another machine may compile what this one does not. Tests need the whole checkout."""
+
+    def make_distribution(self) -> None:
+        self.filelist.graft("csrc")
+        self.filelist.prune("tests")
+        super().make_distribution()
+
+
+arguments = build_arguments()
 rooms = find_namespace_packages(include=["rlaif_fast", "rlaif_fast.*"], exclude=["*.__pycache__"])
-setup(packages=[*rooms, "rlaif_fast_configs", "rlaif_fast_kernels"], **build_arguments())
+setup(
+    packages=[*rooms, "rlaif_fast_configs", "rlaif_fast_kernels"],
+    ext_modules=arguments.get("ext_modules"),
+    cmdclass={"sdist": Sources} | arguments.get("cmdclass", {}),
+)

@@ -18,7 +18,7 @@ from rlaif_fast import cli
 from rlaif_fast import train as train_module
 from rlaif_fast.cli import given_values, parse_config
 from rlaif_fast.data.synthetic.dataset import SyntheticConfig
-from rlaif_fast.errors import UsageError, first_line
+from rlaif_fast.errors import UsageError
 from rlaif_fast.evals.options import EvaluateConfig, configuration
 from rlaif_fast.evaluate import main as evaluate_main
 from rlaif_fast.plan import __main__ as plan_module
@@ -396,10 +396,3 @@ def test_the_help_of_a_plan_shows_that_a_file_may_come_first(capsys):
     with pytest.raises(SystemExit):
         plan_module.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: rlaif_fast.plan [CONFIG] [--config")
-
-
-@pytest.mark.parametrize(
-    ("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")]
-)
-def test_of_an_error_its_first_line_is_told_or_its_type(text, line):
-    assert first_line(ValueError(text)) == line

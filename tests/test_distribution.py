@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 BUILT = (
     "pyproject.toml",
     "setup.py",
-    "MANIFEST.in",
     "README.md",
     "LICENSE",
     "csrc",

@@ -1,4 +1,4 @@
-"""What a command says where the packages of its extra are not installed."""
+"""What is said of errors: of packages that are not installed, the extra that brings them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlaif_fast.cli import OF_TRAIN
-from rlaif_fast.errors import MissingPackage, RlaifFastError, needed_by
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
+from rlaif_fast.errors import MissingPackage, RlaifFastError, first_line, needed_by
 
 IMPORTED_AS = {"PyYAML": "yaml", "Jinja2": "jinja2", "Pillow": "PIL"}
 
@@ -32,6 +27,7 @@ def without(missing: set[str], module: str, *words: str) -> subprocess.Completed
 
 
 def test_the_packages_of_the_extra_are_known() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
     extras = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
@@ -72,3 +68,10 @@ def test_what_is_missing_is_an_import_error_too() -> None:
     with pytest.raises(MissingPackage, match=words) as caught, needed_by("a test", "train"):
         import nowhere  # noqa: F401
     assert isinstance(caught.value, ImportError) and isinstance(caught.value, RlaifFastError)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n one\ntwo", "one"), (" \n", "ValueError"), ("", "ValueError")]
+)
+def test_of_an_error_its_first_line_is_told_or_its_type(text, line):
+    assert first_line(ValueError(text)) == line
