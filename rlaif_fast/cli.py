@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
@@ -57,7 +58,7 @@ def parse_config(
             its type, or the file cannot be read.
     """
     files, flags = _files_and_flags(_words(argv))
-    parser = _parser(config_class, prog, description)
+    parser = _parser(config_class, prog, description)  # type: ignore[arg-type]
     values = parser.parse_args([*(["--config", str(under)] if under else []), *files, *flags])
     _tell_twice(parser, files, flags, _names(config_class))
     found = {name: _plain(getattr(values, name)) for name in _names(config_class)}
@@ -217,6 +218,7 @@ def _names(config_class: type) -> list[str]:
     return [field.name for field in fields(config_class)]
 
 
+@cache
 def _parser(config_class: type, prog: str, description: str) -> Any:
     try:
         import jsonargparse
