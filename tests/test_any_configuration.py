@@ -134,11 +134,6 @@ def run(tmp_path, cache, capsys):
     return start
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def draw(rng: random.Random, keys: dict) -> dict:
     """A value for every key, but for those that are left out."""
     drawn = {name: rng.choice(choices) for name, choices in keys.items()}

@@ -110,11 +110,6 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def words(folder, cache, **changes):
     values = SMALL | {"output_dir": folder, "cache_dir": cache, "sft_steps": 2, "eval_steps": 1} | changes
     return [f"--{key}={value}" for key, value in values.items()]

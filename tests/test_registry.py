@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import family_checkpoints
 import pytest
@@ -51,11 +50,6 @@ def test_the_walk_finds_the_families() -> None:
     assert set(family_checkpoints.RECIPES) == set(FAMILIES)  # each of the table has a checkpoint to train
     assert len(OTHERS) > 10
     assert {"llava_next_video", "gemma4", "qwen2_5_omni"} <= set(OTHERS)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

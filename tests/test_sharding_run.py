@@ -23,11 +23,6 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LIMIT = 3600  # seconds, after which a run is taken to be stuck
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def words(folder: Path, cache: Path, **changes) -> list[str]:
     values = SMALL | {
         "output_dir": folder,

@@ -22,11 +22,6 @@ from rlaif_fast.termination import EXIT_CODE, Terminated, Termination
 from rlaif_fast.trainer import rl
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def start(folder, cache, **changes):
     values = SMALL | {"output_dir": folder, "cache_dir": cache, "sft_steps": 2} | changes
     return train_module.main([f"--{key}={value}" for key, value in values.items()])

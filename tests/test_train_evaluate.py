@@ -11,6 +11,8 @@ from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
 from rlaif_fast.policy.loading import ModelOptions, load_model
 from rlaif_fast.runs.checkpoint import CheckpointStore
 from rlaif_fast.runs.files import read_jsonl
+from rlaif_fast.trainer.datasets import split_files
+from rlaif_fast.trainer.options import TrainConfig
 
 pytest_plugins = ("tiny_runs",)
 
@@ -27,12 +29,18 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     assert "category" in capsys.readouterr().out
 
 
-def test_evaluate_reads_other_data_as_the_run_did(finished, cache, tmp_path, capsys):
+def rows_asked(folder: Path) -> Path:
+    """The file of the questions that a run was tested on."""
+    config = TrainConfig(**json.loads((folder / "summary.json").read_text())["config"])
+    return split_files(config, workers=1, progress=None)["test"]
+
+
+def test_evaluate_reads_other_data_as_the_run_did(finished, tmp_path, capsys):
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     text = (folder / "config.yaml").read_text().replace("on_bad_row: raise", "on_bad_row: skip")
     (folder / "config.yaml").write_text(text)
     CheckpointStore(folder / "checkpoints", {}).note_config(text)
-    rows = next(cache.glob("data/*/test.jsonl"))
+    rows = rows_asked(folder)
     data = rows.with_name("other.jsonl")
     data.write_text(rows.read_text().splitlines()[0] + '\n{"question": 5}\n')
     words = ["--data", str(data), "--output"]
@@ -62,7 +70,7 @@ def test_evaluate_notices_a_damaged_configuration(finished, tmp_path, capsys):
     assert figures["accuracy"] == json.loads((folder / "summary.json").read_text())["final_accuracy"]
 
 
-def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
+def test_evaluate_puts_adapters_on_their_base(run, tmp_path, capsys):
     code, folder, err = run(lora_r=4, sft_steps=2, max_steps=2)
     assert code == 0, err
     summary = json.loads((folder / "summary.json").read_text())
@@ -77,7 +85,7 @@ def test_evaluate_puts_adapters_on_their_base(run, cache, tmp_path, capsys):
 
     index = json.loads((folder / "checkpoints/index.json").read_text())
     best = folder / "checkpoints" / index["best"]
-    data = next(cache.glob("data/*/test.jsonl"))
+    data = rows_asked(folder)
     pixels = {"min_pixels": 1024, "max_pixels": 1024, "max_completion_length": 12}
     alone = evaluate_command(EvaluateConfig(model=str(best), data=str(data), **pixels))
     assert alone["accuracy"] == pytest.approx(summary["final_accuracy"])

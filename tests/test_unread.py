@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
 
 import pytest
-from tiny_runs import cache, metrics, run  # noqa: F401
+from tiny_runs import metrics
 
 from rlaif_fast import train as train_module
 from rlaif_fast.algorithms.rloo import Rloo
@@ -25,6 +25,8 @@ from rlaif_fast.trainer.unread import (
     tell_unread,
     unread,
 )
+
+pytest_plugins = ("tiny_runs",)
 
 LEFT = {
     ("data", "rows.jsonl"): ("synthetic_rl_clips", "label_confusion", "codec"),
@@ -122,7 +124,7 @@ def test_a_run_that_learns_nothing_reads_nothing_of_learning(changes, is_read):
     )
 
 
-def test_without_rl_what_draws_and_ranks_is_read_for_the_gallery_alone(run):  # noqa: F811
+def test_without_rl_what_draws_and_ranks_is_read_for_the_gallery_alone(run):
     given = {
         "num_generations": 5,
         "temperature": 0.3,
@@ -155,7 +157,7 @@ def test_what_bounds_the_ratio_is_read_where_the_weights_have_moved(changes, is_
     assert OFF_POLICY.keys() - unread(TrainConfig(**changes)).keys() == is_read
 
 
-def test_what_bounds_the_ratio_changes_nothing_before_the_weights_move(run):  # noqa: F811
+def test_what_bounds_the_ratio_changes_nothing_before_the_weights_move(run):
     (_, one, _), (_, other, said) = run("one"), run("other", **OFF_POLICY)
     assert metrics(one) == metrics(other)
     assert f"not read, since num_iterations and steps_per_generation are 1: {', '.join(OFF_POLICY)}" in said

@@ -38,11 +38,6 @@ def metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "time"} for row in read_jsonl(folder / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
 def run(tmp_path, cache, capsys):
     """Runs the train command and returns (exit code, run folder, what it wrote to stderr)."""
@@ -56,7 +51,7 @@ def run(tmp_path, cache, capsys):
     return start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory, cache) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     values = SMALL | {"output_dir": folder, "cache_dir": cache, "report": "true", "tensorboard": "true"}
