@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import yaml
-from fuzzing import fuzz_seed
+from fuzzing import counts, fuzz_seed
 from test_recovery import KINDS, files_of, flip, last, recovers
 from tiny_runs import SMALL, metrics
 
@@ -20,11 +20,6 @@ from rlaif_fast.runs.recovery import recover
 from rlaif_fast.trainer import rl
 
 SEED = fuzz_seed()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def train(folder, cache) -> int:
@@ -62,25 +57,25 @@ def stopped(tmp_path_factory, cache, whole) -> RunDir:
     return RunDir(folder)
 
 
-def test_random_damages_of_a_real_run(stopped, tmp_path):
-    """200 damages: none silent, each told in a line, an earlier whole checkpoint used wherever there is one."""
+@pytest.mark.parametrize("kinds", counts(1, len(KINDS)))
+def test_every_file_of_a_real_run_is_damaged(stopped, tmp_path, kinds):
+    """None silently, each told in a line, an earlier whole checkpoint used wherever there is one."""
     print(f"RLAIF_FAST_FUZZ_SEED={SEED}")
     newest = last(stopped)
     assert newest == "rl-000003"
     logs = unseal(stopped.checkpoints / newest / "manifest.json")["logs"]
     rng = random.Random(SEED)
     outcomes: Counter[str] = Counter()
-    for number in range(200):
-        run = RunDir(shutil.copytree(stopped.path, tmp_path / f"run-{number}"))
-        path, damage = rng.choice(files_of(run)), rng.choice(KINDS)
-        limit = logs.get(path.name, (None,))[0] if path.parent == run.path else None
+    files = [path.relative_to(stopped.path) for path in files_of(stopped)]
+    for name, damage in [(name, damage) for name in files for damage in rng.sample(KINDS, kinds)]:
+        limit = logs.get(str(name), (None,))[0]
         if limit == 0:  # a record that nothing vouches for: what it holds is dropped
-            shutil.rmtree(run.path)
-            outcomes["not part of a checkpoint"] += 1
             continue
+        run = RunDir(shutil.copytree(stopped.path, tmp_path / "run"))
+        path = run.path / name
         before = path.read_bytes()
         damage(path, rng, limit)
-        where = f"{number}: {damage.__name__} {path.relative_to(run.path)}"
+        where = f"{damage.__name__} {name}"
         assert not path.exists() or path.read_bytes() != before, where
         if not recovers(run, path, where):
             outcomes["refused"] += 1
@@ -90,8 +85,9 @@ def test_random_damages_of_a_real_run(stopped, tmp_path):
             outcomes["an earlier checkpoint" if last(run) != newest else "the newest"] += 1
         shutil.rmtree(run.path)
     print(dict(outcomes))
-    assert sum(outcomes.values()) == 200
-    assert outcomes["an earlier checkpoint"] > 40
+    assert (
+        outcomes["an earlier checkpoint"] >= kinds * sum(newest in name.parts for name in files) >= 10 * kinds
+    )
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "manifest.json"])

@@ -3,8 +3,7 @@
 import json
 import math
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,38 +204,33 @@ def test_a_summary_that_cannot_be_written_leaves_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("before", "killed_in", "left"),
+    ("prepare", "left"),
     [
-        ("", "RunDir.create(path)", "..rlaif-fast-run.*.tmp"),
+        (lambda path: partial(RunDir.create, path), "..rlaif-fast-run.*.tmp"),
+        (lambda path: partial(RunDir.create(path).write_summary, {}), ".summary.json.*.tmp"),
         (
-            "run = RunDir.create(path)",
-            "run.write_summary({'final_accuracy': 1.0})",
-            ".summary.json.*.tmp",
-        ),
-        (
-            "store = CheckpointStore(RunDir.create(path).checkpoints, {})",
-            "store.mark()",
+            lambda path: CheckpointStore(RunDir.create(path).checkpoints, {}).mark,
             "checkpoints/.index.json.*.tmp",
         ),
     ],
+    ids=["marker", "summary", "index"],
 )
-def test_a_kill_while_a_file_is_written_leaves_none(tmp_path, before, killed_in, left):
+def test_a_kill_while_a_file_is_written_leaves_none(tmp_path, prepare, left):
     """What it leaves under a temporary name goes with the next run that has the folder."""
-    script = f"""
-import os, sys
-from rlaif_fast.runs.checkpoint import CheckpointStore
-from rlaif_fast.runs.folder import RunDir
-path = sys.argv[1]
-{before}
-os.fsync = lambda _: os._exit(9)
-{killed_in}
-"""
     path = tmp_path / "run"
-    process = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
-    assert process.returncode == 9 and not RunDir(path).finished
+    write = prepare(path)
+    begun = path.exists()
+    child = os.fork()
+    if child == 0:
+        os.fsync = lambda _: os._exit(9)
+        try:
+            write()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not RunDir(path).finished
     assert len(list(path.glob(left))) == 1
     own = path / ".notes.txt.12.tmp"
-    if before:
+    if begun:
         own.touch()
         with RunDir.open(path).lock():
             assert own.exists() and not list(path.glob(left))

@@ -51,8 +51,12 @@ def refuse(world: World, rank: int) -> None:
     world.barrier()
 
 
-def average_in_buckets(world: World, bucket_bytes: int) -> list[list[float]]:
-    """Gradients of several shapes and dtypes, some absent or not contiguous, averaged in buckets."""
+def average_in_buckets(world: World, sizes: list[int]) -> list[list[list[float]]]:
+    """Gradients of several shapes and dtypes, some absent or not contiguous, averaged in buckets of each size."""
+    return [_averaged_in_buckets(world, bucket_bytes) for bucket_bytes in sizes]
+
+
+def _averaged_in_buckets(world: World, bucket_bytes: int) -> list[list[float]]:
     generator = torch.Generator().manual_seed(world.rank)
     shapes = [(5,), (3, 4), (40,), (2,), (1,), (7, 3)]
     dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32]
@@ -66,14 +70,18 @@ def average_in_buckets(world: World, bucket_bytes: int) -> list[list[float]]:
     return [weight.grad.flatten().tolist() for weight in weights]
 
 
-def look_for_folder(world: World, folders: list[str]) -> str:
-    """What each process says when every one of them is a machine with its own folder."""
+def look_for_folders(world: World, cases: list[list[str]]) -> list[list[str]]:
+    """What each process says, case by case, when every one of them is a machine with its own folder."""
     world.local_size = 1
-    try:
-        world.check_shared(Path(folders[world.rank]))
-    except UsageError as error:
-        return "/".join(world.gather(str(error)))
-    return "/".join(world.gather(""))
+    said = []
+    for folders in cases:
+        try:
+            world.check_shared(Path(folders[world.rank]))
+        except UsageError as error:
+            said.append(world.gather(str(error)))
+        else:
+            said.append(world.gather(""))
+    return said
 
 
 def run_out_of_memory(world: World, rank: int) -> None:
@@ -122,18 +130,18 @@ def sleep(world: World, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def lose_the_judge(world: World, folder: str | None) -> str:
-    """With a folder, the judge of process 1 goes down, and each process leaves a file there once it knows."""
+def lose_the_judge(world: World, folder: str) -> None:
+    """The judge of process 1 answers and then goes down; each process leaves a file in the folder once it knows."""
 
-    def judge() -> str:
-        if folder is not None and world.rank == 1:
+    def judge(down: bool) -> str:
+        if down and world.rank == 1:
             raise OracleFailedError("the judge is down")
         return "met by none"
 
+    assert world.together(lambda: judge(down=False)) == "met by none"
     try:
-        return world.together(judge)
+        world.together(lambda: judge(down=True))
     except SharedOutage:
-        assert folder is not None
         (Path(folder) / str(world.rank)).touch()
         world.barrier()
         raise
@@ -149,18 +157,21 @@ def meet_in_a_step(world: World, met: Exception) -> None:
     world.together(step)
 
 
-def exceed_the_limit(world: World, options: tuple[str, bool]) -> str:
-    """What each process says where the shards of process 1 are larger than its system lets files be."""
-    folder, asynchronous = options
+def exceed_the_limit(world: World, folders: dict[bool, str]) -> dict[bool, list[str]]:
+    """What each process says, asynchronous or not, where its system lets no file of process 1 hold its shards."""
     world.connect()
     model = fully_shard(Weights(100_000), mesh=init_device_mesh("cpu", (world.size,)))
-    store = CheckpointStore(Path(folder), {}, read_only=not world.is_main, asynchronous=asynchronous)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        store.save("rl-000001", model, Words(), {"shards": {"weight": model.weight.detach()}}, last=True)
-        store.wait()
-    except RlaifFastError as error:
-        return "\n".join(world.gather(str(error)))
-    return "\n".join(world.gather("written"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    told = {}
+    for asynchronous, folder in folders.items():
+        store = CheckpointStore(Path(folder), {}, read_only=not world.is_main, asynchronous=asynchronous)
+        try:
+            shards = {"shards": {"weight": model.weight.detach()}}
+            store.save("rl-000001", model, Words(), shards, last=True)
+            store.wait()
+        except RlaifFastError as error:
+            told[asynchronous] = world.gather(str(error))
+        else:
+            told[asynchronous] = world.gather("written")
+    return told
