@@ -374,7 +374,7 @@ def test_too_little_confidence_ties_the_group():
     judge = PromptJudge(lambda a, b: generator.choice((1, -1)), orders=4, min_confidence=0.6)
     rankings = judge.rank(groups(30, 5))
     low = [ranking for ranking in rankings if ranking.confidence < 0.6]
-    assert len(low) > 20
+    assert 20 < len(low) < len(rankings)
     assert all(set(ranking.ranks) == {0} for ranking in low)
     assert all(len(set(ranking.ranks)) > 1 for ranking in rankings if ranking.confidence >= 0.6)
 
