@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlaif_fast import doctor, grpo_rank_loss
-from rlaif_fast.loss import backends, extension
+from rlaif_fast.loss import backends, cuda, extension
+from rlaif_fast.policy.loading import resolve_dtype
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -170,3 +171,39 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch, capsys):
     monkeypatch.setattr(checkup, "checks", lambda: iter([wrong]))
     assert doctor.main(["--check"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs", "does_not"),
+    [
+        ("8.0 9.0 10.0+PTX", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 0), (7, 5)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0), (10, 0)]),
+        ("9.0a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("10.0a 7.5+PTX", [(7, 5), (8, 0), (10, 0), (10, 3)], [(7, 0)]),
+        ("10.0f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("Hopper", [(7, 5), (9, 0)], []),
+    ],
+)
+def test_the_extension_is_for_the_devices_that_it_has_code_for(architectures, runs, does_not, monkeypatch):
+    """On others its first launch would end in "no kernel image is available"."""
+
+    class Built:
+        @staticmethod
+        def build_info():
+            return {"cuda": "13.0", "cuda_architectures": architectures}
+
+    monkeypatch.setattr(extension, "load", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability in (*runs, *does_not):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        reason = cuda.unavailable()
+        assert (reason is None) == (capability in runs), (capability, reason)
+        assert reason is None or f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}" in reason
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(native, dtype, monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation
+    )
+    assert resolve_dtype("auto", torch.device("cuda")) == dtype

@@ -136,7 +136,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype "auto" stands for on `device`, or the named one."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_fast else torch.float32
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
