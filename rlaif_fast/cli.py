@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, nearest, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
-from rlaif_fast.yaml_keys import refuse_repeated_keys
+from rlaif_fast.yaml_keys import packaged, refuse_repeated_keys
 
 Config = TypeVar("Config")
 
@@ -247,12 +246,10 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
 
 def packaged_config(name: str) -> Path:
     """Path of a configuration file that comes with the package, such as "tiny.yaml"."""
-    spec = find_spec("rlaif_fast_configs")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in map(Path, folders):
-        if (folder / name).is_file():
-            return folder / name
-    raise UsageError(f"config: {name} is not among the packaged configurations; reinstall rlaif-fast")
+    path = packaged(name)
+    if path is None:
+        raise UsageError(f"config: {name} is not among the packaged configurations; reinstall rlaif-fast")
+    return path
 
 
 def _plain(value: Any) -> Any:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
+
+
+def packaged(name: str) -> Path | None:
+    """Path of a configuration file that comes with the package, such as "tiny.yaml"; None where there is no such."""
+    spec = find_spec("rlaif_fast_configs")
+    files = [Path(folder, name) for folder in (spec.submodule_search_locations if spec else None) or ()]
+    return next((file for file in files if file.is_file()), None)
 
 
 def refuse_repeated_keys(file: str | Path) -> bool:
@@ -27,7 +35,9 @@ def refuse_repeated_keys(file: str | Path) -> bool:
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"config: cannot read {file}: {error.strerror}") from None
+        held = packaged(f"{Path(file).stem}.yaml")
+        where = "" if held is None else f"; the one that comes with the package is {held}"
+        raise UsageError(f"config: cannot read {file}: {error.strerror}{where}") from None
     root = yaml.compose(text, yaml.SafeLoader)
     left: list[Any] = [root]
     met: set[int] = set()  # an alias may lead back to what holds it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -61,6 +62,25 @@ def test_doctor_needs_no_extra() -> None:
     done = without(OF_TRAIN, "rlaif_fast.doctor")
     assert done.returncode == 0, done.stderr
     assert "not installed" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "plan", "evaluate"])
+def test_a_configuration_that_is_not_there_is_looked_for_in_the_package(
+    command, tmp_path, monkeypatch, capsys
+):
+    """Who installed the package without its sources has no folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module(
+        "rlaif_fast.plan.__main__" if command == "plan" else f"rlaif_fast.{command}"
+    ).main
+    assert main(["--config", "configs/tiny.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: config: cannot read configs/tiny.yaml: No such file or directory; the one that"
+    )
+    assert Path(said.split()[-1]).is_file()
+    assert main(["--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "error: config: cannot read nowhere.yaml: No such file or directory\n"
 
 
 def test_what_is_missing_is_an_import_error_too() -> None:
