@@ -43,8 +43,6 @@ FIRST_FRAME_PACKETS = 256  # packets tried before a stream counts as undecodable
 PYAV = int(av.__version__.partition(".")[0])
 # Text that is not UTF-8 must not make a video unreadable; from 19 on PyAV decodes it leniently by itself.
 METADATA: Any = {"metadata_errors": "replace"} if PYAV < 19 else {}
-# Threads to convert colours take longer to start than to convert a small frame, and gain nothing on a large one.
-ONE_THREAD: Any = {"threads": 1} if PYAV >= 17 else {}  # before 17 it is one
 STRICT = {"err_detect": "explode"}  # else FFmpeg conceals damage by pasting from other frames
 CONSTANT_RATE_TOLERANCE = 0.02  # share of a frame interval that container rounding may shift a timestamp
 
@@ -92,7 +90,8 @@ def read_frames(
     with _Reader(path, info, wanted, threads) as reader:
         for index in wanted:
             frame = reader.frame(index)
-            picture = convert.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray()
+            # More threads take longer to start than to convert a small frame, and gain nothing on a large one.
+            picture = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
             if picture.shape[:2] != (info.height, info.width):
                 raise BadVideo(
                     f"frame {index} is {frame.width}x{frame.height}, the first {info.width}x{info.height}"
