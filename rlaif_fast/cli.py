@@ -18,14 +18,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, nearest, printable
+from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, missing, nearest, printable
 from rlaif_fast.termination import EXIT_CODE, Terminated
 from rlaif_fast.yaml_keys import packaged, refuse_repeated_keys
 
 Config = TypeVar("Config")
 
-NEEDS_TRAIN = 'commands need the extra "train": pip install "rlaif-fast[train]"'
-# What that extra brings, as it is imported.
+# What the extra "train" brings, as it is imported.
 OF_TRAIN = {
     *("transformers", "av", "jsonargparse", "yaml", "rich", "matplotlib", "tensorboard", "jinja2", "PIL"),
     *("safetensors", "tokenizers", "peft", "sacrebleu"),
@@ -221,8 +220,8 @@ def _names(config_class: type) -> list[str]:
 def _parser(config_class: type, prog: str, description: str) -> Any:
     try:
         import jsonargparse
-    except ImportError:
-        raise UsageError(NEEDS_TRAIN) from None
+    except ImportError as error:
+        raise UsageError(str(missing("this command", error, "train"))) from None
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -359,7 +358,7 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in OF_TRAIN:
-        return f"{error.name} is not installed; {NEEDS_TRAIN}"
+        return str(missing("this command", error, "train"))
     return f"{type(error).__name__}: {error}"
 
 

@@ -103,9 +103,15 @@ def needed_by(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingPackage(
-            f"{what} needs {error.name or 'a package'}, which is not installed; run: pip install 'rlaif-fast[{extra}]'"
-        ) from error
+        raise missing(what, error, extra) from error
+
+
+def missing(what: str, error: ImportError, extra: str) -> MissingPackage:
+    """What `needed_by` raises in place of `error`."""
+    package = error.name or "a package"
+    return MissingPackage(
+        f"{what} needs {package}, which is not installed; run: pip install 'rlaif-fast[{extra}]'"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -168,10 +168,8 @@ def refuse_idle_cut(row: Mapping[str, Any], media: Iterable[Medium]) -> None:
         RowError: With the key.
     """
     kinds = {medium.kind for medium in media}
-    for key in CUT_KEYS:
-        if row.get(key) is None or "video" in kinds:
-            continue
-        if not kinds or key not in OF_IMAGES:
+    for key in CUT_KEYS if "video" not in kinds else ():
+        if row.get(key) is not None and not (kinds and key in OF_IMAGES):
             raise RowError(f"{key}: the row has no video" + (" or picture" if key in OF_IMAGES else ""))
 
 

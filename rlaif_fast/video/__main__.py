@@ -71,8 +71,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     count = group.add_mutually_exclusive_group()
     count.add_argument("--fps", type=float, default=2.0, help="Frames per second of video.")
     count.add_argument("--nframes", type=int, help="This many frames, instead of --fps.")
-    group.add_argument("--min_frames", type=int, help="Fewest frames under --fps; 4 without it.")
-    group.add_argument("--max_frames", type=int, help="Most frames under --fps; 768 without it.")
+    group.add_argument(
+        "--min_frames", type=int, help=f"Fewest frames under --fps; {FrameSampling.min_frames} without it."
+    )
+    group.add_argument(
+        "--max_frames", type=int, help=f"Most frames under --fps; {FrameSampling.max_frames} without it."
+    )
     group.add_argument("--video_start", type=float, help="Seconds.")
     group.add_argument("--video_end", type=float, help="Seconds.")
 

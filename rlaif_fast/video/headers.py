@@ -5,7 +5,7 @@ Each function takes a packet and what the container says once for all of them (F
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 Size = tuple[int, int] | bytes  # (width, height), or the header that names them among other things
@@ -88,16 +88,16 @@ def _parameters(kind_of: Callable[[int], int], kinds: range, data: memoryview, o
     return own if own and own not in once else once or None
 
 
-def _parts(data: memoryview) -> list[bytes]:
+def _parts(data: memoryview) -> Sequence[bytes | memoryview]:
     """What a packet holds, each part behind its length (MP4, Matroska) or behind a start code."""
     at, found = 0, []
     while at + 4 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
-        found.append(bytes(data[at + 4 : at + 4 + length]))
+        found.append(data[at + 4 : at + 4 + length])
         at += 4 + length
-    if at != len(data):
-        found = [part.rstrip(b"\0") for part in bytes(data).split(b"\0\0\1")]
-    return [part for part in found if part]
+    if at == len(data):
+        return [part for part in found if len(part)]
+    return [part for part in (piece.rstrip(b"\0") for piece in bytes(data).split(b"\0\0\1")) if part]
 
 
 def _av1(data: memoryview, once: bytes) -> Size | None:
