@@ -70,6 +70,7 @@ def prefix_part_kernel(
     scale,
     L,
     part_columns,
+    S,  # not a constant: it differs between lengths of buffers, and each would be compiled
     query_stride_n,
     query_stride_h,
     query_stride_g,
@@ -83,7 +84,6 @@ def prefix_part_kernel(
     R: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -210,6 +210,7 @@ def prefix_decode(
             scale,
             L,
             part_columns,
+            S,
             *query.stride()[:3],
             *keys.stride()[:3],
             *values.stride()[:3],
@@ -217,7 +218,6 @@ def prefix_decode(
             R=H // K,
             G=G,
             D=D,
-            S=S,
             **config,
             WIDE=INTERPRETED,
         )
@@ -265,14 +265,14 @@ def aot_configs() -> list[AotConfig]:
             types = dict.fromkeys(("query", "keys", "values"), f"*{kind}:16")
             types |= dict.fromkeys(("prompts", "own"), "*i32:16")
             types |= dict.fromkeys(("parts", "maxima", "sums"), "*fp32:16")
-            types |= {"scale": "fp32", "L": "i32:16", "part_columns": "i32:16"}
+            types |= {"scale": "fp32", "L": "i32:16", "part_columns": "i32:16", "S": "i32"}
             types |= {
                 f"{name}_stride_{axis}": "i32:16"
                 for name, axes in (("query", "nhg"), ("key", "nkl"), ("value", "nkl"))
                 for axis in axes
             }
             blocks = {name: config[name] for name in ("BLOCK_Q", "BLOCK_L", "BLOCK_D")}
-            constexprs = {"K": K, "R": R, "G": G, "D": D, "S": S, "WIDE": False, **blocks}
+            constexprs = {"K": K, "R": R, "G": G, "D": D, "WIDE": False, **blocks}
             configs.append(
                 AotConfig(prefix_part_kernel, types, constexprs, warps, stages, f"{label}, {kind}")
             )

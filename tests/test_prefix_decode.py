@@ -80,6 +80,12 @@ def test_the_parts_are_merged_whatever_their_number(processors, monkeypatch):
     assert error(prefix_decode(*step, 0.3), expected(*step, 0.3)) < TOLERANCE[WIDEST]
 
 
+def test_parts_are_no_constant_of_the_kernel_that_takes_a_second_to_compile():
+    """Buffers of another length have another number of them."""
+    configs = [config for config in kernels.aot_configs() if config.kernel is kernels.prefix_part_kernel]
+    assert configs and all("S" in config.signature for config in configs)
+
+
 def test_large_scores_do_not_overflow():
     query, keys, values, prompts, own = problem((150,), 2, 4, 2, 1, 192, 16)
     result = prefix_decode(100 * query, keys, values, prompts, own, 5.0)
