@@ -106,6 +106,35 @@ def test_a_capture_fails_by_what_failed_first(reason, gpu, monkeypatch, caplog):
     graphs._stream.cache_clear()
 
 
+def test_random_numbers_are_drawn_behind_a_capture_that_failed(gpu, monkeypatch):
+    """PyTorch 2.11 marks the generator's state as captured where a capture begins, and leaves it so where it fails."""
+
+    class Generator:
+        def __init__(self) -> None:
+            self.captured = False
+
+        clone_state = staticmethod(lambda: Generator())
+
+        def graphsafe_set_state(self, other: Generator) -> None:
+            self.captured = other.captured
+
+    generator = Generator()
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, *, capture_error_mode):
+        generator.captured = True
+        yield
+        raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+    policy = make_run("qwen3_vl").policy
+    simulate_captures(monkeypatch, capture)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    assert "not permitted" in graphs.check_graphs(policy)
+    assert not generator.captured
+    graphs._stream.cache_clear()
+
+
 def simulate_captures(monkeypatch, capture) -> None:
     """Put `capture` in place of `torch.cuda.graph`; a replay does nothing."""
     monkeypatch.setattr(FixedStep, "_capture", CAPTURE)

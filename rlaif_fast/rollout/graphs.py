@@ -238,7 +238,18 @@ def check_graphs(policy: Policy) -> str | None:
             step, captured = _small_step(policy)
             return _unlike("a captured step", captured, "an eager one", step._run(), 2e-2)
     except Exception as error:  # a driver, a library or a model's own code may refuse a capture
+        _draw_again(policy.device)
         return typed_line(error)[:160]
+
+
+def _draw_again(device: torch.device) -> None:
+    """Give a GPU's random numbers back, which a capture that failed keeps.
+
+    To PyTorch 2.11 the generator's state is captured for good, and dropout then raises; a copy of the state is not.
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def check_fused(policy: Policy, attention: str = "auto") -> str | None:
