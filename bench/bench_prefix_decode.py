@@ -29,6 +29,7 @@ SECONDS = 4.0
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """Return a replay of `run` as a CUDA graph."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes what `run` reads
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
