@@ -26,12 +26,15 @@ HEADS, KEY_HEADS, HEAD_SIZE = 4, 2, 64
 
 
 def ragged_row(merge: str) -> PackedRow:
-    """Two prompts of unequal length with three and two responses of unequal length, one of them a repeat."""
+    """Three prompts of unequal length with three, two and one responses of unequal length, one of them a repeat.
+
+    The last is one token, which is not fed: nothing but itself attends to its prompt.
+    """
     token_ids = np.array(
-        [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [1, 2, 3, 4, 0], [3, 1, 0, 0, 0], [3, 1, 0, 0, 0]]
+        [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [1, 2, 3, 4, 0], [3, 1, 0, 0, 0], [3, 1, 0, 0, 0], [2, 0, 0, 0, 0]]
     )
-    lengths = np.array([5, 3, 4, 2, 2])
-    return pack(token_ids, lengths, np.array([37, 5]), np.array([3, 2]), merge=merge)  # type: ignore[arg-type]
+    lengths, prompts, sizes = np.array([5, 3, 4, 2, 2, 1]), np.array([37, 5, 70]), np.array([3, 2, 1])
+    return pack(token_ids, lengths, prompts, sizes, merge=merge)  # type: ignore[arg-type]
 
 
 def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
