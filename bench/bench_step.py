@@ -81,7 +81,10 @@ def interleave(arms: Mapping[str, Callable[[], object]], seconds: float) -> dict
 
 
 def alone(scale: str, arm: str, case: Case, paths: list[Path], rounds: int) -> Measured:
-    """Measure one arm in a process of its own."""
+    """Measure one arm in a process of its own, to which this one leaves the GPU's memory."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
     numbers = (case.prompt, case.response, case.generations, rounds)
     command = [sys.executable, step_arms.__file__, scale, arm, *map(str, numbers), *map(str, paths)]
     root = Path(__file__).parents[1]
