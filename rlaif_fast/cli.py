@@ -19,7 +19,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from rlaif_fast.errors import HINTS, RlaifFastError, UsageError, first_line, missing, nearest, printable
-from rlaif_fast.termination import EXIT_CODE, Terminated
+from rlaif_fast.termination import ECHO_SECONDS, EXIT_CODE, Terminated, Termination
 from rlaif_fast.yaml_keys import packaged, refuse_repeated_keys
 
 Config = TypeVar("Config")
@@ -318,8 +318,8 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
     """Run a command; print an error as one line and return its exit code.
 
     Args:
-        command: Returns the exit code; errors give 2 for usage, 1 for failure, 143 for SIGTERM and SIGHUP. Where the
-            reader of the output has gone it ends with 1, and says nothing.
+        command: Returns the exit code; errors give 2 for usage, 1 for failure, 130 for Ctrl-C, 143 for SIGTERM and
+            SIGHUP. Where the reader of the output has gone it ends with 1, and says nothing.
         debug: Show tracebacks instead.
         flag: What the user says for that; empty where the command has no such flag.
     """
@@ -328,7 +328,8 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it stays open
     try:
-        code = command()
+        with Termination(0.0, echo_seconds=ECHO_SECONDS).installed():
+            code = command()
         sys.stdout.flush()
         return code
     except RlaifFastError as error:

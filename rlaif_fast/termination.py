@@ -6,6 +6,7 @@ terminal is closed, and is left alone where it is ignored (nohup).
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -28,6 +29,18 @@ class Terminated(BaseException):
 
 class StepGivenUp(Terminated):
     """The step took too long. What was finished before it is saved."""
+
+
+def end_with_parent(code: int) -> None:
+    """In a process that `multiprocessing` started: end at once, with this exit code, where the parent process ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(code)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Termination:

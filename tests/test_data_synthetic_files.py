@@ -3,10 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -205,6 +208,25 @@ print(make_dataset({str(tmp_path / "shared")!r}, config).reused)
     assert "False" in said
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
     assert len(list((tmp_path / "shared" / "videos" / "sft").iterdir())) == 12
+
+
+@pytest.mark.parametrize(("ending", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+def test_no_worker_outlives_the_command(tmp_path, ending, code):
+    command = [sys.executable, "-m", "rlaif_fast.data", "make", str(tmp_path / "made")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.rglob("*.mp4")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # A terminal sends a Ctrl-C to all processes of the command.
+    (os.killpg if ending == "SIGINT" else os.kill)(process.pid, getattr(signal, ending))
+    # The workers have this pipe too: it is read to its end only once they are gone.
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code
+    if ending != "SIGKILL":
+        assert said.splitlines() == ["interrupted" if ending == "SIGINT" else "terminated by SIGTERM"]
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_replaces_a_dataset(tmp_path):

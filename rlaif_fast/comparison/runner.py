@@ -19,6 +19,7 @@ from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.outputs import INDEX, write_atomically
 from rlaif_fast.runs.folder import RunDir
+from rlaif_fast.termination import Termination
 from rlaif_fast.yaml_keys import dump, load
 
 POLL_SECONDS = 0.5
@@ -207,15 +208,10 @@ def _last_line(folder: Path) -> str:
 @contextlib.contextmanager
 def _stopping(running: list[_Running]) -> Iterator[None]:
     """Stop the runs at work when the comparison is stopped: they can be gone on with."""
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with Termination(0.0).installed():
+            yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
         for entry in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(entry.process.pid, signal.SIGTERM)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
 import signal
-import threading
+
+from rlaif_fast.termination import end_with_parent
 
 LOST = 76  # exit code of a process that ended because another one did: EX_PROTOCOL of sysexits.h
 
@@ -17,13 +16,6 @@ def run(call: bytes) -> None:
     The function is unpickled here, behind the watch: its imports (torch) take seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(LOST)
     function, *arguments = pickle.loads(call)
     function(*arguments)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(LOST)

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rlaif_fast.data.synthetic.render import render
 from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world, with_digits
 from rlaif_fast.digests import file_digest, text_digest
 from rlaif_fast.errors import RlaifFastError, UsageError, require_given
+from rlaif_fast.termination import EXIT_CODE, end_with_parent
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
 
@@ -268,10 +270,13 @@ def _write_all(
             lines[split] = stack.enter_context((root / f"{split}.jsonl").open("w", encoding="utf-8"))
         made: Iterator[tuple[str, list[dict[str, Any]]]] = map(make_clip, clips)
         if workers > 1 and len(clips) > 4 * _CLIPS_AT_ONCE:
-            pool = stack.enter_context(
-                ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-            )
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, end_with_parent, (EXIT_CODE,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            # The workers are started here, and do not see a Ctrl-C: it ends the parent, and that ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             made = pool.map(make_clip, clips, chunksize=_CLIPS_AT_ONCE)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for done, ((split, _), (signature, rows)) in enumerate(zip(clips, made), 1):
             assert seen.setdefault(signature, split) == split, "splits share a world"
             lines[split].writelines(json.dumps(row) + "\n" for row in rows)
