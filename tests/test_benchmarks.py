@@ -285,6 +285,38 @@ def test_jsonl_names_the_tables_that_it_does_not_read(tmp_path, video, caplog):
     assert "those of *.jsonl; not read: rest.json" in caplog.text
 
 
+def test_jsonl_reads_tsv_and_names_it_beside_others(tmp_path, video, caplog):
+    video("a.mp4")
+    put(tmp_path / "test.tsv", "question\tanswer\tvideo\nWhat moves?\tdisk\ta.mp4\n")
+    [item] = read_benchmark("jsonl", tmp_path)
+    assert (item.example.answer, item.trouble) == ("disk", "")
+    put(tmp_path / "more.jsonl", json.dumps({"question": "What?", "answer": "x", "video": "a.mp4"}) + "\n")
+    [item] = read_benchmark("jsonl", tmp_path)
+    assert item.example.answer == "x" and "not read: test.tsv" in caplog.text
+
+
+def test_jsonl_reads_answers_in_a_file_of_their_own_with_their_questions(tmp_path, video):
+    video("all_test/v_B.mp4")
+    put(tmp_path / "test_q.json", [{"question": "what moves", "video_name": "B", "question_id": "1"}])
+    put(tmp_path / "test_a.json", [{"answer": "disk", "question_id": "1"}])
+    [item] = read_benchmark("jsonl", tmp_path)
+    assert (item.example.id, item.example.answer, item.trouble) == ("1", "disk", "")
+
+
+@pytest.mark.parametrize("name", ["msvd_qa", "msrvtt_qa"])
+def test_open_questions_in_shards_of_parquet(tmp_path, video, name):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        row = {"id": number, "video_id": 7, "question": "who runs?", "answer": "dog"}
+        file = tmp_path / f"data/test-0000{number}-of-00002.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+    path = video("videos/vid7.avi" if name == "msvd_qa" else "videos/video7.mp4")
+    items = read_benchmark(name, tmp_path)
+    assert [(item.example.id, item.example.seen[0].path) for item in items] == [("0", path), ("1", path)]
+
+
 def test_jsonl_in_a_relative_folder_and_by_name(tmp_path, video, monkeypatch):
     monkeypatch.chdir(tmp_path)
     video("bench/a.mp4")

@@ -79,3 +79,13 @@ def test_a_table_with_a_column_twice_or_a_time_beyond_all_is_refused(tmp_path):
         file = write_parquet(tmp_path / f"{name}.parquet", row, **{name: column})
         with pytest.raises(UsageError, match=said):
             read_report(file)
+
+
+def test_what_is_no_csv_is_told_with_its_place(tmp_path):
+    start = b"question,answer\n" + b"what,disk\n" * 3000
+    (tmp_path / "a.csv").write_bytes(start + b"caf\xe9,disk\n")
+    with pytest.raises(UsageError, match=rf"a\.csv: not UTF-8 at byte {len(start) + 3}$"):
+        read_report(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes(start + b'"so" he,disk\n')
+    with pytest.raises(UsageError, match=r"b\.csv: not CSV after line 3001"):
+        read_report(tmp_path / "b.csv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -54,11 +55,17 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         source = _csv(path, "\t" if suffix == ".tsv" else ",")
     else:
         source = _json(path)
-        answers = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
-        if path.stem.endswith("_q") and answers.is_file():
+        if (answers := answers_of(path)) is not None:
             source = _answered(source, answers)
     for number, row in source:
         yield number, row if isinstance(row, RowError) else _checked(row)
+
+
+def answers_of(questions: Path) -> Path | None:
+    """The file with the answers to the questions of another, where there are two: test_a.json beside test_q.json."""
+    answers = questions.with_stem(f"{questions.stem.removesuffix('_q')}_a")
+    both = questions.stem.endswith("_q") and questions.is_file() and answers.is_file()
+    return answers if both else None
 
 
 def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -241,19 +248,20 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """
     csv.field_size_limit(_CELL_CHARS)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-            if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
-                raise UsageError(f"{path}: a column name stands twice in {reader.fieldnames}")
-            for row in reader:
-                if None in row or None in row.values():
-                    yield reader.line_num, RowError(f"expected {len(reader.fieldnames or ())} fields")
-                    continue
-                yield reader.line_num, {key: _cell(key, value) for key, value in row.items() if value != ""}
+        # Decoded at once: of one that is decoded in blocks, an error has its place in the block alone.
+        lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
+            raise UsageError(f"{path}: a column name stands twice in {reader.fieldnames}")
+        for row in reader:
+            if None in row or None in row.values():
+                yield reader.line_num, RowError(f"expected {len(reader.fieldnames or ())} fields")
+                continue
+            yield reader.line_num, {key: _cell(key, value) for key, value in row.items() if value != ""}
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
     except csv.Error as error:
-        raise UsageError(f"{path}: not CSV ({error})") from error
+        raise UsageError(f"{path}: not CSV after line {reader.line_num} ({error})") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
 

@@ -14,15 +14,15 @@ from rlaif_fast.data.identity import files_of
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.reader import read_report
 from rlaif_fast.data.schema import Example
-from rlaif_fast.data.sources import read_text
+from rlaif_fast.data.sources import answers_of, read_text
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import MediaRef
 
 logger = logging.getLogger(__name__)
 
-_TABLES = ("*.jsonl", "*.json", "*.parquet", "*.csv")
+_TABLES = ("*.jsonl", "*.json", "*.parquet", "*.csv", "*.tsv")
 # The evaluation packs of Video-ChatGPT and Video-LLaVA ship test_q.json with test_a.json.
-_TEST = ("**/test_qa.json", "**/test_q.json", "**/*test*.json", "**/*test*.jsonl")
+_TEST = ("**/test_qa.json", "**/test_q.json", "**/test-*.parquet", "**/*test*.json", "**/*test*.jsonl")
 _BRIEFLY = " Answer the question using a single word or phrase."  # LLaVA's, as lmms-eval asks
 _ACTIVITYNET_TYPES = (
     "motion",
@@ -82,7 +82,8 @@ def _brief(folder: Folder, names: list[str], row: dict, where: str, category: st
 def jsonl(folder: Folder, scored: Literal["answer", "whole"]) -> Iterator[Item]:
     """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not.
 
-    They are those of the first of four suffixes that there are any of; the log names the others.
+    They are those of the first of five suffixes that there are any of; the log names the others. Answers in a file of
+    their own (`test_a.json` beside `test_q.json`) are read with their questions.
     """
     files = folder.files(*_TABLES)
     beside = {file for pattern in _TABLES for file in folder.matching(pattern)}.difference(files)
@@ -94,6 +95,8 @@ def jsonl(folder: Folder, scored: Literal["answer", "whole"]) -> Iterator[Item]:
             ", ".join(sorted(file.name for file in beside)),
         )
     for file in files:
+        if answers_of(file.with_stem(f"{file.stem.removesuffix('_a')}_q")) == file:
+            continue
         report = read_report(file, check_files=False, scored=scored)
         if report.errors:
             raise UsageError(report.describe_errors())
