@@ -127,6 +127,12 @@ def test_concurrency_is_bounded():
     [
         ({"base_url": "ftp://x"}, "http"),
         ({"base_url": f"http://u:{KEY}@x/v1"}, "user, password"),
+        ({"base_url": f"http://x:{KEY}/v1"}, "an http.s. address"),
+        ({"base_url": "http://x:99999/v1"}, "an http.s. address"),
+        ({"base_url": "http://[::1/v1"}, "an http.s. address"),
+        ({"base_url": "http://x y/v1"}, "an http.s. address"),
+        ({"base_url": "http://x/v1#here"}, "query or fragment"),
+        ({"base_url": "http://x/v1/chat/completions/"}, "must end before /chat/completions"),
         ({"protocol": "guess"}, "protocol"),
         ({"protocol": "likelihood"}, "protocol"),
         ({"orders": 0}, "orders"),
@@ -158,6 +164,28 @@ def test_needs_an_address_and_a_clean_key(monkeypatch):
     with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
         ApiOracle(model="m", base_url="http://localhost:1/v1").rank([request()])
     assert "secret" not in str(caught.value)
+
+
+def test_spaces_around_the_address_are_no_part_of_it(monkeypatch):
+    with Judge() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", f" {server.url}/\n")
+        [ranking] = build_oracle("api", model="m").rank([request()])
+    assert ranking.valid
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("SSL_CERT_FILE", "/nowhere/certificates.pem", "FileNotFoundError"),
+        ("HTTP_PROXY", "ftp://proxy", "scheme"),
+    ],
+)
+def test_what_the_environment_says_of_connections_is_named_where_it_cannot_be(
+    monkeypatch, variable, value, reason
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=f"cannot open connections: .*{reason}.*{variable}"):
+        ApiOracle(model="m", base_url="http://localhost:1/v1").rank([request()])
 
 
 @pytest.mark.parametrize("package", ["httpx", "tenacity"])

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.base import RankRequest
@@ -30,7 +29,16 @@ from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
 from rlaif_fast.oracle.records import request_text
 from rlaif_fast.oracle.untrusted import cut_middle
-from rlaif_fast.oracle.wire import Completion, Fault, post, read_completion, read_usage, status_fault
+from rlaif_fast.oracle.wire import (
+    Completion,
+    Fault,
+    endpoint,
+    opening,
+    post,
+    read_completion,
+    read_usage,
+    status_fault,
+)
 from rlaif_fast.video.base import Clip
 
 T = TypeVar("T")
@@ -105,7 +113,7 @@ class ApiOracle(Judge):
                 "oracle option 'api_key_env' must be the name of an environment variable; put the key into one"
             )
         self.model = model
-        self.base_url = _endpoint(base_url)
+        self.base_url = endpoint(base_url)
         self.api_key_env = api_key_env
         self.response_format = response_format
         self.temperature = temperature
@@ -171,12 +179,14 @@ class ApiOracle(Judge):
         if not (key.isascii() and key.isprintable()):
             raise UsageError(f"the variable {self.api_key_env} holds characters that no key has; set it anew")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # Making a TLS context reads the certificates from disk: once for all clients.
-        tls = httpx.create_ssl_context()
         async with contextlib.AsyncExitStack() as clients:
+            with opening():
+                # Making a TLS context reads the certificates from disk: once for all clients.
+                tls = httpx.create_ssl_context()
 
             async def connect() -> Any:
-                client = httpx.AsyncClient(headers=headers, timeout=self.timeout, verify=tls)
+                with opening():
+                    client = httpx.AsyncClient(headers=headers, timeout=self.timeout, verify=tls)
                 return await clients.enter_async_context(client)
 
             return list(await asyncio.gather(*calls(_Session(self, connect, key))))
@@ -360,21 +370,6 @@ class _Session:
         if self.key:
             text = text.replace(self.key, "[key]")
         return _KEY_LIKE.sub("[key]", text)
-
-
-def _endpoint(base_url: str | None) -> str:
-    """The address that the option or the environment gives, without a final slash."""
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-    if not base_url:
-        raise UsageError("oracle 'api' needs option 'base_url' (or the variable OPENAI_BASE_URL)")
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(
-            "oracle option 'base_url' must be an http(s) address such as http://localhost:8000/v1"
-        )
-    if parts.username or parts.password or parts.query:
-        raise UsageError("oracle option 'base_url' must hold no user, password or query; use api_key_env")
-    return base_url.rstrip("/")
 
 
 def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:

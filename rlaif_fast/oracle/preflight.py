@@ -34,8 +34,8 @@ def ask_once(oracle: object) -> None:
         [ranking] = asked.rank([_tiny_group(asked.options.use_clips)])
         if not ranking.valid:
             raise RlaifFastError(
-                f"the judge {judge.model!r} at {judge.base_url} gave no verdict on a group of two answers: "
-                f"{ranking.error or 'it declined to judge'}. Check its address, its name and the key in "
+                f"the judge {judge.model!r} at {judge.base_url}/chat/completions gave no verdict on a group of "
+                f"two answers: {ranking.error or 'it declined to judge'}. Check its address, its name and the key in "
                 f"{judge.api_key_env}"
             )
 

@@ -8,14 +8,19 @@ decoded as UTF-8 whatever its headers claim, and everything that is made of it i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import email.utils
 import json
 import math
+import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from rlaif_fast.errors import UsageError
 
 MAX_BODY_BYTES = 4 << 20  # of a reply, as sent and again when unpacked
 MAX_WAIT_SECONDS = 3600.0  # that a Retry-After is obeyed for
@@ -60,6 +65,45 @@ class Completion:
     cut: bool = False
 
 
+def endpoint(base_url: str | None) -> str:
+    """The address that the option or the environment gives, without spaces around it or a final slash.
+
+    Raises:
+        UsageError: There is none, or it is none that requests can be sent below; secrets in it are not shown.
+    """
+    base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip().rstrip("/")
+    if not base_url:
+        raise UsageError("oracle 'api' needs option 'base_url' (or the variable OPENAI_BASE_URL)")
+    try:
+        parts = urlsplit(base_url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # brackets or a port that are none
+        whole = False
+    if not whole or not base_url.isprintable() or " " in base_url:
+        raise UsageError(
+            "oracle option 'base_url' must be an http(s) address such as http://localhost:8000/v1"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UsageError(
+            "oracle option 'base_url' must hold no user, password, query or fragment; use api_key_env"
+        )
+    if parts.path.endswith("/chat/completions"):
+        raise UsageError("oracle option 'base_url' must end before /chat/completions, which is added to it")
+    return base_url
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """Where httpx cannot do with what the environment says of certificates and proxies, name the variables."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"oracle 'api' cannot open connections: {type(error).__name__}: {error}; check the variables "
+            "SSL_CERT_FILE, SSL_CERT_DIR and those of proxies (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY)"
+        ) from None
+
+
 async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -> Response:
     """Send one request and read the whole reply within `timeout` seconds.
 
@@ -81,7 +125,7 @@ async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -
     except Exception as error:  # httpx's own errors, and whatever a hostile reply brings up below it
         if "Timeout" in type(error).__name__:
             raise Fault("timeout", f"no reply within {timeout:g} s ({type(error).__name__})") from None
-        raise Fault("connection", f"{type(error).__name__}: {error}") from None
+        raise Fault("connection", f"{type(error).__name__}: {error}".rstrip(": ")) from None
 
 
 async def _exchange(client: Any, url: str, body: Mapping[str, Any]) -> Response:
