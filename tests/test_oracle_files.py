@@ -6,6 +6,7 @@ import logging
 from functools import partial
 
 import pytest
+import torch
 from oracle_file_parts import write
 
 from rlaif_fast.data.reader import read_examples
@@ -15,6 +16,7 @@ from rlaif_fast.oracle.callable import CallableOracle
 from rlaif_fast.oracle.ensemble import EnsembleOracle
 from rlaif_fast.oracle.records import row_request
 from rlaif_fast.oracle.replay import ReplayOracle
+from rlaif_fast.video.base import Clip
 
 
 def by_length(request):
@@ -54,6 +56,16 @@ def test_a_failing_function_makes_the_group_invalid(function, caplog):
     assert not any(ranking.valid for ranking in rankings)
     assert all("the oracle function failed" in ranking.error for ranking in rankings)
     assert len(caplog.records) == 1
+
+
+def test_what_the_blind_control_asks_hides_no_later_failure(caplog):
+    def looks(request):
+        return [len(text) / len(request.clips[0].frames) for text in request.responses]
+
+    oracle, picture = CallableOracle(function=looks), Clip(torch.zeros(0, 1, 1, 3), (), "none")
+    blind, seeing = request(), request(clips=(picture,))
+    oracle.rank([blind, blind, seeing, seeing])
+    assert ["without clips" in record.message for record in caplog.records] == [True, False]
 
 
 async def asks_elsewhere(request):

@@ -23,7 +23,7 @@ class CallableOracle:
     """Ranks by a function of the request that returns one number, or None for "cannot judge", per response.
 
     A function that raises, or returns anything else, makes the group invalid with the reason; the first
-    traceback is logged.
+    traceback is logged, of groups with and without clips.
 
     Args:
         function: The function, or its name as "package.module:function". For the verdict cache its code counts, and
@@ -49,7 +49,7 @@ class CallableOracle:
             )
         self.returns = returns
         self.gives_scores = returns == "scores"
-        self._told = False
+        self._told: set[bool] = set()  # of groups with clips, without
 
     @cached_property
     def identity(self) -> str:
@@ -71,9 +71,12 @@ class CallableOracle:
         try:
             values = _checked(self.function(request), len(request.responses))
         except Exception as error:  # other people's code: whatever it raises is this group's failure
-            if not self._told:
-                logger.exception("the oracle function failed on %r", request.id)
-                self._told = True
+            shown = bool(request.clips)
+            if shown not in self._told:
+                # The blind control asks without clips what needs them: that failure must not hide another.
+                without = "" if shown else ", which was asked without clips"
+                logger.exception("the oracle function failed on %r%s", request.id, without)
+                self._told.add(shown)
             return unranked(request, f"the oracle function failed: {type(error).__name__}: {error}")
         sign = 1.0 if self.returns == "scores" else -1.0
         ranks = ranks_from_scores([None if value is None else sign * value for value in values])
