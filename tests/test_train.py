@@ -139,6 +139,19 @@ def test_steps_before_a_judge_went_down_are_not_lost(run, tmp_path, monkeypatch)
     assert metrics(folder) == metrics(whole)
 
 
+def test_a_run_records_why_a_group_could_not_be_ranked(run, tmp_path, monkeypatch):
+    judge = "def judge(request):\n    return [None if 'count' in request.id else len(t) for t in request.responses]\n"
+    (tmp_path / "judge_that_abstains.py").write_text(judge)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = '{"function": "judge_that_abstains:judge"}'
+    code, folder, err = run(oracle="callable", oracle_options=options, sft_steps=1, max_steps=1)
+    assert code == 0, err
+    rows = list(read_jsonl(folder / "rollouts.jsonl"))
+    told = {row["valid"]: row.get("error") for row in rows}
+    assert told == {True: None, False: "fewer than two responses could be judged"}
+    assert all(("count" in row["example_id"]) != row["valid"] for row in rows)
+
+
 def test_steps_before_too_many_files_were_bad_are_not_lost(run, monkeypatch):
     original = rl.sample_and_rank
 

@@ -66,6 +66,7 @@ def rollout_records(groups: Sequence[Group], step: int) -> list[dict]:
                 "advantages": [round(value, 4) for value in group.advantages.tolist()],
                 "valid": group.ranking.valid,
                 "confidence": group.ranking.confidence,
+                **({} if group.ranking.valid else {"error": group.ranking.failure}),
             }
         )
     return records
