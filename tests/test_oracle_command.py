@@ -286,3 +286,15 @@ def test_agree_calls_one_row_all(tmp_path, capsys, none):
     source = str(write(tmp_path / "v.jsonl", *rows))
     assert main(["agree", source, source]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["(none)", "c", "all"]
+
+
+def test_a_pipe_is_refused_with_a_reason(tmp_path, capsys):
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # so that opening it to read does not wait
+    try:
+        os.write(writer, b'{"question": "?", "responses": ["a", "b"]}\n' + b" " * 8192 + b"\n")
+        assert main(["rank", str(pipe), "--output", str(tmp_path / "ranked.jsonl")]) == 2
+    finally:
+        os.close(writer)
+    assert "cannot read the dataset: File or stream is not seekable" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
                 except UnicodeDecodeError as error:
                     yield number, RowError(f"not UTF-8 at byte {error.start}")
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot read the dataset: {error.strerror or error}") from error
     except ValueError as error:  # a path that no file can have
         raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 
@@ -263,7 +263,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     except csv.Error as error:
         raise UsageError(f"{path}: not CSV after line {reader.line_num} ({error})") from error
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the dataset: {error.strerror}") from error
+        raise UsageError(f"{path}: cannot read the dataset: {error.strerror or error}") from error
 
 
 def _cell(key: str, value: str) -> Any:
