@@ -260,7 +260,7 @@ def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None
     for rank, score in zip(ranking.ranks, ranking.scores):
         if rank is not None and not (score is not None and abs(score) <= torch.finfo(torch.float32).max):
             raise RlaifFastError(
-                f"the oracle ranked a response and gave it the score {score}; expected a finite number"
+                f"the oracle ranked a response and gave it the score {score}; expected a number that float32 holds"
             )
     return ranking.scores
 
