@@ -64,9 +64,7 @@ class EnsembleOracle:
         tokens = sum(ranking.tokens for ranking in rankings)
         seconds = sum(ranking.seconds for ranking in rankings)
         if len(valid) < self.min_members:
-            reason = next(
-                (ranking.error for ranking in rankings if ranking.error), "too few responses judged"
-            )
+            reason = next(ranking.failure for ranking in rankings if not ranking.valid)
             error = f"{len(rankings) - len(valid)} of {len(rankings)} members could not rank it: {reason}"
             return Ranking((None,) * size, 0.0, verdicts, tokens, seconds, error)
         orders = [ranking.ranks for ranking in valid]
