@@ -1,8 +1,9 @@
 """Builds the extension rlaif_fast._C: the C++ kernels always, the CUDA ones where torch has CUDA and nvcc is found.
 
-RLAIF_FAST_EXT=0 skips it: a CPU then runs the plain PyTorch references, a GPU the Triton kernels. TORCH_CUDA_ARCH_LIST
-overrides the CUDA architectures, MAX_JOBS the number of compilers at a time. An extension that was built in this folder
-from the same sources, torch and flags is taken as it is. The metadata is in pyproject.toml.
+RLAIF_FAST_EXT=0 skips it: a CPU then runs the plain PyTorch references, a GPU the Triton kernels. RLAIF_FAST_EXT=cpu
+builds the C++ kernels alone, for an nvcc of another CUDA than torch's. TORCH_CUDA_ARCH_LIST overrides the CUDA
+architectures, MAX_JOBS the number of compilers at a time. An extension that was built in this folder from the same
+sources, torch and flags is taken as it is. The metadata is in pyproject.toml.
 """
 
 import hashlib
@@ -72,14 +73,18 @@ def name_toolkit() -> None:
 
 def build_arguments() -> dict:
     """Return what setup() needs to build the extension, or nothing where it is not to be built."""
-    if os.environ.get("RLAIF_FAST_EXT", "1") == "0":
+    kinds = ("1", "cpu", "0")
+    kind = os.environ.get("RLAIF_FAST_EXT") or "1"
+    if kind not in kinds:
+        raise SystemExit(f"RLAIF_FAST_EXT: expected one of {', '.join(kinds)}, got {kind!r}")
+    if kind == "0":
         return {}
     name_toolkit()  # before torch reads it
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
     x86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
-    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    with_cuda = kind != "cpu" and torch.version.cuda is not None and CUDA_HOME is not None
     macros = [("RLAIF_X86_KERNELS", None)] if x86 else []
     sources = [
         "csrc/module.cpp",

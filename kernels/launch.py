@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 
@@ -37,12 +39,24 @@ class AotConfig(NamedTuple):
 def unavailable() -> str | None:
     """Return why Triton kernels cannot run on this machine, or None."""
     if INTERPRETED:
-        return None
+        return _refuses_numpy()
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 in the environment runs Triton's interpreter, for tests)"
     capability = torch.cuda.get_device_capability()
     if capability < MIN_CAPABILITY:
         return f"needs compute capability 8.0 or later; got {capability[0]}.{capability[1]}"
+    return None
+
+
+def _refuses_numpy() -> str | None:
+    """Before Triton 3.7 the interpreter took arrays of one element for numbers, which NumPy 2.4 no longer allows."""
+    import triton
+
+    if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(np.__version__) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}; "
+            "install numpy<2.4"
+        )
     return None
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,23 @@ def test_auto_takes_the_best_that_supports_the_call():
     assert backends.select("rank_penalty", "auto", torch.zeros(1), 64) == "cpu"
     assert backends.select("rank_penalty", "auto", torch.zeros(1), 65) == "reference"
     assert backends.select("rank_loss", "reference", torch.zeros(1)) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("of_triton", "of_numpy", "refused"),
+    [
+        ("3.6.0", "2.4.0", True),
+        ("3.6.0", "2.3.5", False),
+        ("3.7.0", "2.4.6", False),
+        ("3.6.0", "3.0.0", True),
+    ],
+)
+def test_an_interpreter_that_numpy_stops_is_refused_by_name(monkeypatch, of_triton, of_numpy, refused):
+    launch, triton = (pytest.importorskip(name) for name in ("rlaif_fast_kernels.launch", "triton"))
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(triton, "__version__", of_triton)
+    monkeypatch.setattr(np, "__version__", of_numpy)
+    assert ("install numpy<2.4" in (launch.unavailable() or "")) == refused
 
 
 def test_a_backend_asked_for_by_name_runs_or_says_why_not():

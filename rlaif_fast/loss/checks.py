@@ -202,7 +202,7 @@ def num_items(value: Any, like: Tensor, validate: bool) -> Tensor | None:  # sca
 
 def loss_options(arguments: LossArguments) -> LossOptions:
     """Return the hyper-parameters among the keyword arguments of a loss."""
-    unknown = sorted(arguments.keys() - LossArguments.__annotations__.keys())
+    unknown = sorted(set(arguments).difference(LossArguments.__annotations__))
     if unknown:
         raise TypeError(f"the loss has no argument {', '.join(map(repr, unknown))}")
     check_flag("validate", arguments.get("validate", True))

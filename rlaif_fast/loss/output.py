@@ -38,15 +38,15 @@ def named(
 ) -> LossOutput:
     """Name the statistics whose inputs were given, and add those that were made beforehand."""
     loss, advantages, stats = closed
-    absent = set()
+    absent: list[str] = []
     if inputs.ref_logps is None:
-        absent |= {"loss/kl", "kl"}
+        absent += ["loss/kl", "kl"]
     if not entropy_known:
-        absent.add("entropy")
+        absent += ["entropy"]
     if options.entropy_coef == 0.0:
-        absent.add("loss/entropy")
+        absent += ["loss/entropy"]
     if inputs.oracle_ranks is None:
-        absent |= {*RANKING_STATS}
+        absent += RANKING_STATS
     named = {name: value for name, value in zip(STATS, stats.detach().unbind()) if name not in absent}
     named["clip_ratio/region_mean"] = named["clip_low"] + named["clip_high"]
     return LossOutput(loss, advantages, named | extra)

@@ -8,6 +8,5 @@ import torch
 def dtype_of(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return what a product of tensors of `dtype` is computed in: theirs, or autocast's, which leaves float64 alone."""
     kind = device.type
-    known = torch.amp.is_autocast_available(kind)  # not of "meta"
-    cast = known and torch.is_autocast_enabled(kind) and dtype != torch.float64
+    cast = kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64
     return torch.get_autocast_dtype(kind) if cast else dtype

@@ -27,7 +27,7 @@ def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     weight, bias = cast(head.weight), None if head.bias is None else cast(head.bias)
     if head.float32_weight is not None:
         weight = weight.detach()
-    return cast(hidden), head._replace(weight=weight, bias=bias)
+    return cast(hidden), Head(weight, bias, head.scaling, head.float32_weight)
 
 
 def in_dtype(gradients: Any, of: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
