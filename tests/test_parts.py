@@ -7,6 +7,7 @@ import json
 
 import family_checkpoints
 import pytest
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -41,6 +42,31 @@ def test_adapters_go_where_they_are_asked_for_by_a_list_of_names() -> None:
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert trained
     assert all("language_model" in name and ".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_adapters_compute_in_bfloat16_where_the_model_does(dtype, expected) -> None:
+    """Of float16, which cannot be trained, they are float32, as peft makes them."""
+    model, _ = family_checkpoints.make_model("internvl")
+    adapted = add_lora(model.to(dtype), ModelOptions(lora_r=2))
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {expected}
+
+
+def test_a_layer_keeps_its_input_once_for_weight_and_adapter() -> None:
+    model, _ = family_checkpoints.make_model("internvl")
+    layer = next(
+        module
+        for name, module in add_lora(model.bfloat16(), ModelOptions(lora_r=2)).named_modules()
+        if name.endswith("q_proj") and hasattr(module, "lora_A")
+    )
+    x, kept = torch.randn(6, layer.in_features, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    inputs = {t.untyped_storage().data_ptr() for t in kept if t.numel() == x.numel()}
+    assert inputs == {x.untyped_storage().data_ptr()}
 
 
 def test_the_router_is_frozen_unless_asked_for() -> None:

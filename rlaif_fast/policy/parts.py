@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from rlaif_fast.errors import UsageError
@@ -129,7 +130,9 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
 def add_lora(model: nn.Module, options: Any) -> nn.Module:
     """Put LoRA adapters on linear layers; the rest of the model is then frozen by peft.
 
-    The layers are a list of names, not a regular expression, so that vLLM takes the adapters.
+    The layers are a list of names, not a regular expression, so that vLLM takes the adapters. Those of a bfloat16 model
+    are bfloat16, and the optimizer keeps float32 copies, as of all weights that train. peft makes them float32: their
+    products would be too, and each layer would keep a float32 copy of its input.
 
     Raises:
         UsageError: peft is missing, or does not put adapters on those layers and no others.
@@ -156,6 +159,10 @@ def add_lora(model: nn.Module, options: Any) -> nn.Module:
         raise UsageError(
             f"lora_target_modules: peft takes {', '.join(moved)} for the experts of this mixture; leave them out"
         )
+    if cast(Any, model).get_input_embeddings().weight.dtype == torch.bfloat16:
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.bfloat16()
     return adapted
 
 
