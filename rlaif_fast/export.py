@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new or empty")
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into their base model")
     parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="what weights are written in; auto is the checkpoint's own, with --merge the base model's",
+    )
+    parser.add_argument(
         "--push", metavar="NAME", help="also upload to this repository of the Hugging Face hub"
     )
     options = parser.parse_args(argv)
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         if options.push is not None:
             check_name(options.push)
-        folder = export(Path(options.run), Path(options.out), merge=options.merge)
+        folder = export(Path(options.run), Path(options.out), merge=options.merge, dtype=options.dtype)
         if options.push is not None:
             push(folder, options.push)
         return 0
@@ -52,28 +58,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(command)
 
 
-def export(run: Path, out: Path, *, merge: bool = False) -> Path:
+def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") -> Path:
     """Write a folder that `from_pretrained` loads.
 
     Args:
         run: A run's folder, whose best checkpoint is taken, or a checkpoint.
         out: New or empty.
         merge: Merge LoRA adapters into the model they were trained on; else they are written as they are, and name it.
+        dtype: What weights are written in: "float32", "bfloat16", "float16", or "auto" for what those of the
+            checkpoint are in, or those of the model that adapters are merged into.
 
     Raises:
-        UsageError: There is no such checkpoint, `out` holds something, or there is nothing to merge.
+        UsageError: There is no such checkpoint, `out` holds something, there is nothing to merge, or adapters that are
+            written as they are were asked for in a dtype.
         RlaifFastError: What was written does not compute what the checkpoint does; it is not left there.
     """
-    from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
+    from rlaif_fast.policy.loading import DTYPES, adapter_folder, base_of
 
     source, out = checkpoint_of(run.expanduser()), out.expanduser()
     adapters = adapter_folder(str(source)) is not None
     if merge and not adapters:
         raise UsageError(f"merge: {source} holds no LoRA adapters; leave --merge out")
+    if adapters and not merge and dtype != "auto":
+        raise UsageError(
+            f"dtype: LoRA adapters are written as they are, got {dtype!r}; leave --dtype out, or add --merge"
+        )
     if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
         raise UsageError(f"out: {out} is not empty; choose another folder")
     refuse_records("out", out)
-    loaded = load_model(ModelOptions(model=str(source), dtype=cast(Any, dtype_of(source)), device="cpu"))
+    loaded = load(source)
+    if merge and dtype == "auto":
+        dtype = dtype_of(base_of(str(source)))
+    if dtype != "auto":
+        for parameter in loaded.model.parameters():
+            parameter.data = parameter.data.to(DTYPES[dtype])
     before = probe(loaded)
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
@@ -87,8 +105,7 @@ def export(run: Path, out: Path, *, merge: bool = False) -> Path:
         tokenizer = cast(Any, loaded.tokenizer)
         tokenizer.save_pretrained(partial)
         write_settings(partial, settings_of(source), tokenizer.chat_template)
-        again = load_model(ModelOptions(model=str(partial), dtype=cast(Any, dtype_of(source)), device="cpu"))
-        difference = float((probe(again) - before).abs().max())
+        difference = float((probe(load(partial)) - before).abs().max())
         if not difference <= TOLERANCE:
             raise RlaifFastError(
                 f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
@@ -120,11 +137,21 @@ def checkpoint_of(run: Path) -> Path:
     return CheckpointStore(run_dir.checkpoints, {}, read_only=True).checked("best")
 
 
-def dtype_of(source: Path) -> str:
-    """What the weights of a checkpoint are written in, by its config.json; adapters are merged in float32."""
-    path = source / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+def load(folder: Path) -> LoadedModel:
+    """A checkpoint in what its weights are in; LoRA adapters are merged in float32."""
+    from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
+
+    dtype = "float32" if adapter_folder(str(folder)) else dtype_of(str(folder))
+    return load_model(ModelOptions(model=str(folder), dtype=cast(Any, dtype), device="cpu"))
+
+
+def dtype_of(model: str) -> str:
+    """What the weights of a model are in, by its configuration or that of its decoder; float32 where none says."""
+    from rlaif_fast.policy.frontend import read_config
+
+    config = read_config(model)
+    dtype = config.dtype or config.get_text_config().dtype or "float32"
+    return str(dtype).removeprefix("torch.")
 
 
 def probe(loaded: LoadedModel) -> torch.Tensor:

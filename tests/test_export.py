@@ -88,6 +88,47 @@ def test_adapters(adapted, base, tmp_path, merge):
         assert not told["missing_keys"] and not told["unexpected_keys"]
 
 
+@pytest.fixture(scope="module")
+def half(base, tmp_path_factory):
+    """The base in bfloat16, which the decoder's part of the configuration says alone, and adapters of it."""
+    folder, adapters = tmp_path_factory.mktemp("half") / "base", tmp_path_factory.mktemp("half") / "adapters"
+    loaded = load_model(ModelOptions(model=str(base), dtype="bfloat16"))
+    save_model(folder, loaded.model, loaded.tokenizer, read_processor_files(str(base)))
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("dtype") == config["text_config"]["dtype"] == "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelOptions(model=str(folder), lora_r=4))
+    save_model(adapters, loaded.model, loaded.tokenizer, read_processor_files(str(folder)))
+    return folder, adapters
+
+
+@pytest.mark.parametrize(
+    ("dtype", "written"), [("auto", "bfloat16"), ("float32", "float32"), ("float16", "float16")]
+)
+@pytest.mark.parametrize("merge", [False, True])
+def test_weights_are_written_in_the_dtype_asked_for(half, tmp_path, dtype, written, merge):
+    words = [
+        str(half[merge]),
+        "--out",
+        str(tmp_path / "out"),
+        "--dtype",
+        dtype,
+        *(["--merge"] if merge else []),
+    ]
+    assert main(words) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {getattr(torch, written)}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == written
+
+
+def test_merged_weights_are_rounded_once(adapted, tmp_path):
+    folder, _ = adapted
+    whole = load_file(export(folder, tmp_path / "whole", merge=True) / "model.safetensors")
+    out = export(folder, tmp_path / "rounded", merge=True, dtype="bfloat16")
+    rounded = load_file(out / "model.safetensors")
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in whole.items())
+
+
 def test_the_doctor_and_a_plan_look_at_the_base_of_adapters(adapted, base, capsys):
     folder, _ = adapted
     assert doctor.main(["--model", str(folder)]) == 0
@@ -148,6 +189,8 @@ def test_the_best_checkpoint_of_a_run_is_taken_and_has_to_be_whole(base, tmp_pat
 def test_what_is_refused(base, adapted, tmp_path):
     with pytest.raises(UsageError, match=r"merge: .* holds no LoRA adapters"):
         export(base, tmp_path / "out", merge=True)
+    with pytest.raises(UsageError, match=r"dtype: LoRA adapters are written as they are, got 'bfloat16'"):
+        export(adapted[0], tmp_path / "out", dtype="bfloat16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(UsageError, match=r"out: .* is not empty"):
