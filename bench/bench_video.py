@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import (
     ClipCache,
@@ -281,9 +282,7 @@ def test_decode(benchmark, tmp_path, decoder, how):  # type: ignore[no-untyped-d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the three tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4 if SMOKE else 60, help="Length of the clips.")
     parser.add_argument("--heights", type=int, nargs="+", default=[180] if SMOKE else [360, 1080])
     parser.add_argument(

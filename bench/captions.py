@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.comparison import read_plan
 from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset
@@ -144,9 +145,7 @@ def report(config: Path, output_dir: str | None) -> dict[str, Any]:
 
 def main() -> None:
     """Make the data, or report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data")
     data.add_argument("folder", type=Path)

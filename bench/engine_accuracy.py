@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.train import main as train
 
 BAR = 0.03
@@ -35,9 +36,7 @@ def accuracy(folder: Path, **values: Any) -> tuple[float, float]:
 
 def main() -> int:
     """Train twice, or read what was trained, and print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--max_steps", type=int, default=330)
     parser.add_argument("--seed", type=int, default=0)

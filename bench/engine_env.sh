@@ -6,6 +6,7 @@
 # vLLM pins its own torch and transformers, so it gets a virtual environment of its own; our package comes from this
 # checkout, by links. On a GPU install the official wheel instead (docs/engines.md).
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed '1d;/^# shellcheck/d;/^[^#]/,$d;s/^# \{0,1\}//' "$0"; exit; }
 bench=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:-.engine-env}
 vllm=0.32.0

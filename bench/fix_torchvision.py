@@ -3,6 +3,7 @@
 Its Python part registers shapes for two operators of a library that cannot be loaded there; they are declared first.
 """
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -17,6 +18,7 @@ if not torchvision.extension._has_ops():
 
 def main() -> None:
     """Patch the installed torchvision, once."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         raise SystemExit("torchvision is not installed")

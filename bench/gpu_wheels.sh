@@ -7,6 +7,7 @@
 # bench/run_gpu.sh joins the parts and installs them there beside the checkout. flash-attn is taken where an index has a
 # wheel of it for that Python; else attention is PyTorch's own.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed '1d;/^# shellcheck/d;/^[^#]/,$d;s/^# \{0,1\}//' "$0"; exit; }
 folder=$(dirname "${BASH_SOURCE[0]}")/.wheels
 small=0
 for argument in "$@"; do

@@ -25,6 +25,7 @@ from rank_shapes import USES, Feed, ranks_of
 from rank_uses import KINDS, rounded
 from torch import Tensor
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 
@@ -89,9 +90,7 @@ def compare(kind: str, size: int, seeds: list[int], steps: int) -> dict[str, dic
 
 def main() -> None:
     """Print a table a group size."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=[8, 16], help="Sizes of a group.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--steps", type=int, default=100)

@@ -33,6 +33,7 @@ import torch
 from rank_shapes import USES, Feed, centred, ranks_of, same
 from torch import Tensor
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import ranks_from_scores
@@ -193,9 +194,7 @@ def rounded(figures: Any) -> Any:
 
 def main() -> None:
     """Print the four tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=Path, nargs="+", help="Files of runs in place of made-up groups.")
     parser.add_argument("--groups", type=int, default=1500, help="Groups with at least two texts.")
     parser.add_argument("--distinct", action="store_true", help="Make up groups whose texts all differ.")

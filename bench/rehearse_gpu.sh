@@ -8,6 +8,7 @@
 # lines that only a GPU reaches, and a dry run of run_gpu.sh. Leaves a log each in OUT_DIR and prints a table; fails where one
 # of them does.
 set -uo pipefail
+[[ ${1:-} != --help ]] || { sed '1d;/^# shellcheck/d;/^[^#]/,$d;s/^# \{0,1\}//' "$0"; exit; }
 
 [[ $# -eq 1 ]] || { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 mkdir -p "$1" || exit 2

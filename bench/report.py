@@ -9,11 +9,12 @@ writes DIR/kernels.md and DIR/kernels.png: time and extra memory of each arm, th
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from rlaif_fast.cli import CommandParser
 
 Row = dict[str, Any]
 
@@ -120,7 +121,7 @@ def figure(groups: dict[str, list[Row]], path: Path) -> None:
 
 def main() -> int:
     """Read the JSON files, write table and figure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="+", type=Path, help="files of --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for kernels.md and kernels.png")
     options = parser.parse_args()

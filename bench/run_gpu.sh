@@ -12,6 +12,7 @@
 # run in Triton's interpreter.
 # shellcheck disable=SC2329  # functions are called by name, in a shell of their own
 set -uo pipefail
+[[ ${1:-} != --help ]] || { sed '1d;/^# shellcheck/d;/^[^#]/,$d;s/^# \{0,1\}//' "$0"; exit; }
 
 usage() {
   sed -n '4p' "$0" | cut -c3- >&2

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlaif_fast.cli import CommandParser
+
 MEASURED = ("time", "seconds", "memory", "bytes")  # parts of a key whose value is of the machine
 
 
@@ -28,7 +30,7 @@ def equal_records(first: Path, second: Path) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
     options = parser.parse_args()

@@ -3,12 +3,13 @@
     compute-sanitizer --tool memcheck python bench/sanitize.py
     compute-sanitizer --tool racecheck python bench/sanitize.py
 
-Without a CUDA device it runs the Triton kernels in the interpreter (TRITON_INTERPRET=1), to test the script.
+With TRITON_INTERPRET=1 it needs no CUDA device and runs the Triton kernels in the interpreter, to test the script.
 The caching allocator is off: with it, an access beyond a tensor would lie in memory that is allocated too.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -32,7 +33,13 @@ from rlaif_fast_kernels import (
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("needs a CUDA device, or TRITON_INTERPRET=1")
     for G in (1, 7, 33, 64):
         scores, ranks = torch.rand(3, G, device=device), torch.rand(3, G, device=device)
         rank_penalty.rank_penalty(RankInputs(scores, ranks), RankOptions())

@@ -6,14 +6,14 @@ for a GPU.
 - `plain`: the Hugging Face path as trl.GRPOTrainer takes it: `generate(num_return_sequences=G)`, a padded
   [B, P + R] forward with the logits of the completion, `selective_log_softmax`, the reference the same way.
 
-`python bench/step_arms.py SCALE ARM P R G ROUNDS VIDEO...` measures one of them in a process of its own.
+As a program it measures one of them in a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, grpo_rank_loss
 from rlaif_fast.machine import peak_rss_bytes
 from rlaif_fast.policy.plain import model_inputs
@@ -138,9 +139,6 @@ class Case:
         return f"P={self.prompt}-R={self.response}-G={self.generations}"
 
 
-# --- the workload -------------------------------------------------------------------------------------------
-
-
 def make_model(scale: Scale):
     """A Qwen3-VL of random weights that never ends a response by itself."""
     from transformers import AutoModelForImageTextToText
@@ -228,9 +226,6 @@ class Stopwatch:
             return time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
-
-
-# --- the arms -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -347,9 +342,6 @@ def make_arm(name: str, paths: list[Path], case: Case, scale: Scale) -> Ours | P
     return Plain(paths, case, scale) if name == "plain" else Ours(paths, case, scale, OURS[name])
 
 
-# --- one arm in a process of its own ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Measured:
     """What one arm did, the first step not timed.
@@ -386,14 +378,22 @@ def measure_alone(arm: Ours | Plain, rounds: int) -> Measured:
 
 def main() -> None:
     """Print the JSON of `Measured`."""
-    name, arm, prompt, response, generations, rounds, *videos = sys.argv[1:]
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scale", choices=SCALES)
+    parser.add_argument("arm", choices=ARMS["cuda"])
+    for name in ("prompt", "response", "generations", "rounds"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("videos", type=Path, nargs="+")
+    options = parser.parse_args()
+    scale, videos = SCALES[options.scale], options.videos
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
     torch.set_num_threads(1)
-    scale = SCALES[name]
-    case = Case(int(prompt), int(response), int(generations), len(videos))
-    runner = make_arm(arm, [Path(video) for video in videos], case, scale)
+    case = Case(options.prompt, options.response, options.generations, len(videos))
+    runner = make_arm(options.arm, videos, case, scale)
     if scale.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    print(json.dumps(asdict(measure_alone(runner, int(rounds)))))
+    print(json.dumps(asdict(measure_alone(runner, options.rounds))))
 
 
 if __name__ == "__main__":

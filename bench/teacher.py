@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from rlaif_fast.cli import CommandParser
 from rlaif_fast.report.stats import paired_bootstrap
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir
@@ -153,9 +154,7 @@ def report(out: Path, teacher: Path, seeds: list[int]) -> None:
 
 def main() -> None:
     """Train the teacher, then every arm of every seed, with a report behind each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/teacher"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73])
     parser.add_argument("--only", nargs="*", help="Names of arms; by default all.")

@@ -110,3 +110,33 @@ def test_kernels_are_tested_where_no_video_can_be_read():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "bench").glob("*.sh"))])
+def test_a_script_tells_what_it_does_and_does_nothing(name, tmp_path):
+    command = ["bash", str(ROOT / "bench" / name), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=20)
+    assert f"bench/{name} " in done.stdout and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["fix_torchvision", "sanitize", "step_arms"])
+def test_a_program_tells_what_it_does(name):
+    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--help"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {name}.py")
+
+
+@pytest.mark.parametrize(
+    "command", [["sanitize"], ["tune_rows"], ["step_arms", "cuda", "ours", *"8421", "clip.mp4"]]
+)
+def test_a_program_for_a_gpu_says_so_without_one(command):
+    name, *arguments = command
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / f"{name}.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr.splitlines()[-1]
