@@ -1,5 +1,8 @@
 """Tables of several runs, from summaries whose figures are known."""
 
+import json
+import math
+
 import pytest
 
 from rlaif_fast.compare import main
@@ -11,6 +14,7 @@ from rlaif_fast.comparison.runs import (
     results_table,
 )
 from rlaif_fast.errors import UsageError
+from rlaif_fast.report.html import main as report
 from rlaif_fast.runs.folder import RunDir
 
 
@@ -97,6 +101,39 @@ def test_a_run_whose_answers_were_not_scored_is_named(runs, tmp_path, capsys):
     bare = finished(tmp_path / "bare", 3, None, None, by_category={})
     assert main([*map(str, runs), str(bare)]) == 2
     assert f"{bare}: no test answer was scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sft_accuracy", "0.5"),
+        ("final_accuracy", math.nan),
+        ("by_category", [1]),
+        ("by_category", {"action": 3}),
+        ("by_category", {"action": {"sft": "0.5", "final": 0.5, "n": 9}}),
+        ("seconds", None),
+        ("seconds_by_stage", {"sft": "long"}),
+        ("peak_rss_bytes", "1 GiB"),
+        ("seed", "0"),
+        ("config", "beta: 0.04"),
+        ("versions", ["torch"]),
+        ("notes", None),
+        ("sha256", [1]),
+    ],
+)
+@pytest.mark.parametrize("command", [main, report])
+def test_a_value_of_a_wrong_type_is_named(runs, capsys, command, name, value):
+    summary = RunDir(runs[0]).summary
+    values = json.loads(summary.read_text())
+    del values["sha256"]  # a seal would tell
+    summary.write_text(json.dumps({**values, name: value}))
+    assert command([str(runs[0])]) == 2
+    assert f"summary.json: {name} is not what this version writes" in capsys.readouterr().err
+
+
+def test_a_run_without_a_category_is_named(tmp_path, capsys):
+    assert main([str(finished(tmp_path / "bare", 3, 0.5, 0.5, categories={}, by_category={}))]) == 2
+    assert "no test answer was scored" in capsys.readouterr().err
 
 
 def test_the_command_prints_tables_and_where_they_come_from(runs, capsys):

@@ -97,7 +97,8 @@ def read_result(path: str | Path) -> Result:
     """
     run = RunDir.open(path)
     summary = run.read_summary()
-    if None in (summary.get("sft_accuracy", 0), summary.get("final_accuracy", 0)):
+    accuracies = [summary.get(name, 0) for name in ("sft_accuracy", "final_accuracy")]
+    if None in accuracies or summary.get("by_category") == {}:
         raise UsageError(f"{path}: no test answer was scored, so there is no accuracy to compare")
     try:
         return Result(

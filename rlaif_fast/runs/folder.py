@@ -23,6 +23,7 @@ from rlaif_fast.digests import file_digest, text_digest
 from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import INDEX, LOCK, MARKER, MOVING, RECORDS, REPLACED, write_atomically, written_as
 from rlaif_fast.runs.files import plain
+from rlaif_fast.runs.summary import unfit
 
 if os.name == "posix":
     import fcntl
@@ -207,11 +208,15 @@ class RunDir:
         try:
             text = self.summary.read_bytes().decode()
             summary = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{self.summary} is not valid JSON ({error})") from error
         if not isinstance(summary, dict):
             raise UsageError(f"{self.summary} holds {type(summary).__name__}, expected an object")
-        digests = dict(summary.pop("sha256", {}))
+        if name := unfit(summary):
+            raise UsageError(
+                f"{self.summary}: {name} is not what this version writes; bring the file back, or run again"
+            )
+        digests = summary.pop("sha256", {})
         own = digests.pop(self.summary.name, None)
         if digests:
             summary["sha256"] = digests
