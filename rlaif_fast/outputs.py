@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rlaif_fast.errors import UsageError
 
@@ -66,14 +68,14 @@ def is_same(first: Path, second: Path) -> bool:
         return False
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if not path.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(path))
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -84,6 +86,17 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)  # the rename itself must survive a power cut
+
+
+def save_figure(figure: Any, path: Path, *, dpi: float) -> None:
+    """Write a figure of Matplotlib atomically, in the format of the file's suffix.
+
+    Raises:
+        ValueError: Matplotlib has no such format.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:] or "png", dpi=dpi)
+    write_atomically(path, picture.getvalue())
 
 
 def sync(path: Path) -> None:

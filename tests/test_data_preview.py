@@ -1,6 +1,7 @@
 """The contact sheet of a dataset draws what its rows see, and says what it leaves out."""
 
 import json
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -88,3 +89,16 @@ def test_numbers_that_draw_nothing_are_refused(preview, capsys, words):
 def test_a_picture_that_cannot_be_written_is_said(preview, capsys):
     assert preview(ROW, out="none/sheet.png")[0] == 2
     assert "none does not exist" in capsys.readouterr().err
+
+
+def test_a_sheet_that_cannot_be_written_whole_leaves_the_earlier_one(preview, capsys):
+    _, out = preview(ROW)
+    before = out.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a disk that fills up
+    try:
+        code, _ = preview(ROW | {"question": "what else moves?"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "cannot be written" in capsys.readouterr().err
+    assert out.read_bytes() == before and not [*out.parent.glob(".sheet*")]

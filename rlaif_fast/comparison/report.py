@@ -10,7 +10,7 @@ import numpy as np
 from rlaif_fast.comparison.plan import Plan, Table
 from rlaif_fast.comparison.results import Cell, read_table, write_results
 from rlaif_fast.comparison.runs import markdown_table
-from rlaif_fast.outputs import write_atomically
+from rlaif_fast.outputs import save_figure, write_atomically
 from rlaif_fast.report.stats import Interval
 
 Cells = Mapping[tuple[str, str], Cell]
@@ -221,5 +221,5 @@ def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
         arms = [arm for arm in table.arms if arm in lines]
         axes[0][0].legend([lines[arm] for arm in arms], arms, fontsize=8, frameon=False)
     figure.tight_layout()
-    figure.savefig(file, dpi=130)
+    save_figure(figure, file, dpi=130)
     pyplot.close(figure)

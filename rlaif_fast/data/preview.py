@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlaif_fast.data.schema import Example, lettered
 from rlaif_fast.errors import UsageError, require_least
+from rlaif_fast.outputs import save_figure
 from rlaif_fast.video.refs import Cut, MediaRef
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
             parse_math=False,
         )
     try:
-        figure.savefig(out, dpi=110)
+        save_figure(figure, Path(out), dpi=110)
     except (OSError, ValueError) as error:
         raise UsageError(f"{out}: cannot be written: {error}") from None
     return len(asked)

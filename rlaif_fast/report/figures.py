@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlaif_fast.outputs import save_figure
 from rlaif_fast.report.stats import Interval
 from rlaif_fast.report.style import AFTER, BEFORE, COLORS, INK, MUTED, STYLE, THIRD, drawing
 
@@ -139,7 +140,7 @@ def to_png(path: Path, draws: Sequence[tuple[str, Draw]], size: tuple[int, int],
         for axes in grid[len(draws) :]:
             axes.set_axis_off()
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=PNG_DPI)
+        save_figure(figure, path, dpi=PNG_DPI)
 
 
 def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel | None, note: str) -> None:
@@ -158,7 +159,7 @@ def to_overview(path: Path, total: Score, scores: Sequence[Score], panel: Panel 
             learning_curve(panel)(axes["panel"])
             axes["panel"].set_title(panel.title, pad=10)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=PNG_DPI)
+        save_figure(figure, path, dpi=PNG_DPI)
 
 
 def headline(score: Score) -> Draw:
