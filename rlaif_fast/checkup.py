@@ -64,30 +64,24 @@ class Check:
 def checks() -> Iterator[Check]:
     """Run one check after the other."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for status in backends.report():
-        if status.name == "reference":
-            continue
+    rows = [row for op in backends.OPS for row in backends.rows(op) if row.name != "reference"]
+    for row in rows:
+        on = "cpu" if row.name == "cpu" else device
         for dtype in (torch.float32, torch.bfloat16):
-            name = f"{status.op}, {status.name}, {_short(dtype)}"
-            if not status.available:
-                yield Check(name, None, 0.0, status.reason, 0.0)
-                continue
-            on = "cpu" if status.name == "cpu" else device
-            reason = next(row for row in backends.rows(status.op) if row.name == status.name).refuses(
-                on, dtype, None
-            )
+            name = f"{row.op}, {row.name}, {_short(dtype)}"
+            reason = row.refuses(on, dtype, None)
             if reason is not None:
                 yield Check(name, None, 0.0, reason, 0.0)
-                continue
-            yield _run(name, partial(_loss, status.op, status.name, dtype, on), _tolerance(status, dtype, on))
+            else:
+                yield _run(name, partial(_loss, row.op, row.name, dtype, on), _tolerance(row, dtype, on))
     yield from _policy_checks(device)
 
 
-def _tolerance(status: backends.BackendStatus, dtype: torch.dtype, device: str) -> float:
+def _tolerance(row: backends.Backend, dtype: torch.dtype, device: str) -> float:
     bound = max(TOLERANCES[dtype].value, TOLERANCES[dtype].gradient)
-    if status.name in ("triton", "cuda") and dtype != torch.float32:
+    if row.name in ("triton", "cuda") and dtype != torch.float32:
         bound *= INTERPRETER_FACTOR if device == "cpu" else 1.0
-        bound *= LINEAR_FACTOR if status.op == "linear_loss" else 1.0
+        bound *= LINEAR_FACTOR if row.op == "linear_loss" else 1.0
     return bound
 
 
