@@ -292,7 +292,7 @@ def fused_linear_grpo_rank_loss(
         wide, shape, None, oracle_ranks, arguments, padding, backend
     )
     inputs, options = checks.loss_inputs(wide, shape, responses, oracle_ranks, arguments)
-    checks.token_ids("token_ids", token_ids, shape, like=hidden)
+    checks.integers("token_ids", token_ids, shape, like=hidden)
     if process_group is not None and backend == "reference":
         raise ValueError("process_group must be None with backend='reference'")
     rows = weight.shape[0]
@@ -386,7 +386,7 @@ def token_logps(
     checks.check_flag("return_entropy", return_entropy)
     checks.head(hidden, weight, bias, chunk_size, float32_weight)
     shape = tuple(hidden.shape[:-1])
-    checks.token_ids("token_ids", token_ids, shape, like=hidden)
+    checks.integers("token_ids", token_ids, shape, like=hidden)
     values.ids_in_range(token_ids, weight.shape[0], None, validate)
     scaling = checks.scaling(temperature, logit_softcap, logit_scale, shape, hidden, validate)
     head, rows = Head(weight, bias, scaling, float32_weight), hidden.reshape(-1, hidden.shape[-1])

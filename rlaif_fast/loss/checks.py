@@ -58,7 +58,7 @@ def floating(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tenso
         raise TypeError(f"{name} must have a floating point dtype of at least 16 bits; got {describe(value)}")
 
 
-def token_ids(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
+def integers(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
     """Raise unless `value` is an int64 or int32 tensor (see `tensor`)."""
     tensor(name, value, shape, like=like)
     if value.dtype not in (torch.int64, torch.int32):
@@ -352,7 +352,7 @@ def logits(value: Any, ids: Tensor, mask: Tensor | None, validate: bool) -> None
     if value.dim() < 1 or value.shape[-1] < 1:
         raise ValueError(f"logits must be (..., V) with V of at least 1; got {describe(value)}")
     floating("logits", value, tuple(value.shape))
-    token_ids("token_ids", ids, tuple(value.shape[:-1]), like=value)
+    integers("token_ids", ids, tuple(value.shape[:-1]), like=value)
     values.ids_in_range(ids, value.shape[-1], mask, validate)
 
 
@@ -381,9 +381,7 @@ def head(
 def lengths(value: Any, packed: int, like: Tensor, arguments: Mapping[str, Any]) -> int:
     """Return how many responses there are; raise unless their lengths (B,) add up to the packed rows, and what comes
     flat among the arguments is either one a response or one a token."""
-    tensor("lengths", value, ("B",), like=like)
-    if value.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"lengths must be int64 or int32; got {describe(value)}")
+    integers("lengths", value, ("B",), like=like)
     if not values.can_read(value, arguments.get("validate", True)):
         return value.shape[0]
     if (value < 0).any():

@@ -54,7 +54,7 @@ def rank_by_index(
     checks.floating("scores", scores, ("B",))
     shape = tuple(scores.shape)
     checks.ranks(oracle_ranks, shape, like=scores)
-    checks.token_ids("group_index", group_index, shape, like=scores)
+    checks.integers("group_index", group_index, shape, like=scores)
     if judged is None:
         judged = torch.ones(shape, dtype=torch.bool, device=scores.device)
     checks.boolean("judged", judged, shape, like=scores)

@@ -215,12 +215,12 @@ class _Job:
 
     def evaluate(self, span: slice, logits: Tensor) -> RowStats:
         """Return and remember the statistics of some rows."""
-        ids, scaling = self.ids[span], self.scaling.rows(span)
-        if self.shard is None:
-            return self.keep(span, self.kernels.row_stats(logits, ids, scaling))
-        return self.keep(
-            span, self.shard.combine(self.kernels.row_stats(logits, self.shard.local(ids), scaling))
-        )
+        stats = self.kernels.row_stats(logits, self.local_ids(span), self.scaling.rows(span))
+        return self.keep(span, stats if self.shard is None else self.shard.combine(stats))
+
+    def local_ids(self, span: slice) -> Tensor:
+        """Return the token ids (n,) of some rows within this process's part of the vocabulary."""
+        return self.ids[span] if self.shard is None else self.shard.local(self.ids[span])
 
     def statistics(self) -> None:
         """Evaluate every row, without a gradient."""
@@ -256,8 +256,8 @@ class _Job:
                 here = slice(span.start - rows.start, span.stop - rows.start)
                 c = grad_logps[here]
                 h = None if grad_entropy is None else grad_entropy[here]
-                ids = self.ids[span] if self.shard is None else self.shard.local(self.ids[span])
-                self.kernels.row_grad(logits, ids, self.scaling.rows(span), stats, c, h, logits)
+                scaling = self.scaling.rows(span)
+                self.kernels.row_grad(logits, self.local_ids(span), scaling, stats, c, h, logits)
                 self.add(gradients, logits, hidden, span, c != 0)
 
     def close_part(self, responses: slice, rows: slice) -> tuple[Tensor, Tensor | None]:

@@ -195,7 +195,6 @@ def fused_linear_dpo_loss(
     call = _Call(hidden, weight, token_ids, ref_logps_sum, arguments)
     if call.responses % 2:
         raise ValueError(f"hidden must hold pairs, chosen before rejected; got {call.responses} responses")
-    call.check_reference()
     pair_weights = call.weights("pair_weights", pair_weights, call.responses // 2)
     items = call.items(call.responses // 2)
     return call.run(DpoClose(call.grid, call.ref_logps_sum, call.beta, items, pair_weights))
@@ -244,7 +243,6 @@ def fused_linear_lipo_loss(
         raise ValueError(
             f"labels must be (N, G) with N * G = {call.responses} responses, got {tuple(labels.shape)}"
         )
-    call.check_reference()
     if size < 1:
         raise ValueError(f"labels must be (N, G) with G of at least 1, got {tuple(labels.shape)}")
     if judged is not None:
@@ -292,9 +290,10 @@ class _Call:
         self.responses = shape[0] if lengths is None else checks.lengths(lengths, shape[0], hidden, arguments)
         check_number("beta", self.beta, minimum=0.0, strict=True)
         mask = checks.mask(arguments.get("mask"), shape, hidden, self.validate)
-        checks.token_ids("token_ids", token_ids, shape, like=hidden)
+        checks.integers("token_ids", token_ids, shape, like=hidden)
         values.ids_in_range(token_ids, weight.shape[0], mask, self.validate)
-        self.hidden, self.ref_logps_sum, self.mask = hidden, ref_logps_sum, mask
+        checks.floating("ref_logps_sum", ref_logps_sum, (self.responses,), like=hidden)
+        self.hidden, self.ref_logps_sum, self.mask = hidden, ref_logps_sum.detach(), mask
         self.token_ids = token_ids if mask is None else token_ids.where(mask, 0)
         self.padding = None if lengths is None else Padding(lengths, shape[0])
         self.grid = _grid(mask, self.padding, hidden)  # (B, T)
@@ -307,11 +306,6 @@ class _Call:
             self.validate,
         )
         self.head = Head(weight, bias, scaling, float32_weight)
-
-    def check_reference(self) -> None:
-        """Check the reference's log-probabilities against the number of responses."""
-        checks.floating("ref_logps_sum", self.ref_logps_sum, (self.responses,), like=self.hidden)
-        self.ref_logps_sum = self.ref_logps_sum.detach()
 
     def weights(self, name: str, value: Tensor | None, units: int) -> Tensor | None:
         """Return what multiplies the loss of each pair or group, detached, or raise."""
