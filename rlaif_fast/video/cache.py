@@ -67,7 +67,7 @@ class ClipCache:
             if held is not None:
                 self.memory_hits += 1
                 return held
-        clip = None if self.disk_dir is None else self._read(self.disk_dir / (_name(key) + SUFFIX), key)
+        clip = None if self.disk_dir is None else self._read(_file(self.disk_dir, key), key)
         with self._lock:
             if clip is None:
                 self.misses += 1
@@ -95,7 +95,8 @@ class ClipCache:
     def _write(self, folder: Path, clip: Clip) -> None:
         with beside(clip.frames.device):
             frames = clip.frames.contiguous().cpu()
-        if frames.nbytes > self.disk_bytes or (folder / (_name(clip.key) + SUFFIX)).exists():
+        target = _file(folder, clip.key)
+        if frames.nbytes > self.disk_bytes or target.exists():
             return
         header = json.dumps(
             {
@@ -109,14 +110,14 @@ class ClipCache:
         ).encode()
         pixels = frames.numpy().reshape(-1).data
         checksum = zlib.crc32(pixels, zlib.crc32(header))
-        temporary = folder / f".{_name(clip.key)}.{os.getpid()}.{threading.get_ident()}.tmp"
+        temporary = folder / f".{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp"
         try:
             with temporary.open("wb") as file:
                 file.write(_HEAD.pack(MAGIC, len(header)) + header + struct.pack("<I", checksum))
                 file.write(pixels)
                 size = file.tell()
-            temporary.replace(folder / (_name(clip.key) + SUFFIX))
-            self._account(folder, _name(clip.key), size)
+            temporary.replace(target)
+            self._account(folder, target.stem, size)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -164,10 +165,10 @@ class ClipCache:
         self._disk_held, self._unsurveyed = sum(self._on_disk.values()), 0
 
 
-def _name(key: str) -> str:
+def _file(folder: Path, key: str) -> Path:
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,128}", key):
         raise ValueError(f"key must be 1 to 128 letters, digits, '-' or '_', got {key!r}")
-    return key
+    return folder / (key + SUFFIX)
 
 
 def _parse(data: bytearray) -> Clip | None:

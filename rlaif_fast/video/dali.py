@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -266,10 +267,6 @@ def _settle(job: _Job, decoded: Tensor) -> None:
 def _told(error: RuntimeError) -> str:
     """Return the line of DALI's report that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [
-        line
-        for line in lines
-        if "assert" in line.lower() or "failed" in line.lower() or "error" in line.lower()
-    ]
+    told = [line for line in lines if re.search("assert|failed|error", line, re.IGNORECASE)]
     line = next((x for x in told if not x.startswith(("Critical error", "Error in"))), "no reason given")
     return line[:200]

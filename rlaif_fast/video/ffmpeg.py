@@ -239,8 +239,8 @@ class _Packet:
 
 def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
     codec = stream.codec_context.codec.canonical_name
-    size_of = SIZES.get(codec, lambda data, once: None)
-    once = bytes(stream.codec_context.extradata or b"")
+    size_of = SIZES.get(codec, lambda data, extradata: None)
+    extradata = bytes(stream.codec_context.extradata or b"")
     try:
         for packet in container.demux(stream):
             if packet.size == 0:
@@ -249,7 +249,7 @@ def _packet_facts(container: Any, stream: Any) -> Iterator[_Packet]:
             data = memoryview(packet)
             shown = not packet.is_discard and not (codec == "vp8" and not data[0] & 0x10)
             times = packet.pts, packet.dts, packet.duration or 0
-            yield _Packet(*times, packet.is_keyframe, shown, packet.is_corrupt, size_of(data, once))
+            yield _Packet(*times, packet.is_keyframe, shown, packet.is_corrupt, size_of(data, extradata))
     except av.error.FFmpegError as error:
         raise BadVideo(f"damaged: {_plain(error)}") from None
 
@@ -262,9 +262,7 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         times = [p.dts if p.dts is not None else p.pts for p in packets if p.shown]
         if None in times or len(set(times)) < len(times):
             times = _times_by_rate(stream, base, len(times))
-    numbered = sorted(
-        (t, o) for t, o in zip(times, (o for o, p in enumerate(packets) if p.shown), strict=True)
-    )
+    numbered = sorted(zip(times, (o for o, p in enumerate(packets) if p.shown), strict=True))
     if not counted:
         numbered = [(t, o) for t, o in numbered if t >= 0]
     if not numbered:

@@ -1,6 +1,6 @@
-"""The size of its picture that a compressed frame names itself; a film's may change on the way.
+"""Picture sizes read from compressed frames: the size may change in the middle of a video.
 
-Each function takes a packet and what the container says once for all of them (FFmpeg's extradata).
+Each function takes a packet and the codec's header from the container (FFmpeg's extradata).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from functools import partial
 Size = tuple[int, int] | bytes  # (width, height), or the header that names them among other things
 
 _VP9_RGB = 7  # colour space
-_AV1_SEQUENCE = 1  # type of the part that is a header
-_MJPEG_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # markers among those of frames, 0xC0 to 0xCF
+_AV1_SEQUENCE = 1  # OBU type of a sequence header
+_MJPEG_NO_FRAMES = (0xC4, 0xC8, 0xCC)  # the markers from 0xC0 to 0xCF that do not start a frame
 
 
-def _vp8(data: memoryview, once: bytes) -> Size | None:
+def _vp8(data: memoryview, extradata: bytes) -> Size | None:
     """RFC 6386, 9.1: key frames alone name it."""
     if data[0] & 1 or len(data) < 10:
         return None
     return int.from_bytes(data[6:8], "little") & 0x3FFF, int.from_bytes(data[8:10], "little") & 0x3FFF
 
 
-def _vp9(data: memoryview, once: bytes) -> Size | None:
-    """VP9 bitstream specification, 6.2 and 7.2: frames that do not take it from another name it."""
+def _vp9(data: memoryview, extradata: bytes) -> Size | None:
+    """VP9 bitstream specification, 6.2 and 7.2: frames that do not take it from a reference frame name it."""
     head = int.from_bytes(bytes(data[:24]).ljust(24, b"\0"), "big")
     left = 8 * 24
 
@@ -44,7 +44,7 @@ def _vp9(data: memoryview, once: bytes) -> Size | None:
     profile = take(1) + 2 * take(1)
     if profile == 3:
         take(1)
-    if take(1):  # a frame that was decoded before is shown
+    if take(1):  # shows a frame that was decoded before
         return None
     inter, shown, resilient = take(1), take(1), take(1)
     if not inter:
@@ -65,8 +65,8 @@ def _vp9(data: memoryview, once: bytes) -> Size | None:
     return 1 + take(16), 1 + take(16)
 
 
-def _mjpeg(data: memoryview, once: bytes) -> Size | None:
-    """ITU-T T.81, B.2: the frame header stands among the segments before the scan."""
+def _mjpeg(data: memoryview, extradata: bytes) -> Size | None:
+    """ITU-T T.81, B.2: the frame header is among the segments before the scan."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         if 0xC0 <= data[at + 1] <= 0xCF and data[at + 1] not in _MJPEG_NO_FRAMES:
@@ -75,21 +75,23 @@ def _mjpeg(data: memoryview, once: bytes) -> Size | None:
     return None
 
 
-def _parameters(kind_of: Callable[[int], int], kinds: range, data: memoryview, once: bytes) -> Size | None:
-    """The header of the film that stands in a packet, else the one that the container has.
+def _parameters(
+    kind_of: Callable[[int], int], kinds: range, data: memoryview, extradata: bytes
+) -> Size | None:
+    """The codec header in a packet, else the one in the container.
 
     Args:
         kind_of: The kind of a part, from its first byte.
         kinds: Those of headers.
         data: The packet.
-        once: What the container has.
+        extradata: What the container has.
     """
     own = b"".join(part for part in _parts(data) if kind_of(part[0]) in kinds)
-    return own if own and own not in once else once or None
+    return own if own and own not in extradata else extradata or None
 
 
 def _parts(data: memoryview) -> Sequence[bytes | memoryview]:
-    """What a packet holds, each part behind its length (MP4, Matroska) or behind a start code."""
+    """The parts of a packet, each after its length (MP4, Matroska) or after a start code."""
     at, found = 0, []
     while at + 4 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -100,8 +102,8 @@ def _parts(data: memoryview) -> Sequence[bytes | memoryview]:
     return [part for part in (piece.rstrip(b"\0") for piece in bytes(data).split(b"\0\0\1")) if part]
 
 
-def _av1(data: memoryview, once: bytes) -> Size | None:
-    """AV1 bitstream specification, 5.3: the sequence header. That of the container may differ in what is no size."""
+def _av1(data: memoryview, extradata: bytes) -> Size | None:
+    """AV1 bitstream specification, 5.3: the sequence header. The container's may differ in other fields."""
     at = 0
     while at < len(data):
         kind, extended, sized = data[at] >> 3 & 15, data[at] & 4, data[at] & 2

@@ -234,12 +234,8 @@ class ClipStore:
 
 def _name(medium: MediaRef) -> str:
     """What a bad medium is called: its path, and the part of it where that may be at fault."""
-    given = medium.cut.given()
-    return (
-        f"{medium.path} [{', '.join(f'{key}={value:g}' for key, value in given.items())}]"
-        if given
-        else medium.path
-    )
+    part = ", ".join(f"{key}={value:g}" for key, value in medium.cut.given().items())
+    return f"{medium.path} [{part}]" if part else medium.path
 
 
 def _lines(path: Path) -> set[str]:
