@@ -38,14 +38,13 @@ def add_rms_norm_kernel(
     eps,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * C
     offs_c = tl.arange(0, BLOCK_C)
     live_c = offs_c < C
     dtype = out.dtype.element_ty
     x = tl.load(residual + at + offs_c, mask=live_c, other=0.0).to(tl.float32)
-    if HAS_DELTA:
+    if delta is not None:
         added = (x + tl.load(delta + at + offs_c, mask=live_c, other=0.0).to(tl.float32)).to(dtype)
         tl.store(residual + at + offs_c, added, mask=live_c)
         x = added.to(tl.float32)
@@ -63,7 +62,6 @@ def rotated(
     eps,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_NORM: tl.constexpr,
 ):
     """The two halves of a head behind its norm and rotation, in float32."""
     half: tl.constexpr = D // 2
@@ -72,7 +70,7 @@ def rotated(
     dtype = source.dtype.element_ty
     x = tl.load(source + offs_d, mask=live_d, other=0.0).to(tl.float32)
     y = tl.load(source + half + offs_d, mask=live_d, other=0.0).to(tl.float32)
-    if HAS_NORM:
+    if norm is not None:
         scale = tl.rsqrt((tl.sum(x * x, 0) + tl.sum(y * y, 0)) / D + eps)
         x_weight = tl.load(norm + offs_d, mask=live_d, other=0.0).to(tl.float32)
         y_weight = tl.load(norm + half + offs_d, mask=live_d, other=0.0).to(tl.float32)
@@ -108,7 +106,6 @@ def rotate_store_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_NORM: tl.constexpr,
 ):
     s, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     half: tl.constexpr = D // 2
@@ -117,14 +114,14 @@ def rotate_store_kernel(
     dtype = query.dtype.element_ty
     if head < H:
         own = query + (s * H + head) * D
-        first, second = rotated(own, query_norm, cos + s * D, sin + s * D, eps, D, BLOCK_D, HAS_NORM)
+        first, second = rotated(own, query_norm, cos + s * D, sin + s * D, eps, D, BLOCK_D)
         tl.store(own + offs_d, first.to(dtype), mask=live_d)
         tl.store(own + half + offs_d, second.to(dtype), mask=live_d)
     else:
         k = head - H
         at = (s * K + k) * D
         cell = tl.load(groups + s) * stride_n + k * stride_k + tl.load(columns + s) * stride_l
-        first, second = rotated(key + at, key_norm, cos + s * D, sin + s * D, eps, D, BLOCK_D, HAS_NORM)
+        first, second = rotated(key + at, key_norm, cos + s * D, sin + s * D, eps, D, BLOCK_D)
         tl.store(keys + cell + offs_d, first.to(dtype), mask=live_d)
         tl.store(keys + cell + half + offs_d, second.to(dtype), mask=live_d)
         for part in tl.static_range(2):
@@ -172,7 +169,6 @@ def add_rms_norm(
             eps,
             C=residual.shape[1],
             BLOCK_C=config["block"],
-            HAS_DELTA=delta is not None,
             num_warps=config["num_warps"],
         )
     return out
@@ -214,7 +210,6 @@ def rotate_store(
             K=K,
             D=D,
             BLOCK_D=config["block"],
-            HAS_NORM=norms is not None,
             num_warps=config["num_warps"],
         )
 
@@ -248,10 +243,9 @@ def aot_configs() -> list[AotConfig]:
         for C in (2560, 3584, 8192) if kind == "bf16" else (3584,):
             for has_delta in (True, False):
                 types = dict.fromkeys(("residual", "weight", "out"), tensor) | {"eps": "fp32"}
-                absent = {} if has_delta else {"delta": None}
-                types |= {"delta": tensor} if has_delta else {}
                 row = row_config(C)
-                constexprs = {"C": C, "BLOCK_C": row["block"], "HAS_DELTA": has_delta, **absent}
+                types |= {"delta": tensor} if has_delta else {}
+                constexprs = {"C": C, "BLOCK_C": row["block"]} | ({} if has_delta else {"delta": None})
                 label = f"C={C}, {'delta, ' if has_delta else ''}{kind}"
                 configs.append(AotConfig(add_rms_norm_kernel, types, constexprs, row["num_warps"], 1, label))
         for H, K, has_norm in ((32, 8, True), (28, 4, False)):
@@ -261,7 +255,7 @@ def aot_configs() -> list[AotConfig]:
             types |= dict.fromkeys(("groups", "columns"), "*i64:16") | {"eps": "fp32"}
             types |= dict.fromkeys(("stride_n", "stride_k", "stride_l"), "i32:16")
             row = row_config(64)
-            constexprs = {"H": H, "K": K, "D": 128, "BLOCK_D": row["block"], "HAS_NORM": has_norm}
+            constexprs = {"H": H, "K": K, "D": 128, "BLOCK_D": row["block"]}
             constexprs |= {} if has_norm else dict.fromkeys(norms)
             label = f"H={H}, K={K}, {'norms, ' if has_norm else ''}{kind}"
             configs.append(AotConfig(rotate_store_kernel, types, constexprs, row["num_warps"], 1, label))
