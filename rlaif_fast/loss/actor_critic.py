@@ -4,7 +4,7 @@
     advantages    A_t = sum over k of (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t
     value model   max((V_t - R_t)^2, (clip(V_t, old V_t - c, old V_t + c) - R_t)^2) / 2,  R_t = A_t + old V_t
 
-All work on scalars, one for each response or token: the hidden states they come from meet a vector, no vocabulary.
+All work on scalars, one for each response or token: the head that makes them is a vector, without a vocabulary.
 
 Letters: N groups, G responses a group, B responses, T tokens, M packed tokens.
 Sources: arXiv 2203.02155 (reward model, Bradley-Terry), 2312.09244 (centring), 1506.02438 (GAE), 1707.06347 (PPO).
@@ -43,14 +43,14 @@ def bradley_terry_loss(
     """Return the Bradley-Terry loss of the pairs of each group, with a term that holds the scores near zero.
 
     Args:
-        scores: (N, G) float; differentiable. What is in no pair is not read.
+        scores: (N, G) float; differentiable. A score that is in no pair is not read.
         preferred: (N, G, G) bool; [n, i, j] is true where response i of group n is preferred to j.
-        center: Weight of (s_i + s_j)^2. A difference of scores leaves their mean open; this closes it.
+        center: Weight of (s_i + s_j)^2. Differences of scores do not fix their mean; this term does.
         weights: (N,) float; multiplies the loss of each group. None is 1.
 
     Returns:
-        `PairLoss`. A group costs the mean over its pairs, so that one with many pairs counts no more than one with a
-        single pair; a group without a pair costs 0.
+        `PairLoss`. The loss of a group is the mean over its pairs, so that one with many pairs counts no more than one
+        with a single pair; a group without a pair adds 0.
     """
     first, second = scores[:, :, None], scores[:, None, :]
     margin = (first - second).where(preferred, 0.0)
@@ -76,9 +76,9 @@ def generalized_advantages(
     Args:
         rewards: (B, T) float, the reward of each token.
         values: (B, T) float, the value of the state in which each token was drawn.
-        mask: (B, T) bool, true on the tokens of each response, which begin at 0; behind the last one the value is 0.
+        mask: (B, T) bool, true on the tokens of each response, which begin at 0; after the last one the value is 0.
         gamma: Discount in [0, 1].
-        lam: How far ahead is looked, in [0, 1]: 0 trusts the next value, 1 no value.
+        lam: How far ahead to look, in [0, 1]: 0 trusts the next value alone, 1 trusts the rewards alone.
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
     advantages = torch.zeros_like(values)
@@ -102,7 +102,7 @@ def clipped_value_loss(
         values: (M,) float; differentiable.
         old_values: (M,) float, when the responses were drawn.
         returns: (M,) float, what is to be predicted.
-        clip: How far a value moves from the old one before its gradient ends; above 0.
+        clip: How far a value may move from the old one before its gradient is 0; above 0.
     """
     near = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns).square(), (near - returns).square()

@@ -40,10 +40,10 @@ def zscore(reward: Tensor, members: Tensor) -> Tensor:
 
 
 def without_offset(rewards: Tensor, counting: Tensor | None) -> Tensor:  # (N, G), (N, G) or (N, 1) bool
-    """Return rewards less the least of their group where they differ by little of what they are.
+    """Return rewards minus the smallest of their group, where they differ by little compared with their size.
 
-    A z-score does not depend on what all rewards of a group have in common. The mean of a float32 and the cast to it
-    would round what they differ by.
+    A z-score does not change when all rewards of a group shift by the same amount. Without this, the cast to
+    float32 and the mean in it would round the differences away.
     """
     wide = torch.promote_types(rewards.dtype, torch.float32)
     x = rewards.to(wide if rewards.is_floating_point() else torch.float64)
@@ -82,8 +82,8 @@ def advantages_of(
 def _centred(x: Tensor, members: Tensor) -> Tensor:  # (N, G)
     """x - mean x, of rewards and penalties of any size.
 
-    A float's mean is rounded once for all of a group. What that leaves is taken off too, so that a loss that sums over
-    tokens does not gather it. What equals the mean keeps its exact zero.
+    The mean is rounded, so the differences from it have a small mean of their own. That is subtracted too; otherwise a
+    loss that sums over tokens would accumulate it. What equals the mean keeps its exact zero.
     """
     centred = x - _mean(x, members)
     return centred - _mean(centred, members).where(centred != 0, 0.0)

@@ -134,7 +134,7 @@ def select(op: str, name: str, x: Tensor, group_size: int | None = None) -> str:
     Raises:
         ValueError: The name is unknown, or the named backend cannot run the call (the message says why).
     """
-    # torch.compile may not know the size as a constant; the backends take every one that the checks let through.
+    # torch.compile may not know the size as a constant; the backends take every size that the checks allow.
     size = None if torch.compiler.is_compiling() else group_size
     return _select(op, name, x.device.type, x.dtype, size)
 
@@ -160,7 +160,7 @@ def _select(op: str, name: str, device_type: str, dtype: torch.dtype, group_size
     raise ValueError(f"backend={name!r} does not implement {op}; {[row.name for row in rows(op)]} do")
 
 
-# What torch.compiler.assume_constant_result does, which imports torch._dynamo: seconds that a user may never need.
+# The same as torch.compiler.assume_constant_result, without importing torch._dynamo, which takes seconds.
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -178,8 +178,7 @@ def get(op: str, name: str) -> Any:
 
 
 def report() -> list[BackendStatus]:
-    """Return every implementation, best first per op, and why it cannot run on this machine where it
-    cannot."""
+    """Return every implementation, best first per op, and whether it can run on this machine."""
     statuses = []
     for op in OPS:
         for row in rows(op):

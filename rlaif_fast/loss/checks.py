@@ -43,7 +43,7 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], *, like: Tensor 
         and value.dim() == len(shape)
         and all(isinstance(want, str) or want == have for want, have in zip(shape, value.shape))
     )
-    if not fits:  # the words are made here alone: torch.compile has none for a size that varies
+    if not fits:  # format the message only here: torch.compile cannot print a size that varies
         expected = f"a tensor of shape ({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
         error = ValueError if isinstance(value, Tensor) else TypeError
         raise error(f"{name} must be {expected}; got {describe(value)}")
@@ -80,7 +80,7 @@ def ranks(value: Any, shape: tuple[int | str, ...], *, like: Tensor) -> None:
 
 
 def unit_weights(name: str, value: Any, units: int, like: Tensor, validate: bool) -> None:
-    """Raise unless `value` multiplies each of some pairs or groups by a finite number of at least 0."""
+    """Raise unless `value` holds a finite weight of at least 0 for each pair or group."""
     floating(name, value, (units,), like=like)
     if values.can_read(value, validate) and not ((value >= 0) & value.isfinite()).all():
         raise ValueError(f"{name} must be finite and at least 0")
@@ -279,7 +279,7 @@ def ranked_groups(
 def given_advantages(
     shape: tuple[int, ...], responses: int, arguments: LossArguments, like: Tensor
 ) -> Tensor:
-    """Return the advantages of another trainer, or raise where something that belongs to ranks came along."""
+    """Return the advantages of another trainer; raise where an argument that belongs to ranks was given too."""
     advantages: Any = arguments.get("advantages")
     per_response = not (isinstance(advantages, Tensor) and advantages.shape == shape)
     if per_response and isinstance(advantages, Tensor) and advantages.shape == (responses, 1):

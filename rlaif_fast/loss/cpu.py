@@ -110,7 +110,7 @@ def rank_loss(
 
 
 def _widened_scaling(scaling: Scaling, span: slice, logits: Tensor) -> tuple[Any, ...]:
-    """Return the arguments that it is for some rows, temperatures (m,) in the dtype of the statistics."""
+    """Return the scaling of some rows as the operators take it, temperatures (m,) in the dtype of the statistics."""
     scaling = scaling.rows(span)
     if scaling.temperatures is not None:
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -194,7 +194,7 @@ def compact_rows(rows: Tensor, keep: Tensor) -> Tensor:  # (M, V), (M,) bool -> 
 def _matrices(*tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Split (..., V) tensors of one shape into matrices whose rows lie one stride apart, without copying.
 
-    A slice like `logits[:, :-1]` is one matrix a response, or where those are fewer one a place of all responses.
+    A slice like `logits[:, :-1]` is one matrix per response, or one per position where there are fewer positions.
     Yields which rows they are, and the matrix of each tensor.
     """
     x = tensors[0]

@@ -32,7 +32,7 @@ def _refuses_device(major: int, minor: int) -> str | None:
         return None
     for of, least, exact, ptx in found:
         of, least = int(of), int(least)
-        # Machine code runs on later devices of its generation, PTX on those of later ones too.
+        # Machine code runs on later devices of its generation, PTX on those of later generations too.
         later = not exact and ((of == major and least <= minor) or (ptx and (of, least) <= (major, minor)))
         if later or (of, least) == (major, minor):
             return None

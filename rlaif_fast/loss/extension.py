@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+# What the extension registers for the CPU.
 OPERATORS = (
     "rank_penalty",
     "token_loss",
@@ -16,7 +17,7 @@ OPERATORS = (
     "row_loss_",
     "compact_rows_",
     "decode_layer_",
-)  # that the CPU's kernels bring
+)
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def load() -> Any:
     except ImportError as error:
         return error
     absent = [name for name in OPERATORS if not hasattr(torch.ops.rlaif_fast, name)]
-    if absent:  # the package was updated where it lies, and not built again
+    if absent:  # an editable install was updated and not built again
         return ImportError(f"it was built from older sources, which have no {absent[0]}; build it again")
     return module
 

@@ -29,7 +29,7 @@ class Grouping:
         self.shape = (len(counts), int(counts.max()) if len(counts) else 1)
 
     def grid(self, x: Tensor) -> Tensor:  # (B,) -> (N, G)
-        """Lay responses out in the grid; what is none is 0, or false."""
+        """Lay responses out in the grid; empty cells are 0, or false."""
         out = x.new_zeros(self.shape)
         out[self.at] = x
         return out
@@ -79,10 +79,10 @@ def close_groups(
     padding: Padding | None,
     backend: str,
 ) -> tuple[Tensor | None, LossArguments, dict[str, Tensor]]:
-    """Where a loss is given a group_index, rank its responses beforehand.
+    """Rank the responses beforehand where a loss is given a group_index.
 
     Returns:
-        What stands for the ranks, and for the arguments, and the statistics of the ranking.
+        The ranks and the arguments to use instead, and the statistics of the ranking.
     """
     index = arguments.get("group_index")
     if index is None:

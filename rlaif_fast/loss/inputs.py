@@ -75,8 +75,7 @@ class TokenInputs:
     mask: Tensor | None = None  # (B, T) bool
     sampling_ratio: Tensor | None = None  # (B, T) or (B, 1)
     num_items: Tensor | None = None  # scalar, for the number of tokens or responses
-    # scalar, for the number of tokens of an entropy that is a mean over them
-    num_tokens: Tensor | None = None
+    num_tokens: Tensor | None = None  # scalar, for the number of tokens where the entropy is a mean over them
 
     @property
     def group_size(self) -> int | None:
@@ -166,7 +165,7 @@ class Scaling:
     logit_scale: float = 1.0
 
     def rows(self, at: Tensor | slice | None) -> Scaling:
-        """Return that of some rows; None is all."""
+        """Return the scaling of some rows; None is all."""
         if self.temperatures is None or at is None:
             return self
         return replace(self, temperatures=self.temperatures[at])
@@ -187,18 +186,18 @@ class Head(NamedTuple):
 
     @property
     def leaf(self) -> Tensor:
-        """Return what the gradient of the weight belongs to, and has the dtype of."""
+        """The tensor that gets the weight's gradient, in its dtype."""
         return self.weight if self.float32_weight is None else self.float32_weight
 
     def detach(self) -> Head:
-        """Return it without a graph."""
+        """Return the head without a graph."""
         parts = (self.weight, self.bias, self.float32_weight)
         weight, bias, wide = (None if x is None else x.detach() for x in parts)
         assert weight is not None
         return Head(weight, bias, self.scaling, wide)
 
     def like(self, hidden: Tensor) -> Head:
-        """Return the head with a bias of the dtype of `hidden`: the one place where it is cast."""
+        """Return the head with its bias in the dtype of `hidden`."""
         return self if self.bias is None else self._replace(bias=self.bias.to(hidden.dtype))
 
 
@@ -211,14 +210,14 @@ class Needs(NamedTuple):
 
     @property
     def any(self) -> bool:
-        """Whether one is."""
+        """Whether any gradient is asked for."""
         return self.hidden or self.weight or self.bias
 
 
 class Padding:
     """Moves tokens between the packed layout (M,) and the padded one (B, T), T the longest response.
 
-    T is read on the host; M is given, so that nothing else is.
+    Only T is read on the host; M is given.
     """
 
     def __init__(self, lengths: Tensor, packed: int) -> None:  # (B,), M
@@ -232,7 +231,7 @@ class Padding:
         self.at = torch.arange(packed, device=lengths.device) + owner * longest - begins[owner]
 
     def pad(self, packed: Tensor) -> Tensor:  # (M,) -> (B, T)
-        """Lay the tokens out in rows; what is not a token is 0."""
+        """Lay the tokens out in rows; the padding is 0."""
         grid = packed.new_zeros(self.mask.numel())
         return grid.index_copy(0, self.at, packed).view(self.mask.shape)
 

@@ -6,7 +6,7 @@ For a chunk of rows at a time:
     logits <- d loss / d logits                             the row kernel, in place
     d hidden = d logits @ weight,  d weight += d logits.T @ hidden    two matmuls
 
-What the loss is, a `Close` says. Where it knows beforehand what each row's gradient needs (`rows`), the row
+A `Close` defines the loss. Where it knows beforehand what each row's gradient needs (`rows`), the row
 kernel does a row in one sweep. Where the gradient depends on other rows (on-policy ranking, a ratio of the
 whole response, pairs), a chunk holds whole units of responses, their statistics close the loss first, and a
 second sweep over the same logits writes the gradient; only a unit that does not fit a chunk has its logits
@@ -45,11 +45,11 @@ class Close(Protocol):
 
     @property
     def dense(self) -> bool:
-        """Whether every row has a gradient, so that none is looked for to be left out."""
+        """Whether every row has a gradient, so that there is no search for rows to leave out."""
 
     @property
     def options(self) -> LossOptions:
-        """What the row kernel needs where `rows` says something."""
+        """The options of the row kernel; read where `rows` is not None."""
 
     def rows(self) -> RowInputs | None:
         """Return what each token (B, T) needs for its gradient, or None where it needs other rows."""
@@ -163,7 +163,7 @@ def _layout(mask: Tensor, padding: Padding | None) -> _Layout:  # mask (B, T) bo
     if padding is None:
         at = mask.reshape(-1).nonzero().squeeze(1)
         return _Layout(shape, None if len(at) == mask.numel() else at, at)
-    if mask is padding.mask:  # every token counts: nothing has to be looked for
+    if mask is padding.mask:  # every token counts
         return _Layout(shape, None, padding.at)
     kept = padding.pack(mask).nonzero().squeeze(1)  # (m,)
     return _Layout(shape, None if len(kept) == len(padding.at) else kept, padding.at[kept])

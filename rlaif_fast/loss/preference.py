@@ -62,7 +62,7 @@ class PreferenceArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class PreferenceClose(ABC):
-    """What the `linear.Close` of every loss of preferences has in common: a unit needs all its responses."""
+    """The common part of the `linear.Close` of every loss of preferences: a unit needs all its responses."""
 
     mask: Tensor  # (B, T) bool
     ref_logps_sum: Tensor  # (B,)

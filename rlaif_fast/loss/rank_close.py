@@ -53,7 +53,7 @@ class RankClose:
 
     @property
     def advantages_known(self) -> bool:
-        """Whether the advantages need nothing of the rows that are being evaluated."""
+        """Whether the advantages are independent of the rows that are being evaluated."""
         inputs = self.inputs
         given = (inputs.advantages, inputs.scores, inputs.old_logps)
         return any(x is not None for x in given) or not self.options.orders_policy

@@ -20,7 +20,7 @@ class Tolerance:
     Attributes:
         value: Relative error of loss, advantages and log-probabilities.
         gradient: Relative l2 error of a gradient.
-        reason: What sets them.
+        reason: Why.
     """
 
     value: float

@@ -13,7 +13,7 @@ from rlaif_fast.loss.options import check_flag
 
 
 def can_read(x: Tensor, validate: bool) -> bool:
-    """Return whether there are values that may be looked at: not while tracing, nor while a CUDA graph is captured."""
+    """Return whether values may be read: not while tracing, nor while a CUDA graph is captured."""
     check_flag("validate", validate)
     if not validate or x.is_meta or torch.compiler.is_compiling():
         return False
@@ -36,7 +36,7 @@ def finite_ranks(ranks: Tensor, judged: Tensor | None, *, negative: bool) -> Non
 def distinct_in(dtype: torch.dtype, ranks: Tensor, judged: Tensor | None) -> None:  # (N, G)
     """Raise if ranks of a group that count and differ would be equal, or infinite, in the dtype of the kernels.
 
-    What float64 arithmetic makes of equal numbers (0.1 + 0.2 and 0.3) does not differ.
+    Numbers that only rounding keeps apart (0.1 + 0.2 and 0.3) count as equal.
     """
     rounded = ranks.to(dtype)
     if bool((rounded.to(ranks.dtype) == ranks).all()):
@@ -81,7 +81,7 @@ def scores_not_nan(scores: Tensor, judged: Tensor | None) -> None:
 
 
 def finite_weights(name: str, value: Tensor | None, mask: Tensor | None) -> None:  # mask (B, T) or (M,)
-    """Raise if what weighs a token that counts is NaN or infinite; it is one a token or one a response."""
+    """Raise if the weight of a token that counts is NaN or infinite; there is one per token or one per response."""
     if value is None or bool(value.isfinite().all()):
         return
     if mask is not None and mask.shape != value.shape:
@@ -91,7 +91,7 @@ def finite_weights(name: str, value: Tensor | None, mask: Tensor | None) -> None
 
 
 def _first(bad: Tensor, counts: Tensor | None) -> list[int] | None:
-    """Return where the first is that is bad and counts, or None; a `counts` of None counts all."""
+    """Return the index of the first entry that is bad and counts, or None; a `counts` of None counts all."""
     if counts is not None:
         bad = bad & counts
     return bad.nonzero()[0].tolist() if bad.any() else None

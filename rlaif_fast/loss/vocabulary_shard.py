@@ -27,7 +27,7 @@ class VocabularyShard:
         device: Where the tensors are.
 
     Raises:
-        TypeError: The group is none that this process belongs to.
+        TypeError: This process does not belong to the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device) -> None:

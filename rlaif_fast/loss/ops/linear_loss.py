@@ -2,7 +2,7 @@
 
     rlaif_fast::linear_grpo_rank_loss   hidden states -> loss, statistics and all gradients
 
-`with_close` runs any other `linear.Close`, or a sharded vocabulary: what cannot pass through an operator.
+`with_close` runs any other `linear.Close`, or a sharded vocabulary, which cannot pass through an operator.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _run(
     backend: str,
     shard: VocabularyShard | None = None,
 ) -> tuple[TokenGradients, tuple[Tensor, ...]]:
-    """Return the closed loss and the gradients of hidden, the head's leaf and bias; an empty tensor for what is
-    not there."""
+    """Return the closed loss and the gradients of hidden, the head's leaf and bias; a missing one is an empty
+    tensor."""
     kernels = backends.get("linear_loss", backend)
     like = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     B, T = token_ids.shape if padding is None else padding.mask.shape
@@ -176,7 +176,7 @@ def _by_kernels(
 def in_backward(hidden: Tensor, head: Head, backend: str) -> bool:
     """Return whether the gradients of a loss are made in the backward pass: the reference's, and those of float16.
 
-    A gradient of float16 is of use only where it is made with its loss scale, and that comes with the backward pass.
+    A float16 gradient needs its loss scale from the start, and that arrives with the backward pass.
     """
     dtype = dtype_of(hidden.device, hidden.dtype)
     wanted = any(wants_gradient(x) for x in (hidden, head.leaf, head.bias))
@@ -194,7 +194,7 @@ def padded_logps(
 ) -> tuple[Tensor, Tensor]:
     """Return logps and entropy (B, T), differentiable; the backward pass makes the logits again.
 
-    The hidden states of tokens that do not count may be anything: they are 0 before they meet the weight's gradient.
+    The hidden states of tokens that do not count may hold anything: they are set to 0 first, for the weight's gradient.
     """
     rows = reference.cleared(hidden, counting).reshape(-1, hidden.shape[-1])
     logps, entropy = linear_logps(rows, head, token_ids.reshape(-1), chunk_size, backend)
@@ -213,7 +213,7 @@ def with_close(
     backend: str,
     shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of a close, what it credits each response with, and its statistics; differentiable in
+    """Return the loss of a close, the advantage or reward of each response, and the statistics; differentiable in
     hidden, the head's leaf and bias. Not under torch.compile."""
     refuse_transforms(hidden, head.leaf, head.bias)
     hidden, head = autocast(hidden, head)
@@ -226,7 +226,7 @@ def with_close(
 
 
 class _InForward(torch.autograd.Function):
-    """A loss whose gradients are made with it."""
+    """A loss whose gradients are made in its forward pass."""
 
     @staticmethod
     def forward(ctx, hidden, leaf, bias, run, backend):

@@ -120,7 +120,7 @@ class _InplaceLogitsStats(torch.autograd.Function):
         _write_logits_grad(
             logits, token_ids, ctx.scaling, lse, entropy, grad_logps, grad_entropy, ctx.backend, logits
         )
-        # what saved them for its own backward pass has to notice
+        # another node that saved the logits for its backward pass then raises
         torch.autograd.graph.increment_version(logits)
         return logits, None, None, None
 
@@ -133,14 +133,14 @@ def selective_log_softmax(
     inplace_backward: bool = False,
     mask: Tensor | None = None,  # (...) bool
 ) -> tuple[Tensor, Tensor]:
-    """Return logps and entropy (...), differentiable in the logits; where the mask is false, anything."""
+    """Return logps and entropy (...), differentiable in the logits; undefined where the mask is false."""
     check_flag("inplace_backward", inplace_backward)
     backend = backends.select("logits_loss", backend, logits)
     if backend == "reference":
         return reference.selective_log_softmax(reference.cleared(logits, mask), token_ids.long(), scaling)
     refuse_transforms(logits)
     if logits.stride(-1) != 1 or (inplace_backward and 0 in logits.stride()):
-        logits = logits.contiguous()  # the kernels read a row as one run of memory, and write no row twice
+        logits = logits.contiguous()  # the kernels read a row as one run of memory, and write each row once
     if inplace_backward and not torch.compiler.is_compiling():
         return _InplaceLogitsStats.apply(logits, token_ids, scaling, backend)
     logps, _, entropy = _logits_stats(logits, token_ids, *flatten(scaling), backend)

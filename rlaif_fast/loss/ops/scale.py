@@ -1,4 +1,4 @@
-"""The upstream gradient of a loss whose gradients were made in the forward pass, and derivatives that it has not."""
+"""Losses whose gradients are made in the forward pass: scaling those, and refusing derivatives they do not have."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def refuse_double_backward() -> None:
 
 
 def wants_gradient(x: Tensor | None) -> bool:
-    """Return whether autograd follows a tensor, one within `torch.vmap` too, which itself does not say so."""
+    """Return whether autograd follows a tensor; a batched tensor of `torch.vmap` has to be unwrapped to tell."""
     if x is None or not torch.is_grad_enabled():
         return False
     while not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
@@ -23,7 +23,7 @@ def wants_gradient(x: Tensor | None) -> bool:
 
 
 def refuse_transforms(*leaves: Tensor | None) -> None:
-    """Raise where a derivative is taken forwards, which would be 0 without a word, or by `torch.func`."""
+    """Raise under forward-mode differentiation, which would silently give 0, and under `torch.func`."""
     if torch.compiler.is_compiling():
         return
     for x in leaves:
@@ -39,8 +39,8 @@ def refuse_transforms(*leaves: Tensor | None) -> None:
 def scaled(grad: Tensor, by: Tensor, backend: str) -> Tensor:
     """Return grad * by, multiplied in float32 and rounded once.
 
-    Where `by` is 1 nothing is copied: on the CPU it is looked at, on a GPU the kernel looks at it, and works in
-    place where the graph is not kept for another backward pass.
+    Where `by` is 1 nothing is copied: on the CPU it is read here, on a GPU the kernel reads it, and works in place
+    where the graph is not kept for another backward pass.
     """
     if torch.compiler.is_compiling() or type(by) is not Tensor:
         return (grad * by.reshape([1] * grad.dim())).to(grad.dtype)

@@ -54,10 +54,10 @@ def lambda_weights(
     judged: Tensor | None,  # (N, G) bool
     group_weights: Tensor | None,  # (N,)
 ) -> Tensor:
-    """Return the weight (N, G, G) of each pair [i, j], 0 but where label i is the higher one."""
+    """Return the weight (N, G, G) of each pair [i, j], 0 except where label i is the higher one."""
     rewards = rewards.detach()
     if judged is not None:
-        rewards = rewards.masked_fill(~judged, -torch.inf)  # behind the others: no place is theirs
+        rewards = rewards.masked_fill(~judged, -torch.inf)  # after the others, so that they take no place
     place = rewards.argsort(stable=True, dim=-1, descending=True).argsort(-1) + 1
     gain = torch.exp2(labels.to(rewards.dtype))
     discount = 1 / torch.log1p(place.to(rewards.dtype))
@@ -86,7 +86,7 @@ def lipo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the implicit rewards (B,), and the statistics in the order of PREFERENCE_STATS."""
     rewards = implicit_rewards(logps, mask, ref_logps_sum, beta).view(labels.shape)
-    compared = rewards if judged is None else rewards.where(judged, 0.0)  # the others may be anything
+    compared = rewards if judged is None else rewards.where(judged, 0.0)  # the others may hold anything
     weights = lambda_weights(labels, compared, judged, group_weights)
     margin = compared[:, :, None] - compared[:, None, :]
     loss = -(weights * logsigmoid(margin)).sum() / items

@@ -103,7 +103,7 @@ def rank_loss(
     weight = token_weights(mask, length, row_valid, inputs.num_items, options, logps.dtype)
     entropy_weight = entropy_weights(mask, weight, inputs.num_tokens, options)
     policy_loss = -(policy * weight).sum()
-    kl_loss, entropy_loss = zero, zero  # what has no weight may be infinite
+    kl_loss, entropy_loss = zero, zero  # a term without weight may be infinite
     if kl is not None and options.beta != 0.0:
         kl_loss = options.beta * (kl * weight).sum()
     if entropy is not None and options.entropy_coef != 0.0:

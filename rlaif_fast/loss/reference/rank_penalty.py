@@ -30,7 +30,7 @@ def positions(
     mine, others, live = keys[:, :, None], keys[:, None, :], members[:, None, :]
     first = ((others < mine) & live).sum(-1)
     ties = (others >= mine) == (others <= mine)
-    return first, (ties & live).sum(-1).clamp(min=1)  # who is no member keeps a finite quotient
+    return first, (ties & live).sum(-1).clamp(min=1)  # keeps the quotients of non-members finite
 
 
 def tie_mean(
