@@ -1,15 +1,15 @@
 """What lies between the matmuls of a decode step: norms, rotary positions and the gate, one launch each.
 
-A decode step feeds S tokens through every layer. Its matmuls read the weights once, which is what a step must cost. By
-a model's own modules some fifty small kernels a layer stand between them; a graph removes their launches but not them,
-and each takes 2 to 3 us. Here they are four:
+A decode step feeds S tokens through every layer. Its matmuls read the weights once, which no step can avoid. Between
+them a model's own modules run some fifty small kernels a layer; a graph removes their launches but not the kernels, and
+each takes 2 to 3 us. Here they are four:
 
     add_rms_norm     r += d;  y = w r / sqrt(mean(r^2) + eps), twice a layer
     rotate_store     x' = norm(x) cos + rotate_half(norm(x)) sin of each query and key head; keys, values to the cache
     silu_mul         y = silu(g) u
 
-Forward alone: a decode step has no gradient. Sums are float32. What the modules round to the tensors' dtype on the way
-is rounded here too, so that both give the same hidden states but for the order of sums. Bytes: each tensor once.
+Forward only: a decode step has no gradient. Sums are float32. Values that the modules round to the dtype of the tensors
+are rounded here too, so that both give the same hidden states up to the order of sums. Bytes: each tensor once.
 
 Letters: S tokens, C hidden size, H query heads, K key heads, D head size, L columns of a buffer, N groups, M elements.
 Suffixes: _c element of a row, _d element of half a head.
@@ -63,7 +63,7 @@ def rotated(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The two halves of a head behind its norm and rotation, in float32."""
+    """The two halves of a head after its norm and rotation, in float32."""
     half: tl.constexpr = D // 2
     offs_d = tl.arange(0, BLOCK_D)
     live_d = offs_d < half
@@ -146,7 +146,7 @@ def silu_mul_kernel(
 
 
 def row_config(size: int) -> dict[str, int]:
-    """A power of two that holds the row, and about eight elements a thread of it, 32 for the longest."""
+    """A power of two that holds the row, about eight elements a thread, 32 for the longest rows."""
     block = triton.next_power_of_2(size)
     return {"block": block, "num_warps": min(16, max(1, block // 256))}
 

@@ -4,8 +4,8 @@
     logits <- d loss / d logits                               `row_loss`, in place
     d hidden = d logits @ weight,   d weight += d logits.T @ hidden      two matmuls, the sum in float32
 
-`rlaif_fast.loss.linear` drives the chunks, `rlaif_fast.loss.chunks` says how large they are; this file says what else
-is particular to a GPU: how the weight's gradient is summed, and how rows without gradient leave a chunk.
+`rlaif_fast.loss.linear` drives the chunks, `rlaif_fast.loss.chunks` sets their size; this file holds the rest that is
+particular to a GPU: how the weight's gradient is summed, and how rows without gradient leave a chunk.
 `compact_rows_kernel` moves only as many rows as were dropped from the front: kept rows of the tail fill the holes, so
 that sources and holes never overlap and nothing is buffered. It needs the number of kept rows on the host: one
 synchronisation a chunk, and only where rows can drop out. Never materialised: logits of more than a chunk, a
@@ -77,7 +77,7 @@ def compact_rows(
     count = kept.numel()
     front = keep[:count]
     holes = (~front).nonzero().squeeze(1)
-    sources = kept[count - holes.numel() :]  # as many kept rows lie behind the front as holes within it
+    sources = kept[count - holes.numel() :]  # as many kept rows follow the front as there are holes in it
     if holes.numel():
         V = rows.shape[1]
         with torch.cuda.device_of(rows):

@@ -1,7 +1,7 @@
 """Normalised patches of uint8 frames in the row order of the Qwen-VL processors, in one pass.
 
-    patches[row, column] = frames[f, y, x, c] * scale[c] + shift[c],   scale = 1 / (255 std), shift = -mean /
-    std
+    patches[row, column] = frames[f, y, x, c] * scale[c] + shift[c]
+    scale = 1 / (255 std),  shift = -mean / std
 
     row     = (t, y / (M P), x / (M P), my, mx): the M * M patches of one language-model token are adjacent
     column  = (c, frame within the patch, y within the patch, x within the patch)
@@ -83,9 +83,9 @@ def patchify_kernel(
     shift = tl.where(c == 0, shift_r, tl.where(c == 1, shift_g, shift_b))
     value = pixel.to(tl.float32) * scale[:, None] + shift[:, None]
 
-    # Flat from here on: with one shape for both, the load would be laid out as the wide store wants it, every
-    # thread reading bytes of its own; so neighbouring threads read neighbouring bytes and swap in shared
-    # memory.
+    # Flat from here on. With one shape for both, the load would get the layout of the wide store, in which each
+    # thread reads a run of bytes; this way neighbouring threads read neighbouring bytes and exchange them in
+    # shared memory.
     value = tl.reshape(value.to(patches.dtype.element_ty), (BLOCK_L * PP,))
     offs = tl.arange(0, BLOCK_L * PP)
     line = tl.program_id(1) * BLOCK_L + offs // PP
@@ -103,7 +103,7 @@ def patchify(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return what `reference.patchify_reference` does, in one launch."""
+    """Return what `rlaif_fast.video.patchify.patchify_reference` does, in one launch."""
     P, T, M = patch_size, temporal_patch_size, merge_size
     F, H, W, C = frames.shape
     if frames.dtype != torch.uint8 or C != CHANNELS:

@@ -10,7 +10,7 @@ second launch merges the parts,
 
     m = max_s m_s,   o = sum_s exp(m_s - m) acc_s / sum_s exp(m_s - m) l_s.
 
-P_n and the number of own tokens are read on the device, so that one captured graph serves every step. Forward alone:
+P_n and the number of own tokens are read on the device, so that one captured graph serves every step. Forward only:
 a decode step has no gradient. Scores and sums are float32; products are of the inputs' dtype. Bytes: 2 L D sizeof(k) a
 key head and group, once; the parts take 4 S R G (D + 2) bytes, written and read once, which stay in L2.
 
@@ -70,7 +70,7 @@ def prefix_part_kernel(
     scale,
     L,
     part_columns,
-    S,  # not a constant: it differs between lengths of buffers, and each would be compiled
+    S,  # not a constant: each buffer length would compile a kernel of its own
     query_stride_n,
     query_stride_h,
     query_stride_g,
@@ -127,7 +127,7 @@ def prefix_part_kernel(
         seen = live_l[None, :] & ((offs_l < prompt)[None, :] | (of_response[None, :] == g[:, None]))
         scores = tl.where(seen, scores, float("-inf"))
         new_m = tl.maximum(m, tl.max(scores, 1))
-        shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # a tile that a row sees nothing of
+        shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # a tile without a visible column
         p = tl.exp(scores - shift[:, None])
         grown = tl.exp(m - shift)
         l = l * grown + tl.sum(p, 1)

@@ -1,4 +1,4 @@
-"""The ends of the rank loss: device functions that close a group of responses, and the batch.
+"""The end of the rank loss: device functions that close a group of responses, and the batch.
 
 `rank_loss_kernel` leaves ROW_SUMS sums of each response; the last program of a group calls `close_group`,
 which ranks the responses, weighs their sums with the advantages they get and leaves GROUP_SUMS sums; the
@@ -65,7 +65,7 @@ GROUP_ROWS = tl.constexpr(32)  # of a block of them
 
 @triton.jit
 def _load_shared(x, k, stride, live):
-    """Read what another program of this launch wrote: past the first-level cache."""
+    """Read what another program of this launch wrote, bypassing the first-level cache."""
     return tl.load(x + k * stride, mask=live, other=0.0, cache_modifier=".cg")
 
 
@@ -124,13 +124,11 @@ def close_group(
         log_ratio = _load_shared(rows, ROW_LOG_RATIO, B, live) / length
         rho = importance_ratio(log_ratio)
         upper, lower = one_sided(rho, rho, low, high, delta, dual_clip, 1.0, 1.0, "clip")
+        slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, 1.0, 1.0, "clip")
         if PER_TOKEN:
-            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, 1.0, 1.0, "clip")
             slope -= lower_sum * policy_slope(
                 log_ratio, rho, -A, low, high, delta, dual_clip, 1.0, 1.0, "clip"
             )
-        else:
-            slope = upper_sum * policy_slope(log_ratio, rho, A, low, high, delta, dual_clip, 1.0, 1.0, "clip")
         tl.store(row_slopes + at, slope / length, mask=live)
         upper_sum *= upper
         lower_sum *= lower
@@ -190,7 +188,7 @@ def close_batch(
     beta, entropy_coef, max_length,
     AGGREGATE: tl.constexpr, ENTROPY_TOKENS: tl.constexpr, HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the groups; write the statistics, the loss, and what each response and an entropy count."""
+    """Add up the groups; write the statistics, the loss, and the weights of each response and of the entropy."""
     offs_k = tl.arange(0, GROUP_ROWS)
     used = offs_k[:, None] < GROUP_SUMS
     extreme = (offs_k == GROUP_RATIO_MAX) | (offs_k == GROUP_LOW_MIN) | (offs_k == GROUP_HIGH_MAX)
@@ -226,7 +224,7 @@ def close_batch(
     scale = tl.where((offs_k >= GROUP_NDCG) & (offs_k <= GROUP_TOP1), 1.0 / groups, scale)
     scale = tl.where(offs_k == GROUP_NO_SIGNAL, (1.0 / N) if HAS_RANKS else 0.0, scale)
     total = tl.where(offs_k == GROUP_LOW_MIN, tl.where(tokens > 0, 1.0 - total, total), total)
-    stats = tl.where(scale == 0, 0.0, total * scale)  # what has no weight may be infinite
+    stats = tl.where(scale == 0, 0.0, total * scale)  # a term without weight may be infinite
     loss = tl.sum(tl.where(offs_k < GROUP_KL, stats, 0.0))
     tl.store(loss_out, loss)
     tl.store(stats_out + offs_k, stats, mask=offs_k < STATISTICS)

@@ -277,7 +277,7 @@ def rank_loss(
                 **config,
             )
         if beta == 0.0:
-            tokens[2] = None  # a KL that is only watched has no gradient
+            tokens[2] = None  # a KL that is only reported has no gradient
         write_gradient(
             tokens,
             valid,

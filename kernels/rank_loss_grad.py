@@ -109,7 +109,7 @@ def write_gradient(
     options: LossOptions,
     config: dict[str, int],  # of the launch before
 ) -> None:
-    """Write the gradient of every token, 0 where none counts."""
+    """Write the gradient of every token, 0 for those that do not count."""
     T, BLOCK_T = grad_logps.shape[-1], config["BLOCK_T"]
     splits = min(SPLITS, triton.cdiv(T, BLOCK_T))
     if splits:

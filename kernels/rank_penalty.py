@@ -7,7 +7,7 @@
 
 `rank_group` does one group in registers, as matrices of comparisons (no sort), and is what the fused loss
 calls when it closes a group; `rank_penalty` launches it alone. Nothing here has a gradient. Float32 inside.
-Quotients are rounded properly (`div_rn`): a compiled `/` is off by a bit, and x / x or a mean of equals must not be.
+Quotients are correctly rounded (`div_rn`): a compiled `/` may be off by a bit, and x / x or a mean of equals must not.
 Source: arXiv 2510.02561.
 
 Letters: N groups, G responses a group, GP = G rounded up to a power of two. Suffixes: _i this response, _j
@@ -62,7 +62,7 @@ def _group_mean(x, live, G):
 
 @triton.jit
 def _centred(x, live, G):
-    """x less its mean, and less what the mean's rounding leaves, but not from what equals the mean."""
+    """x minus its mean, then minus the mean that rounding left; what equals the mean stays exactly 0."""
     centred = x - _group_mean(x, live, G)
     return centred - tl.where(centred != 0.0, _group_mean(centred, live, G), 0.0)
 
@@ -130,7 +130,7 @@ def rank_group(
     u = _tie_mean(relevance * discount, k, first_u, count_u)
     v = _tie_mean(relevance * discount, k, first_v, count_v)
 
-    # 1 where u = v: the scale of a group without penalties would magnify what is left.
+    # The quotient is exactly 1 where u = v: scaling a group without penalties would magnify any rest.
     if KIND == "paper":
         penalty = 1.0 - tl.div_rn(v, u)
     elif KIND == "paper_swapped":

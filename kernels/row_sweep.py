@@ -2,7 +2,7 @@
 
 A logit is capped first where there is a cap: x, or c tanh(inner x). Each lane keeps its own running maximum m of x,
 and with d = (x - m) scale, in units of log 2, the sums s = sum 2^d and w = sum 2^d d of VEC neighbouring logits, so
-that no thread waits for another within the sweep. The maximum is taken off before the scale is put on: a fused
+that no thread waits for another within the sweep. The maximum is subtracted before the scale is applied: a fused
 multiply-add of x scale - m scale would leave the rounding of m scale in d, which is not small at large logits. The
 entropy comes from d, which does not cancel. The next block is loaded before this one is used.
 
@@ -82,7 +82,7 @@ def sweep(x, V, y, scale, inner, cap, VEC: tl.constexpr, BLOCK_V: tl.constexpr):
 def write_grad(
     x, out, V, y, scale, inner, cap, inv_temperature, lse2, H, g, h, VEC: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Write one row of the gradient, from the end, where the sweep has just been."""
+    """Write one row of the gradient, from its end, which the sweep read last and the cache still holds."""
     offs_v = _lanes(VEC, BLOCK_V)
     g *= inv_temperature
     h *= inv_temperature

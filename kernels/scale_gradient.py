@@ -1,5 +1,5 @@
-"""A gradient times the scale that came from upstream, in place: where it is 1 nothing is read or written, and the
-host does not learn it.
+"""A gradient times the upstream scale, in place. The device checks whether the scale is 1, in which case nothing is
+read or written: the host does not wait for it.
 
     x <- x * scale        in float32, rounded once
 
