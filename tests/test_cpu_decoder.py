@@ -376,7 +376,7 @@ def no_epsilon(policy: Policy) -> str:
 
 def narrow_weight(policy: Policy) -> str:
     policy.decoder.layers[1].mlp.bfloat16()
-    return "mlp.gate_proj.weight is no parameter of torch.float32"
+    return "mlp.gate_proj.weight is not a parameter of torch.float32"
 
 
 @pytest.mark.parametrize("change", [unequal_epsilons, no_scaling, hooked_decoder, no_epsilon, narrow_weight])

@@ -36,7 +36,7 @@ SAMPLERS = {**READS_POLICY, "vllm": VllmSampler}
 
 
 def _chosen(policy: Policy) -> str:
-    """The sampler that "auto" stands for; says in one line of the log why it is not the captured one on a GPU."""
+    """The sampler that "auto" stands for; on a GPU a line of the log says why it is the captured one or not."""
     if not policy.shared_prefix:
         return "plain"
     if policy.device.type != "cuda" or policy.shards is not None:
@@ -53,8 +53,8 @@ def make_sampler(policy: Policy, name: str = "auto", options: Mapping[str, Any] 
     """Make a sampler by its name.
 
     "auto" is plain where the policy has shared_prefix switched off; else cuda_graphs on a GPU where a captured step
-    equals an eager one there (`check_graphs`), and shared_prefix elsewhere. Sharded weights are in another place after
-    each gathering, so a captured step could not read them.
+    equals an eager one there (`check_graphs`), and shared_prefix elsewhere. Sharded weights move with each gathering: a
+    captured step could not read them.
 
     Args:
         policy: Whose responses it draws.

@@ -34,7 +34,7 @@ class SamplingParams:
         top_k: Tokens kept; 0 keeps all.
         min_new_tokens: The end-of-sequence token cannot be drawn before this many tokens.
         seed: Seed of the sampler's own generator; None draws from torch's.
-        max_reasoning_tokens: Behind this many tokens without `</think>` it is put there (see `reasoning`); None sets no
+        max_reasoning_tokens: After this many tokens without `</think>` it is inserted (see `reasoning`); None sets no
             bound.
     """
 
@@ -54,8 +54,7 @@ class Rollout:
     Attributes:
         prompts: The N prompts.
         num_generations: G.
-        token_ids: (B, T) int64; the end-of-sequence token, where drawn, is the last of a row; what stands behind it
-            is padding.
+        token_ids: (B, T) int64; the end-of-sequence token, where drawn, is the last of a row; padding follows it.
         mask: (B, T) bool, true on sampled tokens.
         logps: (B, T) float32 log-probability of each sampled token under the policy at the sampling
             temperature, before top-k and top-p; 0 under the mask.
@@ -63,8 +62,8 @@ class Rollout:
         finished: (B,) bool, whether the row drew its end-of-sequence token within the budget.
         sampling_ratio: (B, T) float32 probability of each token under the policy over that under the sampler, from a
             sampler whose probabilities are not quite the policy's; the loss is weighed by it. None where they are.
-        forced: (B, T) bool, true on tokens of `mask` that were put there and not drawn; they teach nothing. None where
-            there are none.
+        forced: (B, T) bool, true on tokens of `mask` that were inserted, not drawn; the loss leaves them out. None
+            where there are none.
     """
 
     prompts: tuple[EncodedPrompt, ...]
@@ -124,12 +123,12 @@ class Sampler(Protocol):
         ...
 
     def sync_weights(self, policy: Policy) -> None:
-        """Take over the policy's weights; called before responses are drawn from a policy that has changed."""
+        """Copy the policy's weights; called before responses are drawn from a policy that has changed."""
         ...
 
     @property
     def draws_elsewhere(self) -> bool:
-        """Whether others draw, with weights of their own, so that this process is free meanwhile.
+        """Whether other processes draw, with their own weights, so that this one is free meanwhile.
 
         Such a sampler is a `SamplerElsewhere` too.
         """
@@ -146,7 +145,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Begun(Generic[P]):
-    """A rollout that is drawn meanwhile; `answers` has G for each of the N prompts."""
+    """A rollout in progress; `answers` has G for each of the N prompts."""
 
     prompts: Sequence[P]
     params: SamplingParams
@@ -157,7 +156,7 @@ class SamplerElsewhere(Sampler, Protocol):
     """A sampler whose `draws_elsewhere` is true: a rollout is begun, and finished when it is wanted."""
 
     def begin(self, prompts: Sequence[P], num_generations: int, params: SamplingParams) -> Begun[P]:
-        """Have the weights handed over last drawn from, and return at once; see `finish`.
+        """Start drawing from the weights that were synced last, and return at once; see `finish`.
 
         Args:
             prompts: N prompts.
@@ -177,7 +176,7 @@ class SamplerElsewhere(Sampler, Protocol):
             features: Of its prompts, by the present weights; None to encode here.
 
         Raises:
-            EngineLost: What draws was lost meanwhile.
+            EngineLost: The engine was lost meanwhile.
         """
         ...
 

@@ -22,7 +22,7 @@ from rlaif_fast.rollout.plain_layers import PlainLayer, plain_layers, refuses_pl
 
 log = logging.getLogger(__name__)
 
-STEPS_AHEAD = 256  # that cosines and sines are made for at once
+STEPS_AHEAD = 256  # cosines and sines are made for this many steps at once
 TOLERANCE = 1e-4  # relative l2 distance of two float32 results that add up in another order
 
 
@@ -59,7 +59,7 @@ def refuses_cpu_decoder(policy: Policy) -> str | None:
 
 
 class CpuDecoder:
-    """Runs the decode steps of a policy in C++ where `refuses_cpu_decoder` has nothing against it.
+    """Runs the decode steps of a policy in C++ where `refuses_cpu_decoder` returns None.
 
     Args:
         policy: The policy. Its modules and their weights are read at the beginning of each rollout.
@@ -99,8 +99,8 @@ class CpuDecoder:
             ids: Tokens.
             positions: Their position ids.
             step: The buffers; each layer writes the tokens' keys and values.
-            of_model: The same by the model's own modules. The first step compares the two; if they differ, these are
-                used from then on.
+            of_model: The same by the model's own modules. The first step compares the two; if they differ, the modules
+                are used from then on.
         """
         if not self._layers or self._agrees is False:
             return of_model()
@@ -115,13 +115,13 @@ class CpuDecoder:
             distance = float((found - expected).norm() / expected.norm())
             reason, self._agrees = f"it is off by {distance:.1e} of the model's own", distance < TOLERANCE
         if self._agrees:  # NaN never agrees
-            return found  # as every later step, so that a rollout does not depend on when this was asked
+            return found  # as in every later step, so that a rollout does not depend on when the check ran
         log.warning("rollout: the C++ decode step is not used: %s", reason)
         return of_model()  # once more, so that the keys and values are its own
 
     def _run(self, ids: Tensor, positions: Tensor, step: GroupStep) -> Tensor:
         hidden = self._policy.embedding(ids)
-        # The axes of a position are equal behind a prompt, so the first stands for all.
+        # The axes of a position are equal after the prompt, so the first stands for all.
         cos, sin = self._rotary(positions[0], hidden)
         for index, layer in enumerate(self._layers):
             torch.ops.rlaif_fast.decode_layer_(
@@ -142,7 +142,7 @@ class CpuDecoder:
         return self._policy.decoder.norm(hidden)
 
     def _rotary(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (A, D) of positions (A,), made for many steps at once where they depend on nothing else."""
+        """Cosines and sines (A, D) of positions (A,), from a table for many steps where positions alone set them."""
         if _rotates_by_length(self._policy.decoder.rotary_emb):
             return self._make_rotary(positions, like)
         least, most = map(int, positions.aminmax())
@@ -160,6 +160,6 @@ class CpuDecoder:
 
 
 def _rotates_by_length(rotary: Any) -> bool:
-    """Whether the angles of a position depend on the longest one that is asked for; True where that is unknown."""
+    """Whether the angles of a position depend on the largest position in the call; True where that is unknown."""
     kind = getattr(rotary, "rope_type", None)
     return not isinstance(kind, str) or "dynamic" in kind or kind == "longrope"

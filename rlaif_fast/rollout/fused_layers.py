@@ -1,8 +1,8 @@
 """The decode step of a plain text decoder on a GPU: matmuls, attention, and one kernel between two of them.
 
-By the model's own modules a layer is some fifty small kernels beside its seven matmuls. A captured graph launches them
-for nothing, but each still takes its two or three microseconds, half of a step of a 7B model on an H100. Here they are
-four (`kernels/decode_step.py`). The layers are those of `plain_layers`; `graphs.check_fused` compares a step with the
+The model's own modules run some fifty small kernels a layer beside its seven matmuls. A captured graph launches them
+for free, but each still takes two or three microseconds, half of a step of a 7B model on an H100. Here they are four
+(`kernels/decode_step.py`). The layers are those of `plain_layers`; `graphs.check_fused` compares a step with the
 model's own, in values and in time.
 """
 
@@ -48,7 +48,7 @@ def refuses_fused_layers(policy: Policy) -> str | None:
     if reason is not None:
         return reason
     if any((layer.norms[2] is None) != (layer.norms[3] is None) for layer in plain_layers(policy)):
-        return "a layer norms queries or keys alone"
+        return "a layer norms only queries or only keys"
     head_size = policy.decoder.layers[0].self_attn.head_dim
     return refuses_decode_step(policy.device.type, weight.dtype, weight.shape[1], head_size)
 
@@ -57,7 +57,7 @@ class FusedLayers:
     """Runs a decode step by the fused kernels.
 
     Args:
-        policy: One that `refuses_fused_layers` has nothing against.
+        policy: One for which `refuses_fused_layers` returns None.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -74,30 +74,30 @@ class FusedLayers:
         """Return the last hidden states (S, C) of one token for each response.
 
         Raises:
-            ValueError: The rotary positions are of a part of a head.
+            ValueError: The rotary positions cover only part of a head.
         """
         from rlaif_fast_kernels.decode_step import add_rms_norm, rotate_store, silu_mul
 
         policy, decoder = self._policy, self._policy.decoder
         residual = policy.embedding(ids)
         given = positions[:, None] if policy.position_axes == 3 else positions[:1]
-        # The axes of a position are equal behind a prompt, so the first stands for all.
+        # The axes of a position are equal after the prompt, so the first stands for all.
         cos, sin = (x[0].reshape(len(ids), -1) for x in decoder.rotary_emb(residual[None], given))
         if cos.shape[1] != self._head_size:
             raise ValueError(f"rotary positions must be of {self._head_size} numbers; got {cos.shape[1]}")
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            before, behind, query_norm, key_norm = layer.norms
-            assert before is not None and behind is not None
+            input_norm, post_attention_norm, query_norm, key_norm = layer.norms
+            assert input_norm is not None and post_attention_norm is not None
             norms = None if query_norm is None or key_norm is None else (query_norm, key_norm)
-            x = add_rms_norm(residual, delta, before, layer.eps)
+            x = add_rms_norm(residual, delta, input_norm, layer.eps)
             query, key, value = (self._heads(layer, place, x) for place in range(3))
             keys, values = buffers.keys[index], buffers.values[index]
             cells = keys, values, buffers.groups, buffers.columns
             rotate_store(query, key, value, cos, sin, norms, layer.eps, *cells)
             attended = buffers.read(index, query, layer.scale).flatten(1)
             delta = linear(attended, layer.weights[3], layer.biases[3])
-            x = add_rms_norm(residual, delta, behind, layer.eps)
+            x = add_rms_norm(residual, delta, post_attention_norm, layer.eps)
             gate, up = (linear(x, layer.weights[place], layer.biases[place]) for place in (4, 5))
             delta = linear(silu_mul(gate, up), layer.weights[6], layer.biases[6])
         assert delta is not None

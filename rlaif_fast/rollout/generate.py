@@ -1,8 +1,8 @@
 """How a token is drawn, the same for every sampler.
 
 Each draw is the inverse of the cumulative distribution at a uniform number that belongs to (row, step) of the rollout.
-The numbers are made before the first step, so neither how many rows follow, nor when the others end, nor how the
-rollout is cut to fit memory changes what a row draws: samplers that compute the same logits give the same tokens.
+The numbers are made before the first step, so what a row draws does not depend on how many rows there are, when the
+others end, or how the rollout is cut to fit memory: samplers that compute the same logits give the same tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TokenSampler:
     Args:
         policy: The policy.
         params: How to draw.
-        responses: B of the rollout; needed for what depends on a response's earlier tokens, `max_reasoning_tokens`.
+        responses: B of the rollout; needed only for `max_reasoning_tokens`, which follows each response.
     """
 
     def __init__(self, policy: Policy, params: SamplingParams, responses: int = 0) -> None:
@@ -92,7 +92,7 @@ class TokenSampler:
             # reach the total.
             target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
             tokens = torch.searchsorted(mass, target, right=True)[:, 0]
-            tokens = tokens.clamp(max=mass.shape[-1] - 1)  # among NaN there is none; `make_rollout` says so
+            tokens = tokens.clamp(max=mass.shape[-1] - 1)  # NaN has no such token; `make_rollout` raises
         if self._budget is not None:
             tokens = self._budget(tokens, live, step)
         logps = logps.gather(-1, tokens[:, None])[:, 0] if rows is None else logps[rows, tokens]
@@ -128,7 +128,7 @@ def score(
     params: SamplingParams,
     features: MediaFeatures | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a sampler that draws like ours would have said of responses drawn elsewhere.
+    """Log-probabilities that a sampler like ours would give responses drawn elsewhere.
 
     Args:
         policy: Whose probabilities they are.
@@ -140,7 +140,7 @@ def score(
 
     Returns:
         Float32 (M,), response after response: the log-probabilities of `Rollout.logps`; and those of the distribution
-        drawn from, behind top-k, top-p and min_new_tokens, -inf on a token that was cut.
+        drawn from, after top-k, top-p and min_new_tokens, -inf on a token that was cut.
     """
     sampler = TokenSampler(policy, params)
     hidden = policy.response_hidden(prompts, token_ids, mask.sum(1), features=features)
@@ -188,7 +188,7 @@ class Drawn:
         self._eos_token_ids = np.asarray(policy.eos_token_ids)
 
     def record(self, rows: np.ndarray, step: int, tokens: np.ndarray, logps: np.ndarray) -> np.ndarray:
-        """Take down what `rows` drew at a step; returns which of them ended."""
+        """Record what `rows` drew at a step; returns which of them ended."""
         self.token_ids[rows, step] = tokens
         self.logps[rows, step] = logps
         self.lengths[rows] = step + 1
@@ -203,7 +203,7 @@ class Drawn:
         num_generations: int,
         forced: Tensor | None = None,
     ) -> Rollout:
-        """Wrap up; see `make_rollout`."""
+        """Return the rollout; see `make_rollout`."""
         ids, logps, lengths, finished = self.token_ids, self.logps, self.lengths, self.finished
         return make_rollout(policy, prompts, num_generations, ids, logps, lengths, finished, forced)
 
@@ -218,7 +218,7 @@ def make_rollout(
     finished: np.ndarray,  # (B,)
     forced: Tensor | None = None,  # (B, T)
 ) -> Rollout:
-    """Cut to the longest response, pad, decode (equal responses once) and wrap up.
+    """Return the rollout, cut to the longest response, padded and decoded (equal responses once).
 
     Raises:
         RlaifFastError: A log-probability is NaN.

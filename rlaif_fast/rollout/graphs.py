@@ -1,9 +1,9 @@
 """The shared-prefix rollout with decode steps of fixed shapes, captured once as a CUDA graph and replayed.
 
-A decode step of a few hundred tokens is a thousand small launches, and on a GPU the launches are what it costs. Here
-every response is fed at every step, finished or not, and every group attends to its whole buffer under a mask, so
-no shape changes from step to step, nor from rollout to rollout with as many groups and a buffer of the same rounded
-length. What is given up: responses that begin alike are computed separately, and finished ones go on.
+A decode step of a few hundred tokens makes a thousand small launches, and on a GPU these launches dominate its time.
+Here every response is fed at every step, finished or not, and every group attends to its whole buffer under a mask, so
+no shape changes from step to step, nor between rollouts with as many groups and a buffer of the same rounded length.
+The price: responses that begin alike are computed separately, and finished ones go on.
 
 Draws, and so tokens, are those of the other samplers.
 """
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 LENGTH_STEP = 256  # buffers are this much longer at a time, so that rollouts of similar prompts share a graph
 STOP_CHECK = 8  # steps between two looks at whether every response has ended
 MAX_STEPS = 3  # kept at a time: a rollout's, its last part's, an evaluation's
-CHECKED_STEPS = 4  # fed in turn before two kinds are compared
-TIMED_STEPS = 20  # of each of two kinds
-# Times this close decide nothing: where the host is what takes long, chance would choose what a seed draws.
+CHECKED_STEPS = 4  # steps fed before two implementations are compared
+TIMED_STEPS = 20  # steps timed of each implementation
+# Times this close decide nothing: where the host is the bottleneck, chance would decide what a seed draws.
 SAME_TIME = 1.1
 WARM_UP_STEPS = 3  # before a capture, as torch asks: libraries allocate and choose kernels on first use
 
@@ -71,7 +71,7 @@ class FixedStep:
         num_generations: G.
         length: L, columns of a group's buffer.
         attention: "auto", "kernel" (`prefix_decode`) or "sdpa" (see `uses_kernel`).
-        fused: Compute the layers by fused kernels where nothing is against it (see `fused_layers`).
+        fused: Compute the layers by fused kernels where they can (see `fused_layers`).
 
     Raises:
         UsageError: The decoder has linear-attention layers, whose states a replayed step would move on twice.
@@ -173,7 +173,7 @@ class FixedStep:
 
     def _run(self) -> Tensor:
         kind = self._ids.device.type
-        # The weights that autocast casts are kept no longer than it is on; a captured step casts its own.
+        # Autocast drops its cached casts of the weights when it ends, so a captured step must make its own.
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
         ):
@@ -203,7 +203,7 @@ class FixedStep:
     def _captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         recorded = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-        present = torch.cuda.current_stream()  # which a capture that fails does not make current again
+        present = torch.cuda.current_stream()  # a failed capture does not make it current again by itself
         failed: BaseException | None = None
         try:
             with capturing(), torch.cuda.stream(present), recorded:
@@ -213,10 +213,10 @@ class FixedStep:
                     failed = error
                     raise
         except BaseException:
-            # To PyTorch's allocator it would go on for good, and memory that two streams used would never be free.
+            # PyTorch's allocator would take the capture to go on forever, and never free memory that two streams used.
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device.index, pool)
-            # The end of a broken capture says no more than that something failed before.
+            # The error that ends a broken capture only says that something failed before.
             if failed is not None:
                 raise failed from None
             raise
@@ -243,9 +243,10 @@ def check_graphs(policy: Policy) -> str | None:
 
 
 def _draw_again(device: torch.device) -> None:
-    """Give a GPU's random numbers back, which a capture that failed keeps.
+    """Make a GPU's random numbers usable again after a failed capture.
 
-    To PyTorch 2.11 the generator's state is captured for good, and dropout then raises; a copy of the state is not.
+    PyTorch 2.11 keeps the generator's state marked as captured, and dropout then raises; a copy of the state is not
+    marked.
     """
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index]
@@ -255,7 +256,8 @@ def _draw_again(device: torch.device) -> None:
 def check_fused(policy: Policy, attention: str = "auto") -> str | None:
     """Return why the layers of a policy must not be computed by fused kernels on its device, or None.
 
-    A small step of them is compared with one of the model's own modules, in values and in time; both are captured.
+    A small step by the kernels is compared with one by the model's own modules, in values and in time; both are
+    captured.
     """
     reason = refuses_fused_layers(policy)
     if reason is not None:
@@ -276,9 +278,9 @@ def check_fused(policy: Policy, attention: str = "auto") -> str | None:
 
 
 def _small_step(policy: Policy, attention: str = "auto", *, fused: bool = False) -> tuple[FixedStep, Tensor]:
-    """A step that fed two responses some tokens, captured at the first, and its hidden states of the last.
+    """A step that fed two responses some tokens, captured at the first, and the hidden states of the last.
 
-    Of one token they would not depend on its position: there is nothing but zeros to attend to before it.
+    One token would not do: its hidden states would not depend on its position, with only zeros before it.
     """
     step = FixedStep(
         policy, groups=1, num_generations=2, length=LENGTH_STEP, attention=attention, fused=fused
@@ -292,7 +294,7 @@ def _small_step(policy: Policy, attention: str = "auto", *, fused: bool = False)
 
 
 def _milliseconds(step: FixedStep) -> float:
-    """Time of a step that has been fed before: the shortest of some, since the host has other work meanwhile."""
+    """Time of a step that has run before: the shortest of several, since the host may have other work meanwhile."""
     tokens, positions = step._ids.clone(), step._positions[0].clone()
     taken = []
     for _ in range(TIMED_STEPS):
@@ -306,10 +308,10 @@ def _milliseconds(step: FixedStep) -> float:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """What every step of a GPU is captured on.
+    """The stream that every step of a GPU is captured on.
 
-    PyTorch keeps a workspace for each stream that a matmul ran on, 32 MiB on Hopper. Its own stream for captures is of
-    the GPU that was captured first.
+    One for all: PyTorch keeps a workspace for each stream that a matmul ran on, 32 MiB on Hopper. PyTorch's own stream
+    for captures belongs to the GPU that captured first.
     """
     return torch.cuda.Stream(device)
 
@@ -320,7 +322,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _unlike(what: str, found: Tensor, other: str, expected: Tensor, bound_16_bit: float) -> str | None:
-    """Say that two results differ by more than rounding, or None."""
+    """Return a message where two results differ by more than rounding, else None."""
     distance = float((found - expected).float().norm() / expected.float().norm())
     bound = 1e-4 if expected.dtype == torch.float32 else bound_16_bit
     return None if distance < bound else f"{what} is off by {distance:.1e} of {other}"
@@ -387,7 +389,7 @@ class GraphSampler(SharedPrefixSampler):
             token_ids[:, step], logps[:, step] = tokens, logp
             lengths += ~finished
             finished |= torch.isin(tokens, eos)
-            # The host waits for the device here alone; steps behind the last response's end are thrown away.
+            # Only here the host waits for the device; steps after the last response's end are thrown away.
             if step + 1 == params.max_new_tokens or (step % STOP_CHECK == STOP_CHECK - 1 and finished.all()):
                 break
             hidden = feed(tokens, next_position + step, step)

@@ -1,4 +1,4 @@
-"""Responses that name labels and nothing else: the reply of a judge that ranks, so that there is nothing to parse."""
+"""Responses that consist of labels alone: the reply of a ranking judge, which then needs no parsing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlaif_fast.policy.policy import Policy
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler
 
-Label = tuple[int, int]  # its token at the start of a response, and behind another label
+Label = tuple[int, int]  # its token at the start of a response, and its token after another label
 
 
 class LabelSampler:
@@ -23,7 +23,7 @@ class LabelSampler:
         labels: For each of B responses its labels.
     """
 
-    forced = None  # a label is the policy's choice, if not among all tokens
+    forced = None  # labels are chosen by the policy
 
     def __init__(self, policy: Policy, labels: Sequence[Sequence[Label]]) -> None:
         tokens = [torch.tensor(row, device=policy.device) for row in labels]

@@ -1,4 +1,4 @@
-"""The plain rollout: `generate(num_return_sequences=G)`, every response behind its own copy of the prompt."""
+"""The plain rollout: `generate(num_return_sequences=G)`, every response after its own copy of the prompt."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PlainSampler(ReadsPolicy):
 
 @contextlib.contextmanager
 def _generation_config(model: Any, settings: Any) -> Iterator[None]:
-    """`generate` fills what a call leaves open from the model's own settings; here from `settings`."""
+    """Make `settings` the defaults of `generate`, in place of the model's own."""
     own, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -87,7 +87,7 @@ def _generation_config(model: Any, settings: Any) -> Iterator[None]:
 
 
 class _Draw:
-    """A logits processor that draws the tokens itself and leaves `generate` no choice."""
+    """A logits processor that draws the tokens itself: it leaves `generate` only the drawn token."""
 
     def __init__(self, policy: Policy, sampler: TokenSampler | LabelSampler, uniform: Tensor) -> None:
         self._policy = policy

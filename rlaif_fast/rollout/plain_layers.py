@@ -38,15 +38,15 @@ def refuses_plain_layers(policy: Policy) -> str | None:
 
 
 def plain_layers(policy: Policy) -> list[PlainLayer]:
-    """The layers of a decoder that `refuses_plain_layers` has nothing against."""
+    """The layers of a decoder for which `refuses_plain_layers` returns None."""
     return [PlainLayer(layer) for layer in policy.decoder.layers]
 
 
 class PlainLayer:
-    """The tensors of a layer; reading them off the modules takes longer.
+    """The tensors of a layer, kept because reading them from the modules at each step is slow.
 
     Attributes:
-        modules: All of them, the ones that are passed by too: a layer with another activation is another layer.
+        modules: All modules of the layer, the bypassed ones too: a layer with another activation is another layer.
         weights: Of the projections of queries, keys, values and output, then of gate, up and down.
         biases: As `weights`; None for one that is absent.
         norms: Weights of the norms before attention and before the MLP, and of query and key heads, None where absent.
@@ -85,7 +85,7 @@ def _refuses_layer(layer: Any, like: Tensor) -> str | None:
 
 
 def _refuses_call(module: nn.Module) -> str | None:
-    """Why a module may not be passed by: something else happens when it is called."""
+    """Why a module cannot be bypassed: calling it does more than its class says. None where it can."""
     name = type(module).__name__
     if module._forward_hooks or module._forward_pre_hooks:
         return f"{name} has hooks"
@@ -93,14 +93,17 @@ def _refuses_call(module: nn.Module) -> str | None:
 
 
 def _refuses_tensors(layer: Any, like: Tensor) -> str | None:
-    """Why a layer's tensors are not just those that the operator reads; others may start at 0 and train."""
+    """Why a layer has tensors that the operator would not read, or cannot; None where it has none.
+
+    An unknown tensor may be all 0 at first and be trained, so comparing one step would not find it.
+    """
     read = {id(x) for linear in _linear_layers(layer) for x in (linear.weight, linear.bias)}
     read |= {id(getattr(norm, "weight", None)) for norm in _norms(layer)}
     for name, x in (*layer.named_parameters(), *layer.named_buffers()):
         if id(x) not in read:
             return f"a layer has the weight {name}"
         if type(x) is not type(like) or (x.dtype, x.device) != (like.dtype, like.device):
-            return f"{name} is no parameter of {like.dtype} on {like.device}"
+            return f"{name} is not a parameter of {like.dtype} on {like.device}"
         if not x.is_contiguous():
             return f"{name} is not contiguous"
     return None
@@ -113,7 +116,7 @@ def _linear_layers(layer: Any) -> list[nn.Linear]:
 
 
 def _norms(layer: Any) -> list[Any]:
-    """The norms in the operator's order; None for one of the heads that is absent."""
+    """The norms in the operator's order; None for an absent one of the heads."""
     of_heads = [getattr(layer.self_attn, name, None) for name in HEAD_NORMS]
     return [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
 

@@ -1,8 +1,8 @@
-"""A bound on the reasoning of models whose chat template leaves the prompt inside it.
+"""A bound on the reasoning of models whose chat template ends the prompt inside it.
 
-A response that has not closed its reasoning within the budget has it closed: the next tokens are those that a taught
-answer closes it with. They are part of the response, which goes on behind them, but not the policy's choice, so the
-loss and the policy's score of a response leave them out (`Rollout.forced`).
+A response that has not closed its reasoning within the budget gets it closed: the next tokens are those that close it
+in the answers of SFT. They are part of the response, which goes on after them, but the policy did not choose them, so
+the loss and the policy's score of a response leave them out (`Rollout.forced`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_budget(budget: int, tokenizer: Any, max_new_tokens: int) -> None:
     """Refuse a budget that leaves no room for an answer.
 
     Raises:
-        UsageError: With the largest budget.
+        UsageError: The budget is out of range; the message names the largest.
     """
     most = max_new_tokens - len(closing_tokens(tokenizer)) - 1
     if not 1 <= budget <= most:
@@ -47,7 +47,7 @@ def check_budget(budget: int, tokenizer: Any, max_new_tokens: int) -> None:
 
 
 class ReasoningBudget:
-    """Follows the responses of a rollout and closes the reasoning of those that have not when the budget is spent.
+    """Follows the responses of a rollout and closes the reasoning that is still open when the budget is spent.
 
     Args:
         policy: Whose responses they are.
@@ -73,7 +73,7 @@ class ReasoningBudget:
         live: Tensor | None,  # (n,) by which responses; None for all
         step: int,
     ) -> Tensor:
-        """Return the tokens that are taken, (n,)."""
+        """Return the tokens that the responses take, (n,)."""
         rows = slice(None) if live is None else live
         place = step - self._budget
         if place < 0:

@@ -33,10 +33,10 @@ from rlaif_fast.rollout.labels import Label, LabelSampler, token_sampler
 
 
 class GroupCache:
-    """Keys and values of N groups, (N, K, L, D) a layer that attends, and what its other layers know of each node.
+    """Keys and values of N groups, (N, K, L, D) per attention layer, and the states of linear-attention layers.
 
     Args:
-        policy: Whose layers they are of.
+        policy: The policy whose layers they belong to.
         prompt_lengths: (N,) columns that the prompts take.
         length: L, columns in all.
     """
@@ -53,7 +53,7 @@ class GroupCache:
         self.states = NodeStates() if state_size(policy.decoder) else None
         self.heads_per_key = config.num_attention_heads // config.num_key_value_heads
         self.used = prompt_lengths.copy()  # (N,) columns in use
-        # (N, L) place of each column's token in its own sequence, known where it is in use
+        # (N, L) position of each column's token in its own sequence; meaningful for columns in use
         self.places = np.broadcast_to(np.arange(length), (len(prompt_lengths), length)).copy()
 
     def write(self, layer: int, groups: Tensor, columns: Tensor, key: Tensor, value: Tensor) -> None:
@@ -73,7 +73,7 @@ class GroupCache:
         keys, values = self.keys[layer][:, :, :length], self.values[layer][:, :, :length]
         groups, (heads, size) = len(keys), query.shape[1:]
         q = query.reshape(groups, -1, heads, size).transpose(1, 2)
-        # The query heads that share a key head are further queries of it: its keys are read once.
+        # The query heads that share a key head become more queries of that head: its keys are read once.
         q = q.reshape(groups, keys.shape[1], -1, size)
         output = sdpa(q, keys, values, scale=scale, mask=bias)
         return output.reshape(groups, heads, -1, size).transpose(1, 2).reshape(-1, heads, size)
@@ -88,7 +88,7 @@ class GroupCache:
 
 
 def tokens_a_state(policy: Policy) -> int:
-    """How many tokens' keys and values take the memory of what linear-attention layers know of one response."""
+    """How many tokens' keys and values take as much memory as the linear-attention states of one response."""
     numbers = state_size(policy.decoder)
     if not numbers:
         return 0
@@ -101,10 +101,10 @@ class _Prefill:
     """The attention of a packed row to itself, storing the prompts' keys and values on the way.
 
     Args:
-        cache: Where to.
-        row: What prompts about one clip have in common is the row's prompt, the rest of each a response.
-        prompts: For each of the row's responses the prompt that it ends, by its place in the cache.
-        rests: Tokens of it that are not in common.
+        cache: Where keys and values go.
+        row: The common part of prompts about one clip is the row's prompt, the rest of each a response.
+        prompts: For each of the row's responses the prompt that it completes, by its place in the cache.
+        rests: Tokens of each prompt outside the common part.
         packed: The attention of the row.
         device: Of the cache.
     """
@@ -121,7 +121,7 @@ class _Prefill:
         group = row.group_of_response
         common = row.prompt_lengths[group]
         begins = starts(row.prompt_lengths)
-        # Each response is its prompt's rest and one token more; the tokens before the last are fed.
+        # Each response is the rest of its prompt and one more token; all but the last are fed.
         ends = np.cumsum(rests + 1)
         shared = row.prompt_index[np.repeat(begins[group], common) + ranges(common)]
         rest = row.predictor_index[np.repeat(ends - rests, rests) + ranges(rests)]
@@ -146,9 +146,9 @@ class _Step:
     Args:
         groups: (A,) group of each node, ascending.
         columns: (A,) column of its own key and value.
-        allowed: (A, L) what it may attend to, but for a layer's window.
-        pattern: Which layers have one; None where none has.
-        like: A tensor of the dtype and on the device.
+        allowed: (A, L) what it may attend to, apart from a layer's window.
+        pattern: Which layers have a window; None where no layer has.
+        like: A tensor with the dtype and device of the masks.
 
     Attributes:
         keys: (N, K, L, D) of each layer.
@@ -176,8 +176,8 @@ class _Step:
             mask = np.ones((len(counts) * width, length), dtype=bool)
             seen = allowed
             if window is not None:
-                behind = cache.places[groups, columns][:, None] - cache.places[groups]  # (A, L) how far
-                seen = allowed & (behind < window)
+                distance = cache.places[groups, columns][:, None] - cache.places[groups]  # (A, L) in tokens
+                seen = allowed & (distance < window)
             mask[place] = seen[:, :length]
             bias = torch.where(torch.from_numpy(mask).to(device), 0.0, float("-inf")).to(like.dtype)
             return bias.view(len(counts), 1, width, length)
@@ -216,7 +216,7 @@ class _Step:
 
 
 class SharedPrefixSampler(ReadsPolicy):
-    """Draws responses with one prefill a group and one computation a distinct prefix.
+    """Draws responses with one prefill per group and one computation per distinct prefix.
 
     Args:
         policy: The policy; its shared prefix must be on.
@@ -281,7 +281,7 @@ class SharedPrefixSampler(ReadsPolicy):
     ) -> Tensor:
         """Hidden states (N, H) of the last prompt tokens."""
         policy = self.policy
-        # One token behind each prompt, so that the hidden state which predicts it, the last one, is asked for.
+        # One token after each prompt, which asks for the hidden state that predicts it: the last one.
         rows = share_media(answer_rows(prompts, [[0]] * len(prompts)), policy.media_token_ids)
         token_ids, lengths = rows.token_ids.numpy(), rows.lengths.numpy()
         sizes, last = rows.group_sizes.numpy(), rows.token_index.numpy()

@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 class Engine(Protocol):
-    """What answers requests with weights that it loads from a folder."""
+    """Answers requests with weights that it loads from a folder."""
 
     max_model_len: int
 
@@ -53,7 +53,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what it holds."""
+        """Release its resources."""
         ...
 
 
@@ -62,7 +62,7 @@ class LocalEngine:
 
     Args:
         policy: Whose model it runs; weights come by `load_weights`.
-        folder: Where weights are written; holds those of the start already.
+        folder: Where weights are written; it already holds the first ones.
         options: Arguments of `vllm.LLM` in place of ours.
 
     Raises:
@@ -88,7 +88,7 @@ class LocalEngine:
 
     @staticmethod
     def check_available() -> None:
-        """Refuse where there can be none, before anything is trained.
+        """Refuse where vLLM cannot run, before anything is trained.
 
         Raises:
             UsageError: vLLM is not installed, or the run has several processes.
@@ -136,7 +136,7 @@ class LocalEngine:
 
 
 def agreeing(policy: Policy) -> dict[str, Any]:
-    """The settings of vLLM under which it says of tokens what the policy says; served engines have to have them."""
+    """The settings under which vLLM's log-probabilities equal the policy's; served engines must have them too."""
     return {
         "dtype": str(policy.head_weight.dtype).removeprefix("torch."),
         "logprobs_mode": "processed_logprobs",
@@ -157,7 +157,7 @@ def defaults(policy: Policy) -> dict[str, Any]:
         "seed": 0,
     }
     if policy.device.type == "cpu":
-        # A prompt cut over two steps has vLLM 0.32 move a seeded generator back, and that of a CPU cannot be.
+        # For a prompt in two chunks vLLM 0.32 rewinds a seeded generator, which a CPU's does not support.
         return settings | {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
@@ -168,7 +168,7 @@ def defaults(policy: Policy) -> dict[str, Any]:
 
 
 def engine_input(prompt: EncodedPrompt, config: Any) -> Any:
-    """A prompt as vLLM's engine takes it behind its own processor."""
+    """A prompt as vLLM's engine takes it after its own processor."""
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import PlaceholderRange
 
@@ -185,7 +185,7 @@ def engine_input(prompt: EncodedPrompt, config: Any) -> Any:
 
 
 def kwargs_item(item: MediaItem) -> Any:
-    """The tensors of a medium with what vLLM has to know of their shapes."""
+    """The tensors of a medium with what vLLM needs to know about their shapes."""
     from transformers import BatchFeature
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 

@@ -11,7 +11,7 @@ from rlaif_fast.errors import writing
 from rlaif_fast.policy.families import unwrap
 from rlaif_fast.policy.policy import Policy
 
-# vLLM builds the processor of the family at its start, though nothing is ever given to it.
+# vLLM builds the family's processor at its start, though it never gets any input.
 PROCESSORS = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
@@ -20,16 +20,16 @@ PROCESSORS = {
 
 
 def write_model_files(policy: Policy, folder: Path, max_model_len: int) -> None:
-    """Write all that vLLM reads of a model but its weights.
+    """Write everything that vLLM reads of a model, except its weights.
 
     Args:
         policy: Whose model it is.
-        folder: Where to.
-        max_model_len: Tokens of the longest prompt and response; no frame is taken to have more.
+        folder: Where to write.
+        max_model_len: Tokens of the longest prompt and response, and so the most of a frame.
     """
     model = unwrap(policy.model)
     config = copy.deepcopy(model.config)
-    # A model that was made from a configuration has not written it there.
+    # The configuration lacks this where the model was made from it.
     config.architectures = [type(model).__name__]
     with writing(folder):
         config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Whether an engine says of its tokens what the policy says; what goes wrong there goes wrong silently."""
+"""Checks that an engine and the policy give tokens the same log-probabilities: a mismatch would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def check_agreement(
     Args:
         ours: Of the policy.
         theirs: Of the engine.
-        dtype: That both compute in.
+        dtype: The dtype that both compute in.
         version: Of the engine's weights; 1 is the start.
 
     Raises:
-        RlaifFastError: With the difference and the likely causes.
+        RlaifFastError: They differ; the message has the difference and the likely causes.
     """
     most = TOLERANCES.get(dtype, HALF_PRECISION)
     worst = float((ours - theirs).abs().max())

@@ -1,7 +1,7 @@
-"""What an engine is asked: our own tokens and patches, never its processor, in process and over HTTP alike.
+"""Requests to an engine, in process and over HTTP alike: our own tokens and patches, not those of its processor.
 
-An engine's own video processor would resize and sample frames again. What goes in here is what the policy reads, so the
-log-probabilities of both can be compared.
+An engine's own video processor would resize and sample frames again. Here it gets exactly what the policy reads, so
+that the log-probabilities of both can be compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AS_FRAMES = ("qwen3_vl", "qwen3_vl_moe")  # each temporal patch has a block of i
 AS_VIDEOS = ("qwen2_5_vl",)
 # Families whose log-probabilities were compared with the engine's. Qwen2.5-VL's are off by 3.6, and the guard says so.
 COMPARED = ("qwen3_vl",)
-LEAST_TEMPERATURE = 0.01  # vLLM takes a lower one for this
+LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 SEED_STEP = 1_000_003  # prompts apart, so that the responses of two never share a generator
 
 
@@ -52,7 +52,7 @@ class MediaItem:
 
     @property
     def fields(self) -> dict[str, Tensor]:
-        """Its tensors by the names of transformers."""
+        """Its tensors, by the names that transformers gives them."""
         grid = torch.tensor([self.grid_thw])
         if self.modality == "image":
             return {"pixel_values": self.patches, "image_grid_thw": grid}
@@ -66,7 +66,7 @@ def check_model(policy: Policy) -> None:
     """Refuse a model whose media cannot be handed over.
 
     Raises:
-        UsageError: With the families that can.
+        UsageError: The model's family is not supported; the message names those that are.
     """
     model_type = unwrap(policy.model).config.model_type
     if model_type not in COMPARED:
@@ -78,29 +78,29 @@ def check_model(policy: Policy) -> None:
 def media_items(prompt: EncodedPrompt, config: Any) -> list[MediaItem]:
     """The media of a prompt in order of appearance.
 
-    Qwen3-VL states the time of each temporal patch in front of it, so to its tower and its positions a patch of a video
-    is an image; as such each is one contiguous block.
+    Qwen3-VL states the time of each temporal patch in front of it, so its tower and positions treat a temporal patch
+    as an image; as images, each is one contiguous block.
 
     Args:
         prompt: The prompt.
         config: Of the model.
 
     Raises:
-        UsageError: The prompt holds something that no engine is given.
+        UsageError: The prompt holds something that cannot be sent to an engine.
     """
     if prompt.inputs is not None or any(media.kept is not None for media in prompt.media):
         raise UsageError("sampler: vllm takes prompts of tokens and patches; these hold more")
     ids = prompt.input_ids.tolist()
     merged = config.vision_config.spatial_merge_size**2
     items: list[MediaItem] = []
-    behind = 0
+    end = 0  # of the block before
     for media in prompt.media:
         token = config.video_token_id if media.is_video else config.image_token_id
         for part in _blocks(media, split=config.model_type in AS_FRAMES):
             t, h, w = part.grid_thw
             length = t * h * w // merged
-            offset = ids.index(token, behind)
-            behind = offset + length
+            offset = ids.index(token, end)
+            end = offset + length
             as_video = part.is_video and config.model_type in AS_VIDEOS
             items.append(
                 MediaItem(
@@ -125,7 +125,7 @@ def by_modality(items: Sequence[MediaItem], part: Callable[[MediaItem], Any]) ->
 
 
 def _blocks(media: Media, *, split: bool) -> list[Media]:
-    """What stands in one block of tokens: the whole medium, or with `split` each temporal patch."""
+    """The parts of a medium that are one block of tokens each: the whole, or with `split` each temporal patch."""
     t, h, w = media.grid_thw
     if not split or t == 1:
         return [media]
@@ -139,7 +139,7 @@ def sampling_options(policy: Policy, params: SamplingParams, num_generations: in
     """The arguments of `vllm.SamplingParams`, without the seed.
 
     Raises:
-        UsageError: `max_reasoning_tokens`, which this engine does not keep, or a temperature that it would raise.
+        UsageError: `max_reasoning_tokens`, which vLLM does not support, or a temperature that it would raise.
     """
     if 0 < params.temperature < LEAST_TEMPERATURE:
         raise UsageError(
@@ -164,7 +164,7 @@ def sampling_options(policy: Policy, params: SamplingParams, num_generations: in
 
 
 def seeds(params: SamplingParams, prompts: int) -> list[int]:
-    """A seed for each prompt, whose responses take it and those behind it; torch draws it where `params` has none."""
+    """A seed for each prompt, whose responses count up from it; torch draws the first where `params` has no seed."""
     first = int(torch.randint(2**31, ())) if params.seed is None else params.seed
     return [(first * SEED_STEP + i) * SEED_STEP % 2**62 for i in range(prompts)]
 
@@ -173,7 +173,7 @@ def check_lengths(prompts: Sequence[EncodedPrompt], params: SamplingParams, max_
     """Refuse a prompt that leaves no room for a response.
 
     Raises:
-        UsageError: With the option that makes room.
+        UsageError: The message names the option that makes room.
     """
     longest = max(len(prompt.input_ids) for prompt in prompts)
     if longest + params.max_new_tokens > max_model_len:

@@ -32,15 +32,15 @@ GUARD_TEMPERATURE = 0.7  # not 1, so that log-probabilities before the temperatu
 class VllmSampler:
     """Draws responses with vLLM.
 
-    What it draws is scored by the policy: `Rollout.logps` are the policy's, and `Rollout.sampling_ratio` is what
-    differs between the two. At the start and after the first update the log-probabilities of a few tokens are compared.
+    The policy scores what vLLM draws: `Rollout.logps` are the policy's, and `Rollout.sampling_ratio` is the mismatch of
+    the two. At the start and after the first update the log-probabilities of a few tokens are compared.
 
     Args:
         policy: Whose responses they are.
-        urls: Running `vllm serve` servers that draw; none draws in this process. Of several processes each has its
-            own.
-        weights_folder: Where weights are handed over; None is shared memory where the system has it. Servers have to
-            see it.
+        urls: Running `vllm serve` servers that draw; without any, vLLM runs in this process. Each of several processes
+            has servers of its own.
+        weights_folder: Where weights are handed over; None is shared memory where the system has it. Servers must see
+            the folder.
         timeout: Seconds that a server may be silent.
         **options: Arguments of `vllm.LLM` in this process, such as `max_model_len` and `gpu_memory_utilization`.
 
@@ -82,14 +82,14 @@ class VllmSampler:
 
     @property
     def version(self) -> int:
-        """Of the weights that the engine has: 1 at the start, one more with each update."""
+        """Version of the engine's weights: 1 at the start, one more with each update."""
         return self._folder.version
 
     def sync_weights(self, policy: Policy) -> None:
-        """Hand over the policy's weights; nothing is written where they are those handed over last.
+        """Hand over the policy's weights; nothing is written where they have not changed since the last time.
 
-        What draws is waited for: it goes on with the weights that it began with. Sharded weights are handed over while
-        they are gathered, which scoring needs too.
+        A rollout in progress is waited for, so that it ends with the weights that it began with. Sharded weights are
+        handed over while they are gathered, which scoring needs too.
         """
         assert policy is self.policy
         assert policy.shards is None or policy.shards.is_whole
@@ -117,7 +117,7 @@ class VllmSampler:
 
     @torch.no_grad()
     def begin(self, prompts: Sequence[P], num_generations: int, params: SamplingParams) -> Begun[P]:
-        """Have servers draw with the weights handed over last, and return at once; see `SamplerElsewhere`."""
+        """Start drawing on the servers with the weights synced last, and return at once; see `SamplerElsewhere`."""
         self._check(prompts, num_generations, params)
         assert self._engine is not None
         options = sampling_options(self.policy, params, num_generations)
@@ -132,7 +132,7 @@ class VllmSampler:
             return rollout_of(self.policy, begun.prompts, begun.answers.result(), begun.params, features)
 
     def _check(self, prompts: Sequence[EncodedPrompt], num_generations: int, params: SamplingParams) -> None:
-        """Refuse what cannot be drawn, and compare new weights where that is due."""
+        """Refuse what cannot be drawn; check new weights where a check is due."""
         check_params(params, num_generations, prompts)
         if self.version == 0:
             self.sync_weights(self.policy)
@@ -171,13 +171,13 @@ def rollout_of(
     params: SamplingParams,
     features: MediaFeatures | None = None,
 ) -> Rollout:
-    """What an engine answered, with the policy's own log-probabilities.
+    """The rollout of an engine's answers, with the policy's own log-probabilities.
 
-    The ratio compares the distributions that were drawn from, behind top-k, top-p and min_new_tokens on both sides:
-    cuts that both make are no mismatch. A greedy answer has none.
+    The ratio compares the distributions that were drawn from, after top-k, top-p and min_new_tokens on both sides: cuts
+    that both make are no mismatch. A greedy answer has no ratio.
 
     Args:
-        policy: That the answers are to be of.
+        policy: The policy whose responses they count as.
         prompts: N prompts.
         answers: For each prompt G answers.
         params: How they were drawn.
@@ -195,24 +195,24 @@ def rollout_of(
     drawn = make_rollout(
         policy, prompts, len(answers[0]), token_ids, theirs, lengths, np.asarray(ends, dtype=bool)
     )
-    before, behind = score(policy, prompts, drawn.token_ids, drawn.mask, params, features)
+    before, after = score(policy, prompts, drawn.token_ids, drawn.mask, params, features)
     logps = torch.zeros_like(drawn.logps).masked_scatter(drawn.mask, before)
     ratio = None
     if params.temperature > 0:
-        difference = behind - drawn.logps[drawn.mask]
+        difference = after - drawn.logps[drawn.mask]
         ratio = torch.zeros_like(drawn.logps).masked_scatter(drawn.mask, difference.exp())
     return dataclasses.replace(drawn, logps=logps, sampling_ratio=ratio)
 
 
 class _Guard:
-    """Asks about the same prompts again after the first update: what the engine still remembers of them shows then."""
+    """Draws for the same prompts at the start and after the first update, so that stale caches of the engine show."""
 
     def __init__(self, prompts: Sequence[EncodedPrompt]) -> None:
         self._prompts = list(prompts)
         self._checked = 0
 
     def check(self, sampler: VllmSampler) -> None:
-        """Compare, where the sampler's weights are new and of the first versions."""
+        """Compare where the sampler's weights are new, for the first versions only."""
         if self._checked == sampler.version or self._checked >= GUARDED_VERSIONS:
             return
         tokens = TOKENS // len(self._prompts)

@@ -26,7 +26,7 @@ from rlaif_fast.rollout.vllm.worker import describe
 
 T = TypeVar("T")
 
-REQUESTS_AT_ONCE = 64  # of a server; it draws for all of them together
+REQUESTS_AT_ONCE = 64  # per server, which draws for all of them together
 MAX_REPLY_BYTES = 1 << 28
 NEEDED = {
     "/collective_rpc": "start it with VLLM_SERVER_DEV_MODE=1",
@@ -42,7 +42,7 @@ class Server:
         timeout: Seconds that it may be silent.
 
     Raises:
-        UsageError: It is no address.
+        UsageError: The address is malformed.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -66,7 +66,7 @@ class Server:
         """The JSON that the server answers to a request; None for an empty reply.
 
         Raises:
-            EngineLost: There is none, or the status is not 200.
+            EngineLost: There is no answer, or its status is not 200.
         """
         connection = self._connect(*self._address, timeout=self._timeout)
         self._open.add(connection)
@@ -103,7 +103,7 @@ class Server:
         return found
 
     def hang_up(self) -> None:
-        """End the requests that are under way; the server gives them up."""
+        """Abort the requests in progress; the server drops them."""
         for connection in list(self._open):
             with contextlib.suppress(OSError, AttributeError):  # it is ending by itself
                 connection.sock.shutdown(SHUT_RDWR)
@@ -116,7 +116,7 @@ class Server:
 class ServedEngine:
     """Draws by servers that were started with the policy's model; see docs/engines.md for how.
 
-    Each server has an equal run of adjacent prompts, so that questions about a video meet its features there.
+    Each server gets an equal run of adjacent prompts, so that questions about one video share its features there.
 
     Args:
         policy: Whose model they run.
@@ -180,12 +180,12 @@ class ServedEngine:
         self._on_all(load)
 
     def close(self) -> None:
-        """Ask no more; the servers run on."""
+        """Send no more requests; the servers keep running."""
         for server in self._servers:
             server.hang_up()
 
     def _check_weights(self, server: Server) -> None:
-        """A server that was started anew, or serves another run too, would draw with other weights."""
+        """Raise where a server was restarted or serves another run too: it would draw with other weights."""
         if any(worker.get("weights") != self._weights for worker in server.describe()):
             raise server.lost(
                 "has other weights than it was given: it was started anew, or serves another run"
@@ -196,7 +196,7 @@ class ServedEngine:
 
 
 def share_of(urls: Sequence[str]) -> list[str]:
-    """The servers that are this process's own: weights are loaded and caches reset there by it alone.
+    """The servers of this process, which alone loads weights and resets caches there.
 
     Raises:
         UsageError: There are fewer servers than processes.
@@ -233,7 +233,7 @@ def _checked(server: Server, wanted: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _at_once(function: Callable[[Any], T], items: Sequence[Any], workers: int) -> list[T]:
-    """The results in order; after an error nothing more is begun."""
+    """The results in order; after an error no more calls start."""
     with ThreadPoolExecutor(workers) as pool:
         try:
             return [future.result() for future in [pool.submit(function, item) for item in items]]

@@ -22,7 +22,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Each weight as the forward pass uses it, by its name in a checkpoint; tied ones once.
 
-    An adapter that is switched off is left out, so what comes then is the reference.
+    An adapter that is switched off is left out; the weights are then those of the reference policy.
     """
     base = unwrap(model)
     for name, parameter in base.named_parameters():
@@ -47,8 +47,7 @@ def _with_adapters(layer: Any, weight: Tensor) -> Tensor:
 def fingerprint(model: Any) -> tuple[int, ...]:
     """Sums of the weights' bits, and which adapters are on: whether an engine still has the model's weights.
 
-    Every way to change a weight shows, in place or by another tensor. Reading the weights costs a small part of
-    writing them.
+    It shows every change, in place or by another tensor. Reading the weights costs a small part of writing them.
     """
     base = unwrap(model)
     sums = [
@@ -60,7 +59,7 @@ def fingerprint(model: Any) -> tuple[int, ...]:
 
 
 class WeightsFolder:
-    """Where the weights of the newest version lie; removed with the object.
+    """The folder with the newest weights; removed with the object.
 
     Args:
         root: Where to make the folder; None is shared memory where the system has it, else the place of temporary
@@ -81,7 +80,7 @@ class WeightsFolder:
 
     @torch.no_grad()
     def write(self, policy: Policy) -> bool:
-        """Write a new version where the weights are not those of the last; says whether it did."""
+        """Write a new version if the weights have changed since the last; returns whether it did."""
         from safetensors.torch import save_file
 
         found = fingerprint(policy.model)

@@ -1,4 +1,4 @@
-"""What a served engine is sent and answers: `POST /inference/v1/generate` of vLLM 0.32, without vLLM.
+"""Requests to a served engine and its answers: `POST /inference/v1/generate` of vLLM 0.32, without vLLM.
 
 Tokens and patches travel as JSON; the tensors of a medium are MessagePack in base64, in the layout of vLLM's
 `MultiModalKwargsItem`. Few of MessagePack's types are needed, so the trainer's environment need not have vLLM.
@@ -23,7 +23,7 @@ RAW_BYTES = 3  # vLLM's extension type of a tensor's bytes
 
 
 class MalformedAnswer(Exception):
-    """A reply that is not what was asked for; the message says in a few words what it is."""
+    """A reply that does not fit the request; the message says briefly what came."""
 
 
 def generate_body(prompt: EncodedPrompt, config: Any, options: dict[str, Any], seed: int) -> bytes:
@@ -93,7 +93,7 @@ def packed_item(item: MediaItem) -> bytes:
 
 
 def _packed(value: Any) -> Iterator[bytes]:
-    """MessagePack of what a medium has; lists, maps and texts are short."""
+    """MessagePack of a medium's values; lists, maps and texts are short."""
     if value is None:
         yield b"\xc0"
     elif isinstance(value, bool):
@@ -130,7 +130,7 @@ def _packed_int(value: int) -> bytes:
 
 
 def _raw_header(length: int) -> bytes:
-    """What stands before the bytes of a tensor; five lengths have a code of their own."""
+    """The header before the bytes of a tensor; five lengths have a code of their own."""
     fixed = {1: 0xD4, 2: 0xD5, 4: 0xD6, 8: 0xD7, 16: 0xD8}
     if length in fixed:
         return bytes([fixed[length], RAW_BYTES])

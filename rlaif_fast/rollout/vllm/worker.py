@@ -13,12 +13,12 @@ class WeightUpdates:
         """Load the weights of a folder into the running model, whatever the device and the sharding.
 
         Args:
-            folder: Where they lie.
+            folder: Where the weights are.
             name: What `rlaif_fast_describe` calls them from now on.
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(
-                f"{folder} is not here; weights_folder has to be one that all machines share"
+                f"{folder} does not exist here; weights_folder must be one that all machines share"
             )
         self.rlaif_fast_weights = None  # until all of them are there
         self.reload_weights(weights_path=folder)
@@ -29,7 +29,7 @@ class WeightUpdates:
         self.rlaif_fast_weights = name
 
     def rlaif_fast_describe(self: Any) -> dict[str, Any]:
-        """What a client has to know: model, settings, and which weights it was given last."""
+        """What a client needs to know: model, settings, and which weights were loaded last."""
         settings = self.model_config
         return describe(settings.hf_config) | {
             "dtype": str(settings.dtype).removeprefix("torch."),
@@ -41,7 +41,7 @@ class WeightUpdates:
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """What tells models apart, by the names of a configuration of transformers."""
+    """What distinguishes models, by the names in a configuration of transformers."""
     text = config.get_text_config()
     sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
     return {"model_type": config.model_type} | {name: getattr(text, name) for name in sizes}
