@@ -1,4 +1,4 @@
-"""GPU work of threads that prefetch, beside what is computed: its own stream, pinned memory, no captures meanwhile."""
+"""GPU work of prefetching threads beside the computation: a stream of its own, pinned memory, no graph captures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 300.0  # seconds that a capture waits: a driver may never answer a thread
+PATIENCE = 300.0  # seconds that a capture waits at most: a thread may hang in the driver
 
 
 class _Captures:
     """Lets captures of graphs run while no other thread uses the GPU.
 
-    Whatever synchronises a device breaks a capture on it, in any thread. Decoders do: NVDEC under DALI did on an H100.
-    A thread inside may wait for another that is about to come in, so a capture that waits keeps nobody out. One that
-    has waited for PATIENCE goes on all the same: it may break, which is told, and a run that hangs says nothing.
+    Synchronising a device breaks a capture on it, in whichever thread. Decoders synchronise: NVDEC under DALI did on an
+    H100. A thread inside may wait for another that is about to enter, so a waiting capture keeps no thread out. After
+    PATIENCE the capture runs all the same: if it breaks, an error says so, while a run that hangs says nothing.
     """
 
     def __init__(self) -> None:
@@ -57,24 +57,25 @@ class _Captures:
 
 
 _CAPTURES = _Captures()
-# The block may synchronise the device: no graph is captured meanwhile.
+# For a block that may synchronise the device: no graph is captured meanwhile.
 no_captures = _CAPTURES.kept_out
-# The block captures a graph: it waits for the blocks of other threads, and they for it.
+# For a block that captures a graph: it waits for the `no_captures` blocks of other threads, and they wait for it.
 capturing = _CAPTURES.alone
 
 
 def numbered(device: torch.device) -> torch.device:
-    """The device with its number. Without one it is the current GPU, and that is the first one in any new thread."""
-    nameless = device.type == "cuda" and device.index is None
-    return torch.device("cuda", torch.cuda.current_device()) if nameless else device
+    """The device with an index. "cuda" alone means the current GPU, which in a new thread is always the first."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
     """Queue the block's work on a GPU on a stream of its own, and wait for it at the end; elsewhere change nothing.
 
-    The calling thread waits and no computation does, so call it from a thread that prefetches. What the block makes is
-    whole behind it, and what it read may be freed; `used_here` comes before its results are read.
+    The calling thread waits, the computation does not, so call it from a thread that prefetches. After the block its
+    results are complete and its inputs may be freed; pass the results to `used_here` before reading them.
     """
     if device.type != "cuda":
         yield
@@ -95,7 +96,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def used_here(x: Tensor) -> Tensor:
-    """Return `x`, whose memory now stays until the present stream has read it."""
+    """Return `x`; its memory is not reused before the current stream has read it."""
     if x.is_cuda:
         x.record_stream(torch.cuda.current_stream(x.device))
     return x

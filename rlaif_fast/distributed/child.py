@@ -1,4 +1,4 @@
-"""What runs first in a process that `launch` started. It imports little, so the end of the parent is soon noticed."""
+"""The first code of a process that `launch` started. It imports little, so that it soon watches its parent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOST = 76  # exit code of a process that ended because another one did: EX_PROTO
 def run(call: bytes) -> None:
     """Call what `call` holds, a pickled (function, *arguments); end at once where the parent process ends.
 
-    The function is unpickled here, behind the watch: its imports (torch) take seconds.
+    The function is unpickled here, after the watch has begun: its imports (torch) take seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends the others
     end_with_parent(LOST)

@@ -40,7 +40,7 @@ PATIENCE = 10.0
 class RankZeroFirst:
     """Lets rank 0 prepare a run's folder before the other processes of torchrun look at it.
 
-    Elsewhere there is only one process yet, which is rank 0.
+    Without torchrun there is only one process at this point, rank 0.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def under_torchrun() -> bool:
 
 
 def _store_of_torchrun() -> dist.Store:
-    """What torchrun's processes meet in. Behind `--max-restarts` it still holds what those before them wrote there."""
+    """The store that torchrun's processes meet in. After a restart it still holds the keys of the earlier processes."""
     rendezvous, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     # Each of several agents counts its own restarts.
@@ -147,7 +147,7 @@ class _Others:
 
     def __enter__(self) -> _Others:
         if self._main is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._on_interrupt)  # ignored behind nohup, and `_insist` needs it
+            signal.signal(signal.SIGINT, self._on_interrupt)  # background jobs ignore it; `_insist` needs it
             self._ignores_interrupts = True
         for process in self._processes:
             process.start()
@@ -211,7 +211,7 @@ class _Others:
     def _culprit(self, patience: float = 0.0) -> str | None:
         """What is known of the first process that failed, waiting up to `patience` seconds for one.
 
-        One that only lost its connection is named where no other failed.
+        A process that only lost its connection is named last, where no other failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._failed(besides=child.LOST), patience)
@@ -219,11 +219,11 @@ class _Others:
             return _describe_end(ranks[0], self._exit_codes[ranks[0]]) if ranks else None
 
     def _failed(self, besides: int = 0) -> list[int]:
-        """The ranks of those that failed, but for those with the exit code `besides`, in the order they ended."""
+        """The ranks that failed, except those with the exit code `besides`, in the order in which they ended."""
         return [rank for rank, code in self._exit_codes.items() if code not in (0, besides)]
 
     def _watch(self) -> None:
-        """Note every end; see to it that rank 0 does not wait for a process that failed."""
+        """Record every exit; make sure that rank 0 does not wait for a process that failed."""
         running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(self._processes, 1)}
         insists = False
         while running:
@@ -241,7 +241,7 @@ class _Others:
         """Interrupt rank 0 where it does not notice a failure by itself; end it where it is stuck.
 
         A collective of gloo breaks when a process ends. One of NCCL goes on waiting on the GPU, and Python cannot
-        interrupt who waits for it.
+        interrupt a thread that waits for it.
         """
         if self._over.wait(PATIENCE):
             return
@@ -321,7 +321,7 @@ def _other(
     device: torch.device | None,
     port: int,
 ) -> None:
-    """The life of a process that `launch` started."""
+    """Run the work of a process that `launch` started."""
     try:
         store = dist.TCPStore(
             "127.0.0.1", port, size, is_master=False, wait_for_workers=False, timeout=TIMEOUT
@@ -340,15 +340,15 @@ def _other(
 
 
 def _leave_to_rank_0(world: World) -> NoReturn:
-    """Let rank 0 say why all of them end, and end this process where that does not end it."""
+    """Let rank 0 report why all processes end, and end this one where rank 0 does not."""
     with contextlib.suppress(ConnectionLost):
         world.barrier()  # rank 0 does not come: it leaves
-    time.sleep(PATIENCE)  # torchrun would end a rank 0 that still speaks
+    time.sleep(PATIENCE)  # else torchrun would end rank 0 before it has reported
     os._exit(SharedOutage.exit_code)
 
 
 def _fail(rank: int, error: BaseException) -> NoReturn:
-    """Say what went wrong in this process and end it, without the leave that the others would have to wait for."""
+    """Report what went wrong in this process and end it at once, without leaving the group, which waits for others."""
     if isinstance(error, Terminated):
         os._exit(EXIT_CODE)
     if isinstance(error, RlaifFastError):
@@ -371,7 +371,7 @@ def _check_device(device: torch.device | None, processes: int) -> None:
 
 
 def _choose_backend(local_rank: int, device: torch.device | None) -> str:
-    """Gloo for the CPU, and NCCL where each process has a GPU, which is this process's from now on."""
+    """Return gloo for the CPU, and NCCL too where each process has a GPU, which becomes the current device."""
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return "gloo"
     if local_rank >= torch.cuda.device_count():

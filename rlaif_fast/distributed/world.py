@@ -1,6 +1,6 @@
 """The processes of a run, seen from one of them: each takes its share of every step, all hold the same weights.
 
-With one process every method is free and needs no process group. `trainer.launch` starts several.
+With one process every method is free and needs no process group. `distributed.launch` starts several.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ConnectionLost(RlaifFastError):
 
 
 class SharedOutage(Outage):
-    """What ends the run in at least one process, and all know of, so that they end together. Rank 0 tells it.
+    """An error of at least one process that all processes know of, so that they end together. Rank 0 reports it.
 
     Args:
-        message: What it is.
-        exit_code: Of what the process met: 2 where the input is wrong, 1 else.
+        message: What went wrong.
+        exit_code: That of the error: 2 where the input is wrong, else 1.
     """
 
     def __init__(self, message: str, exit_code: int = Outage.exit_code) -> None:
@@ -57,7 +57,7 @@ class World:
         rank: This process, 0 to size - 1. Rank 0 writes the run's folder.
         size: How many there are.
         local_size: How many of them are on this machine.
-        expect_end: To be called by a process that knows that the run ends: nobody interrupts it from then on.
+        expect_end: Called by a process that knows that the run ends: it is not interrupted from then on.
     """
 
     def __init__(
@@ -160,11 +160,11 @@ class World:
         self.sum(0.0)
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` gives in this process, once it is done in all of them; inside it nothing is exchanged.
+        """What `work` returns in this process, once it is done in all; `work` itself may not exchange anything.
 
         Raises:
-            Exception: What `work` raised in this process, which is the only one.
-            SharedOutage: It raised in any of several processes; all of them raise this.
+            Exception: What `work` raised, where this process is the only one.
+            SharedOutage: `work` raised in any of several processes; all of them raise this.
         """
         if self.size == 1:
             return work()
@@ -218,7 +218,7 @@ class World:
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
-        """Join the others if that has not happened, and run a block that exchanges something with them."""
+        """Join the others if that has not happened yet, and run a block that exchanges something with them."""
         self.connect()
         with telling_lost_connections():
             yield
@@ -241,7 +241,7 @@ def buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> Iterator[l
 
 @contextlib.contextmanager
 def telling_lost_connections() -> Iterator[None]:
-    """Tell a broken connection from the other errors of a process, around an exchange and nothing else."""
+    """Turn a RuntimeError into `ConnectionLost`; for a block that is an exchange and nothing else."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -252,7 +252,7 @@ def telling_lost_connections() -> Iterator[None]:
 
 @contextlib.contextmanager
 def telling_lost_exchanges() -> Iterator[None]:
-    """As `telling_lost_connections`, around whatever a process does: FSDP and checkpoints exchange by themselves."""
+    """As `telling_lost_connections`, for any block: FSDP and checkpoints exchange by themselves."""
     try:
         yield
     except RuntimeError as error:
@@ -262,7 +262,7 @@ def telling_lost_exchanges() -> Iterator[None]:
 
 
 def is_of_an_exchange(error: BaseException) -> bool:
-    """Whether torch met it in an exchange; the errors of gloo have no type, and name the line of its source."""
+    """Whether it comes from an exchange; errors of gloo have no type of their own, but name a line of its source."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
