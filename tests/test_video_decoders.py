@@ -277,7 +277,7 @@ def test_of_two_films_in_a_file_the_one_that_players_show_is_read(tmp_path, endi
             container.mux(stream.encode(None))
     assert [read_counter(f) for f in decode(path, range(4), decoder="pyav")] == [100, 101, 102, 103]
     for other in OTHERS:
-        assert "several films" in DECODERS[other].refuses(scan_file(path), torch.device("cpu"))
+        assert "several videos" in DECODERS[other].refuses(scan_file(path), torch.device("cpu"))
 
 
 def test_cut_film_is_left_to_ffmpeg(tmp_path, caplog):

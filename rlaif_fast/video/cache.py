@@ -32,10 +32,10 @@ class ClipCache:
     A clip on disk is one file: a JSON header and the raw frames, with a checksum over both. It is written
     under a temporary name and renamed, so a process killed half-way leaves nothing that looks like a clip. A
     file that is short or fails its checksum counts as absent and is deleted. The least recently used go
-    first. A folder that can only be read is read.
+    first. A read-only folder is only read.
 
-    What other processes write to a shared folder is noticed after an eighth of the budget has been written
-    here.
+    What other processes write to a shared folder is noticed after this process has written an eighth of the
+    budget.
 
     Args:
         memory_bytes: Budget in memory; 0 keeps nothing there.
@@ -129,7 +129,7 @@ class ClipCache:
             return None
         clip = _parse(data)
         whole = clip is not None and clip.key == key
-        with contextlib.suppress(OSError):  # a folder that can be read alone is of use, too
+        with contextlib.suppress(OSError):  # the folder may be read-only
             os.utime(file) if whole else file.unlink(missing_ok=True)
         if clip is None or not whole:
             return None

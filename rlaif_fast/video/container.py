@@ -1,4 +1,4 @@
-"""A video file before it is opened: whether it can be whole, and a digest of what it holds."""
+"""A video file before it is opened: whether it can be complete, and a digest of its content."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def digest(path: str) -> str:
 
 
 def check_file(path: str) -> None:
-    """Refuse what is no regular file, cannot be read, or is shorter than its own container says.
+    """Refuse a file that is not regular, cannot be read, or is shorter than its own container says.
 
     Raises:
         BadVideo: With the reason.
@@ -86,7 +86,7 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int | None:
         file.seek(at)
         length, name = struct.unpack(">I4s", file.read(8))
         if not all(0x20 <= letter < 0x7F or letter == 0xA9 for letter in name):
-            return None  # readers ignore what follows the film
+            return None  # readers ignore what follows the video
         if length == 1:
             wide = file.read(8)
             if len(wide) < 8:
@@ -102,7 +102,7 @@ def _end_of_segment(head: bytes, file: BinaryIO, size: int) -> int | None:
     """Return where the Segment of a Matroska or WebM file ends; None when its size is declared unknown.
 
     Raises:
-        BadVideo: The elements in it do not follow one another. Readers skip such a part, and the film is shorter.
+        BadVideo: The elements in it do not follow one another. Readers skip such a part, and frames go missing.
     """
     length, width = _ebml_size(head, 4)
     at = 4 + width + length
@@ -118,7 +118,7 @@ def _end_of_segment(head: bytes, file: BinaryIO, size: int) -> int | None:
 
 
 def _check_elements(file: int, at: int, end: int, into: bytes = b"") -> None:
-    """Refuse what holds an element that is none, or reaches out of it; elements called `into` are looked into."""
+    """Refuse a span with an invalid element, or one that reaches beyond it; descend into elements called `into`."""
     while at < end:
         head = os.pread(file, 12, at)
         id_width = 9 - head[0].bit_length()
@@ -135,10 +135,10 @@ def _check_elements(file: int, at: int, end: int, into: bytes = b"") -> None:
 
 
 def _check_index(file: BinaryIO, end: int) -> None:
-    """Refuse an AVI file whose index names frames where there are none: readers go on at the next, at a wrong time.
+    """Refuse an AVI file whose index names frames where there are none: readers take the next frame, at a wrong time.
 
-    The places count from the list of frames, or from the start of the file. An index whose first frame is at neither
-    is of a kind of its own, and says nothing.
+    The offsets count from the list of frames, or from the start of the file. An index whose first frame is at neither
+    is of an unknown kind, and is not checked.
     """
     at, frames, index = 12, None, b""
     while at + 8 <= end and not index:
@@ -149,9 +149,8 @@ def _check_index(file: BinaryIO, end: int) -> None:
             index = os.pread(file.fileno(), min(length, end - at), at + 8)
         at += 8 + length + length % 2
     parts = struct.iter_unpack("<4s3I", index[: len(index) // 16 * 16])
-    entries = [
-        (name, place) for name, _, place, held in parts if held
-    ]  # no bytes: the frame before once more
+    # An entry of no bytes repeats the frame before.
+    entries = [(name, place) for name, _, place, size in parts if size]
     if frames is None or not entries:
         return
     name, first = entries[0]
@@ -169,15 +168,14 @@ def _end_of_tags(file: BinaryIO, size: int) -> int:
     """Return where the last tag of an FLV file ends, or where its first tag says that the file does.
 
     Raises:
-        BadVideo: The tags do not follow one another. Readers skip such a part, and the film is shorter.
+        BadVideo: The tags do not follow one another. Readers skip such a part, and frames go missing.
     """
     at = int.from_bytes(os.pread(file.fileno(), 4, 5), "big") + 4
-    told = os.pread(file.fileno(), 1 << 16, at)
-    found = told.find(b"\0\x08filesize\0")
-    declared = (
-        int(struct.unpack_from(">d", told.ljust(found + 19, b"\0"), found + 11)[0]) if found >= 0 else 0
-    )
-    end = declared if 0 < declared < size else size  # what follows the film is not read
+    head = os.pread(file.fileno(), 1 << 16, at)
+    declared, found = 0, head.find(b"\0\x08filesize\0")
+    if found >= 0:
+        declared = int(struct.unpack_from(">d", head.ljust(found + 19, b"\0"), found + 11)[0])
+    end = declared if 0 < declared < size else size  # what follows the video is not read
     while at + 11 <= end:
         head = os.pread(file.fileno(), 11, at)
         if head[0] & 0x1F not in (8, 9, 18) or head[8:] != b"\0\0\0":

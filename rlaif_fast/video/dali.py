@@ -1,8 +1,8 @@
 """Decoding through one persistent DALI pipeline: NVDEC on a GPU; VP8, VP9 and MJPEG on the CPU too.
 
-Any thread submits a file and gets a future. One thread gathers what has been submitted into batches, of
-unequal sizes and lengths, and runs the pipeline on DALI's own stream while the callers do something else; the
-frames are copied out of DALI's memory, which it takes back in the order of that stream alone. A file that cannot be
+Any thread submits a file and gets a future. One thread gathers the submitted files into batches, of unequal sizes and
+lengths, and runs the pipeline on DALI's own stream while the callers do something else; the frames are copied out of
+DALI's memory, which it reuses in the order of that stream alone. A file that cannot be
 decoded makes DALI fail the whole batch and spoils the pipeline, so the pipeline is built again and the files of that
 batch go through it one by one: only the bad ones fail.
 """
@@ -28,13 +28,14 @@ from rlaif_fast.streams import beside, no_captures, numbered
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_for
+from rlaif_fast.video.scan import NOT_PLAIN
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 GPU_CODECS = (*CPU_CODECS, "av1", "mpeg4", "h264", "hevc")
-BATCH_FILES = 8  # a decoder is held per file; DALI's own cache of NVDEC decoders holds 100
+BATCH_FILES = 8  # each file holds a decoder; DALI's own cache of NVDEC decoders has room for 100
 BATCH_BYTES = 1 << 30  # of decoded frames
 WAIT_SECONDS = 120.0
-BT_601 = (0.299, 0.114)  # by which DALI reads the colours of every film
+BT_601 = (0.299, 0.114)  # the colour matrix by which DALI reads every video
 # Share of red and of blue in the brightness, by `Scan.colorspace`.
 LUMA = {2: BT_601, 5: BT_601, 6: BT_601, 1: (0.2126, 0.0722), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}
 
@@ -91,11 +92,11 @@ class DaliDecoder:
         if scan.codec not in codecs:
             return f"it does not decode {scan.codec} on {device.type}"
         if not scan.plain:
-            return "its frames or their numbers would differ (hidden, cut or unordered, several films or several sizes)"
+            return NOT_PLAIN
         if scan.mirrored:
-            return "mirrored films are left to FFmpeg"
+            return "mirrored videos are left to FFmpeg"
         if scan.colorspace not in LUMA:
-            return f"films of the colour matrix {scan.colorspace} are left to FFmpeg"
+            return f"videos with the colour matrix {scan.colorspace} are left to FFmpeg"
         if device.type != "cpu" and "10" in scan.pixel_format:
             return f"{scan.pixel_format} is left to FFmpeg"
         return None
@@ -147,7 +148,7 @@ class DaliDecoder:
     def _answer(self, batch: list[_Job]) -> None:
         try:
             self._serve(batch)
-        except Exception as error:  # out of memory, say: no fault of the files, and the thread goes on
+        except Exception as error:  # such as out of memory: not the files' fault, and the thread goes on
             self._pipeline = None
             for job in batch:
                 if not job.result.done():
@@ -166,7 +167,7 @@ class DaliDecoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._pipeline = None  # it is of no more use
+            self._pipeline = None  # a failed pipeline cannot be used again
             if len(batch) == 1:
                 reason = f"DALI cannot decode it: {_told(error)}"
                 batch[0].result.set_exception(VideoError(batch[0].path, reason))
@@ -178,7 +179,7 @@ class DaliDecoder:
                 _settle(job, decoded)
 
     def _gather(self) -> list[_Job] | None:
-        """Wait for a job and take along what else is waiting, within the limits; None at the end."""
+        """Wait for a job, and add the others that are waiting, within the limits; None at the end."""
         first = self._left_over or self._jobs.get()
         self._left_over = None
         if first is None:
@@ -229,7 +230,7 @@ class DaliDecoder:
             encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1, no_copy=True)
             indices = fn.external_source(name="indices", dtype=DALIDataType.INT32, ndim=1)
             place = "mixed" if on_gpu else "cpu"
-            # The default pad_mode answers for a frame that is not there with a black one.
+            # The default pad_mode returns a black frame for one that does not exist.
             pipeline.set_outputs(fn.decoders.video(encoded, frames=indices, device=place, pad_mode="none"))
         pipeline.build()
         return pipeline
@@ -238,7 +239,7 @@ class DaliDecoder:
 def _recolour(frames: Tensor, luma: tuple[float, float]) -> None:
     """Give frames (F, H, W, 3) that were read by BT.601 the colours of their own matrix, in place.
 
-    A colour that BT.601 put outside 0 to 255 was clipped there, and is near its own alone.
+    A colour that BT.601 put outside 0 to 255 was clipped, so it only comes near its true value.
     """
     if luma == BT_601:
         return
@@ -248,7 +249,7 @@ def _recolour(frames: Tensor, luma: tuple[float, float]) -> None:
 
 
 def _rgb_of(luma: tuple[float, float]) -> Tensor:
-    """Red, green and blue (rows) of the brightness and the differences to blue and red (columns)."""
+    """The matrix to red, green and blue (rows) from brightness and the differences to blue and red (columns)."""
     red, blue = luma
     green, to_blue, to_red = 1 - red - blue, 2 * (1 - blue), 2 * (1 - red)
     rows = [[1, 0, to_red], [1, -to_blue * blue / green, -to_red * red / green], [1, to_blue, 0]]

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Where one way overtakes another, measured by bench/bench_video.py (the table is in docs/video.md). On a CPU
 # DALI is never more than 7% faster than PyAV, and up to 2.7 times slower where the frames lie close together.
 AUTO = {"cuda": ("dali", "pyav"), "cpu": ("pyav",)}  # device -> in order of preference
-# of a frame; from here on several threads per file pay (2 cores: 1.1 to 1.4 times)
+# From this frame size on, several threads per file pay (2 cores: 1.1 to 1.4 times).
 THREADED_PIXELS = 1280 * 720
 SMALL, LARGE = 256, 4096  # pixels of a side within which a GPU reads every file of a codec that it reads
 
@@ -37,7 +37,7 @@ SMALL, LARGE = 256, 4096  # pixels of a side within which a GPU reads every file
 class PyAVDecoder:
     """FFmpeg through PyAV: every codec, on the CPU, one frame at a time.
 
-    One that hangs is stopped by `isolate.DecodeProcess` alone.
+    Only `isolate.DecodeProcess` can stop one that hangs.
 
     Args:
         device: Where the frames end up; decoding is on the CPU.
@@ -166,7 +166,7 @@ def _kind(scan: ffmpeg.Scan, device: torch.device) -> tuple[str, ...]:
 def by_name(name: str, scan: ffmpeg.Scan, device: torch.device, attempt: Callable[[str], Tensor]) -> Tensor:
     """Decode by the decoder that `name` stands for. Where "auto" took another than PyAV and that fails, PyAV decides.
 
-    What PyAV can decode is no bad file; where the other has read none of its kind yet, PyAV gets all of that kind.
+    A file that PyAV can decode is not bad. If the other has not read any of its kind yet, PyAV gets all of that kind.
 
     Args:
         name: "auto" or one of the table.
@@ -204,14 +204,14 @@ def _unavailable(name: str) -> str | None:
 
 
 def _say_once(name: str, codec: str, passed_over: str) -> None:
-    """Say for each kind of file what decodes it for a GPU, and why it is not DALI."""
+    """Log once per codec and reason what decodes it for a GPU, and why it is not DALI."""
     with _SAYING:
         if (name, codec, passed_over) not in _SAID:
             _SAID.add((name, codec, passed_over))
             log.info("video: %s is decoded by %s%s", codec, name, f" ({passed_over})" if passed_over else "")
 
 
-# `cache` lets threads that come at once make one each, and DALI's pipelines hold GPU memory. One may build on another.
+# `cache` alone would let two threads make one each, and DALI's pipelines hold GPU memory. A decoder may make another.
 _MAKING = threading.RLock()
 
 

@@ -1,13 +1,13 @@
 """Reading video files through FFmpeg (PyAV): which frames a file holds, and the pixels of some of them.
 
-This file, `container.py` and `scan.py` import neither torch nor what would, so that a decoding process
-(see `worker.py`) starts in a fifth of a second and weighs 60 MB.
+This file, `container.py` and `scan.py` import no torch, directly or indirectly, so that a decoding process
+(see `worker.py`) starts in a fifth of a second and takes 60 MB.
 
 `scan` reads every packet header once and writes down the presentation time of each frame that a player would
 show: hidden reference frames (VP8), packets that an edit list cuts off and frames before time zero are left
 out. A frame's index is its place in that list, whichever decoder delivers it. `read_frames` then decodes from
 the key frame before each wanted index and accepts a picture only if it carries exactly the time that was
-asked for. Nothing is ever replaced by a neighbour: a frame that does not come out whole raises `BadVideo`.
+asked for. No frame is ever replaced by a neighbour: one that does not come out whole raises `BadVideo`.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def scan(path: str) -> Scan:
             raise BadVideo("the video stream holds no frames")
         if any(p.corrupt for p in packets):
             raise BadVideo("damaged: the container marks packets as corrupt")
-        # AVI knows no presentation times; what FFmpeg makes up for reordered frames cannot be sought.
+        # AVI has no presentation times; one cannot seek to those that FFmpeg invents for reordered frames.
         unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
         found = _summarise(path, stream, packets, unordered)
-        return replace(found, plain=found.plain and _is_only_film(container))
+        return replace(found, plain=found.plain and _has_one_video(container))
 
 
 def read_frames(
@@ -108,7 +108,7 @@ class _Reader:
         self.wanted = {info.pts[i] for i in wanted}
         self.place = {pts: i for i, pts in enumerate(info.pts)}
         self.linear = info.counted
-        self.back = 0  # key frames that are read before the one that a frame needs
+        self.back = 0  # how many key frames earlier to start than the frame needs
         self._open()
 
     def __enter__(self) -> _Reader:
@@ -136,8 +136,8 @@ class _Reader:
                 return self._advance(index)
             if self.back or not self.sought:
                 raise
-            # In an open group of pictures frames behind a key frame look for some before it, which is no damage. Where
-            # that was is known to one thread alone.
+            # In an open group of pictures, frames after a key frame depend on frames before it; that is no damage. Only
+            # one thread tells where that was.
             self.back = self.threads = 1
             self.__exit__()
             self._open()
@@ -149,7 +149,7 @@ class _Reader:
         self.stream = _video_stream(self.container)
         self.stream.codec_context.options = STRICT
         self.stream.codec_context.thread_count = self.threads
-        # With frame threads the decoder would read `skip_frame` too late; a library reads it when it is opened alone.
+        # With frame threads the decoder would read `skip_frame` too late; external libraries read it only when opened.
         own = not self.stream.codec_context.codec.name.startswith("lib")
         self.skips = self.threads == 1 and own and not self.info.counted
         if self.threads != 1:
@@ -188,7 +188,7 @@ class _Reader:
         if not self.bad_orders:
             return
         own = self.info.order[index]
-        # A frame shown before a key frame that it comes behind in the file builds on the key frame before, too.
+        # A frame that is shown before a key frame but follows it in the file also builds on the key frame before.
         key = bisect_right(self.info.keys, self.info.pts[index]) - 1
         start = self.info.key_order[key] if key >= 0 else 0
         if any(start <= bad <= own for bad in self.bad_orders) or self.info.counted:
@@ -346,7 +346,7 @@ def _rotation(frame: Any) -> int:
 
 
 def _mirrored(frame: Any) -> bool:
-    """Whether the display matrix of a frame mirrors it; FFmpeg's angle is then that behind a flip upside down."""
+    """Whether the display matrix of a frame mirrors it; FFmpeg's angle then applies after a vertical flip."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False
@@ -355,7 +355,7 @@ def _mirrored(frame: Any) -> bool:
 
 
 def _video_stream(container: Any) -> Any:
-    """The video stream that players show: the one marked as default, else that of the most frames and bits."""
+    """The video stream that players show: the default one, else the one with the most frames and bits."""
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
         kinds = sorted({s.type for s in container.streams})
@@ -365,8 +365,8 @@ def _video_stream(container: Any) -> Any:
     return stream
 
 
-def _is_only_film(container: Any) -> bool:
-    """Whether a file has one video stream beside covers."""
+def _has_one_video(container: Any) -> bool:
+    """Whether a file has exactly one video stream, not counting cover pictures."""
     cover = av.stream.Disposition.attached_pic
     return sum(not stream.disposition & cover for stream in container.streams.video) == 1
 

@@ -82,7 +82,7 @@ def load_frames(
     times = tuple(i / rate for i in range(len(frames)))
     info = VideoInfo(path, "pictures", 0, 0, len(frames), rate, len(frames) / rate, times)
     whole = sampling.nframes is None and len(frames) <= sampling.max_frames
-    # What the last ones do not fill is completed where the patches are made.
+    # An incomplete last temporal patch is filled up where the patches are made.
     factor = 1 if whole else sampling.frame_factor
     chosen = replace(sampling, min_frames=sampling.max_frames, frame_factor=factor)
     indices, sample_fps = chosen.sample(info)

@@ -39,10 +39,10 @@ SLICE_SECONDS = 1.0
 
 
 class _Patience:
-    """Seconds that may be waited in all.
+    """A budget of seconds to wait, over several waits.
 
-    It is waited in slices, and a slice counts for no more than its length: where this process was itself stopped
-    (Ctrl-Z, a suspended machine), so was the decoding process, and the file is not to blame.
+    The wait is cut into slices, and a slice counts for no more than its length: when this process is stopped
+    (Ctrl-Z, a suspended machine), so is the decoding process, and the file is not to blame.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -146,10 +146,10 @@ class DecodeProcess:
             self._answer(_Patience(START_SECONDS))  # importing FFmpeg is not the file's fault
         except (EOFError, OSError):
             self._kill()
-            raise RlaifFastError("the decoding process did not start; its error stands above") from None
+            raise RlaifFastError("the decoding process did not start; its error is above") from None
 
     def _kill(self) -> None:
-        # A thread that waits for an answer is woken by the process's end; the channel is closed behind it.
+        # The end of the process wakes a thread that waits for an answer, so the channel is closed after it.
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         if process is not None:
@@ -241,9 +241,9 @@ class _Refused(Exception):
 
 @contextmanager
 def _signals_for_the_group_blocked() -> Iterator[None]:
-    """What is started here never sees SIGINT, SIGTERM and SIGHUP, which terminals and schedulers send to whole groups.
+    """Processes started here never see SIGINT, SIGTERM and SIGHUP, which terminals and schedulers send to whole groups.
 
-    A file would be bad because its process was ended by one. The process ends when the channel closes.
+    Otherwise a file would count as bad because a signal ended its process. The process ends when the channel closes.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:

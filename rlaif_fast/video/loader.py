@@ -62,7 +62,7 @@ def load_medium(
     """Return the clip of what a row names: a picture, a video that comes as pictures, or a video file.
 
     Args:
-        medium: What it says itself (`cut`) comes before `sampling` and `resize`.
+        medium: Its own `cut` takes precedence over `sampling` and `resize`.
         sampling: Which frames of a video.
         resize: Limits on the size of a frame; None keeps full frames.
         cache: Where frames are looked up and kept.
@@ -160,7 +160,7 @@ class ClipStore:
         return next((found for name in names if (found := self.stats.bad_files.get(name))), None)
 
     def close(self) -> None:
-        """End the threads and processes. Loads in progress are given up; that is no fault of their files."""
+        """End the threads and processes. Loads in progress are given up; their files do not count as bad."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
@@ -189,7 +189,7 @@ class ClipStore:
             if error.path != medium.path:
                 self._pictures[medium] = error.path
                 self._set_aside(error)
-            else:  # a part that a file does not hold is no fault of its other parts
+            else:  # a file without this part may have the other parts
                 self._set_aside(VideoError(_name(medium), error.reason))
             raise
         with self._lock:

@@ -15,7 +15,7 @@ class Media:
         patches: (n, C * temporal_patch * patch * patch), the rows of `pixel_values_videos`; a tower that takes whole
             frames has one row a frame.
         grid_thw: (t, h, w) in patches, before merging; n = t * h * w.
-        is_video: Whether the prompt holds it behind video tokens (else image tokens).
+        is_video: Whether the prompt marks it by video tokens (else image tokens).
         seconds_per_grid: Seconds between two temporal patches.
         key: Content address; equal keys have equal patches, so one encoding serves all.
         timestamps: Seconds of each temporal patch (the mean of its first and last frame), for prompts that

@@ -27,7 +27,7 @@ RESIZE_CHUNK_BYTES = 64 << 20  # of full-size frames handed to the resize at a t
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """What a vision tower eats.
+    """The patches that a vision tower takes.
 
     Attributes:
         patch_size: Pixels along a side of a patch (Qwen2.5-VL 14, Qwen3-VL 16).
@@ -37,8 +37,8 @@ class PatchSpec:
         std: Per channel, of values in [0, 1].
         tokens_a_frame: Features of a frame where the tower takes whole frames of one size, which is then
             `patch_size`; None where it takes patches.
-        kept: Which features a video's prompt holds: None says nothing of it, "all", or "changed", those that differ
-            from the same place of the frame before.
+        kept: Which features of a video its prompt holds: "all", "changed" (those that differ from the same place in the
+            frame before), or None where the model drops none.
     """
 
     patch_size: int
@@ -290,6 +290,7 @@ def patchify(
 
 
 def _refuses_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    # Looked at first: importing Triton takes seconds.
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
         return "the frames are on cpu; Triton runs on cuda"
     try:

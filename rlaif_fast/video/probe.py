@@ -84,12 +84,12 @@ def file_version(path: str) -> Version:
         raise VideoError(path, f"no file can have this path ({error})") from None
     if not (stat.S_ISREG(facts.st_mode) or stat.S_ISDIR(facts.st_mode)):
         raise VideoError(path, "is not a regular file")  # opening a pipe would wait forever
-    # The time of the last change of its entry tells a copy that took over size and time of what was there (cp -p).
+    # The inode's change time reveals a copy that kept size and modification time (cp -p).
     return str(Path(path).absolute()), facts.st_size, facts.st_mtime_ns, facts.st_ino, facts.st_ctime_ns
 
 
 def check_same(path: str, version: Version) -> None:
-    """Refuse what was read from a file that is no longer what `file_version` said: it may be of both.
+    """Refuse what was read from a file that has changed since `file_version`: it may mix both versions.
 
     Raises:
         VideoError: The file has changed.

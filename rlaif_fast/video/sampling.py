@@ -59,7 +59,7 @@ class FrameSampling:
         own: dict[str, Any] = {key: value for key, value in medium.cut.given().items() if key in _OF_ROWS}
         # Of pictures `fps` is the rate that they were taken at, and says nothing of how many are seen.
         if ("fps" in own and not medium.frames) or "min_frames" in own or "max_frames" in own:
-            # a rate of the row's own comes before a count of the configuration
+            # the row's own rate takes precedence over a count in the configuration
             own.setdefault("nframes", None)
         if "max_frames" in own:
             own.setdefault("min_frames", min(self.min_frames, own["max_frames"]))
@@ -87,7 +87,7 @@ class FrameSampling:
         return indices, count / seconds
 
     def fault(self) -> str | None:
-        """Why not one video can be sampled so; None where some can."""
+        """Why no video at all can be sampled so; None where some can."""
         if self.video_end is not None and (self.video_start or 0.0) >= self.video_end:
             return f"video_end: expected more than video_start ({self.video_start or 0:g}), got {self.video_end:g}"
         name = "max_frames" if self.nframes is None else "nframes"

@@ -1,4 +1,4 @@
-"""What reading every packet header of a video file says."""
+"""What the packet headers of a video file say."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+# Why a decoder that counts frames by itself refuses a file that is not `Scan.plain`.
+NOT_PLAIN = (
+    "its frames or their numbers would differ (hidden, cut or unordered, several videos or several sizes)"
+)
+
 
 @dataclass(frozen=True)
 class Scan:
-    """What the packets of a file's video stream say, of several those of the one that players show.
+    """What the packets of a file's video stream say; of several streams, the one that players show.
 
     Attributes:
         codec: Codec name as FFmpeg spells it.
@@ -28,8 +33,8 @@ class Scan:
         time_base: Seconds per unit.
         variable_rate: Whether the frames are unevenly spaced.
         counted: Whether frames can only be told apart by counting (no usable presentation times).
-        plain: Whether every packet of the file's one film is one shown frame, and all are of one size, so that any
-            decoder counts and cuts frames alike.
+        plain: Whether the file has one video stream, each packet is one shown frame, and all frames have one size, so
+            that every decoder numbers and sizes frames alike.
     """
 
     codec: str
@@ -64,7 +69,7 @@ class Scan:
 def seconds_since_first(pts: Sequence[int], base: Fraction) -> tuple[float, ...]:
     """Times in units of `base` seconds as seconds since the first, rounded once each.
 
-    The numbers are those of fractions, at a twentieth of the time: an hour has a hundred thousand.
+    Gives the same floats as `Fraction` in a twentieth of the time: an hour has a hundred thousand frames.
     """
     first, numerator, denominator = pts[0], base.numerator, base.denominator
     return tuple((p - first) * numerator / denominator for p in pts)

@@ -11,6 +11,7 @@ from rlaif_fast.errors import UsageError, first_line
 from rlaif_fast.video import ffmpeg
 from rlaif_fast.video.errors import VideoError
 from rlaif_fast.video.probe import scan_for
+from rlaif_fast.video.scan import NOT_PLAIN
 
 
 class TorchCodecDecoder:
@@ -41,9 +42,9 @@ class TorchCodecDecoder:
     def refuses(scan: ffmpeg.Scan, device: torch.device) -> str | None:
         """Return why torchcodec cannot read such a file on `device`, or None."""
         if not scan.plain:
-            return "its frames or their numbers would differ (hidden, cut or unordered, several films or several sizes)"
+            return NOT_PLAIN
         if scan.rotation or scan.mirrored:
-            return "its versions differ in whether they turn a rotated film"
+            return "its versions differ in whether they turn rotated videos"
         return None
 
     def decode(self, path: str, indices: Sequence[int]) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 
 
 def main(socket_fd: int, memory_fd: int) -> None:
-    """Serve until the other end closes, or is gone: where it was killed, what it had not read resets the socket."""
+    """Serve until the other end closes or is killed; data that it did not read then resets the socket."""
     ffmpeg = _load("ffmpeg")
     with contextlib.suppress(EOFError, ConnectionError), Connection(socket_fd) as channel:
         channel.send(("ready",))
@@ -68,7 +68,7 @@ def _hand_over(channel: Connection, held: list[int]) -> None:
 
 
 def _load(module: str) -> Any:
-    """A module of `rlaif_fast.video`; the packages stand in `sys.modules` without having been run."""
+    """Import a module of `rlaif_fast.video` without running the `__init__.py` of the packages around it."""
     folder = Path(__file__).resolve().parent
     for name, path in (("rlaif_fast", folder.parent), ("rlaif_fast.video", folder)):
         if name not in sys.modules:
