@@ -99,14 +99,14 @@ def _run(name: str, compute: Callable[[], float | str], tolerance: float) -> Che
 
 def _loss(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     """The largest error of loss, advantages and gradients of an operation against the float64 reference."""
-    V = 136 if backend == "cuda" else 130  # its rows are whole vectors of 16 bytes
+    V = 136 if backend == "cuda" else 130  # "cuda" takes rows of whole 16-byte vectors
     problem = random_problem(dtype=dtype, device=device, V=V, T=9)
     ours = _outputs(op, problem, backend)
     if op == "linear_loss" and backend in ("triton", "cuda") and dtype != torch.float32:
         expected = _of_rounded_logits(problem)
     else:
         expected = _outputs(op, problem.double(), "reference")
-    # The loss is a sum of terms that largely cancel: its error is taken of 1 where it is smaller.
+    # The loss is a sum of terms that largely cancel: where it is below 1, its error is absolute.
     return max(
         relative(a, b) if a.dim() == 0 else relative_l2(a, b) for a, b in zip(ours, expected, strict=True)
     )
@@ -132,8 +132,10 @@ def _outputs(op: str, p: Problem, backend: str) -> list[Tensor]:
 
 
 def _of_rounded_logits(p: Problem) -> list[Tensor]:
-    """What `_outputs` gives for the linear loss in float64, the logits rounded to the dtype once: a chunk of them is
-    stored in 16 bits on a GPU, and what that does to a gradient depends on the problem (1% to 2%), not on the kernel.
+    """What `_outputs` gives for the linear loss in float64, but for logits that are rounded to the dtype.
+
+    A GPU stores a chunk of them in 16 bits, and the effect on a gradient (1% to 2%) depends on the problem, not on the
+    kernel.
     """
     exact = p.double()
     logits = (exact.hidden @ exact.weight.t() + exact.bias).to(p.hidden.dtype).double().requires_grad_()
@@ -212,7 +214,7 @@ def _decode_step() -> float | str:
 
 
 def _fused_step(device: str, dtype: torch.dtype) -> float | str:
-    """What lies between the matmuls of a decode step, by kernels against their references in float64."""
+    """The kernels between the matmuls of a decode step against their references in float64."""
     from rlaif_fast.policy.decode_step import (
         add_rms_norm_reference,
         refuses_decode_step,
