@@ -55,7 +55,7 @@ def rank_advantages(
         scores: (N, G) float, the policy's log-probability of each response; higher is more likely. It only
             orders the responses, and with `kind="oracle"` or `"zscore"` does not touch the advantages.
         oracle_ranks: (N, G) int or float, 0 is best and equal numbers tie; only the order counts. With
-            `kind="zscore"` they are scalar rewards instead, higher is better.
+            `kind="zscore"` they are scalar rewards instead: higher is better.
         kind: "directed" (default), "oracle", "paper", "paper_swapped" or "zscore".
         penalty_weight: w >= 0, how much more a misranked response weighs ("directed").
         scale: "none", or "group" to divide by the root mean square over the group.
@@ -65,9 +65,9 @@ def rank_advantages(
         valid: (N,) bool; a group whose ranking failed is false and gets advantages of 0.
         group_index: (B,) int64 or int32, for responses in any order and groups of unequal size: equal numbers
             are a group. `scores`, `oracle_ranks` and `judged` are then (B,), as are advantages and penalties;
-            what is (N,) stands in ascending order of the index. A trainer that shuffles or splits its rows
+            (N,) tensors are in ascending order of the index. A trainer that shuffles or splits its rows
             should make advantages where all rows of a group are together.
-        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
+        validate: Whether values are checked, which synchronises with an accelerator; False trusts the caller.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
@@ -101,14 +101,13 @@ def grpo_rank_loss(
         logps: (B, T) float, log-probability of each sampled token under the policy; differentiable.
         oracle_ranks: (N, G) int or float with N * G = B, 0 is best, equal is a tie (scalar rewards, higher is
             better, with `kind="zscore"`); or (B,) with `group_size`.
-        advantages: (B,), (B, 1) or (B, T) float, any trainer's own, in place of `oracle_ranks` and all that belongs to
+        advantages: (B,), (B, 1) or (B, T) float, from any trainer, in place of `oracle_ranks` and all that belongs to
             them (`kind`, `penalty_weight`, `scale`, `score`, `scores`, `judged`, `weights`, `valid`).
         group_size: G, where `oracle_ranks` is flat.
         old_logps: (B, T) float under the policy that sampled. None is on-policy: the ratio is 1 with the
-            gradient of `logps`. Where they are given, they are also what the policy's own order is taken
-            from.
+            gradient of `logps`. Where they are given, the policy's own order is taken from them too.
         ref_logps: (B, T) float under the reference policy; needed when `beta` is not 0.
-        mask: (B, T) bool, or 0/1 of any dtype; a token that is 0 contributes nothing, whatever stands there.
+        mask: (B, T) bool, or 0/1 of any dtype; a token that is 0 contributes nothing, whatever values it has.
         sampling_ratio: (B, T), (B, 1) or (B,) float weight of the policy term (trainer against sampler
             mismatch).
         entropy: (B, T) float in nats, differentiable; needed when `entropy_coef` is not 0.
@@ -142,13 +141,13 @@ def grpo_rank_loss(
             number of responses.
         cispo_bound: "relative" (default) bounds the ratio of "cispo" by 1 + epsilon_high, "absolute" (TRL,
             Liger) by epsilon_high.
-        sapo_temperature_pos, sapo_temperature_neg: Of the gate of "sapo" where A > 0, and elsewhere.
+        sapo_temperature_pos, sapo_temperature_neg: Temperature of the "sapo" gate where A > 0, and elsewhere.
         max_completion_length: Tokens; needed for "dr_grpo".
         num_items_in_batch: Above 0; divides in place of the number of tokens ("dapo", "bnpo", "cispo") or of
             responses (the others) when the batch is part of a larger one: that of the whole divided by the
             number of processes.
         importance_sampling_level: "token", or "sequence": one ratio a response, the geometric mean (GSPO).
-        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
+        validate: Whether values are checked, which synchronises with an accelerator; False trusts the caller.
         backend: "auto", "triton", "cpu" or "reference"; a backend asked for by name runs or raises.
 
     Returns:
@@ -264,7 +263,7 @@ def fused_linear_grpo_rank_loss(
         bias: (V,) float; differentiable.
         temperature, logit_softcap, logit_scale: As in `grpo_rank_loss_from_logits`.
         lengths: (B,) int64 tokens of each response, their sum M, when packed. Where M is B and a length is 0, flat
-            `advantages` and `sampling_ratio` may mean responses or tokens, and are refused.
+            `advantages` and `sampling_ratio` could mean responses or tokens, and are refused.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         process_group: Ranks that hold the head's vocabulary in consecutive shards, in their order: `weight`
             (and `bias`) is this rank's shard, everything else the same on every rank, and so are the loss and
@@ -322,11 +321,11 @@ def selective_log_softmax(
     Args:
         logits: (..., V) float, differentiable; never copied.
         token_ids: (...) int64 or int32 in [0, V).
-        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` has one for each token.
         logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
         logit_scale: Above 0; multiplies the logits, before the cap.
         return_entropy: Also return the entropy.
-        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
+        validate: Whether values are checked, which synchronises with an accelerator; False trusts the caller.
         backend: "auto", "triton", "cpu" or "reference".
 
     Returns:
@@ -367,11 +366,11 @@ def token_logps(
         weight: (V, H) float, the head.
         token_ids: (...) int64 or int32 in [0, V).
         bias: (V,) float.
-        temperature: Above 0; divides the logits. A tensor like `token_ids` is one for each token.
+        temperature: Above 0; divides the logits. A tensor like `token_ids` has one for each token.
         logit_softcap: Above 0; bounds the logits: cap * tanh(logits / cap), before the temperature.
         logit_scale: Above 0; multiplies the logits, before the cap.
         return_entropy: Also return the entropy.
-        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
+        validate: Whether values are checked, which synchronises with an accelerator; False trusts the caller.
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         float32_weight: As in `fused_linear_grpo_rank_loss`.
         backend: "auto", "triton", "cpu" or "reference".

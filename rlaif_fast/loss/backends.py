@@ -33,7 +33,7 @@ provides, per op (letters: N groups, G responses, B = N * G, T tokens, M rows, H
         `rlaif_fast.loss.linear` makes all three from a module that also has the row functions, `rank_loss` and
         chunk_rows(head: Head, chunk_size, rows) -> rows of logits in memory at once (`loss.chunks`)
         compact_rows(rows (M, V), keep (M,) bool) -> order (kept,)
-            Brings the kept rows to the front and says which of them stands where.
+            Brings the kept rows to the front and returns which row is now at each place.
         add_product(total (V, H), grad_logits (m, V), hidden (m, H), first)
             Adds grad_logits.T @ hidden to total, or with `first` writes it there.
 

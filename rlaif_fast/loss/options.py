@@ -51,7 +51,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is True or False: any other would be read as one of them."""
+    """Raise TypeError unless `value` is True or False: Python would take any other as one of them."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
 

@@ -180,7 +180,7 @@ def fused_linear_dpo_loss(
         chunk_size: Rows of logits in memory at once; chosen by V where None.
         float32_weight: (V, H) float32 leaf of which a bfloat16 `weight` is the rounding: the weight's gradient is its
             gradient, and `weight` gets none.
-        validate: Whether values are looked at, which waits for an accelerator; false trusts the caller.
+        validate: Whether values are checked, which synchronises with an accelerator; False trusts the caller.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns:

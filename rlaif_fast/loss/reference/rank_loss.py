@@ -9,7 +9,7 @@
     sapo   4 / tau sigmoid(tau (rho - 1)) A, tau by the sign of A
 
 Letters: N groups, G responses a group, B = N * G rows (the rows of a group adjacent), T tokens.
-Masked tokens and the rows of invalid groups take no part, whatever stands there. Source: arXiv 2510.02561;
+Masked tokens and the rows of invalid groups take no part, whatever they hold. Source: arXiv 2510.02561;
 the surrogates, KL estimators and aggregations are those of GRPO, DAPO, Dr. GRPO, GSPO, LUSPO, CISPO and
 SAPO.
 """
