@@ -168,7 +168,7 @@ def test_the_same_checks_guard_every_form():
     for name, (changes, error, words) in LOSS_CASES.items():
         if name.startswith(("logps", "entropy", "group too large", "backend without")):
             continue
-        with pytest.raises(error, match=words.replace("rank_loss$", "")):
+        with pytest.raises(error, match=words):
             grpo_rank_loss_from_logits(LOGITS, IDS, **{"oracle_ranks": RANKS, **changes})
         with pytest.raises(error, match=words):
             fused_linear_grpo_rank_loss(HIDDEN, WEIGHT, IDS, **{"oracle_ranks": RANKS, **changes})
@@ -296,8 +296,6 @@ def test_ranking():
     with pytest.raises(ValueError, match=r"oracle_ranks .* got -1.0"):
         rank_advantages(scores, ranks_with(-1))
     with pytest.raises(ValueError, match="backend='cuda' cannot run rank_penalty"):
-        if torch.cuda.is_available():
-            rank_advantages(scores, RANKS, backend="cuda")  # tensors on the CPU
         rank_advantages(scores, RANKS, backend="cuda")
 
 

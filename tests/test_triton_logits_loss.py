@@ -101,11 +101,8 @@ def test_a_probability_in_the_gradient_is_as_good_as_the_logsumexp(
     """The bound of docs/kernels.md."""
     logits, _ = rows(8, 300)
     ids = logits.topk(2).indices.gather(1, torch.arange(8, device=DEVICE)[:, None] % 2).squeeze(1)
-    ones, scaling, exact = (
-        torch.ones(8, device=DEVICE),
-        Scaling(temperature),
-        logits.double().requires_grad_(),
-    )
+    ones, scaling = torch.ones(8, device=DEVICE), Scaling(temperature)
+    exact = logits.double().requires_grad_()
     reference.selective_log_softmax(exact, ids, scaling)[0].sum().backward()
     place = logits.clone()
     if in_one_sweep:

@@ -286,17 +286,15 @@ def test_resumed_run_equals_an_uninterrupted_one(pair, cache, tmp_path):
     assert metrics(folder) == metrics(pair)
 
 
-def torchrun(words: list[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(*words: str, timeout: float | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(
-        [*command, "-m", "rlaif_fast.train", *words], env=environment, capture_output=True, text=True
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def test_the_same_seed_trains_alike_under_torchrun(pair, cache, tmp_path):
     values = SMALL | {"output_dir": tmp_path / "run", "cache_dir": cache, "loss_type": "dapo"}
-    process = torchrun([f"--{key}={value}" for key, value in values.items()])
+    process = torchrun("-m", "rlaif_fast.train", *(f"--{key}={value}" for key, value in values.items()))
     assert process.returncode == 0, process.stderr[-2000:]
     assert metrics(tmp_path / "run") == metrics(pair)
     last = "checkpoints/rl-000004/model.safetensors"
@@ -309,7 +307,7 @@ def test_torchrun_waits_for_the_repair_of_a_damaged_configuration(pair, tmp_path
     shutil.copytree(pair, folder)
     (folder / "summary.json").unlink()
     (folder / "config.yaml").write_text("model: [")
-    process = torchrun([f"--resume={folder}"])
+    process = torchrun("-m", "rlaif_fast.train", f"--resume={folder}")
     assert process.returncode == 0, process.stderr[-2000:]
     assert "config.yaml is not as it was written; the checkpoint's copy takes its place" in process.stderr
     assert metrics(folder) == metrics(pair)
@@ -333,15 +331,7 @@ def test_restarted_processes_of_torchrun_wait_for_rank_0_again(tmp_path):
         "    launch(work, None, 0)\n"
         "    assert ready.name == 'ready 1'\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    process = subprocess.run(
-        [*command, "--max-restarts=1", tmp_path / "turn.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    process = torchrun("--max-restarts=1", str(tmp_path / "turn.py"), timeout=120)
     assert process.returncode == 0, process.stderr[-2000:]
 
 
