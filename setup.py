@@ -1,9 +1,9 @@
 """Builds the extension rlaif_fast._C: the C++ kernels always, the CUDA ones where torch has CUDA and nvcc is found.
 
 RLAIF_FAST_EXT=0 skips it: a CPU then runs the plain PyTorch references, a GPU the Triton kernels. RLAIF_FAST_EXT=cpu
-builds the C++ kernels alone, for an nvcc of another CUDA than torch's. TORCH_CUDA_ARCH_LIST overrides the CUDA
-architectures, MAX_JOBS the number of compilers at a time. An extension that was built in this folder from the same
-sources, torch and flags is taken as it is. The metadata is in pyproject.toml.
+builds the C++ kernels alone, where nvcc is of another CUDA version than torch. TORCH_CUDA_ARCH_LIST overrides the CUDA
+architectures, MAX_JOBS the number of parallel compilers. An extension that was built in this folder from the same
+sources, torch and flags is reused. The metadata is in pyproject.toml.
 """
 
 import hashlib
@@ -36,15 +36,13 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
-    # Many Pythons hand on their own -g, which doubles the time to compile and makes 16 MB of 1; CFLAGS=-g asks for it.
+    # Many Pythons pass on their own -g: twice the compile time, 16 MB instead of 1. CFLAGS=-g asks for it.
     *([] if "-g" in os.environ.get("CFLAGS", "").split() else ["-g0"]),
 ]
 
-
-BUILT = Path(
-    "rlaif_fast", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-)  # where an editable install leaves it
-STAMP = Path("rlaif_fast", "_C.stamp")  # what it was built from, and what came out
+# Where an editable install leaves the extension, and digests of what it was built from and of the file itself.
+BUILT = Path("rlaif_fast", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+STAMP = Path("rlaif_fast", "_C.stamp")
 
 
 def digest(*parts: object) -> str:
@@ -59,7 +57,7 @@ def digest(*parts: object) -> str:
 def name_toolkit() -> None:
     """Set CUDA_HOME to the toolkit of the nvcc on the PATH.
 
-    torch takes the folder above nvcc's for it. If that nvcc is a script that calls another, no library lies there.
+    torch takes the folder above nvcc's. If that nvcc is a script that calls another, the libraries are elsewhere.
     """
     nvcc = shutil.which("nvcc")
     if nvcc and not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
@@ -112,8 +110,8 @@ def build_arguments() -> dict:
         """Compiles the row kernels once for each instruction set before the rest, or nothing where nothing changed."""
 
         def run(self) -> None:
-            there = STAMP.exists() and BUILT.exists()
-            if there and STAMP.read_text().split() == [inputs(), digest(BUILT)] and not self.force:
+            built = STAMP.exists() and BUILT.exists()
+            if built and STAMP.read_text().split() == [inputs(), digest(BUILT)] and not self.force:
                 target = Path(self.get_ext_fullpath("rlaif_fast._C"))
                 if target.resolve() != BUILT.resolve():
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +156,7 @@ def build_arguments() -> dict:
 
 
 class Sources(sdist):
-    """Takes all of csrc along: another machine may compile what this one does not. Tests need the whole checkout."""
+    """Includes all of csrc: another machine may compile more of it. Leaves out tests: they need the whole checkout."""
 
     def make_distribution(self) -> None:
         self.filelist.graft("csrc")
