@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlaif_fast.errors import Outage, RlaifFastError, UsageError, typed_line
+from rlaif_fast.errors import Outage, RlaifFastError, UsageError, first_line, typed_line
 
 T = TypeVar("T")
 
@@ -267,5 +267,4 @@ def is_of_an_exchange(error: BaseException) -> bool:
 
 
 def _lost(error: RuntimeError) -> ConnectionLost:
-    reason = str(error).strip().split("\n")[0]
-    return ConnectionLost(f"lost the connection to the other processes ({reason})")
+    return ConnectionLost(f"lost the connection to the other processes ({first_line(error)})")
