@@ -71,7 +71,8 @@ TORCH_LIBRARY(rlaif_fast, m) {
   m.def("row_stats(Tensor logits, Tensor token_ids, " RLAIF_SCALING ") -> (Tensor logps, Tensor lse, Tensor entropy)");
   m.def("row_grad_out(Tensor logits, Tensor token_ids, " RLAIF_SCALING
         ", Tensor lse, Tensor entropy, Tensor grad_logps, Tensor? grad_entropy, Tensor(a!) out) -> ()");
-  m.def("row_loss_(Tensor(a!) logits, Tensor token_ids, " RLAIF_SCALING ", Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, "
+  m.def("row_loss_(Tensor(a!) logits, Tensor token_ids, " RLAIF_SCALING
+        ", Tensor advantages, Tensor weights, Tensor? old_logps, Tensor? ref_logps, "
         "Tensor? sampling_ratio, Tensor? entropy_weights, " RLAIF_LOSS_OPTIONS
         ") -> (Tensor logps, Tensor lse, Tensor entropy, Tensor grad_logps, Tensor grad_entropy)");
   m.def("compact_rows_(Tensor(a!) rows, Tensor keep) -> int");

@@ -1,6 +1,6 @@
-// How a row of logits is dealt to the threads of a cluster of two blocks, and what a thread knows of its logits. Vectors
-// of 16 bytes: the first half goes to block 0, the rest to block 1, and within a block one after the other to its threads
-// in turn. Shared by the kernel and its test, which runs on a CPU.
+// How a row of logits is split over the threads of a cluster of two blocks, and the statistics that a thread keeps. Of
+// the vectors of 16 bytes the first half goes to block 0, the rest to block 1, and within a block to its threads in
+// turn. Shared by the kernel and its test, which runs on a CPU.
 #pragma once
 
 #include <cmath>
@@ -48,8 +48,9 @@ RLAIF_BOTH constexpr bool row_fits(long long V, int shared_bytes, int element_by
   return V > 0 && V % (kVectorBytes / element_bytes) == 0 && V <= longest_row(shared_bytes, element_bytes);
 }
 
-// Of some logits x: their maximum m, s = sum 2^d and w = sum 2^d d of d = (x - m) scale. The maximum is taken off before
-// the scale is put on: x scale - m scale would keep the rounding of both products, which is not small at large logits.
+// Of some logits x: their maximum m, s = sum 2^d and w = sum 2^d d of d = (x - m) scale. The maximum is subtracted
+// before the scale is applied: x scale - m scale would keep the rounding of both products, which is not small at large
+// logits.
 struct Stats {
   float m;
   float s;

@@ -1,7 +1,8 @@
-// The attention of a decode step for the instruction set that CPU_CAPABILITY names; included by row_kernels_impl.h alone.
+// The attention of a decode step for the instruction set that CPU_CAPABILITY names. Only row_kernels_impl.h includes
+// this file.
 //
-// The queries of a key head are the lanes of a vector: a key's number is broadcast and met by all of them at once, so
-// that keys and values are read as they lie, nothing is added up across lanes, and the softmax is elementwise.
+// The queries of a key head are the lanes of a vector: each number of a key is broadcast to all of them, so that keys
+// and values are read in their memory order, nothing is summed across lanes, and the softmax is elementwise.
 
 #include <ATen/cpu/vec/vec.h>
 

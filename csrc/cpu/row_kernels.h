@@ -2,7 +2,8 @@
 // compiled once for each instruction set (the files row_kernels_*.cpp) and row_ops.cpp picks one by what this processor
 // can do, so one build runs anywhere.
 //
-// With z = cap tanh(scale logits / cap) / temperature (or scale logits / temperature where there is no cap), lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
+// With z = cap tanh(scale logits / cap) / temperature, or scale logits / temperature where there is no cap,
+// lse = logsumexp z, p = exp(z - lse), H = lse - sum p z:
 //   d logp / d z_v = 1[v = y] - p_v,   d H / d z_v = -p_v * (z_v - lse + H)
 #pragma once
 
@@ -51,8 +52,8 @@ struct RowLossArgs {
   void* grad_entropy;  // (M,)
 };
 
-// out = x weight^T, or that added to out, for the columns [begin, end) of out. For few rows: the weight is read once, in
-// the order in which it lies, where a library that packs it first would read it twice.
+// out = x weight^T, or that added to out, for the columns [begin, end) of out. For few rows: the weight is read once,
+// in its memory order, where a library that packs it first would read it twice.
 struct ThinMatmulArgs {
   const float* x;       // (M, H)
   const float* weight;  // (O, H)

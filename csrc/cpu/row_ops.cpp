@@ -109,7 +109,8 @@ Stats row_stats(const at::Tensor& logits, const at::Tensor& token_ids, double te
   auto logps = at::empty({logits.size(0)}, options);
   auto lse = at::empty({logits.size(0)}, options);
   auto entropy = at::empty({logits.size(0)}, options);
-  const RowArgs args = row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, logps, lse, entropy);
+  const Scale scaling{temperature, temperatures, softcap, logit_scale};
+  const RowArgs args = row_args(logits, token_ids, scaling, logps, lse, entropy);
   const Dtype dtype = dtype_of(logits);
   for_rows(logits, [&](int64_t begin, int64_t end) { row_kernels().stats(dtype, args, begin, end); });
   return {logps, lse, entropy};
@@ -117,8 +118,7 @@ Stats row_stats(const at::Tensor& logits, const at::Tensor& token_ids, double te
 
 void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double temperature,
                   const std::optional<at::Tensor>& temperatures, std::optional<double> softcap, double logit_scale,
-                  const at::Tensor& lse,
-                  const at::Tensor& entropy, const at::Tensor& grad_logps,
+                  const at::Tensor& lse, const at::Tensor& entropy, const at::Tensor& grad_logps,
                   const std::optional<at::Tensor>& grad_entropy, at::Tensor& out) {
   check_rows(logits, token_ids, temperature);
   check_rows(out, token_ids, temperature);
@@ -128,7 +128,8 @@ void row_grad_out(const at::Tensor& logits, const at::Tensor& token_ids, double 
                    logits.scalar_type(), "; got ", out.scalar_type());
   row_data("lse", lse, logits);
   row_data("entropy", entropy, logits);
-  const RowGradArgs args{row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, at::Tensor(), lse, entropy),
+  const Scale scaling{temperature, temperatures, softcap, logit_scale};
+  const RowGradArgs args{row_args(logits, token_ids, scaling, at::Tensor(), lse, entropy),
                          row_data("grad_logps", grad_logps, logits), row_data("grad_entropy", grad_entropy, logits),
                          out.data_ptr(), out.stride(0)};
   const Dtype dtype = dtype_of(logits);
@@ -149,7 +150,8 @@ LossRows row_loss_(at::Tensor& logits, const at::Tensor& token_ids, double tempe
   auto entropy = at::empty({logits.size(0)}, options);
   auto grad_logps = at::empty({logits.size(0)}, options);
   auto grad_entropy = at::empty({logits.size(0)}, options);
-  const RowLossArgs args{row_args(logits, token_ids, {temperature, temperatures, softcap, logit_scale}, logps, lse, entropy),
+  const Scale scaling{temperature, temperatures, softcap, logit_scale};
+  const RowLossArgs args{row_args(logits, token_ids, scaling, logps, lse, entropy),
                          row_data("advantages", advantages, logits),
                          row_data("weights", weights, logits),
                          row_data("old_logps", old_logps, logits),

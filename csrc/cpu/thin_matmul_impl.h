@@ -1,4 +1,4 @@
-// The matmul of few rows for the instruction set that CPU_CAPABILITY names; included by row_kernels_impl.h alone.
+// The matmul of few rows for the instruction set that CPU_CAPABILITY names; only row_kernels_impl.h includes it.
 
 #include <ATen/cpu/vec/vec.h>
 
@@ -22,7 +22,7 @@ constexpr int kRows = 3;
 constexpr int kSums = kRows * kColumns;
 
 // Turns rows into columns: lane j of vector i and lane i of vector j change places. Each round deals the lanes of all
-// vectors, one behind the other, to an even and an odd half.
+// vectors, one after the other, to an even and an odd half.
 template <int kRound = 1>
 inline Vectors<kLanes> transposed(const Vectors<kLanes>& x) {
   constexpr int kHalf = kLanes / 2;
@@ -57,7 +57,7 @@ inline void add_lanes(const std::array<FloatVec, kCount>& x, float* totals) {
 }
 
 // out[m, o] for kRowsHere rows of x and kColumnsHere rows of the weight.
-// With kFetch it asks for the rows of the weight behind these, which the processor does not foresee: each is short.
+// With kFetch it prefetches the next rows of the weight, which the processor cannot predict: each is short.
 template <int kRowsHere, int kColumnsHere, bool kFetch>
 inline void tile(const ThinMatmulArgs& args, int64_t m, int64_t o) {
   const int64_t H = args.H;

@@ -107,7 +107,9 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
     check_rank_penalty(at::empty({N, G}, logps.options()), *oracle_ranks, judged, weights);
     check_optional("valid", valid, {N}, at::kBool, logps);
     check_optional("scores", scores, {N, G}, logps.scalar_type(), logps);
-    const auto dense = [](const std::optional<at::Tensor>& x) { return x.has_value() ? x->contiguous() : at::Tensor(); };
+    const auto dense = [](const std::optional<at::Tensor>& x) {
+      return x.has_value() ? x->contiguous() : at::Tensor();
+    };
     ranks = oracle_ranks->contiguous();
     given_scores = dense(scores);
     group_judged = dense(judged);
@@ -139,7 +141,7 @@ Result token_loss(const at::Tensor& logps,                          // (B, T)
     const auto row_valid = [&](int64_t b) { return valid_data == nullptr || valid_data[b / G]; };
     const auto active = [&](int64_t b, int64_t t) { return !kept.given() || kept(b, t); };
 
-    // What each response is long, and how likely the policy finds it.
+    // The length of each response, and how likely the policy finds it.
     std::vector<int64_t> length(B, 0);
     std::vector<scalar_t> score(B, 0);
     at::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {

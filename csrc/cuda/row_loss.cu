@@ -1,12 +1,13 @@
-// The loss and its gradient of rows of logits, in place: a cluster of two blocks holds a row (304 KB at V = 152064 in 16
-// bits) in the shared memory of both, so that each logit is read once and its gradient written once: 4 bytes a logit.
+// The loss and its gradient of rows of logits, in place: a cluster of two blocks holds a row (304 KB at V = 152064 in
+// 16 bits) in the shared memory of both, so that each logit is read once and its gradient written once: 4 bytes a
+// logit.
 //
 //     z = scale logits / temperature, or c tanh(scale logits / c) / temperature where a cap c bounds them
 //     d loss / d logits = (g ([v = y] - p) - h p (log p + H)) dz / dlogits
 //
 // A thread keeps a running maximum and two sums (`Stats`) of the vectors it loads; they are merged over the warp, the
-// block and the other block. Later it reads back only what it stored, so no barrier guards the row. float32 inside; equal
-// inputs give equal bits.
+// block and the other block. Later it reads back only what it stored, so no barrier guards the row. float32 inside;
+// equal inputs give equal bits.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
