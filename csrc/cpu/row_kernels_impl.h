@@ -1,4 +1,4 @@
-// The row kernels for the instruction set that CPU_CAPABILITY names; included by row_kernels_*.cpp alone.
+// The row kernels for the instruction set that CPU_CAPABILITY names; only row_kernels_*.cpp include it.
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
@@ -196,7 +196,8 @@ inline Stats<Wide<T>> row_stats(const T* row, int64_t V, int64_t id, const Scali
   const double shifted = static_cast<double>(most) * inv_temperature;
   const W none = std::numeric_limits<W>::quiet_NaN();
   const bool known = id >= 0 && id < V;
-  const double own = known ? (static_cast<double>(scaling(static_cast<W>(row[known ? id : 0]))) - most) * inv_temperature : none;
+  const double logit = scaling(static_cast<W>(row[known ? id : 0]));
+  const double own = known ? (logit - most) * inv_temperature : none;
   return {static_cast<W>(own - log_total), static_cast<W>(shifted + log_total),
           static_cast<W>(log_total - moment / total)};
 }
@@ -313,7 +314,8 @@ struct Kernels {
           slope -= options.beta * kl_term(at(args.ref_logps, m) - s.logp, policy, options).slope;
         }
         slope *= -weight;
-        entropy_slope = -options.entropy_coef * (args.entropy_weights == nullptr ? weight : at(args.entropy_weights, m));
+        entropy_slope =
+            -options.entropy_coef * (args.entropy_weights == nullptr ? weight : at(args.entropy_weights, m));
       }
       at(args.grad_logps, m) = slope;
       at(args.grad_entropy, m) = entropy_slope;
