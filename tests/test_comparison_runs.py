@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
-import torch
 import yaml
 from comparison_parts import write_config
 
@@ -148,8 +148,8 @@ def test_a_comparison_runs_reports_and_is_not_run_twice(tmp_path, capsys):
     assert main(["--config", str(file), "--workers", "1"]) == 0
     assert summary.stat().st_mtime_ns == written
     assert "without a scored answer" not in text
-    assert "The runs were made with:" in text and f"torch {torch.__version__}" in text
-    assert f"torch {torch.__version__}" in cells["exact/oracle"]["made_with"]["1"]
+    assert "The runs were made with:" in text and f"torch {version('torch')}," in text
+    assert f"torch {version('torch')}," in cells["exact/oracle"]["made_with"]["1"]
     # A file that one run could not read costs that run its questions, and the comparison nothing else.
     final = summary.with_name("predictions-final.jsonl")
     rows = final.read_text().splitlines()
