@@ -1,4 +1,4 @@
-"""Oracles: anything that can order the responses of a group is a teacher."""
+"""Oracles: anything that can order the responses of a group can teach."""
 
 from rlaif_fast.oracle.as_reward import as_reward
 from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest

@@ -40,7 +40,7 @@ from rlaif_fast.video.base import Clip
 
 USUAL_FRAMES = 8  # of a video
 _FLAGS = {"name": "--oracle", "cache": "--cache", "max_invalid_fraction": "--max_invalid_fraction"}
-_Row = tuple[str, dict[str, Any]]  # "file:line" and what stands there
+_Row = tuple[str, dict[str, Any]]  # "file:line" and its content
 _Group = tuple[str, frozenset[str]]  # its id or question, and the responses
 _Ranked = tuple[str, dict[str, int | None]]  # category, and the rank of each response
 
@@ -144,7 +144,7 @@ def _rank(options: argparse.Namespace) -> int:
 
 
 def _checked(rows: Sequence[_Row], options: argparse.Namespace, output: Path) -> Callable[[_Row], list[Clip]]:
-    """What decodes the media of a row, once every row and every file has been looked at."""
+    """Check every row and every file; return the function that decodes a row's media."""
     for where, row in rows:
         row_request(row, where)
     if options.no_clips:
@@ -161,16 +161,16 @@ def _checked(rows: Sequence[_Row], options: argparse.Namespace, output: Path) ->
 
 
 def _output(options: argparse.Namespace, suffix: str, reads: Iterable[str] = ()) -> Path:
-    """The file to write, which is neither FILE nor one of `reads`."""
+    """The file to write; it must be neither FILE nor one of `reads`."""
     output: Path = options.output or options.file.with_name(f"{options.file.stem}.{suffix}.jsonl")
     return check_output("output", output, [options.file, *reads])
 
 
 @contextlib.contextmanager
 def _writing(output: Path, *, keep: bool = False) -> Iterator[TextIO]:
-    """A file that appears under its name only when all of it is there.
+    """A file that appears under its name only once it is complete.
 
-    With `keep`, what there is at an error stays beside it, under a name of its own that is told.
+    With `keep`, what was written before an error is saved beside it under another name, which is printed.
     """
     partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -201,7 +201,7 @@ def _rank_rows(
     options: argparse.Namespace,
     output: Path,
 ) -> tuple[list[RankRequest], list[Ranking]]:
-    """Rank in batches, and write what came of each."""
+    """Rank in batches, and write each batch's rankings."""
     with needed_by("this command", "train"):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -217,7 +217,7 @@ def _rank_rows(
             ranked = rank_all(oracle, batch)
             for (_, row), ranking in zip(part, ranked):
                 file.write(json_line({**row, **ranking_to_json(ranking)}))
-            requests += [replace(request, clips=()) for request in batch]  # frames of all would fill memory
+            requests += [replace(request, clips=()) for request in batch]  # all frames would fill memory
             rankings += ranked
             progress.advance(task, len(part))
     return requests, rankings
@@ -237,7 +237,7 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _files_in(value: Any) -> Iterator[str]:
-    """The files that options name, those of oracles in an oracle's options too."""
+    """The files that options name, including those in the options of nested oracles."""
     if isinstance(value, str):
         if os.path.isfile(expanded(value)):  # noqa: PTH113 - a text may be too long for pathlib's
             yield expanded(value)

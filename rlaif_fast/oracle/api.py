@@ -43,7 +43,7 @@ from rlaif_fast.video.base import Clip
 
 T = TypeVar("T")
 
-MAX_RAW_CHARS = 20_000  # of a reply that are kept for the log
+MAX_RAW_CHARS = 20_000  # characters of a reply kept for the log
 _KEY_LIKE = re.compile(r"\b(?:sk|pk|key|hf|Bearer)[-_ ][\w*.\-]{6,}", re.IGNORECASE)
 _RESPONSE_FORMATS = ("json_schema", "json_object", "none")
 
@@ -53,7 +53,7 @@ class ApiOracle(Judge):
 
     Args:
         model: The model's name at the endpoint.
-        base_url: The endpoint, e.g. "http://localhost:8000/v1"; None reads the variable OPENAI_BASE_URL.
+        base_url: The endpoint, e.g. "http://localhost:8000/v1"; None reads the environment variable OPENAI_BASE_URL.
         api_key_env: Name of the environment variable that holds the key; unset or empty sends none. The key
             itself is never an option, so that it cannot end up in a config file.
         response_format: "json_schema" (structured output by the reply's schema), "json_object", or "none" for
@@ -61,12 +61,12 @@ class ApiOracle(Judge):
         temperature: Sampling temperature of the judge.
         max_tokens: Most tokens of a reply.
         concurrency: Most requests in flight.
-        timeout: Seconds one request may take, its reply's body included.
-        deadline: Seconds one call of `rank` may take; what is unanswered then is invalid.
-        max_attempts: Tries of one request.
+        timeout: Seconds one request may take, including the body of its reply.
+        deadline: Seconds one call of `rank` may take; groups unanswered by then are invalid.
+        max_attempts: Most attempts per request.
         backoff: Seconds before the second try; doubled for each further one, jittered, at most `max_backoff`.
-        max_backoff: Longest wait between tries, a server's Retry-After aside.
-        frames_per_clip: Most frames of a clip that are sent, evenly spaced.
+        max_backoff: Longest wait between tries, except when a server's Retry-After asks for more.
+        frames_per_clip: Most frames sent per clip, evenly spaced.
         image_size: Longest side of a sent frame in pixels.
         extra_body: More fields for the request body, as the endpoint defines them; null leaves one of ours out.
         judge: The options of `JudgeOptions`.
@@ -107,7 +107,7 @@ class ApiOracle(Judge):
         check_least(0, temperature=temperature, backoff=backoff, max_backoff=max_backoff)
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
-        # What is no name may be the key itself, which must not be printed.
+        # If it is not a name, it may be the key itself, which must not be printed.
         if re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII) is None:
             raise UsageError(
                 "oracle option 'api_key_env' must be the name of an environment variable; put the key into one"
@@ -135,7 +135,7 @@ class ApiOracle(Judge):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request; the address is no part of it."""
+        """What a cached verdict depends on besides the request; the address is not part of it."""
         return (
             f"{super().identity} model={self.model} format={self.response_format} "
             f"temperature={self.temperature} max_tokens={self.max_tokens} "
@@ -148,13 +148,13 @@ class ApiOracle(Judge):
         return {f"oracle/api/{key}": float(value) for key, value in sorted(self._counts.items())}
 
     def run_all(self, showings: Sequence[Showing]) -> list[Outcome]:
-        """Ask about every showing, many at a time, and be back within the deadline."""
+        """Ask about every showing, many at a time, and return within the deadline."""
         outcomes: dict[int, Outcome] = {}
         self.run_each(showings, outcomes.__setitem__)
         return [outcomes[at] for at in range(len(showings))]
 
     def run_each(self, showings: Sequence[Showing], tell: Callable[[int, Outcome], None]) -> None:
-        """As `run_all`, but tell each outcome with its showing's place as it comes."""
+        """As `run_all`, but call `tell` with each showing's index and outcome as it arrives."""
 
         async def run(session: _Session, at: int) -> None:
             tell(at, await session.run(showings[at]))
@@ -162,7 +162,7 @@ class ApiOracle(Judge):
         _run_in_loop(self._in_session(lambda session: [run(session, at) for at in range(len(showings))]))
 
     def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
-        """Grade the one response of each request against its reference answer; None where there was no verdict."""
+        """Grade the one response of each request against its reference answer; None if there was no verdict."""
         words = [replace(request, clips=(), category="", metadata={}) for request in requests]
 
         def grade(places: list[int]) -> list[Grade | None]:
@@ -181,7 +181,7 @@ class ApiOracle(Judge):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with contextlib.AsyncExitStack() as clients:
             with opening():
-                # Making a TLS context reads the certificates from disk: once for all clients.
+                # Making a TLS context reads the certificates from disk, so all clients share one.
                 tls = httpx.create_ssl_context()
 
             async def connect() -> Any:
@@ -205,8 +205,8 @@ class _Tally:
 class _Session:
     """One call of `rank`: its clients, the key and the images.
 
-    Every slot of the concurrency has a client of its own with one connection: the pool of a shared one looks
-    through all its connections for every request, which at 64 of them costs 15 ms a request.
+    Every concurrency slot has its own client with one connection. A shared client's pool scans all its
+    connections on every request, which costs 15 ms a request at 64 connections.
     """
 
     def __init__(self, oracle: ApiOracle, connect: Callable[[], Awaitable[Any]], key: str) -> None:
@@ -216,8 +216,8 @@ class _Session:
         self.key = key
         self.counts = oracle._counts
         self.slots = asyncio.Semaphore(oracle.concurrency)
-        self.served = 0  # requests that the rate limit let pass
-        self.resume = 0.0  # when the next request may be sent, in the loop's time
+        self.served = 0  # requests that got past the rate limit
+        self.resume = 0.0  # when the next request may be sent, in loop time
         self.end = asyncio.get_running_loop().time() + oracle.deadline
         self.images: dict[str, list[dict[str, Any]]] = {}
 
@@ -243,8 +243,8 @@ class _Session:
         return await self.answer((), ask, _Tally())
 
     async def answer(self, clips: Sequence[Clip], ask: Ask, tally: _Tally) -> Any:
-        """The parsed reply, else the last of which a part can be used; None where none could be had in the tries and
-        the time there are."""
+        """The parsed reply, else the last partly usable one; None if the attempts or the time ran out without
+        either."""
         left = self.end - asyncio.get_running_loop().time()
         partial: list[Any] = []
         try:
@@ -290,7 +290,7 @@ class _Session:
                     return await self._attempt(ask, body, tally)
                 except Fault as fault:
                     partial += [] if fault.partial is None else [fault.partial]
-                    # While others are let pass, a rate limit is a place in their queue.
+                    # As long as other requests get through, a rate limit only means waiting in the queue.
                     if fault.kind != "rate_limit" or self.served == served:
                         failed.append(fault)
                     raise
@@ -319,7 +319,7 @@ class _Session:
             raise
 
     async def _let_pass(self) -> None:
-        """Wait until the rate limit that another request has met is over."""
+        """Wait out a rate limit that another request has hit."""
         now = asyncio.get_running_loop().time
         while (left := self.resume - now()) > 0:
             await asyncio.sleep(left)
@@ -330,12 +330,12 @@ class _Session:
         tally.fault = fault
 
     async def _post(self, client: Any, body: dict[str, Any], tally: _Tally) -> Completion:
-        """One request; what it costs is counted."""
+        """Send one request and count its cost."""
         response = await post(client, f"{self.oracle.base_url}/chat/completions", body, self.oracle.timeout)
         if response.status != 200:
             fault = status_fault(response, self._redact)
             if fault.kind == "rate_limit":
-                # What one request is told holds for the key, but one odd reply does not stop the others for long.
+                # A rate limit applies to the key, so all requests wait; but one odd reply must not stop them for long.
                 left = min(fault.wait, self.oracle.max_backoff)
                 self.resume = max(self.resume, asyncio.get_running_loop().time() + left)
             raise fault
@@ -389,7 +389,7 @@ def _run_in_loop(work: Coroutine[Any, Any, T]) -> T:
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         try:
             return pool.submit(asyncio.run, tracked()).result()
-        except KeyboardInterrupt:  # else the thread would go on asking, and be waited for
+        except KeyboardInterrupt:  # else the thread would keep asking, and we would wait for it
             for loop, task in begun:
                 loop.call_soon_threadsafe(task.cancel)
             raise

@@ -1,4 +1,4 @@
-"""An oracle as what other trainers call a reward function: one number a response, the gain of its rank."""
+"""An oracle as a reward function for other trainers: one number per response, the gain of its rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rlaif_fast.video import ClipStore
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = "reference"  # the column of the reference answers, where nobody names another
-# columns beside the reference that a verdict depends on
+REFERENCE = "reference"  # default column of the reference answers
+# columns besides the reference that a verdict depends on
 ASKED = (*MEDIA_KEYS, "form")
 
 
@@ -35,18 +35,18 @@ def as_reward(
     """Make a reward function of an oracle, for trainers that only take scalars.
 
     The reward of a response is the gain of its rank among the responses to the same prompt: 1 for the best of a
-    group, less for each place below, the mean over the places of a tie. Less its mean over the group it is the
-    advantage of `kind="oracle"`. A trainer that hands over a slice that cuts a group has the slice ranked.
+    group, less for each place below; tied responses share the mean over their places. The reward minus its group
+    mean is the advantage of `kind="oracle"`. If a trainer passes only part of a group, that part is ranked on its own.
 
     Args:
         oracle: Ranks the groups.
-        group_size: G, where the responses of a group follow one another; None groups rows of equal prompt, reference,
+        group_size: G, if the responses of a group are adjacent; None groups rows of equal prompt, reference,
             media and `form`.
-        reference: Name of the column that holds the reference answer. Another name than the default must be there in
-            TRL, whose rows have all the same columns.
+        reference: Name of the column that holds the reference answer. In TRL, whose rows all have the same columns, a
+            column other than the default must exist.
         failed: Reward of a response without a verdict. TRL and ms-swift take None; verl needs a number.
-        media: Show the oracle the pictures and videos of the prompts, by a store of one's own where frames are chosen
-            otherwise. False spares an oracle that only reads the decoding.
+        media: Show the oracle the pictures and videos of the prompts. Pass your own store to choose frames
+            differently; pass False for an oracle that reads only text, to skip the decoding.
 
     Returns:
         The function; see `OracleReward`.
@@ -80,19 +80,18 @@ class OracleReward:
         """Return the rewards of B responses, in their order.
 
         Args:
-            prompts: B prompts, texts or chats. ms-swift has `messages` in their place, verl none.
-            completions: B responses, texts or chats; verl has `solution_strs`.
-            columns: Whatever else the trainer passes. Lists or object arrays of B become the metadata of a group where
-                all its rows agree, but `ground_truths` (verl) is the reference answer and
-                `extra_infos[i]["question"]` the prompt. Other things, as TRL's callbacks, say nothing about a response.
+            prompts: B prompts, texts or chats. ms-swift passes `messages` instead, verl nothing.
+            completions: B responses, texts or chats; verl passes `solution_strs`.
+            columns: Whatever else the trainer passes. Lists or object arrays of length B become the metadata of a
+                group if all its rows agree, except that `ground_truths` (verl) is the reference answer and
+                `extra_infos[i]["question"]` the prompt. Anything else, such as TRL's callbacks, is ignored.
 
         Raises:
-            UsageError: No responses or prompts, or not as many of them; no column of the name that was asked for, or no
-                references for an oracle that ranks nothing without them;
-                references, media or forms that are not one a response; `group_size` rows that ask different things;
-                or an oracle that ranks not all of them.
+            UsageError: Responses or prompts are missing or differ in number; the named column is missing, or the oracle
+                needs references and there are none; references, media or forms are not one per response; the
+                `group_size` rows of a group ask different things; or the oracle does not rank all groups.
         """
-        # verl hands columns over as arrays of objects
+        # verl passes columns as object arrays
         names = {name: _listed(column) for name, column in columns.items()}
         reference = self.reference
         if completions is None:  # verl
@@ -129,15 +128,15 @@ class OracleReward:
 
 
 def prompt_media(media: bool | ClipStore) -> PromptMedia | None:
-    """Return what turns the media of prompts into clips; None for an oracle that is shown none."""
+    """Return what turns the media of prompts into clips; None for an oracle that is shown no media."""
     return None if media is False else PromptMedia(None if media is True else media)
 
 
 def check_reference(reference: str, columns: Iterable[str]) -> None:
-    """Refuse the name of a column of references that is not there; only the default may be missing.
+    """Refuse the name of a missing reference column; only the default column may be missing.
 
     Raises:
-        UsageError: It is not.
+        UsageError: The named column is missing.
     """
     names = sorted(columns)
     if reference != REFERENCE and reference not in names:
@@ -149,16 +148,16 @@ def check_reference(reference: str, columns: Iterable[str]) -> None:
 def rank_groups(
     oracle: Oracle, requests: Sequence[RankRequest], columns: Mapping[str, Any], reference: str = REFERENCE
 ) -> list[Ranking]:
-    """Rank the groups of a trainer's batch; a batch of which none could be ranked is told in the log.
+    """Rank the groups of a trainer's batch; log a batch in which no group could be ranked.
 
     Args:
         oracle: Ranks them.
-        requests: What it is asked, from `requests_of`.
-        columns: By name, what the trainer passed of its rows.
+        requests: The groups, from `requests_of`.
+        columns: The row columns that the trainer passed, by name.
         reference: Name of the column of reference answers.
 
     Raises:
-        UsageError: There is no such column, and an oracle that needs it ranked nothing; or see `rank_all`.
+        UsageError: The column is missing and an oracle that needs it ranked nothing; or see `rank_all`.
     """
     rankings = rank_all(oracle, requests)
     if not rankings or any(ranking.valid for ranking in rankings):
@@ -194,15 +193,15 @@ def grouped(
     group_size: int | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[list[int]]:
-    """Return the rows of each group: `group_size` neighbours, or where it is None the rows that ask the same.
+    """Return the rows of each group: `group_size` neighbours, or if that is None the rows that ask the same.
 
     Args:
         prompts: B prompts.
         group_size: G; None groups by content.
-        columns: What else has to be equal in a group, B values each.
+        columns: What else has to be equal within a group, B values each.
 
     Raises:
-        UsageError: B is no multiple of `group_size`.
+        UsageError: B is not a multiple of `group_size`.
     """
     count = len(prompts)
     if group_size is not None:
@@ -216,7 +215,7 @@ def grouped(
 
 
 def _asked(columns: Mapping[str, Sequence[Any]], reference: str) -> dict[str, Sequence[Any]]:
-    """The columns that say what is asked; the others may say something of a single response."""
+    """The columns that say what is asked; the others may describe a single response."""
     return {name: columns[name] for name in (reference, *ASKED) if name in columns}
 
 
@@ -236,7 +235,7 @@ def requests_of(
 ) -> list[RankRequest]:
     """Return what an oracle is asked about each group of rows.
 
-    Columns of which the rows of a group agree are its metadata; others are left out.
+    Columns whose values agree across a group become its metadata; others are left out.
 
     Raises:
         UsageError: The prompts, references, media or forms of a group differ.

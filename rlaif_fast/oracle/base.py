@@ -22,7 +22,7 @@ class RankRequest:
         question: The question, as the policy was asked it (without the options).
         responses: The G responses, in sampling order. They are untrusted text.
         clips: The decoded media the question is about, in order of appearance; may be empty.
-        reference: The reference answer, where the dataset has one.
+        reference: The reference answer, if the dataset has one.
         options: The choices of a multiple-choice question, "A" first; empty for open questions.
         category: The category of the question.
         metadata: Whatever else the dataset row carried.
@@ -43,11 +43,11 @@ class Verdict:
     """What a judge said about one shown order.
 
     Attributes:
-        order: The responses in order of appearance, duplicates of a text left out; empty where each was
+        order: The responses in order of appearance, without duplicate texts; empty if each was
             judged on its own.
         ranks: The ranks it gave, G entries; None where it gave none (and for the left-out duplicates).
         raw: Its replies.
-        error: Why there are no ranks; None where there are.
+        error: Why there are no ranks; None if there are.
     """
 
     order: tuple[int, ...]
@@ -62,13 +62,13 @@ class Ranking:
 
     Attributes:
         ranks: G entries; 0 is best, equal numbers are ties, None is a response that could not be judged.
-        scores: G entries, higher is better, from an oracle that gives scores (see `gives_scores`); else None. What
-            stands where the rank is None is not read.
-        confidence: How far the verdict is to be trusted, in [0, 1].
+        scores: G entries, higher is better, from an oracle that gives scores (see `gives_scores`); else None. Entries
+            whose rank is None are not read.
+        confidence: How far to trust the verdict, in [0, 1].
         verdicts: The raw verdicts it was made from (judge texts, scores), for the log.
         tokens: Judge tokens spent.
         seconds: Time spent.
-        error: Why the group could not be ranked; None where it could. A group with an error has no ranks.
+        error: Why the group could not be ranked; None if it was. A group with an error has no ranks.
     """
 
     ranks: tuple[int | None, ...]
@@ -81,12 +81,12 @@ class Ranking:
 
     @property
     def valid(self) -> bool:
-        """Whether at least two responses were ranked, so that the group can teach anything."""
+        """Whether at least two responses were ranked; the group can teach nothing otherwise."""
         return self.error is None and sum(rank is not None for rank in self.ranks) >= 2
 
     @property
     def failure(self) -> str | None:
-        """Why the group can teach nothing; None where it is valid."""
+        """Why the group can teach nothing; None if it is valid."""
         return None if self.valid else self.error or "fewer than two responses could be judged"
 
 
@@ -99,8 +99,8 @@ def unranked(request: RankRequest, error: str, **more: Any) -> Ranking:
 class Oracle(Protocol):
     """Orders the responses of each request; never raises for one it cannot judge (see `Ranking.error`).
 
-    An oracle may also have `gives_scores` (bool, False where missing: whether its valid rankings carry `scores`),
-    `identity` (what a cached verdict depends on beside the request) and `stats()` (counts for the log).
+    An oracle may also have `gives_scores` (bool, False if missing: whether its valid rankings carry `scores`),
+    `identity` (what a cached verdict depends on besides the request) and `stats()` (counts for the log).
     """
 
     name: str
@@ -121,26 +121,26 @@ def counters(oracle: Oracle) -> dict[str, float]:
 
 
 def rank_all(oracle: Oracle, requests: Sequence[RankRequest], **more: Any) -> list[Ranking]:
-    """Have an oracle rank requests, and see to it that what comes back are rankings of them.
+    """Have an oracle rank requests, and check the rankings it returns.
 
-    Of ranks the order counts: those that begin at 1, have gaps or are fractions become dense whole numbers from 0.
+    Only the order of ranks counts: ranks that begin at 1, have gaps or are fractions become dense integers from 0.
 
     Args:
         oracle: The oracle.
         requests: The groups.
-        **more: What its `rank` takes beside them.
+        **more: Further arguments of its `rank`.
 
     Returns:
-        One ranking a request, in their order.
+        One ranking per request, in their order.
 
     Raises:
-        UsageError: The oracle returned more or fewer, or what is no `Ranking`; or of one the ranks or scores are not
-            one a response, a rank is no finite number, the score of a ranked response is no number, or the confidence
-            is not in [0, 1].
+        UsageError: The oracle returned too many or too few results, or one that is not a `Ranking`; or in a ranking the
+            ranks or scores are not one per response, a rank is not a finite number, the score of a ranked response is
+            not a number, or the confidence is not in [0, 1].
     """
     returned = oracle.rank(requests, **more)
     listed = returned is None or isinstance(returned, Iterable)
-    require(listed, f"oracle {oracle.name}", "a list of rankings", returned)  # a coroutine is none
+    require(listed, f"oracle {oracle.name}", "a list of rankings", returned)  # a coroutine is not a list
     rankings = list(returned or ())
     require(
         len(rankings) == len(requests), f"oracle {oracle.name}", f"{len(requests)} rankings", len(rankings)

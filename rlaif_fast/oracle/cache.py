@@ -1,4 +1,4 @@
-"""Verdicts kept on disk, by what was asked and who was asked: resuming and replaying a run costs nothing."""
+"""Verdicts kept on disk, keyed by what was asked of whom: resuming and replaying a run costs nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
     key TEXT PRIMARY KEY, ranking TEXT NOT NULL, checksum TEXT NOT NULL
 ) WITHOUT ROWID
 """
-# What SQLite says of the machine rather than of the file: the file is left alone.
+# SQLite errors caused by the machine, not the file: the file is left alone.
 _NOT_DAMAGE = (
     "locked",
     "busy",
@@ -43,18 +43,18 @@ _NOT_DAMAGE = (
     "out of memory",
 )
 _BUSY_SECONDS = 30.0
-_LOOKUP = 500  # keys a statement, under SQLite's bound on variables
+_LOOKUP = 500  # keys per statement, below SQLite's limit on variables
 
 
 class VerdictCache:
     """A SQLite file of rankings; any number of processes may read and write it at once.
 
-    Every row carries a checksum: a row that does not match it is dropped with a warning, and asked about anew. A file
-    that is no database, is damaged or has an unknown layout is renamed to NAME.corrupt-TIME with a warning, and a new
-    one is begun.
+    Every row carries a checksum. A row that does not match it is dropped with a warning, and its group is asked about
+    again. A file that is not a database, is damaged or has an unknown layout is renamed to NAME.corrupt-TIME with a
+    warning, and a new one is started.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file; its folder is created if needed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -70,7 +70,7 @@ class VerdictCache:
         self._connection = self._open_or_rebuild()
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Ranking]:
-        """The rankings that are there, by key."""
+        """The stored rankings, by key."""
 
         def read(connection: sqlite3.Connection) -> dict[str, Ranking]:
             found: dict[str, Ranking] = {}
@@ -91,7 +91,7 @@ class VerdictCache:
         return self._run(read)
 
     def _drop(self, connection: sqlite3.Connection, keys: Sequence[str]) -> None:
-        """Delete rows that are damaged, so that they can be written anew."""
+        """Delete damaged rows, so that they can be written again."""
         if not keys:
             return
         logger.warning(
@@ -101,7 +101,7 @@ class VerdictCache:
             connection.executemany("DELETE FROM verdicts WHERE key = ?", [(key,) for key in keys])
 
     def put_many(self, rankings: Sequence[tuple[str, Ranking]]) -> None:
-        """Keep rankings by key; the first one kept for a key stays."""
+        """Store rankings by key; the first one stored for a key stays."""
         texts = [(key, json.dumps(ranking_to_json(ranking))) for key, ranking in rankings]
         rows = [(key, text, _checksum(key.encode(), text.encode())) for key, text in texts]
 
@@ -120,7 +120,7 @@ class VerdictCache:
             self._connection.close()
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do one piece of work; if the file turns out to be damaged, set it aside and do it on a new one."""
+        """Run `work`; if the file turns out to be damaged, set it aside and run it on a new one."""
         with self._lock:
             try:
                 return work(self._connection)
@@ -160,7 +160,7 @@ class VerdictCache:
                     connection.execute(_SCHEMA)
                     connection.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
                 connection.execute("SELECT key, ranking, checksum FROM verdicts LIMIT 1").fetchone()
-                # a flipped bit may leave no text; rows are decoded where they are checked
+                # a flipped bit may leave invalid text, so rows are decoded only when they are checked
                 connection.text_factory = bytes
             except sqlite3.Error:
                 connection.close()
@@ -169,7 +169,7 @@ class VerdictCache:
             return connection
 
     def _identity(self) -> tuple[int, int] | None:
-        """What tells this file from one that another process put in its place."""
+        """What distinguishes this file from one that another process put in its place."""
         with contextlib.suppress(OSError):
             facts = self.path.stat()
             return facts.st_dev, facts.st_ino
@@ -190,7 +190,7 @@ class VerdictCache:
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """Keep other processes from opening or renaming the file meanwhile."""
+        """Keep other processes from opening or renaming the file in the meantime."""
         with open(f"{self.path}.lock", "w") as lock:  # noqa: PTH123
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -201,7 +201,7 @@ def _checksum(key: bytes, text: bytes) -> str:
 
 
 def _checked(key: bytes, text: bytes, checksum: bytes) -> Ranking | None:
-    """The ranking of a row; None where the row is not as it was written."""
+    """The ranking of a row; None if the row is not as it was written."""
     try:
         if _checksum(key, text).encode() != checksum:
             return None
@@ -211,22 +211,22 @@ def _checked(key: bytes, text: bytes, checksum: bytes) -> Ranking | None:
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
-    """Whether an error is the file's, not the machine's (a full disk, a lock that is held, no permission)."""
+    """Whether an error is the file's fault, not the machine's (a full disk, a held lock, no permission)."""
     return not any(words in str(error).casefold() for words in _NOT_DAMAGE)
 
 
 class CachedOracle(AroundOracle):
     """Another oracle behind a verdict cache; only valid rankings are kept.
 
-    The key is the content of the request (not its id; of a judge, what it is shown) and the oracle's `identity`, which
+    The key is the content of the request (not its id; for a judge, what it is shown) and the oracle's `identity`, which
     names the judge, its options and the version of its prompt.
 
     Args:
-        inner: The oracle that is asked where the cache has nothing.
+        inner: The oracle to ask when the cache has no verdict.
         path: The cache file.
 
     Raises:
-        UsageError: No identity can be made of the oracle, or the file cannot be one.
+        UsageError: The oracle has no usable identity, or the file cannot be a cache.
     """
 
     def __init__(self, inner: Oracle, *, path: str | Path) -> None:
@@ -240,7 +240,7 @@ class CachedOracle(AroundOracle):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request: the inner oracle's."""
+        """What a cached verdict depends on besides the request: the inner oracle's identity."""
         return identity_of(self.inner)
 
     def stats(self) -> dict[str, float]:
@@ -249,7 +249,7 @@ class CachedOracle(AroundOracle):
         return own | super().stats()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
-        """Rank every request; what the cache holds, or somebody is asking already, costs no tokens and no time."""
+        """Rank every request; those in the cache, or already being asked, cost no tokens and no time."""
         keys = [self.key(request) for request in requests]
         found = self.cache.get_many(sorted(set(keys)))
         missing = [at for at, key in enumerate(keys) if key not in found]
@@ -257,7 +257,7 @@ class CachedOracle(AroundOracle):
 
         def ask(places: list[int]) -> list[Ranking]:
             own = [missing[place] for place in places]
-            late = self.cache.get_many([keys[at] for at in own])  # kept by another thread meanwhile
+            late = self.cache.get_many([keys[at] for at in own])  # stored by another thread meanwhile
             asked.extend(at for at in own if keys[at] not in late)
             fresh = dict(zip(asked, self._ask([requests[at] for at in asked], [keys[at] for at in asked])))
             return [fresh[at] if at in fresh else late[keys[at]] for at in own]
@@ -269,7 +269,7 @@ class CachedOracle(AroundOracle):
         return [found[key] for key in keys]
 
     def _ask(self, requests: Sequence[RankRequest], keys: Sequence[str]) -> list[Ranking]:
-        """Rank what the cache does not hold, and keep it; what a judge gave before it was interrupted is kept too."""
+        """Rank what the cache lacks, and store it, including what a judge returned before an interruption."""
         if not requests:
             return []
 
@@ -279,7 +279,7 @@ class CachedOracle(AroundOracle):
 
         kept = isinstance(self.inner, Judge) and type(self.inner).rank is Judge.rank
         rankings = rank_all(self.inner, requests, **({"keep": keep} if kept else {}))
-        # A judge does not tell of what another thread was asking already.
+        # A judge does not report groups that another thread was already asking about.
         self.cache.put_many([(key, ranking) for key, ranking in zip(keys, rankings) if ranking.valid])
         return rankings
 

@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 class CallableOracle:
     """Ranks by a function of the request that returns one number, or None for "cannot judge", per response.
 
-    A function that raises, or returns anything else, makes the group invalid with the reason; the first
-    traceback is logged, of groups with and without clips.
+    If the function raises, or returns anything else, the group is invalid with the reason. The first
+    traceback is logged, separately for groups with and without clips.
 
     Args:
-        function: The function, or its name as "package.module:function". For the verdict cache its code counts, and
-            what of its own module it uses; an attribute `identity`, a text, stands for all that.
+        function: The function, or its name as "package.module:function". The verdict cache identifies it by its code
+            and whatever it uses from its own module; a string attribute `identity` replaces all that.
         returns: "scores" (higher is better) or "ranks" (lower is better).
     """
 
@@ -53,7 +53,7 @@ class CallableOracle:
 
     @cached_property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request.
+        """What a cached verdict depends on besides the request.
 
         Raises:
             UsageError: The function holds a value that has no identity.
@@ -73,7 +73,7 @@ class CallableOracle:
         except Exception as error:  # other people's code: whatever it raises is this group's failure
             shown = bool(request.clips)
             if shown not in self._told:
-                # The blind control asks without clips what needs them: that failure must not hide another.
+                # The blind control asks even a function that needs clips: that failure must not hide another.
                 without = "" if shown else ", which was asked without clips"
                 logger.exception("the oracle function failed on %r%s", request.id, without)
                 self._told.add(shown)
@@ -85,7 +85,7 @@ class CallableOracle:
 
 
 def _checked(values: Any, count: int) -> list[float | None]:
-    # keys and characters are not the numbers, a set has no order
+    # mappings and strings iterate over keys and characters, a set has no order
     if isinstance(values, (Mapping, Set, str, bytes)):
         raise TypeError(f"expected a list of {count} values, got a {type(values).__name__}")
     values = list(values)

@@ -1,4 +1,4 @@
-"""Where the text of an option stands in a reply; the rules that use it are in `choices`."""
+"""Finds the text of an option in a reply; the rules that use it are in `choices`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def same_text(text: str, options: Sequence[str]) -> int | None:
-    """The one option whose text the whole reply is, quotes, case and final punctuation aside."""
+    """The one option whose text is the whole reply, ignoring quotes, case and final punctuation."""
     same = [i for i, option in enumerate(options) if plain(option) and plain(option) == plain(text)]
     return same[0] if len(same) == 1 else None
 
 
 def plain(text: str) -> str:
-    """`text` folded, without quotes around it and final punctuation."""
+    """`text` case-folded, without surrounding quotes and final punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.split()).strip(QUOTES).rstrip(FINAL_PUNCTUATION)
 
 
 def skip_text(tail: str, option: str) -> str:
-    """`tail` without the option's text, where it begins with it."""
+    """`tail` without the option's text, if it begins with it."""
     option = " ".join(option.split())
     rest = tail.lstrip(" .:)-–—,")
     return rest[len(option) :] if option and rest.casefold().startswith(option.casefold()) else tail
@@ -40,7 +40,7 @@ def begins_with(text: str, option: str) -> bool:
 
 
 def ends_with(text: str, option: str) -> bool:
-    """Whether `text` ends with the words of an option, a noun like "option" after them aside."""
+    """Whether `text` ends with the words of an option, ignoring a noun like "option" after them."""
     wanted = tokens(option)
     return bool(wanted) and tokens(words.LABEL_LEAD.sub("", text.rstrip("( [")))[-len(wanted) :] == wanted
 
@@ -53,7 +53,7 @@ def names_another(tail: str, index: int, options: Sequence[str]) -> bool:
 
 
 def contained_option(text: str, options: Sequence[str], rejected: set[int]) -> int | None:
-    """The one option whose text stands in the reply, not negated and not inside a longer option's text."""
+    """The one option whose text is in the reply, not negated and not inside a longer option's text."""
     found = tokens(text)
     spans = [
         (start, start + len(wanted), index)
@@ -78,7 +78,7 @@ def contained_option(text: str, options: Sequence[str], rejected: set[int]) -> i
 
 
 def _negated(found: Sequence[str], start: int) -> bool:
-    """Whether a negation stands within three words before an option's text that does not begin with one itself."""
+    """Whether a negation comes within three words before an option's text that does not itself begin with one."""
     before = found[max(0, start - 3) : start]
     if words.SMALL_WORD.fullmatch(found[start]) and before and before[-1] in words.JOINS:
         return False  # "no, but yes" says both
@@ -86,7 +86,7 @@ def _negated(found: Sequence[str], start: int) -> bool:
 
 
 def _only_a_word(found: Sequence[str], start: int, end: int) -> bool:
-    """Whether an option such as "no" stands in the middle of a sentence ("I have no idea")."""
+    """Whether an option such as "no" is in the middle of a sentence ("I have no idea")."""
     if end - start > 1 or not words.SMALL_WORD.fullmatch(found[start]) or start == 0:
         return False
     return (
@@ -96,7 +96,7 @@ def _only_a_word(found: Sequence[str], start: int, end: int) -> bool:
 
 
 def _is_a_place(found: Sequence[str], start: int, end: int) -> bool:
-    """Whether an option such as "3" may be the place of an option ("option 3"), which counts from 0 or from 1."""
+    """Whether an option such as "3" may be another option's number ("option 3"), counted from 0 or from 1."""
     return (
         end - start == 1
         and start > 0
@@ -107,5 +107,5 @@ def _is_a_place(found: Sequence[str], start: int, end: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def tokens(text: str) -> tuple[str, ...]:
-    """The words and numbers of `text`, folded, in order."""
+    """The words and numbers of `text`, case-folded, in order."""
     return tuple(_WORD.findall(plain(text)))

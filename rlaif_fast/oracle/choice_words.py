@@ -1,7 +1,6 @@
-"""The words by which a reply to a multiple-choice question is read; the rules that use them are in `choices`.
+"""The words used to read a reply to a multiple-choice question; the rules that use them are in `choices`.
 
-Each pattern names the language it is for where it is not English. A head is the clause before a label, a tail the one
-after it.
+Each pattern that is not for English names its language. A head is the clause before a label, a tail the one after it.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import re
 # What the words around a label make of it, weakest first.
 WORD = -2  # no label at all: an article, a pronoun, a name
 REJECTED = -1  # "not A", "A is wrong"
-NONE = 0  # a label that nothing is said of
+NONE = 0  # a label that nothing is said about
 HEDGED = 1  # "A is also possible"
-MAYBE = 2  # "maybe B": a pick where no other label stands beside it
+MAYBE = 2  # "maybe B": a pick if there is no other label beside it
 HEAD = 3  # at the head of a clause, or alone in it
 VERDICT = 4  # "B is correct"
 ANSWER = 5  # "the answer is B"
@@ -60,7 +59,7 @@ _BOUNDARY = re.compile(
 
 
 def last_clause(text: str) -> str:
-    """What stands between the last boundary of a clause and the end of `text`."""
+    """The end of `text` after the last clause boundary."""
     start = 0
     for match in _BOUNDARY.finditer(text[-400:]):
         start = match.end()
@@ -68,7 +67,7 @@ def last_clause(text: str) -> str:
 
 
 def first_clause(text: str) -> tuple[str, str]:
-    """What stands before the first boundary of a clause, and that boundary."""
+    """The part of `text` before the first clause boundary, and that boundary."""
     match = _BOUNDARY.search(text[:400])
     return (text[:400], "") if match is None else (text[: match.start()], match.group())
 
@@ -196,7 +195,7 @@ CONDITION = re.compile(
     re.IGNORECASE,
 )
 
-# After "A" or "a" these make a label of it: "A is", "A because"; any other word makes an article of it.
+# These words after "A" or "a" make it a label: "A is", "A because"; any other word makes it an article.
 _AFTER_A = re.compile(
     r"\s+(?:is|are|was|because|since|as|and|or|but|for|seems?|looks?|match(?:es)?|fits?|best|would|must|"
     r"should|can|cannot|"
@@ -227,10 +226,10 @@ def is_word(token: str, head: str, tail: str, *, led: bool) -> bool:
     """Whether a lone letter is a word or a name rather than a label.
 
     Args:
-        token: The letter as it stands.
+        token: The letter as written.
         head: The clause before it.
         tail: The clause after it.
-        led: Whether a word of answering leads to it.
+        led: Whether an answering phrase leads to it.
     """
     letter = token.strip()
     latin = re.match(r"\s+[A-Za-z\u00c0-\u024f]", tail) is not None  # a word of a script with spaces follows

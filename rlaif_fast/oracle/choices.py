@@ -1,14 +1,14 @@
-"""Which option a reply picks, as a careful reader would say it; on doubt none.
+"""Which option a reply picks, as a careful reader would see it; none if in doubt.
 
 A reply is read in four steps:
 
 1. `_final_part` keeps what counts as the answer: the last `<answer>` block, what follows the reasoning, the last
-   `\\boxed{}`; markup goes, a quoted list of the options goes, what was taken back ("wait, no: C") goes.
+   `\\boxed{}`. It drops markup, a quoted list of the options, and what was taken back ("wait, no: C").
 2. A reply that is nothing but a label, or nothing but an option's text, picks that option.
-3. Else every label in the text is looked up in its clause: does a word of answering lead to it ("the answer is"),
-   does it stand at the head or alone ("B, because", "it is B"), is it negated ("not A", "A is wrong")? Labels that
-   are joined ("B or C") share one fate. The strongest kind of pick counts, if all of that kind agree.
-4. Where no label is picked or mentioned, the one option whose text stands in the reply is picked.
+3. Otherwise every label in the text is read within its clause: does an answering phrase lead to it ("the answer is"),
+   is it at the head or alone ("B, because", "it is B"), is it negated ("not A", "A is wrong")? Labels that are
+   joined ("B or C") are treated alike. The strongest kind of pick counts, if all of that kind agree.
+4. If no label is picked or mentioned, the one option whose text is in the reply is picked.
 
 The words are in `choice_words`. A capital letter before a word is an article or a name ("A red ball", "Vitamin C"),
 not a label, unless the words around it say so.
@@ -34,13 +34,13 @@ from rlaif_fast.oracle.choice_texts import (
 )
 from rlaif_fast.oracle.extract import MARKUP, final_part
 
-_MOST_LABELS = 200  # a reply of more picks nothing, and would take long to read
+_MOST_LABELS = 200  # a reply with more picks nothing, and would take long to read
 _NUMBER = re.compile(r"\W*[-+]?\d+(?:[.,]\d+)?\W*")
 
 
 @dataclass(frozen=True)
 class _Mention:
-    """A label in the text: which option, where, and whether it is written like a label ("(B)", "B.")."""
+    """A label in the text: its option, its place, and whether it is written like a label ("(B)", "B.")."""
 
     index: int
     start: int
@@ -53,10 +53,10 @@ def parse_choice(response: str, options: Sequence[str]) -> int | None:
 
     Args:
         response: The reply.
-        options: The option texts, "A" first; may be empty when only letters were asked for, then A to Z.
+        options: The option texts, "A" first; may be empty if only letters (A to Z) were asked for.
 
     Returns:
-        The index, or None where no option or more than one is picked, and on doubt.
+        The index, or None if no option or more than one is picked, or in doubt.
     """
     count = len(options) or len(string.ascii_uppercase)
     text = _final_part(response, options, count)
@@ -73,16 +73,16 @@ def parse_choice(response: str, options: Sequence[str]) -> int | None:
 
 
 def reference_choice(reference: str, options: Sequence[str]) -> int | None:
-    """The index of the option that a reference answer names; None where it names none.
+    """The index of the option that a reference answer names; None if it names none.
 
-    Rows give the letter, so a letter is the option's label, even where it is another option's text.
+    Rows give the letter, so a letter is the option's label, even if it is another option's text.
     """
     label = _bare_label(reference.strip(), len(options))
     return parse_choice(reference, options) if label is None else label
 
 
 def _final_part(response: str, options: Sequence[str], count: int) -> str | None:
-    """The part of the reply that is the answer, without markup; None where it has none."""
+    """The part of the reply that is the answer, without markup; None if it has none."""
     text = final_part(unicodedata.normalize("NFKC", response))
     if text is None:
         return None
@@ -92,7 +92,7 @@ def _final_part(response: str, options: Sequence[str], count: int) -> str | None
 
 
 def _without_list(text: str, options: Sequence[str], count: int) -> str:
-    """`text` without the options where the reply quotes two or more of them with their labels, "A" first."""
+    """`text` without the options, if the reply quotes two or more of them with their labels, "A" first."""
     at, found = 0, 0
     begin = None
     for letter, option in zip(option_letters(count), options):
@@ -107,13 +107,13 @@ def _without_list(text: str, options: Sequence[str], count: int) -> str:
 
 
 def _bare_label(text: str, count: int) -> int | None:
-    """The label of a reply that is one label and nothing else ("B", "(b).", "Option B", "選択肢 B")."""
+    """The label of a reply that is a label and nothing else ("B", "(b).", "Option B", "選択肢 B")."""
     match = re.fullmatch(rf"\W*(?:{words.LABEL_NOUN}\W*)?([A-Za-z]{{1,2}})\W*", text, re.IGNORECASE)
     return None if match is None else index_of_letter(match.group(1), count)
 
 
 def _by_sentences(text: str, options: Sequence[str], count: int) -> int | None:
-    """Look every label up in its clause; then, where there is none, every option's text."""
+    """Read every label within its clause; if there is none, look for every option's text."""
     if len(_mentions(text, count)) > _MOST_LABELS:
         return None
     revised = words.REVISION.split(text)
@@ -139,7 +139,7 @@ def _by_labels(text: str, options: Sequence[str], count: int) -> tuple[int | Non
     if strongest <= words.HEDGED:
         return None, bool(alive)
     picked = {index for index, strength in alive if strength == strongest}
-    # A hedge casts doubt on every pick, any other label on a pick that no word of answering leads to.
+    # A hedge casts doubt on every pick; any other label only on a pick that no answering phrase leads to.
     doubts = (words.HEDGED, words.MAYBE)
     rivals = {i for i, s in alive if s in doubts or strongest < words.VERDICT} | picked
     if len(rivals) != 1 or picked & rejected:
@@ -151,7 +151,7 @@ def _by_labels(text: str, options: Sequence[str], count: int) -> tuple[int | Non
 
 
 def _judged(text: str, options: Sequence[str], count: int) -> list[tuple[int, int]]:
-    """Every label of `text` as (option, what the words around it make of it)."""
+    """Every label of `text` as (option, strength by the words around it)."""
     return [
         (mention.index, strength)
         for group in _groups(text, _mentions(text, count))
@@ -173,7 +173,7 @@ def _mentions(text: str, count: int) -> list[_Mention]:
 
 
 def _groups(text: str, mentions: Sequence[_Mention]) -> list[list[_Mention]]:
-    """Mentions that only commas, "or" and "and" stand between, together."""
+    """Mentions grouped if only commas, "or" and "and" separate them."""
     groups: list[list[_Mention]] = []
     for mention in mentions:
         if groups and words.JOINED.fullmatch(text[groups[-1][-1].end : mention.start]):
@@ -184,7 +184,7 @@ def _groups(text: str, mentions: Sequence[_Mention]) -> list[list[_Mention]]:
 
 
 def _strength(text: str, group: Sequence[_Mention], options: Sequence[str]) -> int:
-    """What the words around a group of labels make of it; one of the constants of `choice_words`."""
+    """The strength of a group of labels by the words around it; one of the constants of `choice_words`."""
     start, end = group[0].start, group[-1].end
     first, last = (options[at.index] if options else "" for at in (group[0], group[-1]))
     head = words.last_clause(text[:start])

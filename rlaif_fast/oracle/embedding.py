@@ -86,7 +86,7 @@ class EmbeddingOracle:
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         return (
             f"embedding/5 model={self.model_name} weights={self._weights} max_chars={self.max_response_chars}"
         )

@@ -40,7 +40,7 @@ class EnsembleOracle:
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         members = ", ".join(identity_of(member) for member in self.members)
         return f"ensemble/1 {self.fusion} {self.min_members} ({members})"
 

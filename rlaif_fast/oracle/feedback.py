@@ -170,7 +170,7 @@ class CorruptedOracle(AroundOracle):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         stream = f" stream={self.stream}" if self.stream else ""
         own = f"kind={self.kind} strength={self.strength} seed={self.seed}{stream}"
         return f"corrupted/1 {own} ({identity_of(self.inner)})"

@@ -1,4 +1,4 @@
-"""What a cached verdict depends on beside the request: the code of a function, the weights of a model."""
+"""What a cached verdict depends on besides the request: the code of a function, the weights of a model."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ class Judge(ABC):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         return f"{self.name}/{PROMPT_VERSION} {self.options}"
 
     @abstractmethod

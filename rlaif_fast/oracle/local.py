@@ -117,7 +117,7 @@ class LocalOracle(Judge):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         return (
             f"{super().identity} model={self.model} weights={self._weights} "
             f"dtype={str(self.policy.model.dtype)[6:]} pixels={self.pixels} "

@@ -47,7 +47,7 @@ class ReferenceOracle:
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         extract = self._extract.pattern if self._extract else None
         return f"reference/6 tolerance={self.tolerance} extract={extract}"
 

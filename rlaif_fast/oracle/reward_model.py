@@ -95,7 +95,7 @@ class RewardModelOracle:
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         return (
             f"reward_model/3 model={self.model_name} weights={self._weights} max_tokens={self.max_tokens} "
             f"max_chars={self.max_response_chars} tie={self.tie}"

@@ -55,7 +55,7 @@ class ShuffledOracle(AroundOracle):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request."""
+        """What a cached verdict depends on besides the request."""
         return f"shuffled/1 seed={self.seed} ({identity_of(self.inner)})"
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
@@ -94,7 +94,7 @@ class CircuitBreaker(AroundOracle):
 
     @property
     def identity(self) -> str:
-        """What a cached verdict depends on beside the request: the breaker changes none."""
+        """What a cached verdict depends on besides the request; the breaker changes nothing."""
         return identity_of(self.inner)
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
@@ -134,7 +134,7 @@ def oracles_in(oracle: Any) -> Iterator[Any]:
 
 
 def identity_of(oracle: Oracle) -> str:
-    """What an oracle's verdicts depend on beside the request: its `identity`, or else its name."""
+    """What an oracle's verdicts depend on besides the request: its `identity`, or else its name."""
     return str(getattr(oracle, "identity", oracle.name))
 
 
