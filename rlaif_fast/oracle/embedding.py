@@ -1,4 +1,4 @@
-"""Ranks by how close the meaning of a response is to the reference answer, by sentence embeddings."""
+"""Ranks by how close a response is in meaning to the reference answer, by sentence embeddings."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from rlaif_fast.oracle.positions import learned_positions
 from rlaif_fast.oracle.scoring import normalise
 from rlaif_fast.oracle.untrusted import show_responses
 
-_TIE = 1e-4  # what padding to another batch changes in a cosine of float32
+_TIE = 1e-4  # how much padding to another batch changes a float32 cosine
 
 
 class EmbeddingOracle:
-    """Ranks by the cosine of sentence embeddings, clipped to [0, 1]; an exact answer has 1.
+    """Ranks by the cosine of sentence embeddings, clipped to [0, 1]; an exact answer scores 1.
 
-    A letter of a multiple-choice answer is replaced by its option's text. Embeddings measure likeness of
-    topic before truth ("left" and "right" are close), so check `oracle/reference_tau` before trusting one.
-    A text of more tokens than the encoder takes is embedded in pieces, whose mean stands for it.
+    A letter of a multiple-choice answer is replaced by its option's text. Embeddings measure similarity of
+    topic more than truth ("left" and "right" are close), so check `oracle/reference_tau` before trusting one.
+    A text with more tokens than the encoder takes is embedded in pieces, whose mean is used.
 
     Args:
-        model: A folder with a transformers encoder (its `1_Pooling/config.json` is obeyed where there is
-            one), the name of an installed package that holds such a folder, or a hub name.
+        model: A folder with a transformers encoder (its `1_Pooling/config.json`, if any, is
+            obeyed), the name of an installed package that holds such a folder, or a hub name.
         device: "auto", "cpu", "cuda", ...
         batch_size: Texts in one forward pass.
-        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
+        max_response_chars: Length a response is cut to, in the middle; longer if two would otherwise look the same.
     """
 
     name = "embedding"
@@ -133,7 +133,7 @@ class EmbeddingOracle:
         if request.reference is None or not request.reference.strip():
             return None
         plain = []
-        # behind the reasoning, where there is some
+        # after the reasoning, if any
         answers = [final_part(text) or "" for text in request.responses]
         for text in (request.reference, *answers):
             option = parse_choice(text, request.options) if request.options else None
@@ -152,7 +152,7 @@ class EmbeddingOracle:
                 padding=True,
                 truncation=True,
                 max_length=self._max_tokens,
-                return_overflowing_tokens=True,  # what does not fit is a piece of its own
+                return_overflowing_tokens=True,  # overflow becomes another piece
                 return_tensors="pt",
             ).to(self._model.device)
             owner = batch.pop("overflow_to_sample_mapping")  # (pieces,)
@@ -162,13 +162,13 @@ class EmbeddingOracle:
                 mask = torch.zeros_like(mask).index_fill_(1, torch.tensor(0, device=mask.device), 1.0)
             total = hidden.new_zeros(len(part), hidden.shape[-1])
             total.index_add_(0, owner, (hidden * mask[..., None]).sum(1))
-            # Normalised, a sum is a mean.
+            # After normalising, a sum equals a mean.
             embeddings.update(zip(part, torch.nn.functional.normalize(total, dim=-1).cpu()))
         return [embeddings[i] for i in range(len(texts))]
 
 
 def resolve_model(model: str) -> str:
-    """The folder that `model` names, or that an installed package of that name holds; else `model` itself."""
+    """The folder that `model` names, or the one in an installed package of that name; else `model` itself."""
     if Path(model).is_dir():
         return model
     name = model.replace("-", "_")
@@ -182,10 +182,10 @@ def resolve_model(model: str) -> str:
 
 
 def _pooling(folder: str) -> tuple[bool, int]:
-    """Whether the first token stands for the sentence (else the mean does), and the most tokens of a text.
+    """Whether the first token represents the sentence (else the mean does), and the most tokens of a text.
 
     Raises:
-        UsageError: The sentence encoder does more with its tokens than that.
+        UsageError: The sentence encoder pools its tokens in some other way.
     """
     modules = [(m["type"].rpartition(".")[2], m["path"]) for m in _settings(folder, "modules.json", [])]
     others = [kind for kind, _ in modules if kind not in ("Transformer", "Pooling", "Normalize")]
@@ -201,7 +201,7 @@ def _pooling(folder: str) -> tuple[bool, int]:
     named = pooling.get("pooling_mode", ())
     modes |= {named} if isinstance(named, str) else set(named)
     modes = {mode.removesuffix("_tokens").removesuffix("_token") for mode in modes}
-    if len(modes) > 1 or modes - {"cls", "mean", "mean_sqrt_len"}:  # normalised, the last two are one
+    if len(modes) > 1 or modes - {"cls", "mean", "mean_sqrt_len"}:  # after normalising, the last two are equal
         raise UsageError(
             f"oracle option 'model': {folder!r} pools by {' and '.join(sorted(modes))}; expected mean or cls"
         )
@@ -215,7 +215,7 @@ def _pooling(folder: str) -> tuple[bool, int]:
 
 
 def _settings(folder: str, name: str, default: Any) -> Any:
-    """A JSON file beside the weights, in a folder or of a hub name; `default` where it has none."""
+    """A JSON file beside the weights, in a folder or on the hub; `default` if there is none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)

@@ -14,13 +14,13 @@ from rlaif_fast.oracle.wrappers import identity_of
 class EnsembleOracle:
     """Fuses the rankings of its members.
 
-    A member that could not rank a group has no vote on it. A group is ranked when at least `min_members`
-    could.
+    A member that could not rank a group has no vote on it. A group is ranked if at least `min_members`
+    members could rank it.
 
     Args:
         members: The oracles.
         fusion: "borda" or "kemeny".
-        min_members: Members that a group needs; None is all of them.
+        min_members: Members that must rank a group; None is all of them.
     """
 
     name = "ensemble"
@@ -45,7 +45,7 @@ class EnsembleOracle:
         return f"ensemble/1 {self.fusion} {self.min_members} ({members})"
 
     def stats(self) -> dict[str, float]:
-        """The members' figures, summed where they share a name."""
+        """The members' figures; those of the same name are summed."""
         total: dict[str, float] = {}
         for member in self.members:
             for key, value in counters(member).items():

@@ -1,4 +1,4 @@
-"""Where the answer stands inside a longer response: as the option `extract` says, or as reasoning is usually marked."""
+"""Finds the answer inside a longer response: by the option `extract`, or by the usual marks of reasoning."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|rm|bf)\s*\{([^{
 
 
 def final_part(response: str) -> str | None:
-    """What a reply says behind its reasoning; None where it says nothing, or two things.
+    """The answer that a reply gives after its reasoning; None if it gives none, or two different ones.
 
-    That is its last `<answer>` block, else what follows `</think>`, else all of it; and of that what is `\\boxed`. A
-    block in the reasoning counts where nothing follows that. Two blocks or boxes that differ are no answer, and neither
-    is reasoning that does not end.
+    That is its last `<answer>` block, else what follows `</think>`, else all of it; within that, what is `\\boxed`. A
+    block inside the reasoning counts only if nothing follows the reasoning. Two blocks or boxes that differ are no
+    answer, nor is reasoning that never ends.
     """
     text = response
     behind = _CLOSES.split(text, 1)[-1]
@@ -50,7 +50,7 @@ def compile_extract(extract: str | None) -> re.Pattern[str] | None:
     """Compile an `extract`; None stays None.
 
     Raises:
-        UsageError: If it is no regular expression, or captures nothing.
+        UsageError: If it is not a regular expression, or captures nothing.
     """
     if not extract:
         return None

@@ -1,8 +1,8 @@
-"""Feedback that is not perfect: another oracle's verdicts, corrupted in the ways that judges and reward models are.
+"""Imperfect feedback: another oracle's verdicts, corrupted in the ways that judges and reward models err.
 
-Scores and ranks come from the same corrupted values, so that two algorithms differ in nothing but how they use them.
-Every draw depends on the seed, the request's id and its responses alone; equal responses stay equal. In a run the id
-begins with the group's place in its batch, so that two groups of one question draw apart.
+Scores and ranks come from the same corrupted values, so that two algorithms differ only in how they use them.
+Every draw depends only on the seed, the request's id and its responses; equal responses stay equal. In a run the id
+begins with the group's place in its batch, so that two groups of one question draw differently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlaif_fast.oracle.wrappers import AroundOracle, identity_of, oracles_in, re
 Corruption = Callable[[list[float], float, random.Random], list[float]]
 TAIL_FREEDOM = 1.5  # degrees of freedom of the heavy tails: the variance is infinite
 OUTLIER_SIZE = 10.0
-LISTWISE_NOISE = 0.3  # of each reading; the pull of the first slot is as large
+LISTWISE_NOISE = 0.3  # deviation of each reading's noise; the pull of the first slot is as large
 
 
 def gaussian(scores: list[float], strength: float, rng: random.Random) -> list[float]:
@@ -29,7 +29,7 @@ def gaussian(scores: list[float], strength: float, rng: random.Random) -> list[f
 
 
 def heavy_tails(scores: list[float], strength: float, rng: random.Random) -> list[float]:
-    """Add `strength` times Student's t with 1.5 degrees of freedom: mostly small, at times enormous."""
+    """Add `strength` times Student's t with 1.5 degrees of freedom: mostly small, sometimes enormous."""
 
     def draw() -> float:
         chi_squared = rng.gammavariate(TAIL_FREEDOM / 2, 2.0)
@@ -56,7 +56,7 @@ def grades(scores: list[float], strength: float, rng: random.Random) -> list[flo
 
 
 def flips(scores: list[float], strength: float, rng: random.Random) -> list[float]:
-    """Turn each pairwise comparison round with probability `strength`; the score is the share of comparisons won."""
+    """Flip each pairwise comparison with probability `strength`; the score is the share of comparisons won."""
     wins = [0.0] * len(scores)
     for i in range(len(scores)):
         for j in range(i):
@@ -70,13 +70,13 @@ def flips(scores: list[float], strength: float, rng: random.Random) -> list[floa
 
 
 def slot_bias(scores: list[float], strength: float, rng: random.Random) -> list[float]:
-    """Favour what is read first: a listwise judge that adds up to `strength` to the first slot and takes it from the
-    last; the slots are dealt out at random."""
+    """Favour what is read first: a listwise judge that adds up to `strength` to the first slot and subtracts it from
+    the last; slots are assigned at random."""
     return [score + bias for score, bias in zip(scores, _biases(len(scores), strength, rng))]
 
 
 def slot_bias_debiased(scores: list[float], strength: float, rng: random.Random) -> list[float]:
-    """The same judge asked twice, with the slots in reverse the second time, and averaged."""
+    """The same judge asked twice, the second time with the slots reversed, and averaged."""
     biases = _biases(len(scores), strength, rng)
     reversed_biases = [-bias for bias in biases]
     return [score + (one + two) / 2 for score, one, two in zip(scores, biases, reversed_biases)]
@@ -85,7 +85,7 @@ def slot_bias_debiased(scores: list[float], strength: float, rng: random.Random)
 def listwise(scores: list[float], strength: float, rng: random.Random) -> list[float]:
     """A listwise judge that reads the group in `strength` orders, every second one the reverse of the one before.
 
-    Each reading adds noise of deviation 0.3 and the pull of `slot_bias`, and gives ranks alone. The score is the share
+    Each reading adds noise of deviation 0.3 and the pull of `slot_bias`, and gives only ranks. The score is the share
     of comparisons won over all readings (Borda).
     """
     readings: list[tuple[int | None, ...]] = []
@@ -100,7 +100,7 @@ def listwise(scores: list[float], strength: float, rng: random.Random) -> list[f
 
 
 def outliers(scores: list[float], strength: float, rng: random.Random) -> list[float]:
-    """Replace a share `strength` of the scores by values of +-10, far outside of [0, 1]."""
+    """Replace a share `strength` of the scores by values of +-10, far outside [0, 1]."""
     return [
         rng.choice((-OUTLIER_SIZE, OUTLIER_SIZE)) if rng.random() < strength else score for score in scores
     ]
@@ -126,15 +126,15 @@ CORRUPTIONS: Mapping[str, tuple[Corruption, float]] = {
 
 
 class CorruptedOracle(AroundOracle):
-    """Another oracle whose scores are corrupted; the ranks follow the corrupted scores, of about 0 to 1.
+    """Another oracle whose scores, about 0 to 1, are corrupted; the ranks follow the corrupted scores.
 
-    Where it gives no scores, its ranks are corrupted in their place, the best as 1 and the worst as 0, and the
+    If it gives no scores, its ranks are corrupted instead, the best as 1 and the worst as 0, and the
     verdict has no scores either.
 
     Args:
         inner: The oracle to corrupt.
         kind: One of `CORRUPTIONS`.
-        strength: How much; None is the usual strength of the kind.
+        strength: How much; None is the usual strength of that kind.
         seed: Seed of the draws.
 
     Raises:
@@ -165,7 +165,7 @@ class CorruptedOracle(AroundOracle):
         self.kind = kind
         self.strength = strength
         self.seed = seed
-        # One around another of the same seed draws numbers of its own: their noise would else be one noise.
+        # Nested corrupted oracles of the same seed draw separate numbers; otherwise both would add the same noise.
         self.stream = sum(isinstance(oracle, CorruptedOracle) for oracle in oracles_in(inner))
 
     @property

@@ -1,4 +1,4 @@
-"""Orders of a group: from scores, from one another (Borda, Kemeny), and how far they agree (tau-b, Kendall's
+"""Orders of a group: from scores, fused from others (Borda, Kemeny), and how far they agree (tau-b, Kendall's
 W).
 
 An order is a tuple of G entries, 0 best, equal numbers tied, None not judged. Everything here is a pure
@@ -35,7 +35,7 @@ def ranks_from_scores(scores: Sequence[float | None], tolerance: float = 1e-9) -
 
 
 def kendall_tau(first: Order, second: Order) -> float | None:
-    """Kendall's tau-b over the responses that both orders judged; None where either leaves no pair untied."""
+    """Kendall's tau-b over the responses that both orders judged; None if either leaves no pair untied."""
     pairs = [(a, b) for a, b in zip(first, second) if a is not None and b is not None]
     concordance = untied_first = untied_second = 0
     for i, (a, b) in enumerate(pairs):
@@ -50,9 +50,9 @@ def kendall_tau(first: Order, second: Order) -> float | None:
 
 
 def top1_agreement(first: Order, second: Order) -> float | None:
-    """Chance that a best response drawn from one order is a best one of the other, ties drawn at random.
+    """Chance that a best response of one order is also a best one of the other, ties drawn at random.
 
-    The overlap of the two sets of best responses over the larger set; None where an order judged nothing.
+    The overlap of the two sets of best responses over the larger set; None if an order judged nothing.
     """
     best = []
     for order in (first, second):
@@ -100,9 +100,9 @@ def _borda_scores(wins: list[list[float]], votes: list[list[int]]) -> list[float
 def kemeny(orders: Sequence[Order]) -> tuple[int | None, ...]:
     """Fuse orders into one that contradicts the fewest pairwise votes.
 
-    Exact to 8 judged responses; where several orders are optimal, each response gets its mean position over
-    all of them, so that a tie of the judges stays a tie. Above 8, insertion moves from the Borda order to a
-    local optimum.
+    Exact up to 8 judged responses; if several orders are optimal, each response gets its mean position over
+    all of them, so that a tie of the judges stays a tie. Above 8, insertion moves lead from the Borda order
+    to a local optimum.
     """
     wins, votes = preferences(orders)
     judged = [i for i, own in enumerate(votes) if any(own)]
@@ -120,9 +120,9 @@ def kemeny(orders: Sequence[Order]) -> tuple[int | None, ...]:
 
 
 def _kemeny_exact(margin: list[list[float]]) -> list[float]:
-    """Mean position of each of m responses over all optimal orders, by a programme over subsets.
+    """Mean position of each of m responses over all optimal orders, by a dynamic programme over subsets.
 
-    best[S] is the least cost of placing the set S first; ways[S] in how many orders that is reached.
+    best[S] is the least cost of placing the set S first; ways[S] is the number of orders that reach it.
     """
     m = len(margin)
     full = (1 << m) - 1
@@ -162,7 +162,7 @@ def _kemeny_exact(margin: list[list[float]]) -> list[float]:
 
 def _kemeny_local(margin: list[list[float]], start: list[float]) -> list[float]:
     """Positions of a local optimum under insertion moves; neighbours that no vote separates tie."""
-    # Of equal start the votes decide, and nothing that depends on how the responses are numbered.
+    # If starts are equal the votes decide, never how the responses are numbered.
     votes = [sorted(row) for row in margin]
     told = [sorted(zip(row, votes)) for row in margin]
     line = sorted(range(len(margin)), key=lambda i: (-round(start[i], 9), votes[i], told[i]))
@@ -196,7 +196,7 @@ def kendall_w(orders: Sequence[Order]) -> float | None:
     """Kendall's coefficient of concordance W of k orders, corrected for ties, over what all of them judged.
 
     Returns:
-        W in [0, 1]; 1 where all orders are equal. None where it is undefined: fewer than 2 orders, fewer than
+        W in [0, 1]; 1 if all orders are equal. None if it is undefined: fewer than 2 orders, fewer than
         2 responses judged by all, or no order that separates any two of them.
     """
     size, k = _group_size(orders), len(orders)
@@ -224,11 +224,11 @@ def kendall_w(orders: Sequence[Order]) -> float | None:
 
 
 def agreement(orders: Sequence[Order]) -> float:
-    """Confidence in a fused ranking: Kendall's W freed of what chance alone gives, in [0, 1].
+    """Confidence in a fused ranking: Kendall's W corrected for chance, in [0, 1].
 
     W of k unrelated orders is 1/k on average, so W itself would call noise half certain at k = 2. This is
     max(0, (k W - 1) / (k - 1)), the mean Spearman correlation of two orders: 0 for chance, 1 for equal
-    orders. One order alone cannot disagree and gets 1; orders that all tie everything agree (and teach
+    orders. A single order cannot disagree and gets 1; orders that all tie everything agree (and teach
     nothing).
     """
     k = len(orders)

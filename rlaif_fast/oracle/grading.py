@@ -31,7 +31,7 @@ GRADE_RULES = (
 
 @dataclass(frozen=True)
 class Grade:
-    """A judge's word on one answer.
+    """A judge's grade of one answer.
 
     Attributes:
         correct: Whether it matches the reference answer.
@@ -58,7 +58,7 @@ def parse_grade(reply: str) -> Grade:
     """Read a reply.
 
     Raises:
-        MalformedVerdict: It is not what was declared.
+        MalformedVerdict: It does not match the declared schema.
     """
     value = parse_object(reply, {"pred", "score"})
     pred, score = value["pred"], value["score"]

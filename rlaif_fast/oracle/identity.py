@@ -21,13 +21,13 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), Pur
 
 
 def function_digest(function: Any) -> str:
-    """A digest that differs where functions may: their code, defaults, closures and what of their module they use.
+    """A digest of what may make functions differ: code, defaults, closures and what they use of their module.
 
-    Of `functools.partial` the arguments count too, of a callable object its class and attributes. A function that
-    has an attribute `identity`, a text, is taken at its word. Code of other modules counts by its name alone.
+    For `functools.partial` the arguments count too, for a callable object its class and attributes. A function's
+    string attribute `identity`, if any, is used instead. Code of other modules counts only by its name.
 
     Raises:
-        UsageError: It holds a value that has no identity, such as a model.
+        UsageError: The function holds a value that has no identity, such as a model.
     """
     parts = _Parts(function)
     return hashlib.sha256(repr(parts.of(function, "it")).encode()).hexdigest()[:32]
@@ -40,13 +40,13 @@ def model_digest(
     known: Mapping[str, str] | None = None,
     commit_of: Callable[[str], str | None] = lambda model: None,
 ) -> str:
-    """A digest of the files of a model's folder, and where it holds adapters of the base's.
+    """A digest of the files in a model's folder and, if it holds adapters, of the base's files.
 
     Args:
         model: A folder, whose files are read, or a hub name.
         revision: The commit that a hub name was loaded at.
-        known: Digests of files of the folder that need not be read again, by name.
-        commit_of: Finds the commit of a base that is a hub name.
+        known: Known digests of files in the folder, by name; these files are not read again.
+        commit_of: Finds the commit of a base given by hub name.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -69,8 +69,8 @@ class _Parts:
             root = root.func
         self.module = getattr(root, "__module__", None)
         self.name = getattr(root, "__qualname__", None) or type(root).__qualname__
-        self.named: dict[int, int] = {}  # functions and classes, by the place where each was described
-        self.open: list[int] = []  # what is being described, from the outside in
+        self.named: dict[int, int] = {}  # functions and classes, with the place where each was described
+        self.open: list[int] = []  # what is being described, outermost first
 
     def of(self, value: Any, where: str) -> Any:
         if isinstance(value, _PLAIN):
@@ -96,7 +96,7 @@ class _Parts:
             return "method", self.of(value.__func__, where), self.of(value.__self__, where)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        # a cache around one
+        # a cache around a function
         if callable(value) and hasattr(value, "__wrapped__") and not isinstance(value, type):
             return "wrapped", self.of(value.__wrapped__, where)
         if isinstance(value, types.CodeType):
@@ -173,7 +173,7 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that code reads, inner functions included."""
+    """The names that code reads, including those of inner functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -11,7 +11,7 @@ from rlaif_fast.video.base import Clip
 
 
 def encode_frames(clip: Clip, max_frames: int, size: int) -> list[dict[str, Any]]:
-    """At most `max_frames` evenly spaced frames of a clip as message parts: a time, then a JPEG."""
+    """At most `max_frames` evenly spaced frames of a clip as message parts, each a time and a JPEG."""
     with needed_by("sending frames", "judge"):
         from PIL import Image
     total = clip.frames.shape[0]

@@ -1,4 +1,4 @@
-"""Questions in progress: what is asked twice at the same time, by threads or in one batch, is answered once."""
+"""Questions in progress: a question asked twice at once, by threads or in one batch, is answered only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class InFlight(Generic[T]):
-    """Who is at work on which key."""
+    """Keys being worked on, with their pending answers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,12 +21,12 @@ class InFlight(Generic[T]):
         return InFlight, ()  # a copy has nothing in progress
 
     def run(self, keys: Sequence[str], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        """Return what belongs to each key. Others are waited for only after the own work is done, so none block.
+        """Return the value of each key. A caller waits for others only after doing its own work, so none deadlock.
 
         Args:
-            keys: What is asked for; repeats allowed.
-            work: Given the places of the keys that nobody is at work on, returns one value for each. What it raises,
-                all raise who wait for one of them.
+            keys: The keys wanted; repeats allowed.
+            work: Given the places of the keys that nobody is working on, returns one value for each. Whatever it
+                raises is also raised in every caller that waits for one of them.
         """
         own: dict[str, int] = {}
         try:

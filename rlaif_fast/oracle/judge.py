@@ -1,7 +1,7 @@
-"""The part that all judges share: orders of appearance, fusion, confidence, abstentions.
+"""What all judges share: orders of appearance, fusion, confidence, abstentions.
 
-A judge answers one shown order at a time; how is left to `Judge.run_all`. Each group is shown in k orders,
-the orders' verdicts are fused, and their agreement is the confidence.
+A judge answers one shown order at a time; `Judge.run_all` decides how. Each group is shown in k orders,
+the verdicts on them are fused, and their agreement is the confidence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
 
 FUSIONS = {"borda": borda, "kemeny": kemeny}
 DEFAULT_ORDERS = {"listwise": 4, "pairwise": 2, "network": 2, "pointwise": 1, "likelihood": 1}
-Keep = Callable[[int, Ranking], None]  # is told the place of a request, and the ranking of it
+Keep = Callable[[int, Ranking], None]  # called with a request's place and its ranking
 _ORDERED = {"listwise", "pairwise", "network"}  # what is shown first may matter
 
 
@@ -39,7 +39,7 @@ class Showing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a showing: ranks (and scores, of a judge that gives them) over the distinct texts, or why not."""
+    """Result of a showing: ranks (and scores, if the judge gives them) over the distinct texts, or why it has none."""
 
     ranks: Ranks
     scores: tuple[float, ...] | None = field(default=None, kw_only=True)
@@ -55,16 +55,16 @@ class JudgeOptions:
 
     Attributes:
         protocol: "listwise", "pairwise" (all pairs), "network" (a sorting network of pairs) or "pointwise".
-        orders: k, the orders of appearance each group is shown in, 1 or even (every order is followed by its
-            reverse); None is 4 listwise, 2 for pairs and 1 pointwise.
+        orders: k, the number of orders of appearance each group is shown in, 1 or even (every order is followed by
+            its reverse); None is 4 listwise, 2 for pairs and 1 pointwise.
         fusion: "borda" or "kemeny".
         min_confidence: Below this confidence the fused ranking is all tied, so that it teaches nothing; needs several
             orders.
-        use_reference: Show the reference answer to the judge where there is one.
-        use_clips: Show the frames to the judge.
-        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
+        use_reference: Show the judge the reference answer, if there is one.
+        use_clips: Show the judge the frames.
+        max_response_chars: Length a response is cut to, in the middle; longer if two would otherwise look the same.
         extract: Regular expression whose first group is the answer inside a longer response; the judge is then
-            shown it beside the whole. None shows the response alone.
+            shown it beside the whole response. None shows only the response.
         seed: Seed of the orders of appearance and the labels.
     """
 
@@ -114,9 +114,9 @@ class Judge(ABC):
     """
 
     name = "judge"
-    options_class = JudgeOptions  # what **judge of a subclass takes
+    options_class = JudgeOptions  # what a subclass's **judge takes
     more_options = tuple(option.name for option in fields(JudgeOptions))
-    reads_metadata = True  # whether `run_all` makes anything of a request's category and metadata
+    reads_metadata = True  # whether `run_all` uses a request's category and metadata
 
     def __init__(self, options: JudgeOptions) -> None:
         self.options = options
@@ -132,19 +132,19 @@ class Judge(ABC):
         """Get the judge's ranks for every showing, in their order; failures are outcomes with an error."""
 
     def run_each(self, showings: Sequence[Showing], tell: Callable[[int, Outcome], None]) -> None:
-        """As `run_all`, but tell each outcome with its showing's place, where it can be done as soon as it is there."""
+        """As `run_all`, but call `tell` with each showing's place and outcome, as soon as it arrives if possible."""
         for told in enumerate(self.run_all(showings)):
             tell(*told)
 
     def rank(self, requests: Sequence[RankRequest], keep: Keep | None = None) -> list[Ranking]:
         """Rank every request; the result is in the order of the requests.
 
-        What is asked twice at the same time, in one batch or by several threads, is judged once.
+        A group asked about twice at the same time, in one batch or by several threads, is judged only once.
 
         Args:
             requests: The groups.
-            keep: Called with the place and the ranking of each group judged in this call as soon as all of it was, so
-                that what was paid for is not lost where the rest is interrupted.
+            keep: Called with the place and the ranking of each group judged in this call as soon as the group is
+                complete, so that paid-for verdicts survive an interruption.
         """
         asked = [request_text(self.asked(request)) for request in requests]
 
@@ -186,17 +186,17 @@ class Judge(ABC):
         return request if self.reads_metadata else replace(request, category="", metadata={})
 
     def shown(self, request: RankRequest) -> tuple[list[Shown], list[int]]:
-        """The distinct responses of a group as they are shown, and for each response the place of its own."""
+        """The distinct responses of a group as they are shown, and each response's index among them."""
         options = self.options
         return show_responses(request.responses, options.max_response_chars, compile_extract(options.extract))
 
     def _show(self, request: RankRequest) -> tuple[list[Showing], list[int]]:
-        """The showings of a group (none where it has but one text), and which text each response is."""
+        """The showings of a group (none if it has only one distinct text), and which text each response is."""
         texts, places = self.shown(request)
         if len(texts) < 2:
             return [], places
         request = self.asked(request)
-        # Nothing that names the request: equal content is shown equally, so that verdicts can be cached.
+        # The request's id is left out: equal content is shown equally, so that verdicts can be cached.
         content = (str(self.options.seed), request.question, *texts)
         orders = draw_orders(len(texts), self.options.num_orders, *content)
         salts = ["\x1f".join((str(number), *content)) for number in range(len(orders))]
@@ -240,9 +240,9 @@ class Judge(ABC):
         return Ranking(ranks, confidence, verdicts, tokens, seconds, scores=scores)
 
     def _usable(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """The orders that can be fused: those that judged something, and only what their own reverse judged too.
+        """The orders that can be fused: those that judged something, reduced to what their reverse judged too.
 
-        A response that one of the two left out, and an order whose reverse is lost, would leave the slots' pull in the
+        A response that only one of the two judged, or an order whose reverse is lost, would leave position bias in the
         ranking.
         """
         if self.options.protocol in _ORDERED and len(outcomes) > 1:
@@ -251,7 +251,7 @@ class Judge(ABC):
 
 
 def _beside(outcome: Outcome, other: Outcome) -> Outcome:
-    """An order without what the other did not judge."""
+    """An order without the responses that the other did not judge."""
     lost = [other.error is not None or rank is None for rank in other.ranks]
     ranks = tuple(None if gone else rank for rank, gone in zip(outcome.ranks, lost))
     return replace(outcome, ranks=ranks)

@@ -2,11 +2,11 @@
 
 Nothing is sampled, so there is nothing to parse and no reply to imitate:
 
-- `listwise` generates a permutation of the labels, constrained to the labels that are left, greedily, in one prefill
-  and a step a label; the orders of a group share the frames' keys and values;
+- `listwise` greedily generates a permutation of the labels, constrained to the remaining labels, in one prefill
+  and one step per label; the orders of a group share the frames' keys and values;
 - `pointwise` asks "is this answer correct?" and ranks by the probability of yes against no;
 - `likelihood` ranks by the mean log-probability of the answer itself after the plain question, as a model
-  that was trained on the task would say it (no rules, no reference: those would be copied).
+  trained on the task would say it (no rules, no reference: those would be copied).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _LISTWISE = (
 _POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
 _YES, _NO = ("Yes", "yes"), ("No", "no")
 _LABELS = (*string.ascii_uppercase, *string.digits, *string.ascii_lowercase)
-_REPLIES = 3  # changes with how replies are spelled and read
-_SCORE_TIE = 1e-5  # below what float32 and another packing of the same batch change in a probability
+_REPLIES = 3  # version of how replies are spelled and read
+_SCORE_TIE = 1e-5  # smaller differences of a probability may come from float32 or another packing of the batch
 
 
 class LocalOracle(Judge):
-    """Ranks with a Video-LLM of this process.
+    """Ranks with a Video-LLM in this process.
 
     Args:
         model: A checkpoint folder or a hub name.
@@ -60,8 +60,8 @@ class LocalOracle(Judge):
         attn_implementation: As for the policy.
         min_pixels: Fewest pixels of a frame after resizing.
         max_pixels: Most pixels of a frame after resizing.
-        shared_prefix: Compute a group's prompt once; False for families that this package does not know.
-        max_packed_tokens: Most tokens in one forward pass; of twice as many keys and values are held at once.
+        shared_prefix: Compute a group's prompt only once; False for families that this package does not know.
+        max_packed_tokens: Most tokens in one forward pass; keys and values of twice as many are held at once.
         batch_size: Groups whose frames are encoded together.
         **judge: The options of `JudgeOptions`.
     """
@@ -107,7 +107,7 @@ class LocalOracle(Judge):
             max_pixels=max_pixels,
             shared_prefix=shared_prefix,
             max_packed_tokens=max_packed_tokens,
-            # A policy in training may lie beside it on the device, with a rollout's buffers.
+            # A policy in training may share the device, with a rollout's buffers.
             max_cached_tokens=2 * max_packed_tokens,
         )
 
@@ -220,19 +220,19 @@ class LocalOracle(Judge):
         return results
 
     def _reply(self, text: str) -> list[int]:
-        """The tokens of a text with its end, behind a prompt of `_encode`."""
+        """The tokens of a text and its end token, to follow a prompt of `_encode`."""
         reply, closing = self.encoder.encode_answer(text), self.encoder.closing
         return reply[len(closing) :] if reply[: len(closing)] == closing else reply
 
     def _encode(self, showing: Showing, rules: str | None, text: str) -> EncodedPrompt:
         request = showing.request
-        # The rules' own block lists the options; the plain question is asked as the policy is.
+        # The rules' own block lists the options; the plain question is asked as it is of the policy.
         options = request.options if rules is None else ()
         example = Example(id=request.id, question=text, options=options, system=rules)
         return self.encoder.closed(self.encoder.encode(example, request.clips))
 
     def check_group_size(self, count: int) -> None:
-        """Raise `UsageError` where the tokenizer cannot say what the protocol has to read of `count` responses."""
+        """Raise `UsageError` if the tokenizer lacks the tokens that the protocol needs for `count` responses."""
         if self.options.protocol == "pointwise":
             _ = self._answer_tokens
         if self.options.protocol == "listwise" and count > len(self._label_tokens):
@@ -242,7 +242,7 @@ class LocalOracle(Judge):
             )
 
     def _labels(self, showing: Showing) -> list[tuple[str, Label]]:
-        """A label for each text and its tokens, dealt out anew for every order."""
+        """A label for each text and its tokens, assigned anew for every order."""
         count = len(showing.texts)
         self.check_group_size(count)
         labels = self._label_tokens[:count]
@@ -258,7 +258,7 @@ class LocalOracle(Judge):
 
     @cached_property
     def _label_tokens(self) -> list[tuple[str, Label]]:
-        """Labels whose tokens are one where a reply begins and one behind a space, and no other label's."""
+        """Labels of one token both at the start of a reply and after a space; no two labels share a token."""
         found: list[tuple[str, Label]] = []
         taken = {self.encoder.tokenizer.unk_token_id}
         for label in _LABELS:
@@ -290,7 +290,7 @@ class LocalOracle(Judge):
 
 
 def _load(**fields: Any) -> tuple[Policy, PromptEncoder]:
-    """The judge and what encodes its prompts, by the fields of `ModelOptions`."""
+    """The judge and the encoder of its prompts, from the fields of `ModelOptions`."""
     with needed_by("the local oracle", "train"):
         from rlaif_fast.policy.loading import ModelOptions, load_model
         from rlaif_fast.policy.policy import Policy

@@ -1,7 +1,7 @@
-"""What a run watches in its oracle, to see reward hacking and a judge that does not look.
+"""What a run monitors in its oracle, to detect reward hacking and a judge that does not look.
 
 All figures are plain numbers for the log. Correlations are Kendall's tau-b, averaged over the groups where it
-is defined; a figure that no group defines is left out.
+is defined; a figure that is defined for no group is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def oracle_stats(
     Args:
         requests: What was asked.
         rankings: What came back, in the same order.
-        reference: Compares with the reference answers where there are any; None leaves that out.
+        reference: Compares with the reference answers, if there are any; None skips that.
 
     Returns:
         oracle/groups, oracle/invalid, oracle/abstained, oracle/tied, oracle/confidence, oracle/tokens;
@@ -68,7 +68,7 @@ def length_tau(requests: Sequence[RankRequest], rankings: Sequence[Ranking]) -> 
 def position_bias(rankings: Sequence[Ranking]) -> float | None:
     """How far what is shown first is ranked better, in [-1, 1], over the single orders of the judges.
 
-    Every order has its reverse beside it, so the responses' quality cancels and the slot's own pull is left.
+    Every order comes with its reverse, so the quality of the responses cancels and only the slot's pull remains.
     """
     taus: list[float | None] = []
     for ranking in rankings:
@@ -104,19 +104,19 @@ def blind_control(
 
     Returns:
         oracle/blind_tau and oracle/blind_top1, the agreement of the blind ranking with the seeing one; empty
-        where no sampled group has frames, or nothing was ranked blindly.
+        if no sampled group has frames, or nothing was ranked blindly.
     """
     require_least("sample", sample, 1)
     seen = [pair for pair in zip(requests, rankings) if pair[0].clips and pair[1].valid]
     chosen = random.Random(seed).sample(seen, min(sample, len(seen)))
     if not chosen:
         return {}
-    # A judge that declines to judge blindly is no reason to stop.
+    # A judge that declines to judge blindly must not stop the run.
     if isinstance(oracle, CircuitBreaker):
         oracle = oracle.inner
     try:
         blind = rank_all(oracle, [replace(request, clips=()) for request, _ in chosen])
-    except OracleFailedError:  # of a breaker further in
+    except OracleFailedError:  # from a nested breaker
         return {}
     pairs = [(ranking.ranks, other.ranks) for (_, ranking), other in zip(chosen, blind) if other.valid]
     stats = {

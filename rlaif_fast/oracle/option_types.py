@@ -1,4 +1,4 @@
-"""Whether the options of an oracle are of the types that it declares, and large enough."""
+"""Checks that the options of an oracle have the types it declares, and are large enough."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WORDS = {
 
 
 def check_types(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Refuse options of another type than the oracle declares; types other than JSON's are left to it.
+    """Refuse options whose type differs from what the oracle declares; it checks non-JSON types itself.
 
     Args:
         name: The oracle's name.

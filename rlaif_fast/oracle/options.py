@@ -25,7 +25,7 @@ class OracleOptions:
         oracle_shuffle: Shuffle every ranking (a control that must teach nothing).
         max_invalid_fraction: Share of failed rankings over the last window above which the run stops.
         blind_control: Groups that the oracle ranks again without frames every `eval_steps`, to see whether it looks; 0
-            for none. Of several processes the first asks, about its own groups, which may be fewer.
+            for none. With several processes only the first asks, about its own groups, which may be fewer.
     """
 
     oracle: str = "reference"

@@ -12,7 +12,7 @@ Which = Literal["best_worst", "all"]
 
 
 def best_and_worst(ranks: Sequence[int | None]) -> tuple[int, int] | None:
-    """Places of the best response and the worst, the first of those that tie; None where no two differ."""
+    """Places of the best and the worst response, the first of any that tie; None if no two differ."""
     judged = {place: rank for place, rank in enumerate(ranks) if rank is not None}
     if len(set(judged.values())) < 2:
         return None
@@ -29,14 +29,14 @@ def ordered_pairs(ranks: Sequence[int | None], which: Which) -> list[tuple[int, 
 
 
 def pair_rows(row: Mapping[str, Any], where: str, which: Which) -> Iterator[dict[str, Any]]:
-    """The pairs of a ranked row: what the row says of its prompt, `chosen`, `rejected`, their `ranks`, and `source`.
+    """The pairs of a ranked row: the row's prompt fields, `chosen`, `rejected`, their `ranks`, and `source`.
 
-    Two responses of the same text are no pair, however they are ranked.
+    Two responses with the same text are never a pair, however they are ranked.
 
     Args:
         row: As `python -m rlaif_fast.oracle rank` writes it, or as in a run's rollouts.jsonl.
         where: "file:line", for messages and `source`.
-        which: "best_worst" (at most one pair a row) or "all".
+        which: "best_worst" (at most one pair per row) or "all".
 
     Raises:
         UsageError: The row has no responses or no ranks.

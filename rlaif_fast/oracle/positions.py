@@ -1,4 +1,4 @@
-"""How many tokens a model of learned positions reads; a longer input has no embedding and ends the run."""
+"""How many tokens a model with learned positions reads; a longer input has no embedding and ends the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def learned_positions(model: Any) -> int | None:
     """The most tokens of an input; None for a model without a table of positions (rotary or relative ones).
 
     Args:
-        model: One of Transformers.
+        model: A Transformers model.
     """
     most = getattr(model.config, "max_position_embeddings", None)
     if most is None:
@@ -22,7 +22,7 @@ def learned_positions(model: Any) -> int | None:
         if isinstance(module, nn.Embedding)
         and ("position" in name.rpartition(".")[2] or name.endswith("wpe"))
     ]
-    # RoBERTa counts from behind the row of its padding
+    # RoBERTa counts from the row after its padding row
     unused = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
     rows = [table.num_embeddings - without for table, without in zip(tables, unused)]
     return min([most, *rows]) if rows else None

@@ -20,10 +20,10 @@ def ask_once(oracle: object) -> None:
     """Ask every remote judge inside `oracle` about one tiny group; other oracles are left alone.
 
     Args:
-        oracle: Any oracle, or one around others.
+        oracle: Any oracle, or a wrapper around others.
 
     Raises:
-        RlaifFastError: A judge cannot be asked, or its reply is no verdict; the message says why.
+        RlaifFastError: A judge cannot be asked, or its reply is not a verdict; the message says why.
     """
     for judge in oracles_in(oracle):
         if not isinstance(judge, ApiOracle):

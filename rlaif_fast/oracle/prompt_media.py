@@ -36,11 +36,11 @@ class PromptMedia:
         Args:
             prompt: A text, or a chat whose messages have parts such as {"type": "video", "video": "clip.mp4"}. A
                 picture may be a `PIL.Image`, a video frames (F, H, W, 3) uint8 or a list of pictures.
-            columns: What the row holds beside it; `videos`, `video`, `images` and `image` are looked at where no part
+            columns: The other columns of the row; `videos`, `video`, `images` and `image` are used if no part
                 of the prompt names a medium.
 
         Raises:
-            UsageError: A medium is of a kind that is not read.
+            UsageError: A medium is of an unsupported kind.
             VideoError: A file is bad.
         """
         media = list(_parts(prompt)) or list(_columns(columns or {}))
@@ -51,7 +51,7 @@ class PromptMedia:
         frames = _frames(kind, held)
         if frames is not None:
             given = value if isinstance(value, Mapping) else {}
-            # a dataset gives every part the keys of all, None where it has none
+            # a dataset gives every part all keys, None if unused
             extra = sorted(name for name in given if name not in ("type", kind) and given[name] is not None)
             if extra:
                 raise UsageError(f"{kind}: {', '.join(extra)} cannot be applied to frames that are decoded")
@@ -88,7 +88,7 @@ def _columns(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _frames(kind: str, value: Any) -> Tensor | None:
-    """Decoded frames (F, H, W, 3) uint8; None for what has to be read from a file."""
+    """Decoded frames (F, H, W, 3) uint8; None if they must be read from a file."""
     if _is_picture(value):
         value = [value]
     if isinstance(value, (list, tuple)) and value and all(map(_is_picture, value)):

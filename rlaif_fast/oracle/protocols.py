@@ -1,11 +1,11 @@
 """How a judge is asked for an order: listwise, pairwise or pointwise, without any input or output.
 
 A protocol is a generator: it yields rounds of `Ask`s that may be answered at the same time, is sent one
-answer for each (None where the judge gave none that could be used), and returns the ranks. Whoever drives it
-decides whether the answers come over HTTP or from a model in this process.
+answer for each (None if the judge gave no usable one), and returns the ranks. Its caller decides whether the
+answers come over HTTP or from a model in this process.
 
-A judge's reply counts only if the whole of it is the one JSON object that was declared: nothing is fished out
-of longer text, where a response that the judge quotes could have planted it.
+A judge's reply counts only if all of it is the one declared JSON object: nothing is fished out of longer
+text, where a response that the judge quotes could have planted it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _FENCE_OPENING = re.compile(r"(```|~~~)[ \t]*[A-Za-z0-9_+.-]*\s")
 
 
 class MalformedVerdict(ValueError):
-    """A judge's reply that is not what was declared.
+    """A judge's reply that does not match the declared schema.
 
     Args:
         kind: What is wrong with it, for the counts: "malformed", "missing_ids", "duplicate_ids",
             "unknown_ids".
         detail: One line for the log.
-        partial: What could still be used of it if no better reply comes.
+        partial: The part that can still be used if no better reply comes.
     """
 
     def __init__(self, kind: str, detail: str, partial: Any = None) -> None:
@@ -85,7 +85,7 @@ POINTWISE_RULES = _REPLY + (
 
 
 def listwise(request: RankRequest, texts: Sequence[str], order: Sequence[int], salt: str) -> Run:
-    """Show all texts in `order`, get them back from best to worst."""
+    """Show all texts in `order`; the judge returns them from best to worst."""
     labels = draw_labels(len(texts), salt, *texts)
     [reply] = yield [
         Ask(
@@ -102,7 +102,7 @@ def listwise(request: RankRequest, texts: Sequence[str], order: Sequence[int], s
 
 
 def pairwise(request: RankRequest, texts: Sequence[str], order: Sequence[int], salt: str) -> Run:
-    """Compare every pair once, the one that comes first in `order` shown first; rank by the share of wins."""
+    """Compare every pair once, shown as in `order`; rank by the share of wins."""
     pairs = [(order[a], order[b]) for a in range(len(order)) for b in range(a + 1, len(order))]
     replies = yield [_pair_ask(request, texts, pair, salt) for pair in pairs]
     wins, votes = [0.0] * len(texts), [0] * len(texts)
@@ -187,7 +187,7 @@ def merge_exchange(size: int) -> list[list[tuple[int, int]]]:
 def parse_listwise(reply: str, labels: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Read a listwise reply: the labels from best to worst, equals together, without those the judge declined to place.
 
-    Every label must stand in the reply exactly once.
+    Every label must appear in the reply exactly once.
     """
     value = parse_object(reply, {"ranking", "cannot_judge"})
     ranking, declined = value["ranking"], value["cannot_judge"]
@@ -212,7 +212,7 @@ def parse_listwise(reply: str, labels: Sequence[str]) -> tuple[tuple[str, ...], 
 
 
 def parse_pairwise(reply: str, first: str, second: str) -> int:
-    """Read a pairwise reply: 1 where the first is better, -1 where the second is, 0 for a tie."""
+    """Read a pairwise reply: 1 if the first is better, -1 if the second is, 0 for a tie."""
     better = parse_object(reply, {"better"})["better"]
     if better not in (first, second, "tie"):
         raise MalformedVerdict("unknown_ids", "'better' must be one of the two ids or 'tie'")
@@ -228,7 +228,7 @@ def parse_pointwise(reply: str) -> float:
 
 
 def parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
-    """The reply as an object of exactly these keys."""
+    """The reply as an object with exactly these keys."""
     try:
         value = json.loads(_body(reply), object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -241,7 +241,7 @@ def parse_object(reply: str, keys: set[str]) -> dict[str, Any]:
 
 
 def _body(reply: str) -> str:
-    """What stands behind the last closing of a thinking block, without one fence around all of it."""
+    """The text after the last end of a thinking block, without a code fence around all of it."""
     for closing in _THOUGHT.finditer(reply):
         reply = closing.string[closing.end() :]
     body = reply.strip()
@@ -274,7 +274,7 @@ def _pair_ask(request: RankRequest, texts: Sequence[str], pair: tuple[int, int],
 
 
 def question_block(request: RankRequest) -> str:
-    """The question, its options and its reference answer, one a line."""
+    """The question, its options and its reference answer, each on its own line."""
     lines = [f"Question: {quote(request.question)}"]
     if request.options:
         choices = dict(zip(option_letters(len(request.options)), request.options))
@@ -285,7 +285,7 @@ def question_block(request: RankRequest) -> str:
 
 
 def answers_block(labelled: Iterable[tuple[str, str]]) -> str:
-    """Labels and texts, one JSON object a line, between the delimiters."""
+    """Labels and texts, one JSON object per line, between the delimiters."""
     lines = [quote(_labelled(label, text)) for label, text in labelled]
     return "\n".join(["<answers>", *lines, "</answers>"])
 
@@ -296,7 +296,7 @@ def _labelled(label: str, text: str) -> dict[str, str]:
 
 
 def _listwise_schema(labels: Sequence[str]) -> dict[str, Any]:
-    # In the order of the hash, not of appearance.
+    # Sorted by the hashed label, not in order of appearance.
     ids = {"type": "array", "items": {"type": "string", "enum": sorted(labels)}}
     return object_schema(ranking={"type": "array", "items": ids}, cannot_judge=ids)
 

@@ -15,14 +15,14 @@ from rlaif_fast.errors import UsageError
 from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict
 
 _REFERENCE = ("reference", "answer", "solution")
-# What a ranked row or a line of rollouts.jsonl says of its whole group, and not of the prompt.
+# Fields of a ranked row or a line of rollouts.jsonl that describe the whole group, not the prompt.
 OF_THE_GROUP = frozenset(
     {
         *("responses", "ranks", "oracle_ranks", "policy_ranks", "scores", "advantages", "verdicts"),
         *("tokens", "seconds", "error", "valid", "step"),
     }
 )
-# What is no metadata of a row: it stands in a field of the request, or says what was made of the row.
+# Keys of a row that are not metadata: they are fields of the request, or results made from the row.
 _OWN = OF_THE_GROUP | {
     *("id", "example_id", "question", "options", "category", "metadata", "system", "confidence"),
     *(*_REFERENCE, *MEDIA_KEYS, *CUT_KEYS),
@@ -31,7 +31,7 @@ _VERDICT_KEYS = {"order", "ranks", "raw", "error"}
 
 
 def ranking_to_json(ranking: Ranking) -> dict[str, Any]:
-    """A ranking as JSON-ready values; of a verdict, which is for the log, what JSON lacks becomes text."""
+    """A ranking as JSON-ready values; in a verdict, which is for the log, what JSON cannot hold becomes text."""
     return {
         "ranks": list(ranking.ranks),
         "scores": None if ranking.scores is None else list(ranking.scores),
@@ -44,7 +44,7 @@ def ranking_to_json(ranking: Ranking) -> dict[str, Any]:
 
 
 def _written(value: Any) -> Any:
-    """Numbers of NumPy and torch as plain ones, and anything else that JSON does not hold as a text."""
+    """NumPy and torch numbers as plain ones, and anything else that JSON cannot hold as a text."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -58,7 +58,7 @@ def ranking_from_json(value: Mapping[str, Any]) -> Ranking:
     """The inverse of `ranking_to_json`.
 
     Raises:
-        ValueError: If `value` is no ranking.
+        ValueError: If `value` is not a ranking.
     """
     ranks = value.get("ranks")
     if not isinstance(ranks, list) or not all(
@@ -92,7 +92,7 @@ def _verdict_from_json(value: Any) -> Any:
 
 
 def request_to_json(request: RankRequest) -> dict[str, Any]:
-    """Everything of a request that a verdict may depend on: not its id; clips by their content address."""
+    """Everything in a request that a verdict may depend on: not its id; clips by their content address."""
     return {
         "question": request.question,
         "responses": list(request.responses),
@@ -105,12 +105,12 @@ def request_to_json(request: RankRequest) -> dict[str, Any]:
 
 
 def request_text(request: RankRequest) -> str:
-    """A text that two requests share where they ask the same, whatever their ids."""
+    """A text that is equal for requests that ask the same, whatever their ids."""
     return content_text(request_to_json(request))
 
 
 def content_text(value: Any) -> str:
-    """A text that two values share where they are equal; pictures, arrays and tensors by their content."""
+    """A text that is the same for equal values; pictures, arrays and tensors by their content."""
     try:
         return json.dumps(_by_text(value), sort_keys=True, default=_content)
     except (RecursionError, ValueError):  # a value inside itself
@@ -118,7 +118,7 @@ def content_text(value: Any) -> str:
 
 
 def _by_text(value: Any) -> Any:
-    """`value` with keys that are texts, as JSON has them; two keys stay two."""
+    """`value` with its keys as texts, as in JSON; distinct keys stay distinct."""
     if isinstance(value, Mapping):
         texts = all(isinstance(key, str) for key in value)
         return {key if texts else repr(key): _by_text(item) for key, item in value.items()}
@@ -168,10 +168,10 @@ def row_ranks(row: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
 
 
 def row_confidence(row: Mapping[str, Any], where: str) -> float:
-    """The confidence of a row's ranks, in [0, 1]; 1 where it names none.
+    """The confidence of a row's ranks, in [0, 1]; 1 if the row names none.
 
     Raises:
-        UsageError: If it is no such number.
+        UsageError: If it is not such a number.
     """
     value = row.get("confidence", 1.0)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -186,7 +186,7 @@ def row_id(row: Mapping[str, Any]) -> str | None:
 
 
 def row_category(row: Mapping[str, Any]) -> str:
-    """The category of a row; "" where it has none."""
+    """The category of a row; "" if it has none."""
     return "" if row.get("category") is None else str(row["category"])
 
 

@@ -30,9 +30,9 @@ class ReferenceOracle:
     Args:
         tolerance: Relative tolerance of a numeric answer.
         extract: Regular expression whose first group is the answer inside a longer response, for instance
-            r"Answer: (.*)"; a response that it does not match is scored as it stands, halved. None takes all of it.
-            Of that counts what stands in the last `<answer>` block, behind `</think>` or in `\\boxed{}`, unless the
-            reference has such marks too.
+            r"Answer: (.*)"; a response that it does not match is scored as it is, and the score halved. None takes
+            all of it. Within that only the last `<answer>` block, the text after `</think>` or in `\\boxed{}` counts,
+            unless the reference has such marks too.
     """
 
     name = "reference"
@@ -84,7 +84,7 @@ class ReferenceOracle:
     def _score(self, request: RankRequest) -> tuple[float, ...]:
         """The score of each response, in [0, 1]."""
         reference, kind = _reference_of(request)
-        # Groups hold many repeats once the policy is confident; each distinct text is scored once.
+        # Groups hold many repeats once the policy is confident, so each distinct text is scored only once.
         scores = {}
         for response in set(request.responses):
             text, factor = self._answer_of(response, reference)

@@ -1,4 +1,4 @@
-"""Names of oracles: ours and those of other packages (entry-point group `rlaif_fast.oracles`)."""
+"""Oracles by name: ours and those of other packages (entry-point group `rlaif_fast.oracles`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECRET = re.compile(
     r"(?i)(api[-_]?key|secret|password|authorization|(access|auth|bearer|hf)[-_]?token)(?!_env$)"
 )
 
-# Modules are imported on use, so that an oracle's libraries are needed by those who ask for it alone.
+# Modules are imported on use, so that only those who use an oracle need its libraries.
 _BUILTIN = {
     "reference": "rlaif_fast.oracle.reference:ReferenceOracle",
     "embedding": "rlaif_fast.oracle.embedding:EmbeddingOracle",
@@ -33,7 +33,7 @@ _BUILTIN = {
 }
 
 
-SHARED_OPTIONS = ("cache", "max_invalid_fraction", "window")  # of `build_oracle` itself
+SHARED_OPTIONS = ("cache", "max_invalid_fraction", "window")  # options of `build_oracle` itself
 
 
 def oracle_names() -> list[str]:
@@ -45,7 +45,7 @@ def refuse_secrets(options: Any) -> None:
     """Refuse options that hold a key or password, before they are written to any file.
 
     Raises:
-        UsageError: If a name says so, at any depth; the value is not shown.
+        UsageError: If an option's name suggests one, at any depth; the value is not shown.
     """
     if isinstance(options, (list, tuple)):
         for value in options:
@@ -73,15 +73,15 @@ def build_oracle(
     Args:
         name: One of `oracle_names()`.
         cache: File to keep verdicts in; None keeps none.
-        max_invalid_fraction: Stop the run when more of the last `window` groups could not be ranked; None
-            never does.
+        max_invalid_fraction: Stop the run if a larger share of the last `window` groups could not be ranked; None
+            never stops it.
         window: How many groups the circuit breaker looks back; None for 64.
         **options: The oracle's own; see its class. An option `inner` (of "corrupted" and "shuffled") is another
             oracle's name, or a mapping of `name` and its options; `members` (of "ensemble") is a list of
             such.
 
     Returns:
-        The oracle; with a cache in front of it if asked for, and a `CircuitBreaker` unless
+        The oracle; behind a cache if requested, and a `CircuitBreaker` unless
         `max_invalid_fraction` is None.
 
     Raises:
@@ -112,10 +112,10 @@ def build_oracle(
 
 
 def find_oracle(name: str, options: Mapping[str, Any]) -> Callable[..., Oracle]:
-    """What builds the oracle, once its options are known to be its own; nothing is built.
+    """Check an oracle's options and return its factory; nothing is built.
 
     Raises:
-        UsageError: If the name or an option is unknown, or a value is of another type.
+        UsageError: If the name or an option is unknown, or a value has the wrong type.
     """
     refuse_secrets(options)
     factory = find("oracles", name, _BUILTIN)

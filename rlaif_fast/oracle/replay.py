@@ -1,4 +1,4 @@
-"""Verdicts from a file: rankings of people, of another run, of `python -m rlaif_fast.oracle rank`."""
+"""Verdicts from a file: rankings by people, from another run or from `python -m rlaif_fast.oracle rank`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlaif_fast.oracle.records import row_confidence, row_id, row_ranks, row_res
 class ReplayOracle:
     """Looks rankings up by what was asked: the question and the responses, in whatever order.
 
-    Where several rows ask the same, the row's `id` (or `example_id`) decides; rows that still contradict each
-    other, or give equal texts two ranks, are no verdict. A group that the file does not hold gets a `Ranking` with an
+    If several rows ask the same, the row's `id` (or `example_id`) decides; rows that still contradict each
+    other, or give equal texts two ranks, give no verdict. A group that is not in the file gets a `Ranking` with an
     error.
 
     Args:
         path: JSONL with `question`, `responses`, `ranks` (or `oracle_ranks`, as in a run's rollouts.jsonl),
-            maybe `id` and `confidence`, in [0, 1].
+            optionally `id` and `confidence`, in [0, 1].
 
     Raises:
         UsageError: The file cannot be read or is empty, or a row of it is wrong.
@@ -53,7 +53,7 @@ class ReplayOracle:
 
     def _rank_one(self, request: RankRequest) -> Ranking:
         rows = self._rows.get((request.question, frozenset(request.responses)), [])
-        # A run names its requests "position:id"; the file's rows carry the id alone.
+        # A run names its requests "position:id"; the file's rows carry only the id.
         named = [row for row in rows if row.id in (request.id, request.id.partition(":")[2])]
         rows = named or rows
         if not rows:

@@ -20,11 +20,11 @@ from rlaif_fast.oracle.option_types import check_least
 from rlaif_fast.oracle.positions import learned_positions
 from rlaif_fast.oracle.untrusted import show_responses
 
-MAX_TOKENS = 2048  # of an input, where nothing else is said
+MAX_TOKENS = 2048  # of an input, by default
 
 
 class RewardModelOracle:
-    """Ranks by `AutoModelForSequenceClassification` with one label; it reads text alone, no frames.
+    """Ranks by `AutoModelForSequenceClassification` with one label; it reads only text, no frames.
 
     With a chat template the question is the user's turn and the response the assistant's; without one they
     are a text pair.
@@ -33,9 +33,9 @@ class RewardModelOracle:
         model: A folder or a hub name.
         device: "auto", "cpu", "cuda", ...
         batch_size: Responses in one forward pass.
-        max_tokens: Longest input; the middle of a longer one goes. Responses that differ there alone are not judged.
-            None is 2048, or what the model's table of positions has where that is less.
-        max_response_chars: Length a response is cut to, in the middle; longer where two would look the same.
+        max_tokens: Longest input; a longer one loses its middle. Responses that differ only there are not judged.
+            None is 2048, or the size of the model's position table if that is less.
+        max_response_chars: Length a response is cut to, in the middle; longer if two would otherwise look the same.
         tie: Scores closer than this tie.
     """
 
@@ -136,7 +136,7 @@ class RewardModelOracle:
         scored = []
         for own in places:
             cut = Counter(tuple(inputs[i]) for i in set(own) if len(inputs[i]) == self.max_tokens)
-            # Of equal input, distinct responses were cut where they differ: no verdict is better than a tie.
+            # Distinct responses with equal input were cut where they differ: no verdict is better than a tie.
             scored.append(tuple(values[i] if cut[tuple(inputs[i])] < 2 else None for i in own))
         return scored
 
@@ -149,6 +149,6 @@ class RewardModelOracle:
         return self._cut(self._tokenizer(chat, add_special_tokens=False)["input_ids"])
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """At most `max_tokens` ids: where there are more, the middle goes, so that the conclusion is read."""
+        """At most `max_tokens` ids: if there are more, the middle is dropped, so that the conclusion is read."""
         head = self.max_tokens // 3
         return ids if len(ids) <= self.max_tokens else ids[:head] + ids[len(ids) - (self.max_tokens - head) :]

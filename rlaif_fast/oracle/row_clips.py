@@ -1,4 +1,4 @@
-"""The media of a row as the dataset reader finds them, for rows that are ranked from a file."""
+"""The media of rows ranked from a file, found as the dataset reader finds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RowClips:
         nframes: Frames of a video whose row does not say which are seen.
 
     Raises:
-        UsageError: They are fewer than a model sees at a time.
+        UsageError: `nframes` is less than a model sees at a time.
     """
 
     def __init__(self, root: Path, nframes: int) -> None:
@@ -47,7 +47,7 @@ class RowClips:
             where: Its place, "file:line".
 
         Raises:
-            UsageError: A medium is not there, not one that is read, or has keys that do not fit.
+            UsageError: A medium is missing, of an unsupported kind, or has keys that do not fit.
         """
         try:
             media = row_media(row)
@@ -91,5 +91,5 @@ class RowClips:
 
 
 def _resize(medium: MediaRef) -> PixelBudget | None:
-    """The bounds that a row sets on its frames; None where it sets none, and they stay as they are."""
+    """The bounds that a row sets on its frames; None if it sets none, and frames keep their size."""
     return _ANY_SIZE if any(key.endswith("_pixels") for key in medium.cut.given()) else None

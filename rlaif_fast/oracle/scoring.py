@@ -1,6 +1,6 @@
-"""Scores of an answer against a reference answer, each in [0, 1] and each a rule that can be checked by hand.
+"""Scores of an answer against a reference answer, each in [0, 1] and by a rule that can be checked by hand.
 
-Four kinds of answer are told apart, in this order:
+Four kinds of answer are distinguished, in this order:
 
 - `form`: the dataset gives a regular expression that a well-formed answer to this very question matches, its
   groups capturing the key facts. exact 1; well-formed 0.3 + 0.6 * (share of facts that are right); malformed
@@ -41,14 +41,14 @@ _NUMBER_WORDS = {
 def normalise(text: str) -> str:
     """Fold case and Unicode compatibility forms, squeeze white space, drop final punctuation, quotes and emphasis.
 
-    A text of nothing else keeps them: "?" may be the answer, and no answer is not.
+    A text with nothing else keeps them: "?" may be the answer, an empty text may not.
     """
     squeezed = " ".join(_plain_forms(text).casefold().split())
     return squeezed.lstrip(EMPHASIS).rstrip(EMPHASIS + FINAL_PUNCTUATION) or squeezed
 
 
 def _plain_forms(text: str) -> str:
-    """`text` without Unicode's compatibility forms, each minus sign a hyphen."""
+    """`text` without Unicode compatibility forms, each minus sign a hyphen."""
     return unicodedata.normalize("NFKC", text).replace("\u2212", "-")
 
 
@@ -74,7 +74,7 @@ def _chrf_metric():
 
 
 def parse_number(text: str) -> float | None:
-    """The one number `text` names in digits, or else as a word up to twenty; None where it is not one."""
+    """The one number `text` names in digits, or else as a word up to twenty; None if there is not exactly one."""
     digits = {float(match.replace(",", "")) for match in _NUMBER.findall(_plain_forms(text))}
     found = digits or {_NUMBER_WORDS[token] for token in tokens(text) if token in _NUMBER_WORDS}
     return found.pop() if len(found) == 1 else None
@@ -85,7 +85,7 @@ def compile_form(form: str) -> re.Pattern[str]:
     """Compile a `form`; it is matched against normalised text, whatever its case.
 
     Raises:
-        UsageError: If it is no regular expression, or one that may take very long to match.
+        UsageError: If it is not a regular expression, or may take very long to match.
     """
     reason = fault_of(form)
     if reason is not None:
@@ -94,7 +94,7 @@ def compile_form(form: str) -> re.Pattern[str]:
 
 
 def form_facts(form: str, text: str) -> tuple[str, ...] | None:
-    """The groups of `form` in a well-formed answer, normalised; None where `text` is malformed."""
+    """The groups of `form` in a well-formed answer, normalised; None if `text` is malformed."""
     match = match_form(compile_form(form), text)
     if match is None:
         return None
@@ -147,7 +147,7 @@ def score_number(response: str, reference: str, tolerance: float) -> float:
 
 
 def _is_number(text: str) -> bool:
-    """Whether `text` is a number and nothing else (a sign, a currency or a per cent mark aside)."""
+    """Whether `text` is only a number, perhaps with a sign, a currency or a per cent mark."""
     stripped = normalise(text).strip("$€£% ")
     return stripped in _NUMBER_WORDS or _NUMBER.fullmatch(stripped) is not None
 

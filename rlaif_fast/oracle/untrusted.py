@@ -1,9 +1,9 @@
-"""Responses are data: what a judge is shown of them, and under which names.
+"""Responses are data: how they are shown to a judge, and under which names.
 
-A policy that is trained against a judge finds whatever the judge's prompt lets through. So a response is
-stripped of control sequences, capped, and written as one JSON string in which no character can end the block
-it stands in; its label is drawn anew for every order it is shown in, from a hash that the response cannot
-know.
+A policy that is trained against a judge exploits whatever the judge's prompt lets through. So a response is
+stripped of control sequences, capped, and written as one JSON string in which no character can end the
+surrounding block; its label is drawn anew for every order it is shown in, from a hash that the response
+cannot know.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Shown(str):
     """A response as a judge is shown it.
 
     Attributes:
-        answer: The answer inside it, where the judge was told how to find one; else None.
+        answer: The answer inside it, if the judge was told how to find one; else None.
     """
 
     answer: str | None = None
@@ -37,10 +37,10 @@ class Shown(str):
 def show_responses(
     responses: Sequence[str], max_chars: int, extract: re.Pattern[str] | None = None
 ) -> tuple[list[Shown], list[int]]:
-    """The distinct responses as they are shown, and for each response the place of its own.
+    """The distinct responses as they are shown, and each response's index among them.
 
-    Responses are told apart by their whole text. Where cutting would make two of them look the same, they are cut
-    later.
+    Responses are distinguished by their whole text. If cutting would make two of them look the same, more of them
+    is kept.
 
     Args:
         responses: The responses.
@@ -64,7 +64,7 @@ def show_responses(
 
 
 def cut_middle(text: str, max_chars: int) -> str:
-    """`text`, or its first third and its end where it is longer than `max_chars`; a conclusion stands at the end."""
+    """`text`; if it is longer than `max_chars`, its first third and its end, where a conclusion would be."""
     if len(text) <= max_chars:
         return text
     head = max_chars // 3
@@ -79,14 +79,14 @@ def clean_text(text: str) -> str:
         for character in text
         if character.isspace() or unicodedata.category(character) not in _DROPPED
     )
-    # Removing one control token can put another together from its halves, so until nothing changes.
+    # Removing one control token can join the halves of another, so repeat until nothing changes.
     while (stripped := _CONTROL_TOKEN.sub(" ", text)) != text:
         text = stripped
     return " ".join(text.split())
 
 
 def quote(value: object) -> str:
-    """JSON on one line in which no tag, bracketed control token or Unicode line break can stand."""
+    """JSON on one line that cannot contain a tag, bracketed control token or Unicode line break."""
     encoded = json.dumps(value, ensure_ascii=False)
     for character in "<>&\u0085\u2028\u2029":
         encoded = encoded.replace(character, f"\\u{ord(character):04x}")
@@ -108,8 +108,8 @@ def draw_labels(count: int, *content: str) -> tuple[str, ...]:
 def draw_orders(size: int, count: int, *content: str) -> list[tuple[int, ...]]:
     """`count` orders of appearance: shuffles, each followed by its own reverse.
 
-    A judge that goes by the slot alone then contradicts itself exactly: every pair is shown both ways as
-    often.
+    A judge that goes only by the slot then contradicts itself exactly: every pair is shown equally often both
+    ways.
     """
     generator = seeded_generator("orders", *content)
     orders: list[tuple[int, ...]] = []

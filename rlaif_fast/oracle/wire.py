@@ -1,8 +1,8 @@
-"""One request to a chat-completions endpoint, and what came of it: a reply, or a fault that is counted.
+"""One request to a chat-completions endpoint, and its result: a reply, or a fault that is counted.
 
-Whatever a server sends is its own fault and never the run's: the body is read under one budget of time and size,
-decoded as UTF-8 whatever its headers claim, and everything that is made of it is made inside `read_completion` and
-`status_fault`, from which nothing but a `Fault` escapes.
+Nothing that a server sends can end the run: the body is read under one budget of time and size, decoded as UTF-8
+whatever its headers claim, and processed only inside `read_completion` and `status_fault`, from which nothing but a
+`Fault` escapes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from rlaif_fast.errors import UsageError
 
 MAX_BODY_BYTES = 4 << 20  # of a reply, as sent and again when unpacked
-MAX_WAIT_SECONDS = 3600.0  # that a Retry-After is obeyed for
-_MOST_TOKENS = 1 << 40  # a count above it is no count
+MAX_WAIT_SECONDS = 3600.0  # longest Retry-After that is obeyed
+_MOST_TOKENS = 1 << 40  # a larger count is not believed
 _REASONING = ("thinking", "reasoning")  # types of content parts that are not the reply
 _RETRIED_STATUS = {408, 409, 425, 429}
 
@@ -36,8 +36,8 @@ class Fault(Exception):
         kind: What it counts as.
         detail: One line for the log.
         retry: Whether another try may help.
-        wait: Seconds that the server asks to wait before it.
-        partial: What could still be used if no better reply comes.
+        wait: Seconds that the server asks to wait before the next try.
+        partial: What can still be used if no better reply comes.
     """
 
     def __init__(self, kind: str, detail: str, *, retry: bool = True, wait: float = 0.0, partial: Any = None):
@@ -59,7 +59,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Completion:
-    """The text of a chat completion; `cut` says that it ends where the tokens did."""
+    """The text of a chat completion; `cut` means that it stopped at the token limit."""
 
     content: str
     cut: bool = False
@@ -69,7 +69,7 @@ def endpoint(base_url: str | None) -> str:
     """The address that the option or the environment gives, without spaces around it or a final slash.
 
     Raises:
-        UsageError: There is none, or it is none that requests can be sent below; secrets in it are not shown.
+        UsageError: There is none, or requests cannot be sent below it; secrets in it are not shown.
     """
     base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or "").strip().rstrip("/")
     if not base_url:
@@ -77,7 +77,7 @@ def endpoint(base_url: str | None) -> str:
     try:
         parts = urlsplit(base_url)
         whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets or a port that are none
+    except ValueError:  # malformed brackets or port
         whole = False
     if not whole or not base_url.isprintable() or " " in base_url:
         raise UsageError(
@@ -94,7 +94,7 @@ def endpoint(base_url: str | None) -> str:
 
 @contextlib.contextmanager
 def opening() -> Iterator[None]:
-    """Where httpx cannot do with what the environment says of certificates and proxies, name the variables."""
+    """If httpx cannot use the environment's settings for certificates and proxies, name the variables."""
     try:
         yield
     except Exception as error:
@@ -109,9 +109,9 @@ async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -
 
     Args:
         client: An `httpx.AsyncClient`.
-        url: Where to.
+        url: Where to send it.
         body: The request, as JSON.
-        timeout: Seconds for all of it: connecting, waiting, and a body however slowly it drips.
+        timeout: Seconds for everything: connecting, waiting, and reading a body however slowly it drips.
 
     Raises:
         Fault: Of kind "timeout", "connection" or "malformed_body".
@@ -122,7 +122,7 @@ async def post(client: Any, url: str, body: Mapping[str, Any], timeout: float) -
         raise Fault("timeout", f"no reply within {timeout:g} s") from None
     except Fault:
         raise
-    except Exception as error:  # httpx's own errors, and whatever a hostile reply brings up below it
+    except Exception as error:  # httpx's own errors, and whatever a hostile reply raises below it
         if "Timeout" in type(error).__name__:
             raise Fault("timeout", f"no reply within {timeout:g} s ({type(error).__name__})") from None
         raise Fault("connection", f"{type(error).__name__}: {error}".rstrip(": ")) from None
@@ -145,7 +145,7 @@ def unpack(data: bytes, encoding: str) -> bytes:
     """`data` without its content encodings, at most `MAX_BODY_BYTES` of it.
 
     Raises:
-        Fault: If the encoding is unknown, the data are damaged, or they unpack to more.
+        Fault: If the encoding is unknown, the data are damaged, or they unpack to more than that.
     """
     names = [name.strip().casefold() for name in encoding.split(",")]
     if len(names) > 4:
@@ -170,11 +170,11 @@ def unpack(data: bytes, encoding: str) -> bytes:
 
 
 def read_usage(response: Response) -> dict[str, int]:
-    """The tokens that a reply of status 200 says it took, a refusal's too; those that can be read, by name."""
+    """The token counts that a reply of status 200 reports, even a refusal; those that can be read, by name."""
     try:
         usage = json.loads(response.body.decode("utf-8", "replace"))["usage"]
         counts = {key: _count(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")}
-    except Exception:  # the remote data's, whatever it is: no shape of theirs may end the run
+    except Exception:  # remote data of whatever shape must not end the run
         return {}
     return {key: count for key, count in counts.items() if count is not None}
 
@@ -184,7 +184,7 @@ def read_completion(response: Response, redact: Callable[[str], str] = str) -> C
 
     Args:
         response: The reply.
-        redact: Takes what nobody may read out of a text, before it is cut.
+        redact: Removes secrets from a text, before it is cut.
 
     Raises:
         Fault: Of kind "refusal" or "malformed_body".
@@ -216,14 +216,14 @@ def _completion(payload: Any) -> Completion:
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens; None where it is not one."""
+    """A number of tokens; None if it is not one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST_TOKENS:
         return None
     return int(value)
 
 
 def status_fault(response: Response, redact: Callable[[str], str] = str) -> Fault:
-    """The fault that a reply of any status but 200 is; `redact` as for `read_completion`."""
+    """The fault for a reply of any status but 200; `redact` as for `read_completion`."""
     status = response.status
     detail = f"HTTP {status}: {_start(response, redact)}"
     if 300 <= status < 400:  # not followed: the key would go to another server
@@ -238,12 +238,12 @@ def status_fault(response: Response, redact: Callable[[str], str] = str) -> Faul
 
 
 def _start(response: Response, redact: Callable[[str], str]) -> str:
-    """What a reply begins with, on one line."""
+    """The beginning of a reply, on one line."""
     return redact(" ".join(response.body.decode("utf-8", "replace").split()))[:200]
 
 
 def retry_after(value: str | None) -> float:
-    """Seconds a Retry-After header asks for, as a number or a date, at most an hour; 0 where it is unreadable."""
+    """Seconds a Retry-After header asks for, as a number or a date, at most an hour; 0 if it is unreadable."""
     if value is None:
         return 0.0
     try:

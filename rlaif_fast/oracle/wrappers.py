@@ -14,8 +14,8 @@ from rlaif_fast.oracle.base import Oracle, Ranking, RankRequest, counters, gives
 
 T = TypeVar("T")
 
-WINDOW = 64  # groups that the circuit breaker looks back, where nothing else is said
-FIRST_GROUPS = 8  # a judge that failed all of so many at the start is not waited for
+WINDOW = 64  # groups that the circuit breaker looks back, by default
+FIRST_GROUPS = 8  # a judge that fails all of this many at the start stops the run at once
 
 
 class OracleFailedError(Outage):
@@ -23,14 +23,14 @@ class OracleFailedError(Outage):
 
 
 class AroundOracle:
-    """What an oracle around another one passes on."""
+    """What an oracle that wraps another passes on."""
 
     def __init__(self, inner: Oracle) -> None:
         self.inner = inner
 
     @property
     def gives_scores(self) -> bool:
-        """Whether the inner oracle gives scores; where ranks come back changed, so do they."""
+        """Whether the inner oracle gives scores; a wrapper that changes the ranks changes the scores too."""
         return gives_scores(self.inner)
 
     def stats(self) -> dict[str, float]:
@@ -39,12 +39,12 @@ class AroundOracle:
 
 
 class ShuffledOracle(AroundOracle):
-    """Another oracle's ranks and scores dealt out at random within each group: the control that must teach nothing.
+    """Another oracle's ranks and scores shuffled within each group: the control that must teach nothing.
 
     Args:
-        inner: The oracle whose ranks are shuffled; its ties, abstentions and failures stay as many as they
-            were.
-        seed: Seed of the shuffle; each request draws its own from it, its id and its responses.
+        inner: The oracle whose ranks are shuffled; the number of its ties, abstentions and failures does not
+            change.
+        seed: Seed of the shuffle; each request derives its own from it, its id and its responses.
     """
 
     name = "shuffled"
@@ -78,8 +78,8 @@ class CircuitBreaker(AroundOracle):
     Args:
         inner: The oracle to watch.
         max_invalid_fraction: Share of the window that may fail, in [0, 1].
-        window: How many of the last groups are looked at. Before half of it is filled, only a judge that failed
-            every group of the first eight stops the run.
+        window: How many of the last groups are looked at. Until half of it is filled, the run stops only if the
+            judge failed all of the first eight groups.
     """
 
     def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = WINDOW) -> None:
@@ -120,13 +120,13 @@ class CircuitBreaker(AroundOracle):
 
 
 def check_window(window: object) -> None:
-    """Raise `UsageError` unless a circuit breaker can look back so many groups."""
+    """Raise `UsageError` unless a circuit breaker can look back this many groups."""
     whole = isinstance(window, int) and not isinstance(window, bool) and window >= 1
     require(whole, "window", "a whole number of at least 1", window)
 
 
 def oracles_in(oracle: Any) -> Iterator[Any]:
-    """An oracle and those that it is made of."""
+    """An oracle and those it is made of."""
     yield oracle
     for inner in (getattr(oracle, "inner", None), *(getattr(oracle, "members", None) or ())):
         if inner is not None:
@@ -139,6 +139,6 @@ def identity_of(oracle: Oracle) -> str:
 
 
 def request_generator(seed: int | str, request: RankRequest) -> random.Random:
-    """A random generator that depends on the seed, the request's id and its responses alone."""
+    """A random generator that depends only on the seed, the request's id and its responses."""
     digest = hashlib.sha256("\x1f".join((str(seed), request.id, *request.responses)).encode()).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
