@@ -201,7 +201,7 @@ def _pooling(folder: str) -> tuple[bool, int]:
     named = pooling.get("pooling_mode", ())
     modes |= {named} if isinstance(named, str) else set(named)
     modes = {mode.removesuffix("_tokens").removesuffix("_token") for mode in modes}
-    if len(modes) > 1 or modes - {"cls", "mean", "mean_sqrt_len"}:  # after normalising, the last two are equal
+    if len(modes) > 1 or modes - {"cls", "mean", "mean_sqrt_len"}:  # normalised, the last two are equal
         raise UsageError(
             f"oracle option 'model': {folder!r} pools by {' and '.join(sorted(modes))}; expected mean or cls"
         )

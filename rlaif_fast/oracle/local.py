@@ -46,7 +46,7 @@ _POINTWISE = RULES + "Is the answer correct? Reply with one word, Yes or No."
 _YES, _NO = ("Yes", "yes"), ("No", "no")
 _LABELS = (*string.ascii_uppercase, *string.digits, *string.ascii_lowercase)
 _REPLIES = 3  # version of how replies are spelled and read
-_SCORE_TIE = 1e-5  # smaller differences of a probability may come from float32 or another packing of the batch
+_SCORE_TIE = 1e-5  # smaller differences may come from float32 or from another packing of the batch
 
 
 class LocalOracle(Judge):
