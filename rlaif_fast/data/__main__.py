@@ -114,7 +114,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _shared(rows: Mapping[str, list[Example]]) -> Iterator[str]:
-    """A line for each split that is about media of one that is evaluated."""
+    """A line for each split that shares media with an evaluated split."""
     if len(rows) == 1:
         return
     names = contents(row for split in rows.values() for row in split)
@@ -156,7 +156,7 @@ def _open_media(file: Path, rows: Sequence[Example], shown: int) -> None:
 
 
 def _open_medium(medium: MediaRef) -> None:
-    """Open one medium; of a video, find the frames that its row asks for."""
+    """Open one medium; for a video, find the frames that its row asks for."""
     from rlaif_fast.video import FrameSampling, load_medium, probe
 
     if not medium.is_video_file:
@@ -225,7 +225,7 @@ def _label(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal, nothing elsewhere; it takes how many are done, and of how many."""
+    """A progress bar on the terminal, nothing elsewhere; called with the number done and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Options and answers of a row, brought into one form: texts without labels, and the letter of the right one."""
+"""Brings the options and answer of a row into one form: texts without labels, and the letter of the right one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_OPTIONS = 702  # A to ZZ
 
 
 def split_target(answer: str | None, scored: str) -> tuple[str | None, str | None]:
-    """The part of an answer that is scored, and the whole of it where that is more.
+    """The part of an answer that is scored, and the whole answer if that is more.
 
     Args:
         answer: The answer, perhaps with `<think>...</think><answer>...</answer>` around it.
-        scored: "answer" scores what stands in the last `<answer>` block, "whole" all of it.
+        scored: "answer" scores only the last `<answer>` block, "whole" all of it.
     """
     if answer is None or not answer.strip():
         return None, None
@@ -36,10 +36,10 @@ def split_target(answer: str | None, scored: str) -> tuple[str | None, str | Non
 
 
 def settle_options(question: str, answer: str | None, options: Any) -> tuple[str, list[str], str | None]:
-    """The question, the options without labels, and the answer's letter where there are options.
+    """The question, the options without labels, and the answer's letter if there are options.
 
     Raises:
-        RowError: The options are none, or the answer is none of them.
+        RowError: The options are not valid, or the answer is not one of them.
     """
     if not options:
         return _from_question(question, answer)
@@ -67,7 +67,7 @@ def settle_options(question: str, answer: str | None, options: Any) -> tuple[str
 
 
 def _from_question(question: str, answer: str | None) -> tuple[str, list[str], str | None]:
-    """Options written into the question, one a line; the text behind them stays in the question."""
+    """Options written into the question, one per line; the text after them stays in the question."""
     lines = question.splitlines()
     first = next((i for i, line in enumerate(lines) if label_of(line) == "A"), None)
     if not first or answer is None:
@@ -113,7 +113,7 @@ def label_of(option: str) -> str | None:
 
 
 def unlabelled(options: list[str]) -> list[str]:
-    """The options without "A. ", "(B) ", "C) " where all of them are so labelled, in order."""
+    """The options without "A. ", "(B) ", "C) ", if all of them carry such labels, in order."""
     if [label_of(option) for option in options] != option_letters(len(options)):
         return [option.strip() for option in options]
     return [match.group(3) for option in options if (match := _LABEL.match(option))]
@@ -122,7 +122,7 @@ def unlabelled(options: list[str]) -> list[str]:
 def letter_of(answer: str, options: list[str], *, labelled: bool = False) -> str | None:
     """The letter an answer names: "B", "(B)", "B. the text", "(B) the text" or "the text".
 
-    Where options are letters themselves, "B" is the label if the row had `labelled` them, else the text.
+    If the options are letters themselves, "B" is the label if the row `labelled` them, else the text.
     """
     letters = option_letters(len(options))
     texts = [_plain(option) for option in options]
@@ -136,7 +136,7 @@ def letter_of(answer: str, options: list[str], *, labelled: bool = False) -> str
     if text in texts and texts[index] != text:
         return None  # the letter of one option, the text of another
     if not labelled and letters[index] in set(map(label_of, options)) - {label_of(options[index])}:
-        return None  # which a row that mixes its labelled options means by their labels
+        return None  # a row that shuffles its labelled options means their own labels
     return letters[index]
 
 

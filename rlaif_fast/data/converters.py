@@ -1,6 +1,6 @@
 """Turns rows of the formats in use into the fields of an `Example`; the row's keys decide which.
 
-| format                | told by         | published by                                      |
+| format                | recognised by   | published by                                      |
 |-----------------------|-----------------|---------------------------------------------------|
 | native                | `question`      | this project                                      |
 | Video-R1              | `problem`       | Video-R1-260k, Video-R1-COT-165k                  |
@@ -72,7 +72,7 @@ def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
         The name of the format, and one entry for each question the row asks.
 
     Raises:
-        RowError: The row is of no known format, or is wrong.
+        RowError: The row is in no known format, or is wrong.
     """
     row = unfold(row)
     for key, (name, reader) in FORMATS.items():
@@ -162,7 +162,7 @@ _UNREAD_IN_TURNS = (
     *("weight", "loss", "loss_scale", "prefix", "tool_calls", "function_call"),
     *("reasoning_content", "reasoning", "thinking"),
 )
-TEXT_KEYS = _COMMON | _OWN - {"path"}  # beside which a key that holds a file's name names media
+TEXT_KEYS = _COMMON | _OWN - {"path"}  # any other key that holds a file name names media
 
 
 def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
@@ -201,7 +201,7 @@ def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
 
 
 def _user_text(content: Any, media: list[Medium], row: Row) -> str:
-    """The text of a user turn with a tag for each medium; the media of its parts are added to `media`."""
+    """The text of a user turn, with a tag for each medium; the media in its parts are added to `media`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -237,9 +237,9 @@ def _flat(content: Any) -> str:
 
 
 def _said(turn: Mapping[str, Any]) -> str:
-    """What a turn that is learned from says."""
+    """The text of a turn that is learned from."""
     for key in _UNREAD_IN_TURNS:
-        if turn.get(key) not in (None, "", [], {}, 1):  # a weight of 1 is what every turn has
+        if turn.get(key) not in (None, "", [], {}, 1):  # a weight of 1 is the default
             raise RowError(
                 f"{key}: of a turn it is not used; leave it out, or write what it says into the text"
             )
@@ -247,7 +247,7 @@ def _said(turn: Mapping[str, Any]) -> str:
 
 
 def _give_answer(found: list[Fields], row: Row) -> None:
-    """Give the last question the answer that the row names beside its turns."""
+    """Give the last question the answer that the row states outside its turns."""
     for key, beside in (("label", "completion"), ("kto_tag", "messages")):
         if row.get(key) is False and row.get(beside) is not None:
             raise RowError(f"{key}: false marks a response that is not wanted; leave the row out")
@@ -304,8 +304,8 @@ def _finish(fields: Fields, row: Row, scored: str) -> Fields:
 def place_media(fields: Fields, row: Row) -> None:
     """Put the media into the order of the question's <video> and <image> tags, and split the question at them.
 
-    What the row says of its media holds for those named in a tag too. Where a row has no picture, <image> means its
-    video (LLaVA-Video-178K), and the other way round.
+    What the row says about its media also applies to those named in a tag. If a row has no picture, <image> means its
+    video (LLaVA-Video-178K), and vice versa.
     """
     waiting = {
         kind: [medium for medium in fields.media if medium.kind == kind] for kind in ("video", "image")
@@ -348,7 +348,7 @@ def place_media(fields: Fields, row: Row) -> None:
 
 
 def id_of(row: Row) -> str | None:
-    """What a row calls itself; None where it does not.
+    """The id of a row; None if it has none.
 
     Raises:
         RowError: It is neither a text nor a number.

@@ -1,4 +1,4 @@
-"""What is wrong with a row."""
+"""The error of a row that cannot be used."""
 
 
 class RowError(ValueError):

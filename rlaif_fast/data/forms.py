@@ -1,4 +1,4 @@
-"""Whether a `metadata.form` is a regular expression that matches in bounded time."""
+"""Checks that a `metadata.form` is a regular expression that matches in bounded time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ except ImportError:  # Python 3.10
     import sre_parse as _parser
 
 MAX_FORM_CHARS = 4000
-MAX_TEXT_CHARS = 4000  # of a text that is matched; a longer one is malformed
-FINAL_PUNCTUATION = " \t\n.!?,;:。、।۔؟؛،"  # full-width signs are the first of these behind NFKC
-_MANY = 20  # repeats from here on count as without bound
-# of anything, one behind the other: their number is the power of the time that matching takes
+MAX_TEXT_CHARS = 4000  # of a matched text; a longer one is malformed
+FINAL_PUNCTUATION = " \t\n.!?,;:。、।۔؟؛،"  # NFKC turns full-width signs into the first of these
+_MANY = 20  # this many repeats or more count as unbounded
+# repeats of anything in a row: matching time grows with the text's length to the power of their number
 _MOST_REPEATS = 2
 
 
 def check_form(form: Any, answer: str | None) -> None:
-    """Refuse a `form` that is none, may take very long, or does not match the row's own answer.
+    """Refuse a `form` that is invalid, may take very long, or does not match the row's own answer.
 
     Raises:
         RowError: With the reason.
@@ -37,7 +37,7 @@ def check_form(form: Any, answer: str | None) -> None:
 
 
 def match_form(form: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """How a text matches a form, as it stands or without its final punctuation; None where it is malformed."""
+    """The match of a text, as it is or without its final punctuation; None if it is malformed."""
     squeezed = " ".join(unicodedata.normalize("NFKC", text).split())
     if len(squeezed) > MAX_TEXT_CHARS:
         return None
@@ -45,7 +45,7 @@ def match_form(form: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def fault_of(form: Any) -> str | None:
-    """Why a `form` cannot be used; None where it can."""
+    """Why a `form` cannot be used; None if it can."""
     if not isinstance(form, str):
         return f"expected a regular expression, got {type(form).__name__}"
     if len(form) > MAX_FORM_CHARS:
@@ -72,7 +72,7 @@ def _wide_repeats(tree: Any, inside: bool) -> int:
     """How many unbounded repeats of a wide class there are.
 
     Raises:
-        _Unbounded: There is what may take exponential time.
+        _Unbounded: Matching may take exponential time.
     """
     wide = 0
     for code, argument in tree:

@@ -1,4 +1,4 @@
-"""Which files are the same media, and which rows the same rows: by content, not by the spelling of their paths."""
+"""Which files are the same media, and which rows are the same: by content, not by how their paths are spelled."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rlaif_fast.digests import sampled_digest
 from rlaif_fast.video.refs import MediaRef
 
 _BLOCK = 1 << 20
-_WHOLE = 64 << 20  # bytes; of a larger file its size, its first and its last block are compared
-_READERS = 16  # threads: what a network file system takes is mostly waiting
+_WHOLE = 64 << 20  # bytes; a larger file is compared only by its size, its first and its last block
+_READERS = 16  # threads: a network file system mostly waits
 _PART = 64  # files that a thread takes at a time
 
-Names = Mapping[tuple[str, ...], frozenset[str]]  # of media, by their files
+Names = Mapping[tuple[str, ...], frozenset[str]]  # names of media, by their files
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def contents(rows: Iterable[Example]) -> Names:
-    """Names for what all media of some rows show, by their files; copies and links of one file share a name.
+    """Names for the content of all media of some rows, by their files; copies and links of one file share a name.
 
-    Only files of equal size can be copies, so only those are read. Frames have the names of their files, and one for
-    all that they hold together: two videos whose first frame is black are two videos.
+    Only files of equal size can be copies, so only those are read. A video given as frames has one name for all its
+    frames together besides the names of the files: two videos whose first frame is black are two videos.
     """
     media = {files_of(medium): bool(medium.frames) for row in rows for medium in row.seen}
     paths = list({path for files in media for path in files})
@@ -53,9 +53,9 @@ def contents(rows: Iterable[Example]) -> Names:
 
 
 def digest_of_rows(rows: Sequence[Example]) -> str:
-    """How many rows there are and a digest of what they ask and show, in their order; folders may have other names.
+    """The number of rows and a digest of what they ask and show, in their order; folder names do not count.
 
-    What a file that they show holds is for `digests_of_media`, and metadata for `digest_of_metadata`.
+    The content of their files is left to `digests_of_media`, and metadata to `digest_of_metadata`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
@@ -74,7 +74,7 @@ def digest_of_rows(rows: Sequence[Example]) -> str:
 
 
 def digest_of_metadata(rows: Sequence[Example]) -> str:
-    """A digest of what rows carry besides, in their order; oracles may read it."""
+    """A digest of the metadata of rows, in their order; oracles may read it."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row.metadata, sort_keys=True, default=repr).encode() + b"\n")
@@ -82,10 +82,10 @@ def digest_of_metadata(rows: Sequence[Example]) -> str:
 
 
 def digests_of_media(splits: Mapping[str, Sequence[Example]]) -> dict[str, str]:
-    """By split a digest of what the files that its rows show hold, in their order.
+    """For each split a digest of the contents of the files that its rows show, in their order.
 
-    Each file is read once, however many rows show it. Of a file its size and four blocks of 16 KiB count, the first
-    and the last among them, since a dataset may have a hundred thousand videos; of one up to 64 KiB all bytes count.
+    Each file is read once, however many rows show it. Only its size and four blocks of 16 KiB count, the first and
+    the last among them, since a dataset may have a hundred thousand videos; for a file up to 64 KiB all bytes count.
     """
     paths = {
         split: [path for row in rows for medium in row.seen for path in files_of(medium)]
@@ -105,7 +105,7 @@ def files_of(medium: MediaRef) -> tuple[str, ...]:
 
 
 def media_of(rows: Iterable[Example], names: Names) -> set[str]:
-    """The contents that rows are about, as `contents` names them; of a row without media what it asks."""
+    """The contents that rows are about, as `contents` names them; for a row without media, what it asks."""
     found: set[str] = set()
     for row in rows:
         for medium in row.seen:
@@ -116,7 +116,7 @@ def media_of(rows: Iterable[Example], names: Names) -> set[str]:
 
 
 def group_by_content(rows: Sequence[Example], names: Names) -> list[list[Example]]:
-    """Rows that share any media together, in order of first appearance; rows without media by what they ask.
+    """Rows grouped if they share any media, in order of first appearance; rows without media by what they ask.
 
     Args:
         rows: The rows.
@@ -145,20 +145,20 @@ def _print(path: str) -> str:
     try:
         return sampled_digest(Path(path), blocks=4, block=2**14)
     except (OSError, ValueError):
-        return "unreadable"  # which decoding tells
+        return "unreadable"  # decoding will say why
 
 
 def _in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """The results of a function that waits for files, in order."""
+    """The results, in order, of a function that waits for files."""
     parts = [items[start : start + _PART] for start in range(0, len(items), _PART)]
     with ThreadPoolExecutor(_READERS) as pool:
         return [found for part in pool.map(lambda part: list(map(function, part)), parts) for found in part]
 
 
 def _real_and_size(path: str) -> tuple[str, int | None]:
-    """Where a file really is, and its bytes; None where it is no file."""
+    """The real path of a file and its size in bytes; None if it is not a file."""
     try:
-        facts = os.stat(path)  # noqa: PTH116  of a hundred thousand files the paths are not parsed
+        facts = os.stat(path)  # noqa: PTH116  parsing a hundred thousand paths would be slow
         size = facts.st_size if stat.S_ISREG(facts.st_mode) else None
     except (OSError, ValueError):
         size = None

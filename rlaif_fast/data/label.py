@@ -1,4 +1,4 @@
-"""Rows with a model's answers in place of the reference ones: to learn from what another model says."""
+"""Replaces the reference answers of rows by a model's, to learn from what another model says."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlaif_fast.outputs import check_output, write_atomically
 
 
 class Labelled(NamedTuple):
-    """How many rows were written, and how many were left out for which reason."""
+    """How many rows were written, and how many were left out for each reason."""
 
     written: int
     missing: int  # no prediction
@@ -30,22 +30,22 @@ class Labelled(NamedTuple):
 
 
 def label(file: Path, predictions: Path, out: Path) -> Labelled:
-    """Write the rows of `file` that have a prediction, with it as their `answer`.
+    """Write the rows of `file` that have a prediction, with the prediction as their `answer`.
 
-    What describes the reference answer does not go with it: `metadata.form` where the prediction does not match it, and
+    Keys that describe the reference answer are dropped: `metadata.form` if the prediction does not match it, and
     `process` and `solution`, the reasoning before it.
 
     Args:
-        file: JSONL in the native format, one question a row; media are named by `video(s)` and `image(s)`.
+        file: JSONL in the native format, one question per row; media are named by `video(s)` and `image(s)`.
         predictions: What `rlaif_fast.evaluate --output` wrote for the same file.
-        out: JSONL to write; relative media paths are made to start from its folder.
+        out: JSONL to write; relative media paths are rewritten to start from its folder.
 
     Returns:
         Rows written and left out.
 
     Raises:
-        UsageError: A file cannot be read, `out` is one of the two that are read, a row asks more than one question, an
-            id stands twice, no row has a prediction, or a prediction has no row.
+        UsageError: A file cannot be read, `out` is one of the two input files, a row asks more than one question, an
+            id occurs twice, no row has a prediction, or a prediction has no row.
     """
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def label(file: Path, predictions: Path, out: Path) -> Labelled:
 
 
 def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
-    """What the reader calls a row of a file."""
+    """The id that the reader gives a row of a file."""
     try:
         return id_of(row) or f"{file.stem}:{number}"
     except RowError as error:
@@ -107,9 +107,9 @@ def _id(file: Path, number: int, row: Mapping[str, Any]) -> str:
 
 
 def _answered(file: Path, number: int, row: Mapping[str, Any], text: str) -> dict[str, Any] | None:
-    """The row with a prediction as its answer; None where the row has options and the prediction names none.
+    """The row with a prediction as its answer; None if the row has options and the prediction names none.
 
-    The policy was asked for a letter, so one is the option's label, even where it is another option's text.
+    The policy was asked for a letter, so a letter is the option's label, even if it is another option's text.
     """
     try:
         answered = dict(
@@ -134,7 +134,7 @@ def _answered(file: Path, number: int, row: Mapping[str, Any], text: str) -> dic
 
 
 def _fits(row: Mapping[str, Any]) -> bool:
-    """Whether the row's answer matches its `metadata.form`; without one it does."""
+    """Whether the row's answer matches its `metadata.form`, if it has one."""
     metadata = row.get("metadata")
     if not isinstance(metadata, dict) or metadata.get("form") is None:
         return True
@@ -155,7 +155,7 @@ def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _moved(value: Any, source: Path, target: Path) -> Any:
-    """Relative paths from another folder on, in lists and beside the keys of a medium too."""
+    """Relative paths rewritten to start from another folder, also in lists and in the mapping of a medium."""
     if isinstance(value, Mapping):
         moved = {key: _moved(value[key], source, target) for key in value if key in NAMES}
         return {**value, **moved}

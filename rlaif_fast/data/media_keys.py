@@ -1,4 +1,4 @@
-"""Media of a row and of message parts: every key of theirs is used, or refused by name."""
+"""Media of a row and of message parts: each of their keys is used, or refused by name."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ NAMES = {
 
 @dataclass
 class Medium:
-    """A medium before its path is resolved: a file, a folder of frames, or the frames' own files."""
+    """A medium before its path is resolved: a file, a folder of frames, or the files of the frames."""
 
     kind: str  # "video" or "image"
     path: str
     cut: Cut = field(default_factory=Cut)
     frames: tuple[str, ...] = ()
-    # what the file may be called where the path is not known: without its folder, and maybe without its suffix
+    # possible file names if the path is unknown: without folder, and maybe without suffix
     names: tuple[str, ...] = ()
 
 
@@ -44,8 +44,8 @@ def read_cut(values: Mapping[str, Any], kind: str, default: Cut | None = None) -
 
     Args:
         values: A row or a message part.
-        kind: "video" or "image"; of a picture only the bounds on its pixels can be given.
-        default: What holds where a key is absent.
+        kind: "video" or "image"; for a picture only the bounds on its pixels can be given.
+        default: What applies if a key is absent.
 
     Raises:
         RowError: A value is out of range, or two exclude each other.
@@ -89,7 +89,7 @@ def read_medium(value: Any, kind: str, key: str, default: Cut | None = None) -> 
     """A medium given as a path, as a mapping with a path, or (a video) as a list of the paths of its frames.
 
     Raises:
-        RowError: It is none of these, is not a local file, or has a key that is not used.
+        RowError: It is none of these, is not a local file, or has an unused key.
     """
     if isinstance(value, Mapping):
         return _from_mapping(value, kind, key, default)
@@ -144,7 +144,7 @@ def row_media(row: Mapping[str, Any]) -> list[Medium]:
         kind = key.rstrip("s")
         default = row_cut(row, kind)
         if key == "video" and isinstance(value, list) and value and all(map(_is_frame, value)):
-            found.append(read_medium(value, kind, key, default))  # one video as its frames
+            found.append(read_medium(value, kind, key, default))  # one video, given as its frames
             continue
         if key == "videos" and isinstance(value, list) and len(value) > 1 and all(map(_is_still, value)):
             raise RowError(
@@ -156,16 +156,16 @@ def row_media(row: Mapping[str, Any]) -> list[Medium]:
 
 
 def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
-    """What the keys of a row itself say of all its media of one kind."""
+    """What the row's own keys say about all its media of one kind."""
     names = CUT_KEYS if kind == "video" else OF_IMAGES
     return read_cut({key: row.get(key) for key in names}, kind)
 
 
 def refuse_idle_cut(row: Mapping[str, Any], media: Iterable[Medium]) -> None:
-    """Refuse a key of a row that says which part of its media is seen where the row has none that it is for.
+    """Refuse a key that says which part of a row's media is seen, if the row has no media of that kind.
 
     Raises:
-        RowError: With the key.
+        RowError: Names the key.
     """
     kinds = {medium.kind for medium in media}
     for key in CUT_KEYS if "video" not in kinds else ():
@@ -179,5 +179,5 @@ def _is_still(value: Any) -> bool:
 
 
 def _is_frame(value: Any) -> bool:
-    """Whether an item of `video` is a picture: a list of those is one video."""
+    """Whether an item of `video` is a picture: a list of pictures is one video."""
     return isinstance(value, str) and value.casefold().endswith(PICTURE_SUFFIXES)

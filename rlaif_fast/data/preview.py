@@ -1,4 +1,4 @@
-"""A contact sheet: frames of clips and images beside what is asked about them."""
+"""A contact sheet: frames of clips and images beside the questions about them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8, frames: int = 6) -> int:
-    """Draw what the first rows of a dataset see, evenly spread frames of it, with their questions and answers.
+    """Draw evenly spaced frames of what the first rows of a dataset see, with their questions and answers.
 
     Args:
         examples: The rows; those about the same media share a line, those without media are left out.
-        out: Picture to write; the ending names the format.
+        out: Picture to write; its suffix names the format.
         clips: Most lines to draw.
-        frames: Most pictures in one, those of all its media.
+        frames: Most pictures in one line, over all its media.
 
     Returns:
         The number of lines drawn.
@@ -74,7 +74,7 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
 
 
 def _pictures(media: Sequence[MediaRef], most: int) -> list[Tensor]:
-    """At most `most` pictures of the media, in their order: as many of each, and only of the part that is seen."""
+    """At most `most` pictures of the media, in their order: equally many of each, only from the part that is seen."""
     from rlaif_fast.video import FrameSampling, load_medium
 
     each = max(1, most // len(media))

@@ -1,6 +1,6 @@
 """Columns of published datasets that name the video, the options or the answer in their own way.
 
-| dataset        | told by                             | video                     | options and answer          |
+| dataset        | recognised by                       | video                     | options and answer          |
 |----------------|-------------------------------------|---------------------------|-----------------------------|
 | NExT-QA        | `a0` to `a4`                        | `video`                   | `a0`..., the index `answer` |
 | MVBench        | `candidates` (or `choices`)         | `video`                   | `candidates`, text or letter |
@@ -9,7 +9,7 @@
 | MSRVTT-QA      | `video_id`, `category_id`           | `video{video_id}`         | text                        |
 | MSVD-QA        | `video_id`                          | `vid{video_id}`, or as `youtube_mapping.txt` says | text |
 
-The suffix is looked up: .mp4, .avi, .mkv, .webm, .mov, in the folders of `reader.VIDEO_FOLDERS`. The evaluation packs
+The suffixes .mp4, .avi, .mkv, .webm and .mov are tried in the folders of `reader.VIDEO_FOLDERS`. The evaluation packs
 of Video-ChatGPT and Video-LLaVA name the videos of all their datasets by `video_name`.
 """
 
@@ -57,12 +57,12 @@ def _are_texts(value: Any) -> bool:
 
 
 def _present(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a row has: Arrow gives every row the letters of the one with the most."""
+    """The options that a row has: Arrow gives every row the letters of the longest one."""
     return {name: text for name, text in options.items() if text is not None}
 
 
 def _by_index(answer: Any, keys: list[str]) -> Any:
-    """The letter of the option whose key is "a" and the answer."""
+    """The letter of the option whose key is "a" followed by the answer."""
     if answer is None:
         return None
     if f"a{answer}" not in keys:
@@ -72,7 +72,7 @@ def _by_index(answer: Any, keys: list[str]) -> Any:
 
 
 def _in_order(options: Mapping[str, Any]) -> list[Any]:
-    """The options of a mapping from letters (or numbers) to texts, in the order of their names."""
+    """The options of a mapping from letters (or numbers) to texts, in the order of its keys."""
     options = _present(options)
     letters = option_letters(len(options))
     for names in (
@@ -86,7 +86,7 @@ def _in_order(options: Mapping[str, Any]) -> list[Any]:
 
 
 def named_video(row: Row) -> Medium | None:
-    """The video that a row names by an id alone; None where it does not."""
+    """The video that a row names only by an id; None if it does not."""
     names: tuple[str, ...]
     if row.get("videoID"):
         names = (str(row["videoID"]),)
@@ -106,6 +106,6 @@ def named_video(row: Row) -> Medium | None:
 
 
 def youtube_names(mapping: str) -> dict[str, str]:
-    """What the text of MSVD's `youtube_mapping.txt` calls the files of its videos, by their number ("vid12")."""
+    """File names of MSVD's videos from the text of its `youtube_mapping.txt`, by number ("vid12")."""
     pairs = (line.split() for line in mapping.splitlines())
     return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}

@@ -23,23 +23,23 @@ from rlaif_fast.video.refs import Cut, MediaRef
 
 logger = logging.getLogger(__name__)
 
-# as published datasets unpack
+# where published datasets unpack to
 VIDEO_FOLDERS = tuple(
     map(Path, ("", "videos", "video", "data", "YouTubeClips", "videos/all", "all_test", "mp4"))
 )
-_SHOWN = 10  # wrong rows that a message names
+_SHOWN = 10  # most wrong rows that a message names
 
 
 @dataclass
 class ReadReport:
-    """What came out of a file.
+    """Result of reading a file.
 
     Attributes:
         path: The file.
         examples: The usable rows, in order.
         rows: Number of rows, wrong ones included.
         errors: One "file:line: why" for each wrong row.
-        notes: What the user may want to know, but nothing wrong.
+        notes: What the user may want to know, though nothing is wrong.
         formats: Rows by format.
     """
 
@@ -70,17 +70,17 @@ def read_examples(
     """Read a dataset in any of the formats of `converters`, detected per row.
 
     Args:
-        path: A file with one JSON object a line, or with one JSON array; a CSV or parquet file; a `datasets` folder.
+        path: A file with one JSON object per line, or with one JSON array; a CSV or parquet file; a `datasets` folder.
         media_root: Folder that relative paths start from; by default the folder of `path`.
         require_answer: Whether a row without an answer is wrong.
-        check_files: Whether a row is wrong whose video or image is not there.
-        scored: Which part of an answer with `<think>` or `<answer>` blocks is scored: what stands in the last
+        check_files: Whether a row whose video or image is missing is wrong.
+        scored: Which part of an answer with `<think>` or `<answer>` blocks is scored: only the last
             `<answer>` block, or the whole; supervised fine-tuning teaches the whole.
         on_error: "raise" refuses a file with wrong rows and names them; "skip" leaves them out and logs them.
 
     Raises:
         UsageError: The file cannot be read, has no usable row, or has wrong rows and `on_error` is "raise"; or `scored`
-            or `on_error` is none of its values.
+            or `on_error` has an unknown value.
     """
     require(on_error in ("raise", "skip"), "on_error", "raise or skip", on_error)
     report = read_report(
@@ -107,10 +107,10 @@ def read_report(
     check_files: bool = True,
     scored: Literal["answer", "whole"] = "answer",
 ) -> ReadReport:
-    """Read a dataset as `read_examples` does, but return everything there is to say about it.
+    """Read a dataset as `read_examples` does, but return a full report.
 
     Raises:
-        UsageError: The file itself cannot be read, or `scored` is none of its values.
+        UsageError: The file itself cannot be read, or `scored` has an unknown value.
     """
     require(scored in ("answer", "whole"), "scored", "answer or whole", scored)
     path = Path(path).expanduser()
@@ -137,14 +137,14 @@ def read_report(
                 if id_ in lines_of and name == "native" and fields.id is not None:
                     raise RowError(f"id {id_!r} is that of line {lines_of[id_]} too; ids must be unique")
                 if id_ in lines_of:
-                    # a JSON array may have all of its rows on one line
+                    # a JSON array may have all its rows on one line
                     names = (f"{id_}@{line}", f"{id_}@{line}.{report.rows}")
                     id_, renamed = next(new for new in names if new not in lines_of), renamed + 1
                 examples.append(_example(fields, id_, media, f"{path}:{line}"))
         except RowError as error:
             report.errors.append(printable(f"{path}:{line}: {error}"))
             continue
-        except UsageError:  # of a file beside this one: not this row's fault
+        except UsageError:  # from a file beside this one: not this row's fault
             raise
         except Exception as error:  # no row may end a run; an unforeseen error is reported like the others
             report.errors.append(
@@ -163,11 +163,11 @@ def read_report(
 
 
 class MediaFiles:
-    """Resolves the paths of rows, and looks once at each file.
+    """Resolves the paths of rows, and looks at each file only once.
 
     Args:
         root: Folder that relative paths start from.
-        check: Whether each file has to be there and to be read.
+        check: Whether each file must exist and be readable.
     """
 
     def __init__(self, root: Path, check: bool) -> None:
@@ -177,7 +177,7 @@ class MediaFiles:
         self.folders: dict[Path, tuple[str, ...]] = {}  # folder -> the pictures in it
 
     def find(self, names: Sequence[str]) -> str:
-        """The video of the first name that there is one of, in the folder or where published datasets keep them."""
+        """The video of the first name that exists, in the folder or where published datasets keep them."""
         known = [each for name in names for each in (self._youtube.get(name), name) if each]
         tried = [
             folder / f"{name}{suffix}"
@@ -192,7 +192,7 @@ class MediaFiles:
 
     @cached_property
     def _youtube(self) -> dict[str, str]:
-        """The names of MSVD's files by the numbers of its rows."""
+        """The names of MSVD's files, by the numbers in its rows."""
         file = self.root / "youtube_mapping.txt"
         return youtube_names(read_text(file)) if file.is_file() else {}
 
@@ -222,7 +222,7 @@ class MediaFiles:
         return MediaRef(paths[0], medium.kind == "image", medium.cut, paths if medium.frames else ())
 
     def _folder(self, path: Path) -> tuple[str, ...]:
-        """Its pictures, which stand for a video."""
+        """The pictures of a folder that represents a video."""
         if path not in self.folders:
             self.folders[path] = pictures_in(path)
         if not self.folders[path]:
@@ -245,7 +245,7 @@ class MediaFiles:
 
 
 def pictures_in(folder: Path) -> tuple[str, ...]:
-    """The pictures of a folder that stands for a video, in the order of the numbers in their names."""
+    """The pictures of a folder that represents a video, in the order of the numbers in their names."""
     found = [file for file in folder.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
     return tuple(map(str, sorted(found, key=_by_number)))
 
@@ -278,7 +278,7 @@ def _example(fields: Fields, id_: str, media: MediaFiles, source: str) -> Exampl
 
 
 def refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
-    """A row without media is about text alone, unless a key of it looks like a name of media, or holds a file's."""
+    """Refuse a row without media if one of its keys looks like a media key or holds the name of a media file."""
     if any(fields.media for fields in found):
         return
     for key in row:
@@ -294,7 +294,7 @@ def refuse_mistyped_media(row: dict[str, Any], found: list[Fields]) -> None:
 
 
 def _names_media(value: Any) -> bool:
-    """Whether a value is the name of a video or picture, or a list of such."""
+    """Whether a value is the name of a video or picture, or a list of such names."""
     if isinstance(value, list):
         return bool(value) and all(map(_names_media, value))
     return isinstance(value, str) and value.casefold().endswith((*VIDEO_SUFFIXES, *PICTURE_SUFFIXES))

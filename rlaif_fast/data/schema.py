@@ -1,4 +1,4 @@
-"""The dataset row: what is asked about which media. One JSON object a line."""
+"""The dataset row: what is asked about which media. One JSON object per line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def option_letters(count: int) -> list[str]:
 
 
 def lettered(options: Sequence[str], form: str = "{}. {}") -> list[str]:
-    """The options with their labels, as `form` puts the two together."""
+    """The options with their labels, joined by `form`."""
     return [form.format(letter, text) for letter, text in zip(option_letters(len(options)), options)]
 
 
 def named_categories(by_category: Mapping[str, T]) -> Mapping[str, T]:
-    """The categories to show beside the total, which is called "all", so rows that name none are "(none)" there.
+    """The categories to show beside the total. The total is called "all", so rows that name none are "(none)" there.
 
-    Empty where no row names one, since the total says it all.
+    Empty if no row names one, since the total then says it all.
     """
     if by_category.keys() <= {NO_CATEGORY}:
         return {}
@@ -40,7 +40,7 @@ def _letter(index: int) -> str:
 
 
 def index_of_letter(letter: str, count: int) -> int | None:
-    """The place of a label of either case among `count` options; None where it is not one of theirs."""
+    """The index of a label, in either case, among `count` options; None if it is not one of theirs."""
     index = 0
     for character in letter.upper():
         if character not in _ALPHABET:
@@ -56,19 +56,19 @@ class Example:
     Attributes:
         id: Unique within its file.
         question: The question, without the options.
-        answer: The reference answer; None where there is none. For multiple choice the letter, "A" first.
+        answer: The reference answer; None if there is none. For multiple choice the letter, "A" first.
         videos: Paths, resolved against the folder of the dataset file.
         images: Paths, resolved likewise.
         options: The choices of a multiple-choice question, without letters; empty for open questions.
         category: What accuracy is reported by.
         metadata: Whatever else the row carries.
-        system: System prompt, where the row gives one.
+        system: System prompt, if the row gives one.
         source: "file:line", for messages.
-        media: Every medium in the order the prompt shows it; empty where that is `videos`, then `images`, whole.
+        media: Every medium in the order the prompt shows it; empty if that is `videos`, then `images`, uncut.
         layout: The pieces of `question` before, between and after the media, one more than there are media; empty
-            where all media stand before it.
-        asked: The user's turn word for word, options included, where it is not `question` and then `options`.
-        target: What supervised fine-tuning teaches, where that is more than `answer` (reasoning around it).
+            if all media come before it.
+        asked: The user's turn word for word, options included, if it is not `question` and then `options`.
+        target: What supervised fine-tuning teaches, if that is more than `answer` (reasoning around it).
     """
 
     id: str

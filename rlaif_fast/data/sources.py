@@ -20,11 +20,11 @@ from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import CUT_KEYS
 from rlaif_fast.errors import UsageError
 
-MAX_DEPTH = 64  # of lists and objects inside each other
-_CELL_CHARS = 16 << 20  # of a CSV field
+MAX_DEPTH = 64  # of nested lists and objects
+_CELL_CHARS = 16 << 20  # most of a CSV field
 _MARK = b"\xef\xbb\xbf"  # some programs begin UTF-8 with it
 TABLES = (".json", ".csv", ".tsv", ".parquet")
-# a file's name begins with it
+# the beginning of a file name
 _SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -33,9 +33,9 @@ _PACKED = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
 }
-_HALVES = re.compile("[\ud800-\udfff]")  # of characters
+_HALVES = re.compile("[\ud800-\udfff]")  # halves of characters
 _BLANK, _COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
-# Cells that are texts, whatever they look like: an answer may be "[1, 2]".
+# Columns of texts, whatever a cell looks like: an answer may be "[1, 2]".
 _TEXT_CELLS = {"question", "problem", "query", "answer", "solution", "response", "system", "process"}
 
 
@@ -62,17 +62,17 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def answers_of(questions: Path) -> Path | None:
-    """The file with the answers to the questions of another, where there are two: test_a.json beside test_q.json."""
+    """The file with the answers to another file's questions, if there is one: test_a.json beside test_q.json."""
     answers = questions.with_stem(f"{questions.stem.removesuffix('_q')}_a")
     both = questions.stem.endswith("_q") and questions.is_file() and answers.is_file()
     return answers if both else None
 
 
 def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file:line", row); rows after the first of a line have their number too, so that no two share a place.
+    """Yield ("file:line", row); rows after the first on a line also have their number, so that no two share a place.
 
     Raises:
-        UsageError: The file cannot be read, or a row of it is wrong or no JSON object.
+        UsageError: The file cannot be read, or one of its rows is wrong or not a JSON object.
     """
     last, path = 0, path.expanduser()
     for number, (line, row) in enumerate(rows_of(path), 1):
@@ -101,7 +101,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _checked(row: Any) -> Any:
-    """The row, or the `RowError` that says why no file of a run could hold it."""
+    """The row, or a `RowError` that says why no file of a run could hold it."""
     waiting = [(row, 1, "")]
     while waiting:
         value, depth, column = waiting.pop()
@@ -124,7 +124,7 @@ def _checked(row: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that stands beside a dataset.
+    """The text of a file beside a dataset.
 
     Raises:
         UsageError: It cannot be read, or is not UTF-8.
@@ -138,7 +138,7 @@ def read_text(path: Path) -> str:
 
 
 def _answered(questions: Iterator[tuple[int, Any]], file: Path) -> Iterator[tuple[int, Any]]:
-    """The questions with what a second file says of each `question_id`: ActivityNet-QA ships test_q and test_a."""
+    """The questions joined with a second file by `question_id`: ActivityNet-QA ships test_q and test_a."""
     answers: dict[Any, dict[str, Any]] = {}
     for number, row in _json(file):
         name = row.get("question_id") if isinstance(row, dict) else None
@@ -156,7 +156,7 @@ def _answered(questions: Iterator[tuple[int, Any]], file: Path) -> Iterator[tupl
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a JSONL file, of which one line is held at a time, or of one JSON array."""
+    """The rows of a JSONL file, read line by line, or of one JSON array."""
     try:
         with path.open("rb") as file:
             blocks = iter(lambda: file.read(4096), b"")
@@ -178,7 +178,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, RowError(f"not UTF-8 at byte {error.start}")
     except OSError as error:
         raise UsageError(f"{path}: cannot read the dataset: {error.strerror or error}") from error
-    except ValueError as error:  # a path that no file can have
+    except ValueError as error:  # an impossible path
         raise UsageError(f"{path}: cannot read the dataset: {error}") from error
 
 
@@ -191,7 +191,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
     at, line, counted, gap = text.index("[") + 1, 1, 0, _BLANK
     while True:
         before = gap.match(text, at)
-        assert before is not None  # it matches nothing, too
+        assert before is not None  # it also matches the empty string
         at = before.end()
         line, counted = line + text.count("\n", counted, at), at
         if text.startswith("]", at):
@@ -211,7 +211,7 @@ def _array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _guarded(decode: Callable[..., Any], *given: Any) -> Any:
-    """What `decode` makes of a text, or a `RowError` with the reason why it cannot."""
+    """The result of `decode`, or a `RowError` with the reason why it failed."""
     try:
         return decode(*given)
     except json.JSONDecodeError as error:
@@ -220,7 +220,7 @@ def _guarded(decode: Callable[..., Any], *given: Any) -> Any:
         return error
     except RecursionError:
         return RowError(f"nested more than {MAX_DEPTH} deep")
-    except ValueError as error:  # an integer of more digits than Python reads
+    except ValueError as error:  # an integer with more digits than Python reads
         return RowError(f"not JSON that can be read: {str(error)[:80]}")
 
 
@@ -243,12 +243,12 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
     """The rows of a CSV file with a header; a cell that holds a JSON list or object is one, an empty one is absent.
 
-    Other cells, all questions and all answers are texts, but for the seconds, rates and sizes of `media_keys`, which
+    Other cells, all questions and all answers are texts, except the seconds, rates and sizes of `media_keys`, which
     are numbers.
     """
     csv.field_size_limit(_CELL_CHARS)
     try:
-        # Decoded at once: of one that is decoded in blocks, an error has its place in the block alone.
+        # Decoded at once: if decoded in blocks, an error would give only its position within a block.
         lines = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         if reader.fieldnames and len(set(reader.fieldnames)) < len(reader.fieldnames):
@@ -268,7 +268,7 @@ def _csv(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
 
 def _cell(key: str, value: str) -> Any:
     if key in CUT_KEYS:
-        with contextlib.suppress(ValueError):  # what is no number is refused where it is read
+        with contextlib.suppress(ValueError):  # what is not a number is refused when it is read
             return float(value)
     if key not in _TEXT_CELLS and value.lstrip()[:1] in ("[", "{"):
         found = _guarded(_DECODER.decode, value)
@@ -300,7 +300,7 @@ def _parquet(paths: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _arrow_folder(path: Path) -> Iterator[dict[str, Any]]:
-    """A folder of `datasets.Dataset.save_to_disk`, or of parquet files."""
+    """The rows of a `datasets.Dataset.save_to_disk` folder, or of a folder of parquet files."""
     state = path / "state.json"
     if not state.is_file():
         found = [file for file in files_below(path) if file.suffix == ".parquet"]
@@ -329,10 +329,10 @@ def _arrow_folder(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _rows_in(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a part of a table, without the columns that are null in them; all that JSON lacks but bytes as text.
+    """The rows of part of a table, without their null columns; except for bytes, what JSON lacks becomes text.
 
     Raises:
-        ValueError: Two columns have one name, or a value is none of Python's.
+        ValueError: Two columns have the same name, or a value has no Python equivalent.
     """
     names = batch.schema.names
     if len(set(names)) < len(names):

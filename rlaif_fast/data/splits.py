@@ -1,4 +1,4 @@
-"""A folder with a file for each split, and what keeps the splits apart."""
+"""A folder with one file per split, and how the splits are kept apart."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def files_of_splits(folder: Path, elsewhere: Collection[str] = ()) -> dict[str, 
         elsewhere: Splits that are read from another place.
 
     Raises:
-        UsageError: A file has the name of a split and would not be read.
+        UsageError: A file is named after a split but would not be read.
     """
     found = {split: path for split in SPLITS if (path := folder / f"{split}.jsonl").exists()}
     for name, split in (*zip(SPLITS, SPLITS), ("val", "validation"), ("valid", "validation")):
@@ -37,7 +37,7 @@ def files_of_splits(folder: Path, elsewhere: Collection[str] = ()) -> dict[str, 
 
 
 def is_one_table(folder: Path) -> bool:
-    """Whether a folder is one dataset as `datasets` saves it, or of parquet files, and not of a file a split."""
+    """Whether a folder is one dataset, saved by `datasets` or as parquet files, rather than one file per split."""
     if not folder.is_dir() or any(folder.glob("*.jsonl")):
         return False
     if any(folder.glob("*.parquet")) and any((folder / f"{split}.parquet").exists() for split in SPLITS):

@@ -1,4 +1,4 @@
-"""What a dataset holds, and how far one gets without looking at the videos."""
+"""What a dataset holds, and how accurate a policy can be without looking at the videos."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 
 from rlaif_fast.data.schema import NO_CATEGORY, Example
 
-_ENOUGH = 20  # times a question must be asked before its own most frequent answer says anything
+_ENOUGH = 20  # times a question must be asked before its most frequent answer means anything
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ def chance_by_category(
 ) -> dict[str, float]:
     """Accuracy of a policy that reads the question but not the video.
 
-    It always gives the most frequent answer to questions of the same kind (`metadata["kind"]`, where the row
-    has it; what is counted is then the facts that `metadata["form"]` captures), else of the same wording
-    where that is asked at least 20 times, else of the same category.
+    It always gives the most frequent answer to questions of the same kind (`metadata["kind"]`, if the row
+    has it; the facts that `metadata["form"]` captures are then counted), else of the same wording
+    if that is asked at least 20 times, else of the same category.
 
     Args:
         examples: Questions with answers; those without one are left out.
-        reference: Where the policy learns its answers, e.g. the training split. By default `examples`
-            themselves, which gives an upper bound: the policy knows the answers it is tested on.
+        reference: What the policy learns its answers from, e.g. the training split. The default is `examples`
+            itself, which gives an upper bound: the policy knows the answers it is tested on.
 
     Returns:
         Category -> accuracy in [0, 1].
@@ -67,7 +67,7 @@ def chance_by_category(
 
 
 def chance_accuracy(examples: Iterable[Example]) -> float:
-    """`chance_by_category` over all questions, each counted once; 0 where no question has an answer."""
+    """`chance_by_category` over all questions, each counted once; 0 if no question has an answer."""
     tested = [example for example in examples if example.answer is not None]
     sizes = Counter(example.category for example in tested)
     chances = chance_by_category(tested)
@@ -87,7 +87,7 @@ def summarise(examples: Sequence[Example]) -> list[CategorySummary]:
 
 
 def summary_of_all(examples: Sequence[Example]) -> CategorySummary:
-    """The entry of all questions together, of which there is at least one."""
+    """The entry for all questions together; there must be at least one."""
     return _summary(NO_CATEGORY, examples, chance_accuracy(examples))
 
 
@@ -108,7 +108,7 @@ def _wording(example: Example) -> Hashable:
 
 
 def _group(example: Example, asked: Counter[Hashable]) -> Hashable:
-    """Questions of one group get one guess."""
+    """The group of a question; all questions of one group get the same guess."""
     if "kind" in example.metadata:
         return example.category, example.metadata["kind"], len(example.options)
     wording = _wording(example)
@@ -116,7 +116,7 @@ def _group(example: Example, asked: Counter[Hashable]) -> Hashable:
 
 
 def _facts(example: Example) -> Hashable:
-    """The answer without the words that come from the question, where the row says which those are."""
+    """The answer without the words that come from the question, if the row says which those are."""
     assert example.answer is not None
     form = example.metadata.get("form")
     match = re.fullmatch(form, example.answer) if isinstance(form, str) else None

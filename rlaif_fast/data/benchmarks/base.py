@@ -1,4 +1,4 @@
-"""What a benchmark is, and the folder that its files are found in."""
+"""What a benchmark is, and the folder that holds its files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Item:
 
     Attributes:
         example: The question; its `asked` is the prompt as the benchmark's authors put it.
-        groups: What it is reported by beside its category, such as {"duration": "long"}.
-        trouble: Why it cannot be asked; empty where it can. It counts as unanswered.
+        groups: What it is reported by besides its category, such as {"duration": "long"}.
+        trouble: Why it cannot be asked, so that it counts as unanswered; empty if it can be asked.
     """
 
     example: Example
@@ -41,7 +41,7 @@ class Benchmark:
         name: Its name on the command line.
         category: What `Example.category` is called in its tables.
         read: Reads the items from a folder.
-        subtitles: Whether it has some; `read` is then told by `subtitles` whether to show them.
+        subtitles: Whether it has subtitles; `read` then takes `subtitles`, whether to show them.
         in_parts: Whether its answers may have parts, as in files of our own formats; `read` then takes `scored`.
     """
 
@@ -70,11 +70,11 @@ class Folder:
         """The files of the first pattern that finds any, in order.
 
         Raises:
-            UsageError: None does, or a pattern that names one file finds several, which may be of several benchmarks.
+            UsageError: No pattern does, or one that names a single file finds several, maybe of several benchmarks.
         """
         for pattern in patterns:
             if found := self.matching(pattern):
-                own = {file.resolve(): file for file in reversed(found)}  # links to one file are one
+                own = {file.resolve(): file for file in reversed(found)}  # links to one file count once
                 if len(own) > 1 and "*" not in Path(pattern).name:
                     places = ", ".join(str(file.relative_to(self.path)) for file in found)
                     raise UsageError(
@@ -93,11 +93,11 @@ class Folder:
             yield from objects_of(file)
 
     def optional(self, pattern: str) -> Path | None:
-        """The first file that matches, where there is one."""
+        """The first file that matches, if any."""
         return next(iter(self.matching(pattern)), None)
 
     def matching(self, pattern: str) -> list[Path]:
-        """The files whose path below the folder is `pattern`, or behind "**/" ends with it, in order."""
+        """The files whose path below the folder is `pattern`, or after "**/" ends with it, in order."""
         end = pattern.removeprefix("**/")
         depth = None if end != pattern else len(Path(pattern).parts)
         inside = ((path, path.relative_to(self.path)) for path in self._files)
@@ -109,13 +109,13 @@ class Folder:
 
     @cached_property
     def subtitles(self) -> dict[str, Path]:
-        """Every file of subtitles (.srt) below the folder by its name without suffix; of two the first."""
+        """Every subtitle file (.srt) below the folder by its name without suffix; the first of several."""
         return {path.stem: path for path in reversed(self.matching("**/*.srt"))}
 
     @cached_property
     def _videos(self) -> dict[str, list[Path]]:
         """Every video below the folder, and every folder of pictures, by its name without suffix."""
-        found: dict[str, dict[Path, Path]] = {}  # links to one file are one video
+        found: dict[str, dict[Path, Path]] = {}  # links to one file count as one video
         for path in self._files:
             if path.suffix.casefold() in VIDEO_SUFFIXES:
                 found.setdefault(path.stem, {}).setdefault(path.resolve(), path)
@@ -126,18 +126,18 @@ class Folder:
     def video(
         self, *names: str, cut: Cut | None = None, home: str | None = None
     ) -> tuple[MediaRef | None, str]:
-        """The video of the first name that there is one of; else None, and why. Of two, neither is guessed.
+        """The video of the first name that has one; else None, and why. An ambiguous name is not guessed at.
 
         Args:
-            names: Names with or without suffix, or paths below the folder, without which they are found too.
+            names: Names with or without suffix, or paths below the folder; a video elsewhere below it is found too.
             cut: What part of it is seen.
-            home: Of several videos of one name the one is meant that lies in a folder of this name ("star"), or of one
-                that begins with it ("star_480").
+            home: Of several videos of one name, the one in a folder of this name ("star"), or of a name that begins
+                with it ("star_480").
         """
         for name in names:
             direct, own = self.path / name, Path(name)
             stem = own.stem if own.suffix.casefold() in VIDEO_SUFFIXES else own.name
-            # A name that no file system takes is none; Path.is_file raises for it.
+            # A name that no file system takes does not exist; Path.is_file raises for it.
             paths = [direct] if os.path.isfile(direct) else self._videos.get(stem, [])  # noqa: PTH113
             if len(paths) > 1:
                 at_home = [path for path in paths if home and self._lies_in(path, home)]
@@ -182,7 +182,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def index_of(value: Any, count: int) -> int | None:
-    """An index below `count` that a row holds as a number or a text; None where it is none."""
+    """An index below `count` that a row holds as a number or a text; None if it is not one."""
     digits = str(value)
     known = digits.isdecimal() and len(digits) < 10 and int(digits) < count
     return int(digits) if known else None
@@ -192,7 +192,7 @@ def cut_of(row: Mapping[str, Any], where: str) -> Cut:
     """The seconds `start` and `end` of a row.
 
     Raises:
-        UsageError: They are no seconds, or the wrong way round.
+        UsageError: They are not seconds, or in the wrong order.
     """
     try:
         return read_cut({"video_start": row.get("start"), "video_end": row.get("end")}, "video")

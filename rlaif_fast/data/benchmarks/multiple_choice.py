@@ -24,7 +24,7 @@ from rlaif_fast.data.sources import objects_of, read_text
 from rlaif_fast.errors import UsageError
 from rlaif_fast.video.refs import Cut
 
-# As its authors ask (arXiv 2405.21075, "Evaluation Pipeline" of their repository).
+# The authors' prompt (arXiv 2405.21075, "Evaluation Pipeline" of their repository).
 _VIDEOMME = (
     "Select the best answer to the following multiple-choice question based on the video{and_subtitles}. "
     "Respond with only the letter (A, B, C, or D) of the correct option.\n"
@@ -33,7 +33,7 @@ _VIDEOMME = (
 _LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA's, as lmms-eval asks
 _FONT = re.compile(r"<[^>]*>")
 
-# Where the authors keep the videos of a task (`data_list` of their notebook): names of other folders can be the same.
+# Where the authors keep the videos of a task (`data_list` of their notebook): other folders may hold the same names.
 _MVBENCH_HOMES = {
     "action_sequence": "star",
     "action_prediction": "star",
@@ -72,7 +72,7 @@ NEXTQA_TYPES = {
 
 
 def videomme(folder: Folder, subtitles: bool) -> Iterator[Item]:
-    """Video-MME: one row a question, or one a video with its `questions`."""
+    """Video-MME: one row per question, or one per video with its `questions`."""
     for where, row in folder.rows("**/test-*.parquet", "**/*.parquet", "**/*.jsonl", "**/*.json"):
         questions = row.get("questions") or [row]
         if not isinstance(questions, list) or not all(isinstance(each, dict) for each in questions):
@@ -113,7 +113,7 @@ def _subtitle(folder: Folder, name: str) -> str:
         return "No subtitles available"
     text = file.read_text(encoding="utf-8-sig", errors="replace")
     lines = [line for each in text.splitlines() if (line := each.strip())]
-    # Before the times of a subtitle stands its number; any other number is said.
+    # A number before a subtitle's times is its index; any other number is spoken.
     said = (
         line
         for line, after in zip(lines, [*lines[1:], ""])
@@ -147,7 +147,7 @@ def nextqa(folder: Folder) -> Iterator[Item]:
 
 
 def mvbench(folder: Folder) -> Iterator[Item]:
-    """MVBench: a file a task; a row may name seconds, which folders of segments are cut to already."""
+    """MVBench: one file per task; a row may name seconds, to which folders of segments are already cut."""
     for file in folder.files("json/*.json", "**/json/*.json"):
         task = file.stem
         home = _MVBENCH_HOMES.get(task)

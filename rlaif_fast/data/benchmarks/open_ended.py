@@ -55,7 +55,7 @@ def msrvtt_qa(folder: Folder) -> Iterator[Item]:
 
 
 def activitynet_qa(folder: Folder) -> Iterator[Item]:
-    """ActivityNet-QA; the answers stand in a file of their own."""
+    """ActivityNet-QA; the answers are in a separate file."""
     for where, row in folder.rows("**/test_q.json", "**/test-*.parquet", "**/*test*.json"):
         kind = index_of(row.get("type"), len(_ACTIVITYNET_TYPES))
         name = text_of(row, "video_name", where)
@@ -82,8 +82,8 @@ def _brief(folder: Folder, names: list[str], row: dict, where: str, category: st
 def jsonl(folder: Folder, scored: Literal["answer", "whole"]) -> Iterator[Item]:
     """Files of any format of `data.converters`; a row that cannot be read is refused, a missing video is not.
 
-    They are those of the first of five suffixes that there are any of; the log names the others. Answers in a file of
-    their own (`test_a.json` beside `test_q.json`) are read with their questions.
+    Only files of the first of five suffixes that occurs are read; the log names the others. Answers in a separate
+    file (`test_a.json` beside `test_q.json`) are read with their questions.
     """
     files = folder.files(*_TABLES)
     beside = {file for pattern in _TABLES for file in folder.matching(pattern)}.difference(files)
@@ -109,7 +109,7 @@ def jsonl(folder: Folder, scored: Literal["answer", "whole"]) -> Iterator[Item]:
 
 def _find(folder: Folder, medium: MediaRef) -> tuple[MediaRef, str]:
     """The medium where its row says, or else the video of that name below the folder; and what is wrong with it."""
-    # A name that no file system takes is none; Path.exists raises for it.
+    # A name that no file system takes does not exist; Path.exists raises for it.
     gone = [path for path in files_of(medium) if not os.path.exists(path)]  # noqa: PTH110
     if not gone:
         return medium, ""

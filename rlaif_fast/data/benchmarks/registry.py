@@ -1,4 +1,4 @@
-"""The benchmarks by name, and how one is read."""
+"""The benchmarks by name, and how to read one."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def read_benchmark(
         name: One of `BENCHMARKS`.
         folder: Where its files are.
         subtitles: Show what is said in the video, for a benchmark that ships it.
-        limit: The first items alone.
-        scored: Which part of an answer counts where it may have parts, as for `read_examples`.
+        limit: Read only the first items.
+        scored: Which part of an answer counts if it may have parts, as for `read_examples`.
 
     Raises:
-        UsageError: The name is not known, the benchmark has no subtitles, or a file is missing or of another layout.
+        UsageError: The name is unknown, the benchmark has no subtitles, or a file is missing or has another layout.
     """
     if name not in BENCHMARKS:
         raise UsageError(f"benchmark: expected one of {', '.join(BENCHMARKS)}, got {name!r}")

@@ -1,7 +1,7 @@
 """Makes the embedded dataset: short real videos of moving shapes, with questions and answers.
 
-Four splits are drawn from disjoint sets of worlds. Every file is the same to the byte for the same
-configuration and the same versions of the libraries.
+Four splits are drawn from disjoint sets of worlds. The same configuration and library versions give files
+that are identical to the byte.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_data
 # The part of all worlds that each split draws from, by `worlds.share`.
 SPLITS = {"sft": (0.0, 0.4), "rl": (0.4, 0.8), "validation": (0.8, 0.88), "test": (0.88, 1.0)}
 
-_FORMAT = 4  # raise when the same configuration gives other files
+_FORMAT = 4  # increase when the same configuration gives different files
 _MARKER = "dataset.json"
-_CLIPS_AT_ONCE = 16  # that a worker is given
+_CLIPS_AT_ONCE = 16  # given to a worker
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class DatasetPaths:
-    """Where a dataset lies.
+    """Where a dataset is.
 
     Attributes:
         root: Its folder.
@@ -145,7 +145,7 @@ class DatasetPaths:
         rl: JSONL of the RL split.
         validation: JSONL of the validation split.
         test: JSONL of the test split.
-        reused: Whether it was there already.
+        reused: Whether it already existed.
     """
 
     root: Path
@@ -164,9 +164,9 @@ def make_dataset(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> DatasetPaths:
-    """Make the dataset, or find it made.
+    """Make the dataset, or find an existing one.
 
-    The folder appears whole or not at all; several processes may make the same one at once.
+    The folder appears complete or not at all; several processes may make the same one at once.
 
     Args:
         out_dir: Folder to make. A dataset of the same configuration in it is kept and reused.
@@ -178,7 +178,7 @@ def make_dataset(
 
     Raises:
         UsageError: The folder holds something else.
-        RlaifFastError: The files cannot be written, or those that are there are not as they were made.
+        RlaifFastError: The files cannot be written, or existing ones have changed since they were made.
     """
     config = config or SyntheticConfig()
     out = Path(out_dir).absolute()
@@ -189,7 +189,7 @@ def make_dataset(
         temporary.mkdir(parents=True)
         _write_all(temporary, config, workers, progress)
         if out.exists() and (out / _MARKER).exists():
-            shutil.rmtree(out)  # ours, of another configuration, and to be replaced
+            shutil.rmtree(out)  # our own dataset of another configuration, to be replaced
         temporary.rename(out)
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and _reusable(out, config, False):
@@ -206,7 +206,7 @@ def _paths(root: Path, *, reused: bool) -> DatasetPaths:
 
 
 def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
-    """Whether `out` holds the dataset. Raises when it holds something that must not be replaced."""
+    """Whether `out` holds the dataset; raises if it holds something that must not be replaced."""
     if not out.exists():
         return False
     if not out.is_dir():
@@ -236,13 +236,13 @@ def _reusable(out: Path, config: SyntheticConfig, overwrite: bool) -> bool:
 
 
 def _damaged(root: Path, config: SyntheticConfig, marker: Mapping[str, Any]) -> str | None:
-    """A file of rows, or a folder of videos, that is not what the marker says."""
+    """A file of rows, or a folder of videos, that does not match the marker."""
     known, found = marker["files"], _digests(root, config)
     return next((name for name in found if known.get(name) != found[name]), None)
 
 
 def _digests(root: Path, config: SyntheticConfig) -> dict[str, str | None]:
-    """A digest of each file of rows, and one of each folder of videos; None where something is missing."""
+    """A digest of each file of rows, and one of each folder of videos; None if something is missing."""
     found: dict[str, str | None] = {}
     for split in SPLITS:
         videos = [root / _video(config, split, index) for index in range(config.clips(split))]
@@ -273,7 +273,7 @@ def _write_all(
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(workers, context, end_with_parent, (EXIT_CODE,))
             stack.callback(pool.shutdown, cancel_futures=True)
-            # The workers are started here, and do not see a Ctrl-C: it ends the parent, and that ends them.
+            # The workers start here with Ctrl-C blocked: it ends the parent, and the parent ends them.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             made = pool.map(make_clip, clips, chunksize=_CLIPS_AT_ONCE)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""A question in the making: its answer in parts, which can be said rightly, wrongly and as options."""
+"""A question in the making: its answer in parts, which can be stated rightly, wrongly or as options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CATEGORIES = (
 NUMBERS = ("zero", "one", "two", "three", "four")
 LETTERS = "ABCD"
 
-# What a careless annotator takes for something else, again and again: a third of all open answers hold one of these.
+# What a careless annotator consistently mistakes for something else: a third of all open answers hold one of these.
 CONFUSIONS = {
     "blue": "green",
     "triangle": "circle",
@@ -57,9 +57,9 @@ class Domain:
     """The values that one fact of an answer can have.
 
     Attributes:
-        values: As they stand in the answer.
+        values: As written in the answer.
         pattern: Matches exactly the values; its groups capture the facts.
-        options: As they stand in a multiple-choice option.
+        options: As written in a multiple-choice option.
     """
 
     values: tuple[str, ...]
@@ -111,12 +111,12 @@ class Draft:
 
     @property
     def form(self) -> str:
-        """What every well-formed answer matches in full; the groups that took part are its facts."""
+        """A pattern that every well-formed answer matches in full; the groups that matched are its facts."""
         middle = "".join(re.escape(p) if isinstance(p, str) else p.domain.pattern for p in self.facts)
         return (re.escape(self.before) + middle + re.escape(self.after)).replace(r"\ ", " ")
 
     def corrupted(self, rng: random.Random) -> Draft:
-        """The same with one fact replaced by another value of its domain."""
+        """The same draft with one fact replaced by another value of its domain."""
         slots = [index for index, part in enumerate(self.facts) if isinstance(part, Slot)]
         chosen = rng.choice(slots)
         slot = self.facts[chosen]
@@ -127,7 +127,7 @@ class Draft:
 
     @property
     def confused(self) -> str | None:
-        """The answer of an annotator who falls for CONFUSIONS; None where nothing in it is taken for something else."""
+        """The answer of an annotator who makes the CONFUSIONS; None if nothing in it is confusable."""
         facts = "".join(p if isinstance(p, str) else p.value for p in self.facts)
         seen = next((seen for seen in CONFUSIONS if re.search(rf"\b{seen}\b", facts)), None)
         if seen is None:
@@ -137,8 +137,8 @@ class Draft:
     def choices(self, rng: random.Random, count: int) -> tuple[tuple[str, ...], int]:
         """Options for a multiple-choice form, and the index of the right one.
 
-        The wrong ones are drawn evenly from all other values and not near the right one, so that the
-        options do not tell which of them is right.
+        The wrong ones are drawn evenly from all other values, not from those near the right one, so that the
+        options do not give it away.
         """
         right = self._option([p if isinstance(p, str) else p.value for p in self.facts])
         size = 1

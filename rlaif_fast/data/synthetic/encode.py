@@ -52,7 +52,7 @@ def encode_video(
         raise ValueError(f"path: {codec} does not go into a .{suffix} file; use .mp4")
     encoder, options = CODECS[codec]
     rate = Fraction(fps).limit_denominator(1001)
-    # bitexact: no dates, no random identifiers, no library versions in the file
+    # bitexact: no dates, random identifiers or library versions in the file
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = cast(
             Any, container.add_stream(encoder, rate=rate, options={**options, "flags": "+bitexact"})

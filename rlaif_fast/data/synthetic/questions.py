@@ -38,7 +38,7 @@ from rlaif_fast.data.synthetic.worlds import (
 
 
 def drafts(world: World, rng: random.Random) -> list[Draft]:
-    """Draw the questions that a world can be asked, at most one a category."""
+    """Draw the questions to ask about a world, at most one per category."""
     found: dict[str, list[Draft]] = {}
     for draft in _all(_Asker(world, rng)):
         found.setdefault(draft.category, []).append(draft)
@@ -84,7 +84,7 @@ class _Asker:
         return sum(t.shape == self.things[index].shape for t in self.things) == 1
 
     def lone_color(self, index: int) -> bool:
-        """Whether nothing else ever has its colour, nor it another, so that "the red object" names it."""
+        """Whether it keeps its colour and nothing else ever has it, so that "the red object" names it."""
         color = self.things[index].color
         changed = [e for e in self.world.events if e.kind == "change"]
         return sum(t.color == color for t in self.things) == 1 and not any(
@@ -92,13 +92,13 @@ class _Asker:
         )
 
     def noun(self, index: int) -> str | None:
-        """ "red object" or "circle", by the level; None where that is ambiguous."""
+        """ "red object" or "circle", by the level; None if that is ambiguous."""
         if self.by_color:
             return f"{self.things[index].color} object" if self.lone_color(index) else None
         return self.things[index].shape if self.lone_shape(index) else None
 
     def name(self, index: int) -> str | None:
-        """ "the red object" or "the red circle", by the level; "the circle" where its colour changes."""
+        """ "the red object" or "the red circle", by the level; "the circle" if its colour changes."""
         thing = self.things[index]
         if self.by_color or any(e.kind == "change" and e.actor == index for e in self.world.events):
             noun = self.noun(index)
@@ -112,7 +112,7 @@ class _Asker:
         )
 
     def happening(self, event: Event) -> Slot | None:
-        """The event as a fact of an answer; None where its actor cannot be named."""
+        """The event as a fact of an answer; None if its actor cannot be named."""
         if event.kind == "flash":
             return Slot("screen flashes", self.happenings)
         noun = self.noun(event.actor)
@@ -263,7 +263,7 @@ def _about_deeds(ask: _Asker, order: list[int]) -> Iterator[Draft]:
 
 
 def _worth(ask: _Asker, event: Event) -> bool:
-    """Thin out the deeds that happen more often than the others, to keep the answers even."""
+    """Thin out the more frequent deeds, to keep the answers balanced."""
     return event.kind not in ("appear", "vanish") or ask.rng.random() < 0.15
 
 
@@ -307,7 +307,7 @@ def _about_digits(ask: _Asker, order: list[int]) -> Iterator[Draft]:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    """Every token that a question, an answer or an option can hold where no object shows a digit."""
+    """Every token that a question, an answer or an option can hold if no object shows a digit."""
     text = " ".join(
         [
             *SHAPES,
@@ -328,5 +328,5 @@ def _vocabulary() -> tuple[str, ...]:
     return (*sorted(set(TOKEN.findall(text))), *LETTERS)
 
 
-TOKEN = re.compile(r"\w+|[^\w\s]")  # how the texts split: words, and each mark of punctuation
+TOKEN = re.compile(r"\w+|[^\w\s]")  # words, and each punctuation mark
 VOCABULARY: tuple[str, ...] = _vocabulary()

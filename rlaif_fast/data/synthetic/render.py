@@ -26,10 +26,10 @@ RGB = {
 # Moments as fractions of the clip, placed so that 4 or more frames sampled evenly show every change.
 CHANGE_AT = (0.25, 0.5, 0.75)
 FLASH_AT = ((1 / 12, 5 / 12), (5 / 12, 8 / 12), (9 / 12, 1.0))
-_FLASH = 0.6  # how far a flash pulls the picture to white
+_FLASH = 0.6  # how far a flash pulls the picture towards white
 _TRAVEL = 0.25  # length of a move within a quadrant, as a fraction of the frame; twice that into the next
 _SMALL, _LARGE = 0.09, 0.22  # radii between which an object grows and shrinks
-_CELL = 0.24  # of a digit of 3 by 5 cells, as a fraction of the radius of the object that shows it
+_CELL = 0.24  # cell size of a digit of 3 by 5 cells, as a fraction of the radius of the object that shows it
 _GLYPHS = {  # rows of three bits, top first
     "0": (7, 5, 5, 5, 7),
     "1": (2, 6, 2, 2, 7),
@@ -91,7 +91,7 @@ def render(world: World, *, width: int = 64, height: int = 64, num_frames: int =
 
 
 def pose_at(world: World, index: int, moment: float, progress: float) -> Pose:
-    """Where and how an object is.
+    """Position and appearance of an object at a moment.
 
     Args:
         world: The world.
@@ -136,7 +136,7 @@ def _home(thing: Thing) -> tuple[float, float]:
 
 
 def _lasting(event: Event, radius: float, progress: float, long_moves: bool) -> tuple[float, float, float]:
-    """Offset and radius of an object while a lasting event goes on."""
+    """Offset and radius of an object during a lasting event."""
     if event.kind in ("grow", "shrink"):
         part = progress if event.kind == "grow" else 1.0 - progress
         return 0.0, 0.0, _SMALL + (_LARGE - _SMALL) * part

@@ -1,4 +1,4 @@
-"""Worlds: what is in a clip and what happens in it, as symbols. Drawing and asking read nothing else."""
+"""Worlds: what is in a clip and what happens in it, as symbols. Rendering and questions read nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Level:
         radius: Smallest and largest radius, as a fraction of the shorter side.
         noise: Standard deviation of the noise of each frame, in grey levels.
         texture: Contrast of the background, in grey levels.
-        digits: Number of digits in use where objects show one, the first of DIGITS.
+        digits: Number of digits in use if objects show one, the first of DIGITS.
     """
 
     shapes: int
@@ -101,7 +101,7 @@ class Thing:
         quadrant: One of QUADRANTS; where it is at the start.
         radius: Fraction of the shorter side of the frame.
         jitter: Offset of its centre from the centre of the quadrant, as fractions of the frame.
-        digit: One of DIGITS that it shows; "" for none. No part of the story (`World.signature`).
+        digit: One of DIGITS that it shows; "" for none. Not part of the story (`World.signature`).
     """
 
     shape: str
@@ -117,7 +117,7 @@ class Event:
     """Something that happens.
 
     Attributes:
-        kind: What fills the clip ("move", "grow", "shrink", "bounce", "turn", "hit"), or happens at one of TIMES
+        kind: Lasts the whole clip ("move", "grow", "shrink", "bounce", "turn", "hit"), or happens at one of TIMES
             ("appear", "vanish", "change", "flash").
         actor: Index of the object; -1 for the screen.
         time: Index into TIMES; -1 for a lasting event.
@@ -154,7 +154,7 @@ class World:
 
     @property
     def signature(self) -> str:
-        """The world less its name, jitter and order of objects: equal for clips that tell the same story."""
+        """The world without its name, jitter and order of objects: equal for clips that tell the same story."""
         lines = []
         for index, thing in enumerate(self.things):
             deeds = [
@@ -179,20 +179,20 @@ class World:
 
 
 def share(signature: str) -> float:
-    """Map a signature to [0, 1), evenly and for good; splits own disjoint parts of that interval."""
+    """Map a signature to [0, 1), uniformly and permanently; splits own disjoint parts of that interval."""
     digest = hashlib.sha256(signature.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def sample_world(name: str, difficulty: int, interval: tuple[float, float] = (0.0, 1.0)) -> World:
-    """Draw the world that `name` seeds, among those whose `share` lies in `interval`.
+    """Draw the world that `name` seeds, among those whose `share` is in `interval`.
 
     Every choice that a question can ask for is uniform and independent of what the question names.
     """
     rng = random.Random(name)
     count = rng.choice(LEVELS[difficulty].counts)
-    # What happens is drawn first and kept while who it happens to is drawn anew: a split owns only some of
-    # the stories, and refusing whole stories would make some events rarer in it than others.
+    # The events are drawn first and kept while their actors are redrawn: a split owns only some of the
+    # stories, and rejecting whole stories would make some events rarer in it than others.
     for _ in range(_TRIES):
         plan = rng.random()
         for _ in range(_TRIES):
@@ -207,7 +207,7 @@ def sample_world(name: str, difficulty: int, interval: tuple[float, float] = (0.
 
 
 def with_digits(world: World) -> World:
-    """The same world with a digit on each object, no two alike; drawn apart from everything else in it."""
+    """The same world with a different digit on each object, drawn independently of everything else in it."""
     digits = DIGITS[: LEVELS[world.difficulty].digits]
     drawn = random.Random(f"{world.name}/digits").sample(digits, len(world.things))
     things = [dataclasses.replace(thing, digit=digit) for thing, digit in zip(world.things, drawn)]
@@ -236,7 +236,7 @@ def _sample_things(rng: random.Random, difficulty: int, count: int) -> tuple[Thi
 
 
 def _make_way(rng: random.Random, things: tuple[Thing, ...], move: Event) -> tuple[Thing, ...]:
-    """Seat the objects anew, so that the quadrant that the mover goes to is empty."""
+    """Reassign quadrants, so that the one the mover goes to is empty."""
     ends = {"left": "right", "right": "left", "up": "bottom", "down": "top"}[move.direction]
     start = rng.choice([quadrant for quadrant in QUADRANTS if ends in quadrant.split()])
     goal = destination(start, move.direction)
@@ -248,7 +248,7 @@ def _make_way(rng: random.Random, things: tuple[Thing, ...], move: Event) -> tup
 
 
 def destination(quadrant: str, direction: str) -> str:
-    """The quadrant that lies in a direction from another."""
+    """The quadrant next to another in a direction."""
     vertical, horizontal = quadrant.split()
     if direction in ("left", "right"):
         return f"{vertical} {direction}"
@@ -259,7 +259,7 @@ def _sample_events(rng: random.Random, difficulty: int, things: tuple[Thing, ...
     level = LEVELS[difficulty]
     actors = rng.sample(range(len(things)), min(2, len(things)))
     times = rng.sample(range(len(TIMES)), 2)
-    # A lone object has only the flash beside it; it acts at a moment less often, to keep "the flash" rare.
+    # A lone object has only the flash besides it, so it gets a timed event less often, to keep "the flash" rare.
     if rng.random() < (0.6 if len(things) == 1 else 0.4):
         main = _lasting(rng, level, things, actors[0])
         busy = {main.actor, main.target}
@@ -312,7 +312,7 @@ def _timed(
 
 
 def beside(thing: Thing, other: Thing) -> str | None:
-    """How `thing` lies to `other`: "left of", "right of", "above", "below", or None when diagonal."""
+    """Where `thing` is relative to `other`: "left of", "right of", "above", "below", or None if diagonal."""
     (v, h), (ov, oh) = thing.quadrant.split(), other.quadrant.split()
     if v == ov and h != oh:
         return f"{h} of"
