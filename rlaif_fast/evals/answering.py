@@ -1,4 +1,4 @@
-"""How a policy answers: written out greedily, or as the option it holds most likely."""
+"""How a policy answers: generated greedily, or as its most likely option."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def answer(
     max_new_tokens: int,
     max_reasoning_tokens: int | None = None,
 ) -> list[str]:
-    """One answer to each prompt; what has no options is always written out.
+    """One answer to each prompt; a question without options is always answered by generation.
 
     Args:
         policy: The policy.
         encoder: Encodes answers.
-        sampler: Writes answers out.
+        sampler: Generates answers.
         prompts: The prompts.
         how: "generate"; "letter", the letter of highest probability; "likelihood", the letter of the option whose
-            text has the highest mean log-probability a token.
-        max_new_tokens: Most tokens of an answer that is written out.
+            text has the highest mean log-probability per token.
+        max_new_tokens: Most tokens of a generated answer.
         max_reasoning_tokens: See `SamplingParams`.
     """
     answers = [""] * len(prompts)
@@ -58,9 +58,9 @@ def answer(
 def likeliest(
     policy: Policy, encoder: PromptEncoder, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]
 ) -> list[int]:
-    """The place of the text of highest mean log-probability a token, for each prompt; the first of equal ones.
+    """For each prompt, the index of the text with the highest mean log-probability per token; the first on a tie.
 
-    Where the prompt ends inside the reasoning, what closes it stands before every text and is not counted.
+    If the prompt ends inside the reasoning, the closing tokens precede every text and are not counted.
 
     Args:
         policy: The policy.
@@ -68,7 +68,7 @@ def likeliest(
         prompts: N prompts.
         candidates: Texts to choose from, for each prompt.
     """
-    end = -1  # which is no part of a text
+    end = -1  # the end token is not part of a text
     replies = [[encoder.encode_answer(text)[:end] for text in texts] for texts in candidates]
     closing = encoder.closing
     places = []

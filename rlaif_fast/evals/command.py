@@ -1,4 +1,4 @@
-"""`python -m rlaif_fast.evaluate --benchmark NAME`: a published benchmark, its tables and its bars."""
+"""`python -m rlaif_fast.evaluate --benchmark NAME`: a published benchmark, its tables and its bar chart."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     """Answer the benchmark, print its table, and return the folder of the results.
 
     Raises:
-        UsageError: The benchmark's files, the model, the judge or the folder of results are not what they have to be.
-        RlaifFastError: The judge graded not one answer.
+        UsageError: The benchmark's files, the model, the judge or the results folder cannot be used.
+        RlaifFastError: The judge graded no answer at all.
     """
     from rlaif_fast.distributed.launch import RankZeroFirst, launch
     from rlaif_fast.evals.records import EvalFolder, read_records
@@ -80,7 +80,7 @@ def _results(options: EvaluateConfig) -> Path:
 
 
 def _begin(options: EvaluateConfig, items: Sequence[Item], held: contextlib.ExitStack) -> dict[str, Any]:
-    """Make the folder of the results, or see to it that it can be gone on in; `held` keeps others out of it.
+    """Make the results folder, or check that the evaluation can continue there; `held` keeps others out of it.
 
     Returns:
         The settings of the evaluation.
@@ -100,11 +100,11 @@ def _begin(options: EvaluateConfig, items: Sequence[Item], held: contextlib.Exit
 def _conclude(
     options: EvaluateConfig, items: Sequence[Item], before: Sequence[Record] | None, folder: EvalFolder
 ) -> None:
-    """Ask for the grades that are missing, write the tables, and say what came out.
+    """Ask for missing grades, write the tables, and print the results.
 
     Raises:
-        UsageError: Not one question could be answered.
-        RlaifFastError: The judge graded not one answer.
+        UsageError: No question could be answered.
+        RlaifFastError: The judge graded no answer at all.
     """
     from rlaif_fast.data.benchmarks import BENCHMARKS
     from rlaif_fast.evals.grading import make_grader
@@ -145,10 +145,11 @@ def _conclude(
 
 
 def check_read(options: EvaluateConfig, examples: Sequence[Example]) -> None:
-    """Refuse what the command sets and no question of the benchmark reads.
+    """Refuse options that no question of the benchmark uses.
 
     Raises:
-        UsageError: A judge has no open question, `answering` no choice, or `max_completion_length` nothing to write.
+        UsageError: There is no open question for the judge, no multiple choice for `answering`, or nothing to generate
+            for `max_completion_length`.
     """
     open_ended = any(not example.options for example in examples)
     if options.judge is not None and not open_ended:
@@ -167,16 +168,16 @@ def check_read(options: EvaluateConfig, examples: Sequence[Example]) -> None:
 
 
 def settings_of(options: EvaluateConfig, config: TrainConfig) -> dict[str, Any]:
-    """What an answer depends on; an evaluation goes on only where all of it is the same.
+    """What an answer depends on; an evaluation continues only if all of it is unchanged.
 
     Args:
-        options: The command's.
-        config: What `configuration` makes of them; its model's files are read.
+        options: The options of the command.
+        config: Their `configuration`; its model's files are read.
     """
     from rlaif_fast.evals.identity import model_digest
     from rlaif_fast.trainer.scoring import SCORING, rules
 
-    # What was not read in time is asked again.
+    # Left out because items that were not read in time are asked again.
     shown = [name for name in FROM_RUN if name not in ("decode_workers", "decode_timeout")]
     names = (
         "benchmark",
@@ -214,7 +215,7 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any], Sequence[Ite
 
     options, settings, items = work
     assert options.benchmark is not None
-    # A bad file is an unanswered question, however many there are.
+    # A bad file counts as an unanswered question, however many there are.
     config = dataclasses.replace(configuration(options), max_bad_fraction=1.0)
     setup.set_threads(config.threads, world.local_size)
     folder = EvalFolder.open(_results(options), settings) if world.is_main else None
@@ -257,9 +258,9 @@ def _evaluate_in(world, work: tuple[EvaluateConfig, dict[str, Any], Sequence[Ite
 
 
 def _is_right(options: EvaluateConfig, config: TrainConfig, *, reasons: bool) -> IsRight:
-    """The rules that say of a request and an answer whether it is right.
+    """The rules that decide whether an answer to a request is right.
 
-    A letter that was chosen is all of its answer; what was written out may hold more.
+    A chosen letter is the whole answer; a generated answer may contain more.
     """
     from rlaif_fast.trainer.scoring import rules
 

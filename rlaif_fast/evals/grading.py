@@ -14,7 +14,7 @@ from rlaif_fast.oracle.grading import MAX_GRADE, Grade
 from rlaif_fast.oracle.registry import build_oracle
 from rlaif_fast.policy.vocabulary import CLOSES
 
-# Options of a judge that grading does not read: how orders are drawn and fused, and what else than words is shown.
+# Options of a judge that grading does not read: how orders are drawn and fused, and what is shown besides words.
 OF_RANKINGS = (
     *("protocol", "orders", "fusion", "min_confidence", "use_reference", "use_clips", "seed"),
     *("frames_per_clip", "image_size"),
@@ -23,16 +23,16 @@ OF_RANKINGS = (
 
 @runtime_checkable
 class Grader(Protocol):
-    """An oracle that grades answers by itself."""
+    """An oracle that can grade answers itself."""
 
     def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
-        """Grade the one response of each request against its reference answer; None where it could not."""
+        """Grade the one response of each request against its reference answer; None if that failed."""
         ...
 
 
 @dataclass(frozen=True)
 class RankingGrader:
-    """Grades by ranking an answer against the reference answer: right where it is not below it.
+    """Grades by ranking an answer against the reference answer: right if it is not below it.
 
     Attributes:
         oracle: Ranks.
@@ -41,7 +41,7 @@ class RankingGrader:
     oracle: Oracle
 
     def grade(self, requests: Sequence[RankRequest]) -> list[Grade | None]:
-        """See `Grader`; a right answer has 5, another has 0."""
+        """See `Grader`; a right answer scores 5, any other 0."""
         pairs = [replace(r, responses=(r.responses[0], r.reference or "")) for r in requests]
         grades: list[Grade | None] = []
         for ranking in rank_all(self.oracle, pairs):
@@ -54,11 +54,11 @@ class RankingGrader:
 
 
 def stated(text: str, *, reasons: bool) -> str:
-    """What a response says behind its reasoning, "" where it says nothing.
+    """What a response says after its reasoning; "" if it says nothing.
 
     Args:
         text: The response.
-        reasons: Whether the chat template opened the reasoning, so that a response that does not close it says nothing.
+        reasons: Whether the chat template opened the reasoning; a response that does not close it then says nothing.
     """
     return "" if reasons and CLOSES not in text else final_part(text) or ""
 
@@ -66,16 +66,16 @@ def stated(text: str, *, reasons: bool) -> str:
 def grade_answers(
     grader: Grader, answers: Sequence[tuple[Example, str]], *, reasons: bool = False
 ) -> list[Grade | None]:
-    """Grade answers to open questions by their words alone, as published: the frames are not shown.
+    """Grade answers to open questions only by their words, as published: the frames are not shown.
 
     Args:
-        grader: Grades.
-        answers: Questions with the answers to them; of one that reasons, what stands behind the reasoning is graded.
-            One that says nothing there is wrong, and no grader is asked.
+        grader: Grades the answers.
+        answers: Questions with their answers. Only what follows the reasoning, if any, is graded; an answer that says
+            nothing there is wrong, without asking the grader.
         reasons: See `stated`.
 
     Returns:
-        A grade for each, None where there could be none.
+        A grade for each, None if it could not be graded.
     """
     said = [stated(text, reasons=reasons) for _, text in answers]
     grades: list[Grade | None] = [None if text.strip() else Grade(False, 0) for text in said]
@@ -98,10 +98,10 @@ def grade_answers(
 
 
 def make_grader(name: str, options: Mapping[str, Any]) -> Grader:
-    """The grader that an oracle's name and options make.
+    """Build the grader from an oracle's name and options.
 
     Raises:
-        UsageError: An option is of rankings alone, or unknown.
+        UsageError: An option applies only to rankings, or is unknown.
     """
     refuse_options(options, ("cache", "window", "max_invalid_fraction"))
     oracle = build_oracle(name, max_invalid_fraction=None, **options)

@@ -1,4 +1,4 @@
-"""What tells one model, and one question, from another that bears the same name."""
+"""What distinguishes a model, or a question, from another of the same name."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def model_digest(model: str) -> str | None:
-    """What identifies the weights of a model and what feeds them; of LoRA adapters, of their base too.
+    """What identifies the weights of a model and its preprocessing; for LoRA adapters, those of their base too.
 
     Args:
-        model: A folder, whose files are read, or a hub name, which is known by its commit.
+        model: A folder, whose files are read, or a hub name, which is identified by its commit.
 
     Returns:
-        None where the model cannot be found, which loading it says.
+        The digest; None if the model cannot be found, which loading it will report.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -32,7 +32,7 @@ def model_digest(model: str) -> str | None:
 
 
 def _written_digests(folder: Path) -> dict[str, str]:
-    """The digests in a checkpoint's manifest, which `check_weights` has compared with its files."""
+    """The digests in a checkpoint's manifest; `check_weights` has compared them with its files."""
     try:
         files = dict(unseal(folder / MANIFEST)["files"])
     except (Damage, KeyError, TypeError, ValueError):
@@ -41,7 +41,7 @@ def _written_digests(folder: Path) -> dict[str, str]:
 
 
 def asked_digest(example: Example) -> str:
-    """What identifies all that an item asks: its words, options, answer and media, with their cuts and sizes."""
+    """Identifies everything an item asks: its words, options, answer and media, with their cuts and sizes."""
     asked = {
         "question": example.question,
         "asked": example.asked,

@@ -2,7 +2,7 @@
 
     python -m lmms_eval --model rlaif_fast --model_args pretrained=CHECKPOINT,fps=1 --tasks videomme
 
-Also under torchrun or `accelerate launch`: lmms-eval deals its questions out to the processes, a GPU each.
+It also runs under torchrun or `accelerate launch`: lmms-eval distributes its questions over the processes, one per GPU.
 Tested with lmms-eval 0.7.3, which finds it by the entry-point group `lmms_eval.models`.
 """
 
@@ -46,7 +46,7 @@ class RlaifFast(lmms):
         self, pretrained: str, batch_size: int | str = 8, device: str | None = None, **frames: Any
     ) -> None:
         super().__init__()
-        self.accelerator = Accelerator(cpu=device == "cpu")  # makes this process's own GPU the present one
+        self.accelerator = Accelerator(cpu=device == "cpu")  # makes this process's own GPU the current one
         frames.pop("max_batch_size", None)  # lmms-eval passes it to every model
         options = EvaluateConfig(model=pretrained, data="lmms-eval", device=device or "auto", **frames)
         config = configuration(options)
@@ -59,14 +59,14 @@ class RlaifFast(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where lmms-eval gathers what its processes have counted."""
+        """Where lmms-eval gathers the counts of its processes."""
         return self._policy.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request, greedily, as `said` reads it.
 
         Raises:
-            UsageError: A request asks for sampling, shows something but files, or a file cannot be read.
+            UsageError: A request asks for sampling or shows anything but files, or a file cannot be read.
         """
         answers: list[str] = [""] * len(requests)
         by_length: dict[int, list[int]] = {}
@@ -117,10 +117,10 @@ class RlaifFast(lmms):
 
 
 def _positive(name: str, value: int | str) -> int:
-    """A number that lmms-eval may hand on as text.
+    """A number that lmms-eval may pass as text.
 
     Raises:
-        UsageError: It is none, or below 1.
+        UsageError: It is not a number, or below 1.
     """
     try:
         number = int(value)
@@ -131,10 +131,10 @@ def _positive(name: str, value: int | str) -> int:
 
 
 def said(text: str, until: Any, *, reasons: bool) -> str:
-    """What a response says behind its reasoning, cut at the first of the stopping texts of a request.
+    """What a response says after its reasoning, cut at the first stopping text of the request.
 
-    lmms-eval's tasks stop at a blank line unless they say otherwise, which its own models of these families leave out
-    too: an answer may stand behind one.
+    lmms-eval's tasks stop at a blank line by default. Like its own models of these families, this ignores that stop: an
+    answer may follow a blank line.
 
     Args:
         text: The response.
@@ -148,5 +148,5 @@ def said(text: str, until: Any, *, reasons: bool) -> str:
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval finds by the entry point."""
+    """The entry point that lmms-eval finds."""
     return ModelManifest("rlaif_fast", simple_class_path=f"{__name__}.{RlaifFast.__name__}")

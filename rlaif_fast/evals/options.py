@@ -45,7 +45,7 @@ FROM_RUN = (
 class EvaluateConfig:
     """What to evaluate.
 
-    From `media_root` on, null takes the run's value, or without a run what training takes unless told otherwise.
+    From `media_root` on, null takes the run's value, or without a run the default of training.
 
     Attributes:
         run: Folder of a run; its best checkpoint is evaluated, with its configuration.
@@ -55,14 +55,14 @@ class EvaluateConfig:
             answers, tables and bars are written to `output_dir`.
         output_dir: Folder for a benchmark's results; an interrupted evaluation continues there. null is
             `evals/BENCHMARK`.
-        answering: How multiple choice is answered in a benchmark: "generate" writes the answer out, "letter" takes the
-            most likely letter, "likelihood" the option of the most likely text.
+        answering: How multiple choice is answered in a benchmark: "generate" generates the answer, "letter" takes the
+            most likely letter, "likelihood" the option with the most likely text.
         subtitles: Show the model the subtitles of the video (Video-MME).
         judge: Oracle that grades the answers to open questions, yes or no and 0 to 5; null for none.
         judge_options: Options of the judge.
         before: The `items.jsonl` of another evaluation on the same questions, to compare with.
         limit: Answer only the first questions of a benchmark; null takes all.
-        num_processes: Processes that share a benchmark on this machine; under torchrun those that it started.
+        num_processes: Processes that share a benchmark on this machine; under torchrun those that torchrun started.
         blank_frames: Replace every frame by grey, to see what the policy answers without the video.
         output: JSONL file for the predictions; null writes none.
         device: "auto", "cpu", "cuda".
@@ -149,15 +149,15 @@ class EvaluateConfig:
 
 
 def configuration(options: EvaluateConfig, tell: Callable[[str], None] = lambda line: None) -> TrainConfig:
-    """The run's configuration with what the command changes; its `model` is the checkpoint to evaluate.
+    """The run's configuration with the command's changes; its `model` is the checkpoint to evaluate.
 
     Args:
         options: What to evaluate.
-        tell: Gets a line where the run's config.yaml is damaged and a checkpoint's copy is used, or the model is tiny.
+        tell: Gets a line if the run's config.yaml is damaged and a checkpoint's copy is used, or the model is tiny.
 
     Raises:
         UsageError: There is no such run, or its configuration is lost.
-        RlaifFastError: The weights are not as they were written.
+        RlaifFastError: The weights have changed since they were written.
     """
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.folder import RunDir
@@ -191,7 +191,7 @@ def load_checkpoint(config: TrainConfig) -> LoadedModel:
     config = dataclasses.replace(
         config,
         lora_r=0,
-        load_in_4bit=False,  # what is served: adapters merged into the weights as they were before they were packed
+        load_in_4bit=False,  # what is served: adapters merged into the unquantised weights
         lora_alpha=usual.lora_alpha,
         use_rslora=usual.use_rslora,
         lora_dropout=usual.lora_dropout,

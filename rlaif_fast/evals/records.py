@@ -1,4 +1,4 @@
-"""What is kept of each answer, and the folder that an evaluation goes on from."""
+"""What is kept of each answer, and the folder from which an evaluation continues."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rlaif_fast.runs.folder import RunDir
 
 @dataclass(frozen=True)
 class Record:
-    """One item and what came of it.
+    """One item and its result.
 
     Attributes:
-        id: The item's.
+        id: Id of the item.
         video: What it is about; the bootstrap draws whole videos.
         groups: What it is reported by, its category first.
         question: The question.
         answer: The reference answer.
-        prediction: The policy's; None where the item could not be asked, which counts as wrong.
+        prediction: The policy's answer; None if the item could not be asked, which counts as wrong.
         correct: Whether the prediction is right by the rules.
         trouble: Why it could not be asked.
-        pred: A judge's yes or no; None where it gave none, or was not asked.
+        pred: A judge's yes or no; None if it gave none, or was not asked.
         score: A judge's grade, 0 to 5.
-        asked: Digest of all that was asked (see `asked_digest`).
+        asked: Digest of everything that was asked (see `asked_digest`).
     """
 
     id: str
@@ -54,7 +54,7 @@ class EvalFolder:
 
     Attributes:
         path: Where it is.
-        records: What is answered already, by id.
+        records: Answers so far, by id.
     """
 
     path: Path
@@ -62,17 +62,17 @@ class EvalFolder:
 
     @property
     def items(self) -> Path:
-        """One record a line."""
+        """The file with one record per line."""
         return self.path / "items.jsonl"
 
     @classmethod
     def open(cls, path: str | Path, settings: Mapping[str, Any]) -> EvalFolder:
-        """Make the folder, or go on in one of the same settings; a line that was cut off is answered again.
+        """Make the folder, or continue in one with the same settings; an item whose line was cut off is answered again.
 
-        One that holds no answer yet takes other settings.
+        A folder without any answer yet accepts other settings.
 
         Raises:
-            UsageError: It holds an evaluation of other settings, or something else.
+            UsageError: It holds an evaluation with other settings, or something else.
         """
         folder = cls(Path(path).expanduser())
         file = folder.path / "settings.json"
@@ -87,7 +87,7 @@ class EvalFolder:
             return folder
         if file.read_bytes() != text.encode():
             was, now = _settings(file), json.loads(text)
-            if not folder.items.exists():  # it ended before it had an answer, so nothing would be mixed
+            if not folder.items.exists():  # it ended before the first answer, so nothing would be mixed
                 with RunDir(folder.path).lock():
                     write_atomically(file, text)
                 return folder
@@ -100,7 +100,7 @@ class EvalFolder:
         return folder
 
     def refuse_other_questions(self, examples: Iterable[Example]) -> None:
-        """See to it that what is answered already was asked as it would be now; the rest is asked again.
+        """Check that existing answers are to the questions as they are now; those without an answer are asked again.
 
         Raises:
             UsageError: A question, its answer, options or media have changed since.
@@ -131,7 +131,7 @@ class EvalFolder:
         write_atomically(self.items, "".join(json_line(asdict(r)) for r in self.records.values()))
 
     def grade(self, grades: Mapping[str, Grade]) -> None:
-        """Note a judge's grades of answers, by id."""
+        """Record a judge's grades of answers, by id."""
         if not grades:
             return
         for name, grade in grades.items():
@@ -139,7 +139,7 @@ class EvalFolder:
         self._write()
 
     def add(self, records: Sequence[Record]) -> None:
-        """Note some answers."""
+        """Record some answers."""
         self.records.update((record.id, record) for record in records)
         with writing(self.items), self.items.open("a", encoding="utf-8") as lines:
             lines.writelines(json_line(asdict(record)) for record in records)
@@ -156,7 +156,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def scored_otherwise(items: str | Path, settings: Mapping[str, Any]) -> list[str]:
-    """In what of the scoring the evaluation of an `items.jsonl` differs from these settings, where that is known."""
+    """Scoring settings in which the evaluation of an `items.jsonl` differs from these, as far as known."""
     file = Path(items).expanduser().with_name("settings.json")
     was = _settings(file) if file.is_file() else {**settings}
     return [name for name in ("scoring", "rules") if was.get(name) != settings.get(name)]
@@ -167,10 +167,10 @@ def read_records(path: str | Path, *, cut_off: bool = False) -> list[Record]:
 
     Args:
         path: The file.
-        cut_off: Leave out a last line that was not written to its end.
+        cut_off: Leave out a last line that was not completely written.
 
     Raises:
-        UsageError: There is no such file, or it is no list of records.
+        UsageError: There is no such file, or it is not a list of records.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -195,7 +195,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _record(row: Mapping[str, Any]) -> Record:
-    """A record, its values of the types that an evaluation writes."""
+    """A record, with values of the types that an evaluation writes."""
     record = Record(**row)
     texts = (record.id, record.video, record.question, record.trouble, record.asked)
     optional = (record.answer, record.prediction)

@@ -1,4 +1,4 @@
-"""Answers a benchmark chunk by chunk; what is answered is kept, so an interrupted evaluation goes on."""
+"""Answers a benchmark chunk by chunk and keeps the answers, so that an interrupted evaluation can continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlaif_fast.prompts.batches import BatchMaker
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.video.refs import MediaRef
 
-GRADED_AT_ONCE = 64  # answers that a judge has one deadline for, and that are lost where it is interrupted
+GRADED_AT_ONCE = 64  # answers that share a judge's deadline, and whose grades an interruption loses
 
 
 class Answers(Protocol):
@@ -45,16 +45,16 @@ def run_items(
     world: World,
     advance: Callable[[int], None],
 ) -> None:
-    """Answer every item that the folder does not hold yet, and note it there.
+    """Answer every item that is not in the folder yet, and record it there.
 
     Args:
         items: The benchmark.
-        folder: Where answers are kept, in rank 0; the others have none and follow it.
+        folder: Where answers are kept, in rank 0; the other ranks have none and follow it.
         make_batch: Loads and encodes rows; those with bad media are missing from the result.
         answers: Answers prompts.
         category: What the category is called among the groups of a record.
         is_right: Says whether an answer is right.
-        grader: Grades the answers to open questions too; None grades none.
+        grader: Also grades the answers to open questions; None grades none.
         reasons: See `grade_answers`.
         videos_per_step: Videos answered at once, in each process; the next ones are decoded meanwhile.
         world: The processes that share the items.
@@ -78,11 +78,11 @@ def run_items(
 
 
 def grade_rest(items: Sequence[Item], folder: EvalFolder, grader: Grader) -> int:
-    """Ask once more for the grades that a judge did not give, and note them as they come; returns how many it still did
-    not give. One that graded nothing of `GRADED_AT_ONCE` answers is not asked about the rest.
+    """Ask once more for the grades that a judge did not give, and record them as they come; returns how many are still
+    missing. A judge that grades none of `GRADED_AT_ONCE` answers is not asked about the rest.
 
     Args:
-        items: The benchmark, all of it answered.
+        items: The benchmark, fully answered.
         folder: Where the answers are.
         grader: The judge.
     """
@@ -137,7 +137,7 @@ def _answer_chunk(
 
 
 def _readable(items: Sequence[Item]) -> list[Example]:
-    """The questions whose media are there."""
+    """The questions whose media exist."""
     return list({item.example.id: item.example for item in items if not item.trouble}.values())
 
 
@@ -170,7 +170,7 @@ def _video(example: Example) -> str:
 
 
 def _by_video(items: Sequence[Item]) -> list[list[Item]]:
-    """Items about the same video together, so that it is decoded once; those without one stand alone."""
+    """Items grouped by video, so that each is decoded only once; an item without one is a group of its own."""
     groups: dict[object, list[Item]] = {}
     for item in items:
         groups.setdefault(item.example.seen or item.example.id, []).append(item)

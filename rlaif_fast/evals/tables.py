@@ -1,4 +1,4 @@
-"""What an evaluation says: a table in the terminal, CSV, JSON, and bars before and after."""
+"""Results of an evaluation: a table in the terminal, CSV, JSON, and bars before and after."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Line:
     """One line of the table.
 
     Attributes:
-        group: What it is a value of, such as "duration"; "all" for the whole.
+        group: The group that it is a value of, such as "duration"; "all" for the whole.
         value: The value.
         n: Questions.
         unanswered: Those that could not be asked; they count as wrong.
         accuracy: Share of right answers and its 95% interval; answers about one video are not independent.
         judged: Answers that a judge graded.
-        judge_accuracy: Share of those it said yes to; None where it graded none. A question for the judge that could
+        judge_accuracy: Share of those it said yes to; None if it graded none. A question for the judge that could
             not be asked counts as a no.
-        judge_score: Their mean grade, 0 to 5; that of a question that could not be asked is 0.
-        before: Accuracy of another evaluation on the same questions; None where there is none to compare with.
-        change: The difference to it and its paired interval.
+        judge_score: Their mean grade, 0 to 5; a question that could not be asked counts as 0.
+        before: Accuracy of another evaluation on the same questions; None if there is none to compare with.
+        change: The difference from it and its paired interval.
     """
 
     group: str
@@ -55,12 +55,12 @@ def table_of(
     """The lines of the table: the whole, then each value of each group.
 
     Args:
-        records: All of an evaluation.
-        before: All of another one on the same questions.
-        for_judge: Ids of the questions whose answers a judge was to grade.
+        records: All records of an evaluation.
+        before: All records of another one on the same questions.
+        for_judge: Ids of the questions whose answers a judge was meant to grade.
 
     Raises:
-        UsageError: The two are of other questions.
+        UsageError: The two evaluations are on different questions.
     """
     known: Mapping[str, Record] | None = None
     if before is not None:
@@ -77,14 +77,14 @@ def table_of(
 
 
 def refuse_other_questions(before: Sequence[Record], asked: Mapping[str, tuple[str, str | None]]) -> None:
-    """See to it that two evaluations can be compared.
+    """Check that two evaluations can be compared.
 
     Args:
-        before: All of one.
+        before: All records of one.
         asked: (question, reference answer) by id of the other.
 
     Raises:
-        UsageError: The two are of other questions.
+        UsageError: The two evaluations are on different questions.
     """
     known = {record.id: record for record in before}
     if known.keys() != asked.keys():
@@ -207,7 +207,7 @@ def _flat(line: Line) -> dict[str, str | int | float | None]:
 
 
 def draw_bars(axes: Axes, lines: Sequence[Line]) -> None:
-    """Accuracy of each line with its interval, and that of another evaluation beside it where there is one."""
+    """Accuracy of each line with its interval, beside that of another evaluation if there is one."""
     from rlaif_fast.report.figures import AFTER, BEFORE, INK
 
     compared = lines[0].before is not None
@@ -227,7 +227,7 @@ def draw_bars(axes: Axes, lines: Sequence[Line]) -> None:
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     if compared:
         handles = [axes.barh([0], [0], color=color) for color in (BEFORE, AFTER)]
-        # Above the bars, which may reach to the right everywhere.
+        # Above the bars, since any of them may reach the right edge.
         corner = (1.0, 1.0)
         axes.legend(
             handles, ["before", "after"], loc="lower right", bbox_to_anchor=corner, ncols=2, frameon=False
