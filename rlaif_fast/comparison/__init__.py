@@ -1,4 +1,4 @@
-"""Arms that start alike, learn from the same feedback and are measured on the same questions."""
+"""Arms that start from the same policy, learn from the same feedback and are measured on the same questions."""
 
 from rlaif_fast.comparison.plan import Plan, read_plan
 from rlaif_fast.comparison.report import write_report

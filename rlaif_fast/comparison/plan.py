@@ -1,10 +1,10 @@
-"""What a comparison runs: one start a seed, and every arm under every kind of feedback from it.
+"""What a comparison runs: one start per seed, and from it every arm under every kind of feedback.
 
 The file (`configs/compare.yaml` is an example):
 
     output_dir: runs/compare
     common: {...}        keys of `rlaif_fast.train` that all runs share
-    start: {...}         keys of the supervised start alone
+    start: {...}         keys of only the supervised start
     arms:                name -> keys of that arm
       grpo: {algorithm: grpo}
       grpo_rank: {algorithm: grpo_rank, advantage: directed}
@@ -61,7 +61,7 @@ class Job:
     Attributes:
         folder: Its run folder.
         values: Its configuration, keys of `rlaif_fast.train`.
-        after: Folder of the run that has to finish first; None for a start.
+        after: Folder of the run that must finish first; None for a start.
     """
 
     folder: Path
@@ -88,15 +88,15 @@ class Plan:
         return [name for name in given if name not in named]
 
     def start_folder(self, seed: int) -> Path:
-        """Where the supervised start of a seed lies."""
+        """Folder of the supervised start of a seed."""
         return self.output_dir / f"seed-{seed}" / "start"
 
     def arm_folder(self, seed: int, feedback: str, arm: str) -> Path:
-        """Where the run of an arm lies."""
+        """Folder of the run of an arm."""
         return self.output_dir / f"seed-{seed}" / feedback / arm
 
     def jobs(self) -> list[Job]:
-        """Every run that the tables need, each once, starts before what follows them."""
+        """Every run that the tables need, each once, starts before the runs that follow them."""
         found: dict[Path, Job] = {}
         for table in self.tables:
             for seed in table.seeds:
@@ -118,7 +118,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
 
     Args:
         file: The file.
-        output_dir: In place of the one that the file names.
+        output_dir: Replaces the one that the file names.
 
     Raises:
         UsageError: The file cannot be read, or a key, an arm or a kind of feedback is unknown.
@@ -160,7 +160,7 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
 
 
 def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The keys of each section and of its entries ("arms.NAME"), of the types that the trainer reads."""
+    """The keys of each section and of its entries ("arms.NAME"), with the types that the trainer reads."""
     from rlaif_fast.trainer.options import TrainConfig
 
     for section in ("arms", "feedback", "tables"):
@@ -179,7 +179,7 @@ def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _check_name(section: str, name: Any) -> None:
-    """Refuse a name that its runs, or its figure, cannot be stored under."""
+    """Refuse a name under which its runs, or its figure, cannot be stored."""
     usable = isinstance(name, str) and name == Path(name).name and name not in ("", ".", "..")
     if not usable or (section == "feedback" and name == "start"):
         raise UsageError(
@@ -189,9 +189,9 @@ def _check_name(section: str, name: Any) -> None:
 
 
 def _refuse_unread(plan: Plan) -> None:
-    """Refuse what is said of the start, an arm or a kind of feedback and changes nothing there.
+    """Refuse keys of the start, an arm or a kind of feedback that have no effect there.
 
-    What all runs share may hold what only some of them read.
+    The keys that all runs share may include some that only some runs read.
     """
     from rlaif_fast.trainer.unread import unread
 
@@ -209,7 +209,7 @@ def _refuse_unread(plan: Plan) -> None:
 
 
 def _config(section: str, values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of a run; what is wrong with its values is said with the section that it is of."""
+    """The configuration of a run; an error in its values names the section."""
     from rlaif_fast.trainer.options import TrainConfig
 
     try:
@@ -250,7 +250,7 @@ def _tables(tables: Any) -> Iterator[Table]:
 
 
 def _entries(values: Any, where: str, kind: type, words: str) -> tuple[Any, ...]:
-    """The entries of a list, each of a kind that the words name, and each of which stands in it once."""
+    """The entries of a list, all distinct and of the kind that `words` describes."""
     if not isinstance(values, list) or not values:
         raise UsageError(f"config: {where} must be a list of at least one entry, got {values!r}")
     for place, value in enumerate(values):

@@ -17,8 +17,8 @@ Cells = Mapping[tuple[str, str], Cell]
 
 
 def write_report(plan: Plan) -> Path:
-    """Write `comparison.md`, `comparison.json` and a figure a table; what has not finished is said. Returns the
-    first."""
+    """Write `comparison.md`, `comparison.json` and one figure per table, naming what has not finished. Returns the
+    path of the first."""
     plan.output_dir.mkdir(parents=True, exist_ok=True)
     tables = {table.name: read_table(plan, table) for table in plan.tables}
     parts = ["# Comparison\n"]
@@ -38,7 +38,7 @@ def write_report(plan: Plan) -> Path:
 
 
 def describe(table: Table, cells: Cells) -> str:
-    """How many runs and questions stand behind a table, and how to read it."""
+    """How many runs and questions a table rests on, and how to read it."""
     wanted = len(table.seeds) * len(table.arms) * len(table.feedback)
     found = sum(len(cell.outcomes) for cell in cells.values())
     questions = sorted({len(o.correct) for cell in cells.values() for o in cell.outcomes.values()})
@@ -59,7 +59,7 @@ def describe(table: Table, cells: Cells) -> str:
 
 
 def one_seed(table: Table, cells: Cells) -> str:
-    """What an interval of one seed does not cover, with a space before it; "" where there is none."""
+    """What an interval of one seed does not cover, with a leading space; "" if there is none."""
     alone = any(
         len(cell.outcomes.keys() & cells[feedback, table.baseline].outcomes.keys()) == 1
         for (feedback, _), cell in cells.items()
@@ -69,14 +69,14 @@ def one_seed(table: Table, cells: Cells) -> str:
 
 
 def provenance(tables: Mapping[str, Cells]) -> list[str]:
-    """Machine, versions and commit that runs were made with, each that occurs in a line; nothing without a run."""
+    """Machine, versions and commit that runs were made with, a line for each that occurs; nothing without a run."""
     runs = [o for cells in tables.values() for cell in cells.values() for o in cell.outcomes.values()]
     lines = [f"- {made}" for made in sorted({outcome.provenance for outcome in runs})]
     return ["The runs were made with:\n", *lines, ""] if lines else []
 
 
 def missing_questions(cells: Cells) -> list[str]:
-    """Name each run that lacks questions which another of its seed has, with their number."""
+    """Name each run that lacks questions that another run of its seed has, with their number."""
     asked: dict[int, set[str]] = {}
     for cell in cells.values():
         for seed, outcome in cell.outcomes.items():
@@ -90,7 +90,7 @@ def missing_questions(cells: Cells) -> list[str]:
 
 
 def accuracy_table(table: Table, cells: Cells) -> str:
-    """A row an arm, a column a kind of feedback."""
+    """One row per arm, one column per kind of feedback."""
     rows = []
     for arm in table.arms:
         row = [arm]
@@ -136,7 +136,7 @@ def _category_change(cell: Cell, category: str) -> str:
 
 
 def cost_table(table: Table, cells: Cells) -> str:
-    """What each arm used, as the mean over seeds and kinds of feedback."""
+    """What each arm cost, as the mean over seeds and kinds of feedback."""
     rows = []
     for arm in table.arms:
         outcomes = [o for (_, name), cell in cells.items() if name == arm for o in cell.outcomes.values()]
@@ -176,9 +176,9 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def draw_curves(table: Table, cells: Cells, file: Path) -> None:
-    """Draw validation accuracy against sampled tokens and against time, a row a kind of feedback.
+    """Draw validation accuracy against sampled tokens and against time, one row per kind of feedback.
 
-    Strong the mean over the seeds as far as all of them went, faint each seed.
+    A strong line is the mean over the seeds up to the shortest run, a faint line a single seed.
     """
     import matplotlib
 
@@ -207,7 +207,7 @@ def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
                 continue
             steps = min(map(len, curves))
             mean = np.array([curve[:steps] for curve in curves]).mean(0)  # (steps, 4)
-            # A seed that went on behind the shortest is no part of the mean; its own faint line shows it.
+            # Beyond the shortest seed there is no mean; the faint lines show the longer ones.
             singles = [np.array(curve) for curve in curves if len(curves) > 1]
             for points, style in (*((single, {"lw": 0.8, "alpha": 0.3}) for single in singles), (mean, {})):
                 for axis, x in ((row[0], points[:, 1] / 1e3), (row[1], points[:, 2] - points[0, 2])):
@@ -217,7 +217,7 @@ def _draw_curves(table: Table, cells: Cells, file: Path) -> None:
         row[1].set_xlabel("seconds of the RL stage")
         for axis in row:
             axis.grid(alpha=0.3)
-    if lines:  # of all rows: an arm need not have finished in the first
+    if lines:  # from all rows: an arm may not have finished in the first
         arms = [arm for arm in table.arms if arm in lines]
         axes[0][0].legend([lines[arm] for arm in arms], arms, fontsize=8, frameon=False)
     figure.tight_layout()

@@ -1,6 +1,6 @@
 """What the runs of a comparison reached: accuracies by arm, and differences from the baseline with intervals.
 
-An interval is Student's t over the seeds, or the bootstrap of seeds and whole videos where that reaches further. Both
+An interval is Student's t over the seeds, or the bootstrap of seeds and whole videos if that is wider. Both
 arms of a difference share the seeds, the starts and the questions, so it is paired.
 """
 
@@ -28,23 +28,23 @@ from rlaif_fast.runs.folder import RunDir
 class Outcome:
     """One finished run.
 
-    A question is missing where its file could not be read (the run's `quarantine.jsonl` says why) or its answer not
+    A question is missing if its file could not be read (the run's `quarantine.jsonl` says why) or its answer not
     scored.
 
     Attributes:
         correct: Whether each test question was answered right, by question.
-        video: The video of each question; of one without any, the question itself.
+        video: The video of each question; the question itself if it has none.
         category: The category of each question.
-        start: As `correct`, where RL began.
+        start: As `correct`, but at the start of RL.
         curve: (step, sampled tokens, seconds, validation accuracy) of each evaluation of the RL stage; the accuracy
-            is NaN where no validation answer was scored.
-        sampled_tokens: Tokens drawn by the policy. A line of the metrics stands for all steps since the one before
-            (`logging_steps`), here and below.
+            is NaN if no validation answer was scored.
+        sampled_tokens: Tokens sampled by the policy. Here and below, a line of the metrics counts for all steps
+            since the previous line (`logging_steps`).
         oracle_groups: Groups that the oracle was asked to rank.
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
         provenance: Machine, versions and commit, in words.
-        test: Digests of the test rows ("data"), their metadata and their media; what is not known is missing.
+        test: Digests of the test rows ("data"), their metadata and their media; unknown ones are missing.
     """
 
     correct: Mapping[str, bool]
@@ -66,15 +66,15 @@ class Outcome:
 
     @property
     def start_accuracy(self) -> float:
-        """Test accuracy where RL began."""
+        """Test accuracy at the start of RL."""
         return float(np.mean(list(self.start.values())))
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """Read a finished run; None where it has not finished.
+    """Read a finished run; None if it has not finished.
 
     Raises:
-        UsageError: Its records are not what it wrote, or none of its test answers was scored, before RL or after.
+        UsageError: Its records are damaged, or none of its test answers was scored, before RL or after.
     """
     run = RunDir(folder)
     if not run.finished:
@@ -92,7 +92,7 @@ def read_outcome(folder: Path) -> Outcome | None:
     for record in read_jsonl(run.metrics):
         if record["stage"] == "rl":
             steps, step = record["step"] - step, record["step"]
-            sampled = record.get("groups", 0)  # none where no file of the step could be read
+            sampled = record.get("groups", 0)  # none if no file of the step could be read
             tokens += steps * (record.get("completion_length") or 0.0) * sampled * generations
             groups += steps * record.get("oracle/groups", sampled)
         elif record["stage"] == "eval" and record["phase"] == "rl":
@@ -128,9 +128,9 @@ _T = (
 def over_seeds(differences: Sequence[np.ndarray]) -> Interval:
     """Return the mean over seeds and its 95% interval.
 
-    Percentiles of a bootstrap over three seeds hold the truth 75% of the time where seeds differ by more than their
-    questions explain, over five 83%. Student's t holds it 95% of the time there, and knows nothing of the questions.
-    The interval is as wide as both. Of one seed it is the bootstrap's.
+    If seeds differ by more than their questions explain, percentiles of a bootstrap over three seeds cover the truth
+    75% of the time, over five seeds 83%. Student's t covers it 95% of the time, but knows nothing of the questions.
+    The interval covers both. For one seed it is the bootstrap's.
 
     Args:
         differences: For each seed (clusters, 2): the sum of the differences in a cluster, and its number of questions.
@@ -157,7 +157,7 @@ def two_level_bootstrap(differences: Sequence[np.ndarray]) -> Interval:
     totals = np.zeros(RESAMPLES)
     for k, part in enumerate(differences):
         places = np.nonzero(chosen == k)[0]  # one entry for each time that this seed was drawn
-        # Few clusters differ, so they are drawn by kind: how often each kind comes is multinomial.
+        # Few clusters differ, so they are drawn by kind: the count of each kind is multinomial.
         kinds, counts = np.unique(part, axis=0, return_counts=True)
         for some in np.array_split(places, max(1, len(places) * len(kinds) // 2**20)):
             drawn = generator.multinomial(len(part), counts / len(part), size=len(some)) @ kinds
@@ -166,7 +166,7 @@ def two_level_bootstrap(differences: Sequence[np.ndarray]) -> Interval:
 
 
 def difference(arm: Sequence[Outcome], baseline: Sequence[Outcome]) -> Interval:
-    """Return by how much an arm is ahead of the baseline, in accuracy; the two hold the same seeds in one order."""
+    """Return by how much an arm is ahead of the baseline, in accuracy; both hold the same seeds in the same order."""
     return over_seeds([_by_video(one.correct, other.correct, one.video) for one, other in zip(arm, baseline)])
 
 
@@ -178,7 +178,7 @@ def gain(arm: Sequence[Outcome]) -> Interval:
 def _by_video(
     after: Mapping[str, bool], before: Mapping[str, bool], video: Mapping[str, str]
 ) -> np.ndarray:  # (videos, 2)
-    """Sum of the changes and number of the questions of each video, over the questions that both hold."""
+    """Sum of the changes and number of questions of each video, over the questions that both hold."""
     both = [name for name in after if name in before]
     if not both:
         raise UsageError(
@@ -200,7 +200,7 @@ class Cell:
         outcomes: By seed; seeds whose run has not finished are missing.
         gain: What it added to its start.
         ahead: By how much it is ahead of the baseline, over the seeds that both finished; None for the baseline, or
-            where no seed has both.
+            if no seed has both.
     """
 
     outcomes: Mapping[int, Outcome]
@@ -214,7 +214,7 @@ class Cell:
 
 
 def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
-    """Read what a table compares, by feedback and arm; what has not finished on any seed is missing.
+    """Read what a table compares, by feedback and arm; an arm that has finished on no seed is missing.
 
     Raises:
         UsageError: A run's records are damaged, or two runs of a seed were tested on different data.
@@ -250,7 +250,7 @@ def read_table(plan: Plan, table: Table) -> dict[tuple[str, str], Cell]:
 
 
 def _refuse_other_test(runs: Mapping[Path, Outcome]) -> None:
-    """See to it that runs of a seed, by folder, were tested on the same data: their answers are compared one by one."""
+    """Check that runs of a seed, by folder, were tested on the same data: their answers are compared one by one."""
     known: dict[str, tuple[str, Path]] = {}
     for folder, outcome in runs.items():
         for kind, digest in outcome.test.items():

@@ -1,4 +1,4 @@
-"""Runs the jobs of a comparison as processes of their own, several at a time; what is finished is not run again."""
+"""Runs the jobs of a comparison as separate processes, several at a time; finished jobs are not run again."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rlaif_fast.termination import Termination
 from rlaif_fast.yaml_keys import dump, load
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 20.0  # that a stopped run has to save
-# what `--resume` may change and a result depends on
+GRACE_SECONDS = 20.0  # for a stopped run to save
+# options that `--resume` may change and a result depends on
 RESUMABLE = ("max_steps", "learning_rate", "sft_learning_rate", "dtype")
-PLACES = ("output_dir", "sft", "cache_dir")  # keys that say where something lies, not what it is
+PLACES = ("output_dir", "sft", "cache_dir")  # keys that say where something is, not what it is
 
 
 @dataclass
@@ -38,13 +38,13 @@ class _Running:
 
 @dataclass
 class Progress:
-    """How far a comparison is.
+    """Progress of a comparison.
 
     Attributes:
         total: Runs in all.
         done: Runs that finished, now or earlier.
         failed: Folders of runs that failed, with the last line each of them printed.
-        running: Folders of the runs at work.
+        running: Folders of the runs in progress.
     """
 
     total: int
@@ -60,16 +60,16 @@ def run_jobs(
     environment: Callable[[int], dict[str, str]] = lambda slot: {},
     show: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Run what is not finished yet; a run that was cut short goes on from its last checkpoint.
+    """Run what is not finished yet; an interrupted run resumes from its last checkpoint.
 
     Args:
-        jobs: The runs, starts before what follows them.
+        jobs: The runs, starts before the runs that follow them.
         workers: Most runs at a time.
         environment: Variables for the run in a slot (0 to workers - 1), such as the GPU that it may use.
-        show: Called whenever something changed.
+        show: Called after every change.
 
     Returns:
-        The progress at the end. A failed run does not stop the others; what builds on it is not run.
+        The progress at the end. A failed run does not stop the others, but runs that build on it are skipped.
     """
     waiting = [job for job in jobs if not RunDir(job.folder).finished]
     progress = Progress(total=len(jobs), done=len(jobs) - len(waiting))
@@ -103,10 +103,10 @@ def _start_ready(
 
 
 def refuse_changed(jobs: Sequence[Job]) -> None:
-    """See to it that every run that is there was made with the values that the comparison asks for now.
+    """Check that every existing run was made with the values that the comparison now asks for.
 
     Raises:
-        UsageError: One was made with others, or nothing tells with which; the first is named, with its keys.
+        UsageError: A run was made with other or unknown values; the first is named, with its keys.
     """
     for job in jobs:
         if not (RunDir(job.folder).finished or _has_checkpoint(job)):
@@ -136,14 +136,14 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
 
 
 def _resumed_with(job: Job) -> list[str]:
-    """What of a run was changed by a command that resumed it by itself, such as a `max_steps` that it raised."""
+    """Settings that a command changed when it resumed the run on its own, such as a raised `max_steps`."""
     from rlaif_fast.trainer.cached_model import defaults_of
     from rlaif_fast.trainer.options import TrainConfig
 
     try:
         found = yaml.safe_load(RunDir(job.folder).read_config() or "")
     except (yaml.YAMLError, ValueError):
-        return []  # whoever goes on with the run is told of it
+        return []  # resuming the run will report it
     if not isinstance(found, dict):
         return []
     model = job.values.get("model", TrainConfig.model)
@@ -166,7 +166,7 @@ def _has_checkpoint(job: Job) -> bool:
 
 
 def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:
-    """Start one run, or go on with it; what it prints goes to `NAME.log` beside its folder."""
+    """Start or resume one run; its output goes to `NAME.log` beside its folder."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     config = _config_file(job)
     log = job.folder.with_name(f"{job.folder.name}.log")
@@ -188,7 +188,7 @@ def _launch(job: Job, variables: dict[str, str]) -> subprocess.Popen:
 
 
 def _ended(entry: _Running, progress: Progress) -> bool:
-    """Whether a run has ended; notes how."""
+    """Whether a run has ended; records how."""
     code = entry.process.poll()
     if code is None:
         return False
@@ -207,7 +207,7 @@ def _last_line(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _stopping(running: list[_Running]) -> Iterator[None]:
-    """Stop the runs at work when the comparison is stopped: they can be gone on with."""
+    """Stop the running jobs when the comparison is stopped; they can be resumed."""
     try:
         with Termination(0.0).installed():
             yield
@@ -225,7 +225,7 @@ def _stopping(running: list[_Running]) -> Iterator[None]:
 
 
 def check_all_finished(progress: Progress) -> None:
-    """Raise `RlaifFastError` where a run failed, naming each with its reason."""
+    """Raise `RlaifFastError` if any run failed, naming each with its reason."""
     if progress.failed:
         lines = "; ".join(f"{folder}: {reason}" for folder, reason in progress.failed.items())
         raise RlaifFastError(f"{len(progress.failed)} of {progress.total} runs failed: {lines}")

@@ -1,6 +1,6 @@
-"""What several finished runs reached, as Markdown tables.
+"""Results of several finished runs, as Markdown tables.
 
-Runs that differ in nothing but their seed stand in one row, named by the settings in which the rows differ.
+Runs that differ only in their seed share one row, named by the settings in which the rows differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from rlaif_fast.errors import UsageError
 from rlaif_fast.runs.folder import RunDir
 
-# Settings that say where a run goes and what it shows, not what it does.
+# Settings that say where a run is written and what it shows, not what it does.
 NOT_COMPARED = frozenset(
     {
         "cache_dir",
@@ -42,8 +42,8 @@ class Result:
     Attributes:
         name: Folder of the run.
         seed: Its seed.
-        settings: Its configuration, without what is not compared, as text.
-        before: Test accuracy where RL began, in [0, 1].
+        settings: Its configuration as text, without the settings that are not compared.
+        before: Test accuracy at the start of RL, in [0, 1].
         after: Test accuracy at the end.
         by_category: Test accuracy before and after, by category.
         questions: Test questions.
@@ -71,13 +71,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only, by seed."""
+    """Runs that differ only in their seed, by seed."""
 
     label: str
     runs: tuple[Result, ...]
 
     def mean(self, value: Callable[[Result], float]) -> float:
-        """The mean of something over the runs."""
+        """The mean of a value over the runs."""
         return statistics.fmean(value(run) for run in self.runs)
 
     def category_changes(self) -> dict[str, float]:
@@ -131,7 +131,7 @@ def group_results(results: Sequence[Result]) -> list[Group]:
     """Put runs of equal settings together, in the order in which the settings first appear.
 
     Raises:
-        UsageError: Two runs are the same but for where they were written.
+        UsageError: Two runs differ only in where they were written.
     """
     groups: dict[tuple[tuple[str, str], ...], list[Result]] = {}
     for result in results:
@@ -155,7 +155,7 @@ def group_results(results: Sequence[Result]) -> list[Group]:
 
 
 def results_table(groups: Sequence[Group]) -> str:
-    """A row a group: accuracies, gains in points, every seed's gain, and the category that gained least."""
+    """One row per group: accuracies, gains in points, every seed's gain, and the category that gained least."""
     rows = []
     for group in groups:
         name, change = min(group.category_changes().items(), key=lambda item: item[1])
@@ -187,7 +187,7 @@ def results_table(groups: Sequence[Group]) -> str:
 
 
 def category_table(groups: Sequence[Group]) -> str:
-    """A row a category: mean accuracy before and after RL in each group."""
+    """One row per category: mean accuracy before and after RL in each group."""
     categories = sorted({name for group in groups for run in group.runs for name in run.by_category})
     rows = []
     for category in categories:
@@ -212,7 +212,7 @@ def provenance(groups: Sequence[Group]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
+    """A Markdown table; the first column is text, the others are numbers."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""Runs a comparison in front of a person: one progress bar, and one run a GPU or core."""
+"""Runs a comparison interactively: one progress bar, and one run per GPU or core."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TAIL_BYTES = 4096  # of a metrics file, enough for its last line
 
 
 def run_with_bar(plan: Plan, *, workers: int = 0) -> Progress:
-    """Run what is not finished and show how far it is; the report is written anew after every finished run.
+    """Run what is not finished and show progress; the report is rewritten after every finished run.
 
     Args:
         plan: What to run.
-        workers: Runs at a time; 0 is one a GPU, or a core where there is none.
+        workers: Runs at a time; 0 is one per GPU, or per core if there is no GPU.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -70,7 +70,7 @@ def gpu_count() -> int:
 
 
 def last_step(folder: Path) -> float:
-    """The step that a run under way logged last, of its present stage; 0 before the first."""
+    """The last logged step of a run in progress, within its current stage; 0 before the first."""
     file = folder / "metrics.jsonl"
     try:
         with file.open("rb") as stream:
