@@ -1,4 +1,4 @@
-"""The order rows are visited in, and the way from rows to encoded prompts."""
+"""The order in which rows are visited, and how they become encoded prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlaif_fast.video.refs import MediaRef
 
 
 def by_media(examples: Sequence[Example]) -> list[list[Example]]:
-    """Rows about the same media together, in order of first appearance; rows without media stand alone."""
+    """Rows grouped by media, in order of first appearance; each row without media is a group of its own."""
     groups: dict[tuple, list[Example]] = {}
     for example in examples:
         key: tuple = example.seen or (example.id,)
@@ -30,11 +30,11 @@ def by_media(examples: Sequence[Example]) -> list[list[Example]]:
 
 
 class EpochOrder:
-    """A seeded order over items, a fresh permutation each epoch; any step can be asked for, so resuming needs no state.
+    """A seeded order over items, a fresh permutation each epoch; any step can be computed, so resuming needs no state.
 
     Args:
-        items: What is visited.
-        per_step: Items a step; an epoch's last step is filled from the next epoch, nothing is dropped.
+        items: The items to visit.
+        per_step: Items per step; an epoch's last step is filled from the next epoch, nothing is dropped.
         seed: Seed of the permutations.
     """
 
@@ -47,7 +47,7 @@ class EpochOrder:
     def _permutation(self, epoch: int) -> list[int]:
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            # two epochs at most meet in one step
+            # one step spans at most two epochs
             self._epochs = {e: order for e, order in self._epochs.items() if e >= epoch - 1}
             self._epochs[epoch] = torch.randperm(len(self.items), generator=generator).tolist()
         return self._epochs[epoch]
@@ -66,7 +66,7 @@ class EpochOrder:
 
 
 def take_turns(rows: Sequence[Example], most: int, visit: int) -> list[Example]:
-    """At most `most` of the rows, on each visit the next ones in a circle."""
+    """At most `most` of the rows; each visit takes the next ones, wrapping around."""
     if len(rows) <= most:
         return list(rows)
     return [rows[(visit * most + k) % len(rows)] for k in range(most)]
@@ -75,10 +75,10 @@ def take_turns(rows: Sequence[Example], most: int, visit: int) -> list[Example]:
 def cut_by_tokens(
     prompts: Sequence[EncodedPrompt], response_tokens: Sequence[int], max_tokens: int
 ) -> list[slice]:
-    """Cut consecutive prompts into parts of at most `max_tokens`; a longer one is a part of its own.
+    """Cut consecutive prompts into parts of at most `max_tokens`; a longer prompt is a part of its own.
 
     Args:
-        prompts: N prompts; what one begins with in common with the one before it about the same media is not counted.
+        prompts: N prompts; the prefix that one shares with the previous prompt about the same media is not counted.
         response_tokens: (N,) tokens of the responses to each.
         max_tokens: Most tokens of prompts and responses together.
     """
@@ -88,7 +88,7 @@ def cut_by_tokens(
 
 
 def _shared(first: EncodedPrompt, second: EncodedPrompt) -> int:
-    """Tokens that two prompts about the same media begin with."""
+    """Length in tokens of the prefix that two prompts about the same media share."""
     if not first.media or [m.key for m in first.media] != [m.key for m in second.media]:
         return 0
     length = min(len(first.input_ids), len(second.input_ids))
@@ -98,12 +98,12 @@ def _shared(first: EncodedPrompt, second: EncodedPrompt) -> int:
 class BatchMaker:
     """Turns rows into prompts.
 
-    A row whose media cannot be read is left out; the store puts the file into quarantine and counts it.
+    A row whose media cannot be read is left out; the store quarantines the file and counts it.
 
     Args:
         encoder: Encodes prompts for the model.
         store: Loads clips.
-        blank_frames: Replace every frame by grey, the control for what can be answered unseen.
+        blank_frames: Replace every frame by grey, the control for what can be answered without seeing.
     """
 
     def __init__(self, encoder: PromptEncoder, store: ClipStore, *, blank_frames: bool = False) -> None:
@@ -119,7 +119,7 @@ class BatchMaker:
         self.store.close()
 
     def prefetch(self, examples: Sequence[Example]) -> None:
-        """Start decoding the media of rows that will be asked for next."""
+        """Start decoding the media of rows that will be needed next."""
         self._ahead = self._submit(examples)
 
     def __call__(self, examples: Sequence[Example]) -> list[Prompt]:
@@ -137,7 +137,7 @@ class BatchMaker:
         return prompts
 
     def _submit(self, examples: Sequence[Example]) -> dict[MediaRef, Future[Clip]]:
-        """One load for each file, however many rows ask about it; those begun ahead are taken up."""
+        """One load per file, however many rows ask about it; loads already started are reused."""
         wanted = dict.fromkeys(file for example in examples for file in files(example))
         return {file: self._ahead.get(file) or self.store.submit(file) for file in wanted}
 
@@ -148,7 +148,7 @@ def files(example: Example) -> tuple[MediaRef, ...]:
 
 
 def filling_prompt(encoder: PromptEncoder, *, with_media: bool) -> Prompt:
-    """A short prompt for a pass that learns nothing, about a small black clip where `with_media` is set."""
+    """A short prompt for a pass that learns nothing, about a small black clip if `with_media` is set."""
     clips = []
     if with_media:
         spec = encoder.patch_spec
@@ -159,7 +159,7 @@ def filling_prompt(encoder: PromptEncoder, *, with_media: bool) -> Prompt:
 
 
 def blanked(clip: Clip) -> Clip:
-    """The clip with every frame mid-grey, of the same times: what is left to a policy that cannot see."""
+    """The clip with every frame mid-grey at the same times: all that a policy without sight would get."""
     kind = "image" if clip.is_image else f"video:{clip.sample_fps}"
     key = clip_key(f"blank:{kind}", clip.timestamps, tuple(clip.frames.shape))
     return replace(clip, frames=torch.full_like(clip.frames, 128), key=key)

@@ -1,4 +1,4 @@
-"""How a model would be trained, in words, from its folder without the weights."""
+"""Describes how a model would be trained, from its folder but without its weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rlaif_fast.prompts.make import check_encoding, make_encoder
 
 
 def describe_model(model: str) -> list[tuple[str, str]]:
-    """Pairs of a word and what is said of it.
+    """Pairs of a term and its description.
 
     Args:
-        model: A folder, of LoRA adapters too, or a hub name.
+        model: A folder, possibly of LoRA adapters, or a hub name.
 
     Raises:
-        UsageError: The model would be refused, and why.
+        UsageError: The model would be refused; the message says why.
     """
     from transformers import __version__ as version
 

@@ -1,8 +1,8 @@
 """From a dataset row and its clips to the token ids and patches the policy reads.
 
 The text follows the model's own chat template; each media placeholder is then expanded to as many media tokens as the
-vision tower emits, the way the Hugging Face processor of the family does it (`policy/families`). An answer goes behind
-the reasoning where the template leaves the prompt inside it.
+vision tower emits, as the family's Hugging Face processor does it (`policy/families`). If the template leaves the
+prompt inside the reasoning, the answer follows the reasoning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlaif_fast.video.base import Clip
 from rlaif_fast.video.media import Media
 from rlaif_fast.video.refs import Cut
 
-CACHED_IDS_BYTES = 256 << 20  # 8 bytes a token: those of prompts about long videos are 100 kB
+CACHED_IDS_BYTES = 256 << 20  # 8 bytes per token: a prompt about a long video takes 100 kB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +50,16 @@ def question_text(example: Example) -> str:
 
 
 def with_options(text: str, options: Sequence[str]) -> str:
-    """`text`, then the options with their letters, one a line."""
+    """`text`, then the options with their letters, one per line."""
     if not options:
         return text
     return "\n".join([text, *lettered(options)] if text else lettered(options))
 
 
 def markup_of(tokenizer) -> set[str]:
-    """Every token that the tokenizer reads as one mark: special ones, and those of roles, tools and media it has added.
+    """Every token that the tokenizer reads as a mark: special tokens, and added ones for roles, tools and media.
 
-    Added tokens that are plain words are words.
+    Added tokens that are plain words are not marks.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if getattr(token, "special", False)} | set(
@@ -92,15 +92,15 @@ class PromptEncoder:
         model_type: `config.model_type` of the model.
         patch_spec: Patch sizes and normalisation of its vision tower.
         pixels: Bounds on the media's size.
-        system_prompt: Used as it is where the row brings none; None leaves the system turn to the template.
-        cache_bytes: Budget for patches kept, so that questions about a clip, and later epochs, share one preprocessing.
-        device: Where patches are made and stay; None for where the frames are.
-        dtype: Of the patches.
+        system_prompt: Used as it is if the row has none; None leaves the system turn to the template.
+        cache_bytes: Budget for cached patches, so that questions about a clip, and later epochs, share preprocessing.
+        device: Where patches are made and kept; None for the device of the frames.
+        dtype: Dtype of the patches.
         patchify: Backend that makes them: "auto", "triton", "torch" or "reference".
 
     Raises:
-        UsageError: The family is not in the table, or `system_prompt` holds a mark of the tokenizer that is not one of
-            reasoning.
+        UsageError: The family is not in the table, or `system_prompt` holds a mark of the tokenizer other than those
+            of reasoning.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class PromptEncoder:
         )
         marks = markup_of(tokenizer)
         self._markup = _any_of(marks)
-        # An answer may reason; a question may not put reasoning into the policy's mouth.
+        # An answer may contain reasoning; a question must not put any into the policy's mouth.
         self._markup_in_answers = _any_of(marks - THINKING)
         mark = self._markup_in_answers.search(system_prompt or "")
         if mark is not None:
@@ -145,7 +145,7 @@ class PromptEncoder:
 
     @cached_property
     def reasons(self) -> bool:
-        """Whether the template leaves a prompt inside the reasoning, which an answer then has to close."""
+        """Whether the template leaves a prompt inside the reasoning, so that an answer must close it."""
         messages = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
         return ends_in_reasoning(
             self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -241,10 +241,10 @@ class PromptEncoder:
         return torch.tensor(ids, dtype=torch.int64)
 
     def encode_answer(self, answer: str) -> list[int]:
-        """Token ids of an answer, the token that ends it last.
+        """Token ids of an answer, its end token last.
 
-        Behind a prompt that ends inside the reasoning, an answer without reasoning closes it first; one that brings
-        its own, with what opens it or as such a model writes it, is neither opened nor closed twice.
+        After a prompt that ends inside the reasoning, an answer without reasoning first closes it. An answer with its
+        own reasoning, whether or not it includes the opening mark, is neither opened nor closed twice.
         """
         text = self._plain(answer, answer=True)
         if self.reasons:
@@ -262,11 +262,11 @@ class PromptEncoder:
 
     @cached_property
     def closing(self) -> list[int]:
-        """The tokens that an answer without reasoning begins with, which close what the template opened; else none."""
+        """The tokens with which an answer without reasoning closes what the template opened; empty if nothing."""
         return self.encode_answer("")[:-1]
 
     def closed(self, prompt: Prompt) -> Prompt:
-        """A prompt that its template left inside the reasoning, behind it: for one who has to answer at once."""
+        """The prompt with any reasoning that its template left open closed, so that the answer follows at once."""
         length, more = len(prompt.input_ids), len(self.closing)
         if not more:
             return prompt
@@ -304,6 +304,6 @@ class PromptEncoder:
     def _plain(self, text: str, *, answer: bool = False) -> str:
         """`text` without the tokenizer's marks: a question or an answer is data, never markup."""
         marks = self._markup_in_answers if answer else self._markup
-        while marks.search(text):  # taking one mark away can put another together
+        while marks.search(text):  # removing one mark can form another
             text = marks.sub(" ", text)
         return text

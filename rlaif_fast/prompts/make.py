@@ -1,4 +1,4 @@
-"""The encoder of a model, and one prompt through it before any weight is read."""
+"""Makes the encoder of a model, and tries one prompt before any weights are read."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def make_encoder(
     """The encoder for a model: by the table of families, or through its own processor.
 
     Args:
-        loaded: The model, or what stands in front of it.
+        loaded: The model, or only its frontend.
         pixels: Bounds on the media's size.
         system_prompt: As for `PromptEncoder`.
-        **patches: `device`, `dtype` and `patchify` of `PromptEncoder`; a model's own processor has no use for them.
+        **patches: `device`, `dtype` and `patchify` of `PromptEncoder`; a model's own processor ignores them.
     """
     model_type = loaded.model_type if isinstance(loaded, LoadedModel) else loaded.config.model_type
     if loaded.processor is not None:
@@ -49,10 +49,10 @@ def trial_clip() -> Clip:
 
 
 def check_encoding(frontend: Frontend, system_prompt: str | None = None) -> int:
-    """Encode a question about a generated clip; returns the prompt's tokens.
+    """Encode a question about a generated clip; returns the number of tokens in the prompt.
 
     Raises:
-        UsageError: Template, tokenizer or processor do not lay out a video as the model needs it.
+        UsageError: Template, tokenizer or processor do not lay out a video as the model needs.
     """
     spec, config = frontend.patch_spec, frontend.config
     side = spec.factor

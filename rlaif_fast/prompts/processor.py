@@ -1,4 +1,4 @@
-"""Prompts of a model that is not in the table of families: its own Hugging Face processor makes them."""
+"""Prompts of a model outside the table of families, made by its own Hugging Face processor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ProcessorEncoder(PromptEncoder):
         processor: The model's processor, with a tokenizer and a chat template.
         model_type: `config.model_type` of the model.
         pixels: Bounds on the frames that the processor gets.
-        system_prompt: Used where the row brings none.
+        system_prompt: Used if the row has none.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class ProcessorEncoder(PromptEncoder):
 
 
 def _metadata(clip: Clip) -> Any:
-    """What a processor is told of a video: its frames are those of a film with a frame each millisecond, so that the
-    times that it writes are theirs."""
+    """Metadata for a processor: the frames come from a video with one frame per millisecond, so that the processor
+    writes their actual times."""
     from transformers.video_utils import VideoMetadata
 
     return VideoMetadata(
