@@ -148,8 +148,7 @@ def check_read(options: EvaluateConfig, examples: Sequence[Example]) -> None:
     """Refuse options that no question of the benchmark uses.
 
     Raises:
-        UsageError: There is no open question for the judge, no multiple choice for `answering`, or nothing to generate
-            for `max_completion_length`.
+        UsageError: No open question for the judge, no choice for `answering`, or no text for `max_completion_length`.
     """
     open_ended = any(not example.options for example in examples)
     if options.judge is not None and not open_ended:
