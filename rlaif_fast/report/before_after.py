@@ -24,10 +24,10 @@ class Comparison:
 
     Attributes:
         total: All questions.
-        by_category: Each category, the largest gain first; none where no row has one.
+        by_category: Each category, the largest gain first; none if no row has one.
         fixed: Questions answered wrong before and right after.
         broken: Questions answered right before and wrong after.
-        clips: Videos that the questions are about; 0 where the predictions do not say.
+        clips: Number of videos that the questions are about; 0 if the predictions do not say.
     """
 
     total: Score
@@ -38,18 +38,18 @@ class Comparison:
 
     @property
     def drawn(self) -> tuple[Score, ...]:
-        """What the figures show: all questions, then the categories, of many those with the most questions."""
+        """What the figures show: all questions, then the categories, only those with the most questions if many."""
         chosen = {score.name for score in most_asked(sorted(self.by_category, key=lambda score: score.name))}
         return (self.total, *(score for score in self.by_category if score.name in chosen))
 
     @property
     def left_out(self) -> str:
-        """What the figures leave out, to be added to their titles; "" where they show every category."""
+        """What the figures leave out, to be added to their titles; "" if they show every category."""
         return left_out(self.by_category)
 
 
 def compare_predictions(run_dir: RunDir) -> Comparison | None:
-    """Compare the test predictions made before and after RL; None until both are there and can be scored."""
+    """Compare the test predictions made before and after RL; None until both exist and can be scored."""
     pairs = scored_pairs(run_dir)
     if not pairs:
         return None
@@ -64,7 +64,7 @@ def compare_predictions(run_dir: RunDir) -> Comparison | None:
 
 
 def scored_pairs(run_dir: RunDir) -> list[Pair]:
-    """The test predictions before and after RL of each question that was answered both times and can be scored."""
+    """Test predictions before and after RL, for each question that was answered both times and can be scored."""
     before, after = (
         {
             row["example_id"]: row

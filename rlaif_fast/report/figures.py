@@ -1,7 +1,7 @@
 """The figures of a run report, drawn once for two uses: PNG files, and SVG that follows the page's theme.
 
-Every colour in a figure is one of `COLORS`; in the SVG each becomes the CSS variable of its name, so that the
-page decides what it looks like on a light or a dark background.
+Every colour in a figure is one of `COLORS`; in the SVG each becomes the CSS variable of that name, so that the
+page decides how it looks on a light or a dark background.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlaif_fast.report.stats import Interval
 from rlaif_fast.report.style import AFTER, BEFORE, COLORS, INK, MUTED, STYLE, THIRD, drawing
 
 PNG_DPI = 160
-WIDE, HALF, NARROW = 900, 640, 340  # pixels that a figure is drawn for
+WIDE, HALF, NARROW = 900, 640, 340  # figure widths in pixels
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Curve:
         label: Its name in the legend.
         steps: (n,) steps.
         values: (n,) values; gaps are left out.
-        low: (n,) lower end of the interval of each point, where there is one.
+        low: (n,) lower end of the interval of each point, if any.
         high: (n,) upper end.
     """
 
@@ -57,8 +57,8 @@ class Panel:
         xlabel: What a step is.
         points: Whether the values are few and exact, so that each is marked; else they are smoothed.
         percent: Whether the values are shares.
-        marked_step: A step to point out, that of the checkpoint that was kept.
-        wide: Whether it takes the place of two panels.
+        marked_step: A step to point out, that of the kept checkpoint.
+        wide: Whether it takes the space of two panels.
     """
 
     title: str
@@ -97,7 +97,7 @@ Draw = Callable[[Axes], None]
 
 def to_svg(draw: Draw, width: int, height: int, label: str) -> str:
     """Draw one figure as an SVG element that scales with the page and takes its colours from it."""
-    salt = f"{label} {width}"  # the names inside must differ from those of every other figure on the page
+    salt = f"{label} {width}"  # ids inside must differ from those of every other figure on the page
     with drawing({**STYLE, "svg.hashsalt": salt}):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained", facecolor="none")
         axes = figure.subplots()
@@ -122,10 +122,10 @@ def to_png(path: Path, draws: Sequence[tuple[str, Draw]], size: tuple[int, int],
     """Save titled figures side by side as one PNG.
 
     Args:
-        path: Where to.
-        draws: A title and a figure each.
-        size: Width and height of one of them, in pixels at 72 dpi.
-        columns: How many stand in a row.
+        path: File to write.
+        draws: (title, figure) pairs.
+        size: Width and height of one figure, in pixels at 72 dpi.
+        columns: Figures per row.
     """
     rows = -(-len(draws) // columns)
     with drawing(STYLE):
@@ -201,12 +201,12 @@ def headline(score: Score) -> Draw:
 
 
 def categories(scores: Sequence[Score], *, narrow: bool = False) -> Draw:
-    """Accuracy by category before and after, the first row standing for all of them."""
+    """Accuracy by category before and after; the first row is all of them together."""
 
     def draw(axes: Axes) -> None:
         top = len(scores) - 1
         for index, score in enumerate(scores):
-            y = top - index + (0.35 if index == 0 else 0)  # the first row stands apart
+            y = top - index + (0.35 if index == 0 else 0)  # the first row is set apart
             for shift, interval, color in ((0.16, score.before, BEFORE), (-0.16, score.after, AFTER)):
                 span = [interval.low, interval.high]
                 axes.plot(span, [y + shift] * 2, color=color, lw=4.5, alpha=0.28, solid_capstyle="round")
@@ -298,7 +298,7 @@ def learning_curve(panel: Panel) -> Draw:
         if panel.marked_step is not None:
             axes.axvline(panel.marked_step, color=MUTED, lw=1, ls=(0, (3, 3)))
             steps = panel.curves[0].steps
-            early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # the word goes where room is
+            early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # put the label where there is room
             axes.annotate(
                 "kept",
                 (panel.marked_step, 0.02),
@@ -335,7 +335,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def shortened(name: str, length: int) -> str:
-    """A name that leaves room for the figure beside it."""
+    """A name cut so that the figure beside it has room."""
     return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
@@ -345,7 +345,7 @@ def points(share: float, digits: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration as people say it."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -356,7 +356,7 @@ def duration(seconds: float) -> str:
 
 
 def _chance(axes: Axes, x: float, low: float, high: float) -> None:
-    """A dashed mark at the level of guessing, from one height to another."""
+    """A dashed mark at the level of guessing, from `low` to `high`."""
     axes.plot([x, x], [low, high], color=MUTED, lw=1.1, ls=(0, (2, 2)), zorder=1)
 
 

@@ -32,15 +32,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class Row:
-    """One response of a group, or several that are the same in everything.
+    """One response of a group, or several identical ones.
 
     Attributes:
         text: The response.
         count: How often it was sampled.
-        oracle: Place in the oracle's order, 1 is best; None where it was not judged.
+        oracle: Place in the oracle's order, 1 is best; None if it was not judged.
         policy: Place in the policy's own order.
-        advantage: What GRPO_rank gave it.
-        strength: |advantage| over the largest of the gallery, in [0, 1].
+        advantage: Its GRPO_rank advantage.
+        strength: |advantage| over the largest in the gallery, in [0, 1].
         oracle_share: 1 for the best place of the group, 0 for the last.
     """
 
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the policy answered at one phase: greedily, and in a sampled group."""
+    """What the policy answered in one phase: greedily, and in a sampled group."""
 
     title: str
     greedy: str | None
@@ -69,11 +69,11 @@ class Card:
     """One clip of the gallery with its question.
 
     Attributes:
-        category: Of the question.
-        question: As it was asked.
+        category: Category of the question.
+        question: The question as asked.
         options: "A. text", for multiple choice.
         answer: The reference answer.
-        frames: The strip; empty where the file cannot be read.
+        frames: The strip; empty if the file cannot be read.
         problem: Why there is no strip.
         answers: Before and after RL.
     """
@@ -88,7 +88,7 @@ class Card:
 
 
 def gallery(run_dir: RunDir) -> list[Card]:
-    """The test clips that the run recorded samples of, in its order."""
+    """The test clips for which the run recorded samples, in its order."""
     by_example: dict[str, dict[str, Mapping[str, Any]]] = {}
     for record in read_jsonl(run_dir.samples):
         by_example.setdefault(record["example_id"], {})[record["phase"]] = record
@@ -162,7 +162,7 @@ def _rows(record: Mapping[str, Any], largest: float) -> tuple[Row, ...]:
 
 
 def places(ranks: Sequence[float | None]) -> list[int | None]:
-    """Turn ranks, of which only the order counts, into places: 1 is best, equal ranks share a place."""
+    """Turn ranks into places; only their order counts. 1 is best, equal ranks share a place."""
     known = [rank for rank in ranks if rank is not None]
     return [None if rank is None else 1 + sum(other < rank for other in known) for rank in ranks]
 
@@ -193,6 +193,6 @@ def _png_uri(pixels: np.ndarray) -> str:
 
 
 def media_of(record: Mapping[str, Any]) -> str:
-    """The first clip of a record; "" where there is none."""
+    """The first clip of a record; "" if there is none."""
     video = record.get("video") or ""
     return video if isinstance(video, str) else str(video[0])

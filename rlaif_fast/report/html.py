@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, made from what the run directory holds.
+"""The report of a run: one self-contained HTML file, made from the contents of the run directory.
 
 `python -m rlaif_fast.report.html RUN_DIR` makes it again. Responses, questions and names come from models
 and datasets: the template escapes them, and the page forbids scripts and loading anything.
@@ -70,7 +70,7 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
 
 
 def _written_config(run_dir: RunDir) -> Mapping[str, Any]:
-    """The configuration of a run that has not finished; empty where it cannot be read."""
+    """The configuration of a run that has not finished; empty if it cannot be read."""
     try:
         found = yaml.safe_load(run_dir.read_config() or "")
     except (yaml.YAMLError, ValueError):
@@ -79,7 +79,7 @@ def _written_config(run_dir: RunDir) -> Mapping[str, Any]:
 
 
 def _facts(run_dir: RunDir, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was run, on what and for how long, as far as it is known."""
+    """What was run, on what and for how long, as far as known."""
     facts = []
     if "win_rate" in summary:
         facts.append(("test answers ranked above the start's, ties half", f"{summary['win_rate']:.1%}"))
@@ -123,7 +123,7 @@ def _svg(draw: Callable[[bool], Draw], label: str, wide_size: tuple[int, int], n
 
 
 def _svg_figures(comparison: Comparison | None, seconds: Mapping[str, float]) -> dict[str, Markup]:
-    """The figures that stand alone, by name; what there is no data for is missing."""
+    """The standalone figures, by name; those without data are missing."""
     found = {}
     if comparison is not None:
         total, scores = comparison.total, comparison.drawn
@@ -161,7 +161,7 @@ def _panel_svg(panel: Panel) -> Markup:
 def _write_pngs(
     folder: Path, comparison: Comparison | None, panels: Sequence[Panel], seconds: Mapping[str, float]
 ) -> None:
-    for name in ("curves", "time", "overview", "headline", "categories"):  # of an earlier report
+    for name in ("curves", "time", "overview", "headline", "categories"):  # from an earlier report
         (folder / f"{name}.png").unlink(missing_ok=True)
     curves = [(panel.title, figures.learning_curve(panel)) for panel in panels]
     if curves:

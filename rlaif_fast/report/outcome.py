@@ -1,4 +1,4 @@
-"""What a run says and leaves: notes, predictions, samples for the gallery, the report, the summary."""
+"""What a run prints and writes: notes, predictions, samples for the gallery, the report, the summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlaif_fast.trainer.run import Run
 
 
 def describe(run: Run) -> None:
-    """Say in a few lines what is about to run."""
+    """Print in a few lines what is about to run."""
     parameters = sum(p.numel() for p in run.policy.model.parameters())
     trained = sum(p.numel() for p in run.policy.model.parameters() if p.requires_grad)
     data, config = run.data, run.config
@@ -46,7 +46,7 @@ def describe(run: Run) -> None:
 
 
 def notes_on_data(run: Run) -> list[str]:
-    """What a reader of the report has to know about the data."""
+    """What a reader of the report must know about the data."""
     taught = run.data.sft if run.config.sft != "none" else []
     corrupted = sum(bool(row.metadata.get("corrupted")) for row in taught)
     notes = []
@@ -98,7 +98,7 @@ def write_predictions(run_dir: RunDir, phase: str, result: EvalResult, run: Run)
 
 def write_samples(run_dir: RunDir, phase: str, run: Run) -> None:
     """samples.jsonl: what the policy samples for a few test clips, with the oracle's ranks, for the gallery."""
-    with run.policy.gathered():  # by all processes
+    with run.policy.gathered():  # all processes take part
         if run.world.is_main:
             _write_samples(run_dir, phase, run)
 
@@ -128,8 +128,8 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
     Args:
         run: The run.
         run_dir: Its folder.
-        notes: What a reader has to know.
-        others_rss_bytes: The most memory that the other processes of the run have held.
+        notes: What a reader must know.
+        others_rss_bytes: Peak memory of the run's other processes.
     """
     config, logger = run.config, run.logger
 
@@ -156,16 +156,16 @@ def finish(run: Run, run_dir: RunDir, notes: Sequence[str], others_rss_bytes: in
         with logger.timer("report"):
             path = write_report(run_dir, summary=summary)
         logger.message(f"report: {path}")
-    summary |= used()  # with what the report took
+    summary |= used()  # now including the report
     run_dir.write_summary(summary)
     print_result(summary, logger)
 
 
 def accuracy_summary(run_dir: RunDir) -> dict:
-    """Accuracy on the test split before and after RL, in all and by category, from the predictions on disk.
+    """Accuracy on the test split before and after RL, in total and by category, from the predictions on disk.
 
-    Only questions count that were answered both times and can be scored, as in the report; where there are none, the
-    accuracy is None. `win_rate` is there where the final answers were ranked against those before RL.
+    As in the report, only questions that were answered both times and can be scored count; if there are none, the
+    accuracy is None. `win_rate` is included if the final answers were ranked against those before RL.
     """
     pairs = scored_pairs(run_dir)
     wins = [row["win"] for row in read_jsonl(run_dir.predictions("final")) if "win" in row]
@@ -188,7 +188,7 @@ def _shares(pairs: Sequence[Pair]) -> tuple[float, float]:
 
 
 def notes_on_answers(run_dir: RunDir, asked: int) -> list[str]:
-    """What a reader has to know about the answers to the test questions, of which so many were asked."""
+    """What a reader must know about the answers to the `asked` test questions."""
     before, after = (
         {row["example_id"] for row in read_jsonl(run_dir.predictions(phase))} for phase in ("sft", "final")
     )
@@ -201,7 +201,7 @@ def notes_on_answers(run_dir: RunDir, asked: int) -> list[str]:
 
 
 def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
-    """The figures of the run, by category."""
+    """Print the results of the run, by category."""
     if "win_rate" in summary:
         logger.message(
             f"test answers that the oracle ranks above those before RL, ties half: {summary['win_rate']:.3f}"
@@ -212,7 +212,7 @@ def print_result(summary: dict, logger: RunLogger | SilentLogger) -> None:
 
 
 def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
-    """Test accuracy before and after RL, by category."""
+    """Print test accuracy before and after RL, by category."""
     by_category = summary["by_category"]
     width = max(map(len, ["held-out accuracy", *by_category]))
     logger.message(f"{'held-out accuracy':<{width}}  {'before RL':>9}  {'after RL':>8}  {'n':>5}")
@@ -225,7 +225,7 @@ def print_accuracies(summary: dict, logger: RunLogger | SilentLogger) -> None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with "+" where it has changes; None outside a checkout."""
+    """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -243,7 +243,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that the results depend on."""
     found = {"python": platform.python_version()}
     for name in ("rlaif-fast", "torch", "transformers", "triton", "av", "numpy"):
         try:

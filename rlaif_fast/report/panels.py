@@ -1,4 +1,4 @@
-"""The curves of a run: what was logged, as panels."""
+"""The curves of a run: its logged metrics as panels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlaif_fast.report.stats import wilson_interval
 
 
 class _Scalars(NamedTuple):
-    """A panel of what a stage logs at its steps.
+    """A panel of scalars that a stage logs at its steps.
 
     Attributes:
         title: What is shown.
@@ -60,7 +60,7 @@ OF_ORACLE = _Scalars(
     "no frames.",
     {"oracle/length_tau": "length", "oracle/reference_tau": "reference", "oracle/blind_tau": "blind"},
 )
-# It is the reference, and looks at no frame: both other taus are 1 by design.
+# This oracle is the reference and looks at no frames: both other taus are 1 by design.
 OF_REFERENCE_ORACLE = _Scalars(
     "Does the oracle favour long answers?", "Kendall tau of its ranks with length.", {"oracle/length_tau": ""}
 )
@@ -111,7 +111,7 @@ def learning_panels(
 
 
 def _curve(metrics: Iterable[Mapping[str, Any]], stage: str, key: str, label: str) -> Curve | None:
-    """A scalar over the steps of its stage, the last word on a step; None where it has fewer than two."""
+    """A scalar over the steps of its stage, the last value logged for each; None if there are fewer than two."""
     values = {
         line["step"]: line[key] for line in metrics if line["stage"] == stage and _is_number(line.get(key))
     }
@@ -122,14 +122,14 @@ def _curve(metrics: Iterable[Mapping[str, Any]], stage: str, key: str, label: st
 
 
 def _best_step(curve: Curve | None, metric: str) -> int | None:
-    """The step of the checkpoint that was kept; of equals the first."""
+    """The step of the checkpoint that was kept; the first on a tie."""
     if curve is None:
         return None
     return int(curve.steps[-1 if metric == "none" else np.argmax(curve.values)])
 
 
 def _evaluations(metrics: Iterable[Mapping[str, Any]], key: str) -> dict[int, Mapping[str, Any]]:
-    """The evaluations on validation in the RL stage that have a figure, by step."""
+    """The validation results of the RL stage that have a value for `key`, by step."""
     return {
         line["step"]: line
         for line in metrics
@@ -139,7 +139,7 @@ def _evaluations(metrics: Iterable[Mapping[str, Any]], key: str) -> dict[int, Ma
 
 
 def _win_rate_curve(metrics: Iterable[Mapping[str, Any]]) -> Curve | None:
-    """Validation win rate by RL step, from the start on, which ties with itself; only where it is the metric."""
+    """Validation win rate by RL step, beginning with the start, which ties with itself; only if it is the metric."""
     found = _evaluations(metrics, "win_rate")
     if not found:
         return None

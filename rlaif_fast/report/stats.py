@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is: intervals for a share, and for a difference on the same examples."""
+"""How certain a measured accuracy is: intervals for a share, and for a difference on the same examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 CONFIDENCE = 0.95  # of the intervals
 RESAMPLES = 10_000  # of a bootstrap
-MAX_DRAWN = 2**20  # indices of the bootstrap held in memory at once
+MAX_DRAWN = 2**20  # bootstrap indices held in memory at once
 MAX_ROWS = 40  # of a figure; a thousand take minutes and gigabytes to draw, and nobody reads them
 
 
@@ -26,7 +26,7 @@ class Interval:
 
     @property
     def is_point(self) -> bool:
-        """Whether the ends meet: a bootstrap of examples that all changed alike, or of one video, tells nothing."""
+        """Whether both ends coincide: a bootstrap of examples that all changed alike, or of one video, says nothing."""
         return self.low == self.high
 
 
@@ -53,13 +53,13 @@ def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> Int
 
 
 def share_interval(right: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
-    """Return the share of right answers and its 95% interval, where answers about one video are not independent.
+    """Return the share of right answers and its 95% interval, allowing for dependence between answers about one video.
 
-    It is Wilson's of as many independent answers as would vary as much. Where every answer is right, or none, nothing
-    tells how far those of a video agree, and each video counts as one.
+    It is Wilson's interval for the number of independent answers with the same variance. If all answers are right, or
+    all wrong, nothing shows how far those of a video agree, and each video counts as one answer.
 
     Args:
-        right: 1 or 0 of each example, at least one; between them for a tie.
+        right: 1 or 0 for each example, at least one; between them for a tie.
         clusters: What each example belongs to, such as its video.
 
     Source: L. Kish, "Survey sampling", 1965 (the design effect); E. L. Korn and B. I. Graubard, "Confidence intervals
@@ -74,7 +74,7 @@ def share_interval(right: Sequence[float], clusters: Sequence[Hashable]) -> Inte
     independent = float(videos)
     if videos > 1 and 0 < share < 1:
         between = ((sums - share * sizes) ** 2).sum() * videos / (videos - 1)
-        within = n * share * (1 - share) * n / (n - 1)  # what it is of independent answers
+        within = n * share * (1 - share) * n / (n - 1)  # expected if answers were independent
         independent = min(n, n * within / between) if between > 0 else n
     return _wilson(share, independent, CONFIDENCE)
 
@@ -101,7 +101,7 @@ def paired_bootstrap(
         after: Score of the same examples, in the same order.
         clusters: What each example belongs to, such as its video: questions about one video are not
             independent, so whole videos are drawn. None draws examples.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if change.ndim != 1 or change.size == 0:
@@ -118,7 +118,7 @@ def paired_bootstrap(
 
 
 def _numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:  # (n,)
-    """The number of the cluster of each of n examples, in the order in which the clusters come."""
+    """The cluster index of each of n examples; clusters are numbered as they first appear."""
     if len(clusters) != n:
         raise ValueError(f"clusters: expected {n} entries, got {len(clusters)}")
     number: dict[Hashable, int] = {}
@@ -126,7 +126,7 @@ def _numbered(clusters: Sequence[Hashable], n: int) -> np.ndarray:  # (n,)
 
 
 def percentile_interval(mean: float, draws: np.ndarray) -> Interval:
-    """Return the interval of a mean between the percentiles of what a bootstrap has drawn (RESAMPLES,)."""
+    """Return the interval of a mean between percentiles of its bootstrap draws (RESAMPLES,)."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(mean, float(low), float(high))
@@ -143,14 +143,14 @@ Row = TypeVar("Row", bound=Asked)
 
 
 def most_asked(rows: Sequence[Row]) -> list[Row]:
-    """What a figure shows of its rows, in their order: all, or the `MAX_ROWS` with the most questions.
+    """The rows that a figure shows, in their order: all, or the `MAX_ROWS` with the most questions.
 
-    Of rows with as many questions the first ones are shown, so what comes first must not say how well they did.
+    Among rows with equally many questions the first are shown, so their order must not depend on how well they did.
     """
     chosen = heapq.nlargest(MAX_ROWS, range(len(rows)), key=lambda place: rows[place].n)
     return [rows[place] for place in sorted(chosen)]
 
 
 def left_out(rows: Sequence[Asked], what: str = "categories") -> str:
-    """What `most_asked` leaves out, to be added to a title; "" where it is nothing."""
+    """What `most_asked` leaves out, to be added to a title; "" if nothing."""
     return f", the {MAX_ROWS} of {len(rows):,} {what} with the most questions" if len(rows) > MAX_ROWS else ""

@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "legend.labelcolor": INK,
     "svg.fonttype": "none",
 }
-# For what DejaVu Sans lacks: the first of these that the machine has and that knows the character.
+# Fallbacks for DejaVu Sans: the first of these that is installed and has the character is used.
 FURTHER_FONTS = (
     *(
         "Noto Sans CJK SC",
@@ -57,16 +57,16 @@ FURTHER_FONTS = (
 
 @contextmanager
 def drawing(style: dict[Any, Any]) -> Iterator[None]:
-    """A block that draws and saves figures whose names are of a dataset, in any script.
+    """A block that draws and saves figures with names from a dataset, in any script.
 
-    A character that no font of the machine has is a box in a PNG; in an SVG the reader's fonts show it.
+    A character that no installed font has is a box in a PNG; in an SVG the reader's fonts show it.
 
     Args:
-        style: Settings of matplotlib.
+        style: Matplotlib settings.
     """
     installed = {font.name for font in fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in FURTHER_FONTS if name in installed)]
-    # A dollar sign in a name is a dollar sign.
+    # A dollar sign in a name must not start a formula.
     with (
         matplotlib.rc_context({**style, "font.family": families, "text.parse_math": False}),
         warnings.catch_warnings(),
