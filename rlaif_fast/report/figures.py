@@ -298,7 +298,7 @@ def learning_curve(panel: Panel) -> Draw:
         if panel.marked_step is not None:
             axes.axvline(panel.marked_step, color=MUTED, lw=1, ls=(0, (3, 3)))
             steps = panel.curves[0].steps
-            early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # put the label where there is room
+            early = panel.marked_step - steps[0] < (steps[-1] - steps[0]) / 2  # label where there is room
             axes.annotate(
                 "kept",
                 (panel.marked_step, 0.02),
