@@ -219,7 +219,7 @@ def _square(x: Plane, y: Plane, radius: float) -> Plane:
 
 
 def _triangle(x: Plane, y: Plane, radius: float) -> Plane:
-    y = y - np.float32(0.2 * radius)  # its centre of mass lies below the middle of its height
+    y = y - np.float32(0.2 * radius)  # its centre of mass is below the middle of its height
     sides = np.abs(x) * np.float32(math.cos(math.pi / 6)) - y * np.float32(0.5)
     return np.maximum(sides, y) - np.float32(0.6 * radius)
 
