@@ -157,7 +157,7 @@ def unpack(data: bytes, encoding: str) -> bytes:
             raise Fault(
                 "malformed_body", f"the reply has the content encoding {name[:40]!r}, which was not asked for"
             )
-        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib and gzip, told by the header
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib or gzip, by the header
         try:
             data = unpacker.decompress(data, MAX_BODY_BYTES + 1)
         except zlib.error:
