@@ -18,17 +18,17 @@ Drawn = list[tuple[str, list[tuple[list[int], list[float]]]]]
 
 
 class RolloutAhead:
-    """The rollouts that are drawn or have been, of two steps at most.
+    """Rollouts in progress or drawn, for at most two steps.
 
-    Step t learns from what the weights drew that step t - 1 began with; step 0 from what its own drew.
+    Step t learns from responses drawn with the weights at the beginning of step t - 1; step 0 from those of its own.
 
     Args:
-        sampler: One that draws elsewhere.
-        policy: Whose weights it is given.
-        num_generations: Responses a prompt.
-        ask: What a step asks in this process: its prompts, perhaps none, and how they are answered.
+        sampler: A sampler that draws outside this process.
+        policy: The policy whose weights the sampler gets.
+        num_generations: Responses per prompt.
+        ask: Returns what this process asks in a step: its prompts, if any, and how to answer them.
         steps: Steps of the stage.
-        drawn: Of a checkpoint: what its next step learns from.
+        drawn: From a checkpoint: the responses its next step learns from.
 
     Raises:
         UsageError: The sampler draws in this process.
@@ -54,7 +54,7 @@ class RolloutAhead:
         self._begun: dict[int, Begun[Prompt] | None] = {}
 
     def begin(self, step: int) -> Begun[Prompt] | None:
-        """The rollout of a step, begun with the present weights where it was not yet; None where it asks nothing."""
+        """The rollout of a step, started with the present weights unless it already was; None if it asks nothing."""
         if step not in self._begun and step < self._steps:
             prompts, params = self._ask(step)
             known, self._drawn = self._drawn, None
@@ -70,22 +70,22 @@ class RolloutAhead:
         return self._begun.get(step)
 
     def finish(self, begun: Begun[Prompt], features: MediaFeatures | None) -> Rollout:
-        """What was begun, once it is drawn; see `SamplerElsewhere`."""
+        """Wait for what was begun and return it; see `SamplerElsewhere`."""
         return self._sampler.finish(begun, features)
 
     def drawn(
         self, step: int, world: World, *, alone: bool = False, note: Callable[[str], None] = lambda line: None
     ) -> Drawn:
-        """What a checkpoint before `step` keeps, once it is drawn; nothing of a process where that failed.
+        """What a checkpoint before `step` keeps, once drawn. A process whose drawing failed contributes nothing.
 
         Args:
             step: The step that learns from it.
             world: The processes whose parts are gathered.
-            alone: Do without the others, of which one is gone.
-            note: Told where a part is missing.
+            alone: Do without the other processes, because one of them is gone.
+            note: Told if a part is missing.
         """
         if self._drawn is not None:
-            return self._drawn  # of the checkpoint before, behind which no process has asked anything
+            return self._drawn  # from the checkpoint resumed from; no process has asked anything since
         mine = self._drawn_here(step)
         parts = [mine] if alone else world.gather(mine)
         if step < self._steps and (None in parts or len(parts) < world.size):
@@ -95,7 +95,7 @@ class RolloutAhead:
         return [group for part in parts for group in part or ()]
 
     def _drawn_here(self, step: int) -> Drawn | None:
-        """None where the drawing failed."""
+        """This process's part; None if the drawing failed."""
         begun = self._begun.get(step)
         if begun is None:
             return []
@@ -109,7 +109,7 @@ class RolloutAhead:
 
 
 def _answers_to(prompts: Sequence[Prompt], drawn: Drawn) -> Future[list[list[Answer]]] | None:
-    """The kept answers to some prompts; None where one has none."""
+    """The kept answers to these prompts; None if a prompt has none."""
     by_id: dict[str, list[list[Answer]]] = {}
     for example_id, group in drawn:
         by_id.setdefault(example_id, []).append([Answer(tokens, logps) for tokens, logps in group])

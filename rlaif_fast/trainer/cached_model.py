@@ -21,11 +21,11 @@ from rlaif_fast.trainer.run import Datasets
 
 
 def defaults_of(model: str, tell: Callable[[str], None]) -> Path | None:
-    """The file whose values hold where a user sets none: the tiny policy's own; None where those of the classes do.
+    """The file with the tiny policy's own defaults; None for other models, which use the defaults of the classes.
 
     Args:
-        model: A name or a checkpoint folder; a tiny run's counts as the tiny policy.
-        tell: Gets a line where that is not known by the name.
+        model: A name or a checkpoint folder; one from a tiny run counts as the tiny policy.
+        tell: Gets a line if this cannot be told from the name.
     """
     if model not in TINY_FAMILIES:
         if not holds_tiny(model):
@@ -35,10 +35,10 @@ def defaults_of(model: str, tell: Callable[[str], None]) -> Path | None:
 
 
 def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
-    """The checkpoint folder of the tiny policy for this seed and this dataset's words, made on first use.
+    """The checkpoint folder of the tiny policy for this seed and this dataset's words; made on first use.
 
     Raises:
-        RlaifFastError: One is in the cache, and is not as it was made.
+        RlaifFastError: The cached one has changed since it was made.
     """
     family = TINY_FAMILIES[config.model]
     words = set(VOCABULARY)
@@ -62,10 +62,10 @@ def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Refuse a cached model whose files are not as they were made.
+    """Refuse a cached model whose files have changed since it was made.
 
     Raises:
-        RlaifFastError: One is not, is missing, or was added.
+        RlaifFastError: A file differs, is missing, or was added.
     """
     try:
         read_manifest(folder)

@@ -55,7 +55,7 @@ def load_data(
         config: Where the data is, or what to make.
         workers: Processes that make synthetic clips.
         progress: Called with the number of clips made and their total.
-        note: Called with what a reader of the figures has to know.
+        note: Called with what a reader of the results has to know.
 
     Raises:
         UsageError: A file is missing, empty or wrong, or a split that is needed has no rows.
@@ -97,12 +97,12 @@ def read_splits(
 
 
 def needs_answers(config: TrainConfig, split: str) -> bool:
-    """Whether a row of the split is wrong where it has no answer."""
+    """Whether every row of the split needs an answer."""
     return split == "sft" and config.sft == "auto"
 
 
 def own_files(config: DataOptions) -> dict[str, Path]:
-    """The files that take the place of those in `data`, by split."""
+    """The files that replace those in `data`, by split."""
     given = {"sft": config.sft_data, "validation": config.validation_data, "test": config.test_data}
     return {split: Path(path).expanduser() for split, path in given.items() if path is not None}
 
@@ -128,9 +128,9 @@ def split_files(
 
 
 def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names: Names) -> None:
-    """Take the validation and test rows that no file has from the RL rows, in place; `names` are all their `contents`.
+    """Move RL rows to the validation and test splits that have no file, in place; `names`: the `contents` of all rows.
 
-    None of them is about media of the other split's file: the checkpoint is chosen by one, and measured on the other.
+    The two splits share no media: one chooses the checkpoint, the other measures it.
     """
     missing = [split for split in ("validation", "test") if not rows[split]]
     free = rows_apart(rows["rl"], (*rows["validation"], *rows["test"]), names)
@@ -142,7 +142,7 @@ def hold_out_missing(rows: dict[str, list[Example]], config: TrainConfig, names:
 
 
 def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] | None = None) -> None:
-    """Drop the validation and test rows that accuracy cannot be measured on, in place.
+    """Drop the validation and test rows without an answer, by which accuracy cannot be measured, in place.
 
     Raises:
         UsageError: Nothing is left.
@@ -162,9 +162,9 @@ def drop_unanswered(rows: dict[str, list[Example]], note: Callable[[str], None] 
 def drop_evaluated_media(
     rows: dict[str, list[Example]], names: Names, note: Callable[[str], None] | None = None
 ) -> None:
-    """Drop the rows to learn from that are about a video or picture of validation or test, in place.
+    """Drop the training rows about a video or picture of validation or test, in place.
 
-    Rows without media are dropped where one of these asks the same.
+    A row without media is dropped if a validation or test row asks the same.
 
     Args:
         rows: Of all splits.
@@ -189,10 +189,10 @@ def drop_evaluated_media(
 
 
 def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) -> list[Example]:
-    """The examples of a file, or of a published benchmark ("videomme:FOLDER"), read as the configuration says.
+    """The examples of a file, or of a published benchmark ("videomme:FOLDER"), read as configured.
 
     Raises:
-        UsageError: One is wrong, or its media are missing, and `on_bad_row` does not say "skip".
+        UsageError: A row is wrong or its media are missing, and `on_bad_row` is not "skip".
     """
     name, _, folder = str(path).partition(":")
     if name in BENCHMARKS and folder and not path.exists():
@@ -215,10 +215,10 @@ def read_file(path: Path, config: DataOptions, *, require_answer: bool = False) 
 def hold_out(
     rows: list[Example], fraction: float, seed: int, names: Names, *, parts: int = 2
 ) -> list[list[Example]]:
-    """Split rows by their media: what is left to learn from, then `parts` parts that get `fraction` of the media each.
+    """Split rows by their media: what is left to train on, then `parts` parts with `fraction` of the media each.
 
     Raises:
-        UsageError: Too few media are there.
+        UsageError: There are too few media.
     """
     groups = group_by_content(rows, names)
     count = max(1, round(len(groups) * fraction))

@@ -1,4 +1,4 @@
-"""How the responses of a step are drawn: what is asked, with which weights, at once or since the step before."""
+"""How the responses of a step are drawn: what is asked, with which weights, now or since the previous step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlaif_fast.trainer.run import Run
 def roll_out(
     run: Run, order: EpochOrder, step: int, attempt: int
 ) -> tuple[Sequence[Prompt], Rollout | None, MediaFeatures | None]:
-    """The prompts of a step, their responses, and what `draw` says of the tower; no rollout where nothing is asked."""
+    """The prompts of a step, their responses, and what `draw` returns of the tower; no rollout if nothing is asked."""
     if run.ahead is not None:
         return rolled_out_ahead(run, run.ahead, step)
     prompts, params = asked(run, order, step, attempt)
@@ -34,7 +34,7 @@ def roll_out(
 def rolled_out_ahead(
     run: Run, ahead: RolloutAhead, step: int
 ) -> tuple[Sequence[Prompt], Rollout | None, MediaFeatures | None]:
-    """What servers drew since the step before; they go on with the next step's."""
+    """What servers drew since the previous step; they continue with the next step's."""
     with run.logger.timer("rollout"):
         begun, rollout, features = ahead.begin(step), None, None
         if begun is not None:
@@ -47,7 +47,7 @@ def rolled_out_ahead(
 def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[list[Prompt], SamplingParams]:
     """What this process asks in a step, and how it is answered."""
     config, world = run.config, run.world
-    # Extra rounds draw from behind the last step's prompts, so that no step depends on how others went.
+    # Extra rounds take prompts after those of the last step, so that no step depends on how others went.
     extra = config.max_steps + step * config.dynamic_sampling_rounds + attempt - 1
     rows = [
         row
@@ -61,7 +61,7 @@ def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[lis
 
 
 def draw_seed(config: TrainConfig, world: World, step: int, attempt: int) -> int:
-    """The seed of one process's draws, which no other round, step or process of the run has."""
+    """The seed of one process's draws; no other round, step or process of the run has it."""
     rounds = max(16, 1 + config.dynamic_sampling_rounds)
     return ((config.seed * 1_000_003 + step) * rounds + attempt) * world.size + world.rank
 
@@ -79,16 +79,16 @@ def sampling_params(config: TrainConfig, seed: int) -> SamplingParams:
 
 
 def weights_to_draw_with(run: Run) -> AbstractContextManager[None]:
-    """The model with the weights that the algorithm draws with, whole; all processes enter together."""
+    """The whole model with the weights that the algorithm draws with; all processes enter together."""
     policy = run.policy
     return policy.reference_weights() if run.algorithm.samples_from == "start" else policy.gathered()
 
 
 def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[Rollout, MediaFeatures | None]:
-    """Draw the responses to some prompts, inside `weights_to_draw_with`.
+    """Draw the responses to some prompts; call it inside `weights_to_draw_with`.
 
     Returns:
-        The rollout; and what the vision tower gave for it, where its weights are the policy's.
+        The rollout; and the vision tower's features for it, if its weights are the policy's.
     """
     features = encode(run, prompts)
     shared = None if features is None else features.detach()
@@ -99,25 +99,25 @@ def draw(run: Run, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[R
 
 
 def encode(run: Run, prompts: Sequence[Prompt]) -> MediaFeatures | None:
-    """What the vision tower gives for the prompts; without a graph where the update runs it again."""
+    """The vision tower's features for the prompts; without a graph if the update runs the tower again."""
     with torch.set_grad_enabled(keeps_graph(run)):
         return run.policy.encode_media(prompts)
 
 
 def on_policy(config: RlOptions, algorithm: Algorithm) -> bool:
-    """Whether each rollout is learned from by the weights that drew it: once and whole, and not drawn by the start."""
+    """Whether the weights that drew a rollout also learn from it: once, whole, and not drawn by the start."""
     once = config.num_iterations == 1 and config.steps_per_generation == 1
     return once and algorithm.samples_from != "start"
 
 
 def keeps_graph(run: Run) -> bool:
-    """Whether the update uses the tower's pass before the rollout."""
+    """Whether the update uses the tower's pass from before the rollout."""
     return keeps_tower_graph(run.config, run.algorithm, sharded=run.policy.shards is not None)
 
 
 def keeps_tower_graph(config: RlOptions, algorithm: Algorithm, *, sharded: bool) -> bool:
     """Whether one pass of the vision tower serves rollout and update.
 
-    The weights have to be those that are drawn with, and processes share no pass of sharded weights in a rollout.
+    This needs the weights that draw to be those that train; and sharded weights share no pass during a rollout.
     """
     return on_policy(config, algorithm) and not sharded

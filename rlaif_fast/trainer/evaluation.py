@@ -24,10 +24,10 @@ class Prediction:
     Attributes:
         example: The row.
         text: The answer.
-        correct: Whether it is right; None where the row has no reference answer.
-        win: 1 where the oracle ranks it above the opponent's, 0 below, 0.5 for a tie; None where it was not compared
+        correct: Whether it is right; None if the row has no reference answer.
+        win: 1 if the oracle ranks it above the opponent's answer, 0 below, 0.5 for a tie; None if it was not compared
             or could not be.
-        finished: Whether the answer came to its end within the budget.
+        finished: Whether the answer ended within the budget.
     """
 
     example: Example
@@ -45,13 +45,13 @@ class EvalResult:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers among those that can be scored; NaN where none can."""
+        """Share of right answers among those that can be scored; NaN if none can."""
         scored = [p.correct for p in self.predictions if p.correct is not None]
         return sum(scored) / len(scored) if scored else math.nan
 
     @property
     def win_rate(self) -> float:
-        """Mean of `win` over the compared answers; NaN where none was."""
+        """Mean of `win` over the compared answers; NaN if none was compared."""
         wins = [p.win for p in self.predictions if p.win is not None]
         return sum(wins) / len(wins) if wins else math.nan
 
@@ -61,7 +61,7 @@ class EvalResult:
         return {p.example.id: p.text for p in self.predictions}
 
     def by_category(self) -> dict[str, dict[str, float | int]]:
-        """Accuracy, count and right answers of what can be scored in each category, by name."""
+        """Accuracy, count and number of right answers among the scorable ones of each category, by name."""
         counts: dict[str, list[int]] = {}
         for prediction in self.predictions:
             if prediction.correct is not None:
@@ -88,23 +88,23 @@ def evaluate(
     oracle: Oracle | None = None,
     opponents: Mapping[str, str] | None = None,
 ) -> EvalResult:
-    """Answer every row greedily and score it against its reference answer, where it has one.
+    """Answer every row greedily and score it against its reference answer, if it has one.
 
     Args:
         examples: Rows.
         make_batch: Loads and encodes rows.
-        sampler: Draws the answers (temperature 0, one a prompt).
+        sampler: Draws the answers (temperature 0, one per prompt).
         scorer: Says which answers are right.
         max_new_tokens: Most tokens in an answer.
         max_reasoning_tokens: See `SamplingParams`.
-        videos_per_step: Videos answered at once; the next step's are decoded meanwhile.
+        videos_per_step: Videos answered at once; those of the next step are decoded meanwhile.
         advance: Called with the number of rows done after each step.
         world: The processes that share the rows; all of them get the result.
-        oracle: Ranks each answer against the one in `opponents`; None compares none.
+        oracle: Ranks each answer against the one in `opponents`; with None nothing is compared.
         opponents: Other answers, by example id.
 
     Raises:
-        Outage: The oracle went down, or too many files are bad; in any process.
+        Outage: The oracle went down, or too many files are bad, in any process.
     """
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=0.0, max_reasoning_tokens=max_reasoning_tokens
@@ -141,7 +141,7 @@ def evaluate(
 def compare_with(
     prompts: Sequence[Prompt], texts: Sequence[str], oracle: Oracle | None, opponents: Mapping[str, str]
 ) -> list[float | None]:
-    """How each answer does against its opponent: 1, 0.5 or 0; None without an opponent or a verdict.
+    """Each answer's result against its opponent: 1, 0.5 or 0; None without an opponent or a verdict.
 
     Equal texts tie without being shown to the oracle.
     """

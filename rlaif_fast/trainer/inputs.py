@@ -1,4 +1,4 @@
-"""A run goes on with the rows, media and model files that it began with, or says which of them are others."""
+"""A run continues with the rows, media and model files that it began with, or says which of them differ."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ SHOWN = 3  # tokens in a message
 
 
 def refuse_other_data(run_dir: RunDir, data: Datasets, *, files: bool = True) -> None:
-    """See to it that a run goes on with the data that it began with; the first call keeps what it is.
+    """Check that a run continues with the data it began with; the first call records that data.
 
     Args:
         run_dir: The run.
         data: Its rows.
-        files: Compare what the media files hold, too.
+        files: Also compare the contents of the media files.
 
     Raises:
-        UsageError: A split has other rows, their metadata differ, or a file that they show does.
+        UsageError: A split has other rows or other metadata, or a media file has changed.
     """
     _refuse_rows(run_dir, {split: getattr(data, split) for split in SPLITS}, files=files)
 
 
 def refuse_other_test(run_dir: RunDir, test: Sequence[Example]) -> None:
-    """See to it that a run is evaluated on the test rows that it began with; nothing is written.
+    """Check that a run is evaluated on the test rows it began with; nothing is written.
 
     Args:
         run_dir: The run.
-        test: The rows that its configuration stands for now.
+        test: The rows that its configuration gives now.
 
     Raises:
-        UsageError: They are other rows, their metadata differ, or a file that they show does.
+        UsageError: The rows or their metadata differ, or a media file has changed.
     """
     _refuse_rows(run_dir, {"test": test}, keep=False, way_out="give what is there now as --data")
 
@@ -54,7 +54,7 @@ def _refuse_rows(
     keep: bool = True,
     way_out: str = "begin anew",
 ) -> None:
-    """Compare rows, their metadata and, with `files`, what their media files hold with what a run began with."""
+    """Compare rows, their metadata and, with `files`, the contents of their media files with what a run began with."""
     rows = {split: digest_of_rows(found) for split, found in splits.items()}
 
     def compare(kind: str, found: Mapping[str, str], what: str) -> None:
@@ -74,7 +74,7 @@ def _refuse_rows(
 
 
 def refuse_other_model(run_dir: RunDir, prints: Mapping[str, str]) -> None:
-    """See to it that a run goes on with the model files that it began with; the first call keeps what they are.
+    """Check that a run continues with the model files it began with; the first call records them.
 
     Args:
         run_dir: The run.
@@ -95,12 +95,12 @@ def _other(run_dir: RunDir, what: str, changed: list[str], way_out: str = "begin
 
 
 def refuse_other_start(policy: Policy, folder: Path) -> None:
-    """Refuse a checkpoint to start from that was made with another tokenizer, or adapters that have another base.
+    """Refuse a starting checkpoint with another tokenizer, or with adapters of another base.
 
-    One without a tokenizer, or without a record of its base, is taken at its word.
+    One without a tokenizer, or without a record of its base, is accepted unchecked.
 
     Args:
-        policy: What its weights are put into.
+        policy: The policy that gets its weights.
         folder: The checkpoint.
 
     Raises:
@@ -123,7 +123,7 @@ def refuse_other_start(policy: Policy, folder: Path) -> None:
 
 
 def tokenizer_difference(ours: Any, theirs: Any) -> str | None:
-    """How the tokens of one tokenizer differ from another's: in their ids, or in which are special.
+    """How one tokenizer's tokens differ from another's: in their ids, or in which are special.
 
     Padding may differ: no weight depends on it.
     """

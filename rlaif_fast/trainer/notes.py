@@ -1,4 +1,4 @@
-"""What to know of a configuration that is not wrong: it is logged, and stands in the report."""
+"""What a user should know of a configuration that is not wrong: it is logged, and shown in the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rlaif_fast.trainer.options import TrainConfig
 
 
 def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
-    """What to know where the videos of a step cannot be divided evenly among the processes."""
+    """A note if the videos of a step cannot be divided evenly among the processes."""
     keys = ["videos_per_step"] if config.sft != "auto" else ["sft_videos_per_step", "videos_per_step"]
     notes = []
     for key in keys:
@@ -31,7 +31,7 @@ def uneven_steps(config: TrainConfig, processes: int) -> list[str]:
 
 
 def older_names(config: TrainConfig) -> list[str]:
-    """What to know where the configuration says a thing by its older name."""
+    """A note if the configuration uses an older name of a key."""
     if config.algorithm == "grpo_rank" and config.advantage == "zscore":
         return ["advantage: zscore is the same as algorithm: grpo"]
     return []

@@ -18,20 +18,20 @@ from rlaif_fast.policy.shard import whole
 from rlaif_fast.policy.weights import set_float32_copy
 from rlaif_fast.runs.sharded import read_shards
 
-COUNTS = ("tokens", "pairs")  # of what a loss counted
+COUNTS = ("tokens", "pairs")  # statistics that are counts
 
 
 class Updater:
     """AdamW with linear warm-up and a cosine, linear or constant schedule.
 
-    A bfloat16 weight has 8 significant bits, so an update of a usual learning rate is lost in its rounding. Such
-    weights get a float32 copy each, which collects their gradients and is what the optimizer updates; the weight is
-    the copy, rounded. That takes 16 bytes a weight (copy, gradient, two moments) beside the 2 of the weight. The fused
-    losses give the head's gradient to its copy as they summed it, in float32. Sharded weights are float32 themselves,
-    and their gradients come averaged.
+    A bfloat16 weight has 8 significant bits, so rounding swallows an update at a usual learning rate. Each such weight
+    gets a float32 copy, which collects its gradient and is what the optimizer updates; the weight is the rounded copy.
+    That takes 16 bytes per weight (copy, gradient, two moments) on top of its own 2. The fused losses pass the head's
+    gradient to its copy as summed, in float32. Sharded weights are themselves float32, and their gradients arrive
+    averaged.
 
-    With `offload` every weight that trains has its copy in main memory, with gradient and moments: on the GPU are left
-    its 2 or 4 bytes. Gradients go there as each is finished, and the update is computed there.
+    With `offload`, the float32 copy, gradient and moments of every trained weight are in main memory; only its 2 or 4
+    bytes stay on the GPU. Each gradient moves there as soon as it is complete, and the update is computed there.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -43,12 +43,12 @@ class Updater:
         schedule: "cosine", "linear" or "constant".
         warmup_steps: Updates until the peak.
         total_steps: Updates in all.
-        min_lr_ratio: Where the cosine ends, as a share of the peak.
-        offload: Keep float32 weights, gradients and moments in main memory. Sharded weights stay where they are, and
-            all of theirs beside them.
+        min_lr_ratio: Final rate of the cosine, as a share of the peak.
+        offload: Keep float32 weights, gradients and moments in main memory. Sharded weights stay where they are, with
+            their gradients and moments beside them.
 
     Attributes:
-        changes: Updates begun so far, skipped ones counted.
+        changes: Updates begun so far, including skipped ones.
 
     Raises:
         UsageError: A weight is float16, whose gradients underflow without loss scaling.
@@ -118,14 +118,14 @@ class Updater:
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update."""
+        """The rate of the next update."""
         return self._scheduler.get_last_lr()[0]
 
     def step(self) -> Tensor:
-        """Update the weights by the gradients of all processes and clear them; returns their norm before clipping.
+        """Update the weights by the gradients of all processes and clear these; returns their norm before clipping.
 
         Raises:
-            SharedOutage: The gradient is not finite, in all processes; the weights are as they were.
+            SharedOutage: The gradient is not finite, in all processes; the weights are unchanged.
         """
         if not self._sharded:
             self._world.average_gradients(self._updated)
@@ -143,15 +143,15 @@ class Updater:
         return norm
 
     def skip(self) -> None:
-        """Let the schedule go on where there was nothing to learn: it is of steps, whatever they held."""
+        """Advance the schedule when there was nothing to learn: it counts steps, with or without an update."""
         self.changes += 1
         with warnings.catch_warnings():
-            # torch minds a schedule that begins before the first update.
+            # torch warns if a schedule advances before the first update.
             warnings.simplefilter("ignore", UserWarning)
             self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on, the float32 copies of the weights included."""
+        """What a checkpoint needs to continue, including the float32 copies of the weights."""
         scheduler = self._scheduler.state_dict()
         if self._sharded:
             return {"scheduler": scheduler, "shards": self._tensors()}
@@ -162,10 +162,10 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
-        """Go on from a checkpoint, at the same update, with this updater's schedule and rate.
+        """Continue from a checkpoint at the same update, with this updater's schedule and rate.
 
         Args:
-            state: Of `state_dict`, as it was read from the checkpoint.
+            state: The result of `state_dict`, as read from the checkpoint.
             folder: The checkpoint, which holds the rest of the state of sharded weights.
         """
         rates = [group["initial_lr"] for group in self._optimizer.param_groups]
@@ -179,13 +179,13 @@ class Updater:
         share = [at(self._scheduler.last_epoch) for at in self._scheduler.lr_lambdas]
         for group, rate, part in zip(self._optimizer.param_groups, rates, share):
             group["initial_lr"] = rate
-            group["lr"] = rate * part  # of this schedule, which may be longer than the one before
+            group["lr"] = rate * part  # by this schedule, which may be longer than the previous one
         self._scheduler.base_lrs = rates
         self._scheduler._last_lr = [group["lr"] for group in self._optimizer.param_groups]
         if in_shards:
             self._round()
             return
-        # Copies of bfloat16 weights, or those weights themselves where the run goes on in float32.
+        # Copies of bfloat16 weights, or the weights themselves if the run continues in float32.
         weights = [copy for _, copy in self._copies] or self._updated
         saved = state["float32_weights"]
         if len(saved) == len(weights):
@@ -195,7 +195,7 @@ class Updater:
         self._round()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What the optimizer updates, and its moments, by name; moments that are not there yet are made, zero."""
+        """What the optimizer updates, and its moments, by name; missing moments are created as zeros."""
         tensors = {}
         for name, parameter in zip(self._names, self._updated):
             moments = self._optimizer.state[parameter]
@@ -229,10 +229,10 @@ def _collect(copy: nn.Parameter):
 
 
 def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """The loss's statistics of a whole update from those of its parts, each with its number of tokens.
+    """The loss's statistics of a whole update, from those of its parts, each with its number of tokens.
 
-    Losses and counts are parts of a sum, and `ratio_max` is a maximum. Rewards are means over the pairs, the others
-    over the tokens that the loss counts, which are fewer than all where some are masked.
+    Losses and counts are summed, and `ratio_max` is a maximum. Rewards are means over the pairs, the others over the
+    tokens that the loss counts, which are fewer than all if some are masked.
     """
     combined = {}
     for name in shards[0][1] if shards else ():
@@ -249,8 +249,8 @@ def combine_stats(shards: Sequence[tuple[int, dict[str, float]]]) -> dict[str, f
 
 
 def mean_of_updates(updates: Sequence[dict]) -> dict:
-    """What is logged of the updates of one step: the mean of each statistic, of `COUNTS` the sum, of `ratio_max` the
-    largest. Those of a single update stay where they are, on its device.
+    """What is logged of the updates of one step: the mean of each statistic, the sum of `COUNTS`, and the largest
+    `ratio_max`. The statistics of a single update stay on their device.
     """
     if len(updates) == 1:
         return updates[0]

@@ -15,7 +15,7 @@ from rlaif_fast.runs.trackers import check_trackers
 
 TINY_FAMILIES = {"tiny": "qwen3_vl", "tiny-qwen3_vl": "qwen3_vl", "tiny-qwen2_5_vl": "qwen2_5_vl"}
 
-OWN_SAMPLERS = ("auto", "shared_prefix", "cuda_graphs", "plain")  # that draw with the policy itself
+OWN_SAMPLERS = ("auto", "shared_prefix", "cuda_graphs", "plain")  # these draw with the policy itself
 
 
 @dataclass
@@ -261,9 +261,9 @@ class RlOptions:
         return self.sampler == "vllm" and not self.sampler_options.get("urls")
 
     def check_rollout_lag(self) -> None:
-        """Refuse rollouts drawn ahead where nobody could draw them meanwhile."""
+        """Refuse rollouts drawn ahead if nothing can draw them meanwhile."""
         require(self.rollout_lag == 1, "rollout_lag", "0 or 1", self.rollout_lag)
-        # Another package's sampler is asked when it is made.
+        # A sampler of another package is asked when it is made.
         served = self.sampler not in OWN_SAMPLERS and not self.vllm_here
         require(served, "rollout_lag", f"0 where sampler is {self.sampler} without urls", self.rollout_lag)
         require(
@@ -372,7 +372,7 @@ class TrainConfig(
             require(ok, "sharding", f"none where {name} is {getattr(self, name)}", self.sharding)
 
     def check_4bit(self) -> None:
-        """Refuse what reads or cuts weights that are packed."""
+        """Refuse options that read or cut weights packed in 4 bits."""
         fits = {"sampler": self.sampler != "vllm", "sharding": self.sharding == "none"}
         fits["algorithm"] = not find_algorithm(self).has_critic
         for name, ok in fits.items():

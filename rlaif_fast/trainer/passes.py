@@ -1,4 +1,4 @@
-"""Forward and backward passes of bounded size, with one pass of the vision tower for all of them."""
+"""Forward and backward passes of bounded size that share one pass of the vision tower."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def backward_in_parts(
     features: MediaFeatures | None,
     loss_of: Callable[[slice, MediaFeatures | None], tuple[Tensor, T]],
 ) -> list[T]:
-    """Accumulate the gradient of the loss of all responses, at most `max_packed_tokens` through the model at once.
+    """Accumulate the gradient of the loss of all responses, with at most `max_packed_tokens` in the model at once.
 
-    The vision tower runs once all the same, forward and backward. With sharded weights every process makes as many
-    passes as the one with the most, with or without something to learn.
+    The vision tower still runs only once, forward and backward. With sharded weights every process makes as many passes
+    as the one with the most, whether or not it has something left to learn.
 
     Args:
         run: Its policy is trained.
         prompts: N prompts.
         tokens: (N,) tokens of the responses to each.
-        features: What the tower gave for the prompts, perhaps with its graph; None to run it.
-        loss_of: Gives the loss of consecutive prompts, and what to return for them.
+        features: The tower's output for the prompts, perhaps with its graph; None to run the tower.
+        loss_of: Returns the loss of consecutive prompts, and a value to return for them.
 
     Returns:
-        What `loss_of` gave, part after part.
+        The values of `loss_of`, in the order of the parts.
     """
     policy = run.policy
     parts = cut_by_tokens(prompts, tokens, run.config.max_packed_tokens)

@@ -28,10 +28,10 @@ def preflight(config: TrainConfig) -> None:
     """Check what can be checked in seconds, before anything of an earlier run is replaced.
 
     Raises:
-        RlaifFastError: It starts from a checkpoint whose weights are not as they were written.
-        UsageError: The model, the data or the oracle cannot be what the configuration says.
+        RlaifFastError: The checkpoint it starts from has changed since it was written.
+        UsageError: The model, the data or the oracle does not fit the configuration.
     """
-    # Draws are numbered from a multiple of it, in 64 bits.
+    # Draws are numbered from a multiple of the seed, in 64 bits.
     require(abs(config.seed) < 2**32, "seed", "a number of 32 bits", config.seed)
     device = resolve_device(config.device)
     check_backend(config, device)
@@ -60,7 +60,7 @@ def preflight(config: TrainConfig) -> None:
 
 
 def check_model(model: str, *, shared_prefix: bool = False, system_prompt: str | None = None) -> None:
-    """Refuse a model that cannot be trained as far as that is known without its weights.
+    """Refuse a model that cannot be trained, as far as this is known without its weights.
 
     Its configuration is read, and a question about a generated clip is encoded.
     """

@@ -1,4 +1,4 @@
-"""The configuration as it is kept with a run."""
+"""The configuration as it is saved with a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTION_PATHS = {"model", "path", "cache"}  # of an oracle
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The configuration as it is kept with the run: whole paths of what is there, and the number of processes."""
+    """The configuration as saved with the run: absolute paths of what exists, and the number of processes."""
     whole: dict[str, Any] = {name: _whole_path(getattr(config, name)) for name in PATHS}
     whole["cache_dir"] = _whole_path(config.cache_dir, made=True)
     whole["output_dir"] = str(_expanded(config.output_dir))
@@ -28,7 +28,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def process_count(config: TrainConfig) -> int:
-    """How many processes the configuration asks for on this machine; under torchrun those that it started."""
+    """How many processes the configuration starts on this machine; under torchrun, those that it started."""
     if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
     if config.num_processes > 0:
@@ -38,11 +38,11 @@ def process_count(config: TrainConfig) -> int:
 
 
 def _whole_path(value: str | None, *, made: bool = False) -> str | None:
-    """A path, or that of a benchmark, as it is from any folder; other words as they are, and what is not there.
+    """A path or a benchmark's path as an absolute one; other words, and what does not exist, unchanged.
 
     Args:
         value: The path, or another word.
-        made: It is a path, which may be made later.
+        made: The value is a path, which may be created later.
     """
     if value is None or value in {*TINY_FAMILIES, "synthetic", "auto", "none"}:
         return value
@@ -62,7 +62,7 @@ def _expanded(path: str) -> Path:
 
 
 def _whole_paths(options: Any) -> Any:
-    """The options of an oracle, and of those in it, with whole paths."""
+    """The options of an oracle, and of the oracles in it, with absolute paths."""
     if isinstance(options, list):
         return [_whole_paths(option) for option in options]
     if not isinstance(options, dict):

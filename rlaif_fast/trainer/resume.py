@@ -1,4 +1,4 @@
-"""Going on with a run: the configuration it began with, and the little of it that can still change."""
+"""Resuming a run: the configuration it began with, and the few keys that can still change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHANGEABLE = (
     "async_checkpoints",
     "keep_checkpoints",
     "grace_seconds",
-    # Where the data lie: rows, metadata and media files have to be those that the run began with.
+    # Where the data is: rows, metadata and media files must be those that the run began with.
     "data",
     "sft_data",
     "validation_data",
@@ -51,13 +51,13 @@ CHANGEABLE = (
 
 
 def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: None) -> TrainConfig:
-    """The configuration that a run began with, in the folder where it lies now.
+    """The configuration that a run began with, in the folder where the run is now.
 
-    Where config.yaml is not as it was written, a checkpoint's copy is taken; nothing is changed on disk.
+    If config.yaml has changed since it was written, a checkpoint's copy is used; nothing on disk is changed.
 
     Args:
         run_dir: The run.
-        tell: Gets a line where the copy is taken.
+        tell: Gets a line if the copy is used.
 
     Raises:
         UsageError: There is none, another version wrote it, or it is damaged and no checkpoint has a copy.
@@ -75,7 +75,7 @@ def saved_config(run_dir: RunDir, tell: Callable[[str], None] = lambda line: Non
         config = TrainConfig(**(values | {"output_dir": str(run_dir.path)}))
     except TypeError as error:
         raise UsageError(f"{run_dir.config} is from another version ({error})") from error
-    except UsageError as error:  # a number that was cut off, say
+    except UsageError as error:  # e.g. a truncated number
         raise UsageError(
             f"{run_dir.config} is damaged, or from another version: {error}; start a new run"
         ) from None
@@ -90,7 +90,7 @@ def _written(run_dir: RunDir, tell: Callable[[str], None]) -> tuple[str, bool]:
     try:
         index = CheckpointStore(run_dir.checkpoints, {}, read_only=True).index
     except (RlaifFastError, TypeError):
-        index = CheckpointIndex()  # whoever needs a checkpoint is told of it there
+        index = CheckpointIndex()  # whatever needs a checkpoint reports the error there
     copies = [copy for name in index.roles.values() if (copy := _copy_in(run_dir, name)) is not None]
     known = index.config_sha256 or (text_digest(copies[0]) if copies else None)
     if text is not None and known in (None, text_digest(text)):
@@ -104,7 +104,7 @@ def _written(run_dir: RunDir, tell: Callable[[str], None]) -> tuple[str, bool]:
 
 
 def _copy_in(run_dir: RunDir, name: str | None) -> str | None:
-    """The configuration that a checkpoint holds; None where it has none, or its manifest is damaged."""
+    """The configuration in a checkpoint; None if it has none or its manifest is damaged."""
     if name is None:
         return None
     try:
@@ -114,7 +114,7 @@ def _copy_in(run_dir: RunDir, name: str | None) -> str | None:
 
 
 def _check_values(run_dir: RunDir, values: Mapping[str, Any]) -> None:
-    """Refuse a file that no digest vouches for where a key is missing or its value is of another type."""
+    """Refuse a file without a digest if a key is missing or its value is of another type."""
     lacking = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in values]
     if lacking:
         raise UsageError(
@@ -127,14 +127,14 @@ def _check_values(run_dir: RunDir, values: Mapping[str, Any]) -> None:
 
 
 def resumed_config(run_dir: RunDir, given: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a run began with, with what the resuming command changes.
+    """The configuration that a run began with, plus the changes of the resuming command.
 
     Args:
         run_dir: The run.
         given: The keys that the command sets; those of `oracle_options` and `sampler_options` are set one by one.
 
     Raises:
-        UsageError: A key differs that must stay, or the number of processes does.
+        UsageError: A key that must not change differs, or the number of processes does.
     """
     saved = saved_config(run_dir)
     changes = {name: value for name, value in given.items() if name not in ("resume", "output_dir")}

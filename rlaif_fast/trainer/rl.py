@@ -29,7 +29,7 @@ from rlaif_fast.trainer.run import Run
 from rlaif_fast.trainer.seeds import seed_step
 from rlaif_fast.trainer.stage_checkpoints import StageCheckpoints
 
-# The statistics of a loss that are logged, where it has them.
+# The statistics of a loss that are logged, if it has them.
 LOGGED = (
     *("loss/policy", "loss/kl", "kl", "entropy", "clip_low", "clip_high", "ratio_max", "tokens"),
     *("pairs", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
@@ -38,19 +38,19 @@ LOGGED = (
 
 @dataclass
 class Progress:
-    """Where the stage stands; part of every checkpoint."""
+    """The state of the stage; part of every checkpoint."""
 
     step: int = 0
     best_score: float = -math.inf
     evals_without_gain: int = 0
-    evaluation_due: bool = False  # the run ended in it
+    evaluation_due: bool = False  # the run ended during one
 
     def is_over(self, patience: int) -> bool:
         """Whether the last `patience` evaluations brought no better score; 0 never ends the stage."""
         return 0 < patience <= self.evals_without_gain
 
     def note(self, score: float, *, improved: bool, counts: bool) -> None:
-        """Take down an evaluation; one that does not count may be as bad as it is."""
+        """Record an evaluation; one without `counts` resets the count towards early stopping."""
         self.evals_without_gain = 0 if improved or not counts else self.evals_without_gain + 1
         self.best_score = max(score, self.best_score)
         self.evaluation_due = False
@@ -103,7 +103,7 @@ def train_rl(run: Run, *, resume_from: Path | None = None) -> Progress:
         run.store.mark(best=run.store.path("sft").name)
 
     def evaluate() -> None:
-        """Evaluate, and save what is known then: a run that goes on behind it does not evaluate again."""
+        """Evaluate and save the result, so that a run resumed after it does not evaluate again."""
         result = run.evaluate(
             run.data.validation,
             phase="rl",
@@ -169,10 +169,10 @@ def make_updater(
 
 
 def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict:
-    """One rollout with its updates; what is logged of it.
+    """One rollout with its updates; returns what is logged of it.
 
     Raises:
-        Outage: The step could not be drawn and ranked in every process; the policy is as it was.
+        Outage: The step could not be drawn and ranked in every process; the policy is unchanged.
     """
     config, logger, critic = run.config, run.logger, run.critic
     with weights_to_draw_with(run):
@@ -195,7 +195,7 @@ def train_step(run: Run, order: EpochOrder, updater: Updater, step: int) -> dict
                 with logger.timer("critic"):
                     critic_updates.append(critic.update(part))
     stats |= mean_of_updates(updates) | mean_of_updates([one for one in critic_updates if one])
-    # Behind the update: what is logged is read on the host, and until here nothing had to be.
+    # After the update: logging reads values on the host, and nothing before this point has to wait for the device.
     return log_rollouts(run, sampled, step) | stats
 
 
@@ -205,8 +205,8 @@ def sample_and_rank(
     """Roll out one step's prompts and have them ranked; with `dynamic_sampling`, replace groups without signal.
 
     Returns:
-        This process's groups; what of them is learned from; and what the vision tower gave for their prompts before the
-        rollout, with its graph where the rollout is learned from once and whole.
+        This process's groups; those to learn from; and the vision tower's features from before the rollout, with their
+        graph if the rollout is learned from once and whole.
     """
     config, logger = run.config, run.logger
     rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
@@ -232,7 +232,7 @@ def sample_and_rank(
 def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> dict | None:
     """Accumulate this process's part of the gradient and return the whole loss's statistics.
 
-    None where no process has a group.
+    None if no process has a group.
     """
     config, world = run.config, run.world
     mask = counted_tokens(config, groups)
@@ -256,9 +256,9 @@ def update_loss(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
 
 
 def counted_tokens(config: RlOptions, groups: Sequence[Group]) -> Tensor | None:
-    """(M,) bool, the tokens that the loss counts: of whole responses where that is asked for, and drawn by the policy.
+    """(M,) bool, the tokens that the loss counts: not forced ones, nor, if truncated responses are masked, theirs.
 
-    None where it counts all.
+    None if it counts all.
     """
     mask: Tensor | None = None
     finished = [done for group in groups for done in group.finished]
@@ -289,14 +289,14 @@ def _accumulate(run: Run, groups: Sequence[Group], features: MediaFeatures | Non
     if len(parts) == 1:
         return parts[0][1]
     names = list(parts[0][1]) if parts else []
-    # One read on the host for all of them.
+    # One read on the host for all statistics.
     figures = [torch.stack([torch.as_tensor(stats[name]) for name in names]) for _, stats in parts]
     values = torch.stack(figures).tolist() if figures else []
     return combine_stats([(weight, dict(zip(names, row))) for (weight, _), row in zip(parts, values)])
 
 
 def gathered_reference(run: Run, groups: Sequence[Group], features: MediaFeatures | None) -> list[Tensor]:
-    """The reference's log-probabilities of each group, asked before the passes, whose numbers must be equal."""
+    """The reference's log-probabilities of each group, computed before the passes, whose numbers must be equal."""
     if not groups:
         with run.policy.reference_weights():  # the others gather theirs
             return []
@@ -329,7 +329,7 @@ def _loss(
     groups: Sequence[Group],
     features: MediaFeatures | None,
     items: float,
-    ref_logps: Tensor | None,  # (M,); None to ask the reference here where there is one
+    ref_logps: Tensor | None,  # (M,); None to run the reference here, if there is one
 ) -> tuple[Tensor, dict]:
     """The loss of some groups and its statistics, which stay on the device."""
     config, policy = run.config, run.policy

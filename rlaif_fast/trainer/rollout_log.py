@@ -16,7 +16,7 @@ from rlaif_fast.trainer.scoring import AnswerScorer, has_answer
 
 
 def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
-    """Record what all processes sampled in a step and return its statistics; in the other processes, nothing."""
+    """Record what all processes sampled in a step and return its statistics; returns nothing in the other processes."""
     config, logger, world = run.config, run.logger, run.world
     shards = world.gather((for_the_log(groups), counters(run.oracle)))
     if not world.is_main:
@@ -45,7 +45,7 @@ def log_rollouts(run: Run, groups: Sequence[Group], step: int) -> dict:
 
 
 def rollout_records(groups: Sequence[Group], step: int) -> list[dict]:
-    """The groups as records of rollouts.jsonl and samples.jsonl, one each, ready for JSON."""
+    """The groups as records of rollouts.jsonl and samples.jsonl, one per group, ready for JSON."""
     records = []
     for group in groups:
         example, scores = group.prompt.example, group.scores.tolist()
@@ -76,9 +76,9 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer, asked: bool = T
     """What is logged of a rollout before anything is learned from it.
 
     Args:
-        groups: Of the rollout.
+        groups: The rollout's groups.
         scorer: Says which responses are right.
-        asked: Whether the run's oracle ranked them; else their ranks are a model's, and its figures are left out.
+        asked: Whether the run's oracle ranked them; if not, a model did, and the oracle's figures are left out.
     """
     requests, rankings = requests_of(groups), [group.ranking for group in groups]
     right: list[bool] = []
@@ -107,12 +107,12 @@ def rollout_stats(groups: Sequence[Group], scorer: AnswerScorer, asked: bool = T
 def _of_the_oracle(
     requests: Sequence[RankRequest], rankings: Sequence[Ranking], scorer: AnswerScorer
 ) -> dict[str, float]:
-    # Another oracle's ranks would be asked for again, and say nothing about this one.
+    # Another oracle would have to be asked again, and its ranks say nothing about this one.
     return oracle_stats(requests, rankings, reference=scorer if isinstance(scorer, ReferenceOracle) else None)
 
 
 def ratio_stats(groups: Sequence[Group], cap: float) -> dict:
-    """How far the sampler's probabilities are from the policy's; nothing where it is the policy that draws."""
+    """How far the sampler's probabilities are from the policy's; nothing if the policy itself draws."""
     ratios = [group.sampling_ratio for group in groups if group.sampling_ratio is not None]
     if not ratios:
         return {}

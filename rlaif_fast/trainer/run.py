@@ -53,14 +53,14 @@ class Run:
     store: CheckpointStore
     world: World
     termination: Termination
-    critic: Critic | None = None  # of the RL stage
-    ahead: RolloutAhead | None = None  # of the RL stage
-    peak_before: int = 0  # most bytes that the run held before it was resumed, all processes together
+    critic: Critic | None = None  # in the RL stage
+    ahead: RolloutAhead | None = None  # in the RL stage
+    peak_before: int = 0  # most bytes that the run held before it was resumed, over all processes
 
     def usage(self, *, alone: bool = False) -> dict[str, Any]:
-        """What a checkpoint keeps of the time and the memory that the run has taken.
+        """The time and memory that the run has used, for a checkpoint.
 
-        All processes call it together, or one alone, which then counts its own memory and that from before.
+        All processes call it together, or one calls it alone and counts its own memory and that from before.
         """
         peak = peak_rss_bytes()
         held = peak if alone else int(self.world.sum(peak)[0])
@@ -71,7 +71,7 @@ class Run:
         return self.world.sum(float(self.termination.requested))[0] > 0
 
     def wait_until_saved(self) -> None:
-        """Wait until the last checkpoint is written, in all processes: where one ends before, rank 0 is ended too."""
+        """Wait until the last checkpoint is written, in all processes; if one ends before that, rank 0 ends too."""
         self.store.wait()
         self.world.barrier()
 
@@ -84,7 +84,7 @@ class Run:
         step: int,
         opponents: Mapping[str, str] | None = None,
     ) -> EvalResult:
-        """Answer `examples` greedily, log how good the answers are, return the predictions.
+        """Answer `examples` greedily, log how good the answers are, and return the predictions.
 
         With `opponents` (answers by example id), each answer is ranked against the other by the run's oracle.
         """
@@ -110,6 +110,6 @@ class Run:
         return result
 
     def score(self, result: EvalResult) -> float:
-        """What the best checkpoint is chosen by; -inf where nothing could be measured."""
+        """What the best checkpoint is chosen by; -inf if nothing could be measured."""
         value = result.win_rate if self.data.metric == "oracle" else result.accuracy
         return -math.inf if math.isnan(value) else value

@@ -16,11 +16,11 @@ from rlaif_fast.oracle.registry import SHARED_OPTIONS, build_oracle, find_oracle
 from rlaif_fast.oracle.scoring import answer_kind
 from rlaif_fast.oracle.wrappers import oracles_in
 
-# How an answer comes to its verdict, above all which part of it the rules see. Every change of that raises it, so that
-# an evaluation begun before is refused. The rules have a number of their own (`ReferenceOracle.identity`).
+# How a verdict on an answer comes about, above all which part of it the rules see. Raise this number with every change
+# to that: an evaluation begun before is then refused. The rules have their own number (`ReferenceOracle.identity`).
 SCORING = 3
-FREE_TEXT_WORDS = 5  # a reference of as many words is not expected word for word
-BEHIND_REASONING = r"(?:</think>|\Z)\s*(.*)"  # nothing where the reasoning does not end
+FREE_TEXT_WORDS = 5  # a right answer need not repeat a reference of this many words
+BEHIND_REASONING = r"(?:</think>|\Z)\s*(.*)"  # nothing if the reasoning does not end
 TAKES_EXTRACT = ("reference", "api", "local")
 NEED_ANSWERS = ("reference", "embedding")  # oracles that compare with the reference answer
 RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take `extract` in the same sense
@@ -28,7 +28,7 @@ RULE_OPTIONS = ("extract", "tolerance")  # of the reference oracle; judges take 
 
 @runtime_checkable
 class AnswerScorer(Protocol):
-    """Says whether a response counts as right; what an oracle has that knows the answers."""
+    """Says whether a response counts as right; an oracle that knows the answers has this."""
 
     def is_correct(self, request: RankRequest, response: str) -> bool:
         """Whether the response to a request with a reference answer is right."""
@@ -38,7 +38,7 @@ class AnswerScorer(Protocol):
 def scorer_of(oracle: Oracle, options: Mapping[str, Any], *, reasons: bool = False) -> AnswerScorer:
     """The scorer of a run: the oracle itself or one inside it, else the rules with the options that it shares.
 
-    What disturbs an oracle for an experiment is looked through: accuracy is measured by the clean one.
+    Wrappers that disturb an oracle for an experiment are looked through: accuracy uses the clean one.
     """
     return next((o for o in oracles_in(oracle) if isinstance(o, AnswerScorer)), None) or rules(
         options, reasons=reasons
@@ -46,7 +46,7 @@ def scorer_of(oracle: Oracle, options: Mapping[str, Any], *, reasons: bool = Fal
 
 
 def scorer_by_name(name: str, options: Mapping[str, Any], *, reasons: bool = False) -> AnswerScorer:
-    """The scorer that a run with this oracle has, without loading a judge."""
+    """The scorer of a run with this oracle, without loading a judge."""
     for inner, own in oracles_named(name, options):
         if hasattr(find_oracle(inner, own), "is_correct"):
             plain = {key: value for key, value in own.items() if key not in SHARED_OPTIONS}
@@ -56,24 +56,24 @@ def scorer_by_name(name: str, options: Mapping[str, Any], *, reasons: bool = Fal
 
 
 def rules(options: Mapping[str, Any], *, reasons: bool = False) -> ReferenceOracle:
-    """The rules of the reference oracle, with `extract` and `tolerance` as the run's oracle has them.
+    """The rules of the reference oracle, with the `extract` and `tolerance` of the run's oracle.
 
     Args:
-        options: The oracle's.
-        reasons: Whether the chat template leaves the prompt inside the reasoning. A response is then an answer from
-            where that closes on, unless `extract` says otherwise; one that does not close it says nothing.
+        options: The oracle's options.
+        reasons: Whether the chat template leaves the prompt inside the reasoning. The answer then begins where the
+            reasoning closes, unless `extract` says otherwise; a response that never closes it has no answer.
     """
     given = {name: options[name] for name in RULE_OPTIONS if options.get(name) is not None}
     return ReferenceOracle(**({"extract": BEHIND_REASONING} if reasons else {}) | given)
 
 
 def behind_reasoning(name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The options of an oracle with which it, and those that they name, see what stands behind the reasoning.
+    """An oracle's options, changed so that it and the oracles they name see only what follows the reasoning.
 
-    Where one has an `extract` of its own, that stays.
+    An oracle with its own `extract` keeps it.
 
     Returns:
-        The options, and the names of the oracles that see responses whole all the same.
+        The options, and the names of the oracles that still see whole responses.
     """
     told, whole = dict(options), []
     if name in TAKES_EXTRACT:
@@ -107,7 +107,7 @@ def choose_metric(
         rows: The validation rows.
 
     Raises:
-        UsageError: Accuracy is asked for and no row has an answer.
+        UsageError: The metric is accuracy and no row has an answer.
     """
     answered = [row for row in rows if has_answer(row)]
     if asked == "accuracy" and not answered:
@@ -127,7 +127,7 @@ def choose_metric(
 
 
 def check_references(oracle: str, options: Mapping[str, Any], rows: Sequence[Example]) -> None:
-    """Refuse rows to learn from of which the oracle could not rank one.
+    """Refuse training rows if the oracle cannot rank a single one.
 
     Raises:
         UsageError: The oracle compares with reference answers, and no row has one.
@@ -153,7 +153,7 @@ _BY_ORACLE = (
 def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
     """Whether the row's answer is a text that a right response need not repeat.
 
-    An oracle that is not made of the answers need not agree with a comparison of texts, however short.
+    An oracle that is not based on the answers need not agree with a comparison of texts, however short.
     """
     answer = row.answer or ""
     if answer_kind(answer, row.options, row.metadata.get("form")) != "text":
@@ -162,14 +162,14 @@ def _is_free_text(row: Example, oracle_knows_answers: bool) -> bool:
 
 
 def oracles_named(name: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names and options of an oracle and of those that its options name."""
+    """The name and options of an oracle, and of those that its options name."""
     yield name, dict(options)
     for nested, own in _inside(options):
         yield from oracles_named(nested, own)
 
 
 def _inside(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The names and options of the oracles that an oracle's options name, without what those name in turn."""
+    """The names and options of the oracles that an oracle's options name, one level deep."""
     members = options.get("members") or ()
     for nested in (options.get("inner"), *(members if isinstance(members, (list, tuple)) else ())):
         if isinstance(nested, str):
@@ -179,7 +179,7 @@ def _inside(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _needs_answers(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether an oracle ranks no group without a reference answer; of an ensemble, whether too few members do."""
+    """Whether an oracle ranks no group without a reference answer; for an ensemble, whether too few members do."""
     inside = [_needs_answers(*nested) for nested in _inside(options)]
     if not inside:
         return name in NEED_ANSWERS

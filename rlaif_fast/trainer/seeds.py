@@ -1,4 +1,4 @@
-"""Seeds of the libraries. The loop draws from generators of its own."""
+"""Seeds of the libraries. The training loop uses its own generators."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_step(config: TrainConfig, world: World, stage: str, step: int) -> None:
-    """Seed the libraries for one step: dropout differs by process and step, and not where a run was resumed."""
+    """Seed the libraries for one step: dropout depends on process and step, not on where a run was resumed."""
     name = f"{config.seed}/{world.rank}/{stage}/{step}"
     seed_everything(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))

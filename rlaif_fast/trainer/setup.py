@@ -56,8 +56,8 @@ def build_run(
         config: Its configuration.
         run_dir: Its folder.
         logger: Where to log.
-        open_parts: Closes what has to be closed.
-        termination: Knows whether the run was asked to end.
+        open_parts: Closes the parts that need closing.
+        termination: Knows whether the run has to end.
     """
     data_notes: list[str] = []
     reads_files = world.rank % world.local_size == 0  # one process of each machine
@@ -143,7 +143,7 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
     """Wrap a loaded model with the switches of the configuration.
 
     Raises:
-        UsageError: They do not fit the model or the device.
+        UsageError: The switches do not fit the model or the device.
     """
     try:
         return Policy(
@@ -160,15 +160,15 @@ def make_policy(loaded: LoadedModel, options: ModelOptions) -> Policy:
 
 
 def shards_together(config: TrainConfig, processes: int, on_machine: int) -> int:
-    """How many processes hold the weights together once: 1 without sharding.
+    """How many processes together hold the weights once: 1 without sharding.
 
     Args:
         config: The configuration.
-        processes: Of the run.
-        on_machine: Those of them on this machine.
+        processes: Processes of the run.
+        on_machine: Those on this machine.
 
     Raises:
-        UsageError: Sharding is asked for, and the processes cannot be divided so.
+        UsageError: Sharding is on, and the processes cannot be divided that way.
     """
     if config.sharding == "none":
         return 1
@@ -186,7 +186,7 @@ def shards_together(config: TrainConfig, processes: int, on_machine: int) -> int
 
 
 def shard(policy: Policy, config: TrainConfig, world: World, encoder: PromptEncoder) -> None:
-    """Cut the policy's weights over the processes, where that is asked for."""
+    """Shard the policy's weights over the processes, if the configuration says so."""
     together = shards_together(config, world.size, world.local_size)
     if together > 1:
         from rlaif_fast.policy.shard import make_mesh, shard_policy
@@ -200,7 +200,7 @@ def shard(policy: Policy, config: TrainConfig, world: World, encoder: PromptEnco
 def make_batch_maker(
     loaded: LoadedModel, config: TrainConfig, *, blank_frames: bool = False, quarantine: Path | None = None
 ) -> BatchMaker:
-    """What turns rows into encoded prompts for this model; on a GPU frames are decoded, resized and cut there."""
+    """A function that turns rows into encoded prompts for this model; on a GPU it decodes, resizes and cuts there."""
     spec = loaded.patch_spec
     on_gpu = loaded.device.type == "cuda"
     pixels = spec.budget(config.min_pixels, config.max_pixels, config.total_pixels)
@@ -239,11 +239,11 @@ def make_batch_maker(
 def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainConfig, tuple[str, ...]]:
     """The configuration of a model that reasons before it answers, and what a reader has to know.
 
-    Where the chat template leaves the prompt inside the reasoning, what stands behind it is the answer, unless
+    If the chat template leaves the prompt inside the reasoning, the answer is what follows the reasoning, unless
     `extract` says otherwise.
 
     Raises:
-        UsageError: `max_reasoning_tokens` cannot be kept.
+        UsageError: `max_reasoning_tokens` cannot be enforced.
     """
     budget = config.max_reasoning_tokens
     if not encoder.reasons:
@@ -267,10 +267,10 @@ def for_reasoning(config: TrainConfig, encoder: PromptEncoder) -> tuple[TrainCon
 
 
 def make_oracle(config: TrainConfig) -> Oracle:
-    """The oracle of the configuration, with the wrappers of the experiments around it.
+    """The oracle of the configuration, inside the wrappers of the experiments.
 
     Raises:
-        UsageError: It cannot be built, has no scores where the algorithm needs them, or cannot judge so many responses.
+        UsageError: It cannot be built, lacks scores that the algorithm needs, or cannot judge so many responses.
     """
     options, window = oracle_options(config)
     oracle = build_oracle(config.oracle, max_invalid_fraction=None, **options)
@@ -281,7 +281,7 @@ def make_oracle(config: TrainConfig) -> Oracle:
             "with scores such as reference or reward_model"
         )
     for judge in oracles_in(oracle):
-        if hasattr(judge, "check_group_size"):  # a judge in this process, which may lie within another oracle
+        if hasattr(judge, "check_group_size"):  # a judge in this process, perhaps inside another oracle
             judge.check_group_size(config.num_generations)
     if config.feedback != "exact":
         oracle = CorruptedOracle(
@@ -298,7 +298,7 @@ def oracle_options(config: TrainConfig) -> tuple[dict[str, Any], int]:
     """The options of the oracle itself, and how many groups its circuit breaker looks back.
 
     Raises:
-        UsageError: One belongs elsewhere.
+        UsageError: An option belongs elsewhere.
     """
     options = dict(config.oracle_options)
     for key, place in (("max_invalid_fraction", "max_invalid_fraction"), ("name", "oracle")):
@@ -311,7 +311,7 @@ def oracle_options(config: TrainConfig) -> tuple[dict[str, Any], int]:
 
 
 def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
-    """The model options with "tiny" replaced by the folder it was made in."""
+    """The model options with "tiny" replaced by the tiny policy's folder."""
     names = {field.name for field in dataclasses.fields(ModelOptions)}
     options = ModelOptions(**{name: getattr(config, name) for name in names})
     if is_tiny(config.model):
@@ -320,10 +320,10 @@ def resolved_model(config: TrainConfig, data: Datasets) -> ModelOptions:
 
 
 def is_tiny(model: str) -> bool:
-    """Whether the name stands for a model made on the spot.
+    """Whether the name is that of a model made on the spot.
 
     Raises:
-        UsageError: It looks like one and is none, nor a folder.
+        UsageError: It looks like such a name but is none, nor a folder.
     """
     if model in TINY_FAMILIES:
         return True

@@ -47,7 +47,7 @@ def sft_loss(
 def accumulate(
     run: Run, prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]], scale: float
 ) -> float:
-    """Accumulate `scale` times the gradient of the loss of all answers, `max_packed_tokens` at a time; the loss."""
+    """Accumulate `scale` times the gradient of the loss of all answers, `max_packed_tokens` at a time; return it."""
     policy = run.policy
 
     def loss_of(part: slice, features: MediaFeatures | None) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def accumulate(
 
 
 def learn(run: Run, prompts: Sequence[Prompt], updater: Updater) -> dict[str, Any] | None:
-    """One update from the answers of a step, and its log; None where no process has a row that can be read."""
+    """One update from the answers of a step, and its log; None if no process has a readable row."""
     world, encoder = run.world, run.make_batch.encoder
     answers = [encoder.encode_answer(prompt.example.taught or "") for prompt in prompts]
     (tokens,) = world.sum(sum(map(len, answers)))
@@ -92,11 +92,11 @@ def check_answers(rows: Sequence[Example], encoder: PromptEncoder, max_completio
 
 
 def train_sft(run: Run, *, resume_from=None) -> None:
-    """Run the supervised stage from its beginning, or from a checkpoint of this stage.
+    """Run the supervised stage from its beginning, or from one of its checkpoints.
 
     Raises:
         UsageError: There is nothing to learn from (see `check_answers`).
-        Outage: Too many files are bad, in any process; the steps before are saved.
+        Outage: Too many files are bad, in any process; the previous steps are saved.
     """
     config, policy, logger, world = run.config, run.policy, run.logger, run.world
     if not run.data.sft:
@@ -125,7 +125,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
         done, evaluation_due = state["step"], state.get("evaluation_due", False)
 
     def stage_state(alone: bool) -> dict:
-        return {"evaluation_due": evaluation_due} | updater.state_dict()  # due where the run ended in it
+        return {"evaluation_due": evaluation_due} | updater.state_dict()  # due if the run ended during one
 
     def evaluate() -> None:
         nonlocal evaluation_due
@@ -156,7 +156,7 @@ def train_sft(run: Run, *, resume_from=None) -> None:
 
 
 def taught(run: Run, order: EpochOrder, step: int) -> list[Prompt]:
-    """This process's share of what a step teaches; that of the next is decoded meanwhile."""
+    """This process's share of what a step teaches; that of the next step is decoded meanwhile."""
     with run.logger.timer("decode"):
         rows, following = (
             [row for clip in run.world.share(order.step(at)) for row in clip] for at in (step, step + 1)

@@ -1,4 +1,4 @@
-"""The checkpoints of a stage: whatever ends it, the last finished step is saved where the state is still that of it."""
+"""The checkpoints of a stage: however it ends, the last finished step is saved if the state is still that step's."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rlaif_fast.trainer.run import Run
 
 
 class StageCheckpoints:
-    """Writes the checkpoints of a stage, the last one where an error or a signal ends it too.
+    """Writes the checkpoints of a stage, including a last one when an error or a signal ends it.
 
     Args:
         run: The run.
         stage: "sft" or "rl".
         step: Steps done so far, which are saved.
-        state: What a checkpoint keeps besides. Its argument says whether this process has to do without the others.
-        changes: Counts what changes the weights and their optimizers. As long as it gives the same, so are they.
+        state: Returns what else a checkpoint keeps. Its argument says whether this process must act without the others.
+        changes: Counts changes of the weights and their optimizers; an equal count means that nothing has changed.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class StageCheckpoints:
         self._writing = False
 
     def finished(self, step: int) -> None:
-        """So many steps are done, and logged."""
+        """Take note that `step` steps are done and logged."""
         self.step, self._due, self._whole_at = step, {}, self._now()
 
     def save(self, **roles: bool) -> None:
-        """Write a checkpoint of the last finished step to go on from, which may play other roles too."""
-        # Where the one before could not be written, its roles are lost, and this one would not tell.
+        """Write a checkpoint of the last finished step to resume from, which may play other roles too."""
+        # If the previous checkpoint could not be written, its roles are lost; wait first, lest this one hide it.
         self._whole_at = None
         self._run.store.wait()
         self._due, self._whole_at = roles, self._now()
@@ -51,7 +51,7 @@ class StageCheckpoints:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """A block of steps. Where it breaks, the last finished one is saved, or the log says why it cannot be."""
+        """A block of steps. If it breaks, the last finished one is saved, or the log says why it cannot be."""
         try:
             yield
         except BaseException as error:
@@ -62,13 +62,13 @@ class StageCheckpoints:
             raise
 
     def may_give_up(self) -> bool:
-        """Whether this process may break the step: rank 0, where it has all weights and nothing has changed them."""
+        """Whether this process may abandon the step: it is rank 0, has all weights, and nothing has changed them."""
         run = self._run
         has_all = run.world.is_main and (run.world.size == 1 or run.policy.shards is None)
         return has_all and not self._writing and self._whole_at == self._now()
 
     def _keep(self, error: BaseException, *, alone: bool) -> None:
-        """Save what is due: all processes do, or rank 0 alone, which has all weights unless they are sharded."""
+        """Save what is due, in all processes or in rank 0 alone, which has all weights unless they are sharded."""
         self._writing = True
         run, due, reason = self._run, self._due is not None, None
         if alone:
@@ -109,5 +109,5 @@ class StageCheckpoints:
 
 
 def _is_asked_for(error: BaseException) -> bool:
-    """Whether the run was asked to end, and all processes end it behind the same step."""
+    """Whether the run was told to end, and all processes end it after the same step."""
     return isinstance(error, Terminated) and not isinstance(error, StepGivenUp)

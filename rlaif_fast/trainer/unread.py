@@ -1,4 +1,4 @@
-"""Keys that a configuration sets and, by its other keys, does not read."""
+"""Keys that a configuration sets but, given its other keys, does not read."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ REINFORCED = (
     *("beta", "kl", "epsilon", "epsilon_high", "delta", "entropy_coef", "loss_type"),
     *("importance_sampling_level", *OF_A_CRITIC),
 )
-# Of the responses to a few test clips too, which a run without RL records as well.
+# Also for the responses to a few test clips, which a run without RL records too.
 SAMPLED = (
     *("num_generations", "temperature", "top_p", "top_k"),
     *("advantage", "penalty_weight", "scale", "score", "weight_by_confidence"),
 )
-# Of either stage.
+# In either stage.
 LEARNING = ("eval_steps", "max_grad_norm", "optimizer_offload", "gradient_checkpointing", "backend")
-# Bounds of what moves away from the rollout: nothing has where its own weights learn from it, once and whole.
+# Limits on how far the policy moves from the rollout: it does not if the drawing weights learn from it once, whole.
 OFF_POLICY = ("epsilon", "epsilon_high", "delta", "cliprange_value")
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
 
@@ -57,7 +57,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield SUPERVISED, f"sft is {config.sft}"
         if config.data == "synthetic":
             yield ("label_noise", "label_confusion"), f"sft is {config.sft}"
-        elif _has_file(config, "rl") and config.model not in TINY_FAMILIES:  # whose vocabulary has its words
+        elif _has_file(config, "rl") and config.model not in TINY_FAMILIES:  # tiny: its words
             yield ("sft_data",), f"sft is {config.sft}"
     elif config.sft_steps == 0:
         yield [name for name in SUPERVISED if name != "sft_steps"], "sft_steps is 0"
@@ -75,7 +75,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
     if config.nframes is not None:
         where = f"nframes is {config.nframes}"
         yield ("fps",), where
-        if config.data == "synthetic" and not own:  # rows of other data may have rates of their own
+        if config.data == "synthetic" and not own:  # rows of other data may have their own rates
             yield ("min_frames", "max_frames"), where
     if config.lr_scheduler_type != "cosine":
         yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
@@ -92,7 +92,7 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
 
 
 def _replaced(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
-    """What the synthetic data is told of splits that files of their own take the place of."""
+    """What describes synthetic splits that are replaced by files."""
     for split in ("sft", "validation", "test"):
         if getattr(config, f"{split}_data") is not None:
             weak = ("label_noise", "label_confusion") if split == "sft" else ()
@@ -100,7 +100,7 @@ def _replaced(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
 
 
 def _has_file(config: TrainConfig, split: str) -> bool:
-    """Whether a split is read from a file; the synthetic data has all of them."""
+    """Whether a split is read from a file; the synthetic data has all splits."""
     given = getattr(config, f"{split}_data", None)
     return given is not None or config.data == "synthetic" or (Path(config.data) / f"{split}.jsonl").exists()
 
@@ -111,7 +111,7 @@ def _is_benchmark(path: str) -> bool:
 
 
 def tell_unread(config: TrainConfig, by_flag: Collection[str], by_file: Collection[str]) -> list[str]:
-    """A line for each reason why keys of a configuration file are not read: a file may serve many runs.
+    """A line for each reason why keys of a configuration file are not read, since a file may serve many runs.
 
     Args:
         config: The configuration.
