@@ -1,20 +1,20 @@
 """Shared-prefix attention, plugged into transformers through `AttentionInterface`.
 
 In a packed row a prompt attends causally to itself, and a response token to its prompt and to the response
-tokens on its path (`packing.PackedRow`). The layout travels to the attention function as one keyword
-argument, `shared_prefix`, which the model's own forward hands down to every layer, in a gradient checkpoint's
-second forward too. Without it the function is the model's previous implementation, so the model still
-generates and evaluates as before.
+tokens on its path (`packing.PackedRow`). The layout reaches the attention function as one keyword argument,
+`shared_prefix`, which the model's own forward passes to every layer, also in a gradient checkpoint's second
+forward. Without it the function is the model's previous implementation, so the model still generates and
+evaluates as before.
 
 Backends, all equal to the dense-mask reference:
 
 - `sdpa`: per bucket of similar groups, one causal call for the prompts and one call for the responses over
-  [prompt | responses] with a mask. Any device. On a CPU the responses of groups with many tokens are two calls instead,
+  [prompt | responses] with a mask. Any device. On a CPU, groups with many response tokens take two response calls,
   merged by their log-sum-exp (`cpu_attention`).
 - `flex`: FlexAttention with a block mask over the whole row.
 - `flash`: flash-attn's varlen kernels; the response part is two calls merged by their log-sum-exp.
-- `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; "auto" takes it where `selfcheck` finds on
-  that very GPU that it equals the reference.
+- `torch_flash`: the same with the FlashAttention-2 kernels inside PyTorch; "auto" uses it if `selfcheck` finds that it
+  equals the reference on this very GPU.
 - `reference`: one dense mask over the whole row, softmax written out.
 """
 
@@ -48,9 +48,9 @@ from rlaif_fast.policy.selfcheck import check_attention, describe_check
 log = logging.getLogger(__name__)
 
 PREFIX = "rlaif_shared_prefix_"
-BIAS_STEP = 16  # columns; CUDA's fused kernels want rows of a mask aligned
-# Handed to the model as its attention mask: a 4D mask is passed through untouched, so none is built; nothing
-# reads it.
+BIAS_STEP = 16  # columns; CUDA's fused kernels want aligned mask rows
+# Passed to the model as its attention mask: a 4D mask goes through untouched, so the model builds none. Nothing reads
+# it.
 UNUSED_MASK_SHAPE = (1, 1, 1, 1)
 
 
@@ -87,7 +87,7 @@ def _attention(module, query, key, value, attention_mask, *, base: str, shared_p
         # Under autocast a head's norm leaves queries and keys wider than values.
         qkv = (x.to(dtype_of(query.device, x.dtype)) for x in (query, key, value))
         return shared_prefix.attend(module.layer_idx, *qkv, kwargs["scaling"]), None
-    if base == "eager":  # the one implementation that transformers keeps in each model's own file
+    if base == "eager":  # the only one that transformers keeps in each model's own file
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -102,7 +102,7 @@ def _attention(module, query, key, value, attention_mask, *, base: str, shared_p
 
 
 class _Pad(torch.autograd.Function):
-    """Rows to their slots of a zeroed grid; the backward pass reads the same slots."""
+    """Scatter rows to their slots of a zeroed grid; the backward pass reads the same slots."""
 
     @staticmethod
     def forward(ctx, x: Tensor, slots: Tensor, size: int) -> Tensor:
@@ -139,14 +139,14 @@ class DeviceBucket:
     slots: Tensor | None
     rows: Tensor | None
     allowed: Tensor | None  # (n, 1, R, P + R) bool
-    parts: list[GroupParts] | None = None  # the groups one by one, where that is cheaper than a mask
+    parts: list[GroupParts] | None = None  # the groups one by one, if that is cheaper than a mask
     bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self.bias:
             assert self.allowed is not None
             *lead, columns = self.allowed.shape
-            # A view of rows whose length is rounded up: fused kernels read it as it is, where they would copy.
+            # A view of rows whose length is rounded up: fused kernels read it as it is, but would copy other shapes.
             wide = torch.zeros(
                 *lead, -(-columns // BIAS_STEP) * BIAS_STEP, dtype=dtype, device=self.allowed.device
             )
@@ -198,7 +198,7 @@ class SdpaContext:
                 self._restore = put(np.argsort(order))
 
     def _parts(self, row: PackedRow, bucket: Bucket, device: torch.device) -> list[GroupParts] | None:
-        """The groups of a bucket, where they attend one by one and in two parts."""
+        """The groups of a bucket, if they attend one by one and in two parts."""
         return group_parts(row, bucket.groups) if device.type == "cpu" else None
 
     def _mask(self, row: PackedRow, bucket: Bucket, device: torch.device) -> Tensor | None:
@@ -253,7 +253,7 @@ def sdpa(
     """Grouped-query `scaled_dot_product_attention` that stays on a fused kernel: (n, H, Q, D)."""
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1 and query.is_cuda and (mask is not None or refuses_kernels(query.device, query.dtype)):
-        # Of CUDA's fused kernels only FlashAttention knows `enable_gqa`; the next one would write out the scores.
+        # Of CUDA's fused kernels only FlashAttention supports `enable_gqa`; the next one would write out the scores.
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
         repeat = 1
     return functional.scaled_dot_product_attention(
@@ -276,12 +276,12 @@ class ReferenceContext:
 
 
 def refuses_flex(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why FlexAttention cannot train here; None where it can."""
+    """Why FlexAttention cannot train here; None if it can."""
     return None if device.type == "cuda" else "it has no backward pass on the CPU"
 
 
 def _flex_context(row: PackedRow, device: torch.device) -> AttentionContext:
-    from rlaif_fast.policy.flex import FlexContext  # imports the compiler; only where it is asked for
+    from rlaif_fast.policy.flex import FlexContext  # imports the compiler, so only on request
 
     return FlexContext(row, device)
 
@@ -295,12 +295,12 @@ class AttentionBackend:
     """One way to compute shared-prefix attention.
 
     Attributes:
-        name: What `attention_backend` calls it.
+        name: Its name in `attention_backend`.
         priority: "auto" takes the highest that can run; below 0 only on request.
-        refuses: Why it cannot run on a device and dtype; None where it can.
+        refuses: Why it cannot run on a device and dtype; None if it can.
         merge: How much of the responses it lets a row share (see `packing.pack`).
         context: Makes the context of one row.
-        checked: Whether "auto" takes it only where it equals the reference on that very device (see `selfcheck`).
+        checked: Whether "auto" takes it only if it equals the reference on that very device (see `selfcheck`).
     """
 
     name: str
@@ -331,7 +331,7 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend called `name`, or the best one that can run for "auto"; on a GPU the log says why that one.
+    """The backend called `name`, or for "auto" the best one that can run; on a GPU the log says why.
 
     Raises:
         ValueError: No such backend, or it cannot run here.

@@ -1,12 +1,12 @@
 """Attention of a group's response tokens in two parts, by PyTorch's flash kernel for CPUs.
 
-One masked call scores every response token of a group against every other: N^2 scores, of which each response needs
+One masked call scores every response token of a group against every other: N^2 scores, though each response needs only
 those of its own path. Here all N tokens attend to the prompt without a mask, and each response of L tokens to itself
-causally: N P + sum(L^2) / 2 scores. The two calls see disjoint keys and merge by their log-sum-exp, backward too (see
-`flash`).
+causally: N P + sum(L^2) / 2 scores. The two calls see disjoint keys and merge by their log-sum-exp, also in the
+backward pass (see `flash`).
 
-A response that begins as another one does shares its tokens with it. For its own call these are gathered a second time
-as queries, keys and values; their outputs are dropped and their gradients are zero, so the call stays causal.
+A response that begins like another shares its tokens with it. For its own call these are gathered a second time as
+queries, keys and values; their outputs are dropped and their gradients are zero, so the call stays causal.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.autograd.function import once_differentiable
 from rlaif_fast.policy.flash import merge
 from rlaif_fast.policy.packing import PackedRow, starts
 
-# Response tokens of a group below which one masked call is used: at 250 both take as long, at 500 two calls are 1.2
-# times as fast.
+# Below this many response tokens in a group, one masked call is used: at 250 both take equally long, at 500 two calls
+# are 1.2 times as fast.
 MIN_NODES = 448
-MIN_GAIN = 1.2  # times as many scores that the masked call must have
+MIN_GAIN = 1.2  # the masked call must have this many times the scores
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class GroupParts:
         prompt: P.
         nodes: N.
         path: (B * L,) node of each token of each response, counted in the group; 0 in padding.
-        owned: (N,) the slot of `path` at which a node is what its response brought.
-        shared: Slots of `path` whose node another response brought.
-        padding: (B * L,) bool, slots behind the end of a response.
+        owned: (N,) the slot of `path` where a node appears in the response that owns it.
+        shared: Slots of `path` whose node belongs to another response.
+        padding: (B * L,) bool, slots after the end of a response.
         length: L, the longest response.
     """
 
@@ -58,12 +58,12 @@ class GroupParts:
         return x.repeat_interleave(repeat, dim=0).transpose(0, 1)
 
     def bring(self, x: Tensor) -> Tensor:
-        """(B, heads, L, ...) -> (heads, N, ...), each node as its own response has it."""
+        """(B, heads, L, ...) -> (heads, N, ...), each node's value from the response that owns it."""
         return x.transpose(0, 1).flatten(1, 2).index_select(1, self.owned)
 
 
 def group_parts(row: PackedRow, groups: np.ndarray) -> list[GroupParts] | None:
-    """The layout of some groups of a row for `attend`; None where one masked call is cheaper or nothing does it."""
+    """The layout of some groups of a row for `attend`; None if one masked call is cheaper or no kernel can do it."""
     nodes = row.node_counts[groups]
     if nodes.min() < MIN_NODES or not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return None
@@ -75,7 +75,7 @@ def group_parts(row: PackedRow, groups: np.ndarray) -> list[GroupParts] | None:
         path = path[:, : int((path >= 0).sum(1).max())]
         in_group = np.where(path < 0, 0, path - first_node[group])
         padding = (path < 0).ravel()
-        # Nodes stand in the order of their responses and of their depth, so the first slot of each is its own.
+        # Nodes are ordered by response and then by depth, so the first slot of each node is its owner's.
         real = np.flatnonzero(~padding)
         _, first = np.unique(in_group.ravel()[real], return_index=True)
         owned = real[first]
@@ -106,7 +106,7 @@ def attend(
     parts: GroupParts,
     scale: float,
 ) -> Tensor:
-    """What the response tokens of a group see of their prompt and of their own responses: (H, N, D)."""
+    """Attention of a group's response tokens to their prompt and their own responses: (H, N, D)."""
     return _TwoParts.apply(q, prompt_key, prompt_value, key, value, parts, scale)
 
 
@@ -140,7 +140,7 @@ class _TwoParts(torch.autograd.Function):
         slots = len(parts.path)
         own = parts.gather(q), parts.gather(key, repeat), parts.gather(value, repeat)
         own_grad = grad.new_zeros(len(q), slots, q.shape[2]).index_copy_(1, parts.owned, grad)
-        # exp(s - inf) is 0: nothing flows through padding.
+        # exp(s - inf) is 0: no gradient flows through padding.
         own_lse = lse.index_select(1, parts.path).masked_fill_(parts.padding, float("inf"))
         dq_2, dk_2, dv_2 = _backward(
             own_grad.view(len(q), -1, parts.length, q.shape[2]).transpose(0, 1),
@@ -156,7 +156,7 @@ class _TwoParts(torch.autograd.Function):
 
 
 def _fold(x: Tensor, repeat: int) -> Tensor:
-    """(H, N, D) -> (1, K, repeat * N, D): the query heads of a key head as more queries."""
+    """(H, N, D) -> (1, K, repeat * N, D): the query heads of one key head become more queries."""
     return x.reshape(1, len(x) // repeat, -1, x.shape[2])
 
 

@@ -1,4 +1,4 @@
-"""Consecutive items in parts that fit a limit."""
+"""Cuts consecutive items into parts that fit a limit."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 def cut(sizes: Sequence[int], limit: int, joined_sizes: Sequence[int] | None = None) -> list[slice]:
-    """Cut consecutive items into parts of at most `limit` together; a larger item is a part of its own.
+    """Cut consecutive items into parts of at most `limit` in total; a larger item is a part of its own.
 
     Args:
-        sizes: Size of each item at the beginning of a part.
-        limit: Most that a part may hold.
-        joined_sizes: Size of each item behind another one of its part, where it is not the same; the first is unused.
+        sizes: Size of each item when it comes first in a part.
+        limit: Largest total of a part.
+        joined_sizes: Size of each item when it follows another one in its part, if different; the first is unused.
 
     Returns:
-        Where each part's items are, part after part.
+        The slice of items of each part, in order.
     """
     parts: list[slice] = []
     used = 0

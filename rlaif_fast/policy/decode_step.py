@@ -1,6 +1,6 @@
-"""What lies between the matmuls of a decode step: the references, and whether the Triton kernels can run.
+"""The work between the matmuls of a decode step: the references, and whether the Triton kernels can run.
 
-Each rounds where the modules of Transformers' Llama, Qwen2 and Qwen3 do.
+Each rounds at the same points as the modules of Transformers' Llama, Qwen2 and Qwen3.
 
 Letters: S tokens, C hidden size, H heads, D head size, M elements of a row.
 """
@@ -35,7 +35,7 @@ def rotate_reference(
     norm: Tensor | None,  # (D,)
     eps: float,
 ) -> Tensor:
-    """Return the heads behind their norm, where there is one, at the positions that `cos` and `sin` are of."""
+    """Return the heads, normed if `norm` is given, then rotated to the positions of `cos` and `sin`."""
     heads = heads if norm is None else rms_norm_reference(heads, norm, eps)
     first, second = heads.chunk(2, -1)
     return heads * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]

@@ -1,7 +1,7 @@
 """Features of deeper levels of the vision tower, added between the layers of the decoder.
 
-transformers finds their places by a mask, whose true entries a GPU has to be asked for at every level. Places that are
-known are added to as they are.
+transformers finds their places by a mask; reading its true entries means a device sync at every level. Here known
+places are used directly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def install(decoder: Any) -> None:
-    """Let a decoder take places for `visual_pos_masks`; masks it takes as before."""
+    """Let a decoder accept places for `visual_pos_masks`; masks work as before."""
     own = getattr(decoder, "_deepstack_process", None)
     if own is not None and not isinstance(own, partial):
         decoder._deepstack_process = partial(_add, own)

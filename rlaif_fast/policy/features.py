@@ -1,8 +1,8 @@
-"""Vision features: the tower runs once for each distinct video or image, and what it gives is shared.
+"""Vision features: the tower runs once for each distinct video or image, and its output is shared.
 
-What a frozen tower gave is also remembered from call to call, within a budget of bytes. A fingerprint of its
-parameters (each tensor's identity and in-place version) guards what is remembered: a loaded checkpoint empties
-it. Of a tower that trains nothing is remembered: fused optimizers change weights without a trace.
+The output of a frozen tower is also cached from call to call, within a budget of bytes. A fingerprint of its
+parameters (each tensor's identity and in-place version) guards the cache: loading a checkpoint empties it. The
+output of a tower that trains is never cached: fused optimizers change weights without a trace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_PATCHES_A_CALL = 65_536  # of a tower call without gradient; bounds its memo
 
 @dataclass(frozen=True)
 class MediaFeatures:
-    """What the vision tower gave for the media of some prompts.
+    """The vision tower's output for the media of some prompts.
 
     Attributes:
         levels: The projector's output first, then each deepstack level, each (F, H), media after media.
@@ -53,12 +53,12 @@ class MediaFeatures:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the tower's graph hangs on them."""
+        """Whether they carry the tower's graph."""
         return self.levels[0].requires_grad
 
     @classmethod
     def concat(cls, parts: Sequence[MediaFeatures]) -> MediaFeatures:
-        """Several as one; a medium that is in more than one is taken from the last."""
+        """Several as one; a medium that occurs in more than one is taken from the last."""
         begins = np.cumsum([0, *(len(part.levels[0]) for part in parts[:-1])]).tolist()
         spans = {
             key: (begin + at, rows)
@@ -71,7 +71,7 @@ class MediaFeatures:
         """The same features as leaves that collect gradient, so that several backward passes can share one
         tower pass.
 
-        After the last of them, call `backward_from` of the original with the leaves.
+        After the last backward pass, call `backward_from` of the original with the leaves.
         """
         return MediaFeatures(tuple(level.detach().requires_grad_() for level in self.levels), self.spans)
 
@@ -89,8 +89,8 @@ class VisionEncoder:
 
     Args:
         tower: The modules that make features (`Family.vision`).
-        cache_bytes: Budget of features remembered while no parameter of the tower trains; 0 remembers none.
-        family: How it makes them of patches; None for patches behind grids.
+        cache_bytes: Budget for cached features while no parameter of the tower trains; 0 caches none.
+        family: How it computes them from patches; None for a tower that takes patches and grids.
     """
 
     def __init__(self, tower: nn.Module, cache_bytes: int, family: Family | None = None) -> None:
@@ -106,7 +106,7 @@ class VisionEncoder:
         return any(p.requires_grad for p in self.tower.parameters())
 
     def __call__(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
-        """Features of every distinct medium of `prompts`; None where there is none."""
+        """Features of every distinct medium of `prompts`; None if there are none."""
         media = {m.key: m for prompt in prompts for m in prompt.media}
         if not media:
             return None
@@ -139,7 +139,7 @@ class VisionEncoder:
 
     def _forget_if_changed(self) -> None:
         parameters = list(self.tower.parameters())
-        # Features of autocast are no others'.
+        # Features computed under autocast are cached apart from others.
         computed = {dtype_of(p.device, p.dtype) for p in parameters}
         fingerprint = (computed, *((p.data_ptr(), p._version) for p in parameters))
         if fingerprint != self._fingerprint:

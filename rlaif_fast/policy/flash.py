@@ -1,16 +1,16 @@
 """Shared-prefix attention with FlashAttention-2's varlen kernels, flash-attn's own or those inside PyTorch.
 
-Three calls a layer: the prompts to themselves (causal), all response tokens of a group to its prompt (not
-causal), and each response to itself (causal). The last two see disjoint keys of the same queries, so their
+Three calls per layer: the prompts to themselves (causal), all response tokens of a group to its prompt (not
+causal), and each response to itself (causal). The last two see disjoint keys for the same queries, so their
 outputs merge exactly by their log-sum-exp:
 
     lse = logaddexp(lse_1, lse_2)        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
-Backward: a flash kernel recomputes p = exp(s - lse) and needs rowsum(dout * out) beside it. Given the merged
-    `lse` and `out`, each call's p is the share of the whole softmax on its own keys, so running both backward
-    kernels with the merged values gives the exact dk and dv of each part, and dq is their sum.
+Backward: a flash kernel recomputes p = exp(s - lse) and also needs rowsum(dout * out). Given the merged `lse` and
+    `out`, each call's p is its share of the whole softmax on its own keys. Running both backward kernels with the
+    merged values therefore gives the exact dk and dv of each part, and dq is their sum.
 
-Prefix keys and values stand once a group; nothing is expanded or padded.
+Prefix keys and values are stored once per group; nothing is expanded or padded.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Call:
         q: (Tq, H, D).
         k: (Tk, K, D).
         v: (Tk, K, D).
-        queries: How q falls into sequences.
+        queries: How q splits into sequences.
         keys: How k and v do.
-        scale: Of the scores.
+        scale: Factor on the scores.
         causal: Whether a query sees only the keys up to its own place.
     """
 
@@ -103,7 +103,7 @@ class FlashAttention2:
     def backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        # Zeroed: a group without response tokens has keys that no block of the kernel writes.
+        # Zeroed: no block of the kernel writes the keys of a group without response tokens.
         dq, dk, dv = gradients = [torch.zeros_like(x) for x in call.tensors]
         _flash_attn_varlen_backward(
             dout.contiguous(),
@@ -147,7 +147,7 @@ class TorchFlash:
             *call.sequences,
             dropout_p=0.0,
             is_causal=call.causal,
-            rng_state=torch.zeros(2, dtype=torch.uint64, device=call.q.device),  # of the dropout; not read
+            rng_state=torch.zeros(2, dtype=torch.uint64, device=call.q.device),  # for dropout; not read
             unused=call.q.new_empty(0),
             scale=call.scale,
         )
@@ -162,7 +162,7 @@ def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[T
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tokens of a row stand, and how they fall into sequences."""
+    """Where the tokens of a row are, and how they split into sequences."""
 
     prompt_index: Tensor  # (sum of P,)
     node_index: Tensor  # (nodes,)
@@ -259,12 +259,12 @@ class FlashContext:
 
 
 def refuses_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash-attn cannot run here; None where it can."""
+    """Why flash-attn cannot run here; None if it can."""
     return refuses_kernels(device, dtype) or missing_flash_attn()
 
 
 def missing_flash_attn() -> str | None:
-    """Why the package flash-attn cannot be used; None where it can."""
+    """Why the package flash-attn cannot be used; None if it can."""
     try:  # flash-attn-4 has a module of the same name and none of these kernels
         found = version("flash-attn")
     except PackageNotFoundError:
@@ -275,14 +275,14 @@ def missing_flash_attn() -> str | None:
 
 
 def refuses_torch_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why PyTorch's FlashAttention cannot run here; None where it can."""
-    # The releases before this module have other log-sum-exps or other arguments.
+    """Why PyTorch's FlashAttention cannot run here; None if it can."""
+    # Releases before this module have other log-sum-exps or other arguments.
     found = importlib.util.find_spec("torch.nn.attention.varlen") is not None
     return refuses_kernels(device, dtype) or (None if found else "it needs PyTorch 2.10")
 
 
 def refuses_kernels(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why no FlashAttention-2 kernel can run on a device and dtype; None where they can."""
+    """Why no FlashAttention-2 kernel can run on a device and dtype; None if they can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -20,7 +20,7 @@ def _compiled(function):
 class FlexContext:
     """FlexAttention over the whole row; blocks that no token attends across are skipped.
 
-    On a GPU kernel and mask builder are compiled. On the CPU FlexAttention runs uncompiled, without a
+    On a GPU the kernel and the mask builder are compiled. On the CPU FlexAttention runs uncompiled, without a
     backward pass.
     """
 

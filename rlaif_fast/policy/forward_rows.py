@@ -1,8 +1,8 @@
-"""What one forward pass has to compute for some responses, each token once.
+"""What one forward pass has to compute for some responses, each token only once.
 
-Equal responses to one prompt are one row, and prompts about the same media share the tokens they have in common:
-the clip comes first in the chat templates of the Qwen-VL families, so four questions about a video read it once.
-Hidden states, and so the loss and every gradient, are those of each response computed alone.
+Equal responses to one prompt become one row, and prompts about the same media share their common tokens: the chat
+templates of the Qwen-VL families put the clip first, so four questions about a video read it once. Hidden states,
+and so the loss and every gradient, equal those of each response computed alone.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from rlaif_fast.policy.packing import Merge
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.policy.prompt import EncodedPrompt
 
-# Tokens behind what some prompts share. Each may attend to any of them, so a mask of their square is made.
+# Most tokens after a prefix that prompts share. Each may attend to any other, so the mask grows with their square.
 MAX_BEHIND = 4096
 
 
 @dataclass(frozen=True)
 class ForwardRows:
-    """Prompts and the rows behind them, and where the tokens of the M response tokens are among the rows'.
+    """Prompts, the rows that follow them, and where the M response tokens are among the rows' tokens.
 
     Attributes:
         prompts: N prompts.
@@ -53,7 +53,7 @@ def answer_rows(prompts: Sequence[EncodedPrompt], answers: Sequence[list[int]]) 
 def response_rows(
     prompts: Sequence[EncodedPrompt], responses: Sequence[Sequence[Sequence[int]]]
 ) -> ForwardRows:
-    """Some responses to each prompt, equal ones once; late in training most of a group are repeats."""
+    """Some responses to each prompt, equal ones merged; late in training most of a group are repeats."""
     rows: list[list[int]] = []
     row_of: list[int] = []
     sizes: list[int] = []
@@ -80,13 +80,13 @@ def share_media(
     merge: Merge = "prefixes",
     max_tokens: int | None = None,
 ) -> ForwardRows:
-    """Let prompts about the same media share the tokens they begin with, where that leaves fewer tokens to compute.
+    """Let prompts about the same media share the tokens they begin with, if that leaves fewer tokens to compute.
 
     Args:
-        rows: Of prompts of any order.
-        media_token_ids: Tokens that stand for media; a prompt with one of them behind the shared part stands alone.
+        rows: Rows of prompts in any order.
+        media_token_ids: Media tokens; a prompt with one of them after the shared part is not shared.
         merge: What the attention backend computes once among the rows of a prompt.
-        max_tokens: Most tokens of prompts that share; None for any number. Behind the shared part they are at most
+        max_tokens: Most tokens of prompts that share; None for any number. Those after the shared part are at most
             `MAX_BEHIND` in any case.
     """
     ends = torch.cumsum(rows.group_sizes, 0).tolist()
@@ -109,7 +109,7 @@ def share_media(
                 skipped.append(len(rest))
                 order.append(row)
     laid_out = lay_out(prompts, new_rows, sizes, skipped)
-    # Where the tokens of the old rows, packed in the old order, are now.
+    # Maps tokens of the old rows, packed in the old order, to their new places.
     pieces_of = laid_out.token_index.split([lengths[row] for row in order])
     moved = dict(zip(order, pieces_of))
     place = torch.cat([moved[row] for row in range(len(lengths))])
@@ -123,10 +123,10 @@ def _pieces(
     merge: Merge,
     max_tokens: int | None,
 ) -> Iterator[tuple[list[int], int]]:
-    """Which prompts go together, by number, and how many tokens they share; all of its tokens where one stands alone.
+    """Which prompts go together, by number, and how many tokens they share; a prompt alone shares all of its tokens.
 
     Args:
-        rows: As for `share_media`, and so are the others.
+        rows: As for `share_media`, like the remaining ones.
         rows_of: The rows of each prompt.
     """
     lengths = rows.lengths.tolist()
@@ -178,7 +178,7 @@ def reply_logps(
     Args:
         policy: The policy.
         prompts: N prompts.
-        replies: Tokens of some replies to each.
+        replies: Tokens of some replies to each prompt.
         features: From `Policy.encode_media` of the prompts; None to encode here.
 
     Returns:
@@ -188,7 +188,7 @@ def reply_logps(
     hidden = response_hidden(policy, rows, features=features)
     targets = rows.target_ids.to(hidden.device)
     logps = token_logps(hidden, policy.head_weight, targets, bias=policy.head_bias, validate=False)
-    assert isinstance(logps, Tensor)  # a pair with return_entropy alone
+    assert isinstance(logps, Tensor)  # a pair only with return_entropy
     parts = iter(logps.double().cpu().split([len(reply) for group in replies for reply in group]))
     return [[next(parts) for _ in group] for group in replies]
 
@@ -205,7 +205,7 @@ def lay_out(
         prompts: N prompts.
         rows: U rows, those of a prompt adjacent.
         sizes: Rows of each prompt.
-        skipped: Tokens at the beginning of each row that are not its response's; None for none.
+        skipped: Leading tokens of each row that belong to its prompt; None for none.
     """
     longest = max(map(len, rows))
     index, targets, begin = [], [], 0
@@ -224,6 +224,6 @@ def lay_out(
 
 
 def _common_length(rows: Sequence[list[int]]) -> int:
-    """Tokens that all rows begin with."""
+    """Number of tokens that all rows begin with."""
     shortest = min(map(len, rows))
     return next((k for k, column in enumerate(zip(*rows)) if len(set(column)) > 1), shortest)

@@ -1,6 +1,6 @@
-"""What stands in front of a model: its configuration, tokenizer, chat template, and how frames become its inputs.
+"""A model's front end: its configuration, tokenizer, chat template, and how frames become its inputs.
 
-All of it is read before any weight is, so that a model that cannot be fed is refused in a second.
+All of it is read before any weight, so that a model with unusable inputs is refused within a second.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rlaif_fast.video import PatchSpec
 
 VIDEO_SETTINGS = "video_preprocessor_config.json"
 IMAGE_SETTINGS = "preprocessor_config.json"
-# Of a model whose own processor cuts frames: they are handed over nearly as they are, in pairs.
+# For a model whose own processor cuts frames: it gets them nearly unchanged, in pairs.
 WHOLE_FRAMES = PatchSpec(patch_size=2, temporal_patch_size=2, merge_size=1)
 
 
 @dataclass(frozen=True)
 class Frontend:
-    """What makes a model's prompts.
+    """Everything that makes a model's prompts.
 
     Attributes:
         config: The model's configuration.
         tokenizer: With a chat template.
         patch_spec: How frames are cut.
-        processor: The model's own processor where the family is not in the table; else None.
+        processor: The model's own processor if the family is not in the table; else None.
     """
 
     config: Any
@@ -42,10 +42,10 @@ class Frontend:
 
 
 def read_config(model: str) -> Any:
-    """The configuration of a folder or hub name, of a class that can be trained here.
+    """The configuration of a folder or hub name, for a class that can be trained here.
 
     Raises:
-        UsageError: It cannot be read, or is of another kind of model.
+        UsageError: It cannot be read, or describes another kind of model.
     """
     from transformers import AutoConfig
     from transformers import __version__ as version
@@ -71,17 +71,17 @@ def read_config(model: str) -> Any:
         raise refuse(f"{model!r} ({config.model_type}) is an encoder-decoder, which is not supported")
     check_head(config)
     quantization.refuse_quantized(model, config)
-    # transformers goes on without a damaged one, and without its ends of responses
+    # transformers would silently ignore a damaged file, and with it the tokens that end responses.
     _read_json(model, "generation_config.json")
     return config
 
 
 def load_frontend(model: str, config: Any = None) -> Frontend:
-    """Read what makes the prompts of a folder or hub name.
+    """Read what is needed to make prompts for a folder or hub name.
 
     Args:
         model: The folder or name.
-        config: Its configuration, where it has been read.
+        config: Its configuration, if already read.
 
     Raises:
         UsageError: Something is missing; the message says what.
@@ -114,7 +114,7 @@ def _load_tokenizer(model: str) -> Any:
 
 
 def read_patch_spec(model: str, config: Any) -> PatchSpec:
-    """Patch sizes from the model config, mean and deviation from its preprocessor file."""
+    """Patch sizes from the model config, mean and standard deviation from its preprocessor file."""
     family = find_family(config.model_type)
     if family is None:
         raise refuse(f"{config.model_type!r} is not in the table of families")
@@ -131,7 +131,7 @@ def read_patch_spec(model: str, config: Any) -> PatchSpec:
 
 
 def _check_scale(model: str, settings: dict[str, Any]) -> None:
-    """Refuse a processor that does not bring pixels to 0 .. 1 and then to a mean and deviation of each color."""
+    """Refuse a processor that does not scale pixels to 0 .. 1 and then to a mean and deviation of each color."""
     for name in ("do_rescale", "do_normalize"):
         if settings.get(name) is False:
             raise refuse(f"{model!r}: its processor has {name}: false, which is not supported")
@@ -147,11 +147,11 @@ def _check_scale(model: str, settings: dict[str, Any]) -> None:
 
 
 def read_chat_template(model: str) -> str | None:
-    """The chat template of a model's processor, which goes before that of its tokenizer: the one may know media that
-    the other does not. None where there is none apart; chat_template.jinja is of both, and the tokenizer reads it.
+    """The chat template of a model's processor, which takes precedence over its tokenizer's: it may support media that
+    the other does not. None without a separate one; chat_template.jinja serves both, and the tokenizer reads it.
 
     Raises:
-        UsageError: It is no text.
+        UsageError: It is not text.
     """
     for name in ("processor_config.json", "chat_template.json"):
         template = (_read_json(model, name) or {}).get("chat_template")

@@ -1,17 +1,17 @@
-"""Linear-attention layers (gated delta rule) in packed rows: each response starts from what its prompt leaves behind.
+"""Linear-attention layers (gated delta rule) in packed rows: each response starts from the state after its prompt.
 
-Such a layer reads a sequence token by token. Behind it are the last K - 1 inputs of a short convolution, the tail, and
-a recurrent state. In a packed row both are computed once a prompt, and every response of the group starts from them, so
-the gradient that reaches them is the sum over the responses. A prefix that responses share is one run of tokens in the
-row, projected once; the recurrence alone runs over it for each of them.
+Such a layer reads a sequence token by token. It leaves the last K - 1 inputs of a short convolution, the tail, and a
+recurrent state. In a packed row both are computed once per prompt, and every response of the group starts from them,
+so the gradient that reaches them is the sum over the responses. A prefix that responses share is one run of tokens in
+the row, projected once; only the recurrence runs over it for each of them.
 
 Sequences are padded to one length inside the recurrence. A padding token has beta = 0 and g = 0, so it changes no
 state:
 
     S = exp(g) S + beta k (v - exp(g) S k)^T        out = S^T q
 
-The convolution and the recurrence are the functions that the model's own forward calls: kernels of causal-conv1d and
-flash-linear-attention where transformers finds them, its PyTorch path elsewhere.
+The convolution and the recurrence are the functions that the model's own forward calls: the kernels of causal-conv1d
+and flash-linear-attention if transformers finds them, else its PyTorch path.
 
 Letters: S tokens of the row, b sequences of L tokens, C channels, K width of the convolution, Hk and Hv heads of keys
 and values, Dk and Dv their sizes.
@@ -55,7 +55,7 @@ def install(decoder: Any) -> None:
 
 
 def state_size(decoder: Any) -> int:
-    """Numbers that one sequence leaves behind in all linear-attention layers."""
+    """Size of the state, in numbers, that one sequence leaves in all linear-attention layers."""
     return sum(
         layer.num_v_heads * layer.head_k_dim * layer.head_v_dim
         + layer.conv_dim * (layer.conv_kernel_size - 1)
@@ -103,12 +103,12 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:  # (b, L, C) -> (b, L, C)
 def _recur(
     layer: Any,
     rule: Callable[..., tuple[Tensor, Tensor]],
-    qkv: Tensor,  # (b, L, C) behind the convolution
+    qkv: Tensor,  # (b, L, C) after the convolution
     decay: Tensor,  # (b, L, Hv)
     beta: Tensor,  # (b, L, Hv)
     state: Tensor | None = None,  # (b, Hv, Dk, Dv)
 ) -> tuple[Tensor, Tensor]:
-    """The output (b, L, Hv, Dv) and the state behind it."""
+    """The output (b, L, Hv, Dv) and the final state."""
     query, key, value = (
         x.unflatten(-1, (heads, -1))
         for x, heads in zip(
@@ -132,13 +132,13 @@ def _recur(
 
 
 class NodeStates:
-    """Tails and states of the nodes of a rollout; as a context, each node reads one more token."""
+    """Tails and states of the nodes of a rollout; used as a context, each node reads one more token."""
 
     def __init__(self) -> None:
         self._of_layer: dict[int, tuple[Tensor, Tensor]] = {}  # (A, C, K - 1) and (A, Hv, Dk, Dv)
 
     def put(self, layer: Any, nodes: Tensor, count: int, tails: Tensor, states: Tensor) -> None:
-        """Write what stands behind some of `count` nodes: tails (n, C, K - 1), states (n, Hv, Dk, Dv)."""
+        """Write the tails (n, C, K - 1) and states (n, Hv, Dk, Dv) after some of `count` nodes."""
         if layer.layer_idx not in self._of_layer:
             made = tuple(x.new_zeros(count, *x.shape[1:]) for x in (tails, states))
             self._of_layer[layer.layer_idx] = (made[0], made[1])
@@ -146,7 +146,7 @@ class NodeStates:
             kept[nodes] = new
 
     def select(self, nodes: Tensor) -> None:
-        """Go on with these nodes, some of them perhaps several times."""
+        """Continue with these nodes; some may occur several times."""
         for layer, (tails, states) in self._of_layer.items():
             self._of_layer[layer] = (tails.index_select(0, nodes), states.index_select(0, nodes))
 
@@ -154,7 +154,7 @@ class NodeStates:
         """One more token for each node."""
         functions = _functions(layer)
         tails, states = self._of_layer[layer.layer_idx]
-        x = functions.causal_conv1d_update(  # moves the tails on, in place
+        x = functions.causal_conv1d_update(  # updates the tails in place
             qkv[..., None], tails, layer.conv1d.weight.squeeze(1), layer.conv1d.bias, layer.activation
         )
         output, states = _recur(
@@ -171,12 +171,12 @@ class NodeStates:
 
 @dataclass(frozen=True)
 class Keep:
-    """Where a row's pass leaves what stands behind each of its responses.
+    """Where a row's pass stores the state after each of its responses.
 
     Attributes:
-        states: Where to.
+        states: The store.
         nodes: (B,) the node of each response.
-        count: Nodes in all.
+        count: Number of nodes in the store.
     """
 
     states: NodeStates
@@ -186,14 +186,14 @@ class Keep:
 
 @dataclass(frozen=True)
 class _Part:
-    """Groups of similar size; indices are places in the row, S where there is none.
+    """Groups of similar size; indices are places in the row, S for none.
 
     Attributes:
         responses: (b,) their numbers in the row.
         prompts: (n, P).
         windows: (b, K - 1 + T) the prompt's tail and the tokens of each response.
         group: (b,) the prompt of each response.
-        last: (b, K - 1) what the response leaves as its tail.
+        last: (b, K - 1) the tail that the response leaves.
     """
 
     responses: np.ndarray
@@ -209,16 +209,16 @@ class RowStates:
     Args:
         row: Its layout.
         tail: K - 1.
-        device: Of the tensors.
-        keep: Where to leave what stands behind each response; None where nothing reads it.
+        device: Device of the tensors.
+        keep: Where to store the state after each response; None if nothing reads it.
     """
 
     def __init__(self, row: PackedRow, tail: int, device: torch.device, keep: Keep | None = None) -> None:
         self._tail, self._keep = tail, keep
         self._parts = []
-        cells = np.empty(row.tokens, dtype=np.int64)  # of each token, where its output is among the parts'
+        cells = np.empty(row.tokens, dtype=np.int64)  # each token's place among the parts' outputs
         begin = 0
-        # A response without a node of its own has no output to give.
+        # A response without a node of its own has no output.
         holders = np.unique(row.node_response) if keep is None else np.arange(len(row.lengths))
         for bucket in make_buckets(row):
             prompts, windows, mine = _windows(row, bucket, holders, tail)
@@ -234,7 +234,7 @@ class RowStates:
         self._cells = torch.from_numpy(cells).to(device)
 
     def mix(self, layer: Any, qkv: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
-        """The row's tokens, each behind its own path."""
+        """Outputs of the row's tokens, each computed along its own path."""
         qkv, decay, beta = (functional.pad(x, (0, 0, 0, 1)) for x in (qkv, decay, beta))
         rule = _functions(layer).torch_chunk_gated_delta_rule
         outputs = []
@@ -281,12 +281,12 @@ def _windows(
     tails = end - tail + np.arange(tail)
     tails = np.where(tails >= begins[group[mine], None], tails, nowhere)
     path = row.path[mine, : int(np.maximum(row.lengths[mine] - 1, 0).max(initial=0))]
-    places = np.append(row.node_index, nowhere)[path]  # -1 is the last
+    places = np.append(row.node_index, nowhere)[path]  # -1 reads the last entry
     return prompts, np.concatenate((tails, places), axis=1), mine
 
 
 def _owned(row: PackedRow, places: np.ndarray, responses: np.ndarray) -> np.ndarray:
-    """(b, T) places of tokens, S on those that another response holds."""
+    """(b, T) places of tokens, S for those that another response holds."""
     owner = np.full(row.tokens + 1, -1)
     owner[row.node_index] = row.node_response
     return np.where(owner[places] == responses[:, None], places, row.tokens)

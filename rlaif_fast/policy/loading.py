@@ -37,9 +37,9 @@ class ModelOptions:
 
     Attributes:
         model: A local checkpoint folder, a hub name, or "tiny" ("tiny-qwen2_5_vl"), the small policy made on the spot.
-        dtype: "auto" is bfloat16 on a GPU that has it, else float32; or "float32", "bfloat16", "float16".
-        attn_implementation: "auto" is flash_attention_2 where it can run, else sdpa; any transformers name is taken.
-        device: "auto" is the GPU where there is one; or "cpu", "cuda", "cuda:1".
+        dtype: "auto" is bfloat16 on a GPU that supports it, else float32; or "float32", "bfloat16", "float16".
+        attn_implementation: "auto" is flash_attention_2 if it can run, else sdpa; any transformers name works.
+        device: "auto" is the GPU if there is one; or "cpu", "cuda", "cuda:1".
         gradient_checkpointing: Recompute the language model's layers in the backward pass.
         freeze_vision_tower: Do not train the vision tower. null is false, and true where there are LoRA adapters,
             which leave nothing else to train.
@@ -97,9 +97,9 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what is needed to feed it; `notes` says which choices "auto" made.
+    """A model with what is needed to feed it; `notes` says what "auto" chose.
 
-    `processor` is the model's own where its family is not in the table.
+    `processor` is the model's own, if its family is not in the table.
     """
 
     model: nn.Module
@@ -112,7 +112,7 @@ class LoadedModel:
 
     @property
     def vision_dtype(self) -> torch.dtype:
-        """What the vision tower computes in."""
+        """The dtype that the vision tower computes in."""
         named = self.model.named_parameters()
         visual = next((p for name, p in named if "visual" in name or "vision" in name), None)
         return next(self.model.parameters()).dtype if visual is None else visual.dtype
@@ -216,9 +216,9 @@ def load_model(options: ModelOptions) -> LoadedModel:
 
 
 def without_noise(model: nn.Module) -> None:
-    """Switch off what a model draws at random in training: dropout, whether modules or numbers, and jitter of a router.
+    """Switch off a model's randomness in training: dropout, as modules or numbers, and router jitter.
 
-    A response is scored by the policy that drew it; adapters bring the dropout that is asked for later.
+    A response is scored by the policy that drew it; adapters add the configured dropout later.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -228,7 +228,7 @@ def without_noise(model: nn.Module) -> None:
 
 
 def adapter_folder(model: str) -> Path | None:
-    """The folder that `model` names where that holds LoRA adapters instead of a model."""
+    """The folder that `model` names, if it holds LoRA adapters instead of a model."""
     folder = Path(model).expanduser()
     return folder if (folder / ADAPTER_CONFIG).is_file() else None
 
@@ -246,7 +246,7 @@ def base_of(model: str) -> str:
 def load_adapted(options: ModelOptions, folder: Path) -> LoadedModel:
     """Load the model that LoRA adapters were trained on, and the adapters.
 
-    With `lora_r` the adapters are trained on; without it they are merged into the weights, which are trained.
+    With `lora_r` the adapters are trained further; without it they are merged into the weights, which are trained.
 
     Raises:
         UsageError: The base cannot be loaded, has other files than the adapters were trained on, or the adapters do
@@ -286,7 +286,7 @@ def check_lora(options: ModelOptions) -> None:
     """Refuse flags that would have no effect.
 
     Raises:
-        UsageError: A part is to be trained beside adapters, or adapters are described and there are none.
+        UsageError: A part is to be trained beside adapters, or adapters are configured but there are none.
     """
     if options.lora_r:
         asked = [name for name in FREEZING.values() if getattr(options, name) is False]

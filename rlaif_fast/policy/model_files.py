@@ -1,4 +1,4 @@
-"""The files of a model, and what tells them from others of the same names."""
+"""The files of a model, and how to tell them from other files of the same names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rlaif_fast.digests import sampled_digest
 from rlaif_fast.errors import UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_BASE = "adapter_base.json"  # beside adapters: the prints of the model that they were trained on
-MANIFEST = "manifest.json"  # what a run says of a checkpoint (`runs.integrity`), no part of the model
+ADAPTER_BASE = "adapter_base.json"  # beside adapters: digests of the model that they were trained on
+MANIFEST = "manifest.json"  # a run's record of a checkpoint (`runs.integrity`), not part of the model
 SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".json", ".jinja", ".txt", ".model"}
-BASE = "base: "  # in front of the names of a base's files
+BASE = "base: "  # prefix of the names of a base's files
 UNREAD = {"trainer_state.json", "training_args.bin", "optimizer.bin", "scheduler.bin"}
-BLOCKS, BLOCK = 256, 2**18  # of a larger file than 64 MiB; a block in 20 MB of a shard of 5 GB
+BLOCKS, BLOCK = 256, 2**18  # sampled from a file above 64 MiB; one block per 20 MB of a 5 GB shard
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -26,17 +26,17 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def file_prints(model: str) -> dict[str, str]:
-    """A digest of each file of a model by name, and where it holds adapters those of the base's as "base: NAME".
+    """A digest of each file of a model by name; if it holds adapters, those of the base too, as "base: NAME".
 
-    Weights, configuration, tokenizer and processor settings count. Of a file above 64 MiB its size and 256 blocks
-    spread over it are read, which tells other weights from the same ones and takes a fraction of loading them; a few
-    damaged bytes elsewhere it does not see.
+    Weights, configuration, tokenizer and processor settings count. Of a file above 64 MiB, only its size and 256 blocks
+    spread over it are read. That tells different weights apart in a fraction of their loading time, but misses a few
+    damaged bytes between the blocks.
 
     Args:
-        model: A folder, or a hub name, which is known by its commit.
+        model: A folder, or a hub name, which is identified by its commit.
 
     Returns:
-        Nothing where the model cannot be found, which loading it says.
+        Nothing if the model cannot be found; loading it reports that.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def base_of(folder: Path) -> str | None:
 
 
 def hub_commit(model: str) -> str | None:
-    """The commit of a hub name as it lies in the cache, or None."""
+    """The commit of a hub name in the cache, or None."""
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
@@ -73,11 +73,11 @@ def hub_commit(model: str) -> str | None:
 
 
 def base_record(model: Any, prints: Mapping[str, str]) -> dict[str, str]:
-    """What a checkpoint of adapters keeps of their base, by file name; nothing where the model has none.
+    """What a checkpoint of adapters records of their base, by file name; nothing if the model has no adapters.
 
     Args:
         model: The model.
-        prints: The digests of the files that it was loaded from (`file_prints`): adapters, or the base itself.
+        prints: The digests of the files it was loaded from (`file_prints`): adapters, or the base itself.
     """
     if not hasattr(model, "peft_config"):
         return {}
@@ -86,21 +86,21 @@ def base_record(model: Any, prints: Mapping[str, str]) -> dict[str, str]:
 
 
 def differences(known: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """The names of the files that changed, are gone, or were not there."""
+    """The names of the files that were changed, removed or added."""
     told = {name: "" if name in found else " (gone)" for name in known}
     told |= dict.fromkeys(found.keys() - known.keys(), " (not there before)")
     return [f"{name}{why}" for name, why in sorted(told.items()) if known.get(name) != found.get(name)]
 
 
 def refuse_other_base(folder: Path, base: str, what: str) -> None:
-    """Refuse adapters where their base's files are not those that they were trained on.
+    """Refuse adapters if their base's files are not those that they were trained on.
 
-    Adapters from elsewhere, or of an earlier version, do not say which those were and are taken at their word.
+    Adapters from elsewhere, or of an earlier version, do not record their base and are accepted unchecked.
 
     Args:
-        folder: With the adapters.
-        base: The model that they are put on; one that cannot be found is for loading to refuse.
-        what: Whose adapters, for the message: "model: FOLDER".
+        folder: The folder of the adapters.
+        base: The model that they are applied to; if it cannot be found, loading it will say so.
+        what: The adapters, for the message: "model: FOLDER".
 
     Raises:
         UsageError: A file differs.

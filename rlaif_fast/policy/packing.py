@@ -1,4 +1,4 @@
-"""Packed groups: [prompt | response 1 | ... | response G], several groups a row, no padding.
+"""Packed groups: [prompt | response 1 | ... | response G], several groups per row, no padding.
 
 Two facts keep a row short. The last token of a response predicts nothing, so it is not fed: a response of t
 tokens has t - 1 of them in the row, and its first token is predicted by the last token of the prompt. And
@@ -6,7 +6,7 @@ responses of a group that begin alike have equal hidden states as far as they ag
 holds these tokens: the responses of a group form a tree, and a token attends to its prompt and to the tokens
 on its path. Identical responses cost nothing.
 
-All of this is index arithmetic on the host, with no loop over tokens or responses; the mask of a bucket is made on
+All of this is index arithmetic on the host, with no loop over tokens or responses; the mask of a bucket is built on
 the device.
 
 Letters: N groups in a row, G the largest group, B responses, T width of the token matrix, S tokens of the
@@ -112,7 +112,7 @@ class PackedRow:
         return index
 
     def position_ids(self, prompt_positions: Sequence[np.ndarray], next_positions: np.ndarray) -> np.ndarray:
-        """Position ids of the row: those each response would have had alone behind its prompt.
+        """Position ids of the row: those that each response would have if it alone followed its prompt.
 
         Args:
             prompt_positions: N arrays (3, P).
@@ -152,10 +152,10 @@ def pack_rows(
     max_tokens: int | None,
     merge: Merge = "prefixes",
 ) -> list[tuple[slice, slice, PackedRow]]:
-    """Lay out groups as rows of at most `max_tokens`; a longer group is a row of its own, without a bound all are one.
+    """Lay out groups as rows of at most `max_tokens`; a longer group gets its own row. No bound gives one row.
 
     Args:
-        token_ids: As for `pack`, and so are the others.
+        token_ids: As for `pack`, like the remaining ones.
         max_tokens: Most tokens of a row; None for any number.
 
     Returns:
@@ -173,7 +173,7 @@ def pack_rows(
     fed = np.add.reduceat(np.append(np.maximum(lengths - 1, 0), 0), ends[:-1])
     fed[group_sizes == 0] = 0
     rows = [row(groups) for groups in cut((prompt_lengths + fed).tolist(), max_tokens)]
-    # What the responses of a group have in common is computed once, so that several of these may fit into one.
+    # Tokens that responses of a group share are computed once, so several groups may fit into one row.
     fits = cut([packed.tokens for *_, packed in rows], max_tokens)
     return [
         rows[fit.start]
@@ -198,7 +198,7 @@ def pack(
         prompt_lengths: Tokens of each prompt.
         group_sizes: Responses of each group.
         merge: "prefixes" shares what responses of a group have in common, "duplicates" only whole responses
-            (then every response in the row is one run behind the prompt), "none" nothing.
+            (then every response in the row is one run after the prompt), "none" nothing.
     """
     groups, width = len(group_sizes), token_ids.shape[1]
     slots = int(group_sizes.max(initial=1))
@@ -252,7 +252,7 @@ def _common_prefix(tokens: np.ndarray, fed: np.ndarray) -> np.ndarray:
 def count_rows(
     prompts: int, token_ids: Tensor, lengths: Tensor, sizes: Sequence[int] | Tensor | None
 ) -> np.ndarray:
-    """(N,) responses of each prompt, as given or equally many.
+    """(N,) number of responses per prompt, as given, or all equal.
 
     Raises:
         ValueError: The sizes do not fit together.
@@ -279,15 +279,15 @@ def count_rows(
 
 @dataclass(frozen=True)
 class Bucket:
-    """Groups of similar size, padded to a common one inside attention only.
+    """Groups of similar size, padded to a common size only inside attention.
 
     Attributes:
         groups: (n,) the groups, ascending.
         prompt: P, the longest prompt of the bucket.
         response: R, the most nodes of a group of the bucket.
         begin: First token of the bucket in the row.
-        rows: (tokens,) where the bucket's tokens stand in the row; None where they are one run.
-        slots: (tokens,) where they go in the flattened (n, P + R) grid; None where the run is that grid.
+        rows: (tokens,) where the bucket's tokens are in the row; None if they are one run.
+        slots: (tokens,) where they go in the flattened (n, P + R) grid; None if the run is that grid.
     """
 
     groups: np.ndarray
@@ -299,11 +299,11 @@ class Bucket:
 
 
 MAX_PADDING = 0.3  # share of a bucket's grid that may be padding before another bucket is opened
-SMALL_GROUP = 256  # grid cells of a group below which one more call costs more than any padding
+SMALL_GROUP = 256  # grid cells per group below which another call costs more than any padding
 
 
 def make_buckets(row: PackedRow) -> list[Bucket]:
-    """Sort the groups of a row into few buckets with little padding."""
+    """Sort the groups of a row into a few buckets with little padding."""
     prompts, nodes = row.prompt_lengths, row.node_counts
     members: list[list[int]] = []
     widest = [0, 0, 0]  # prompt, nodes and tokens of the open bucket
@@ -336,17 +336,17 @@ def _bucket(row: PackedRow, groups: np.ndarray) -> Bucket:
 
 
 def bucket_nodes(row: PackedRow, bucket: Bucket) -> tuple[np.ndarray, np.ndarray]:
-    """(n, R) bool, whether a slot holds a node; and (n, R) which node of the row, 0 where it holds none."""
+    """(n, R) bool, whether a slot holds a node; and (n, R) which node of the row, 0 for none."""
     slots = np.arange(bucket.response)
     real = slots < row.node_counts[bucket.groups, None]
     return real, np.where(real, starts(row.node_counts)[bucket.groups, None] + slots, 0)
 
 
 def bucket_mask(row: PackedRow, bucket: Bucket, device: torch.device | str = "cpu") -> Tensor:
-    """(n, R, P + R) bool: what each node slot may attend to. A padding slot attends to everything; it is
+    """(n, R, P + R) bool: what each node slot may attend to. A padding slot attends to everything; its output is
     dropped later.
 
-    Only vectors and the paths are made on the host: the mask of a few thousand nodes has millions of entries.
+    Only vectors and the paths are built on the host: the mask of a few thousand nodes has millions of entries.
     """
     real, node = bucket_nodes(row, bucket)
 

@@ -23,7 +23,7 @@ NAMES = {"tower": "vision tower", "projector": "projector", "decoder": "language
 
 
 def part_of(model: nn.Module) -> Callable[[str], str]:
-    """What says which of `PARTS` a parameter or module of the model belongs to, by its name."""
+    """A function that tells by name which of `PARTS` a parameter or module of the model belongs to."""
     family = find_family(unwrap(model).config.model_type)
     return guess_part if family is None else family.part_of
 
@@ -32,15 +32,15 @@ def ready_to_train(model: nn.Module, options: Any) -> nn.Module:
     """Freeze, adapt and checkpoint the parts of a model as its options say.
 
     Args:
-        model: As loaded.
+        model: The model as loaded.
         options: `ModelOptions`.
 
     Returns:
-        The model, wrapped by peft where it has adapters.
+        The model, wrapped by peft if it has adapters.
     """
     apply_freezing(model, options)
     with warnings.catch_warnings():
-        # peft asks for a property that transformers 5.24 has renamed.
+        # peft reads a property that transformers 5.24 has renamed.
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         model = add_lora(model, options) if options.lora_r > 0 else model
     if options.gradient_checkpointing:
@@ -51,21 +51,21 @@ def ready_to_train(model: nn.Module, options: Any) -> nn.Module:
 
 
 def apply_freezing(model: nn.Module, options: Any) -> None:
-    """Switch off the gradient of the parts that are not to be trained.
+    """Switch off the gradient of the parts that are not trained.
 
     Args:
-        model: Without adapters.
+        model: The model, without adapters.
         options: `ModelOptions`.
 
     Raises:
-        UsageError: Nothing is left to train, or a router is asked for that is not there.
+        UsageError: Nothing is left to train, or `train_router` is set and there is no router.
     """
     part, routers = part_of(model), 0
     for name, parameter in model.named_parameters():
         is_router = ROUTER.search(name) is not None
         routers += is_router
         frozen = getattr(options, FREEZING[part(name)]) or (is_router and not options.train_router)
-        parameter.requires_grad_(not frozen and parameter.is_floating_point())  # packed in 4 bits it is bytes
+        parameter.requires_grad_(not frozen and parameter.is_floating_point())  # 4-bit weights are bytes
     if options.train_router and not routers:
         raise UsageError("train_router: true has no effect: the model has no router")
     if not any(parameter.requires_grad for parameter in model.parameters()) and not options.lora_r:
@@ -78,13 +78,13 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
     """The full names of the linear layers that get an adapter.
 
     Args:
-        model: Without adapters.
-        parts: Some of `PARTS`, each of which gets one; none is wherever the targets are.
-        targets: Names of layers, or ends of their full names; None for the family's own in the decoder, and every
-            linear layer of the other parts. A regular expression of full names, of adapters from elsewhere.
+        model: The model, without adapters.
+        parts: Some of `PARTS`, each of which gets adapters; empty puts them wherever the targets are.
+        targets: Names of layers, or ends of their full names; None for the family's own in the decoder and every linear
+            layer of the other parts. A string is a regular expression of full names, as in adapters from elsewhere.
 
     Raises:
-        UsageError: A target names no linear layer of these parts, or there is none at all.
+        UsageError: A target names no linear layer of these parts, or there is no such layer at all.
     """
     part, among = part_of(model), parts or PARTS
     head = unwrap(model).get_output_embeddings()
@@ -101,7 +101,7 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
             for name, own in layers.items()
             if own != "decoder" or usual is None or name.rpartition(".")[2] in usual
         ]
-        # peft takes these names for the experts, wherever the layers are
+        # peft takes these names for the experts, wherever the layers are.
         if is_mixture(unwrap(model).config):
             chosen = [name for name in chosen if name.rpartition(".")[2] not in MLP_LAYERS]
     elif isinstance(targets, str):
@@ -128,14 +128,14 @@ def lora_layers(model: nn.Module, parts: Sequence[str], targets: Sequence[str] |
 
 
 def add_lora(model: nn.Module, options: Any) -> nn.Module:
-    """Put LoRA adapters on linear layers; the rest of the model is then frozen by peft.
+    """Put LoRA adapters on linear layers; peft then freezes the rest of the model.
 
-    The layers are a list of names, not a regular expression, so that vLLM takes the adapters. Those of a bfloat16 model
-    are bfloat16, and the optimizer keeps float32 copies, as of all weights that train. peft makes them float32: their
-    products would be too, and each layer would keep a float32 copy of its input.
+    The layers are a list of names, not a regular expression, so that vLLM accepts the adapters. In a bfloat16 model the
+    adapters are bfloat16, and the optimizer keeps float32 copies, as for all trained weights. peft would make them
+    float32: their products would be float32 too, and each layer would keep a float32 copy of its input.
 
     Raises:
-        UsageError: peft is missing, or does not put adapters on those layers and no others.
+        UsageError: peft is missing, or does not put adapters on exactly those layers.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -167,10 +167,10 @@ def add_lora(model: nn.Module, options: Any) -> nn.Module:
 
 
 def check_parts(parts: Sequence[str]) -> None:
-    """Refuse parts that are none.
+    """Refuse unknown parts.
 
     Raises:
-        UsageError: With their names.
+        UsageError: Some are unknown; the message names them.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:

@@ -1,9 +1,9 @@
-"""Attention that is more, or less, than causal: pictures whose tokens see each other, and layers that see a window.
+"""Attention that is more, or less, than causal: pictures whose tokens see each other, and layers with a window.
 
     a token q sees k  where  (k is on the path to q, or in the same picture)  and  place(q) - place(k) < window
 
-Places count the tokens of a response behind its prompt, as if it stood alone. Such rows have one mask over prompt and
-responses of each bucket instead of a causal call for the prompts, so their attention costs memory of its square.
+Places count the tokens of a response after its prompt, as if it were alone. Such rows use one mask over the prompts and
+responses of each bucket instead of a causal call for the prompts, so their attention takes memory quadratic in size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pattern:
     """How a decoder's layers attend.
 
     Attributes:
-        windows: Tokens that each layer sees, the present one counted; None for all.
+        windows: Number of tokens that each layer sees, including the present one; None for all.
         pictures: Whether the tokens of a picture see each other in both directions.
     """
 
@@ -35,7 +35,7 @@ class Pattern:
 
 
 def window_of(pattern: Pattern | None, layer: int) -> int | None:
-    """Tokens that a layer sees; None for all."""
+    """Number of tokens that a layer sees; None for all."""
     return None if pattern is None else pattern.windows[layer]
 
 
@@ -46,10 +46,10 @@ def picture_runs(is_media: np.ndarray) -> np.ndarray:
 
 
 def backend_name(name: str, pattern: Pattern | None) -> str:
-    """The attention backend that is asked for by `name`; of a pattern the one that has masks.
+    """The attention backend for `name`; with a pattern, the one that supports masks.
 
     Raises:
-        UsageError: Another is asked for.
+        UsageError: `name` is another backend than that.
     """
     if pattern is None or name == "sdpa":
         return name
@@ -72,9 +72,9 @@ def row_context(
 
     Args:
         row: Its layout.
-        device: Of the tensors.
-        pattern: How the model attends; None for causally.
-        layouts: Of the row's prompts.
+        device: Device of the tensors.
+        pattern: How the model attends; None for causal attention.
+        layouts: Layouts of the row's prompts.
         causal: Makes the context of a model without a pattern.
     """
     if pattern is None:
@@ -92,13 +92,13 @@ class HasRuns(Protocol):
 
 
 class PatternContext:
-    """The attention of a packed row by a pattern.
+    """The attention of a packed row under a pattern.
 
     Args:
         row: Its layout.
-        device: Of the tensors.
+        device: Device of the tensors.
         pattern: The pattern.
-        runs: For each of the row's prompts `picture_runs`; not read where pictures are causal.
+        runs: `picture_runs` of each of the row's prompts; not read if pictures are causal.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class PatternContext:
 
 
 class _Masked(SdpaContext):
-    """One masked call a bucket."""
+    """One masked call per bucket."""
 
     def __init__(
         self, row: PackedRow, device: torch.device, window: int | None, runs: Sequence[np.ndarray]
@@ -123,10 +123,10 @@ class _Masked(SdpaContext):
         super().__init__(row, device)
 
     def _parts(self, row: PackedRow, bucket: Bucket, device: torch.device) -> None:
-        """A pattern is a mask."""
+        """None: a pattern always needs a mask."""
 
     def _mask(self, row: PackedRow, bucket: Bucket, device: torch.device) -> Tensor:
-        """(n, 1, P + R, P + R) bool; a padding slot sees at least itself, and is dropped later."""
+        """(n, 1, P + R, P + R) bool; a padding slot sees at least itself, and its output is dropped later."""
         place = torch.arange(bucket.prompt, device=device)
         of_prompt = (place[:, None] >= place).expand(len(bucket.groups), -1, -1)
         if self._runs:

@@ -1,7 +1,7 @@
-"""The plain path: every response behind its own copy of the prompt, padded, through the model's own forward.
+"""The plain path: every response follows its own copy of the prompt, padded, through the model's own forward.
 
-It is what other trainers do, it knows nothing of the model family beyond the names of the model's inputs, and
-it is what the shared-prefix path is compared with.
+It is what other trainers do. It knows nothing of the model family but the names of the model's inputs, and the
+shared-prefix path is compared with it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def model_inputs(
     group_sizes: Sequence[int] | None = None,
     padding_side: str = "right",
 ) -> dict[str, Tensor]:
-    """Keyword arguments of the model's forward (or `generate`) for one row a response, or one row a prompt
-    without any.
+    """Keyword arguments of the model's forward (or `generate`): one row per response, or, without responses, one row
+    per prompt.
 
     Args:
         model: The Hugging Face model.
         prompts: N prompts.
-        token_ids: Response tokens behind the prompts.
+        token_ids: Response tokens after the prompts.
         lengths: Tokens of each response.
         group_sizes: Responses of each prompt; needed with `token_ids`.
         padding_side: "right" to train, "left" to generate.
@@ -63,10 +63,10 @@ def model_inputs(
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The model in front of its output embedding, whose first output is the last hidden states.
+    """The model without its output embedding; its first output is the last hidden states.
 
     Raises:
-        UsageError: Its class keeps none under the name that transformers looks for.
+        UsageError: Its class has none under the name that transformers looks for.
     """
     whole = unwrap(model)
     if whole.base_model is whole:

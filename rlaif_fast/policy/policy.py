@@ -1,7 +1,7 @@
-"""The policy: a Hugging Face Video-LLM and the three things training asks of it.
+"""The policy: a Hugging Face Video-LLM and the three operations that training needs.
 
 `encode_media` runs the vision tower, `response_hidden` gives the hidden states that predict the response
-tokens, and `response_logps` their log-probabilities. With `shared_prefix` every prompt is computed once a
+tokens, and `response_logps` their log-probabilities. With `shared_prefix` every prompt is computed once per
 group (`packing`, `attention`); without it the plain padded path runs (`plain`).
 """
 
@@ -39,8 +39,8 @@ from rlaif_fast.policy.weights import float32_copy
 
 T = TypeVar("T")
 
-# The logit bias of a forbidden token. Finite, so that p * log p is 0 and not NaN; exp(FORBIDDEN - any logit)
-# is exactly 0 in float32 at every temperature up to 100; within the range of float16.
+# The logit bias of a forbidden token. It is finite, so that p * log p is 0 and not NaN. exp(FORBIDDEN - any logit)
+# is exactly 0 in float32 at every temperature up to 100. It fits the range of float16.
 FORBIDDEN = -3e4
 
 
@@ -48,23 +48,23 @@ class Policy:
     """A Video-LLM that is sampled from and trained.
 
     Args:
-        model: A `...ForConditionalGeneration` of a known family, maybe inside a peft wrapper. Its weights are
+        model: A `...ForConditionalGeneration` of a known family, perhaps inside a peft wrapper. Its weights are
             used in place.
         tokenizer: Its tokenizer.
-        shared_prefix: Compute each prompt once a group; False is the plain padded path, for any family.
+        shared_prefix: Compute each prompt once per group; False is the plain padded path, for any family.
         attention_backend: "auto", or a name of `attention.ATTENTION_BACKENDS`.
         forbidden_token_ids: Tokens that are never sampled, besides the special ones. End-of-sequence tokens
             stay allowed.
         max_packed_tokens: Most tokens of a packed row; a single longer group still gets a row.
-        feature_cache_bytes: Budget for the features of a frozen vision tower kept from step to step.
+        feature_cache_bytes: Budget for cached features of a frozen vision tower, kept from step to step.
         max_cached_tokens: Most tokens of prompts and responses whose keys and values a rollout holds at once; more
-            prompts are rolled out in turns.
+            prompts take turns.
 
     Attributes:
         eos_token_ids: The tokens that end a response.
-        pad_token_id: What fills a rollout behind the end of a response.
-        media_token_ids: The tokens that stand for media or mark where they begin and end.
-        shards: How its weights are cut over the processes (`shard_policy`); None where each holds them whole.
+        pad_token_id: What fills a rollout after the end of a response.
+        media_token_ids: The tokens that represent media or mark where they begin and end.
+        shards: How its weights are cut over the processes (`shard_policy`); None if each process holds them all.
 
     Raises:
         UsageError: `shared_prefix` with a family it does not know.
@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """Where passes compute; sharded weights may lie in main memory between them."""
+        """Where passes compute; sharded weights may be in main memory between them."""
         return self.forbidden_bias.device
 
     @property
@@ -128,7 +128,7 @@ class Policy:
 
     @property
     def head_float32(self) -> Tensor | None:
-        """(V, H) the optimizer's float32 copy of a bfloat16 head while it trains; what the head's gradient goes to."""
+        """(V, H) the optimizer's float32 copy of a bfloat16 head that trains; it receives the head's gradient."""
         return float32_copy(self._head().weight)
 
     @property
@@ -136,13 +136,13 @@ class Policy:
         """(V,) float32 added to the logits: the head's own bias, and `FORBIDDEN` on tokens that are never
         sampled.
 
-        Sampler and training log-probabilities both add it, so they are of one distribution.
+        Sampling and training log-probabilities both add it, so they come from one distribution.
         """
         own = getattr(self._head(), "bias", None)
         return self.forbidden_bias if own is None else self.forbidden_bias + own.float()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) float32 logits of hidden states, forbidden tokens included at about `FORBIDDEN`."""
+        """(..., V) float32 logits of hidden states, including forbidden tokens at about `FORBIDDEN`."""
         return nn.functional.linear(hidden, self.head_weight).float() + self.head_bias
 
     def _head(self) -> nn.Linear:
@@ -155,20 +155,19 @@ class Policy:
         return head
 
     def call(self, work: Callable[[], T]) -> T:
-        """Run `work`, which reads weights to train them; with sharded ones all processes call it together."""
+        """Run `work`, which reads weights to train them; if they are sharded, all processes call it together."""
         return work() if self.shards is None else self.shards.call(work)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Hold sharded weights whole, so that each process may run the model as often as it likes."""
+        """Hold sharded weights whole, so that each process may run the model any number of times."""
         return contextlib.nullcontext() if self.shards is None else self.shards.gathered()
 
     def encode_media(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
         """Run the vision tower once for each distinct video or image of `prompts` (those with equal
         `Media.key`).
 
-        With gradients enabled and a tower that trains, the features carry the tower's graph; otherwise they
-        come from the cache where it has them. None where no prompt has media, or on the plain path, which
-        encodes by itself.
+        With gradients enabled and a tower that trains, the features carry the tower's graph; otherwise the cache is
+        used if it has them. Returns None if no prompt has media, or on the plain path, which encodes by itself.
         """
         if not self.shared_prefix:
             return None
@@ -187,10 +186,10 @@ class Policy:
 
         Args:
             prompts: N prompts.
-            token_ids: Responses, those of a prompt adjacent; what stands behind `lengths` is not read.
+            token_ids: Responses, those of a prompt adjacent; tokens beyond `lengths` are not read.
             lengths: Tokens of each response.
-            group_sizes: (N,) responses of each prompt; None for equally many.
-            features: From `encode_media` of these prompts or of more; None to encode here.
+            group_sizes: (N,) responses of each prompt; None if all have equally many.
+            features: From `encode_media` of at least these prompts; None to encode here.
 
         Returns:
             (M, H) packed, response after response, M = lengths.sum(). The first token of a response is
@@ -204,7 +203,7 @@ class Policy:
         host_ids = token_ids.numpy(force=True)
         host_lengths = lengths.numpy(force=True).astype(np.int64)
         prompt_lengths = np.asarray([len(p.input_ids) for p in prompts], dtype=np.int64)
-        # Sharded weights are gathered once a call in every process, so a call is one row there.
+        # Sharded weights are gathered once per call in every process, so a call there is one row.
         one_row = self.shards is not None and not self.shards.is_whole
         most = None if one_row else self.max_packed_tokens
         hidden = []
@@ -220,10 +219,10 @@ class Policy:
         prompts: Sequence[EncodedPrompt],
         token_ids: np.ndarray,  # (B, T)
         features: MediaFeatures | None,
-        context: attention.AttentionContext | None = None,  # None for the backend's
-        keep: linear_attention.Keep | None = None,  # what stands behind its responses
+        context: attention.AttentionContext | None = None,  # None for the backend's own
+        keep: linear_attention.Keep | None = None,  # stores the states after its responses
     ) -> Tensor:
-        """Run one packed row; the hidden states (M, H) that predict its response tokens."""
+        """Run one packed row; returns the hidden states (M, H) that predict its response tokens."""
         ids = np.empty(row.tokens, dtype=np.int64)
         ids[row.prompt_index] = np.concatenate([p.input_ids.numpy(force=True) for p in prompts])
         ids[row.node_index] = token_ids.reshape(-1)[row.node_source]
@@ -257,7 +256,7 @@ class Policy:
         media: tuple[Tensor, ...] | None = None,  # each (F, H)
     ) -> Tensor:
         """Run the text decoder over one packed row and return its last hidden states (S, H)."""
-        attention.install(self.decoder)  # again where the model was given another implementation since
+        attention.install(self.decoder)  # again, in case the model got another implementation since
         embeds = self.embedding(ids)
         options = {}
         if media is not None:
@@ -292,14 +291,14 @@ class Policy:
         """Log-probabilities of the response tokens.
 
         Args:
-            prompts: As for `response_hidden`, and so `token_ids`, `lengths`, `group_sizes` and `features`.
+            prompts: As for `response_hidden`, like `token_ids`, `lengths`, `group_sizes` and `features`.
             temperature: Softmax temperature.
-            return_entropy: Give the entropy of each token's distribution too.
-            chunk_size: Tokens whose logits are held at once; more of them are recomputed in the backward
+            return_entropy: Also return the entropy of each token's distribution.
+            chunk_size: Tokens whose logits are held at once; with more tokens, logits are recomputed in the backward
                 pass.
 
         Returns:
-            Float32 (M,), packed as `response_hidden`; with `return_entropy` a pair of them.
+            Float32 (M,), packed as in `response_hidden`; with `return_entropy`, a pair of such tensors.
         """
         hidden = self.response_hidden(prompts, token_ids, lengths, group_sizes=group_sizes, features=features)
         host_ids, host_lengths = (x.numpy(force=True) for x in (token_ids, lengths))
@@ -323,11 +322,11 @@ class Policy:
     def freeze_reference(self, *, copy: bool = False) -> None:
         """Make the present weights the reference.
 
-        Kept is a copy of the weights that train, which takes their place while the reference is asked; nothing is
-        kept where switching off a LoRA adapter that is still new gives the same.
+        It keeps a copy of the trained weights, which replaces them while the reference runs. It keeps nothing if
+        switching off a LoRA adapter that is still new gives the same.
 
         Args:
-            copy: Keep one there too: captured CUDA graphs know weights by their place, not switches.
+            copy: Keep one even then: captured CUDA graphs know weights by their address and ignore switches.
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._reference = None
@@ -345,11 +344,11 @@ class Policy:
         group_sizes: Sequence[int] | Tensor | None = None,
         features: MediaFeatures | None = None,
     ) -> Tensor:
-        """Log-probabilities (M,) under the reference: the weights of `freeze_reference`, or the model with its
-        adapter off where none were kept.
+        """Log-probabilities (M,) under the reference: the weights of `freeze_reference`, or the model with its adapter
+        off if none were kept.
 
         Args:
-            features: Features of the policy's tower; used only where the reference has the same tower.
+            features: Features of the policy's tower; used only if the reference has the same tower.
 
         Raises:
             RuntimeError: There is no adapter and `freeze_reference` was not called.
@@ -383,7 +382,7 @@ class Policy:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode (no dropout), each of its modules as it was before afterwards."""
+        """The model in evaluation mode (no dropout); each module's previous mode is restored afterwards."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         try:

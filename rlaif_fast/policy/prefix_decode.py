@@ -1,7 +1,7 @@
 """Attention of a decode step over shared prompts: the reference, and the choice between it and the Triton kernel.
 
-A group's keys and values lie in one buffer [prompt | own]: columns 0 .. P - 1 are the prompt's, seen by every response;
-column P + s G + g is the s-th token of response g, seen by it alone.
+A group's keys and values are in one buffer [prompt | own]: columns 0 .. P - 1 are the prompt's, seen by every response;
+column P + s G + g is the s-th token of response g, seen only by that response.
 
 Letters: N groups, H query heads, K key heads, G responses, L columns, D head size.
 """
@@ -31,15 +31,15 @@ def prefix_decode_reference(
     keys: Tensor,  # (N, K, L, D), H a multiple of K
     values: Tensor,  # (N, K, L, D)
     prompts: Tensor,  # (N,) int, columns of each prompt, at least 1
-    own: Tensor,  # (1,) int, tokens that each response has so far, the present one counted
+    own: Tensor,  # (1,) int, tokens that each response has so far, including the present one
     scale: float,
 ) -> Tensor:
-    """Return the attention of each response's present token, (N, H, G, D); a dense mask, the softmax written out."""
+    """Return the attention of each response's present token, (N, H, G, D); dense mask, softmax written out."""
     repeat = query.shape[1] // keys.shape[1]
     keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
     seen = visible_columns(prompts, int(own), query.shape[2], keys.shape[2])[:, None]  # (N, 1, G, L)
     scores = (query @ keys.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
-    values = values.masked_fill(~seen.any(2)[..., None], 0.0)  # what no one sees may hold anything
+    values = values.masked_fill(~seen.any(2)[..., None], 0.0)  # unseen columns may hold anything
     return scores.softmax(-1) @ values
 
 
@@ -55,7 +55,7 @@ def refuses_prefix_decode(device_type: str, dtype: torch.dtype, head_size: int) 
 def prefix_decode(
     query: Tensor, keys: Tensor, values: Tensor, prompts: Tensor, own: Tensor, scale: float
 ) -> Tensor:
-    """Return what `prefix_decode_reference` does, by the Triton kernel; nothing is read on the host.
+    """Return the result of `prefix_decode_reference`, by the Triton kernel; nothing is read on the host.
 
     Raises:
         ValueError: The kernel cannot run on these tensors (see `refuses_prefix_decode`).

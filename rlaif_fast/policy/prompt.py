@@ -15,9 +15,9 @@ class EncodedPrompt:
     """One prompt, ready for the policy.
 
     Attributes:
-        input_ids: (P,) int64, media tokens expanded, generation prompt included.
+        input_ids: (P,) int64, with media tokens expanded, including the generation prompt.
         media: The media in order of appearance.
-        inputs: What the model's own processor made besides, each (n, ...) or (1, P); None where `media` is all.
+        inputs: Further outputs of the model's own processor, each (n, ...) or (1, P); None if `media` is all.
     """
 
     input_ids: Tensor  # (P,) int64

@@ -13,10 +13,10 @@ from rlaif_fast.policy.families.base import is_mixture, refuse
 
 
 def check_available() -> None:
-    """Refuse 4 bits where the package that packs them is missing.
+    """Refuse 4 bits if a required package is missing.
 
     Raises:
-        UsageError: bitsandbytes is not installed, or accelerate, by which transformers loads packed weights.
+        UsageError: bitsandbytes is missing, or accelerate, which transformers needs to load packed weights.
     """
     missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -28,7 +28,7 @@ def refuse_quantized(model: str, config: Any) -> None:
     """Refuse a checkpoint whose weights are stored quantized (FP8, AWQ, GPTQ, 4 bits, ...): they cannot be trained.
 
     Raises:
-        UsageError: It says that they are.
+        UsageError: Its configuration says that they are.
     """
     for part in (config, config.get_text_config()):
         settings = getattr(part, "quantization_config", None) or getattr(part, "compression_config", None)
@@ -47,12 +47,12 @@ def loading_options(config: Any, dtype: torch.dtype, device: torch.device) -> di
     Tower, projector and head keep their dtype: they are a small part of the weights, and the fused loss reads the head.
 
     Args:
-        config: Of the model.
-        dtype: What a pass computes in.
+        config: The model's configuration.
+        dtype: The dtype that a pass computes in.
         device: Where the weights go; they are packed there.
 
     Raises:
-        UsageError: bitsandbytes is missing, or the model is of a family whose layers are not known or a mixture, whose
+        UsageError: bitsandbytes is missing; or the model's family has no known layers, or it is a mixture, whose
             experts are not linear layers.
     """
     from transformers import BitsAndBytesConfig

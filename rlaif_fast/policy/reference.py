@@ -1,4 +1,4 @@
-"""The weights of the reference: copies of those that train, which take their place while it is asked."""
+"""The weights of the reference: copies of the trained ones, which they replace while the reference runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Pairs = Sequence[tuple[nn.Parameter, Tensor]]
 
 
 def copies_of(parameters: Mapping[str, nn.Parameter]) -> Pairs:
-    """Each parameter with a copy of its present values; of a sharded one, of this process's part."""
+    """Each parameter with a copy of its present values; for a sharded one, a copy of this process's part."""
     return [(p, own_part(p.detach()).clone()) for p in parameters.values()]
 
 
 @contextlib.contextmanager
 def exchanged(pairs: Pairs) -> Iterator[None]:
-    """Each copy in its parameter's place for a while."""
+    """Put each copy in its parameter's place for the duration of the block."""
     _exchange(pairs)
     try:
         yield
@@ -29,7 +29,7 @@ def exchanged(pairs: Pairs) -> Iterator[None]:
 
 
 def is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
-    """Whether all that trains is LoRA of which nothing has been learned: every B is zero."""
+    """Whether only LoRA trains and it has learned nothing yet: every B is zero."""
     return all(".lora_" in name for name in trained) and not any(
         bool(whole(p.detach()).any())
         for name, p in trained.items()
@@ -38,7 +38,7 @@ def is_new_lora(trained: Mapping[str, nn.Parameter]) -> bool:
 
 
 def _exchange(pairs: Pairs) -> None:
-    """Let each parameter and its copy trade places; nothing is copied but the parts of sharded weights."""
+    """Swap each parameter with its copy; only parts of sharded weights are actually copied."""
     for parameter, other in pairs:
         if isinstance(parameter, DTensor):
             part = own_part(parameter.detach())  # FSDP gathers from this memory, whatever `data` says

@@ -1,7 +1,7 @@
-"""Checks that an attention backend gives, on this very GPU, what the dense reference gives: before it is used.
+"""Checks, before an attention backend is used, that it equals the dense reference on this very GPU.
 
-The kernels inside PyTorch are called below their public functions, whose arguments may change with a release. A small
-ragged case, forward and backward, costs milliseconds and decides whether "auto" may take them.
+The kernels inside PyTorch are called below their public functions, so their arguments may change with a release. A
+small ragged case, forward and backward, takes milliseconds and decides whether "auto" may use them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADS, KEY_HEADS, HEAD_SIZE = 4, 2, 64
 def ragged_row(merge: str) -> PackedRow:
     """Three prompts of unequal length with three, two and one responses of unequal length, one of them a repeat.
 
-    The last is one token, which is not fed: nothing but itself attends to its prompt.
+    The last response is one token, which is not fed, so only the prompt itself attends to its prompt.
     """
     token_ids = np.array(
         [[5, 6, 7, 8, 9], [5, 6, 7, 0, 0], [1, 2, 3, 4, 0], [3, 1, 0, 0, 0], [3, 1, 0, 0, 0], [2, 0, 0, 0, 0]]
@@ -38,12 +38,12 @@ def ragged_row(merge: str) -> PackedRow:
 
 
 def check_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a backend must not be used on a device and dtype, or None; asked once."""
+    """Return why a backend must not be used on a device and dtype, or None; checked once."""
     return _check(backend.name, device, dtype)[0]
 
 
 def describe_check(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
-    """Return that `check_attention` passed, and the milliseconds it took, for the log."""
+    """Return, for the log, that `check_attention` passed, and how many milliseconds it took."""
     return f"equals the reference, checked in {1000 * _check(backend.name, device, dtype)[1]:.0f} ms"
 
 
@@ -55,7 +55,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str | N
     row = ragged_row(backend.merge)
     try:
         results = _run(backend.context(row, device), row, device, dtype)
-    except Exception as error:  # a kernel of another release raises whatever it likes
+    except Exception as error:  # a kernel of another release may raise anything
         return f"it fails here ({typed_line(error)[:160]})", _since(start)
     expected = _run(ReferenceContext(row, device), row, device, torch.float32)
     for what, ours, reference in zip(("output", "dq", "dk", "dv"), results, expected):
@@ -66,7 +66,7 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str | N
 
 
 def _run(context, row: PackedRow, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output and gradients of random queries, keys and values, drawn alike for every dtype."""
+    """Output and gradients of random queries, keys and values, the same draws for every dtype."""
     generator = torch.Generator().manual_seed(0)
     length = int(row.group_lengths.sum())
     inputs = []

@@ -1,13 +1,13 @@
 """A policy whose weights are cut over the processes, by PyTorch's FSDP2.
 
-Every layer holds its part of the weights and gathers the rest while it runs, forward and backward. A gathering is an
-exchange, so all processes must make the same passes in the same order; three rules follow:
+Every layer holds its part of the weights and gathers the rest while it runs, forward and backward. Gathering is an
+exchange, so all processes must make the same passes in the same order. Three rules follow:
 
 - What reads weights outside a layer (the embedding, the fused head) runs inside `Shards.call`, a forward method of the
   root module.
 - A process with fewer passes than another fills up with `empty_loss`, whose gradient is zero.
-- Where the numbers cannot be made equal (a rollout, an evaluation, the reference), `Shards.gathered` holds all weights
-  for a while, and nothing is exchanged inside.
+- Where the numbers of passes cannot be equal (a rollout, an evaluation, the reference), `Shards.gathered` holds all
+  weights for a while, and nothing is exchanged inside.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Shards(nn.Module):
     """The root of a sharded model.
 
     Args:
-        model: The model, whose layers are sharded already.
-        filler: A short prompt; it has a picture where the vision tower is sharded.
+        model: The model, with its layers already sharded.
+        filler: A short prompt; it has a picture if the vision tower is sharded.
 
     Attributes:
         filler: As given.
@@ -73,7 +73,7 @@ class Shards(nn.Module):
         return work()
 
     def encode(self, vision: VisionEncoder, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
-        """What the tower gives for the media of some prompts; a sharded one needs some, unless all is gathered."""
+        """The tower's output for the media of some prompts; a sharded tower needs some, unless all is gathered."""
         if not vision.trains:
             return vision(prompts)
         spans: dict[str, tuple[int, int]] = {}
@@ -111,18 +111,18 @@ class Shards(nn.Module):
 def shard_policy(policy: Policy, mesh: DeviceMesh, filler: EncodedPrompt, *, offload: bool = False) -> None:
     """Cut the weights of a policy over the processes of `mesh`, in place: by layer, and the rest together.
 
-    Weights that train become float32 shards, which the optimizer updates and keeps its moments beside; each pass rounds
-    them to the dtype that the model computes in. A vision tower that does not train stays whole in every process, so
-    that each can keep the features it has seen.
+    Weights that train become float32 shards, which the optimizer updates, with its moments beside them; each pass
+    rounds them to the dtype that the model computes in. A vision tower that does not train stays whole in every
+    process, so that each can cache its features.
 
     Args:
         policy: With `shared_prefix`; every process holds the same weights.
-        mesh: Of one dimension; or of two, weights being cut over the second and repeated over the first.
+        mesh: Of one dimension; or of two, with weights cut over the second and replicated over the first.
         filler: A short prompt for passes without anything to learn; with a medium where the vision tower trains.
         offload: Keep the shards in main memory, with gradients and moments, and update them there.
 
     Raises:
-        UsageError: A weight that trains is to be computed with in more bits than the rest, which FSDP would round.
+        UsageError: A trained weight would need more bits than the rest in its passes, but FSDP would round it.
     """
     compute = MixedPrecisionPolicy(
         param_dtype=policy.head_weight.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -141,8 +141,8 @@ def shard_policy(policy: Policy, mesh: DeviceMesh, filler: EncodedPrompt, *, off
         fully_shard(layer, mesh=mesh, mp_policy=compute, offload_policy=place, ignored_params=ignored)
     _widen(root)
     fully_shard(root, mesh=mesh, mp_policy=compute, offload_policy=place, ignored_params=ignored)
-    # Left to itself, FSDP gathers ahead in the order of the forward passes it saw, and in a rollout or an evaluation
-    # each process makes others. The first of a stack and the root have nothing to gather ahead.
+    # By default FSDP gathers ahead in the order of the forward passes it saw, but in a rollout or an evaluation each
+    # process makes different ones. The first of a stack and the root have nothing to gather ahead.
     for unit, following in [(root, root), *((s[i], s[max(i - 1, 0)]) for s in stacks for i in range(len(s)))]:
         unit.set_modules_to_backward_prefetch([following])
     register_fsdp_forward_method(root, "_forward")
@@ -160,7 +160,7 @@ def make_mesh(device: torch.device, processes: int, together: int) -> DeviceMesh
 
 
 def empty_loss(policy: Policy, features: MediaFeatures | None) -> Tensor:
-    """A loss whose backward pass makes the exchanges of any other and whose gradient is zero."""
+    """A loss whose backward pass makes the same exchanges as any other, with a zero gradient."""
     from rlaif_fast.loss.api import token_logps
 
     assert policy.shards is not None
@@ -173,17 +173,17 @@ def empty_loss(policy: Policy, features: MediaFeatures | None) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor that all processes hold together; each gets a copy of it. A plain tensor is returned as it is."""
+    """The tensor that all processes hold together; each gets a copy. A plain tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def cut_like(values: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that every process has whole, each cut as the one of that name in `held` is."""
+    """Tensors that every process has whole, each cut like the one of the same name in `held`."""
     return {name: _cut(value, held.get(name)) for name, value in values.items()}
 
 
@@ -195,7 +195,7 @@ def _cut(value: Tensor, held: Tensor | None) -> Tensor:
 
 
 def _widen(module: nn.Module) -> None:
-    """Make weights that train, and are not sharded yet, float32."""
+    """Make trained weights that are not sharded yet float32."""
     for parameter in module.parameters():
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.float()
@@ -204,7 +204,7 @@ def _widen(module: nn.Module) -> None:
 def _wider_than_the_rest(policy: Policy) -> set[nn.Parameter]:
     """The frozen weights that the model keeps in more bits than it computes in (the routers of some mixtures).
 
-    Adapters are wider too, and are rounded for a pass as the weights under them are.
+    Adapters are wider too, but are rounded for a pass like the weights under them.
     """
     bits = policy.head_weight.dtype.itemsize
     wider = {

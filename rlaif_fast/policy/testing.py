@@ -96,7 +96,7 @@ def standard_prompts(family: str) -> list[EncodedPrompt]:
 def make_responses(
     lengths: list[int], *, seed: int = 0, width: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random words, some of them beginning alike; padding is filled with a token that must not be read."""
+    """Random words, some responses beginning alike; padding holds a token that must not be read."""
     width = width or max(lengths)
     ids = torch.full((len(lengths), width), IDS["<|video_pad|>"])
     common = words(width, seed + 77)

@@ -1,8 +1,7 @@
 """The tiny policy: the Hugging Face classes of the big models, a small config, random weights, a small tokenizer.
 
-It is saved as an ordinary checkpoint folder and loaded by the code that loads a 7B model, so what runs on a laptop is
-the code path of the real job. Sizes follow what was measured to learn from a thousand clips in a minute: see
-`docs/results.md`.
+It is saved as an ordinary checkpoint folder and loaded by the code that loads a 7B model, so a laptop runs the code
+path of the real job. The sizes were measured to learn from a thousand clips in a minute: see `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 UNKNOWN = "<|unknown|>"
-# One token a timestamp: Qwen3-VL writes one in front of every temporal patch, a large part of a short prompt.
+# One token per timestamp: Qwen3-VL writes one before every temporal patch, a large part of a short prompt.
 TIMESTAMPS = tuple(f"<{tenths / 10:.1f} seconds>" for tenths in range(100))
 TEMPLATE_WORDS = ("user", "assistant", "system", "\n", *"ABCDEFGH", *".,?:")
 WORD_PATTERN = r"<\d+\.\d seconds>|[\w']+|[^\w\s]|\n"
 
-# The published template of the Qwen-VL families, less tools and vision counting.
+# The published template of the Qwen-VL families, without tools and vision counting.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -61,8 +60,8 @@ class TinySize:
     vision_heads: int = 4
     vision_intermediate_size: int = 128
     patch_size: int = 8
-    vision_positions: int = 16  # a 4 x 4 grid, that of a 32 x 32 picture: interpolating a larger one blurs it
-    # Weights of about unit gain at these widths; at the usual 0.02 shapes and places are not learned in minutes.
+    vision_positions: int = 16  # a 4 x 4 grid, for a 32 x 32 picture: interpolating a larger one blurs it
+    # Weights of about unit gain at these widths; with the usual 0.02, shapes and places are not learned in minutes.
     initializer_range: float = 0.088
     vision_initializer_range: float = 0.1
     vision_position_scale: float = 15.0  # at 1, "where" questions stay at chance
@@ -162,7 +161,7 @@ def holds_tiny(model: str) -> bool:
             vision["hidden_size"],
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False  # whoever loads it says what is wrong with it
+        return False  # loading it will say what is wrong
     size = TinySize()
     return found == (size.hidden_size, size.layers, size.initializer_range, size.vision_hidden_size)
 

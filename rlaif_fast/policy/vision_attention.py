@@ -1,8 +1,8 @@
-"""Attention in a vision tower without a call for each frame.
+"""Attention in a vision tower without a call per frame.
 
-A tower attends within frames or windows. Where flash-attn is not used, transformers cuts the packed patches at
-`cu_seqlens` and calls the attention once a piece and layer: 64 temporal patches and 27 layers are 1,728 small calls.
-Pieces of one length are a batch, so one call a length does the same.
+A tower attends within frames or windows. Without flash-attn, transformers cuts the packed patches at `cu_seqlens` and
+calls attention once per piece and layer: 64 temporal patches and 27 layers make 1,728 small calls. Pieces of equal
+length form a batch, so one call per length does the same.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# transformers hands the whole row and its `cu_seqlens` to implementations with "flash" in their name.
+# transformers passes the whole row and its `cu_seqlens` to implementations with "flash" in their name.
 NAME = "rlaif_fast_batched_sdpa_like_flash"
 _LAST: dict[str, tuple[weakref.ref[Tensor], int, list[int]]] = {}  # what `_lengths` read last
 
 
 def install(tower: Any) -> None:
-    """Let a tower that runs on SDPA attend in one call for all pieces of a length."""
+    """Let a tower that runs on SDPA attend in one call for all pieces of equal length."""
     from transformers import AttentionInterface
 
     if tower.config._attn_implementation == "sdpa":
@@ -29,14 +29,14 @@ def install(tower: Any) -> None:
 
 
 def is_installed(tower: Any) -> bool:
-    """Whether the tower attends by `batched_sdpa`, which reads on the host where pieces end."""
+    """Whether the tower attends by `batched_sdpa`, which reads the ends of pieces on the host."""
     config = getattr(tower, "config", None)
     return getattr(config, "_attn_implementation", None) == NAME
 
 
 def _lengths(ends: Tensor) -> list[int]:  # (pieces + 1,)
-    """Lengths of the pieces; read from the device once a batch, since every layer hands over the same tensor."""
-    version = 0 if ends.is_inference() else ends._version  # inference tensors keep none
+    """Lengths of the pieces; read from the device once per batch, since every layer passes the same tensor."""
+    version = 0 if ends.is_inference() else ends._version  # inference tensors have no version
     known = _LAST.get("ends")
     if known is None or known[0]() is not ends or known[1] != version:
         _LAST["ends"] = (weakref.ref(ends), version, torch.diff(ends).tolist())

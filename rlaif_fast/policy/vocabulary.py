@@ -10,17 +10,17 @@ from torch import Tensor
 
 from rlaif_fast.errors import UsageError
 
-# What opens and closes reasoning. A policy may draw them, and they are text, even if the tokenizer has them as special.
+# They open and close reasoning. A policy may draw them; they count as text even if the tokenizer has them as special.
 OPENS, CLOSES = "<think>", "</think>"
 THINKING = {OPENS, CLOSES}
 
 
 def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterable[int]) -> Tensor:
-    """(V,) bool: no special tokens but those of reasoning, none of `never`, no row of the embedding that no token
-    uses; but all `ends`.
+    """(V,) bool: excludes special tokens except those of reasoning, tokens of `never`, and rows of the embedding that
+    no token uses; always includes `ends`.
 
     Args:
-        rows: V, of the output embedding.
+        rows: V, the rows of the output embedding.
         tokenizer: The tokenizer.
         never: Further tokens that may not be drawn.
         ends: Tokens that end a response.
@@ -44,7 +44,7 @@ def allowed_tokens(rows: int, tokenizer: Any, never: Iterable[int], ends: Iterab
 
 
 def texts_of(tokenizer: Any, responses: Sequence[Sequence[int] | Tensor]) -> list[str]:
-    """Responses as texts, without special tokens but those of reasoning: without them nothing tells an answer apart."""
+    """Responses as texts, keeping only the special tokens of reasoning, which tell where an answer begins."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {number for number, token in added.items() if token.special}
     dropped = special - _reasoning(tokenizer)
@@ -56,6 +56,6 @@ def texts_of(tokenizer: Any, responses: Sequence[Sequence[int] | Tensor]) -> lis
 
 
 def _reasoning(tokenizer: Any) -> set[int]:
-    """The ids of `THINKING` where the tokenizer has them as marks."""
+    """The ids of `THINKING`, if the tokenizer has them as added tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {number for number, token in added.items() if str(token) in THINKING}

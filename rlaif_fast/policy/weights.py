@@ -1,4 +1,4 @@
-"""Weights of a folder, all or nothing: what fits in part is refused with the names that are missing or too many."""
+"""Weights of a folder, all or nothing: a partial fit is refused, naming the missing and surplus weights."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from rlaif_fast.policy.model_files import ADAPTER_CONFIG
 from rlaif_fast.policy.shard import cut_like
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# Settings of adapters that do not change what they compute, or whose layers and names the weights themselves show.
+# Settings of adapters that do not change what they compute, or that the weights themselves show.
 ELSEWHERE = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-KEEP_BASE = {"gaussian", "eva", "orthogonal"}  # ways to start adapters that leave the base as it is
+KEEP_BASE = {"gaussian", "eva", "orthogonal"}  # initializations that leave the base unchanged
 SHOWN = 4  # names in a message
 FLOAT32_COPY = "float32_copy"  # the attribute of a parameter
 
 
 def set_float32_copy(parameter: nn.Parameter, copy: Tensor | None) -> None:
-    """Tell a 16-bit parameter of the float32 copy that an optimizer updates in its place; None ends that.
+    """Attach to a 16-bit parameter the float32 copy that an optimizer updates in its place; None detaches it.
 
-    A loss that sums a gradient in float32 can then hand it over unrounded; `parameter.grad` has 16 bits.
+    A loss that sums a gradient in float32 can then pass it on unrounded; `parameter.grad` has 16 bits.
     """
     vars(parameter)[FLOAT32_COPY] = copy
 
 
 def float32_copy(parameter: Tensor) -> Tensor | None:
-    """The float32 copy of a parameter, where an optimizer keeps one."""
+    """The float32 copy of a parameter, if an optimizer keeps one."""
     return vars(parameter).get(FLOAT32_COPY)
 
 
 def save_quietly(model: Any, folder: Path, **options: Any) -> None:
-    """`model.save_pretrained` without a progress bar, which would tear a run's own."""
+    """`model.save_pretrained` without a progress bar, which would break up a run's own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -60,16 +60,16 @@ def save_quietly(model: Any, folder: Path, **options: Any) -> None:
 def refuse_partial(
     what: str, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str] = ()
 ) -> None:
-    """Refuse weights of which not every name and shape is the model's.
+    """Refuse weights unless every name and shape matches the model's.
 
     Args:
-        what: Whose weights, for the message: "model: FOLDER".
+        what: The weights, for the message: "model: FOLDER".
         missing: Names that the model has and the weights do not.
         unexpected: Names that the weights have and the model does not.
-        mismatched: Names of another shape.
+        mismatched: Names with another shape.
 
     Raises:
-        UsageError: There is any such name.
+        UsageError: Any of these is not empty.
     """
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     found = {kind: sorted(map(str, names)) for kind, names in kinds.items()}
@@ -79,13 +79,13 @@ def refuse_partial(
 
 
 def refuse_unlike(what: str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse weights whose names and shapes are not all those of the model's `own`; see `refuse_partial`."""
+    """Refuse weights unless names and shapes equal those of the model's `own`; see `refuse_partial`."""
     shapes = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     refuse_partial(what, own.keys() - weights.keys(), weights.keys() - own.keys(), shapes)
 
 
 def load_strictly(model_class: Any, folder: str | Path, what: str, **options: Any) -> Any:
-    """`from_pretrained`, refused where the folder's weights fit in part.
+    """`from_pretrained`, refused if the folder's weights fit only in part.
 
     Args:
         model_class: A class of transformers.
@@ -104,17 +104,17 @@ def load_strictly(model_class: Any, folder: str | Path, what: str, **options: An
 def load_whole(
     model_class: Any, folder: str | Path, what: str, *, unread: str | None = None, **options: Any
 ) -> Any:
-    """`from_pretrained`, refused where a weight of the model is not in the folder; the folder may hold more.
+    """`from_pretrained`, refused if the folder lacks a weight of the model; it may hold more.
 
     Args:
         model_class: A class of transformers.
         folder: A folder or hub name.
         what: As in `refuse_partial`.
-        unread: A part of the model that is not used, which may be missing.
+        unread: A part of the model that is not used and may be missing.
         **options: For `from_pretrained`.
 
     Raises:
-        UsageError: A weight is missing, which would be drawn at random, or of another shape.
+        UsageError: A weight has another shape, or is missing and would be initialized at random.
     """
     model, missing, _, mismatched = _load(model_class, folder, what, options)
     needed = [name for name in missing if unread is None or unread not in name.split(".")]
@@ -124,14 +124,14 @@ def load_whole(
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Say of a damaged file of weights whose it is."""
+    """Name the owner of a damaged file of weights in the error."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
-            raise  # no memory, say
+            raise  # e.g. out of memory
         raise UsageError(
             f"{what}: its weights cannot be read ({type(error).__name__}: {first_line(error)}); a file is damaged, or "
             "not all of it was fetched (git lfs pull)"
@@ -146,7 +146,7 @@ def _load(
         model, found = model_class.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    # Names come alone or with the two shapes.
+    # Names come alone or with both shapes.
     mismatched = [
         entry[0] if isinstance(entry, (tuple, list)) else entry for entry in found["mismatched_keys"]
     ]
@@ -158,12 +158,12 @@ def load_adapters(model: Any, folder: Path, what: str) -> None:
 
     Args:
         model: A `PeftModel`.
-        folder: With adapter_config.json and the weights.
+        folder: The folder with adapter_config.json and the weights.
         what: As in `refuse_partial`.
 
     Raises:
-        UsageError: The folder holds no adapters, they were trained with another r, lora_alpha or use_rslora or for
-            other layers, or a weight is missing, unexpected, or of another shape.
+        UsageError: The folder holds no adapters; they were trained with another r, lora_alpha or use_rslora, or for
+            other layers; or a weight is missing, unexpected, or of another shape.
     """
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
@@ -200,7 +200,7 @@ def adapter_config(folder: Path, what: str) -> dict[str, Any]:
     """The settings of the LoRA adapters in a folder.
 
     Raises:
-        UsageError: It holds none or others than of LoRA, or they cannot be read, or their weights are not there.
+        UsageError: It holds none or other than LoRA adapters, they cannot be read, or their weights are missing.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -226,12 +226,12 @@ def adapter_config(folder: Path, what: str) -> dict[str, Any]:
 
 
 def check_config(folder: str | Path, what: str) -> None:
-    """Refuse a folder that does not say how large its model is: transformers would build one of billions.
+    """Refuse a folder that does not say how large its model is: transformers would build one of billions of weights.
 
     A hub name is left to the hub.
 
     Raises:
-        UsageError: A path that is not there, or a folder without a whole config.json.
+        UsageError: The path does not exist, or the folder lacks a whole config.json.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -254,7 +254,7 @@ def check_config(folder: str | Path, what: str) -> None:
             f"{what}: cannot load {str(folder)!r}: config.json is not valid JSON ({error})"
         ) from error
     if isinstance(values, dict) and values.get("model_type") not in (None, *FAMILIES):
-        return  # laid out in a way of its own
+        return  # has a layout of its own
     sized = isinstance(values, dict) and "vision_config" in values
     if not sized or not ("text_config" in values or "hidden_size" in values):
         raise UsageError(
@@ -264,7 +264,7 @@ def check_config(folder: str | Path, what: str) -> None:
 
 
 def looks_like_a_path(name: str) -> bool:
-    """Whether a name that is no folder can only have been meant as one: hub names have at most one slash, no space."""
+    """Whether a name that is no folder can only be meant as one: hub names have at most one slash and no space."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name, re.ASCII) is None or (
         "/" in name and Path(name).parent.is_dir()
     )
