@@ -1,4 +1,4 @@
-"""What is written while the run goes on: copies of what it changes meanwhile, one thing at a time."""
+"""Writes while the run continues, from copies of what the run changes meanwhile, one task at a time."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor, nn
 
 
 class Background:
-    """Runs one function at a time, in a thread of its own. A process that ends by itself waits for the last."""
+    """Runs one function at a time in its own thread. A process that ends normally waits for the last one."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self._running: Future[Any] | None = None
 
     def begin(self, function: Callable[[], Any]) -> None:
-        """Run a function; `wait` comes first."""
+        """Run a function; call `wait` first."""
         assert self._running is None
         self._running = self._thread.submit(function)
 
     def wait(self) -> None:
-        """Wait until it has ended, and raise what it raised."""
+        """Wait until the function has ended, and raise what it raised."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
 
 def copied(value: Any) -> Any:
-    """A state of nested mappings and lists whose tensors are copies in main memory."""
+    """A copy of a state of nested mappings and lists, with its tensors copied to main memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -42,7 +42,7 @@ def copied(value: Any) -> Any:
 
 @torch.no_grad()
 def copied_weights(model: nn.Module, copy: Callable[[Tensor], Tensor] = copied) -> dict[str, Tensor]:
-    """Copies of the weights in main memory, tied ones once; of LoRA, the adapters.
+    """Copies of the weights in main memory, tied ones once; with LoRA, only the adapters.
 
     Args:
         model: The model.

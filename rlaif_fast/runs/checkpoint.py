@@ -1,4 +1,4 @@
-"""Checkpoints: the weights as an ordinary Hugging Face folder, and what a run needs to go on as if never stopped."""
+"""Checkpoints: weights as an ordinary Hugging Face folder, and what a run needs to resume as if never stopped."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class CheckpointIndex:
     """Which folders matter: `last` to resume from, `best` by validation, `sft` where RL began.
 
     Attributes:
-        last: The newest.
+        last: The newest checkpoint.
         best: The best by validation.
         sft: Where RL began.
-        recent: The newest ones, the newest first, each with the names of those that a run which goes on from it needs.
-        order: Counts the checkpoints that were written.
+        recent: The newest ones, newest first, each with the names of the checkpoints that a run resumed from it needs.
+        order: Number of checkpoints written so far.
         config_sha256: Digest of the run's config.yaml.
     """
 
@@ -65,7 +65,7 @@ class CheckpointIndex:
 
     @property
     def roles(self) -> dict[str, str | None]:
-        """The names by role."""
+        """Checkpoint names by role."""
         return {"last": self.last, "best": self.best, "sft": self.sft}
 
     def kept(self) -> set[str]:
@@ -75,16 +75,16 @@ class CheckpointIndex:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. A checkpoint appears whole or not at all: it is written aside and renamed.
+    """The checkpoints of one run. A checkpoint appears whole or not at all: it is written elsewhere and then renamed.
 
     Args:
         folder: RUN/checkpoints.
         processor_files: Preprocessor settings to copy into each checkpoint, by file name.
-        read_only: Never write; for the processes of a run besides the first.
-        run: The run whose records and configuration the manifests cover; None covers the checkpoints alone.
-        keep: The newest checkpoints that are kept, besides those that play a role.
-        asynchronous: Copy what a checkpoint holds, and write it while the run goes on. The next checkpoint waits for
-            it, and so does whoever asks which there are.
+        read_only: Never write; for all processes of a run but the first.
+        run: The run whose records and configuration the manifests cover; None covers only the checkpoints.
+        keep: How many of the newest checkpoints are kept, besides those with a role.
+        asynchronous: Copy a checkpoint's contents, and write them while the run continues. The next checkpoint waits
+            until they are written, and so does reading the index.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class CheckpointStore:
         self.read_only = read_only
         self.keep = keep
         self._background = Background() if asynchronous else None
-        self._group: dist.ProcessGroup | None = None  # for the exchanges of what is written meanwhile
+        self._group: dist.ProcessGroup | None = None  # for exchanges during writing in the background
         self._logs = LogDigests(run.path, [path.name for path in run.records]) if run else None
         self._config = run.config.read_text(encoding="utf-8") if run and run.config.is_file() else None
         if not read_only:
@@ -110,7 +110,7 @@ class CheckpointStore:
 
     @property
     def index(self) -> CheckpointIndex:
-        """Which checkpoints there are, once all of them are written.
+        """The index of checkpoints, once all of them are written.
 
         Raises:
             RlaifFastError: The index is damaged, or the last checkpoint could not be written.
@@ -122,7 +122,7 @@ class CheckpointStore:
         """Wait until the last checkpoint is written.
 
         Raises:
-            RlaifFastError: It could not be; see `save`.
+            RlaifFastError: It could not be written; see `save`.
         """
         if self._background is not None:
             self._background.wait()
@@ -139,13 +139,13 @@ class CheckpointStore:
             ) from error
 
     def save(self, name: str, model: nn.Module, tokenizer, state: Mapping[str, Any], **roles: bool) -> Path:
-        """Write checkpoint `name` and let it play the given roles (`last=True`, `best=True`, `sft=True`).
+        """Write checkpoint `name` and give it the given roles (`last=True`, `best=True`, `sft=True`).
 
-        With sharded weights all processes of the run call it: each writes its part of `state["shards"]`.
+        With sharded weights all processes of the run call it; each writes its part of `state["shards"]`.
 
         Raises:
-            RlaifFastError: The disk is full or not writable, or the run's folder is gone; the checkpoints written
-                before are untouched. Where this one is written meanwhile, `wait` says so.
+            RlaifFastError: The disk is full or not writable, or the run's folder is gone; earlier checkpoints are
+                untouched. If this one is written in the background, `wait` raises the error.
         """
         self.wait()
         target, partial = self.folder / name, self.folder / f".{name}.partial"
@@ -179,14 +179,14 @@ class CheckpointStore:
         return target
 
     def _run(self, write: Callable[[], Any]) -> None:
-        """Write now, or while the run goes on."""
+        """Write now, or while the run continues."""
         if self._background is None:
             write()
         else:
             self._background.begin(write)
 
     def _begin_shards(self, partial: Path, tensors: Mapping[str, Tensor]) -> Callable[[], Any]:
-        """Copy the processes' parts where they are written meanwhile; what is returned writes them to the end."""
+        """Copy the processes' parts if they are written in the background; returns a function that ends the writing."""
         if not tensors:
             return lambda: None
         if self._background is None:
@@ -196,7 +196,7 @@ class CheckpointStore:
         return begin_shards(partial, tensors, self._group)
 
     def _tell_refusals(self, target: Path, partial: Path, write: Callable[[], None]) -> None:
-        """Say what could not be written, and leave nothing of it."""
+        """Report what could not be written, and remove what was."""
         try:
             write()
         except Exception as error:
@@ -211,7 +211,7 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _complete(self, target: Path, partial: Path, logs: Mapping, roles: Mapping[str, str]) -> None:
-        """Seal what was written aside, and put it in its place."""
+        """Seal the finished files and move them into place."""
         index = self._index_with(roles)
         write_manifest(partial, Manifest(index.order, digests(partial), logs, self._config, index.roles))
         for path in (*partial.rglob("*"), partial):
@@ -221,18 +221,18 @@ class CheckpointStore:
         self._write_index(index)
 
     def mark(self, **roles: str) -> None:
-        """Let existing checkpoints play roles, by name."""
+        """Give roles to existing checkpoints, by name."""
         if not self.read_only:
             self._write_index(replace(self.index, **cast(dict[str, Any], roles)))
 
     def note_config(self, text: str) -> None:
-        """Take note of the run's configuration, which a resumed run may have changed."""
+        """Record the run's configuration, which a resumed run may have changed."""
         self._config = text
         if self.index.last is not None:
             self._write_index(replace(self.index, config_sha256=text_digest(text)))
 
     def go_back_to(self, name: str, manifest: Manifest, keep: Sequence[str]) -> None:
-        """Make `name` the last checkpoint again, with the roles as they were; of the others only `keep` stay."""
+        """Make `name` the last checkpoint again, with the roles of its time; of the others, only `keep` stay."""
         recent = {kept: _needs(read_manifest(self.folder / kept).roles) for kept in keep}
         digest = None if self._config is None else text_digest(self._config)
         self._write_index(
@@ -240,7 +240,7 @@ class CheckpointStore:
         )
 
     def path(self, role: str) -> Path:
-        """The folder of the checkpoint that plays `role`.
+        """The folder of the checkpoint with this role.
 
         Raises:
             UsageError: There is none.
@@ -253,10 +253,10 @@ class CheckpointStore:
         return self.folder / name
 
     def checked(self, role: str) -> Path:
-        """The folder of the checkpoint that plays `role`, once all its files are known to be as they were written.
+        """The folder of the checkpoint with this role, after checking that its files have not changed.
 
         Raises:
-            RlaifFastError: One is not.
+            RlaifFastError: A file has changed.
             UsageError: There is none.
         """
         folder = self.path(role)
@@ -272,7 +272,7 @@ class CheckpointStore:
         return None if last is None else load_state(self.folder / last)
 
     def _index_with(self, roles: Mapping[str, str]) -> CheckpointIndex:
-        """The index once a checkpoint that plays `roles` is written."""
+        """The index after writing a checkpoint with `roles`."""
         index = replace(self._read_index(), **cast(dict[str, Any], roles))
         recent = dict(index.recent)
         if "last" in roles:
@@ -288,9 +288,9 @@ class CheckpointStore:
         self._remove_unlisted()
 
     def _remove_unlisted(self) -> None:
-        """Remove the checkpoints that play no role, and what is left of those that were not written to the end.
+        """Remove the checkpoints without a role, and leftovers of interrupted writes.
 
-        Folders that no run writes are somebody's own.
+        Folders that no run writes belong to someone else and stay.
         """
         kept = self._read_index().kept()
         for child in self.folder.iterdir():
@@ -309,14 +309,14 @@ def save_model(
     processor_files: Mapping[str, str],
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write weights (safetensors), config, tokenizer and preprocessor settings; adapters only where there are any.
+    """Write weights (safetensors), config, tokenizer and preprocessor settings; with adapters, only the adapters.
 
     Args:
-        folder: Where to.
+        folder: The folder to write.
         model: The model.
         tokenizer: Its tokenizer.
         processor_files: Preprocessor settings, by file name.
-        weights: In place of the model's.
+        weights: Used instead of the model's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_quietly(model, folder, **({} if weights is None else {"state_dict": weights}))
@@ -329,7 +329,7 @@ def load_weights(model: Any, folder: Path) -> None:
     """Put the weights of a checkpoint written by `save_model` into a model of the same shape, in place.
 
     Raises:
-        UsageError: They fit in part or not at all; the model is as it was.
+        UsageError: They fit only in part or not at all; the model is unchanged.
     """
     what = f"the checkpoint {folder}"
     if hasattr(model, "peft_config"):
@@ -361,7 +361,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def read_processor_files(model: str) -> dict[str, str]:
-    """The preprocessor settings beside a model, to be kept beside its checkpoints."""
+    """The preprocessor settings beside a model, to be copied beside its checkpoints."""
     from transformers.utils import cached_file
 
     found = {}

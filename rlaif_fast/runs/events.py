@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class EventFiles:
-    """Writes event files into an empty folder: what was there is written again from the metrics.
+    """Writes event files into an empty folder; earlier events are written again from the metrics.
 
-    Where they cannot be written that is told once, and the run goes on without: the metrics have all that is in them.
+    If they cannot be written, this is reported once and the run continues without: the metrics have all the data.
 
     Args:
         run_dir: The run.
@@ -62,6 +62,6 @@ class EventFiles:
     def _guarded(self) -> Iterator[SummaryWriter | None]:
         try:
             yield self._writer
-        except Exception as error:  # met in a thread of tensorboard's, and raised at the next record
+        except Exception as error:  # raised in tensorboard's thread, reported with the next record
             self._writer = None
             self._tell(f"tensorboard: no longer written ({typed_line(error)})")

@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, and what JSON can hold."""
+"""Files of records: JSON lines, and values that JSON can represent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlaif_fast.outputs import write_atomically
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into what JSON can hold: tensors become numbers and lists, NaN and infinity None."""
+    """Turn a value into one that JSON can represent: tensors become numbers and lists, NaN and infinity None."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Replace a file by `records`, one a line, completely or not at all."""
+    """Replace a file by `records`, one per line, completely or not at all."""
     write_atomically(path, "".join(json_line(record) for record in records))
 
 

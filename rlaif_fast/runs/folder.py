@@ -1,8 +1,8 @@
 """The run directory: what a run leaves behind, and the rules that keep it honest.
 
-A folder is ours when it holds the marker file; it is a finished run when it also holds `summary.json`, which
-is written last and atomically. The `.jsonl` files only grow, one object a line, so a killed run loses at most
-the line being written.
+A folder is ours if it holds the marker file; it is a finished run if it also holds `summary.json`, which is written
+last and atomically. The `.jsonl` files only grow, one object per line, so a killed run loses at most the line being
+written.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class RunDir:
     Attributes:
         path: The folder.
         config: The resolved configuration, YAML.
-        metrics: Scalars by stage and step, one object a line.
-        rollouts: The groups RL learned from, one object a line.
-        samples: Responses to the test clips of the gallery before and after RL, one object a line.
-        quarantine: Media that could not be read, and why, one object a line.
+        metrics: Scalars by stage and step, one object per line.
+        rollouts: The groups RL learned from, one object per line.
+        samples: Responses to the test clips of the gallery before and after RL, one object per line.
+        quarantine: Media that could not be read, and why, one object per line.
         summary: The result; its presence means that the run finished.
         report: The self-contained HTML report.
         figures: The report's figures as PNG.
@@ -82,19 +82,19 @@ class RunDir:
         """Make an empty run folder.
 
         Args:
-            path: Where; missing parents are made.
+            path: The folder; missing parents are made.
             overwrite: Start over in a folder that already holds a run, which `let_go` deletes and `restore` puts
-                back. What a run does not write is kept.
+                back. Files that a run does not write stay.
             min_free_bytes: Refuse a disk with less free space.
 
         Raises:
-            UsageError: `path` is a file, a folder that is not ours, a run that would be lost or that still goes on,
+            UsageError: `path` is a file, a folder that is not ours, a run that would be lost or is still in progress,
                 not writable, not UTF-8, or on a disk that is too full.
         """
         run = cls(path)
         try:
             str(run.path).encode()
-        except UnicodeEncodeError:  # tokenizers and TensorBoard write to no such path
+        except UnicodeEncodeError:  # tokenizers and TensorBoard cannot write to such a path
             raise UsageError(
                 f"output_dir {str(run.path)!a} is not a name in UTF-8; choose another folder"
             ) from None
@@ -147,13 +147,13 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out of the folder while the block runs; a process that dies lets go of it.
+        """Keep other runs out of the folder during the block; the lock ends with its process.
 
-        A file system without locks keeps nobody out. Elsewhere nobody is writing now, so what a killed process left
-        under a temporary name is removed.
+        A file system without locks keeps nobody out. With locks nobody else is writing now, so temporary files of a
+        killed process are removed.
 
         Raises:
-            UsageError: Another run has it.
+            UsageError: Another run has the lock.
         """
         with (self.path / LOCK).open("a") as file:
             try:
@@ -178,16 +178,16 @@ class RunDir:
                 entry.unlink(missing_ok=True)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json` so that it is there completely or not at all. Call it last.
+        """Write `summary.json` completely or not at all. Call it last.
 
-        It vouches for the records that its figures come from, and for itself.
+        It has digests of the records that its figures come from, and of itself.
         """
         digests = {path.name: file_digest(path) for path in self._results if path.is_file()}
         whole = {**summary, **({"sha256": digests} if digests else {})}
         write_atomically(self.summary, self._sealed(plain(whole)))
 
     def _sealed(self, summary: Mapping[str, Any]) -> str:
-        """The text of a summary with a digest of itself beside those of the records."""
+        """The text of a summary with a digest of itself, besides those of the records."""
 
         def text(values: Mapping[str, Any]) -> str:
             return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
@@ -199,7 +199,7 @@ class RunDir:
         """Return the summary of a finished run.
 
         Raises:
-            UsageError: The run has not finished, or its summary is not what it wrote.
+            UsageError: The run has not finished, or its summary has changed since.
         """
         if not self.finished:
             raise UsageError(
@@ -225,19 +225,19 @@ class RunDir:
         return summary
 
     def read_config(self) -> str | None:
-        """The text of config.yaml as it is on disk; None where there is none that can be read."""
+        """The text of config.yaml on disk; None if there is none or it cannot be read."""
         try:
             return self.config.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError):
             return None
 
     def began_with(self, kind: str, found: Mapping[str, str], *, keep: bool = True) -> dict[str, str]:
-        """What a kind of input was when the run began; where that is not known, what was found.
+        """What a kind of input was when the run began; if that is unknown, `found`.
 
         Args:
             kind: The kind.
             found: What it is now, by name.
-            keep: Note what was found where nothing is known, so that later calls compare with it.
+            keep: Record `found` if nothing is known, so that later calls compare with it.
 
         Raises:
             UsageError: The marker is damaged.
@@ -257,13 +257,13 @@ class RunDir:
         return known
 
     def refuse_damaged_results(self, summary: Mapping[str, Any]) -> None:
-        """See to it that metrics and predictions are what the finished run wrote.
+        """Check that metrics and predictions have not changed since the run finished.
 
         Args:
-            summary: Its summary; one of an earlier version vouches for nothing.
+            summary: Its summary; one of an earlier version has no digests to check.
 
         Raises:
-            UsageError: One of them is missing or was changed.
+            UsageError: A file is missing or has changed.
         """
         for path in self._results:
             digest = summary.get("sha256", {}).get(path.name)
@@ -281,17 +281,17 @@ class RunDir:
 
     @property
     def records(self) -> list[Path]:
-        """The files that a checkpoint vouches for up to where they were; all but the predictions only grow."""
+        """The files whose state at each checkpoint is recorded; all but the predictions only grow."""
         return [self.metrics, self.rollouts, self.samples, self.quarantine, self.predictions("sft")]
 
     def truncate_to(self, lengths: Mapping[str, int]) -> dict[Path, tuple[int, bytes]]:
-        """Drop what was recorded after a checkpoint, so that a resumed run counts nothing twice, and its old report.
+        """Drop the old report and all records after a checkpoint, so that a resumed run counts nothing twice.
 
         Args:
-            lengths: Bytes that stay of each of `records`, by file name; one that is not named is removed.
+            lengths: Bytes to keep of each of `records`, by file name; files not named are removed.
 
         Returns:
-            Of a finished run, what was dropped, for `put_back`: by file, where it began, and the bytes.
+            For a finished run, what was dropped, for `put_back`: for each file, where it began, and the bytes.
         """
         was_finished = self.finished
         figures = sorted(self.figures.glob("*")) if self.figures.is_dir() else []
@@ -321,14 +321,14 @@ class RunDir:
                 file.write(data)
 
     def let_go(self) -> None:
-        """Delete the run that this one replaces; what is left of it after a kill is deleted with the next."""
+        """Delete the run that this one replaces; leftovers after a kill are deleted with the next."""
         replaced = self.path / REPLACED
         if replaced.is_dir():
-            (replaced / MARKER).unlink(missing_ok=True)  # without it, it is not put back
+            (replaced / MARKER).unlink(missing_ok=True)  # `restore` ignores it without this
             shutil.rmtree(replaced)
 
     def restore(self) -> bool:
-        """Put back the run that this one was to replace; says whether there was one."""
+        """Put back the run that this one was to replace; returns whether there was one."""
         replaced, moving = self.path / REPLACED, self.path / MOVING
         if (replaced / MARKER).is_file():
             self._clear()
@@ -341,7 +341,7 @@ class RunDir:
         return True
 
     def _check_replaceable(self, overwrite: bool) -> bool:
-        """Whether there is a run that would be lost, which has to be said."""
+        """Whether there is a run that would be lost; losing it needs `overwrite`."""
         if self.finished and not overwrite:
             raise UsageError(
                 f"output_dir {self.path} holds a finished run; choose another folder, "
@@ -372,7 +372,7 @@ class RunDir:
         moving.rename(self.path / REPLACED)
 
     def _written(self) -> list[Path]:
-        """What a run has written, the summary first: half a run must not look finished."""
+        """What a run has written, the summary first, since half a run must not look finished."""
         files = (self.summary, self.config, self.metrics, self.rollouts, self.samples, self.quarantine)
         folders = (self.checkpoints, self.tensorboard, self.figures)
         predictions = self.path.glob("predictions-*.jsonl")
@@ -387,7 +387,7 @@ class RunDir:
 
 
 def is_checkpoint_name(name: str, *, partial: bool = False) -> bool:
-    """Whether a run names a checkpoint so, the end of a stage or a step of one; with `partial` what becomes one too."""
+    """Whether runs give checkpoints such a name (end or step of a stage); with `partial`, also one in the making."""
     whole = name.removeprefix(".").removesuffix(".partial") if partial else name
     return re.fullmatch(r"sft|(sft|rl)-\d+", whole) is not None
 

@@ -1,8 +1,8 @@
-"""What a checkpoint was written with, by SHA-256, and what of it is damaged when a run is resumed.
+"""SHA-256 digests of what a checkpoint was written with, to find damage when a run is resumed.
 
-Each checkpoint holds `manifest.json`, written last: the digests of its own files, how long the run's records were and
-their digest up to there, the configuration as text, and which checkpoints played which role. It carries a digest of
-itself, and so does the index.
+Each checkpoint holds `manifest.json`, written last: the digests of its own files, the length of each of the run's
+records and its digest up to there, the configuration as text, and the roles of the checkpoints. The manifest has a
+digest of itself, and so does the index.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 class Damage(Exception):
-    """Something is not as it was written; the message is one line."""
+    """Something has changed since it was written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Manifest:
     """What a checkpoint was written with.
 
     Attributes:
-        order: Counts the checkpoints of the run; a later one has a larger number.
-        files: SHA-256 by the name of each file of the checkpoint but the manifest.
-        logs: (bytes, SHA-256 of as many) by the name of each record of the run; a missing one has 0 bytes.
+        order: Number of the checkpoint in the run; later ones have larger numbers.
+        files: SHA-256 of each file of the checkpoint except the manifest, by name.
+        logs: (bytes, SHA-256 of these bytes) of each record of the run, by name; a missing one has 0 bytes.
         config: The run's config.yaml.
-        roles: Checkpoint names by role, this one counted.
+        roles: Checkpoint names by role, including this one.
     """
 
     order: int
@@ -78,10 +78,10 @@ def unseal(path: Path) -> dict[str, Any]:
     """The object that `sealed` wrote.
 
     Raises:
-        Damage: The file is missing or not as it was written.
+        Damage: The file is missing or has changed since it was written.
     """
     try:
-        content = path.read_bytes()  # once: another process may put a newer file in its place
+        content = path.read_bytes()  # read once: another process may replace the file
         values = json.loads(content)
         seal = values.pop("sha256")
     except FileNotFoundError:
@@ -94,17 +94,17 @@ def unseal(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a checkpoint, whose other files are complete."""
+    """Write the manifest of a checkpoint whose other files are complete."""
     (folder / MANIFEST).write_text(sealed(vars(manifest)), encoding="utf-8")
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder but its manifest, by name."""
+    """SHA-256 of every file in a folder except its manifest, by name."""
     return {name: file_digest(folder / name) for name in sorted(_names(folder))}
 
 
 def _names(folder: Path) -> set[str]:
-    """The files in a folder but its manifest."""
+    """The files in a folder except its manifest."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -113,10 +113,10 @@ def _names(folder: Path) -> set[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose files are all as they were written.
+    """The manifest of a checkpoint, after checking that its files have not changed.
 
     Raises:
-        Damage: One is not, is missing, or was added.
+        Damage: A file has changed, is missing, or was added.
     """
     manifest = Manifest(**unseal(folder / MANIFEST))
     _check_files(folder, manifest.files)
@@ -126,7 +126,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Raise `Damage` unless each file has the digest that stands beside its name."""
+    """Raise `Damage` unless each file has the digest given for its name."""
     for name, digest in files.items():
         if not (folder / name).is_file():
             raise Damage(f"{folder / name} is missing")
@@ -135,12 +135,12 @@ def _check_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse a checkpoint of a run whose weights are not as they were written.
+    """Refuse a run's checkpoint if its weights have changed since they were written.
 
-    Its other files may have been edited, and a folder from elsewhere has no manifest: neither is refused.
+    Other files may have been edited, and a folder from elsewhere has no manifest: neither is refused.
 
     Raises:
-        RlaifFastError: A file of weights is missing or was changed, or the manifest was.
+        RlaifFastError: A file of weights is missing or has changed, or the manifest has.
     """
     if not _has_own_manifest(folder):
         return
@@ -152,20 +152,20 @@ def check_weights(folder: Path) -> None:
 
 
 def _has_own_manifest(folder: Path) -> bool:
-    """Whether a folder has a manifest, and not another program's file of that name."""
+    """Whether a folder has a manifest of ours, and not another program's file of that name."""
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError):
-        return True  # what cannot be read is no one else's to judge
+        return True  # an unreadable file counts as ours
     return isinstance(values, dict) and "sha256" in values and "files" in values
 
 
 def damaged_logs(folder: Path, manifests: Mapping[str, Manifest]) -> dict[str, list[Path]]:
-    """The records of a run that are not what they were when a checkpoint was written, by the checkpoint's name.
+    """The records of a run that have changed since a checkpoint was written, by the checkpoint's name.
 
-    They may have grown. Each is read once for all checkpoints.
+    Growth is not damage. Each record is read once for all checkpoints.
     """
     names = {log for manifest in manifests.values() for log in manifest.logs}
     found = {

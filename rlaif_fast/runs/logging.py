@@ -1,4 +1,4 @@
-"""What a run says while it works: metrics, event files, rollouts, timings and the progress bar."""
+"""A run's output while it works: metrics, event files, rollouts, timings and the progress bar."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ LIVE_VALUES = (
     ("kl", "KL", ".4f"),
     ("kendall_tau", "agreement", "+.2f"),
 )
-PLAIN_SHARE = 0.1  # of a stage, between two plain lines
-PLAIN_SECONDS = 15.0  # or this long
+PLAIN_SHARE = 0.1  # share of a stage between two plain lines
+PLAIN_SECONDS = 15.0  # or this many seconds
 
 
 class RunLogger:
     """Writes a run's records and shows its progress. Use it as a context manager.
 
-    `metrics.jsonl` is the source: TensorBoard event files are derived from it, and written anew from it when
-    a run is resumed.
+    `metrics.jsonl` is the source: TensorBoard event files are derived from it, and rewritten from it when a run is
+    resumed.
 
     Args:
         run_dir: Where to write.
         tensorboard: Whether to write event files.
-        log_every: Record every so many steps; the last step of a stage and evaluations are always recorded.
+        log_every: Record every `log_every` steps; the last step of a stage and evaluations are always recorded.
         stream: Where progress goes, standard output by default: a bar on a terminal, plain lines elsewhere.
-        seconds: Timings to continue from, as `seconds()` gave them before the run was interrupted.
-        report_to: Trackers that get the metrics too (`runs.trackers`).
+        seconds: Timings to continue from, as returned by `seconds()` before the run was interrupted.
+        report_to: Trackers that also get the metrics (`runs.trackers`).
         config: The run's configuration, for the trackers.
 
     Attributes:
-        records: Steps and evaluations recorded so far in this process, the one that is being written counted.
+        records: Steps and evaluations recorded so far in this process, including the one being written.
 
     Raises:
         UsageError: `tensorboard` is set and the package is not installed.
@@ -99,7 +99,7 @@ class RunLogger:
             if self._events is not None:
                 self._events.write(record)
             self._trackers.replay(record)
-        # Unbuffered: a line is with the system once written, and a full disk is met there, not at the end.
+        # Unbuffered: every line is handed to the system at once, so a full disk shows up there and not at the end.
         self._metrics = run_dir.metrics.open("ab", buffering=0)
         self._rollouts = run_dir.rollouts.open("ab", buffering=0)
 
@@ -110,7 +110,7 @@ class RunLogger:
         self.close(error)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Flush and close every file; trackers hear what ended the run, where something did."""
+        """Flush and close every file; trackers are told what ended the run, if something did."""
         self._metrics.close()
         self._rollouts.close()
         if self._events is not None:
@@ -119,7 +119,7 @@ class RunLogger:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
-        """Show the progress of `total` steps, of which `start` are done; `log(name, step, ...)` moves it.
+        """Show the progress of `total` steps, of which `start` are done; `log(name, step, ...)` advances it.
 
         A stage inside another one, such as an evaluation, is shown below it while it lasts.
 
@@ -143,11 +143,11 @@ class RunLogger:
     def log(self, stage: str, step: int, **scalars: Any) -> None:
         """Record scalars of a step; tensors are read, which waits for the device, only when recorded.
 
-        With the first, the run has begun: an earlier one that it replaces is deleted.
+        The first call marks the run as begun: an earlier run that it replaces is deleted.
 
         Args:
             stage: "sft", "rl" or "eval".
-            step: Steps done in the stage, this one counted; of an evaluation, in the stage its phase names.
+            step: Steps done in the stage, including this one; for an evaluation, in the stage that its phase names.
             scalars: Numbers, 0-d tensors, or what an evaluation reports (`phase`, `split`, `accuracy`,
                 `by_category`).
 
@@ -185,7 +185,7 @@ class RunLogger:
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Add the wall-clock time of a block to `name`; a timer inside takes its time from the outer."""
+        """Add the wall-clock time of a block to `name`; an inner timer's time is taken off the outer one."""
         self._charge()
         self._timers.append(name)
         try:
@@ -200,11 +200,11 @@ class RunLogger:
         return dict(self._seconds)
 
     def message(self, text: str) -> None:
-        """Print a plain line, above the bar where there is one."""
+        """Print a plain line, above the bar if there is one."""
         self._console.print(text)
 
     def elapsed(self) -> float:
-        """Seconds of work so far, those before a resume counted and the pause left out."""
+        """Seconds of work so far, including those before a resume but not the pause."""
         return time.perf_counter() - self._started
 
     def _charge(self) -> None:
@@ -226,9 +226,9 @@ class RunLogger:
 
 
 class PackageLog(logging.Handler):
-    """Shows what the package's own modules log as lines of a run: what was chosen for this machine, and why.
+    """Shows log messages of the package's own modules as lines of a run: what was chosen for this machine, and why.
 
-    A context manager; only the run's first process uses one, so a choice that all make is said once.
+    A context manager. Only the run's first process uses one, so a choice that all make is shown once.
     """
 
     def __init__(self, show: Callable[[str], None]) -> None:
@@ -251,7 +251,7 @@ class PackageLog(logging.Handler):
 
 
 class SilentLogger:
-    """Stands in for `RunLogger` in the processes of a run that neither write nor print."""
+    """Replaces `RunLogger` in processes of a run that neither write nor print."""
 
     records = 0
 
@@ -285,7 +285,7 @@ class SilentLogger:
 
 
 class _RunConsole(Console):
-    """Where what read its output has ended, it ends the run as SIGTERM does; rich would end it within a step."""
+    """Ends the run as SIGTERM does if nothing reads its output any more; rich would end it within a step."""
 
     def on_broken_pipe(self) -> None:
         with contextlib.suppress(SystemExit):
@@ -298,7 +298,7 @@ class _RunConsole(Console):
 
 
 class _Stage:
-    """The progress of one stage: a task of the bar, or plain lines where there is no bar."""
+    """The progress of one stage: a task of the bar, or plain lines without a bar."""
 
     def __init__(
         self, name: str, total: int, start: int, console: Console, progress: Progress | None, *, nested: bool
@@ -335,7 +335,7 @@ class _Stage:
 
 
 def _progress_bar(console: Console) -> Progress | None:
-    """A bar where the console is a terminal."""
+    """A bar if the console is a terminal."""
     if not console.is_terminal:
         return None
     return Progress(

@@ -1,4 +1,4 @@
-"""Finds what a run can be resumed from: the newest whole checkpoint, with the records that belong to it."""
+"""Finds what a run can resume from: the newest whole checkpoint, with the records that belong to it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rlaif_fast.runs.integrity import Damage, Manifest, damaged_logs, read_manif
 
 
 def recover(run_dir: RunDir, dropped: dict[Path, tuple[int, bytes]] | None = None) -> list[str]:
-    """Check everything that a run is resumed from; take the newest whole checkpoint; cut the records back to it.
+    """Check everything that a run resumes from, take the newest whole checkpoint, and cut the records back to it.
 
     Args:
         run_dir: The run.
-        dropped: Gets what was cut off, for `RunDir.put_back`.
+        dropped: Filled with what was cut off, for `RunDir.put_back`.
 
     Returns:
-        One line for each thing that is damaged, and one for the checkpoint that is used in place of a damaged one.
+        One line for each damaged item, and one for a checkpoint that is used instead of a damaged one.
 
     Raises:
-        RlaifFastError: Nothing whole is left to go on from; nothing was changed.
+        RlaifFastError: No whole checkpoint is left; nothing was changed.
     """
     store = CheckpointStore(run_dir.checkpoints, {}, read_only=True)
     dropped = {} if dropped is None else dropped
@@ -52,7 +52,7 @@ def recover(run_dir: RunDir, dropped: dict[Path, tuple[int, bytes]] | None = Non
 
 
 def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
-    """The index; an empty one where it is damaged, or missing beside checkpoints."""
+    """The index; an empty one if it is damaged, or if it is missing although there are checkpoints."""
     path = store.folder / INDEX
     if not path.exists() and not any(_folders(store.folder)):
         return CheckpointIndex()
@@ -64,7 +64,7 @@ def _index(store: CheckpointStore, told: list[str]) -> CheckpointIndex:
 
 
 def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str, Manifest]:
-    """The manifests of the checkpoints that are whole, with whole records; the others are reported."""
+    """The manifests of the whole checkpoints with whole records; the others are reported."""
     manifests: dict[str, Manifest] = {}
     folders = {folder.name: folder for folder in _folders(run_dir.checkpoints)}
     for name in sorted(index.kept() - folders.keys()):
@@ -75,7 +75,7 @@ def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str
         except (Damage, OSError, TypeError) as error:
             told.append(f"damaged: {error}")
     damaged = damaged_logs(run_dir.path, manifests)
-    broken_logs: dict[Path, str] = {}  # and the first checkpoint that it was whole at
+    broken_logs: dict[Path, str] = {}  # with the first checkpoint that reports it
     for name, broken in damaged.items():
         for path in broken:
             broken_logs.setdefault(path, name)
@@ -89,7 +89,7 @@ def _whole(run_dir: RunDir, index: CheckpointIndex, told: list[str]) -> dict[str
 def _check_config(
     run_dir: RunDir, manifest: Manifest | None, index: CheckpointIndex, told: list[str]
 ) -> None:
-    """Put config.yaml back from the checkpoint where it is damaged.
+    """Restore config.yaml from the checkpoint if it is damaged.
 
     Raises:
         RlaifFastError: It is damaged and no checkpoint has it.
@@ -112,7 +112,7 @@ def _newest_first(whole: dict[str, Manifest]) -> list[str]:
 
 
 def _is_complete(manifest: Manifest, whole: dict[str, Manifest]) -> bool:
-    """Whether all that played a role beside this checkpoint is whole too."""
+    """Whether everything that had a role beside this checkpoint is whole too."""
     return all(name in whole for name in manifest.roles.values() if name is not None)
 
 

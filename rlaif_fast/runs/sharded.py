@@ -27,9 +27,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights as one process would hold them, on the CPU, gathered one after the other; of LoRA, the adapters.
+    """The weights as one process would hold them, on the CPU, gathered one by one; with LoRA, the adapters.
 
-    All processes call it; those besides process 0 get nothing.
+    All processes call it; only process 0 gets the result.
     """
     main = dist.get_rank() == 0
 
@@ -42,25 +42,25 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what the processes hold together beside the rest of a checkpoint; all of them call it.
+    """Write what the processes hold together into a checkpoint; all of them call it.
 
     Raises:
-        Exception: What one of them met, in all of them.
+        Exception: An error of one process, raised in all of them.
     """
     with _raising_causes():
         checkpoint.save(dict(tensors), checkpoint_id=folder / FOLDER)
 
 
 def begin_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
-    """Copy what the processes hold together, and write it meanwhile; all of them call it, and what is returned.
+    """Copy what the processes hold together and write it in the background; all call this, and its result.
 
     Args:
         folder: The checkpoint.
         tensors: What `write_shards` takes.
-        group: All processes, connected apart from the run's own exchanges.
+        group: All processes, in a group apart from the run's own exchanges.
 
     Returns:
-        What waits until it is written, and raises as `write_shards` does.
+        A function that waits until it is written, and raises like `write_shards`.
     """
     done = checkpoint.async_save(dict(tensors), checkpoint_id=folder / FOLDER, process_group=group)
     assert isinstance(done, Future)
@@ -74,7 +74,7 @@ def begin_shards(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
 
 @contextlib.contextmanager
 def _raising_causes() -> Iterator[None]:
-    """Raise what a process met, in place of torch's report of it, which is no `Exception`."""
+    """Raise a process's own error instead of torch's report of it, which is no `Exception`."""
     try:
         yield
     except checkpoint.CheckpointException as report:
@@ -98,7 +98,7 @@ def read_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         )
     try:
         with warnings.catch_warnings():
-            # One process reads all of it, as is meant.
+            # One process reads everything, on purpose.
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             checkpoint.load(dict(tensors), checkpoint_id=folder / FOLDER, no_dist=not dist.is_initialized())
     except (checkpoint.CheckpointException, RuntimeError, ValueError) as error:

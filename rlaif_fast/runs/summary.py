@@ -8,12 +8,12 @@ from typing import Any
 
 OBJECTS = ("by_category", "config", "seconds_by_stage", "sha256", "versions")
 NUMBERS = ("peak_rss_bytes", "seconds", "seed")
-# Null where no answer was scored.
+# Null if no answer was scored.
 SHARES = ("final_accuracy", "sft_accuracy", "win_rate")
 
 
 def unfit(summary: Mapping[str, Any]) -> str:
-    """Name a key with a value of a wrong type; "" where all that are there fit."""
+    """Name a key with a value of a wrong type; "" if all present keys fit."""
     for name, fits in _checked(summary):
         if not fits:
             return name

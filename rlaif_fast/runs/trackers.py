@@ -1,8 +1,8 @@
-"""A run's metrics in the trackers that people keep them in: Trackio, Weights & Biases, SwanLab, MLflow.
+"""A run's metrics in experiment trackers: Trackio, Weights & Biases, SwanLab, MLflow.
 
-Each goes through its own library, which is optional and configured as its documentation says (keys, projects, offline
-modes: by its environment variables). Metrics bear TRL's names where TRL has them. A resumed run goes on in its tracker.
-Steps behind the checkpoint are made and sent again, since nothing in the run's folder says what a tracker has of them.
+Each uses its own library, which is optional and configured as its documentation says (keys, projects, offline modes:
+by its environment variables). Metrics have TRL's names if TRL has them. A resumed run continues in its tracker. Steps
+after the checkpoint are made and sent again, since nothing in the run's folder says what a tracker already has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlaif_fast.runs.folder import RunDir
 PROJECT = "rlaif_fast"
 UNKNOWN_TO_MLFLOW = re.compile(r"[^\w\-. /]")
 
-# Ours -> TRL's (`GRPOTrainer`), where the two mean the same.
+# Ours -> TRL's (`GRPOTrainer`), for those that mean the same.
 TRL_NAMES = {
     "completion_length": "completions/mean_length",
     "truncated": "completions/clipped_ratio",
@@ -37,7 +37,7 @@ class Tracker(Protocol):
     """Takes the metrics of one run."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Record the metrics of a step; steps never fall."""
+        """Record the metrics of a step; steps never decrease."""
         ...
 
     def finish(self, error: str | None) -> None:
@@ -61,7 +61,7 @@ class _Calls:
 
 def _trackio(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    # Trackio resumes by name alone, and runs in other folders may have this one's.
+    # Trackio resumes by name alone, and runs in other folders may have the same name.
     name = f"{_name(run_dir)}-{_identity(run_dir)[:8]}"
     module.init(project=project, name=name, config=config, resume="allow")
     return _Calls(module.log, lambda error: module.finish())
@@ -84,7 +84,7 @@ def _swanlab(module: Any, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
 
 
 def _begin(module: Any, run_dir: RunDir, **options: Any) -> None:
-    """Begin in a library whose runs have ids, by which a resumed run goes on."""
+    """Begin in a library whose runs have ids, which a resumed run uses to continue."""
     module.init(name=_name(run_dir), id=_identity(run_dir), resume="allow", **options)
 
 
@@ -117,10 +117,10 @@ def _make(name: str, run_dir: RunDir, config: dict[str, Any]) -> Tracker:
 
 
 def check_trackers(names: list[str]) -> None:
-    """Refuse trackers that are not known or not installed.
+    """Refuse trackers that are unknown or not installed.
 
     Raises:
-        UsageError: One is not.
+        UsageError: One of them is.
     """
     for name in names:
         if name not in MAKERS:
@@ -130,11 +130,11 @@ def check_trackers(names: list[str]) -> None:
 
 
 class Trackers:
-    """All trackers of a run. One that fails is named once and left out from then on; it never ends the run.
+    """All trackers of a run. One that fails is reported once and then left out; it never ends the run.
 
     Args:
         names: Keys of `MAKERS`.
-        run_dir: The run; its folder's name is the run's.
+        run_dir: The run; its folder's name is the run's name.
         config: Its configuration.
         tell: Prints a line.
     """
@@ -152,11 +152,11 @@ class Trackers:
                 self._live[name] = made
 
     def replay(self, record: Mapping[str, Any]) -> None:
-        """Take note of a record from before a resume, which the trackers have."""
+        """Take note of a record from before a resume, which the trackers already have."""
         self._step_of(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Hand a record of `metrics.jsonl` to every tracker."""
+        """Pass a record of `metrics.jsonl` to every tracker."""
         values, step = metrics_of(record), self._step_of(record)
         for name, tracker in list(self._live.items()):
             self._guarded(name, partial(tracker.log, values, step))
@@ -167,7 +167,7 @@ class Trackers:
             self._guarded(name, partial(tracker.finish, error))
 
     def _step_of(self, record: Mapping[str, Any]) -> int:
-        """One count for all stages, since trackers want steps that never fall."""
+        """One step count for all stages, since trackers need steps that never decrease."""
         stage = record.get("phase", record["stage"]) if record["stage"] == "eval" else record["stage"]
         known, last = self._last
         if stage in ("sft", "rl") and stage != known:
@@ -180,14 +180,14 @@ class Trackers:
     def _guarded(self, name: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:  # a library of others, often over a network
+        except Exception as error:  # other people's library, often over a network
             self._live.pop(name, None)
             self._tell(f"{name}: no longer reported to ({typed_line(error)})")
             return None
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record under the names that trackers get: TRL's, and `eval_` and `sft/` in front."""
+    """The numbers of a record under the trackers' names: TRL's for RL, else prefixed with `eval_` or `sft/`."""
     stage = record["stage"]
     place = (
         f"eval_{record.get('split', 'validation')}_" if stage == "eval" else "sft/" if stage == "sft" else ""
@@ -207,5 +207,5 @@ def _name(run_dir: RunDir) -> str:
 
 
 def _identity(run_dir: RunDir) -> str:
-    """The same for a run and its resumed self, another one for a new run in the same folder."""
+    """The same for a run and its resumed self, but different for a new run in the same folder."""
     return hashlib.sha256(f"{run_dir.path.resolve()} {run_dir.created}".encode()).hexdigest()[:16]
