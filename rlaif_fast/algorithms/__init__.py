@@ -1,4 +1,4 @@
-"""Algorithms: what a group's feedback is worth, and which loss learns from it. One file each."""
+"""Algorithms: what a group's feedback is worth, and which loss learns from it. One per file."""
 
 from rlaif_fast.algorithms.base import Algorithm, Critic, GroupAlgorithm, KernelAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions

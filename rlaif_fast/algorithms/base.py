@@ -1,4 +1,4 @@
-"""What differs between algorithms: the feedback they need, their advantages, their loss, the models they hold."""
+"""How algorithms differ: the feedback they need, their advantages, their loss, the models they hold."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Feedback = Literal["ranks", "scores"]  # pairs are made from ranks
 
 
 class Updates(Protocol):
-    """What trains a model: `step` after the gradients are there, and its part of a checkpoint."""
+    """Trains a model: `step` once the gradients are there; its state is part of a checkpoint."""
 
     def step(self) -> Tensor:
         """Update the weights by the gradients of all processes and clear them."""
         ...
 
     def skip(self) -> None:
-        """Let the schedule go on where there was nothing to learn."""
+        """Advance the schedule when there was nothing to learn."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on."""
+        """What a checkpoint needs to continue."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         ...
 
 
@@ -58,57 +58,57 @@ class MakeUpdater(Protocol):
         """The optimizer of `model`.
 
         Args:
-            model: What it trains.
+            model: The model it trains.
             learning_rate: Peak learning rate; None takes the policy's.
             begin: The first rollout that it learns from.
             end: The rollout before which it ends; None is the stage's end.
-            updates: How often it is updated a rollout; None is as often as the policy.
+            updates: Updates per rollout; None is as many as the policy's.
         """
         ...
 
 
 class Critic(Protocol):
-    """Models that learn beside the policy and say what its responses are worth.
+    """Models that learn beside the policy and judge what its responses are worth.
 
     Attributes:
-        first_policy_step: The rollout (from 0) that the policy learns from first.
+        first_policy_step: The first rollout (from 0) that the policy learns from.
     """
 
     first_policy_step: int
 
     def asks_oracle(self, step: int) -> bool:
-        """Whether the oracle orders the rollout of this step, from 0."""
+        """Whether the oracle ranks the rollout of this step, counted from 0."""
         ...
 
     def judge(self, oracle: Oracle, prompts: Sequence[Prompt], rollout: Rollout, step: int) -> Oracle:
-        """Who orders the rollout of this step: the run's oracle, or a model of the critic."""
+        """What ranks the rollout of this step: the run's oracle, or a model of the critic."""
         ...
 
     def appraise(self, groups: Sequence[Group], step: int) -> tuple[list[Group], dict[str, float]]:
-        """The groups that the policy learns from, with what each token is worth; and figures for the log."""
+        """The groups that the policy learns from, with the worth of each token; and figures for the log."""
         ...
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Learn beside an update of the policy from the same groups; figures for the log."""
+        """Learn from the same groups as an update of the policy; returns figures for the log."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on."""
+        """What a checkpoint needs to continue."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         ...
 
 
 class Algorithm(Protocol):
-    """One way to learn from groups; the loop does not know its name.
+    """One way to learn from groups; the loop does not depend on its name.
 
     Attributes:
         options: Its hyper-parameters.
         feedback: What the oracle has to give: "ranks", or "scores" (from an oracle that `gives_scores`).
-        extra_models: Models held beside the policy: "reference", the policy as this stage began; those of a critic.
-        samples_from: Whose weights draw the responses: the "policy" as it is, or as this stage began: "start".
+        extra_models: Models held beside the policy: "reference", the policy at this stage's start; those of a critic.
+        samples_from: Whose weights draw the responses: "policy", the current ones, or "start", the stage's first.
         has_critic: Whether `make_critic` makes one.
     """
 
@@ -122,23 +122,23 @@ class Algorithm(Protocol):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """Names of the options that it would not read; one of them set by hand is refused."""
+        """Names of the options that it would not read; setting one of them is refused."""
         ...
 
     def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> Critic | None:
-        """The critic, with the policy where the stage begins; None for an algorithm without one."""
+        """The critic, given the policy at the start of the stage; None for an algorithm without one."""
         ...
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
-        """Turn what the oracle said of N groups of G responses into advantages; responses not judged get 0."""
+        """Turn the oracle's verdicts on N groups of G responses into advantages; responses not judged get 0."""
         ...
 
     def learns_from(self, ranking: Ranking) -> Sequence[int]:
-        """Places of the responses of a group that the loss takes, in its order; none leaves the group out."""
+        """Places of a group's responses that the loss takes, in its order; an empty result leaves the group out."""
         ...
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """What of the verdicts the loss takes: its advantages, or the ranks themselves and how to weigh them."""
+        """What the loss takes of the verdicts: its advantages, or the ranks themselves and their weights."""
         ...
 
     def loss(
@@ -148,14 +148,14 @@ class Algorithm(Protocol):
         token_ids: Tensor,  # (M,)
         **inputs: Any,
     ) -> LossOutput:
-        """The loss of packed responses; `inputs` are those of `fused_linear_grpo_rank_loss` that are no options."""
+        """The loss of packed responses; `inputs` are the arguments of `fused_linear_grpo_rank_loss` besides options."""
         ...
 
 
 class GroupAlgorithm(ABC):
-    """What algorithms that compare the responses of a group have in common: the clipped loss with its KL."""
+    """Base of algorithms that compare the responses of a group: the clipped loss with its KL."""
 
-    default_beta: ClassVar[float] = 0.01  # where the options leave it open
+    default_beta: ClassVar[float] = 0.01  # if the options leave it null
     samples_from: Literal["policy", "start"] = "policy"
     has_critic: ClassVar[bool] = False
 
@@ -177,7 +177,7 @@ class GroupAlgorithm(ABC):
         return range(len(ranking.ranks))
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """The advantages, made here; an algorithm whose advantages the loss knows hands it the ranks instead."""
+        """The advantages, computed here; an algorithm whose advantages the loss knows passes the ranks instead."""
         return {"advantages": self.advantages(verdicts).advantages.flatten()}
 
     def loss(
@@ -209,7 +209,7 @@ class GroupAlgorithm(ABC):
 
 
 class KernelAlgorithm(GroupAlgorithm):
-    """An algorithm whose advantages are a kind that the kernels know: the loss gets the feedback itself."""
+    """An algorithm with advantages that the kernels compute: the loss gets the feedback itself."""
 
     @property
     @abstractmethod
@@ -229,7 +229,7 @@ class KernelAlgorithm(GroupAlgorithm):
         )
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """The feedback and the policy's scores, ranked and weighed in the loss's own launch."""
+        """The feedback and the policy's scores, ranked and weighted in the loss's own launch."""
         return {
             "oracle_ranks": verdicts.feedback,
             "scores": verdicts.scores,

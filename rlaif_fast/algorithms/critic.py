@@ -1,4 +1,4 @@
-"""The critic of PPO: a reward model that learns the oracle's order, and a value model that begins as its copy."""
+"""PPO's critic: a reward model that learns the oracle's order, and a value model that starts as its copy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from rlaif_fast.rollout.base import Rollout
 
 
 class RewardAndValue:
-    """First the reward model learns from what the oracle says of the start's responses, then PPO from its scores.
+    """First the reward model learns the oracle's order of the start's responses, then PPO learns from its scores.
 
-    Beside the policy it holds two sets of the weights that train: the reward model's, with its optimizer while it
-    learns, and from the first PPO step the value model's with its optimizer.
+    Beside the policy it holds two sets of the trained weights: the reward model's, with its optimizer while it learns,
+    and from the first PPO step the value model's, with its optimizer.
 
     Args:
-        policy: The policy where the stage begins; its modules serve both models.
+        policy: The policy at the start of the stage; its modules serve both models.
         world: The processes of the run.
         algorithm: Its options.
         make_updater: Makes the optimizers.
@@ -58,11 +58,11 @@ class RewardAndValue:
         self._value_updates: Updates | None = None
 
     def asks_oracle(self, step: int) -> bool:
-        """Whether the oracle ranks the rollout of this step, from 0."""
+        """Whether the oracle ranks the rollout of this step, counted from 0."""
         return step < self.first_policy_step or self.options.reward_model_refresh
 
     def judge(self, oracle: Oracle, prompts: Sequence[Prompt], rollout: Rollout, step: int) -> Oracle:
-        """Who orders the rollout of this step: the run's oracle, or the reward model."""
+        """What ranks the rollout of this step: the run's oracle, or the reward model."""
         return oracle if self.asks_oracle(step) else _RewardModel(self, prompts, rollout)
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class RewardAndValue:
             return self._scores(prompts, responses, finished)
 
     def _scores(self, prompts: Sequence[Prompt], responses: Responses, finished: Sequence[bool]) -> Tensor:
-        """As `scores`, differentiable; the state in which the end of the sequence is drawn has seen all of it."""
+        """As `scores`, differentiable; read from the state that draws the end of sequence and so has seen it all."""
         end, done = self._policy.eos_token_ids[0], iter(finished)
         ended = [[tuple(tokens) if next(done) else (*tokens, end) for tokens in group] for group in responses]
         lengths = torch.tensor([len(tokens) for group in ended for tokens in group])
@@ -80,7 +80,7 @@ class RewardAndValue:
         return states[(lengths.cumsum(0) - 1).to(states.device)]
 
     def appraise(self, groups: Sequence[Group], step: int) -> tuple[list[Group], dict[str, float]]:
-        """Learn from the oracle where it was asked, and say what each token of the policy's responses is worth.
+        """Learn from the oracle if it was asked, and compute what each token of the policy's responses is worth.
 
         Returns:
             The groups that the policy learns from, with an `Appraisal`; none before the first PPO step. And figures.
@@ -98,7 +98,7 @@ class RewardAndValue:
         return appraised, figures | fit
 
     def _learn_order(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Updates of the reward model, each from a part of the groups, whose pairs it orders before it learns them."""
+        """Update the reward model, each time from a part of the groups; pairs are counted before they are learned."""
         parts = minibatches(groups, self.options.reward_model_updates)
         sums = [self._learn_part(part) for part in parts]
         loss, ordered, pairs, judged = map(sum, zip(*sums))
@@ -111,7 +111,7 @@ class RewardAndValue:
         }
 
     def _learn_part(self, groups: Sequence[Group]) -> list[float]:
-        """One update; of all processes the loss, the pairs ordered as preferred, the pairs, and the groups."""
+        """One update; returns, over all processes, loss, pairs ordered as preferred, pairs, and groups."""
         (judged,) = self._world.sum(len(groups))
         assert self._reward_updates is not None
         if not judged:
@@ -135,7 +135,7 @@ class RewardAndValue:
         return [*self._world.sum(loss, ordered, pairs), judged]
 
     def _begin_ppo(self) -> None:
-        """Let the value model begin as the reward model; one that learns no more needs no optimizer."""
+        """Start the value model as a copy of the reward model, whose optimizer is dropped if it learns no more."""
         if self.value is not None:
             return
         self.value = ScalarModel(self._policy, like=self.reward)
@@ -152,8 +152,8 @@ class RewardAndValue:
 
     @torch.no_grad()
     def _appraised(self, groups: Sequence[Group], scores: Tensor) -> tuple[list[Group], dict[str, float]]:
-        """The groups with advantages, whitened over all processes, and what the value model is to predict; how far it
-        does is said in figures."""
+        """The groups with advantages, whitened over all processes, and the value model's targets; and figures of how
+        well it predicts them."""
         assert self.value is not None
         lengths = torch.tensor([len(tokens) for g in groups for tokens in g.token_ids], dtype=torch.int64)
         padding = Padding(lengths.to(scores.device), int(lengths.sum()))
@@ -215,7 +215,7 @@ class RewardAndValue:
         return {"value/loss": loss / tokens, "value/clipped": clipped / tokens}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on: both models and their optimizers, as far as they are there."""
+        """What a checkpoint needs to continue: both models and their optimizers, as far as they exist."""
 
         def state(part: Any) -> dict[str, Any] | None:
             return None if part is None else part.state_dict()
@@ -228,7 +228,7 @@ class RewardAndValue:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self.reward.load_state_dict(state["reward"])
         if state["value"] is not None:
             self._begin_ppo()
@@ -240,7 +240,7 @@ class RewardAndValue:
 
 
 class _RewardModel:
-    """The reward model in the oracle's place, for one rollout: it reads tokens, not the request's text."""
+    """The reward model in place of the oracle, for one rollout: it reads tokens, not the request's text."""
 
     name = "reward_model"
     gives_scores = True
@@ -253,12 +253,12 @@ class _RewardModel:
         self._scores = critic.scores(prompts, responses, rollout.finished.tolist()).view(-1, g).tolist()
 
     def rank(self, requests: Sequence[RankRequest]) -> list[Ranking]:
-        """The order of the scores, for the groups of the rollout."""
+        """Rank by the scores, for the groups of the rollout."""
         return [Ranking(ranks_from_scores(row, 0.0), scores=tuple(row)) for row in self._scores]
 
 
 def preferences(groups: Sequence[Group]) -> Tensor:
-    """(N, G, G) bool: [n, i, j] where the oracle ranks response i of group n before j, and the two differ."""
+    """(N, G, G) bool: [n, i, j] is true if the oracle ranks response i of group n before j and the two differ."""
     ranks = torch.tensor([[-1 if rank is None else rank for rank in g.ranking.ranks] for g in groups])
     texts = [{tokens: k for k, tokens in enumerate(g.token_ids)} for g in groups]
     which = torch.tensor([[own[tokens] for tokens in g.token_ids] for own, g in zip(texts, groups)])
@@ -268,7 +268,7 @@ def preferences(groups: Sequence[Group]) -> Tensor:
 
 
 def _responses_of(groups: Sequence[Group]) -> tuple[list[Prompt], Responses, list[bool]]:
-    """The prompts, the tokens of the responses to each, and which of these are whole."""
+    """The prompts, the tokens of the responses to each, and which responses are finished."""
     return (
         [group.prompt for group in groups],
         [group.token_ids for group in groups],

@@ -1,4 +1,4 @@
-"""GOPO: ranks alone, evenly spaced from +2 for the best to -2 for the worst (arXiv 2602.03876)."""
+"""GOPO: only ranks, evenly spaced from +2 for the best to -2 for the worst (arXiv 2602.03876)."""
 
 from __future__ import annotations
 

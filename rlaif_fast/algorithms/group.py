@@ -1,4 +1,4 @@
-"""Groups: what a rollout becomes once an oracle has ranked it and an algorithm has weighed that."""
+"""Groups: a rollout once an oracle has ranked it and an algorithm has computed advantages."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Appraisal:
-    """What a critic says of the M tokens of a group, each (M,) float32.
+    """A critic's estimates for the M tokens of a group, each (M,) float32.
 
     Attributes:
         advantages: What the policy learns from.
         values: The value of the state that each token was drawn in, before the update.
-        returns: What the value model is to predict.
+        returns: What the value model should predict.
     """
 
     advantages: Tensor
@@ -38,9 +38,9 @@ class Appraisal:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt, the G responses sampled for it, the oracle's verdict on them and what that is worth.
+    """One prompt, the G responses sampled for it, the oracle's verdict on them and the resulting advantages.
 
-    What the loss reads is on the policy's device; nothing of it is read on the host before the update.
+    The loss's inputs are on the policy's device; none of them is read on the host before the update.
 
     Attributes:
         prompt: The prompt.
@@ -48,15 +48,15 @@ class Group:
         token_ids: The G responses as tokens, without padding; M tokens in all.
         finished: G entries, whether the response drew its end-of-sequence token within the budget.
         logps: (M,) float32 log-probability of each token when it was drawn, response after response.
-        sampling_ratio: (M,) float32, see `Rollout`; None where the sampler is the policy.
-        forced: (M,) bool, see `Rollout`; None where every token was drawn.
+        sampling_ratio: (M,) float32, see `Rollout`; None if the policy itself samples.
+        forced: (M,) bool, see `Rollout`; None if every token was drawn.
         ranking: The oracle's verdict.
         has_signal: Whether the group can teach anything (ranked, and not all tied).
         scores: (G,) float32, the policy's own score of each response; higher is more likely.
         advantages: (G,) float32; 0 on responses that were not judged.
-        agreement: (2,) float32, nDCG and Kendall's tau of the policy's order with the oracle's; NaN where the group was
+        agreement: (2,) float32, nDCG and Kendall's tau of the policy's order with the oracle's; NaN if the group was
             not ranked.
-        appraisal: Of a critic, made last; None without one.
+        appraisal: From a critic, made last; None without one.
     """
 
     prompt: Prompt
@@ -80,7 +80,7 @@ class Group:
 
 
 def to_learn_from(groups: Sequence[Group], algorithm: Algorithm) -> list[Group]:
-    """The groups with only the responses that the algorithm's loss takes; those of which it takes none are left out."""
+    """The groups with only the responses that the algorithm's loss takes; groups without any are left out."""
     chosen = [(group, algorithm.learns_from(group.ranking)) for group in groups]
     return [part_of(group, places) for group, places in chosen if len(places)]
 
@@ -113,10 +113,10 @@ def part_of(group: Group, places: Sequence[int]) -> Group:
 
 
 def for_the_log(groups: Sequence[Group]) -> list[Group]:
-    """Copies for another process, which logs them and does not learn: in main memory, without frames or pixels."""
+    """Copies for another process, which logs them without learning: in main memory, without frames or pixels."""
     if not groups:
         return []
-    # One copy to the host for all of them.
+    # One copy to the host for all groups.
     figures = torch.stack([torch.cat((g.scores, g.advantages, g.agreement)) for g in groups]).cpu()
     copies = []
     for group, row in zip(groups, figures):
@@ -139,7 +139,7 @@ def for_the_log(groups: Sequence[Group]) -> list[Group]:
 
 
 def rank_request(prompt: Prompt, responses: Sequence[str], place: int) -> RankRequest:
-    """What an oracle is asked about some responses; `place` is the prompt's in its batch."""
+    """The request to an oracle about some responses; `place` is the prompt's place in its batch."""
     example = prompt.example
     return RankRequest(
         id=f"{place}:{example.id}",
@@ -154,7 +154,7 @@ def rank_request(prompt: Prompt, responses: Sequence[str], place: int) -> RankRe
 
 
 def requests_of(groups: Sequence[Group]) -> list[RankRequest]:
-    """What an oracle is asked about each group."""
+    """The request to an oracle about each group."""
     return [rank_request(group.prompt, group.texts, place) for place, group in enumerate(groups)]
 
 
@@ -206,7 +206,7 @@ def rank_rollout(
 
 
 def policy_scores(rollout: Rollout, score: str) -> Tensor:
-    """(N, G) log-probability of each response, per token ("mean") or in all ("sum"), of the tokens it chose."""
+    """(N, G) log-probability of each response's drawn tokens, per token ("mean") or in total ("sum")."""
     chosen = rollout.mask if rollout.forced is None else rollout.mask & ~rollout.forced
     return reference.policy_scores(rollout.logps, chosen, rollout.num_generations, score)
 
@@ -216,7 +216,7 @@ def verdicts_of(
     scores: Tensor,  # (N, G)
     algorithm: Algorithm,
 ) -> Verdicts:
-    """What was said of some groups, on the device of `scores`; a group that was not ranked has no judged response."""
+    """The verdicts on some groups, on the device of `scores`; an unranked group has no judged response."""
     g = scores.shape[1]
     ranks = algorithm.feedback == "ranks"
     feedback = [list(feedback_of(r, algorithm)) if r.valid else [None] * g for r in rankings]
@@ -235,12 +235,12 @@ def verdicts_of(
 
 
 def verdicts_on(groups: Sequence[Group], algorithm: Algorithm) -> Verdicts:
-    """What was said of groups that were ranked before."""
+    """The verdicts on groups that were ranked before."""
     return verdicts_of([g.ranking for g in groups], torch.stack([g.scores for g in groups]), algorithm)
 
 
 def has_signal(ranking: Ranking, algorithm: Algorithm) -> bool:
-    """Whether a group was ranked and not all tied, in the precision that the kernels see."""
+    """Whether a group was ranked and not all tied, in the precision of the kernels."""
     if not ranking.valid:
         return False
     values = [v for v, rank in zip(feedback_of(ranking, algorithm), ranking.ranks) if rank is not None]
@@ -248,10 +248,10 @@ def has_signal(ranking: Ranking, algorithm: Algorithm) -> bool:
 
 
 def feedback_of(ranking: Ranking, algorithm: Algorithm) -> Sequence[float | None]:
-    """What the algorithm makes advantages of: the ranking's scores or its ranks.
+    """The feedback the algorithm uses: the ranking's scores or its ranks.
 
     Raises:
-        RlaifFastError: The oracle promised scores and gave none, or one that float32 does not hold.
+        RlaifFastError: The oracle promised scores but gave none, or one that does not fit float32.
     """
     if algorithm.feedback == "ranks":
         return ranking.ranks

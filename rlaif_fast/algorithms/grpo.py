@@ -16,7 +16,7 @@ class Grpo(KernelAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """It knows no ranks; `advantage: zscore` is another name of it."""
+        """It uses no ranks; `advantage: zscore` is another name for it."""
         return ("penalty_weight",) if options.advantage == "zscore" else ("advantage", "penalty_weight")
 
     @property

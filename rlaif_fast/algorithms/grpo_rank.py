@@ -1,4 +1,4 @@
-"""GRPO_rank: the oracle's order, weighed by how far the policy's own order is from it (arXiv 2510.02561)."""
+"""GRPO_rank: the oracle's order, weighted by how far the policy's own order is from it (arXiv 2510.02561)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GrpoRank(KernelAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """Only a directed advantage weighs the penalty."""
+        """Only a directed advantage uses the penalty weight."""
         return () if options.advantage == "directed" else ("penalty_weight",)
 
     @property

@@ -1,4 +1,4 @@
-"""LiPO-lambda: every pair of a group, weighed by what swapping it changes in the DCG (arXiv 2402.01878)."""
+"""LiPO-lambda: every pair of a group, weighted by how much swapping it changes the DCG (arXiv 2402.01878)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlaif_fast.loss.reference.preference import ordered_pairs
 class Lipo(PreferenceAlgorithm):
     """LambdaLoss on log-probabilities relative to the reference.
 
-    The label of a response is its rate of wins in its group, ties half, in [0, 1]: the paper's labels where the ranker
-    is sure of each comparison.
+    A response's label is its win rate in its group, in [0, 1], with ties as half: the paper's labels if the ranker is
+    sure of each comparison.
     """
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
-        """The labels, centred, for the log; the loss makes weights of pairs from them and the policy's own order."""
+        """The centred labels, for the log; the loss makes pair weights from the labels and the policy's own order."""
         return verdicts.centred_win_rates()
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """The labels, who has one, and how much each group counts."""
+        """The labels, which responses have one, and the weight of each group."""
         return {
             "labels": verdicts.win_rates(),
             "judged": verdicts.judged,

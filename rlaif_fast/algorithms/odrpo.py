@@ -1,4 +1,4 @@
-"""ODRPO: a graded verdict as a row of yes-or-no verdicts, each normalised by itself (arXiv 2605.12667)."""
+"""ODRPO: a graded verdict as a series of yes-or-no verdicts, each normalised separately (arXiv 2605.12667)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rlaif_fast.algorithms.verdicts import Verdicts
 class Odrpo(GroupAlgorithm):
     """A_i = sum over thresholds k of (1[level_i >= k] - p_k) / sqrt(p_k (1 - p_k)), p_k the share that reaches k.
 
-    The ordinal decomposition of the paper with GRPO's estimator at each threshold. The levels are the distinct ranks of
-    the group, as a ranking has no scale of its own: with L of them there are L - 1 thresholds.
+    The paper's ordinal decomposition with GRPO's estimator at each threshold. The levels are the distinct ranks of the
+    group, as a ranking has no scale of its own: L levels give L - 1 thresholds.
     """
 
     feedback: Feedback = "ranks"

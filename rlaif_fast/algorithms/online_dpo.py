@@ -16,14 +16,14 @@ from rlaif_fast.oracle.pairs import best_and_worst
 
 
 class OnlineDpo(PreferenceAlgorithm):
-    """One pair a group; of several that tie for best or worst, the one drawn first. A group all tied has none."""
+    """One pair per group; of responses that tie for best or worst, the first drawn. A group all tied has no pair."""
 
     def learns_from(self, ranking: Ranking) -> Sequence[int]:
         """The best response and the worst."""
         return best_and_worst(ranking.ranks) or ()
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
-        """1 for the chosen response, -1 for the rejected one, for the log; the loss makes none of them."""
+        """1 for the chosen response, -1 for the rejected one; only for the log, the loss does not use them."""
         ranks, members = verdicts.feedback, verdicts.members
         agreement = verdicts.agreement()
         best = ranks.masked_fill(~members, torch.iinfo(ranks.dtype).max).argmin(1, keepdim=True)
@@ -33,7 +33,7 @@ class OnlineDpo(PreferenceAlgorithm):
         return agreement._replace(advantages=verdicts.weigh(signs))
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """How much each pair counts."""
+        """The weight of each pair."""
         return {"pair_weights": verdicts.weights}
 
     def loss(self, hidden: Tensor, weight: Tensor, token_ids: Tensor, **inputs: Any) -> LossOutput:

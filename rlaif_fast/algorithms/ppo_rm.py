@@ -17,8 +17,8 @@ from rlaif_fast.policy.policy import Policy
 class PpoRm(GroupAlgorithm):
     """The oracle's rankings train a reward model; the policy learns from its scores, token by token.
 
-    The KL to the reference stands in the loss, as in every other algorithm here (and in GRPO, arXiv 2402.03300), so
-    that the arms of a comparison differ in what they learn from; InstructGPT subtracts it from each token's reward.
+    The KL to the reference is part of the loss, as in every other algorithm here (and in GRPO, arXiv 2402.03300), so the
+    arms of a comparison differ only in what they learn from; InstructGPT subtracts it from each token's reward.
     """
 
     feedback: Feedback = "ranks"
@@ -30,7 +30,7 @@ class PpoRm(GroupAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """Advantages come of the value model, which takes every token for the policy's own."""
+        """Advantages come from the value model, which assumes that the policy drew every token."""
         return "advantage", "penalty_weight", "scale", "max_reasoning_tokens"
 
     def make_critic(self, policy: Policy, world: World, make_updater: MakeUpdater) -> RewardAndValue:
@@ -38,9 +38,9 @@ class PpoRm(GroupAlgorithm):
         return RewardAndValue(policy, world, self, make_updater)
 
     def advantages(self, verdicts: Verdicts) -> RankAdvantages:
-        """The rates of wins, centred, for the log; the loss takes the critic's, of each token."""
+        """The centred win rates, for the log; the loss uses the critic's, per token."""
         return verdicts.centred_win_rates()
 
     def loss_inputs(self, verdicts: Verdicts) -> dict[str, Any]:
-        """Nothing: the loop adds the advantages of the critic."""
+        """Nothing: the loop adds the critic's advantages."""
         return {}

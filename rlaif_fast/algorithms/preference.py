@@ -1,4 +1,4 @@
-"""What algorithms that learn from preferences, without advantages, have in common."""
+"""The common part of algorithms that learn from preferences, without advantages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlaif_fast.algorithms.base import Feedback, GroupAlgorithm
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.errors import require_positive
 
-UNREAD = ("old_logps", "sampling_ratio")  # preferences hold whoever drew the responses
+UNREAD = ("old_logps", "sampling_ratio")  # a preference holds whoever drew the responses
 
 
 class PreferenceAlgorithm(GroupAlgorithm):
@@ -28,7 +28,7 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """There is no advantage, no ratio to clip and no mean over tokens; the reference is held by beta alone.
+        """There is no advantage, no ratio to clip and no mean over tokens; only beta ties the policy to the reference.
 
         Tokens that were not drawn cannot be left out of the reference's sums.
         """
@@ -48,11 +48,11 @@ class PreferenceAlgorithm(GroupAlgorithm):
         )
 
     def arguments(self, inputs: dict[str, Any], group_size: int) -> dict[str, Any]:
-        """The arguments of a loss of preferences from those of `Algorithm.loss`.
+        """The arguments of a preference loss, from those of `Algorithm.loss`.
 
         Args:
             inputs: As the loop gives them; responses are counted.
-            group_size: Responses of a pair or a group, which these losses count.
+            group_size: Number of responses in a pair or group.
         """
         given = {name: value for name, value in inputs.items() if name not in (*UNREAD, "ref_logps")}
         if given.get("num_items_in_batch") is not None:
@@ -67,16 +67,16 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:  # (M,), (B,) -> (B,)
-    """Add up what packed tokens have, response by response, in one order: `index_add_` has none on a GPU."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # safe: the host would wait
+    """Sum packed tokens by response, in a fixed order: `index_add_` has none on a GPU."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # a check would make the host wait
 
 
 def as_output(found: PreferenceOutput, pairs: int | Tensor) -> LossOutput:
-    """What the loop reads, under TRL's names; `advantages` are the implicit rewards.
+    """The output that the loop reads, under TRL's names; `advantages` are the implicit rewards.
 
     Args:
-        found: From a loss of preferences.
-        pairs: How many its statistics are means over.
+        found: The output of a preference loss.
+        pairs: Number of pairs that its statistics are means over.
     """
     stats = {
         "loss/policy": found.loss.detach(),

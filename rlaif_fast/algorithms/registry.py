@@ -25,7 +25,7 @@ ALGORITHMS = {
 
 
 def find_algorithm(options: AlgorithmOptions) -> type[Algorithm]:
-    """The class that the options name; `advantage: zscore` is `algorithm: grpo` under its older name.
+    """The class that the options name; `advantage: zscore` is the older name of `algorithm: grpo`.
 
     Raises:
         UsageError: There is none of that name.

@@ -13,8 +13,8 @@ from rlaif_fast.algorithms.verdicts import Verdicts
 class Rlrr(GroupAlgorithm):
     """A = s - mean s, with s_i = (r_max - r_i) / (r_max - 1) over the levels r = 1 .. r_max of the group.
 
-    The paper's reward for tasks without a verifier; where there is one it adds the rank to the verifier's 0 or 1, which
-    no ranking has, and bounds advantages by that verdict. Responses that tie share a level. The paper leaves open
+    This is the paper's reward for tasks without a verifier. With one, the paper adds the rank to the verifier's 0 or 1,
+    which a ranking lacks, and bounds advantages by that verdict. Tied responses share a level. The paper leaves open
     whether to divide by the standard deviation: `scale`. Without ties the advantages are those of GOPO up to a factor.
     """
 

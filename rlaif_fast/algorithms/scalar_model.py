@@ -1,4 +1,4 @@
-"""A number for each state of a response, from the policy's own modules with other weights."""
+"""One number per state of a response, from the policy's own modules with other weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Responses = Sequence[Sequence[Sequence[int]]]  # of each prompt, as tokens
 
 
 class ScalarModel(nn.Module):
-    """Backbone and a head of one vector; the backbone is the policy's, whose trained weights trade places with these.
+    """A backbone and a one-vector head; the backbone is the policy's, with its trained weights swapped for these.
 
-    Kept are float32 copies of the weights that the policy trains (with LoRA the adapters alone) and the vector. While
-    it works they take the policy's place, so no second model is held and all of the policy's fast paths serve it. It
-    runs without dropout.
+    It keeps the vector and float32 copies of the weights that the policy trains (with LoRA, only the adapters). While
+    it works they replace the policy's, so no second model is held and all of the policy's fast paths serve it. It runs
+    without dropout.
 
     Args:
-        policy: Gives the modules, and the weights to begin with.
-        like: Begin with the weights and the head of this one instead; None begins with a head of zeros.
+        policy: Gives the modules and the initial weights.
+        like: Start with the weights and head of this model instead; with None the head starts as zeros.
     """
 
     weights: nn.ParameterList
@@ -45,19 +45,19 @@ class ScalarModel(nn.Module):
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The policy's modules with these weights for a while."""
+        """Put these weights into the policy's modules for the duration of the block."""
         pairs = [(p, w.detach().to(p.dtype)) for p, w in zip(self._trained, self.weights)]
         with self._policy.evaluating(), exchanged(pairs):
             yield
 
     def forward(self, prompts: Sequence[EncodedPrompt], responses: Responses) -> Tensor:
-        """(M,) float32, for each token of the responses the number of the state it was drawn in; inside `in_place`."""
+        """(M,) float32, the number of the state that each response token was drawn in; call it inside `in_place`."""
         rows = for_policy(response_rows(prompts, responses), self._policy)
         hidden = response_hidden(self._policy, rows, features=self._features(prompts))
         return hidden.float() @ self.head
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to the `grad` of these weights and of the head; inside `in_place`."""
+        """Add the gradient of a loss to the `grad` of these weights and of the head; call it inside `in_place`."""
         own = [*self.weights, self.head]
         gradients = torch.autograd.grad(loss, [*self._trained, self.head], allow_unused=True)
         for parameter, gradient in zip(own, gradients):
@@ -66,7 +66,7 @@ class ScalarModel(nn.Module):
                 parameter.grad = wide if parameter.grad is None else parameter.grad.add_(wide)
 
     def _features(self, prompts: Sequence[EncodedPrompt]) -> MediaFeatures | None:
-        """What the vision tower gives with the present weights."""
+        """The vision tower's features with the present weights."""
         policy = self._policy
         if policy.shared_prefix and policy.vision.trains:
             return VisionEncoder(policy.vision.tower, 0, policy.vision.family)(prompts)
@@ -74,6 +74,6 @@ class ScalarModel(nn.Module):
 
 
 def parts_of(groups: Sequence[Group], max_tokens: int) -> list[slice]:
-    """Consecutive groups of at most `max_tokens` each, for one pass after the other."""
+    """Slices of consecutive groups with at most `max_tokens` each, one per pass."""
     prompts = [group.prompt for group in groups]
     return cut_by_tokens(prompts, [group.tokens for group in groups], max_tokens)
