@@ -1,4 +1,4 @@
-"""The loss and the oracle inside other people's trainers: one module a trainer, imported only when asked for.
+"""The loss and the oracle inside other trainers: one module per trainer, imported only on request.
 
-A module imports its trainer when it is imported or registered, never before; see docs/adapters.md.
+A module imports its trainer only when it is itself imported or registered; see docs/adapters.md.
 """

@@ -1,4 +1,4 @@
-"""The options that TRL and Liger give the same names, checked where a trainer is made."""
+"""The options that have the same names in TRL and Liger, checked when a trainer is made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def grpo_options(
 
     Args:
         beta: As in `grpo_rank_loss`, like everything not listed here.
-        use_bias_correction_kl: `unbiased_kl`; says nothing where beta is 0.
+        use_bias_correction_kl: `unbiased_kl`; has no effect if beta is 0.
         same: `loss_type`, `delta`, `max_completion_length`, `sapo_temperature_pos` and `sapo_temperature_neg`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A loss called as `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss` is; ms-swift's `liger_grpo_loss` too.
+"""A loss with the signature of `liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss` and ms-swift's `liger_grpo_loss`.
 
 Tested with liger-kernel 0.8.5, which it neither needs nor imports.
 """
@@ -13,15 +13,15 @@ from rlaif_fast.adapters.grpo_options import grpo_options
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, token_logps
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
-OF_TOKENS = ("dapo", "cispo")  # what Liger divides by the tokens of all processes
+OF_TOKENS = ("dapo", "cispo")  # Liger divides these by the tokens of all processes
 
 
 class FusedLinearGRPOLoss(nn.Module):
-    """Liger's GRPO loss by ours.
+    """Liger's GRPO loss, computed by ours.
 
     Args:
         beta: As in `grpo_rank_loss`, like everything not listed here.
-        compiled: Said by Liger's callers; nothing here needs compiling, and no number depends on it.
+        compiled: Passed by Liger's callers; nothing here needs compiling, and no number depends on it.
         use_ref_model: Whether there is a reference policy; a KL needs one.
         chunk_size: Sequences whose logits are in memory at once.
         epsilon_low: `epsilon`.
@@ -29,10 +29,10 @@ class FusedLinearGRPOLoss(nn.Module):
         use_bias_correction_kl: `unbiased_kl`.
 
     Raises:
-        ValueError: A loss type that is not the same thing here ("luspo": Liger's sums masked tokens too) or does not
-            exist here ("vespo"); a beta without `use_ref_model`, where Liger's KL is 0 whatever it is given; or options
-            that do not go together: `delta` or sequence level with "cispo" or "sapo", which Liger's loss does not read
-            or refuses, and `use_bias_correction_kl` at sequence level.
+        ValueError: A loss type that differs here ("luspo": Liger's sums masked tokens too) or does not exist here
+            ("vespo"); a beta without `use_ref_model`, for which Liger's KL is always 0; or options that do not go
+            together: `delta` or sequence level with "cispo" or "sapo", which Liger's loss ignores or refuses, and
+            `use_bias_correction_kl` at sequence level.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class FusedLinearGRPOLoss(nn.Module):
         vllm_is_ratio: Tensor | None = None,  # (B, T) or (B, 1)
         num_items_in_batch: int | float | Tensor | None = None,  # tokens of all processes
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the loss and Liger's metrics: the KL where beta is not 0, the share of clipped tokens.
+        """Return the loss and Liger's metrics: the KL if beta is not 0, and the share of clipped tokens.
 
         Raises:
-            ValueError: beta is not 0 and nothing, or two things, say what the reference policy thinks; or a shape or
-                value does not fit.
+            ValueError: beta is not 0 and the reference policy is given not at all or twice; or a shape or value does
+                not fit.
         """
         if ref_per_token_logps is not None and ref_input is not None:
             raise ValueError("ref_input must be None where ref_per_token_logps are given; got both")
@@ -108,7 +108,7 @@ class FusedLinearGRPOLoss(nn.Module):
                 found = token_logps(
                     ref_input, ref_weight, selected_token_ids, bias=ref_bias, temperature=self.temperature
                 )
-            assert isinstance(found, Tensor)  # a pair with return_entropy alone
+            assert isinstance(found, Tensor)  # a pair only with return_entropy
             ref_per_token_logps = found
         items = self._items(attention_mask, num_items_in_batch) if self.loss_type in OF_TOKENS else None
         out = fused_linear_grpo_rank_loss(
@@ -131,7 +131,7 @@ class FusedLinearGRPOLoss(nn.Module):
 
     @staticmethod
     def _items(mask: Tensor, given: int | float | Tensor | None) -> Tensor:
-        """Return what one process divides by: the tokens of all processes over their number, at least 1."""
+        """Return one process's divisor: the tokens of all processes over their number, at least 1."""
         shared = dist.is_available() and dist.is_initialized()
         items = mask.sum(dtype=torch.float32) if given is None else torch.as_tensor(given, device=mask.device)
         if shared and given is None:

@@ -4,7 +4,7 @@
     register("oracle", ReferenceOracle(), reference="solution")
 
 and `--reward_funcs oracle`. Its Liger loss may be `rlaif_fast.adapters.liger.FusedLinearGRPOLoss`.
-`ranked_trainer` makes the advantages themselves from the oracle's order.
+`ranked_trainer` computes the advantages itself, from the oracle's order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def orm_class(oracle: Oracle, base: type = object, **options: Any) -> type:
     Args:
         oracle: Ranks the groups of a process's slice; `num_generations` must divide the slice.
         base: ms-swift's `ORM`.
-        options: Of `as_reward`.
+        options: Options of `as_reward`.
     """
     reward = as_reward(oracle, **options)
 
@@ -38,7 +38,7 @@ def orm_class(oracle: Oracle, base: type = object, **options: Any) -> type:
 
 
 def register(name: str, oracle: Oracle, **options: Any) -> None:
-    """Put an oracle among ms-swift's reward functions."""
+    """Add an oracle to ms-swift's reward functions."""
     from swift.rewards import ORM, orms
 
     orms[name] = orm_class(oracle, ORM, **options)
@@ -47,17 +47,17 @@ def register(name: str, oracle: Oracle, **options: Any) -> None:
 def ranked_trainer(base: type, oracle: Oracle, *, reference: str = "solution", **options: Any) -> type:
     """Return a subclass of ms-swift's `GRPOTrainer` whose advantages come from an oracle's order.
 
-    Whole groups are ranked, also where processes share one; every process asks the oracle, so give it a cache. The
-    advantages of `--reward_funcs` are logged and not used.
+    Whole groups are ranked, even if processes share one; every process asks the oracle, so give it a cache. The
+    advantages of `--reward_funcs` are logged but not used.
 
     Args:
         base: `swift.rlhf_trainers.grpo_trainer.GRPOTrainer`.
-        oracle: Ranks the samples of equal `prompt_id`.
-        reference: Column of the data set that holds the reference answer.
-        options: Of `RowRanker`.
+        oracle: Ranks the samples with equal `prompt_id`.
+        reference: Column of the data set with the reference answer.
+        options: Options of `RowRanker`.
 
-    The trainer refuses, with a ValueError before anything is loaded, an `advantage_estimator` that is not "grpo",
-    a `kl_in_reward`, and a `scale_rewards` that is neither the default nor the ranker's `scale`.
+    Before anything is loaded, the trainer refuses with a ValueError an `advantage_estimator` other than "grpo", a
+    `kl_in_reward`, and a `scale_rewards` that is neither the default nor the ranker's `scale`.
     """
     ranker = RowRanker(oracle, **options)
 

@@ -1,4 +1,4 @@
-"""OpenRLHF (0.11.2): a policy loss in place of `actor_loss_fn`, and an experience maker that an oracle teaches."""
+"""OpenRLHF (0.11.2): a policy loss to replace `actor_loss_fn`, and an experience maker with an oracle's advantages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PolicyLoss(nn.Module):
         clip_eps_high: `epsilon_high`.
         dual_clip: As in `grpo_rank_loss`.
         token_level_loss: Mean over the tokens of the batch, else over responses of the mean over tokens; a response
-            without a token is none.
+            without a token does not count.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: int | float | Tensor | None = None,
         global_batch_size: int | float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return loss, share of clipped tokens, mean of old less new log-probability, the same of the sampler's less
-        old, and the share of tokens that are left out because of it, which is 0.
+        """Return loss, share of clipped tokens, mean of old minus new log-probability, mean of the sampler's minus old,
+        and the share of tokens left out because of that difference, which is 0.
 
-        The last two are None without `rollout_log_probs`. These are compared, and no weight is made of them.
+        The last two are None without `rollout_log_probs`. These are only compared, not used as weights.
 
         Raises:
             ValueError: Several processes without the count of the whole batch.
@@ -87,14 +87,14 @@ def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
     """Return a subclass of OpenRLHF's experience maker whose advantages come from an oracle's order.
 
     Set `openrlhf.trainer.ppo_trainer.RemoteExperienceMaker` to it in the process that makes the trainer. The
-    advantages stand where rewards do, so `algo.advantage.estimator` must be "dr_grpo": they add up to 0 over a group,
-    and it subtracts nothing else; another one is refused where the trainer makes the experience maker. A response
+    advantages take the place of rewards, so `algo.advantage.estimator` must be "dr_grpo": they sum to 0 over a group,
+    and it subtracts nothing else; any other is refused when the trainer makes the experience maker. A response
     without an action has no advantage.
 
     Args:
         base: `RemoteExperienceMaker` of `openrlhf.trainer.ppo_utils.experience_maker`.
         oracle: Ranks the `rollout.n_samples_per_prompt` responses of a prompt; a label is the reference answer.
-        options: Of `RowRanker`.
+        options: Options of `RowRanker`.
     """
     ranker = RowRanker(oracle, **options)
 
@@ -126,6 +126,6 @@ def experience_maker(base: type, oracle: Oracle, **options: Any) -> type:
 
 
 def _texts(experience: Any, tokenizer: Any) -> list[str]:
-    """The responses; `action_mask` stands one token to the left of `sequences`."""
+    """The responses; `action_mask` is shifted one token to the left of `sequences`."""
     rows = zip(experience.sequences[:, 1:], experience.action_mask.bool())
     return texts_of(tokenizer, [ids[mask] for ids, mask in rows])

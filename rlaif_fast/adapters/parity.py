@@ -1,10 +1,10 @@
-"""What our loss says of the same inputs as the losses of TRL, Liger, verl and OpenRLHF, from the installed packages.
+"""Our loss compared with those of TRL, Liger, verl and OpenRLHF on the same inputs, from the installed packages.
 
     python -m rlaif_fast.adapters.parity
 
-Every loss is given the same advantages; TRL and Liger a temperature of 0.7, and TRL accumulates two micro-batches. verl
-and OpenRLHF add the KL outside of their losses. The error printed is the larger of two: that of the loss, relative, and
-that of the gradients, relative in the l2 norm.
+Every loss gets the same advantages; TRL and Liger a temperature of 0.7, and TRL accumulates two micro-batches. verl
+and OpenRLHF add the KL outside of their losses. The printed error is the larger of two: the relative error of the
+loss, and that of the gradients in the l2 norm.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def trl_errors(feature: str, trainer: Any) -> Errors:
 
     Args:
         feature: A name of `FEATURES`.
-        trainer: As `trl_trainer` makes it; its model's gradients are taken by both losses.
+        trainer: From `trl_trainer`; both losses take gradients of its model.
     """
     from trl import GRPOTrainer
 
@@ -125,7 +125,7 @@ def trl_errors(feature: str, trainer: Any) -> Errors:
 
 
 def verl_errors(feature: str) -> Errors:
-    """Return the errors of a feature against verl's loss, both as its registry gives them."""
+    """Return the errors of a feature against verl's loss, with both losses from its registry."""
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.workers.config import ActorConfig
 
@@ -166,7 +166,7 @@ def openrlhf_errors(feature: str) -> Errors:
 
 
 def openrlhf_loss() -> Any:
-    """Return OpenRLHF's own `PolicyLoss`; its package imports flash-attn, which its file of losses does not need."""
+    """Return OpenRLHF's own `PolicyLoss`; its package imports flash-attn, which the file of losses does not need."""
     found = importlib.util.find_spec("openrlhf")
     if found is None or found.origin is None:
         raise ModuleNotFoundError("No module named 'openrlhf'", name="openrlhf")
@@ -193,8 +193,8 @@ def _clipped(loss: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Pair:
 
 
 def trl_trainer(folder: str, peft_config: Any = None, **options: Any) -> Any:
-    """Return an `OracleGRPOTrainer` of a tiny Qwen3 of random weights, two accumulation steps of its batch; with a
-    `peft_config` adapters alone train. `options` are those of `GRPOConfig`."""
+    """Return an `OracleGRPOTrainer` of a tiny Qwen3 with random weights and two accumulation steps of its batch; with
+    a `peft_config` only adapters train. `options` are those of `GRPOConfig`."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -228,7 +228,7 @@ def trl_trainer(folder: str, peft_config: Any = None, **options: Any) -> Any:
 
 
 def errors(first: Pair, second: Pair) -> Errors:
-    """Return how far two losses and their tensors are apart."""
+    """Return the relative distance of two losses and their tensors."""
     (loss, tensors), (other, others) = first, second
     distances = [
         ((x - y).norm() / x.norm().clamp(min=1e-12)).item() if x.any() or y.any() else 0.0
@@ -248,7 +248,7 @@ def _tokens() -> dict[str, Tensor]:
 
 
 def _set(trainer: Any, options: dict[str, Any]) -> None:
-    """Give a trainer other options of its loss, where it keeps them."""
+    """Change options of a trainer's loss, where the trainer keeps them."""
     options = {
         "importance_sampling_level": "token",
         "use_bias_correction_kl": True,  # TRL's default
@@ -295,7 +295,7 @@ def _version(package: str) -> str:
 
 
 def _cell(errors_of: Callable[[str], Errors], feature: str) -> str:
-    """The error; nothing where the package is not installed, or has no such feature."""
+    """The error; empty if the package is not installed or lacks the feature."""
     try:
         return f"{max(errors_of(feature)):.1e}"
     except (ModuleNotFoundError, KeyError):

@@ -1,7 +1,7 @@
-"""prime-rl (0.8): a custom loss, and an algorithm whose credit comes from an oracle.
+"""prime-rl (0.8): a custom loss, and an algorithm with credit from an oracle.
 
-`trainer.loss.type = "custom"`, `import_path = "rlaif_fast.adapters.prime_rl.loss"`; `register(oracle)` in the
-process of the orchestrator, before it builds its environments.
+Set `trainer.loss.type = "custom"` and `import_path = "rlaif_fast.adapters.prime_rl.loss"`; call `register(oracle)` in
+the orchestrator's process before it builds its environments.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def summed(inputs: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     Args:
         inputs: `trainer_logprobs`, `inference_logprobs`, `ref_logprobs` or None, `advantages`, `loss_mask`, all (seq,);
             `loss_weights` must be None.
-        options: Of `grpo_rank_loss`.
+        options: Options of `grpo_rank_loss`.
 
     Raises:
-        ValueError: There are loss weights, or an option is not one of the loss.
+        ValueError: There are loss weights, or an option that the loss does not have.
     """
     if getattr(inputs, "loss_weights", None) is not None:
         raise ValueError("loss_weights must be None: this loss has no weight a token")
@@ -52,12 +52,12 @@ def summed(inputs: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def register(oracle: Oracle, name: str = "grpo", **options: Any) -> None:
-    """Put an oracle in place of the rewards of one of prime-rl's algorithms; its union of types is closed.
+    """Let an oracle replace the rewards of one of prime-rl's algorithms, since its union of types is closed.
 
     Args:
         oracle: Ranks the rollouts of a group.
         name: An algorithm that feeds the "rl" loss.
-        options: Of `ranked_algorithm`.
+        options: Options of `ranked_algorithm`.
     """
     from prime_rl.orchestrator.algo import ALGORITHM_CLASSES
 
@@ -69,9 +69,9 @@ def ranked_algorithm(base: type, oracle: Oracle, *, reference: str = "answer", *
 
     Args:
         base: `GRPOAlgorithm`, or another `Algorithm` of `prime_rl.orchestrator.algo`.
-        oracle: Ranks them; what failed or trains nothing is left out.
-        reference: Key of a trace's info, or field of its task, that holds the reference answer.
-        options: Of `RowRanker`.
+        oracle: Ranks them; rollouts that failed or train nothing are left out.
+        reference: Key of a trace's info, or field of its task, with the reference answer.
+        options: Options of `RowRanker`.
     """
     from prime_rl.orchestrator.algo.base import iter_trainable_traces
     from prime_rl.orchestrator.algo.routing import assign_advantages
@@ -97,9 +97,9 @@ def ranked_algorithm(base: type, oracle: Oracle, *, reference: str = "answer", *
 def advantages(ranker: RowRanker, traces: Sequence[Any], reference: str = "answer") -> list[float]:
     """Return the advantage of each trace of one group.
 
-    The oracle reads the last branch: what comes before the first sampled message as the prompt, every sampled
-    message as the response. The policy's own order is by the mean log-probability of the sampled tokens; a trace
-    without one has no advantage.
+    The oracle reads the last branch: everything before the first sampled message is the prompt, every sampled message
+    the response. The policy's own order is by the mean log-probability of the sampled tokens; a trace without any has
+    no advantage.
 
     Raises:
         ValueError: The kind needs that order, and a sampled message has no log-probabilities.

@@ -1,4 +1,4 @@
-"""What the advantage hooks of other trainers share: rows of a batch, in any order, ranked group by group."""
+"""The common part of the advantage hooks of other trainers: rows of a batch, in any order, ranked by group."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rlaif_fast.oracle.as_reward import gains, prompt_media, rank_groups, reques
 from rlaif_fast.oracle.base import Oracle
 from rlaif_fast.video import ClipStore
 
-RANK_KINDS = tuple(kind for kind in KINDS if kind != "zscore")  # which wants rewards
+RANK_KINDS = tuple(kind for kind in KINDS if kind != "zscore")  # which needs rewards
 
 
 @dataclass(frozen=True)
 class RankedRows:
-    """What an oracle made of B responses.
+    """The result of ranking B responses.
 
     Attributes:
-        gains: B gains of the ranks, the raw reward; 0 where the oracle gave no rank.
-        advantages: (B,) float32 advantages; 0 where a response was not judged or has no token.
+        gains: B gains of the ranks, the raw reward; 0 if the oracle gave no rank.
+        advantages: (B,) float32 advantages; 0 if a response was not judged or has no token.
     """
 
     gains: list[float]
@@ -40,7 +40,7 @@ class RowRanker:
         kind: "directed", "oracle", "paper" or "paper_swapped", as in `rank_advantages`.
         penalty_weight: w of the directed advantage.
         scale: "none" or "group".
-        media: Show the oracle the pictures and videos of the prompts, decoded by a given store where there is one.
+        media: Show the oracle the prompts' pictures and videos, decoded by this store if one is given.
 
     Raises:
         ValueError: See `rank_options`.
@@ -60,14 +60,14 @@ class RowRanker:
         self.media = prompt_media(media)
 
     def scores(self, logps: Sequence[Sequence[float] | None], missing: str) -> Tensor:  # (B,)
-        """Return what `__call__` takes as scores; zeros where `kind` needs no order and one is not known.
+        """Return the `scores` for `__call__`; zeros if `kind` needs no order and a score is unknown.
 
         Args:
-            logps: The log-probabilities of each response's tokens; None where the trainer made none.
-            missing: What the trainer did not make and how to have it, for the error.
+            logps: The log-probabilities of each response's tokens; None if the trainer computed none.
+            missing: What the trainer did not compute and how to get it, for the error.
 
         Raises:
-            ValueError: The kind compares with the policy's order, and that of a response is not known.
+            ValueError: The kind compares with the policy's order, and a response's place in it is unknown.
         """
         known = [row for row in logps if row is not None]
         if len(known) == len(logps):
@@ -95,13 +95,13 @@ class RowRanker:
             group_ids: Rows with equal ids are a group; they need not be adjacent.
             prompts: Texts or chats.
             responses: Texts.
-            references: Reference answers, None where there is none.
+            references: Reference answers, or None.
             scores: The policy's own score of each response; higher is more likely, NaN is a response without a token.
-            columns: What else the oracle is told of each row.
+            columns: Further values that the oracle gets for each row.
 
         Raises:
-            ValueError: An argument has not one value a row.
-            UsageError: The rows of a group ask different things, or the oracle ranks not all of them.
+            ValueError: An argument does not have one value per row.
+            UsageError: The rows of a group ask different things, or the oracle does not rank all of them.
         """
         told = {**(columns or {}), "reference": references}
         count = len(group_ids)
@@ -130,7 +130,7 @@ def rank_options(kind: str, penalty_weight: float, scale: str) -> RankOptions:
     """Return how ranks become advantages.
 
     Raises:
-        ValueError: A kind that takes no ranks or does not exist, a weight below 0 or one that the kind does not read,
+        ValueError: A kind that takes no ranks or does not exist, a weight below 0 or one that the kind does not use,
             or an unknown scale.
     """
     check_choice("kind", kind, RANK_KINDS)
@@ -147,10 +147,10 @@ def advantages(
     options: RankOptions,
     group_index: Tensor | None = None,  # (B,)
 ) -> tuple[RankAdvantages, Tensor]:
-    """Return what `rank_advantages` makes of the ranks, and who was judged.
+    """Return the result of `rank_advantages` for the ranks, and which responses were judged.
 
-    A NaN among the ranks is a response that the oracle did not judge, one among the scores a response without a
-    token, which has no place in the policy's order.
+    A NaN rank means that the oracle did not judge the response, a NaN score that the response has no token and so no
+    place in the policy's order.
     """
     judged = ~(ranks.isnan() | scores.isnan())
     scores, ranks = scores.masked_fill(~judged, 0.0), ranks.masked_fill(~judged, 0.0)
@@ -161,7 +161,7 @@ def mean_logps(logps: Tensor, mask: Tensor) -> Tensor:
     """(B,) mean log-probability of each response, from (B, T) tokens; NaN for a response without a token.
 
     Raises:
-        ValueError: The log-probability of a token that counts is NaN.
+        ValueError: A token that counts has a NaN log-probability.
     """
     mask = mask.bool()
     kept = logps.masked_fill(~mask, 0.0)
@@ -178,10 +178,10 @@ def put_at_last_token(rows: Iterable[Tensor], masks: Iterable[Tensor], values: T
 
 
 def check_scale_rewards(value: str | None, scale: str) -> None:
-    """Refuse a way to scale rewards that would be dropped: ranks are scaled by `scale`.
+    """Refuse a scaling of rewards that would be dropped: ranks are scaled by `scale`.
 
     Raises:
-        ValueError: Neither the trainer's default nor what `scale` says.
+        ValueError: It is neither the trainer's default nor equal to `scale`.
     """
     if value not in (None, "group", scale):
         raise ValueError(

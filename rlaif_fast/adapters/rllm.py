@@ -1,10 +1,10 @@
-"""rLLM (0.3): an advantage estimator that an oracle teaches.
+"""rLLM (0.3): an advantage estimator based on an oracle.
 
     from rlaif_fast.adapters.rllm import register
     register("oracle", ReferenceOracle())
 
-and `AgentTrainer(..., traj_group_adv_estimator_map={role: "oracle"})`: rLLM takes a name that it does not know from
-the map, and none from `algorithm.adv_estimator`. With the backend verl, `algorithm.loss_fn` may be our loss
+and `AgentTrainer(..., traj_group_adv_estimator_map={role: "oracle"})`: rLLM takes names that it does not know only
+from the map, not from `algorithm.adv_estimator`. With the backend verl, `algorithm.loss_fn` may be our loss
 (`rlaif_fast.adapters.verl_plugin`).
 """
 
@@ -24,16 +24,16 @@ Arrays = list[np.ndarray]
 def estimator(
     oracle: Oracle, *, reference: str = "ground_truth", **options: Any
 ) -> Callable[..., tuple[Arrays, Arrays]]:
-    """Return `fn(rewards, algorithm_config, traj_groups=...) -> (advantages, returns)`, an array a group.
+    """Return `fn(rewards, algorithm_config, traj_groups=...) -> (advantages, returns)`, one array per group.
 
-    The oracle reads what comes before the first answer of a trajectory as the prompt and all of its answers as the
+    The oracle reads everything before the first answer of a trajectory as the prompt, and all of its answers as the
     response; rewards are not read. The policy's own order is by the mean log-probability of the sampled tokens; a
     trajectory without a step or a token has no advantage.
 
     Args:
         oracle: Ranks the trajectories of each group.
-        reference: Key of a task's metadata that holds the reference answer.
-        options: Of `RowRanker`.
+        reference: Key of a task's metadata with the reference answer.
+        options: Options of `RowRanker`.
     """
     ranker = RowRanker(oracle, **options)
 
@@ -65,7 +65,7 @@ def estimator(
 
 
 def register(name: str, oracle: Oracle, **options: Any) -> None:
-    """Put an oracle among rLLM's advantage estimators; options are those of `estimator`."""
+    """Add an oracle to rLLM's advantage estimators; the options are those of `estimator`."""
     from rllm.trainer.algorithms.advantage import register_rllm_adv_estimator
 
     register_rllm_adv_estimator(name)(estimator(oracle, **options))
@@ -77,7 +77,7 @@ def _prompt(trajectory: Any) -> Any:
 
 
 def _metadata(task: Any) -> dict[str, Any]:
-    """rLLM's task is an object with metadata, or a row of the data set."""
+    """The metadata of rLLM's task, which is an object with metadata or a row of the data set."""
     return task if isinstance(task, dict) else getattr(task, "metadata", None) or {}
 
 

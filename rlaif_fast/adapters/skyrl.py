@@ -1,7 +1,7 @@
-"""SkyRL (0.3): a policy loss and an advantage estimator for its registries, and a trainer that an oracle teaches.
+"""SkyRL (0.3): a policy loss and an advantage estimator for its registries, and a trainer based on an oracle.
 
-`register()` before the trainer starts, then `trainer.algorithm.policy_loss_type=rlaif_fast`. Ranks also want
-`trainer.algorithm.advantage_estimator=rlaif_fast` and a trainer of `ranked_trainer`.
+Call `register()` before the trainer starts, then set `trainer.algorithm.policy_loss_type=rlaif_fast`. Ranks also need
+`trainer.algorithm.advantage_estimator=rlaif_fast` and a trainer made by `ranked_trainer`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def policy_loss(
     Args:
         log_probs: `logps` of `grpo_rank_loss`.
         old_log_probs: `old_logps`.
-        advantages: One a token; SkyRL has divided them by what makes a mean of the sum.
-        config: `eps_clip_low` and `eps_clip_high`; `off_policy_correction` must correct nothing.
+        advantages: One per token; SkyRL has already divided them so that the sum becomes a mean.
+        config: `eps_clip_low` and `eps_clip_high`; `off_policy_correction` must be off.
         loss_mask: `mask`.
-        rollout_logprobs: Of the sampler; SkyRL reads them for its correction only.
+        rollout_logprobs: The sampler's; SkyRL reads them only for its correction.
 
     Raises:
-        ValueError: A correction of the sampler's log-probabilities is asked for.
+        ValueError: The configuration corrects for the sampler's log-probabilities.
     """
     correction = config.off_policy_correction
     for name in CORRECTIONS:
@@ -87,16 +87,16 @@ def ranked_trainer(
     """Return a subclass of SkyRL's `RayPPOTrainer` whose advantages come from an oracle's order.
 
     The oracle reads prompts and responses as the tokenizer decodes them. The policy's own order is that of
-    `action_log_probs` where `loss_mask` is set, so that what tools wrote does not count; a response without such a
+    `action_log_probs` where `loss_mask` is set, so text written by tools does not count; a response without such a
     token has no advantage.
 
     Args:
         base: `skyrl.train.trainer.RayPPOTrainer`, or one of its subclasses.
-        oracle: Ranks the responses of equal `uids`.
-        reference: The reference answer of a decoded prompt; a batch of SkyRL's no longer holds it.
-        options: Of `RowRanker`; SkyRL's batch holds no pictures but as patches, so `media` shows none.
+        oracle: Ranks the responses with equal `uids`.
+        reference: The reference answer of a decoded prompt; SkyRL's batch no longer holds it.
+        options: Options of `RowRanker`; SkyRL's batch holds pictures only as patches, so `media` shows none.
 
-    The trainer refuses with a ValueError, where it is made, another estimator, a KL in the reward and step-wise
+    When made, the trainer refuses with a ValueError another estimator, a KL in the reward and step-wise
     trajectories.
     """
     ranker = RowRanker(oracle, **options)
@@ -107,7 +107,7 @@ def ranked_trainer(
             _refuse(self.cfg)
 
         def compute_advantages_and_returns(self, data):
-            """Put the advantages where SkyRL reads rewards, then go on as SkyRL does."""
+            """Put the advantages where SkyRL reads rewards, then continue as SkyRL does."""
             mask, ids = data["response_mask"].bool(), data["sequences"]
             responses = [row[-len(kept) :][kept] for row, kept in zip(ids, mask)]
             prompts = [

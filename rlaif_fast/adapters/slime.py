@@ -1,6 +1,6 @@
-"""slime (0.3): rewards of whole groups and advantages of a rollout.
+"""slime (0.3): rewards of whole groups, and advantages of a rollout.
 
-In a module of yours, named by `--group-rm --custom-rm-path` and `--custom-reward-post-process-path`:
+In your own module, named by `--group-rm --custom-rm-path` and `--custom-reward-post-process-path`:
 
     rank = group_rewards(oracle)
     advantages = ranked_advantages(oracle)
@@ -35,13 +35,13 @@ def ranked_advantages(
     """Return `post_process(args, samples) -> (raw, rewards)`: gains, and the advantages of `rank_advantages`.
 
     The policy's own order is by the mean of `Sample.rollout_log_probs` where `Sample.loss_mask` is set; a sample
-    without such a token has no advantage. `Sample.group_index` says what is a group.
+    without such a token has no advantage. Samples with equal `Sample.group_index` are a group.
 
     Args:
         oracle: Ranks the groups.
-        options: `kind`, `penalty_weight`, `scale` and `media`, as of `RowRanker`.
+        options: `kind`, `penalty_weight`, `scale` and `media`, as in `RowRanker`.
 
-    The function raises a ValueError where a sample has no group, or none of the log-probabilities that the kind needs.
+    The function raises a ValueError if a sample has no group, or lacks log-probabilities that the kind needs.
     """
     ranker = RowRanker(oracle, **options)
 
@@ -67,7 +67,7 @@ def ranked_advantages(
 
 
 def _logps(sample: Any) -> Sequence[float] | None:
-    """The log-probabilities of the tokens that are trained; None where the rollout made none."""
+    """The log-probabilities of the trained tokens; None if the rollout recorded none."""
     logps, mask = sample.rollout_log_probs, sample.loss_mask
     if logps is None or mask is None:
         return logps

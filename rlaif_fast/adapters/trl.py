@@ -1,4 +1,4 @@
-"""TRL: a `GRPOTrainer` that an oracle teaches, with the loss from hidden states. Tested with TRL 1.16."""
+"""TRL: a `GRPOTrainer` with an oracle's advantages and the loss from hidden states. Tested with TRL 1.16."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from rlaif_fast.video import ClipStore
 
 
 class OracleGRPOTrainer(VideoPrompts):
-    """GRPO_rank in TRL: oracles stand where reward functions stand.
+    """GRPO_rank in TRL: oracles take the place of reward functions.
 
-    Whole groups are ranked on the main process, also where processes share a group, and advantages are made
-    before TRL shuffles and splits the rows. Every kind but "oracle" compares the oracle's order with the policy's,
-    by the mean log-probability of a response: TRL's `old_per_token_logps` where it makes them, else one extra
-    forward pass a generation.
+    Whole groups are ranked on the main process, even if processes share a group, and advantages are computed before TRL
+    shuffles and splits the rows. Every kind but "oracle" compares the oracle's order with the policy's, by the mean
+    log-probability of a response: TRL's `old_per_token_logps` if it computes them, else one extra forward pass per
+    generation.
 
     Args:
         model: As for `GRPOTrainer`, like everything in `options`, which must hold no `reward_funcs`.
         oracles: One, or several whose advantages are summed by `args.reward_weights`.
         kind: "directed", "oracle", "paper" or "paper_swapped"; see `rank_advantages`.
         penalty_weight: w of the directed advantage.
-        scale: "none" or "group"; stands in place of `args.scale_rewards`, which must be the default or say the same.
-        reference: The column of the data sets that holds the reference answer; another than the default must be there.
-        media: Show the oracles the pictures and videos of the prompts, decoded by a store of one's own where given.
-        options: Of `GRPOTrainer`.
+        scale: "none" or "group"; replaces `args.scale_rewards`, which must be the default or say the same.
+        reference: The column of the data sets with the reference answer; a column other than the default must exist.
+        media: Show the oracles the prompts' pictures and videos, decoded by this store if one is given.
+        options: Options of `GRPOTrainer`.
 
     Raises:
-        ValueError: No oracle, or an option of `args` that this trainer would drop or cannot do, before anything is
-            loaded.
-        UsageError: No column `reference` in a data set.
+        ValueError: No oracle, or an option of `args` that this trainer would drop or does not support; raised before
+            anything is loaded.
+        UsageError: A data set has no column `reference`.
     """
 
     mask_truncated_completions: bool
@@ -75,7 +75,7 @@ class OracleGRPOTrainer(VideoPrompts):
         for rows in (options.get("train_dataset"), options.get("eval_dataset")):
             for part in rows.values() if isinstance(rows, dict) else [rows]:
                 columns = getattr(part, "column_names", None)
-                if columns is not None:  # a stream may not know them
+                if columns is not None:  # streams may not know them
                     check_reference(reference, columns)
         self.reference, self.prompt_media = reference, prompt_media(media)
         self._ranks: list[Tensor] = []
@@ -116,9 +116,9 @@ class OracleGRPOTrainer(VideoPrompts):
         return torch.stack(rewards, dim=1)
 
     def _with_reasoning(self, completions: list, ids: list[list[int]]) -> list:
-        """Return completions with the marks of reasoning that TRL's decoding drops, those that are special tokens.
+        """Return completions with the special tokens that mark reasoning, which TRL's decoding drops.
 
-        Where TRL parses completions, their reasoning stands apart from their content already.
+        If TRL parses completions, their reasoning is already separate from their content.
         """
         parsed = any(
             getattr(self._tokenizer, name, None) is not None
@@ -133,7 +133,7 @@ class OracleGRPOTrainer(VideoPrompts):
         ]
 
     def _generate_and_score_completions(self, inputs):
-        """Put our advantages in place of TRL's and what is known of the ranks in place of a reward curve."""
+        """Replace TRL's advantages by ours, and log statistics of the ranks in place of a reward curve."""
         output = self._whole_completions(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in [name for name in metrics if name.split("/")[0] in ("reward", "reward_std", "rewards")]:
@@ -152,7 +152,7 @@ class OracleGRPOTrainer(VideoPrompts):
                     value = getattr(ranked, name)[ranked.has_signal].mean().item()
                     metrics[f"rank/{oracle}/{name}"].append(value)
         total, count = total.flatten(), len(inputs)
-        logged = self._logs["advantages"]  # in place of TRL's, the newest
+        logged = self._logs["advantages"]  # the newest, in place of TRL's
         for _ in range(min(len(logged), len(total))):
             logged.pop()
         logged.extend(total.tolist())
@@ -162,7 +162,7 @@ class OracleGRPOTrainer(VideoPrompts):
         return output
 
     def _whole_completions(self, inputs: list) -> dict[str, Any]:
-        """Return TRL's output with truncated completions unmasked, so that the policy's order knows of them."""
+        """Return TRL's output with truncated completions unmasked, so that they count in the policy's order."""
         masked, self.mask_truncated_completions = self.mask_truncated_completions, False
         try:
             return super()._generate_and_score_completions(inputs)
@@ -170,7 +170,7 @@ class OracleGRPOTrainer(VideoPrompts):
             self.mask_truncated_completions = masked
 
     def _mask_truncated(self, output: dict[str, Any]) -> None:
-        """Leave completions that have no end out of the loss, as TRL does."""
+        """Leave completions without an end out of the loss, as TRL does."""
         ids, lengths = output["completion_ids"], output["completion_mask"].sum(1, keepdim=True)
         ends = torch.tensor([*self.eos_token_ids, self._tokenizer.pad_token_id], device=ids.device)
         ended = torch.isin(ids.gather(1, (lengths - 1).clamp(min=0)), ends)  # (B, 1)
@@ -179,9 +179,9 @@ class OracleGRPOTrainer(VideoPrompts):
         output["num_items_in_batch"] = self.accelerator.gather(mask_of(output).sum()).sum()
 
     def _scores(self, output: dict[str, Any]) -> Tensor | None:
-        """Mean log-probability of each response of this process (B,); None where the kind needs no order.
+        """Mean log-probability of each response of this process (B,); None if the kind needs no order.
 
-        NaN where the policy wrote no token itself: such a response is not judged.
+        NaN if the policy wrote no token itself: such a response is not judged.
         """
         logps, mask = output.get("old_per_token_logps"), mask_of(output)
         if logps is None and not self.ranking.orders_policy:
@@ -190,7 +190,7 @@ class OracleGRPOTrainer(VideoPrompts):
         return mean_logps(logps, mask)
 
     def _compute_loss(self, model, inputs):
-        """Return the loss from the hidden states, all inside the model's forward."""
+        """Return the loss from the hidden states, computed entirely inside the model's forward."""
         out = forward_loss(self, model, inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in logged(out.stats, self.loss_type, self.accelerator.gather).items():
@@ -203,7 +203,7 @@ class OracleGRPOTrainer(VideoPrompts):
         return out.loss
 
     def _names(self) -> list[str]:
-        """Return a name of its own for each oracle: two judges are both "api"."""
+        """Return a distinct name for each oracle: two judges are both "api"."""
         names = [oracle.name for oracle in self.oracles]
         return [
             name if name not in names[:place] else f"{name} {names[:place].count(name) + 1}"

@@ -1,4 +1,4 @@
-"""TRL's loss by ours, inside the model's forward: there DDP, FSDP, ZeRO-3 and PEFT expect what uses parameters."""
+"""TRL's loss, computed by ours inside the model's forward, where DDP, FSDP, ZeRO-3 and PEFT expect parameter use."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rlaif_fast.adapters.trl_media import MEDIA, joined, mask_of, whole
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss
 from rlaif_fast.loss.output import LossOutput
 
-# of RecurrentGemma, xLSTM and Inkling, which TRL's own passes leave out
+# of RecurrentGemma, xLSTM and Inkling; TRL's own passes leave these out
 UNKNOWN_SCALES = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
-OF_TOKENS = ("dapo", "cispo")  # what TRL divides by the tokens of the accumulation window
+OF_TOKENS = ("dapo", "cispo")  # TRL divides these by the tokens of the accumulation window
 
 
 class SealedArguments:
     """Arguments of the loss on their way into the model's forward.
 
-    FSDP2 and DeepSpeed round every float that they find among a forward's arguments to the parameters' dtype, also
-    inside of mappings and dataclasses; old and reference log-probabilities must stay float32. They look into no class.
+    FSDP2 and DeepSpeed cast every float among a forward's arguments to the parameters' dtype, also inside mappings and
+    dataclasses, but old and reference log-probabilities must stay float32. They do not look into other classes.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ class SealedArguments:
 
 
 def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput:
-    """Return the loss of a micro-batch of TRL's, scaled as TRL scales it for gradient accumulation."""
+    """Return the loss of a TRL micro-batch, scaled as TRL scales it for gradient accumulation."""
     steps = trainer.current_gradient_accumulation_steps if trainer.model.training else 1
     of_tokens = trainer.loss_type in OF_TOKENS
     ids, attention = whole(inputs)
@@ -53,14 +53,14 @@ def forward_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> LossOutput
 
 
 def refuse(args: Any, scale: str) -> None:
-    """Refuse options of a `GRPOConfig` that this trainer would drop or cannot do.
+    """Refuse options of a `GRPOConfig` that this trainer would drop or does not support.
 
     Args:
         args: The options.
-        scale: What scales the advantages of ranks.
+        scale: How the advantages of ranks are scaled.
 
     Raises:
-        ValueError: There is one.
+        ValueError: There is such an option.
     """
     refused = {
         "top_entropy_quantile": args.top_entropy_quantile < 1.0,
@@ -94,7 +94,7 @@ def loss_arguments(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss_options(holder: Any, args: Any, epsilon: float, epsilon_high: float) -> dict[str, Any]:
-    """Return the options of the loss from where TRL's loss reads them."""
+    """Return the options of the loss, read from where TRL's loss reads them."""
     held = ("beta", "loss_type", "importance_sampling_level", "max_completion_length")
     of_args = ("delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg")
     options = {name: getattr(holder, name) for name in held} | {name: getattr(args, name) for name in of_args}
@@ -115,8 +115,8 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
         model: A causal language model of Transformers, plain or under PEFT.
         float32_head: Whether the head is computed in float32, outside autocast.
 
-    `arguments` are those of `fused_linear_grpo_rank_loss` but `hidden` and `weight`; `token_ids` (B, T) are the last
-    T of `input_ids`. Soft-cap and scale of the logits are the configuration's.
+    `arguments` are those of `fused_linear_grpo_rank_loss` except `hidden` and `weight`; `token_ids` (B, T) are the last
+    T of `input_ids`. The configuration gives the soft-cap and scale of the logits.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain_forward, scaling = model.forward, logit_options(model.config.get_text_config())
@@ -143,13 +143,13 @@ def add_rank_loss(model: Any, float32_head: bool = False) -> None:
 
 
 def logit_options(config: Any) -> dict[str, Any]:
-    """Read soft-cap and scale of the logits from the configuration of a text model.
+    """Read the soft-cap and scale of the logits from a text model's configuration.
 
     Cohere has `logit_scale`, Falcon-H1 `lm_head_multiplier`; Granite divides by `logits_scaling`, HyperCLOVA X
     multiplies by it.
 
     Raises:
-        ValueError: The model scales its logits in another way, which TRL's old and reference passes do not know.
+        ValueError: The model scales its logits in another way, which TRL's old and reference passes ignore.
     """
     for name in UNKNOWN_SCALES:
         if getattr(config, name, None) is not None:

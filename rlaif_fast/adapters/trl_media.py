@@ -1,4 +1,4 @@
-"""Media of prompts in TRL's forward passes. TRL 1.16 shows videos to the sampler and to nothing behind it."""
+"""Media of prompts in TRL's forward passes. TRL 1.16 shows videos only to the sampler."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Fields = dict[str, Tensor]
 
 
 class VideoPrompts(GRPOTrainer):
-    """A `GRPOTrainer` whose old, reference and learning passes see the videos that the sampler saw.
+    """A `GRPOTrainer` whose old, reference and training passes see the videos that the sampler saw.
 
-    `output["videos"]` holds the fields of each row, which TRL shuffles and splits with the rest.
+    `output["videos"]` holds each row's fields, which TRL shuffles and splits with the rest.
     """
 
-    _videos: list[Fields] | None = None  # of the batch that is being scored
+    _videos: list[Fields] | None = None  # of the batch being scored
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         media = {self._image_pad_token_id, self._video_pad_token_id} - {None}
-        if media and not self.use_vllm:  # a response with one of them has no media to show for it
+        if media and not self.use_vllm:  # a media token in a response has no media to show
             self.generation_config.suppress_tokens = sorted(
                 media | set(self.generation_config.suppress_tokens or ())
             )
@@ -85,7 +85,7 @@ class VideoPrompts(GRPOTrainer):
 
 
 def per_prompt(prompts: Sequence[Any], fields: dict[str, Any]) -> list[Fields]:
-    """Return what the processor made of the videos, a mapping for each prompt.
+    """Return the processor's output for the videos, one mapping per prompt.
 
     Args:
         prompts: B chats whose messages have parts.
@@ -103,7 +103,7 @@ def per_prompt(prompts: Sequence[Any], fields: dict[str, Any]) -> list[Fields]:
     parts = {"video_grid_thw": grids.split(counts), "pixel_values_videos": patches.split(rows)}
     if "second_per_grid_ts" in fields:
         parts["second_per_grid_ts"] = torch.as_tensor(fields["second_per_grid_ts"]).split(counts)
-    typed = {TYPES: torch.empty(0)} if TYPES in fields else {}  # made anew for prompt and completion together
+    typed = {TYPES: torch.empty(0)} if TYPES in fields else {}  # rebuilt for prompt and completion together
     return [{name: values[i] for name, values in parts.items()} | typed for i in range(len(prompts))]
 
 
@@ -118,7 +118,7 @@ def joined(videos: Sequence[Fields], ids: Tensor, video_token: int) -> Fields:
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
-    """Return what the policy wrote itself (B, T), without what tools answered."""
+    """Return which tokens the policy wrote itself (B, T), excluding tools' answers."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 

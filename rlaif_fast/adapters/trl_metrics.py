@@ -1,4 +1,4 @@
-"""Our statistics under TRL's names, over all processes as TRL counts them."""
+"""Our statistics under TRL's names, over all processes, as TRL counts them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ CLIPPED = {
     "clip_ratio/region_mean": "clip_ratio/region_mean",
 }
 EXTREMES = {"clip_ratio/low_min": torch.min, "clip_ratio/high_max": torch.max}
-# what is no clipping of a ratio has no share of it
+# losses that clip no ratio have no clipped share
 OF_TYPE = {"cispo": {"clip_high": "cispo_clip_ratio"}, "sapo": {}}
 
 
 def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Return what TRL logs of a loss: means over the tokens of all processes, and extremes of responses, NaN without
+    """Return what TRL logs of a loss: means over the tokens of all processes, and extremes over responses; NaN without
     a token, which TRL leaves out of its means.
 
     Args:
-        stats: Of `LossOutput`, those of this process.
+        stats: Statistics of `LossOutput` in this process.
         loss_type: TRL's.
-        gather: Returns a tensor with a number of each process.
+        gather: Returns a tensor with one number per process.
     """
     tokens = gather(stats["tokens"])
     names = MEANS | OF_TYPE.get(loss_type, CLIPPED)
@@ -37,6 +37,6 @@ def logged(stats: dict[str, Tensor], loss_type: str, gather: Callable[[Tensor], 
             found[theirs] = (total.sum() / tokens.sum().clamp(min=1)).item()
     if loss_type not in OF_TYPE:
         for name, extreme in EXTREMES.items():
-            shares = gather(stats[name])[tokens > 0]  # a process without a token says nothing
+            shares = gather(stats[name])[tokens > 0]  # leaves out processes without a token
             found[name] = extreme(shares).item() if len(shares) else math.nan
     return found

@@ -1,4 +1,4 @@
-"""verl: a policy loss of the signature that `register_policy_loss` documents (0.9).
+"""verl: a policy loss with the signature that `register_policy_loss` documents (0.9).
 
 Load `rlaif_fast.adapters.verl_plugin` by VERL_USE_EXTERNAL_MODULES and set `actor.policy_loss.loss_mode=rlaif_fast`.
 """
@@ -14,7 +14,7 @@ from rlaif_fast.loss.api import grpo_rank_loss
 
 LOSS_TYPES = {"token-mean": "dapo", "seq-mean-token-mean": "grpo", "seq-mean-token-sum": "luspo"}
 
-DUAL_CLIP = 3.0  # verl's, where a configuration names none
+DUAL_CLIP = 3.0  # verl's, if a configuration sets none
 
 
 def policy_loss(
@@ -31,15 +31,15 @@ def policy_loss(
     Args:
         old_log_prob: `old_logps` of `grpo_rank_loss`.
         log_prob: `logps`.
-        advantages: Made by verl, one a token.
+        advantages: Made by verl, one per token.
         response_mask: `mask`.
-        loss_agg_mode: "token-mean", "seq-mean-token-mean" or "seq-mean-token-sum"; a response without a token is none.
+        loss_agg_mode: "token-mean", "seq-mean-token-mean" or "seq-mean-token-sum"; empty responses do not count.
         config: verl's actor configuration: `clip_ratio`, `clip_ratio_low`, `clip_ratio_high`, `clip_ratio_c` and
             `global_batch_info`.
         rollout_is_weights: `sampling_ratio`.
 
     Raises:
-        ValueError: No configuration, an aggregate that is not one of these, or several processes without the count of
+        ValueError: No configuration, an aggregate other than these, or several processes without the count of
             the whole batch.
     """
     if config is None:

@@ -1,4 +1,4 @@
-"""Registers the policy loss with verl where verl imports this: VERL_USE_EXTERNAL_MODULES, group `verl.plugins`."""
+"""Registers the policy loss with verl when verl imports this: VERL_USE_EXTERNAL_MODULES, group `verl.plugins`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verl (0.9, trainers of V1): advantages from an oracle's order, where verl makes them.
+"""verl (0.9, trainers of V1): advantages from an oracle's order, where verl computes them.
 
     from verl.trainer.ppo.v1 import register_trainer
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -40,7 +40,7 @@ def advantages_of_scores(
 
 
 def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
-    """Return a subclass of one of verl's trainers that ranks the responses to a prompt before advantages are made.
+    """Return a subclass of a verl trainer that ranks the responses to a prompt before advantages are computed.
 
     The oracle gets `raw_prompt` with its pictures and videos, the responses as text, and
     `reward_model["ground_truth"]` as the reference answer. The policy's own order is that of `old_log_probs`; a
@@ -48,10 +48,10 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
 
     Args:
         trainer: `PPOTrainerSync` or another `PPOTrainer`.
-        oracle: Ranks the responses of equal `uid`.
-        options: Of `RowRanker`.
+        oracle: Ranks the responses with equal `uid`.
+        options: Options of `RowRanker`.
 
-    The trainer refuses with a ValueError, where it is made, another estimator and a KL in the reward.
+    When made, the trainer refuses with a ValueError another estimator and a KL in the reward.
     """
     ranker = RowRanker(oracle, **options)
 
@@ -61,7 +61,7 @@ def ranked(trainer: type, oracle: Oracle, **options: Any) -> type:
             _refuse(self.config.algorithm)
 
         def _compute_advantage(self, batch, metrics):
-            """Put the advantages where verl reads scores, then go on as verl does."""
+            """Put the advantages where verl reads scores, then continue as verl does."""
             several = [key for key in batch.keys if not key.endswith("_0")]
             if several:
                 raise ValueError(

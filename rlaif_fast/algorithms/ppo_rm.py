@@ -17,7 +17,7 @@ from rlaif_fast.policy.policy import Policy
 class PpoRm(GroupAlgorithm):
     """The oracle's rankings train a reward model; the policy learns from its scores, token by token.
 
-    The KL to the reference is part of the loss, as in every other algorithm here (and in GRPO, arXiv 2402.03300), so the
+    The KL to the reference is part of the loss, as in every other algorithm here (and in GRPO, arXiv 2402.03300), so
     arms of a comparison differ only in what they learn from; InstructGPT subtracts it from each token's reward.
     """
 

@@ -68,7 +68,7 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:  # (M,), (B,) -> (B,)
     """Sum packed tokens by response, in a fixed order: `index_add_` has none on a GPU."""
-    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # a check would make the host wait
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)  # a check would sync
 
 
 def as_output(found: PreferenceOutput, pairs: int | Tensor) -> LossOutput:
