@@ -1,1 +1,1 @@
-"""What a step takes, foretold: its code runs on the meta device, where tensors have a size and no content."""
+"""Predicts what a step takes: its code runs on the meta device, where tensors have a size but no content."""

@@ -15,7 +15,7 @@ PHASES = ("rollout", "update")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 where a step fits, 3 where it does not."""
+    """Run the command; returns 0 if a step fits, else 3."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         words[:1] = ["--config", words[0]]

@@ -12,15 +12,15 @@ from rlaif_fast.algorithms.registry import make_algorithm
 from rlaif_fast.policy.policy import Policy
 from rlaif_fast.trainer.options import TrainConfig
 
-MOMENTS = 8  # bytes a weight that trains, of AdamW in float32
+MOMENTS = 8  # of AdamW in float32, per trained weight
 
 
 def held_parts(policy: Policy, config: TrainConfig, together: int) -> dict[str, int]:
-    """Bytes by part that are there in every step.
+    """Bytes by part that are held in every step.
 
     Args:
-        policy: On the meta device.
-        config: Of the run.
+        policy: The policy, on the meta device.
+        config: The run's configuration.
         together: Processes that hold the weights together; 1 without sharding.
     """
     parameters = list(policy.model.parameters())
@@ -43,7 +43,7 @@ def held_parts(policy: Policy, config: TrainConfig, together: int) -> dict[str, 
 
 
 def weight_bytes(policy: Policy, together: int) -> int:
-    """Bytes of the weights that a process holds: its part, float32 where they train, and a frozen tower whole."""
+    """Bytes of the weights that a process holds: its part, in float32 if they train, and a frozen tower whole."""
     whole = set() if policy.vision.trains else set(policy.vision.tower.parameters())
     total = 0
     for parameter in policy.model.parameters():
@@ -54,7 +54,7 @@ def weight_bytes(policy: Policy, together: int) -> int:
 
 
 def gathered_bytes(policy: Policy, together: int) -> tuple[int, int]:
-    """Bytes of sharded weights that a process gathers: in a rollout all, in a pass two layers and the rest."""
+    """Bytes of sharded weights that a process gathers: all in a rollout; two layers and the rest in a pass."""
     if together == 1:
         return 0, 0
     stacks = [list(cast(nn.ModuleList, policy.decoder.layers))]

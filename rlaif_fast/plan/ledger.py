@@ -1,7 +1,7 @@
-"""Counts what a piece of code allocates and computes on the meta device, by part.
+"""Counts, by part, what code allocates and computes on the meta device.
 
-Tensors there have shapes and no content, so a model of 72 billion weights runs a step in seconds. Every operator passes
-through a `TorchDispatchMode`, backward passes and recomputed layers included; a storage counts until it is freed.
+Tensors there have shapes but no content, so a model of 72 billion weights runs a step in seconds. Every operator passes
+through a `TorchDispatchMode`, including backward passes and recomputed layers; a storage counts until it is freed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rlaif_fast.policy.flash import Call
 
 
 class Ledger(TorchDispatchMode):
-    """What is alive, and what was at the moment when most was.
+    """Bytes alive now, and at the peak.
 
     Args:
-        there: Tensors that were there before; a view of one is nothing new.
+        there: Tensors that existed before; a view of one is not new.
 
     Attributes:
         alive: Bytes by part.
-        at_peak: Bytes by part when their sum was largest, since the last one was taken.
+        at_peak: Bytes by part when their sum was largest, since the last `take_peak`.
         flops: Floating-point operations of matrix products so far.
     """
 
@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is allocated inside belongs to the part `name`."""
+        """Count what is allocated inside as part `name`."""
         outer, self._part = self._part, name
         try:
             yield
@@ -66,7 +66,7 @@ class Ledger(TorchDispatchMode):
             self._part = outer
 
     def move(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor that is alive under another part."""
+        """Move a tensor that is alive to another part."""
         key = id(tensor.untyped_storage())
         if key in self._known:
             old, size = self._known[key]
@@ -75,7 +75,7 @@ class Ledger(TorchDispatchMode):
             self.alive[part] += size
 
     def take_peak(self) -> Counter[str]:
-        """What there was at the peak so far, by part; from here on another one is looked for."""
+        """The bytes by part at the peak so far; then start looking for a new peak."""
         peak, self._most, self.at_peak = self.at_peak, self._sum, Counter(self.alive)
         return +peak
 
@@ -103,9 +103,9 @@ class Ledger(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fused_attention(ledger: Ledger) -> Iterator[None]:
-    """Let PyTorch's attention cost what a fused kernel does; left to itself it writes the scores out on meta.
+    """Let PyTorch's attention cost what a fused kernel does; by default it writes out the scores on meta.
 
-    The function itself is exchanged: layers that are made again in a backward pass see no mode of the caller's.
+    The function itself is replaced: layers recomputed in a backward pass do not see the caller's modes.
     """
 
     def fused(
@@ -122,7 +122,7 @@ def fused_attention(ledger: Ledger) -> Iterator[None]:
 
 
 class IndicesToMeta(TorchFunctionMode):
-    """Takes index tensors that a model made on the CPU along to the meta device."""
+    """Moves index tensors that a model made on the CPU to the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -147,7 +147,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        ctx.ledger.flops += 2.5 * ctx.flops  # two products more, and the scores again
+        ctx.ledger.flops += 2.5 * ctx.flops  # two more products, and the scores again
         return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None, None
 
 

@@ -1,4 +1,4 @@
-"""The model of a configuration on the meta device: every weight has its shape and dtype, and none its content."""
+"""A configuration's model on the meta device: every weight has its shape and dtype but no content."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rlaif_fast.policy.tiny import TinySize, tiny_config
 from rlaif_fast.trainer.options import TINY_FAMILIES
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-TINY_VOCABULARY = 320  # about what the words of the synthetic data come to
+TINY_VOCABULARY = 320  # about the number of words in the synthetic data
 
-# Shapes as published: hidden, layers, heads, key heads, MLP, vocabulary, tied; of the tower hidden, layers, MLP.
+# Published shapes: hidden, layers, heads, key heads, MLP, vocabulary, tied; for the tower hidden, layers, MLP.
 _QWEN3 = {
     "2B": (2048, 28, 16, 8, 6144, 151936, True, 1024, 24, 4096),
     "4B": (2560, 36, 32, 8, 9728, 151936, True, 1024, 24, 4096),
@@ -45,7 +45,7 @@ MEDIA_TOKENS: dict[str, Any] = {
 
 
 class NoTokenizer:
-    """What a policy asks of a tokenizer, where no text is read or written."""
+    """What a policy needs of a tokenizer when no text is read or written."""
 
     all_special_ids: tuple[int, ...] = ()
     eos_token_id = pad_token_id = 0
@@ -54,15 +54,15 @@ class NoTokenizer:
         self._size = size
 
     def get_vocab(self) -> dict[str, int]:
-        """A token for each number."""
+        """One token per number."""
         return {str(number): number for number in range(self._size)}
 
 
 def shape_of(model: str) -> Any:
-    """The configuration of a published model, of "tiny", or of a folder; of LoRA adapters that of their base.
+    """The configuration of a published model, of "tiny", or of a folder; for LoRA adapters, that of their base.
 
     Raises:
-        UsageError: It cannot be read, or is of a family that is not foretold.
+        UsageError: It cannot be read, or is of a family without predictions.
     """
     if model in TINY_FAMILIES:
         ids = dict.fromkeys(("<|endoftext|>", "<|im_end|>"), 0)
@@ -122,7 +122,7 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def policy_on_meta(options: ModelOptions, config: Any, dtype: torch.dtype) -> Policy:
-    """The policy of a configuration, frozen and adapted as the run has it."""
+    """The policy of a configuration, frozen and adapted as in the run."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A plan's own options, besides the run's configuration, and the GPUs that it knows."""
+"""A plan's own options, besides the run's configuration, and the known GPUs."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ GPUS = {
     "RTX-4090": Gpu(23.5, 165, 1008, 32),
 }
 VARLEN = ("auto", "flash", "torch_flash")
-NETWORK = 50.0  # GB/s a GPU between machines: 400 Gb/s each
+NETWORK = 50.0  # GB/s per GPU between machines: 400 Gb/s each
 
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """A run's configuration, and what it would run on.
+    """A run's configuration, and the hardware it would run on.
 
     Attributes:
         gpus: GPUs of the run.
-        gpus_a_machine: Of them on one machine.
+        gpus_a_machine: GPUs of the run on one machine.
         gpu: Kind of GPU: A100-40, A100-80, H100, H200, B200, L40S, RTX-4090.
         video_seconds: Length of a video.
         video_height: Pixels.
@@ -77,7 +77,7 @@ class PlanConfig(TrainConfig):
             require(not getattr(self, name), name, "false in a plan", getattr(self, name))
         require(not self.vllm_here, "sampler", "another than vllm without urls in a plan", self.sampler)
         require(self.sampler != "plain", "sampler", "another than plain in a plan", self.sampler)
-        # No scores are written out in the figures.
+        # The figures assume that no scores are written out.
         expected = f"{', '.join(VARLEN)} in a plan"
         require(self.attention_backend in VARLEN, "attention_backend", expected, self.attention_backend)
         eager = self.attn_implementation == "eager"

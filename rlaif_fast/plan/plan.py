@@ -1,4 +1,4 @@
-"""A plan: what a step takes, whether it fits, and what to change where it does not."""
+"""A plan: what a step takes, whether it fits, and what to change if it does not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rlaif_fast.policy.loading import DTYPES
 from rlaif_fast.policy.prompt import EncodedPrompt
 
 GIB = 2**30
-CONTEXT = 1.5 * GIB  # of CUDA and its libraries; assumed
+CONTEXT = 1.5 * GIB  # CUDA and its libraries; assumed
 SHALLOW = (4, 7)  # decoder layers
-FRAGMENTED = 0.05  # share of what is allocated that the allocator cannot hand out; assumed
+FRAGMENTED = 0.05  # share of the allocated memory lost to fragmentation; assumed
 GATHERED = "gathered weights"
 
 
@@ -32,10 +32,10 @@ class Plan:
     """What a step of one process takes.
 
     Attributes:
-        config: Of the run.
-        rollout: Bytes by part when the rollout holds most.
-        update: Bytes by part when the update does.
-        seconds: By part.
+        config: The run's configuration.
+        rollout: Bytes by part at the peak of the rollout.
+        update: Bytes by part at the peak of the update.
+        seconds: Seconds by part.
         prompt_tokens: Tokens of a prompt.
         passes: Forward and backward passes of an optimizer step.
     """
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes, with what CUDA and its allocator take."""
+        """Peak bytes, including those of CUDA and its allocator."""
         allocated = max(sum(self.rollout.values()), sum(self.update.values()))
         return allocated * (1 + FRAGMENTED) + CONTEXT
 
@@ -60,10 +60,10 @@ class Plan:
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """Foretell a step.
+    """Predict a step.
 
     Raises:
-        UsageError: The model cannot be read, or it or the algorithm is not foretold.
+        UsageError: The model cannot be read, or there are no predictions for it or the algorithm.
     """
     if make_algorithm(config).has_critic:
         raise UsageError(
@@ -78,7 +78,7 @@ def make_plan(config: PlanConfig) -> Plan:
     step = step_of(config, model, dtype, prompts)
     if "reference" in make_algorithm(config).extra_models:
         step.flops["reference"] = step.flops["forward"]
-    del step.flops["forward"]  # is in the update
+    del step.flops["forward"]  # already in the update
     seconds = seconds_of(policy, config, step, prompts)
     return Plan(
         config,
@@ -91,13 +91,13 @@ def make_plan(config: PlanConfig) -> Plan:
 
 
 def step_of(config: PlanConfig, model: Any, dtype: torch.dtype, prompts: Sequence[EncodedPrompt]) -> Step:
-    """The step of a model of any depth: layers are alike, so that of a deep one is drawn on from two shallow ones.
+    """The step of a model of any depth: since layers are alike, two shallow models are extrapolated to a deep one.
 
     Args:
-        config: Of the run.
-        model: Configuration of the model.
-        dtype: That it computes in.
-        prompts: What one process rolls out.
+        config: The run's configuration.
+        model: The model's configuration.
+        dtype: The dtype it computes in.
+        prompts: The prompts that one process rolls out.
     """
     layers = model.get_text_config().num_hidden_layers
 
@@ -112,7 +112,7 @@ def step_of(config: PlanConfig, model: Any, dtype: torch.dtype, prompts: Sequenc
 
 
 def changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
-    """What takes memory off a step, what costs least first."""
+    """Changes that reduce a step's memory, cheapest first."""
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if config.feature_cache_bytes:
@@ -133,7 +133,7 @@ def changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
 
 
 def make_fit(plan: Plan) -> tuple[list[str], Plan]:
-    """Change the configuration until a step fits; each change is planned, none is guessed.
+    """Change the configuration until a step fits; every change is planned, not guessed.
 
     Returns:
         The changes as flags, and the last plan, which may still not fit.

@@ -1,7 +1,7 @@
-"""One step on the meta device: the rollout and the update that the trainer makes, and what they hold.
+"""One step on the meta device: the trainer's rollout and update, and the memory they hold.
 
-The passes are the trainer's own (`packing`, `forward_rows`, the sampler's prefill, the model of transformers); what
-reads numbers, the loss's kernels and the draw of a token, has a stand-in that allocates what they allocate.
+The passes are the trainer's own (`packing`, `forward_rows`, the sampler's prefill, the model of transformers). Code
+that reads numbers (the loss's kernels, the draw of a token) is replaced by stand-ins that allocate as much.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Step:
     """What one process computes and holds in a step.
 
     Attributes:
-        rollout: Bytes by part when the rollout holds most, without what is held all the time.
-        update: Likewise of the update.
-        flops: By part: "vision tower", "prefill" or "scoring", "update", and of the last the "forward" pass.
+        rollout: Bytes by part at the peak of the rollout, without what is held all the time.
+        update: The same for the update.
+        flops: By part: "vision tower", "prefill" or "scoring", "update", and the "forward" pass of the update.
         passes: Forward and backward passes of an optimizer step.
         at_once: Prompts whose keys and values a rollout holds together.
-        cache: Bytes of those; 0 where servers hold them.
+        cache: Bytes of these keys and values; 0 if servers hold them.
     """
 
     rollout: Counter[str]
@@ -60,7 +60,7 @@ class Step:
     cache: int
 
     def drawn_on(self, deeper: Step, times: float) -> Step:
-        """The step that lies `times` as far behind this one as a deeper model's does."""
+        """Extrapolate: go `times` as far beyond this step as the step of the deeper model is."""
 
         def drawn(mine: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
             names = dict.fromkeys((*mine, *theirs))
@@ -87,11 +87,11 @@ def run_on_meta(
     """Run a step of one process.
 
     Args:
-        policy: On the meta device (`policy_on_meta`); it is used up.
-        config: Of the run.
-        prompts: What the process rolls out in a step.
+        policy: On the meta device (`policy_on_meta`); it cannot be used again.
+        config: The run's configuration.
+        prompts: The prompts that the process rolls out in a step.
         together: Processes that hold the weights together; 1 without sharding.
-        on_gpu: Attend as on a GPU, by varlen kernels, and hold the buffers of captured decode steps all the time.
+        on_gpu: Attend as on a GPU, by varlen kernels, and always hold the buffers of captured decode steps.
     """
     ledger = Ledger([*policy.model.parameters(), *policy.model.buffers(), policy.forbidden_bias])
     if on_gpu:
@@ -99,7 +99,7 @@ def run_on_meta(
         policy.backend = AttentionBackend(
             "flash", 0, lambda *_: None, "duplicates", lambda row, device: FlashContext(row, device, kernel)
         )
-    # The method asks a mask how many entries it has; the copy it makes is what it costs.
+    # The method reads the number of true entries of a mask; what it costs is the copy.
     policy.decoder._deepstack_process = lambda hidden, mask, features: hidden.clone()
     captured = on_gpu and together == 1 and config.sampler in ("auto", "cuda_graphs")
     simulation = _Simulation(policy, config, prompts, together, ledger, captured)
@@ -123,7 +123,7 @@ class _Simulation:
         self.updates = config.num_iterations * len(prompts) / len(self.learned)
         self.together, self.ledger, self.captured = together, ledger, captured
         self.flops: dict[str, float] = {}
-        self.held: dict[Tensor, Tensor] = {}  # gradients in float32, where they are not the weights' own
+        self.held: dict[Tensor, Tensor] = {}  # gradients in float32, unless they are the weights' own
 
     def run(self) -> Step:
         algorithm = make_algorithm(self.config)
@@ -139,7 +139,7 @@ class _Simulation:
             del features
             features = self.encode(self.learned, with_graph=True, times=self.updates)
         passes = self.update(features)
-        del caches  # until here
+        del caches  # held until here
         return Step(rollout, self.ledger.take_peak(), self.flops, passes, at_once[0], cache)
 
     def count(self, part: str, before: float, times: float = 1.0) -> None:
@@ -148,7 +148,7 @@ class _Simulation:
     def encode(
         self, prompts: Sequence[EncodedPrompt], *, with_graph: bool, times: float = 1.0
     ) -> MediaFeatures | None:
-        """What `VisionEncoder` does, without what it remembers."""
+        """Does what `VisionEncoder` does, without a cache."""
         media = list({m.key: m for prompt in prompts for m in prompt.media}.values())
         if not media:
             return None
@@ -175,7 +175,7 @@ class _Simulation:
         return MediaFeatures(whole, {m.key: (ends[i], ends[i + 1] - ends[i]) for i, m in enumerate(media)})
 
     def turns(self) -> list[int]:
-        """How many prompts take their turn in a rollout together, the largest number first."""
+        """Numbers of prompts that a rollout processes together, turn by turn, the largest first."""
         most = max(1, self.policy.max_cached_tokens // self.columns)
         count = len(self.prompts)
         return [len(part) for part in np.array_split(np.arange(count), -(-count // most))]
@@ -187,7 +187,7 @@ class _Simulation:
         return max(len(prompt.input_ids) for prompt in self.prompts) + room
 
     def make_cache(self, prompts: int) -> GroupCache:
-        """Keys and values of as many prompts and their responses."""
+        """Keys and values of this many prompts and their responses."""
         lengths = np.asarray([len(prompt.input_ids) for prompt in self.prompts[:prompts]])
         columns = -(-self.columns // LENGTH_STEP) * LENGTH_STEP if self.captured else self.columns
         with self.ledger.part("keys and values"):
@@ -195,7 +195,7 @@ class _Simulation:
 
     @torch.no_grad()
     def roll_out(self, features: MediaFeatures | None, at_once: int, caches: Sequence[GroupCache]) -> int:
-        """The prefill of as many prompts as take their turn together, and one draw of all their responses.
+        """Prefill the prompts of one turn, and draw one token for all their responses.
 
         Returns:
             Bytes of their keys and values.
@@ -219,7 +219,7 @@ class _Simulation:
         return sum(layer.nbytes for layer in layers)
 
     def score(self, features: MediaFeatures | None, draw: TokenSampler) -> None:
-        """What servers drew gets the policy's probabilities (`rollout.generate.score`)."""
+        """Compute the policy's probabilities of what servers drew (`rollout.generate.score`)."""
         policy, before = self.policy, self.ledger.flops
         rows = for_policy(response_rows(self.prompts, self.responses(len(self.prompts))), policy)
         hidden = response_hidden(policy, rows, features=features)
@@ -229,7 +229,7 @@ class _Simulation:
         self.count("scoring", before)
 
     def update(self, features: MediaFeatures | None) -> int:
-        """The largest pass of an optimizer step, behind the others where there are several."""
+        """The largest pass of an optimizer step, run after the others if there are several."""
         policy, config, ledger = self.policy, self.config, self.ledger
         tokens = config.num_generations * config.max_completion_length
         counts = [tokens] * len(self.learned)
@@ -267,7 +267,7 @@ class _Simulation:
         return len(parts)
 
     def responses(self, prompts: int) -> list[list[list[int]]]:
-        """Responses that are as long as they may be and differ from their first token on."""
+        """Responses of the maximal length that differ from their first token on."""
         length = self.config.max_completion_length
         group = [[WORD + place] * length for place in range(self.config.num_generations)]
         return [group] * prompts
@@ -280,7 +280,7 @@ class _Simulation:
             self.held[parameter] = torch.empty(share, dtype=torch.float32, device="meta")
 
     def collect(self, parameter: Tensor) -> None:
-        """What becomes of a gradient that a backward pass has made (`Updater`, FSDP's reduction)."""
+        """What happens to a gradient from a backward pass (`Updater`, FSDP's reduction)."""
         assert parameter.grad is not None
         if self.together == 1 and parameter.dtype == torch.float32:
             self.ledger.move(parameter.grad, "gradients")
@@ -292,7 +292,7 @@ class _Simulation:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The buffers of `loss.linear`: logits of a chunk of rows, and the gradients, made in the forward pass."""
+    """The buffers of `loss.linear`: logits of a chunk of rows, and the gradients, computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Seconds of a step by part, from what it computes and moves, at assumed shares of what a data sheet promises.
+"""Seconds of a step by part, from its computation and traffic, at assumed shares of the data sheet's figures.
 
 matrix products     flops / (MATMUL peak)
 a decode step       the larger of that and (weights + keys and values) / (MEMORY bandwidth)
-the optimizer       28 bytes a weight that trains (weight, gradient, two moments, read and written) / bandwidth
+the optimizer       28 bytes per trained weight (weight, gradient, two moments, read and written) / bandwidth
 exchanges           bytes / (LINK of the slowest link on their way)
 """
 
@@ -27,10 +27,10 @@ def seconds_of(
     """Predicted seconds of a step by part.
 
     Args:
-        policy: On the meta device.
-        config: Of the run.
+        policy: The policy, on the meta device.
+        config: The run's configuration.
         step: What one process computes.
-        prompts: What it rolls out.
+        prompts: The prompts that it rolls out.
     """
     gpu = GPUS[config.gpu]
     rate = MATMUL * gpu.tflops * 1e12

@@ -1,4 +1,4 @@
-"""The prompts that a process gets in a step: as long as the configuration makes them, of no content."""
+"""The prompts that a process gets in a step: with the configured lengths, but no content."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rlaif_fast.video import FrameSampling
 from rlaif_fast.video.base import VideoInfo
 from rlaif_fast.video.media import Media
 
-VIDEO_RATE = 30.0  # frames a second of the file
+VIDEO_RATE = 30.0  # frames per second of the file
 TIMESTAMP_TOKENS = 6  # of "<12.5 seconds>"
-WORD = 16  # a token that stands for no medium
+WORD = 16  # a token that is no medium
 
 
 def prompts_of_a_process(config: PlanConfig, model: Any) -> list[EncodedPrompt]:
-    """What the process with most to do rolls out.
+    """The prompts of the process with the most to do.
 
     Args:
-        config: What is asked about how many videos, and how they become frames.
-        model: Configuration of the model.
+        config: Says how many questions and videos there are, and how videos become frames.
+        model: The model's configuration.
     """
     videos = -(-config.videos_per_step // config.gpus)
     prompts = []
