@@ -1,7 +1,7 @@
 """Runs every kernel, attention backend and GPU decoder against its reference, at small sizes: `doctor --check`.
 
-On a GPU the kernels run there, elsewhere Triton's run in its interpreter and the C++ ones on the CPU. Each check gives
-the largest relative error and what it may be; what cannot run says why.
+On a GPU the kernels run there; elsewhere Triton's run in its interpreter and the C++ ones on the CPU. Each check gives
+the largest relative error and its tolerance; a check that cannot run says why.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rlaif_fast.loss import backends
 from rlaif_fast.loss.testing import TOLERANCES, Problem, random_problem, relative, relative_l2
 
 OPTIONS: dict[str, Any] = {"beta": 0.04, "entropy_coef": 0.01}
-# Triton's interpreter truncates to bfloat16 where a device rounds to nearest even.
+# Triton's interpreter truncates to bfloat16, while a device rounds to nearest even.
 INTERPRETER_FACTOR = 2.5
-# A logit between two numbers of 16 bits may be rounded the other way than the reference's.
+# A logit between two 16-bit numbers may be rounded the other way than the reference's.
 LINEAR_FACTOR = 2.0
-ATTENTION_TOLERANCE, STEP_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2e-2, 2.0**-6  # of bfloat16 results
+ATTENTION_TOLERANCE, STEP_TOLERANCE, PATCH_TOLERANCE = 2e-2, 2e-2, 2.0**-6  # for bfloat16 results
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Check:
 
     Attributes:
         name: Operation, backend and dtype.
-        error: Largest relative error; None where it did not run.
-        tolerance: What the error may be.
-        reason: Why it did not run, or what it raised; "" else.
+        error: Largest relative error; None if it did not run.
+        tolerance: Largest allowed error.
+        reason: Why it did not run, or what it raised; else "".
         seconds: Time it took.
     """
 
@@ -55,7 +55,7 @@ class Check:
 
     @property
     def failed(self) -> bool:
-        """Whether it ran and was wrong, or could run and raised."""
+        """Whether it ran and was wrong, or could run but raised."""
         return self.reason.startswith("raised") or (
             self.error is not None and not self.error <= self.tolerance
         )
@@ -89,7 +89,7 @@ def _run(name: str, compute: Callable[[], float | str], tolerance: float) -> Che
     start = time.perf_counter()
     try:
         result = compute()
-    except Exception as error:  # whatever a kernel raises is what the table is for
+    except Exception as error:  # reporting what a kernel raises is the table's purpose
         result = f"raised {typed_line(error)[:120]}"
     seconds = time.perf_counter() - start
     if isinstance(result, str):
@@ -106,7 +106,7 @@ def _loss(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
         expected = _of_rounded_logits(problem)
     else:
         expected = _outputs(op, problem.double(), "reference")
-    # The loss is a sum of terms that largely cancel: where it is below 1, its error is absolute.
+    # The loss is a sum of terms that largely cancel: below 1, its error is absolute.
     return max(
         relative(a, b) if a.dim() == 0 else relative_l2(a, b) for a, b in zip(ours, expected, strict=True)
     )
@@ -132,7 +132,7 @@ def _outputs(op: str, p: Problem, backend: str) -> list[Tensor]:
 
 
 def _of_rounded_logits(p: Problem) -> list[Tensor]:
-    """What `_outputs` gives for the linear loss in float64, but for logits that are rounded to the dtype.
+    """The result of `_outputs` for the linear loss in float64, but with logits rounded to the dtype.
 
     A GPU stores a chunk of them in 16 bits, and the effect on a gradient (1% to 2%) depends on the problem, not on the
     kernel.
@@ -147,7 +147,7 @@ def _of_rounded_logits(p: Problem) -> list[Tensor]:
 
 
 def _policy_checks(device: str) -> Iterator[Check]:
-    """Attention, decode, patches and video: what the trainer calls beside the losses."""
+    """Attention, decode, patches and video: what the trainer calls besides the losses."""
     dtype = torch.bfloat16
     yield _run("prefix_decode, triton, bf16", partial(_prefix_decode, device, dtype), ATTENTION_TOLERANCE)
     try:
@@ -195,7 +195,7 @@ def _attention(name: str, device: str, dtype: torch.dtype) -> float | str:
 
 
 def _decode_step() -> float | str:
-    """Log-probabilities of a rollout that is decoded in C++ against one by the model's modules, on the CPU."""
+    """Log-probabilities of a rollout decoded in C++ against one by the model's modules, on the CPU."""
     from rlaif_fast.policy.testing import make_policy, standard_prompts
     from rlaif_fast.rollout import SamplingParams, SharedPrefixSampler
     from rlaif_fast.rollout.cpu_decoder import refuses_cpu_decoder
@@ -264,8 +264,8 @@ def _patchify(device: str, dtype: torch.dtype) -> float | str:
 
 
 def _video(device: str) -> float | str:
-    """DALI against PyAV on a clip made here: mean difference as a share of the range of a pixel (the decoders differ in
-    how they interpolate the colour planes).
+    """DALI against PyAV on a clip made here: mean difference as a share of a pixel's range (the decoders interpolate
+    the colour planes differently).
     """
     from rlaif_fast.video.dali import DaliDecoder
 
@@ -279,7 +279,7 @@ def _video(device: str) -> float | str:
 
     with TemporaryDirectory() as folder:
         path = Path(folder, "clip.mp4")
-        # NVDEC reads no VP9 of less than 128 pixels a side.
+        # NVDEC cannot read VP9 narrower or lower than 128 pixels.
         encode_video(path, render(sample_world("checkup", 1), width=256, height=192, num_frames=12))
         indices = [0, 5, 11, 5]
         ours = decode(str(path), indices, decoder="dali", device=device).cpu()

@@ -1,4 +1,4 @@
-"""What all commands share: configuration from YAML and flags, and errors as one line."""
+"""The common part of all commands: configuration from YAML and flags, and errors as one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlaif_fast.yaml_keys import packaged, refuse_repeated_keys
 
 Config = TypeVar("Config")
 
-# What the extra "train" brings, as it is imported.
+# Packages of the extra "train", by their import names.
 OF_TRAIN = {
     *("transformers", "av", "jsonargparse", "yaml", "rich", "matplotlib", "tensorboard", "jinja2", "PIL"),
     *("safetensors", "tokenizers", "peft", "sacrebleu"),
@@ -41,18 +41,18 @@ def parse_config(
 ) -> Config:
     """Read a dataclass from `--config FILE` and `--key value`; a flag wins over a file, in any order.
 
-    Keys that are set twice are named on standard error with what holds. `--print-config` prints the result as YAML and
-    exits; `--help` documents every field.
+    Keys that are set twice are named on standard error with the value that wins. `--print-config` prints the result as
+    YAML and exits; `--help` documents every field.
 
     Args:
         config_class: The dataclass.
-        argv: The words; None for those of the command line.
+        argv: The arguments; None for those of the command line.
         prog: The command's name, for its help.
-        description: What it does, likewise.
-        under: A file whose values hold where neither a flag nor a file of the user's sets them.
+        description: What it does, for its help.
+        under: A file whose values apply if neither a flag nor a file of the user's sets them.
 
     Raises:
-        UsageError: A key is unknown (the nearest name is suggested), stands twice in a file, a value does not fit
+        UsageError: A key is unknown (the nearest name is suggested), occurs twice in a file, a value does not fit
             its type, or the file cannot be read.
     """
     files, flags = _files_and_flags(_words(argv))
@@ -70,13 +70,13 @@ def given_values(
 
     Args:
         config_class: The dataclass.
-        argv: The words; None for those of the command line.
+        argv: The arguments; None for those of the command line.
         prog: The command's name, for its help.
-        description: What it does, likewise.
+        description: What it does, for its help.
         flags_alone: Leave out what files set.
 
     Raises:
-        UsageError: As `parse_config` does.
+        UsageError: As in `parse_config`.
     """
     files, flags = _files_and_flags(_words(argv))
     words = flags if flags_alone else [*files, *flags]
@@ -88,7 +88,7 @@ def given_values(
 def typed_sections(
     config_class: type, sections: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The sections of a file of some other form, each with keys of a dataclass, as `--config` would read them.
+    """The sections of a file in another format, each with keys of a dataclass, as `--config` would read them.
 
     Raises:
         UsageError: A key is unknown, or a value does not fit its type; the section is named.
@@ -101,13 +101,13 @@ def typed_sections(
         except UsageError as error:
             raise UsageError(f"config: {section}: {error}") from None
         found[section] = {name: _plain(values[name]) for name in keys}
-        # The parser would read the texts among keys of any type once more.
+        # The parser would parse the texts inside keys of any type a second time.
         found[section] |= {name: written for name, written in keys.items() if isinstance(written, dict)}
     return found
 
 
 def flag_is_true(argv: Sequence[str], name: str) -> bool:
-    """Whether the words say `--name true`, before they are parsed."""
+    """Whether the arguments contain `--name true`, before they are parsed."""
     words = " ".join(argv).replace("=", " ").split()
     return f"--{name}" in words and words[words.index(f"--{name}") + 1 :][:1] == ["true"]
 
@@ -117,7 +117,7 @@ def _words(argv: Sequence[str] | None) -> list[str]:
 
 
 def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that name configuration files, in their order, and all others."""
+    """The arguments that name configuration files, in their order, and all others."""
     files: list[str] = []
     flags: list[str] = []
     rest = iter(words)
@@ -133,7 +133,7 @@ def _files_and_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _path_in(word: str) -> Path:
-    """The file that a word of the command line names, alone or after `--config=`."""
+    """The file that an argument names, alone or after `--config=`."""
     return Path(word.removeprefix("--config=")).expanduser()
 
 
@@ -154,9 +154,9 @@ def _check_file(path: Path) -> None:
 
 
 def _texts_kept(values: dict[str, Any], files: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
-    """`values` with the texts that files and flags quote among keys of any type.
+    """`values` with the texts that files and flags quote inside keys of any type.
 
-    The parser reads such a text once more, and makes a number of "16" and a mapping of "Answer: (.*)".
+    The parser parses such a text a second time, and turns "16" into a number and "Answer: (.*)" into a mapping.
     """
     import yaml
 
@@ -180,7 +180,7 @@ def _texts_kept(values: dict[str, Any], files: Sequence[str], flags: Sequence[st
         name, given, text = word.removeprefix("--").partition("=")
         section, dot, inner = name.partition(".")
         if word.startswith("--") and dot and section in texts:
-            texts[section][inner] = None  # a word of the command line is never quoted
+            texts[section][inner] = None  # command-line values are never quoted
         elif word.startswith("--") and name in texts:
             note(name, yaml.compose(text if given else following, yaml.SafeLoader))
     for name, held in open_ended.items():
@@ -190,7 +190,7 @@ def _texts_kept(values: dict[str, Any], files: Sequence[str], flags: Sequence[st
 
 
 def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: Sequence[str]) -> None:
-    """Say what holds for each key that two files, a file and a flag, or two flags set."""
+    """Say which value wins for each key that two files, a file and a flag, or two flags set."""
     settings = [word for word in flags if not word.startswith("--print-config")]
     paths = [word.removeprefix("--config=") for word in files if word != "--config"]
     sources = [(path, ["--config", path]) for path in paths] + [("the flag", settings)]
@@ -234,7 +234,7 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below.")
     for base in config_class.__mro__:
         own = set(vars(base).get("__annotations__", {}))
-        # What it inherits and sets anew keeps the place and the words of the base.
+        # Inherited fields that it sets anew keep the place and the help text of the base.
         own -= {name for parent in base.__bases__ if is_dataclass(parent) for name in _names(parent)}
         if is_dataclass(base) and own:
             inherited = {field.name for field in fields(base)} - own
@@ -244,7 +244,7 @@ def _parser(config_class: type, prog: str, description: str) -> Any:
 
 
 def packaged_config(name: str) -> Path:
-    """Path of a configuration file that comes with the package, such as "tiny.yaml"."""
+    """Path of a configuration file in the package, such as "tiny.yaml"."""
     path = packaged(name)
     if path is None:
         raise UsageError(f"config: {name} is not among the packaged configurations; reinstall rlaif-fast")
@@ -256,7 +256,7 @@ def _plain(value: Any) -> Any:
 
 
 def _explain(message: str, config_class: type) -> str:
-    """One line of the parser's complaint: what a key expects, or the nearest known name where a key is unknown."""
+    """The parser's complaint in one line: what a key expects, or the nearest known name for an unknown key."""
     line = " ".join(part.strip() for part in message.strip().splitlines() if part.strip())
     kinds = get_type_hints(config_class)
     unfit = re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', line)
@@ -276,7 +276,7 @@ def _explain(message: str, config_class: type) -> str:
 
 
 def _in_words(kind: Any) -> str:
-    """What a value of a type looks like to who writes it."""
+    """What a value of a type looks like to the user who writes it."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
     if kind in words:
         return words[kind]
@@ -290,27 +290,27 @@ def _in_words(kind: Any) -> str:
 
 
 def is_first() -> bool:
-    """Whether this is no process of torchrun's, or the first of them."""
+    """Whether this process is not one of torchrun's, or is the first of them."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tell(line: str) -> None:
-    """Print a line beside the results; what all processes of torchrun would say is said once."""
+    """Print a line beside the results; if all processes of torchrun would say it, only one does."""
     if is_first():
         print(line, file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flag and expands `~` in paths, and so do those of its subcommands."""
+    """A parser that takes no abbreviated flags and expands `~` in paths, also in its subcommands."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"allow_abbrev": False})
-        # A shell leaves it in --KEY=~/PATH.
+        # A shell does not expand it in --KEY=~/PATH.
         self.register("type", Path, lambda text: Path(expanded(text)))
 
 
 def expanded(text: str) -> str:
-    """A path with the home folder in place of `~`; that of a user who is not there stays as it is."""
+    """A path with `~` replaced by the home folder; the `~` of an unknown user stays."""
     return os.path.expanduser(text)  # noqa: PTH111 - pathlib's raises then
 
 
@@ -319,9 +319,9 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
 
     Args:
         command: Returns the exit code; errors give 2 for usage, 1 for failure, 130 for Ctrl-C, 143 for SIGTERM and
-            SIGHUP. Where the reader of the output has gone it ends with 1, and says nothing.
+            SIGHUP. If nothing reads its output any more, it ends with 1 and says nothing.
         debug: Show tracebacks instead.
-        flag: What the user says for that; empty where the command has no such flag.
+        flag: The flag that turns this on; empty if the command has none.
     """
     hint = f" (run with {flag} for the traceback)" if flag else ""
     for name in ("stdout", "stderr"):
@@ -364,13 +364,13 @@ def _reason(error: Exception) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads the standard output any more; what is still to be written there is then dropped."""
+    """Whether nothing reads the standard output any more; further output is then dropped."""
     try:
         output = sys.stdout.fileno()
     except OSError:  # no file: a notebook's, a test's
         return False
     poll = select.poll()
-    poll.register(output, 0)  # an error is told unasked
+    poll.register(output, 0)  # errors are always reported
     gone = bool(poll.poll(0))
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)

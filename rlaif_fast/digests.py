@@ -16,7 +16,7 @@ def file_digest(path: Path) -> str:
 
 
 def beginning_digests(path: Path, lengths: Iterable[int]) -> dict[int, str]:
-    """SHA-256 of the first bytes of a file, by their number; of all there is where it is shorter. It is read once."""
+    """SHA-256 of the first bytes of a file, by their number; of the whole file if it is shorter. It is read once."""
     digest, done, found = hashlib.sha256(), 0, {}
     with path.open("rb") as file:
         for length in sorted(lengths):
@@ -28,14 +28,14 @@ def beginning_digests(path: Path, lengths: Iterable[int]) -> dict[int, str]:
 
 
 def sampled_digest(path: Path, blocks: int, block: int) -> str:
-    """A digest of a file's size and of blocks spread evenly over it, the first and the last among them.
+    """A digest of a file's size and of blocks spread evenly over it, including the first and the last.
 
-    It tells one file from another of the same name, however large they are; of a file that is no larger than the
-    blocks together it is of all bytes.
+    It tells apart files of the same name, however large they are. A file no larger than the blocks together is read
+    whole.
 
     Args:
         path: The file.
-        blocks: How many are read, at least 2.
+        blocks: Number of blocks to read, at least 2.
         block: Bytes of each.
     """
     size = path.stat().st_size

@@ -35,7 +35,7 @@ class Finding:
 
 
 def machine() -> list[Finding]:
-    """Return what the machine and PyTorch bring."""
+    """Return what the machine and PyTorch offer."""
     cores = available_cores()
     capability = torch.backends.cpu.get_cpu_capability()
     cuda = torch.cuda.is_available()
@@ -87,7 +87,7 @@ def package(name: str, module: str, distributions: tuple[str, ...], purpose: str
 
 
 def packages() -> list[Finding]:
-    """Return what the optional packages bring."""
+    """Return what the optional packages offer."""
     dali = tuple(f"nvidia-dali-cuda{version}" for version in (130, 120, 110))
     return [
         package("triton", "triton", ("triton",), "the GPU kernels need it"),
@@ -99,7 +99,7 @@ def packages() -> list[Finding]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 where a check failed, else 0."""
+    """Run the command; returns 1 if a check failed, else 0."""
     parser = CommandParser(prog="python -m rlaif_fast.doctor", description=__doc__)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report() -> int:
-    """Print what is there; returns 0."""
+    """Print the findings; returns 0."""
     findings = [*machine(), built_extension(), *packages()]
     statuses = backends.report()
     try:
@@ -130,9 +130,9 @@ def report() -> int:
 
 
 def check() -> int:
-    """Run what this machine has against its references and print a line each; returns 1 where one failed."""
+    """Check everything on this machine against its references, one line each; returns 1 if a check failed."""
     if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
-        # Triton reads it when torch imports it, so this process is too late.
+        # Triton reads it when torch imports it, which has already happened in this process.
         command = [sys.executable, "-m", "rlaif_fast.doctor", "--check"]
         return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
     from rlaif_fast.checkup import checks
@@ -153,7 +153,7 @@ def check() -> int:
 
 
 def check_model(model: str) -> int:
-    """Say how a model would be trained; returns 1 where it would be refused, else 0.
+    """Say how a model would be trained; returns 1 if it would be refused, else 0.
 
     Raises:
         UsageError: It is the tiny model, which a run makes.

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-# What to do about what the system refuses, by `OSError.errno`.
+# What to do when the system refuses something, by `OSError.errno`.
 HINTS = {
     errno.ENOSPC: "; free some space",
     errno.EDQUOT: "; free some space",
@@ -40,15 +40,15 @@ class UsageError(RlaifFastError):
 
 
 class MissingPackage(RlaifFastError, ImportError):
-    """A package that this needs is not installed; the message says which extra brings it."""
+    """A required package is not installed; the message says which extra provides it."""
 
 
 class Outage(RlaifFastError):
-    """A judge, an engine or the media files failed for good; what the run has done so far is whole and can be saved."""
+    """A judge, an engine or the media files failed for good; the run's work so far is intact and can be saved."""
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = ".") -> str:
-    """The end of a message about an unknown name: the nearest name there is, or `otherwise`."""
+    """The end of a message about an unknown name: the nearest known name, or `otherwise`."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
 
@@ -56,7 +56,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = ".") -> str:
 def printable(text: str) -> str:
     """`text` with control characters and unpaired surrogates escaped, so that no file name can write to a terminal.
 
-    Line breaks stay: messages have more lines than one.
+    Line breaks stay, since messages may have several lines.
     """
     return "".join(
         character
@@ -75,10 +75,10 @@ def _escape(character: str) -> str:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Name the file or folder that is written where the system refuses it.
+    """Name the file or folder being written if the system refuses it.
 
     Raises:
-        RlaifFastError: The system refused; libraries say it in errors of their own.
+        RlaifFastError: The system refused, be it by an OSError or by a library's own error.
     """
     try:
         yield
@@ -91,11 +91,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def needed_by(what: str, extra: str) -> Iterator[None]:
-    """Say what to install where the block imports a package that is not there.
+    """Say what to install if the block imports a missing package.
 
     Args:
         what: Who needs it, the subject of the message: "the api oracle".
-        extra: The extra of rlaif-fast that brings it.
+        extra: The extra of rlaif-fast that provides it.
 
     Raises:
         MissingPackage: An import failed.
@@ -107,7 +107,7 @@ def needed_by(what: str, extra: str) -> Iterator[None]:
 
 
 def missing(what: str, error: ImportError, extra: str) -> MissingPackage:
-    """What `needed_by` raises in place of `error`."""
+    """The error that `needed_by` raises in place of `error`."""
     package = error.name or "a package"
     return MissingPackage(
         f"{what} needs {package}, which is not installed; run: pip install 'rlaif-fast[{extra}]'"
@@ -115,20 +115,20 @@ def missing(what: str, error: ImportError, extra: str) -> MissingPackage:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says; its type where it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def typed_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says, if it says something."""
+    """The type of an error and the first line of its message, if there is one."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def refusal(error: Exception) -> str | None:
     """Why the system refused to write, and what to do; None for an error of another kind.
 
-    Only Python says it by OSError. safetensors and tokenizers quote the system in errors of their own, and torch.save
-    reports where in the file it found itself.
+    Only Python itself raises OSError. safetensors and tokenizers quote the system in their own errors, and torch.save
+    reports only its position in the file.
     """
     if isinstance(error, OSError):
         return f"{error.strerror or error}{HINTS.get(error.errno or 0, '')}"
@@ -158,7 +158,7 @@ def require_least(name: str, value: float | None, minimum: int) -> None:
 
 
 def require_given(options: Any, prefix: str = "") -> None:
-    """Raise `UsageError` where a field of an option class, or of one nested in it, is None and its type is not.
+    """Raise `UsageError` if a field of an option class, or of one nested in it, is None against its type.
 
     A YAML file can say `KEY: null` for any key.
     """

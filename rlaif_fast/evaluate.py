@@ -50,7 +50,7 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     config = configuration(options, tell)
     if output is not None:
         check_output("output", output, model_files(Path(config.model).expanduser()))
-    # Answers are wanted, and may be all that is wanted.
+    # Accuracy needs reference answers; with `output`, the model's own answers may be all that is wanted.
     rows, known = _rows(options, config, require_answer=output is None)
     if output is not None:
         check_output("output", output, [medium.path for row in rows for medium in row.seen])
@@ -114,7 +114,7 @@ def _rows(
 
 
 def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Example]) -> tuple[EvalResult, str]:
-    """The checkpoint's answers, and what of the media could not be read."""
+    """The checkpoint's answers, and which media could not be read."""
     import torch
 
     from rlaif_fast.rollout import make_sampler

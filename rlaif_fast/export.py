@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from rlaif_fast.policy.loading import LoadedModel
 
-# Largest difference of a log-probability before and after; the same weights on the same device give none.
+# Largest allowed difference of a log-probability; equal weights on the same device give 0.
 TOLERANCE = 1e-5
-PARTIAL = ".partial"  # holds what is written until it is known to be right
+PARTIAL = ".partial"  # holds what is written until it has been checked
 CONFIG = "config.json"
 IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
@@ -62,16 +62,16 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
     """Write a folder that `from_pretrained` loads.
 
     Args:
-        run: A run's folder, whose best checkpoint is taken, or a checkpoint.
-        out: New or empty.
-        merge: Merge LoRA adapters into the model they were trained on; else they are written as they are, and name it.
-        dtype: What weights are written in: "float32", "bfloat16", "float16", or "auto" for what those of the
-            checkpoint are in, or those of the model that adapters are merged into.
+        run: A run's folder, for its best checkpoint, or a checkpoint.
+        out: A new or empty folder.
+        merge: Merge LoRA adapters into the model they were trained on; else they are written unchanged, and name it.
+        dtype: Dtype of the written weights: "float32", "bfloat16", "float16", or "auto" for that of the checkpoint or
+            of the model that adapters are merged into.
 
     Raises:
-        UsageError: There is no such checkpoint, `out` holds something, there is nothing to merge, or adapters that are
-            written as they are were asked for in a dtype.
-        RlaifFastError: What was written does not compute what the checkpoint does; it is not left there.
+        UsageError: There is no such checkpoint, `out` is not empty, there is nothing to merge, or a dtype is given for
+            adapters that are written unchanged.
+        RlaifFastError: The written model computes something else than the checkpoint; it is removed.
     """
     from rlaif_fast.policy.loading import DTYPES, adapter_folder, base_of
 
@@ -94,7 +94,7 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
             parameter.data = parameter.data.to(DTYPES[dtype])
     before = probe(loaded)
     partial = out / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     partial.mkdir(parents=True)
     try:
         if adapters and not merge:
@@ -110,7 +110,7 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
             raise RlaifFastError(
                 f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
             )
-        # What names the folder a model is last, so that a part of it is none.
+        # The files that make the folder a model come last, so that an incomplete folder is no model.
         for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
             path.rename(out / path.name)
     finally:
@@ -120,10 +120,10 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
 
 
 def checkpoint_of(run: Path) -> Path:
-    """The best checkpoint of a run, known to be whole, or `run` itself where that is a checkpoint.
+    """The best checkpoint of a run, after checking it, or `run` itself if it is a checkpoint.
 
     Raises:
-        RlaifFastError: Its weights are not as they were written.
+        RlaifFastError: Its weights have changed since they were written.
         UsageError: It is neither.
     """
     from rlaif_fast.runs.checkpoint import CheckpointStore
@@ -138,7 +138,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def load(folder: Path) -> LoadedModel:
-    """A checkpoint in what its weights are in; LoRA adapters are merged in float32."""
+    """Load a checkpoint in the dtype of its weights; LoRA adapters are merged in float32."""
     from rlaif_fast.policy.loading import ModelOptions, adapter_folder, load_model
 
     dtype = "float32" if adapter_folder(str(folder)) else dtype_of(str(folder))
@@ -146,7 +146,7 @@ def load(folder: Path) -> LoadedModel:
 
 
 def dtype_of(model: str) -> str:
-    """What the weights of a model are in, by its configuration or that of its decoder; float32 where none says."""
+    """The dtype of a model's weights, from its configuration or its decoder's; float32 if neither names one."""
     from rlaif_fast.policy.frontend import read_config
 
     config = read_config(model)
@@ -155,9 +155,9 @@ def dtype_of(model: str) -> str:
 
 
 def probe(loaded: LoadedModel) -> torch.Tensor:
-    """Log-probabilities along a short answer about a generated clip, of the tokens that may be drawn (M, at most V).
+    """Log-probabilities along a short answer about a generated clip, for the tokens that may be drawn (M, at most V).
 
-    Those of the others are at about -30000, where float32 knows three decimals.
+    Those of other tokens are about -30000, where float32 resolves only three decimals.
     """
     import torch
 
@@ -184,8 +184,8 @@ def settings_of(source: Path) -> dict[str, dict]:
 def write_settings(out: Path, settings: dict[str, dict], chat_template: str | dict[str, str] | None) -> None:
     """Write processor settings and chat template in the older layout and in the current one.
 
-    The older has a file for each kind of medium and chat_template.json; the current one processor_config.json and
-    chat_template.jinja. Of templates with names the older has the one that is used unless another is asked for.
+    The older layout has one file per kind of medium and chat_template.json, the current one processor_config.json and
+    chat_template.jinja. Of named templates, the older layout gets only the default one.
     """
     if isinstance(chat_template, dict):
         chat_template = chat_template["default"]
@@ -204,10 +204,10 @@ def write_settings(out: Path, settings: dict[str, dict], chat_template: str | di
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot be the name of a repository of the hub.
+    """Refuse a name that no repository of the hub can have.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: It is such a name.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -219,7 +219,7 @@ def check_name(name: str) -> None:
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload an exported folder to a private repository of the Hugging Face hub; it is made where there is none.
+    """Upload an exported folder to a private repository of the Hugging Face hub, which is created if it does not exist.
 
     Raises:
         RlaifFastError: The hub cannot be reached, or refuses.
@@ -230,7 +230,7 @@ def push(folder: Path, name: str) -> None:
     try:
         api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder))
-    except Exception as error:  # a library of others, over a network
+    except Exception as error:  # other people's library, over a network
         raise RlaifFastError(
             f"push: {folder} is whole, and was not uploaded ({typed_line(error)}); upload it with: "
             f"hf upload {name} {folder}"

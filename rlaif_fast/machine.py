@@ -10,7 +10,7 @@ import resource
 import sys
 from pathlib import Path
 
-# The numbers and the limit of glibc's malloc.h.
+# The parameter numbers and the limit from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_MMAP_THRESHOLD = 32 * 2**20
 
@@ -23,8 +23,8 @@ def cores() -> int:
 def peak_rss_bytes() -> int:
     """Most memory this process has held, in bytes.
 
-    Linux hands `ru_maxrss` of a process on to the one that is started in its place, so the figure of a child may be
-    its parent's; the high-water mark of /proc is the process's own.
+    On Linux, a process started in place of another inherits its `ru_maxrss`, so a child's figure may be its parent's;
+    the high-water mark in /proc belongs to the process itself.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -39,10 +39,10 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory for the next allocation instead of giving it back to the system.
 
     A training step on a CPU allocates and frees the same activations over and over. By default each megabyte is
-    returned and faulted in anew: 4,500 page faults a step of the tiny policy, a quarter of its time.
+    returned and faulted in again: 4,500 page faults per step of the tiny policy, a quarter of its time.
 
     Returns:
-        Whether the C library is glibc and took the setting; elsewhere nothing is changed.
+        Whether the C library is glibc and accepted the setting; otherwise nothing is changed.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

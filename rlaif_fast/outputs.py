@@ -1,4 +1,4 @@
-"""Files that are written: what would be lost by it is refused before any work is done, and none is half there."""
+"""Output files: anything that would lose data is refused before any work is done, and no file is left half-written."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlaif_fast.errors import UsageError
 MARKER = ".rlaif-fast-run"  # in the folder of a run
 LOCK = ".lock"
 REPLACED = ".replaced"  # an earlier run, until the one that replaces it has begun
-MOVING = ".moving"  # the same on its way there or back
-INDEX = "index.json"  # in the folder of its checkpoints
+MOVING = ".moving"  # the same while it is moved there or back
+INDEX = "index.json"  # in the folder of a run's checkpoints
 # What a run writes into its folder, as patterns.
 RECORDS = (
     *("config.yaml", "metrics.jsonl", "rollouts.jsonl", "samples.jsonl", "quarantine.jsonl", "summary.json"),
@@ -27,15 +27,15 @@ RECORDS = (
 
 
 def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None] = ()) -> Path:
-    """Return the file that an option names, once it is known that it can be written and that nothing is lost by it.
+    """Return the file that an option names, after checking that it can be written and that nothing is lost by it.
 
     Args:
         name: The option.
         path: The file; an earlier one is replaced.
-        reads: What the command reads.
+        reads: Files that the command reads.
 
     Raises:
-        UsageError: Its folder is missing or read-only, it is a folder, something that is read, or a record of a run.
+        UsageError: Its folder is missing or read-only; or it is a folder, one of `reads`, or a record of a run.
     """
     path = Path(path).expanduser()
     if not path.parent.is_dir():
@@ -52,7 +52,7 @@ def check_output(name: str, path: str | Path, reads: Iterable[str | Path | None]
 
 
 def refuse_records(name: str, path: Path) -> None:
-    """Raise `UsageError` where an option names what a run has written, or a path in it."""
+    """Raise `UsageError` if an option names a file that a run has written, or a path in it."""
     whole = path.resolve()
     for folder in whole.parents:
         first = whole.relative_to(folder).parts[0]
@@ -64,7 +64,7 @@ def is_same(first: Path, second: Path) -> bool:
     """Whether two paths are one file."""
     try:
         return first.resolve() == second.resolve() or first.samefile(second)
-    except (OSError, RuntimeError):  # one is not there; a loop of links
+    except (OSError, RuntimeError):  # one does not exist; a loop of links
         return False
 
 
@@ -80,7 +80,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # a full disk is met without a name
+        if error.filename is None:  # errors of a full disk name no file
             error.filename = str(path)
         raise
     finally:
@@ -100,7 +100,7 @@ def save_figure(figure: Any, path: Path, *, dpi: float) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a folder, on the disk."""
+    """Have the system flush a file, or the names in a folder, to the disk."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     handle = os.open(path, os.O_RDONLY)
@@ -111,6 +111,6 @@ def sync(path: Path) -> None:
 
 
 def written_as(name: str) -> str:
-    """What `write_atomically` calls a file in the end that has this name meanwhile; "" where it is another's."""
+    """The final name of a file with this temporary name of `write_atomically`; "" for other files."""
     found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
     return found[1] if found else ""

@@ -1,5 +1,5 @@
-"""What others add to our tables: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers` and
-`.algorithms`; a file that is no package is named by its place, "module:Name"."""
+"""Additions to our tables by other packages: entry points of the groups `rlaif_fast.oracles`, `.decoders`, `.samplers`
+and `.algorithms`; a class in a plain file is named by its location, "module:Name"."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def plugins(kind: str) -> dict[str, EntryPoint]:
 
 
 def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = ()) -> Any:
-    """The entry called `name` of our own table or of another package.
+    """The entry called `name` in our own table or in another package.
 
     Args:
         kind: "oracles", "decoders", "samplers" or "algorithms".
-        name: What to look up, our own entries first; or "module:Name" of what Python can import.
+        name: What to look up, first in our own table; or "module:Name" of something that Python can import.
         own: Our table; an entry "module:Name" is imported when it is looked up.
-        also: Names that are understood elsewhere, for the message.
+        also: Names that are accepted elsewhere, for the message.
 
     Raises:
-        UsageError: There is none of that name, or nothing to import there.
+        UsageError: The name is unknown, or there is nothing to import.
     """
     if name in own:
         return imported(own[name]) if isinstance(own[name], str) else own[name]
@@ -48,10 +48,10 @@ def find(kind: str, name: str, own: Mapping[str, Any], *, also: Iterable[str] = 
 
 
 def imported(place: str) -> Any:
-    """What stands at "module:Name"; the name may have dots.
+    """The object at "module:Name"; the name may have dots.
 
     Raises:
-        ImportError, AttributeError, ValueError: Nothing does.
+        ImportError, AttributeError, ValueError: There is none.
     """
     module, _, name = place.partition(":")
     return reduce(getattr, name.split("."), importlib.import_module(module))

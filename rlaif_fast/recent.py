@@ -1,4 +1,4 @@
-"""A memory of what was used last, as much of it as fits."""
+"""A cache of the most recently used values, within a budget."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ V = TypeVar("V")
 
 
 class RecentlyUsed(Generic[K, V]):
-    """Values by key; those used longest ago go first. Not for several threads without a lock.
+    """Values by key; the least recently used go first. Not safe for several threads without a lock.
 
     Args:
-        budget: What the values may weigh together.
-        weigh: What one weighs; None counts them.
-        at_least: How many of the last stay whatever they weigh.
+        budget: Largest total weight of the values.
+        weigh: Returns a value's weight; None counts values.
+        at_least: How many of the most recent stay regardless of weight.
 
     Attributes:
-        held: What the values weigh together.
+        held: Total weight of the values.
     """
 
     def __init__(self, budget: int, weigh: Callable[[V], int] | None = None, *, at_least: int = 0) -> None:
@@ -35,14 +35,14 @@ class RecentlyUsed(Generic[K, V]):
         return key in self._values
 
     def get(self, key: K) -> V | None:
-        """The value, which counts as used now; None where it is not held."""
+        """The value, which counts as used now; None if it is not held."""
         if key not in self._values:
             return None
         self._values.move_to_end(key)
         return self._values[key]
 
     def put(self, key: K, value: V) -> None:
-        """Hold a value, and let others go for it; one that is too heavy is not held."""
+        """Hold a value, and drop others for it; one that is too heavy is not held."""
         weight = self._weigh(value)
         if weight > self.budget and self.at_least == 0:
             return
@@ -54,6 +54,6 @@ class RecentlyUsed(Generic[K, V]):
             self.held -= self._weigh(self._values.popitem(last=False)[1])
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Drop everything."""
         self._values.clear()
         self.held = 0

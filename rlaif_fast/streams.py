@@ -1,4 +1,4 @@
-"""GPU work of prefetching threads beside the computation: a stream of its own, pinned memory, no graph captures."""
+"""GPU work of prefetching threads beside the computation: its own stream, pinned memory, no graph captures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 300.0  # seconds that a capture waits at most: a thread may hang in the driver
+PATIENCE = 300.0  # longest wait of a capture in seconds: a thread may hang in the driver
 
 
 class _Captures:
-    """Lets captures of graphs run while no other thread uses the GPU.
+    """Lets graphs be captured while no other thread uses the GPU.
 
     Synchronising a device breaks a capture on it, in whichever thread. Decoders synchronise: NVDEC under DALI did on an
     H100. A thread inside may wait for another that is about to enter, so a waiting capture keeps no thread out. After
-    PATIENCE the capture runs all the same: if it breaks, an error says so, while a run that hangs says nothing.
+    PATIENCE the capture runs anyway: if it breaks, an error says so, while a run that hangs says nothing.
     """
 
     def __init__(self) -> None:
@@ -72,9 +72,9 @@ def numbered(device: torch.device) -> torch.device:
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Queue the block's work on a GPU on a stream of its own, and wait for it at the end; elsewhere change nothing.
+    """Queue the block's GPU work on its own stream, and wait for it at the end; elsewhere change nothing.
 
-    The calling thread waits, the computation does not, so call it from a thread that prefetches. After the block its
+    The calling thread waits but the computation does not, so call it from a prefetching thread. After the block its
     results are complete and its inputs may be freed; pass the results to `used_here` before reading them.
     """
     if device.type != "cuda":
@@ -88,7 +88,7 @@ def beside(device: torch.device) -> Iterator[None]:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on the device, ready to be read; to a GPU it travels through pinned memory, `beside` the rest."""
+    """Return `x` on the device, ready to be read; to a GPU it goes through pinned memory, `beside` other work."""
     if device.type != "cuda" or x.device.type == "cuda":
         return x.to(device)
     with beside(device):

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGHUP: the first asks a run to finish its step, save and end; a second one, or no more grace, ends it.
+"""SIGTERM and SIGHUP: the first asks a run to finish its step, save and end; a second, or the end of grace, ends it.
 
-A step that has used half of the grace is given up, so that the finished ones are still saved. SIGHUP comes when the
-terminal is closed, and is left alone where it is ignored (nohup).
+A step that has used half of the grace is given up, so that the finished ones can still be saved. SIGHUP comes when the
+terminal closes; if it is ignored (nohup), it stays ignored.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from contextlib import contextmanager
 
 EXIT_CODE = 128 + signal.SIGTERM
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-ECHO_SECONDS = 5.0  # torchrun passes a signal on at once, on a busy machine perhaps seconds later
+ECHO_SECONDS = 5.0  # torchrun forwards a signal at once, or seconds later on a busy machine
 
 
 class Terminated(BaseException):
-    """The run was asked to end and has saved what it had, or had nothing to save. Commands exit with 143.
+    """The run was told to end and has saved what it had, or had nothing to save. Commands exit with 143.
 
     Its message is the name of the signal.
     """
 
 
 class StepGivenUp(Terminated):
-    """The step took too long. What was finished before it is saved."""
+    """The step took too long. The steps finished before it are saved."""
 
 
 def end_with_parent(code: int) -> None:
-    """In a process that `multiprocessing` started: end at once, with this exit code, where the parent process ends."""
+    """In a process that `multiprocessing` started: end at once, with this exit code, when the parent process ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -44,21 +44,21 @@ def end_with_parent(code: int) -> None:
 
 
 class Termination:
-    """Whether this process was asked to end.
+    """Whether this process was told to end.
 
     Args:
         grace_seconds: How long the step and the checkpoint may take before the process ends without them. The step
             may take half of it.
-        announce: Say on stderr that the request was heard; one process of a run does.
-        echo_seconds: Another signal that comes so soon is the same request. Schedulers send it to all processes of a
-            job, and torchrun passes on to its processes what it got itself.
+        announce: Say on stderr that the request was heard; only one process of a run does.
+        echo_seconds: Another signal within this time is the same request. Schedulers send it to all processes of a job,
+            and torchrun forwards what it got to its processes.
     """
 
     def __init__(self, grace_seconds: float, *, announce: bool = True, echo_seconds: float = 0.0) -> None:
         self.grace_seconds = grace_seconds
         self.announce = announce
         self.echo_seconds = echo_seconds
-        self._heard_at = 0.0  # of the monotonic clock
+        self._heard_at = 0.0  # by the monotonic clock
         self.requested = False
         self.heard = "SIGTERM"  # the signal, in a process that got one
         self._may_give_up: Callable[[], bool] | None = None
@@ -67,7 +67,7 @@ class Termination:
 
     @contextmanager
     def installed(self) -> Iterator[Termination]:
-        """Listen while the block runs; elsewhere than in the main thread, nothing can."""
+        """Listen during the block; this works only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -84,11 +84,11 @@ class Termination:
 
     @contextmanager
     def saving(self, may_give_up: Callable[[], bool]) -> Iterator[None]:
-        """A block that looks at `requested` after each step and saves; outside of it, a request ends at once.
+        """A block that checks `requested` after each step and saves; outside it, a request ends the process at once.
 
         Args:
-            may_give_up: Asked when a step in the block has taken half of the grace. Where it may, `StepGivenUp` breaks
-                the step; where not, it has the other half too.
+            may_give_up: Called when a step in the block has used half of the grace. If it returns true, `StepGivenUp`
+                breaks the step; if not, the step gets the other half too.
         """
         self._may_give_up = may_give_up
         try:
@@ -129,14 +129,14 @@ class Termination:
             )
 
     def _wake(self, number: int) -> None:
-        """Have the main thread see that half of the grace is over, also where it waits for the system."""
+        """Make the main thread notice that half of the grace is over, even if it is waiting in a system call."""
         self._half_over = True
         main_thread = threading.main_thread().ident
         assert main_thread is not None
         signal.pthread_kill(main_thread, number)
 
     def _leave_terminals(self) -> None:
-        """Write nowhere what would go to a terminal that is gone, where writing fails."""
+        """Redirect what would go to a closed terminal, where writing fails, to nowhere."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for fd in self._terminals:
             os.dup2(nowhere, fd)

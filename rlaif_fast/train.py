@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-# spinning threads on a shared core slow small operators several times
+# Spinning threads on a shared core make small operators several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
@@ -60,7 +60,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
     """Train as configured and return the run's folder.
 
     Args:
-        config: What to do; with `resume`, the configuration of that run is taken in its place.
+        config: What to do; with `resume`, that run's configuration replaces it.
         given: The keys that a resuming command sets (see `resumed_config`).
 
     Raises:
@@ -76,12 +76,12 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
 
     first = RankZeroFirst()
     with contextlib.ExitStack() as held:
-        # The other processes start, or under torchrun go on, once the folder is ready.
+        # The other processes start (under torchrun: continue) once the folder is ready.
         with first.turn():
             if config.resume is not None:
                 run_dir = RunDir.open(config.resume)
                 if run_dir.finished and "max_steps" not in (given or {}):
-                    resumed_config(run_dir, given or {})  # what the command may not change is said first
+                    resumed_config(run_dir, given or {})  # first refuse changes that the command may not make
                 if first.rank == 0:
                     held.enter_context(recovered(run_dir, extends="max_steps" in (given or {})))
                 config = resumed_config(run_dir, given or {})
@@ -104,13 +104,13 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
 
 @contextlib.contextmanager
 def recovered(run_dir: RunDir, *, extends: bool) -> Iterator[None]:
-    """Hold a run that is checked and cut back to its last whole checkpoint; damage is said in a line each.
+    """Hold a run that is checked and cut back to its last whole checkpoint; each damage is reported in one line.
 
-    Where the block is refused before the run has gone on, its configuration and a finished run's results are put back.
+    If the block is refused before the run has continued, its configuration and a finished run's results are restored.
 
     Raises:
-        UsageError: The run is finished, and the command does not extend it; or it still goes on.
-        RlaifFastError: Nothing whole is left.
+        UsageError: The run is finished and the command does not extend it; or it is still in progress.
+        RlaifFastError: No whole checkpoint is left.
     """
     from rlaif_fast.runs.checkpoint import CheckpointStore
     from rlaif_fast.runs.recovery import recover
@@ -144,7 +144,7 @@ def prepare(run_dir: RunDir, config: TrainConfig) -> None:
 
 
 def write_config(run_dir: RunDir, text: str) -> None:
-    """Make a text the configuration of a run, and vouch for it."""
+    """Make a text the run's configuration, and record its digest."""
     from rlaif_fast.outputs import write_atomically
     from rlaif_fast.runs.checkpoint import CheckpointStore
 
@@ -235,7 +235,7 @@ def train_in(world: World, config: TrainConfig) -> None:
 
 
 def opponents_of(run: Run, run_dir: RunDir) -> dict[str, str] | None:
-    """The test answers where RL began, which the final ones are ranked against where the oracle is the metric."""
+    """The test answers at the start of RL, which the final ones are ranked against if the oracle is the metric."""
     from rlaif_fast.runs.files import read_jsonl
 
     if run.data.metric != "oracle":
@@ -244,7 +244,7 @@ def opponents_of(run: Run, run_dir: RunDir) -> dict[str, str] | None:
 
 
 def run_sft_stage(run: Run, state: dict | None) -> None:
-    """Bring the policy to where RL starts: by training, from a checkpoint, or as it is."""
+    """Bring the policy to the start of RL: by training, from a checkpoint, or unchanged."""
     from rlaif_fast.runs.checkpoint import load_weights
     from rlaif_fast.trainer.inputs import refuse_other_start
     from rlaif_fast.trainer.sft import train_sft

@@ -1,4 +1,4 @@
-"""YAML as our commands read it: keys stand once, a quoted text stays a text, and 1e-3 is a number."""
+"""YAML as our commands read it: keys are unique, a quoted text stays a text, and 1e-3 is a number."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rlaif_fast.errors import UsageError
 
 
 def packaged(name: str) -> Path | None:
-    """Path of a configuration file that comes with the package, such as "tiny.yaml"; None where there is no such."""
+    """Path of a configuration file in the package, such as "tiny.yaml"; None if there is no such file."""
     spec = find_spec("rlaif_fast_configs")
     files = [Path(folder, name) for folder in (spec.submodule_search_locations if spec else None) or ()]
     return next((file for file in files if file.is_file()), None)
 
 
 def refuse_repeated_keys(file: str | Path) -> bool:
-    """See to it that no mapping of a YAML file has a key twice; says whether the file holds keys at all.
+    """Refuse a YAML file in which a mapping has a key twice; returns whether the file holds keys at all.
 
-    Of two equal keys a reader would drop the first in silence.
+    Of two equal keys a reader would silently drop the first.
 
     Raises:
-        UsageError: One has; the key and its line are named. Or the file cannot be read, or only once (a pipe).
-        UnicodeDecodeError: It is no text in UTF-8.
-        yaml.YAMLError: It is no YAML.
+        UsageError: There is such a key; it and its line are named. Or the file cannot be read, or only once (a pipe).
+        UnicodeDecodeError: It is not UTF-8 text.
+        yaml.YAMLError: It is not YAML.
     """
     import yaml
 
@@ -40,7 +40,7 @@ def refuse_repeated_keys(file: str | Path) -> bool:
         raise UsageError(f"config: cannot read {file}: {error.strerror}{where}") from None
     root = yaml.compose(text, yaml.SafeLoader)
     left: list[Any] = [root]
-    met: set[int] = set()  # an alias may lead back to what holds it
+    met: set[int] = set()  # an alias may lead back to its own container
     while left:
         node = left.pop()
         if id(node) in met:
@@ -64,10 +64,10 @@ def refuse_repeated_keys(file: str | Path) -> bool:
 
 
 def load(text: str) -> Any:
-    """What a YAML text holds.
+    """The content of a YAML text.
 
     Raises:
-        yaml.YAMLError: It is no YAML.
+        yaml.YAMLError: It is not YAML.
     """
     import yaml
 
@@ -75,14 +75,14 @@ def load(text: str) -> Any:
 
 
 def dump(values: Mapping[str, Any], *, sort_keys: bool) -> str:
-    """The YAML text that `load`, and a command's `--config`, read as these values."""
+    """The YAML text that `load`, and a command's `--config`, read back as these values."""
     import yaml
 
     return yaml.dump(dict(values), Dumper=_with_exponents(yaml.SafeDumper), sort_keys=sort_keys)
 
 
 def _with_exponents(base: Any) -> Any:
-    """A loader or dumper that takes 1e-3 for a number; for YAML 1.1, and so for PyYAML, it is a text."""
+    """A loader or dumper that reads 1e-3 as a number; in YAML 1.1, and so in PyYAML, it is a text."""
     made: Any = type(base.__name__, (base,), {})
     exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     made.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
