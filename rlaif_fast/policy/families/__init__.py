@@ -1,4 +1,4 @@
-"""The model families that the engine knows, one file each, and what it asks of a model of any of them."""
+"""The model families that the engine knows, one per file, and what it requires of a model of any of them."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ MARKERS = tuple(
 
 
 def find_family(model_type: str) -> Family | None:
-    """The family of a `config.model_type`; None for one that is not in the table."""
+    """The family of a `config.model_type`; None if it is not in the table."""
     return FAMILIES.get(model_type)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model whose prompts are to be computed once a group.
+    """The family of a model that computes each prompt once per group.
 
     Raises:
-        UsageError: The packed path does not know the model, or cannot take it.
+        UsageError: The packed path does not know the model, or cannot run it.
     """
     config = unwrap(model).config
     check_shared_prefix(config)
@@ -72,7 +72,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def check_shared_prefix(config: Any) -> None:
-    """Refuse a configuration whose model cannot compute each prompt once a group.
+    """Refuse a configuration whose model cannot compute each prompt once per group.
 
     Raises:
         UsageError: With the reason.
@@ -100,7 +100,7 @@ def text_decoder(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """What the packed path needs to know of one prompt besides its tokens.
+    """What the packed path needs to know of a prompt besides its tokens.
 
     Attributes:
         positions: (3, P) int64 position ids, as the model gives them to the prompt alone; equal rows for a model
@@ -117,7 +117,7 @@ class PromptLayout:
 
 
 class PromptLayouts:
-    """Layouts of prompts, remembered by what they depend on: where the media tokens are, the grids, the seconds."""
+    """Layouts of prompts, cached by what they depend on: the places of media tokens, the grids, the seconds."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self._model = model
@@ -140,7 +140,7 @@ class PromptLayouts:
 
     def _build(self, prompt: EncodedPrompt, types: np.ndarray) -> PromptLayout:
         self._check_counts(prompt, types)
-        # One text token more than the prompt: its position is where a response starts.
+        # The prompt and one more text token, whose position is where a response starts.
         positions = self._family.positions(self._model, prompt, types)
         self._check_reach(types.size, int(positions.max()))
         return PromptLayout(
@@ -151,7 +151,7 @@ class PromptLayouts:
         )
 
     def _check_reach(self, tokens: int, last: int) -> None:
-        """Say once that a prompt reaches positions that the model was not made for."""
+        """Warn once that a prompt reaches positions that the model was not made for."""
         most = getattr(unwrap(self._model).config.get_text_config(), "max_position_embeddings", None)
         if most is not None and last >= most and not self._warned:
             self._warned = True
@@ -164,11 +164,11 @@ class PromptLayouts:
             )
 
     def _check_counts(self, prompt: EncodedPrompt, types: np.ndarray) -> None:
-        """Each kind of media has as many tokens as features; where one token stands for both, together."""
+        """Check that each kind of media has as many tokens as features; kinds that share a token count together."""
         family, config = self._family, unwrap(self._model).config
         counts = {kind: int((types == kind).sum()) for kind in (IMAGE, VIDEO)}
         kinds: dict[str, tuple[int, ...]] = {"image": (IMAGE,), "video": (VIDEO,)}
-        if family.axes == 1:  # nothing else tells them apart
+        if family.axes == 1:  # nothing else distinguishes them
             kinds = {"media": (IMAGE, VIDEO)}
         for name, members in kinds.items():
             chosen = [m for m in prompt.media if (VIDEO if m.is_video else IMAGE) in members]
@@ -181,17 +181,17 @@ class PromptLayouts:
 
 
 def refuse_far_positions(config: Any, last: int) -> None:
-    """Refuse positions from which on the angles of all tokens follow the longest sequence of a batch.
+    """Refuse positions beyond which the angles of all tokens depend on the longest sequence of a batch.
 
-    So it is with dynamic NTK and LongRoPE behind the length that they start from: a response would have other
-    log-probabilities beside other prompts.
+    Dynamic NTK and LongRoPE do this beyond the length that they start from: a response's log-probabilities would depend
+    on the other prompts of its batch.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
         last: The largest position of a batch.
 
     Raises:
-        UsageError: `last` is one of them.
+        UsageError: `last` is such a position.
     """
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
@@ -209,7 +209,7 @@ def refuse_far_positions(config: Any, last: int) -> None:
 
 
 def eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
-    """The tokens that end a response: those of `generate`, and the one that taught answers end with."""
+    """The tokens that end a response: those of `generate`, and the one that ends the answers taught by SFT."""
     whole = unwrap(model)
     configured = whole.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
@@ -220,6 +220,6 @@ def eos_token_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
 
 
 def marker_token_ids(model: nn.Module) -> list[int]:
-    """Tokens that stand for media: a sampled one would ask for features that are not there."""
+    """Tokens that represent media: a sampled one would ask for features that do not exist."""
     config = unwrap(model).config
     return [getattr(config, name) for name in MARKERS if isinstance(getattr(config, name, None), int)]

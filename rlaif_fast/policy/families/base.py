@@ -1,7 +1,7 @@
-"""What the engine asks of a family of Video-LLMs: one class, one file a family.
+"""What the engine requires of a family of Video-LLMs: one class per family, one family per file.
 
-No model code is forked. A family names the submodules of its Hugging Face class, lays out a prompt's media as its
-Hugging Face processor does, and says how features and position ids are made, by the model's own methods.
+No model code is forked. A family names the submodules of its Hugging Face class, lays out a prompt's media like its
+Hugging Face processor, and says how features and position ids are computed, by the model's own methods.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PARTS = ("decoder", "tower", "projector")
 ROUTER = re.compile(r"\.router\.|\.(mlp|mixer|text_moe|vision_moe)\.gate\.")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 KNOWN_LAYERS = {"full_attention", "sliding_attention", "linear_attention"}
-# Decoders whose packed rows are compared with their own forward (tests/test_pattern.py), for the families that may have
-# any. Others have sinks, soft caps or layers of their own in their attention, or do not hand the layout down to it.
+# Decoders whose packed rows are compared with their own forward (tests/test_pattern.py), for families that may have any
+# decoder. Others have sinks, soft caps or their own attention layers, or do not pass the layout down to attention.
 # fmt: off
 DECODERS = frozenset((
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4", "glm4_moe", "granite",
@@ -41,8 +41,8 @@ DECODERS = frozenset((
     "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2",
 ))
 # fmt: on
-WINDOWED = {"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}  # `sliding_window` is of every layer
-# Decoders that read `layer_types`; what it says of windows, others ignore.
+WINDOWED = {"mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}  # `sliding_window` is for every layer
+# Decoders that read `layer_types`; others ignore what it says of windows.
 # fmt: off
 BY_LAYER = {
     "cohere2", "exaone4", "gemma3_text", "ministral", "olmo3", "qwen2", "qwen2_5_vl_text", "qwen2_moe", "qwen2_vl_text",
@@ -58,7 +58,7 @@ def unwrap(model: Any) -> Any:
 
 
 def patches_for(module: nn.Module, media: Sequence[Media]) -> Tensor:
-    """The patches of some media, one medium behind the other, on the device and in the dtype of a module."""
+    """The patches of some media, one medium after the other, on the device and in the dtype of a module."""
     parameter = next(module.parameters())
     return torch.cat([m.patches for m in media]).to(parameter.device, parameter.dtype)
 
@@ -70,7 +70,7 @@ def is_mixture(config: Any) -> bool:
 
 
 class Family:
-    """A family whose tower reads patches behind grids, as the Qwen-VL models do; others override what differs.
+    """A family whose tower reads patches and their grids, as in the Qwen-VL models; others override what differs.
 
     Attributes:
         name: Its usual name.
@@ -78,14 +78,14 @@ class Family:
         tower: Where the vision tower is in the model.
         projector: Where the modules between tower and decoder are.
         decoder: Where the text decoder is: embeddings to normalised last hidden states.
-        decoders: Types of decoder that its prompts can be shared with; None where its decoder is of one type.
-        lora_targets: Names of the linear layers that get an adapter unless others are asked for.
-        unshared: Why its prompts cannot be computed once a group; None where they can.
+        decoders: Types of decoder that its prompts can be shared with; None if its decoder is of one type.
+        lora_targets: Names of the linear layers that get an adapter by default.
+        unshared: Why its prompts cannot be computed once per group; None if they can.
         two_way_pictures: Whether the tokens of a picture attend to each other in both directions.
         axes: Axes of its position ids: 3 (time, height, width) or 1.
-        pictures: Whether still pictures can be shown to it.
+        pictures: Whether it accepts still pictures.
         batched_vision: Whether its tower attends within pieces of one packed row (see `vision_attention`).
-        expands: Whether `generate` repeats media rightly for several responses to a prompt.
+        expands: Whether `generate` repeats media correctly for several responses to a prompt.
         video_mark: What the chat template writes for a video.
         image_mark: What the chat template writes for a picture.
         turn_end: The token that ends an answer; None is the tokenizer's end of sequence.
@@ -125,7 +125,7 @@ class Family:
         )
 
     def content(self, clip: Clip) -> dict[str, str]:
-        """The part of the user's message that stands for a clip."""
+        """The part of the user's message that represents a clip."""
         return {"type": "image" if clip.is_image else "video"}
 
     def chat_template(self, tokenizer: Any, clips: Sequence[Clip]) -> str | None:
@@ -137,11 +137,11 @@ class Family:
         return self.image_mark if clip.is_image else self.video_mark
 
     def image_text(self, media: Media, spec: PatchSpec) -> str:
-        """What takes the place of a picture's mark: as many media tokens as it has features."""
+        """The replacement of a picture's mark: as many media tokens as it has features."""
         return self.image_mark.replace("<|image_pad|>", "<|image_pad|>" * spec.tokens(media))
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """What takes the place of a video's mark, timestamps included."""
+        """The replacement of a video's mark, including timestamps."""
         return self.video_mark.replace("<|video_pad|>", "<|video_pad|>" * spec.tokens(media))
 
     def token_types(self, config: Any, input_ids: np.ndarray) -> np.ndarray:
@@ -150,7 +150,7 @@ class Family:
         return np.where(input_ids == image, IMAGE, np.where(input_ids == video, VIDEO, TEXT))
 
     def count(self, config: Any, media: Media) -> int:
-        """Features of a medium, which is how many media tokens stand for it."""
+        """Number of features of a medium, and so of its media tokens."""
         return int(np.prod(media.grid_thw)) // config.vision_config.spatial_merge_size**2
 
     def part_of(self, parameter: str) -> str:
@@ -160,7 +160,7 @@ class Family:
         return "tower" if _under(parameter, (self.tower,)) else "decoder"
 
     def vision(self, model: nn.Module) -> Any:
-        """The modules that make features: tower and projector."""
+        """The modules that compute features: tower and projector."""
         return unwrap(model).get_submodule(self.tower)
 
     def tower_layers(self, model: nn.Module) -> list[nn.Module]:
@@ -174,7 +174,7 @@ class Family:
         device = patches.device
         grids = torch.tensor([m.grid_thw for m in media])
         made = {
-            # Where pieces end is read on the host, by attention that cuts at them.
+            # Attention that cuts at the ends of pieces reads them on the host.
             name: x if name.startswith("cu_") and vision_attention.is_installed(vision) else x.to(device)
             for name, x in self.of_grids(vision, grids).items()
         }
@@ -185,12 +185,12 @@ class Family:
         return list(zip(*(level.split(lengths) for level in levels)))
 
     def of_grids(self, vision: Any, grids: Tensor) -> dict[str, Tensor]:
-        """What the tower makes of grids (n, 3) alone, made on the host, where it costs no wait for the device; by the
-        name of the argument under which the tower takes it."""
+        """What the tower computes from grids (n, 3) alone, by argument name; computed on the host, to avoid waiting
+        for the device."""
         return {}
 
     def positions(self, model: Any, prompt: EncodedPrompt, types: np.ndarray) -> np.ndarray:
-        """(3, P + 1) position ids of a prompt and one text token behind it; equal rows where `axes` is 1."""
+        """(3, P + 1) position ids of a prompt and one text token after it; equal rows if `axes` is 1."""
         length = types.size + 1
         if self.axes == 1 or not prompt.media:
             return np.broadcast_to(np.arange(length), (3, length))
@@ -247,14 +247,14 @@ class Family:
         ]
 
     def lora_names(self, config: Any) -> tuple[str, ...]:
-        """Names of the decoder's linear layers that get an adapter unless others are asked for.
+        """Names of the decoder's linear layers that get an adapter by default.
 
-        The experts of a mixture are one fused weight, no linear layers, so only its attention gets adapters.
+        The experts of a mixture are one fused weight, not linear layers, so only its attention gets adapters.
         """
         return tuple(n for n in self.lora_targets if n not in MLP_LAYERS or not is_mixture(config))
 
     def pattern(self, config: Any) -> Pattern | None:
-        """How its decoder attends where that is not causally to all that came before; None where it is."""
+        """How its decoder attends; None if every token sees exactly itself and all earlier ones."""
         text = config.get_text_config()
         windows = _windows(text, getattr(text, "layer_types", None))
         if set(windows) == {None} and not self.two_way_pictures:
@@ -269,7 +269,7 @@ class Family:
         return set(getattr(text, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
 
     def refuses_shared_prefix(self, config: Any) -> str | None:
-        """Why a model of this family cannot compute each prompt once a group; None where it can."""
+        """Why a model of this family cannot compute each prompt once per group; None if it can."""
         text = config.get_text_config()
         if self.unshared is not None:
             return self.unshared
@@ -290,7 +290,7 @@ class Family:
 
 
 def _windows(text: Any, types: Sequence[str] | None) -> tuple[int | None, ...]:
-    """The window of each layer by its type, or, without types, as the decoder has them; None where it sees all."""
+    """The window of each layer by its type, or, without types, as the decoder has them; None if it sees all."""
     usual = "sliding_attention" if text.model_type in WINDOWED else "full_attention"
     types = types or [usual] * text.num_hidden_layers
     return tuple(getattr(text, "sliding_window", None) if t == "sliding_attention" else None for t in types)
@@ -301,13 +301,13 @@ def _under(name: str, places: Sequence[str]) -> bool:
 
 
 class FrameFamily(Family, ABC):
-    """A family whose tower reads whole frames of one size and gives as many features for each.
+    """A family whose tower reads whole frames of one size and gives the same number of features for each.
 
-    The tower, the projector and what else makes features are separate members of the model.
+    The tower, the projector and other parts that compute features are separate members of the model.
 
     Attributes:
-        feature_parts: The members of the model that make features.
-        image_token: The token that stands for a feature of a frame.
+        feature_parts: The members of the model that compute features.
+        image_token: The token that represents a feature of a frame.
     """
 
     tower = "model.vision_tower"
@@ -339,7 +339,7 @@ class FrameFamily(Family, ABC):
         )
 
     def vision(self, model: nn.Module) -> Any:
-        """The members in `feature_parts`, and the model itself out of reach of `parameters()`."""
+        """The members in `feature_parts`; the model itself stays hidden from `parameters()`."""
         whole = unwrap(model)
         return VisionParts(whole, [whole.get_submodule(part) for part in self.feature_parts])
 
@@ -356,16 +356,16 @@ class FrameFamily(Family, ABC):
         return [(part.flatten(0, 1),) for part in output.split([m.grid_thw[0] for m in media])]
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
-        """All frames of all rows, one behind the other."""
+        """All frames of all rows, one after the other."""
         media = [m for row in rows for m in row.media]
         return {"pixel_values": self.frames(model, media)} if media else {}
 
 
 class VisionParts(nn.Module):
-    """Those members of a model that make features, as one module.
+    """The members of a model that compute features, as one module.
 
     Args:
-        model: Whose `get_..._features` are called.
+        model: The model whose `get_..._features` are called.
         parts: Its members that take part; `parameters()` gives theirs.
         extra: Parameters of the model itself that take part.
     """
@@ -374,7 +374,7 @@ class VisionParts(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.extra = nn.ParameterList(extra)
-        self._whole = (model,)  # in a tuple: no member, so that `parameters()` does not give the decoder's
+        self._whole = (model,)  # in a tuple it is no submodule, so `parameters()` leaves out the decoder's
 
     @property
     def model(self) -> Any:
@@ -392,5 +392,5 @@ def guess_part(parameter: str) -> str:
 
 
 def refuse(message: str) -> UsageError:
-    """A refusal of a model, in the form that every check of one uses."""
+    """A refusal of a model, in the form that all checks use."""
     return UsageError(f"model: {message}")

@@ -25,11 +25,11 @@ class Gemma3(FrameFamily):
     turn_end = "<end_of_turn>"
 
     def tokens_a_frame(self, config: Any) -> int:
-        """What the projector pools a frame to."""
+        """The number of tokens to which the projector pools a frame."""
         return config.mm_tokens_per_image
 
     def content(self, clip: Clip) -> dict[str, str]:
-        """The template knows pictures only."""
+        """The template supports only pictures."""
         return {"type": "image"}
 
     def image_text(self, media: Media, spec: PatchSpec) -> str:
@@ -38,11 +38,11 @@ class Gemma3(FrameFamily):
         return f"\n\n<start_of_image>{self.image_token * tokens}<end_of_image>\n\n"
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """Its frames, one picture behind the other."""
+        """Its frames, one picture after the other."""
         return self.image_text(media, spec) * media.grid_thw[0]
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
-        """With the types that tell which tokens attend in both directions; the model asks for them when it trains."""
+        """Adds the types that tell which tokens attend in both directions; the model needs them in training."""
         types = (input_ids == unwrap(model).config.image_token_id).long()
         return super().plain_inputs(model, rows, input_ids) | {"token_type_ids": types}
 

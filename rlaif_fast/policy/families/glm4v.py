@@ -1,4 +1,4 @@
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V: a video is a row of pictures with their seconds, between two marks of its own."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: a video is a row of pictures with their seconds, between its own two marks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Glm4v(Family):
         return np.where(input_ids == config.image_token_id, kind, TEXT)
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
-        """The tower sees each temporal patch as a picture of its own, as the model hands them to it."""
+        """The tower sees each temporal patch as a separate picture, as the model passes them."""
         patches = patches_for(vision, media)
         grids = [[1, *m.grid_thw[1:]] for m in media for _ in range(m.grid_thw[0])]
         grid_thw = torch.tensor(grids, device=patches.device)
@@ -69,7 +69,7 @@ class Glm4v(Family):
         return [(part,) for part in output.split([int(np.prod(m.grid_thw)) // merge for m in media])]
 
     def plain_inputs(self, model: Any, rows: Sequence[EncodedPrompt], input_ids: Tensor) -> dict[str, Tensor]:
-        """As the model takes them, which is one kind of media a batch."""
+        """As the model accepts them: one kind of media per batch."""
         kinds = {m.is_video for row in rows for m in row.media}
         if len(kinds) > 1:
             raise refuse(

@@ -1,4 +1,4 @@
-"""InternVL 2.5, 3 and 3.5 in Hugging Face's format: whole frames, a line for each."""
+"""InternVL 2.5, 3 and 3.5 in Hugging Face's format: whole frames, one line each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class InternVL(FrameFamily):
     video_mark = "<video>"
 
     def tokens_a_frame(self, config: Any) -> int:
-        """Patches of a frame behind the pixel shuffle."""
+        """Patches of a frame after the pixel shuffle."""
         vision = config.vision_config
         height, width = (
             size // patch
@@ -33,7 +33,7 @@ class InternVL(FrameFamily):
         return f"<img>{self.image_token * spec.tokens(media)}</img>"
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """`Frame1: ` and so on, a line for each frame."""
+        """`Frame1: ` and so on, one line per frame."""
         frames = media.grid_thw[0]
         tile = f"<img>{self.image_token * (spec.tokens(media) // frames)}</img>"
         return "\n".join(f"Frame{number}: {tile}" for number in range(1, frames + 1))

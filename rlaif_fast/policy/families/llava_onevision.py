@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: whole frames, pooled two by two, and one newline behind a video."""
+"""LLaVA-OneVision: whole frames, pooled two by two, and one newline after a video."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class LlavaOnevision(FrameFamily):
         return VisionParts(whole, parts, [whole.model.image_newline])
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
-        """Features of each video by the model's own `get_video_features`, which is given all frames as one video."""
+        """Features of each video by the model's own `get_video_features`, which gets all frames as one video."""
         frames = self.frames(vision, media)[None]
         found = vision.model.get_video_features(frames, return_dict=True).pooler_output[0]
         each = self.tokens_a_frame(vision.model.config)
         newline = vision.model.image_newline[None].to(found)
-        # Some releases of transformers add a newline behind all of it.
+        # Some releases of transformers add a newline after all of it.
         videos = found[: each * frames.shape[1]].split([each * m.grid_thw[0] for m in media])
         return [(torch.cat((video, newline)),) for video in videos]
 

@@ -41,7 +41,7 @@ def load_processor(model: str, model_type: str) -> Any:
         raise refuse(f"{what}, which needs torchvision: pip install torchvision")
     try:
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # a processor raises whatever its files lead to
+    except Exception as error:  # a processor may raise anything, depending on its files
         raise refuse(f"{what}, which cannot be built: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise refuse(f"{what}, and the folder has none (preprocessor_config.json, processor_config.json)")
@@ -51,7 +51,7 @@ def load_processor(model: str, model_type: str) -> Any:
 
 
 def check_head(config: Any) -> None:
-    """Refuse a model that changes its logits behind the output embedding.
+    """Refuse a model that changes its logits after the output embedding.
 
     Raises:
         UsageError: It does.
@@ -67,9 +67,9 @@ def check_head(config: Any) -> None:
 
 
 def processor_inputs(rows: Sequence[EncodedPrompt], width: int, padding_side: str) -> dict[str, Tensor]:
-    """Inputs of the model's own forward besides tokens and mask, for one row a prompt.
+    """Inputs of the model's own forward besides tokens and mask, for one row per prompt.
 
-    What has one value a token is padded to `width` with zeros, as behind a prompt there is text; the rest is joined.
+    Inputs with one value per token are padded to `width` with zeros, since text follows a prompt; the rest is joined.
 
     Raises:
         UsageError: The processor made tensors of different shapes, which one batch cannot hold.

@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and Qwen3.5: patches behind grids, multimodal rotary positions."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and Qwen3.5: patches and their grids, multimodal rotary positions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlaif_fast.video.preprocess import PatchSpec, grid_timestamps
 
 
 class Qwen2VL(Family):
-    """One block of video tokens a video, without times."""
+    """One block of video tokens per video, without times."""
 
     name = "Qwen2-VL"
     model_types: tuple[str, ...] = ("qwen2_vl",)
@@ -23,7 +23,7 @@ class Qwen2VL(Family):
 
 
 class Qwen25VL(Family):
-    """As Qwen2-VL, and the temporal positions of a video follow its seconds."""
+    """Like Qwen2-VL, but the temporal positions of a video follow its seconds."""
 
     name = "Qwen2.5-VL"
     model_types: tuple[str, ...] = ("qwen2_5_vl",)
@@ -58,7 +58,7 @@ class Qwen25VL(Family):
 
 
 class Qwen3VL(Family):
-    """One timestamp and one block of video tokens a temporal patch."""
+    """One timestamp and one block of video tokens per temporal patch."""
 
     name = "Qwen3-VL"
     model_types: tuple[str, ...] = ("qwen3_vl",)
@@ -78,7 +78,7 @@ class Qwen3VL(Family):
         return _of_frames(vision, grids) | {"interp_indices": taps, "interp_weights": weights}
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """`<1.5 seconds>` in front of each temporal patch."""
+        """`<1.5 seconds>` before each temporal patch."""
         block = self.video_mark.replace(
             "<|video_pad|>", "<|video_pad|>" * (spec.tokens(media) // media.grid_thw[0])
         )
@@ -96,7 +96,7 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 class Qwen35(Qwen3VL):
-    """Laid out as Qwen3-VL; most layers are linear attention."""
+    """Laid out like Qwen3-VL; most layers are linear attention."""
 
     name = "Qwen3.5"
     model_types: tuple[str, ...] = ("qwen3_5", "qwen3_5_moe")

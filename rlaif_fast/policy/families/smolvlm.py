@@ -37,12 +37,12 @@ class SmolVLM(FrameFamily):
     video_mark = "<video>"
 
     def tokens_a_frame(self, config: Any) -> int:
-        """Patches of a frame behind the pixel shuffle."""
+        """Patches of a frame after the pixel shuffle."""
         vision = config.vision_config
         return (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
 
     def chat_template(self, tokenizer: Any, clips: Sequence[Clip]) -> str | None:
-        """Its processor lays out videos by a template of its own."""
+        """Its processor lays out videos with its own template."""
         if all(clip.is_image for clip in clips):
             return None
         from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
@@ -55,7 +55,7 @@ class SmolVLM(FrameFamily):
         return f"<fake_token_around_image><global-img>{tokens}<fake_token_around_image>"
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """An introduction with the seconds that were sampled from, then each frame behind its time."""
+        """An introduction with the video's duration, then each frame after its time."""
         duration = timedelta(seconds=int(clip.seconds))
         frames = "".join(
             f"\nFrame from {int(seconds // 60):02d}:{int(seconds % 60):02d}:{self.image_text(media, spec)}"

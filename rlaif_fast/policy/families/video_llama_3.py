@@ -1,4 +1,4 @@
-"""VideoLLaMA3: patches behind grids, plain positions, and tokens dropped where a frame repeats the one before."""
+"""VideoLLaMA3: patches and grids, plain positions, and tokens dropped if a frame repeats the previous one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlaif_fast.video.preprocess import PatchSpec
 
 
 class VideoLlama3(Family):
-    """Videos only: a picture has another number of patches a token than a video."""
+    """Videos only: a picture has a different number of patches per token than a video."""
 
     name = "VideoLLaMA3"
     model_types: tuple[str, ...] = ("video_llama_3",)
@@ -37,7 +37,7 @@ class VideoLlama3(Family):
     image_mark = "<|image_pad|>"
 
     def patch_spec(self, config: Any, settings: Mapping[str, Any]) -> PatchSpec:
-        """Single frames; the processor says how many patches are a token."""
+        """Single frames; the processor says how many patches make a token."""
         return PatchSpec(
             patch_size=config.vision_config.patch_size,
             temporal_patch_size=1,
@@ -48,7 +48,7 @@ class VideoLlama3(Family):
         )
 
     def video_text(self, clip: Clip, media: Media, spec: PatchSpec) -> str:
-        """`Time 1.5s:` in front of each frame's tokens."""
+        """`Time 1.5s:` before each frame's tokens."""
         frames = media.grid_thw[0]
         counts = _kept(media).view(frames, -1).sum(1).tolist()
         return ",".join(
@@ -62,7 +62,7 @@ class VideoLlama3(Family):
         return VisionParts(whole, [whole.model.vision_model, whole.model.projector])
 
     def features(self, vision: Any, media: Sequence[Media]) -> list[Features]:
-        """Features of each video by the model's own `get_video_features`, without those that are dropped."""
+        """Features of each video by the model's own `get_video_features`, without the dropped ones."""
         found = vision.model.get_video_features(**self._pixels(vision, media), return_dict=True).pooler_output
         return [(part[_kept(m).to(part.device)],) for part, m in zip(found, media)]
 
