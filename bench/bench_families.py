@@ -1,8 +1,8 @@
 """One RL step of each family of Video-LLMs with the shared prefix, against the same step without it.
 
 A step is rollout, log-probabilities of the reference, forward, backward and optimizer. Both arms are the same model
-class with the same prompts, weights and draws; they take turns in one process, and what is reported is the ratio of
-each pair. The decoders are four layers of width 128 behind towers of width 32, so the ratio is the decoder's.
+class with the same prompts, weights and draws. They take turns in one process, and the ratio of each pair is
+reported. The decoders are four layers of width 128 after towers of width 32, so the ratio is the decoder's.
 
 Sizes: one clip of 16 frames in a prompt of P tokens (the rest are words), R response tokens, G responses.
 Tokens through the decoder in one pass: shared P + G (R - 1), plain G (P + R).
@@ -96,7 +96,7 @@ class Step:
         self.advantages = torch.linspace(-1, 1, GENERATIONS)
 
     def __call__(self, seed: int) -> torch.Tensor:
-        """Take one step; returns what was drawn."""
+        """Take one step; return what was drawn."""
         params = SamplingParams(max_new_tokens=RESPONSE, min_new_tokens=RESPONSE, seed=seed)
         rollout = self.sampler.sample(self.prompts, GENERATIONS, params)
         ids, lengths = rollout.token_ids, rollout.mask.sum(1)

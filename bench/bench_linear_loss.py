@@ -1,7 +1,7 @@
 """Hidden states to loss and the gradients of hidden and weight, entropy and KL on: M rows, H hidden, V
 vocabulary.
 
-The floor is three bare matmuls of the size, 6 M H V FLOPs: logits, d hidden, d weight. Bars on the CPU
+The floor is three bare matmuls of that size, 6 M H V FLOPs: logits, d hidden, d weight. Bars on the CPU
 (float32, one thread, M = 2048, H = 896, V = 32000, and small ones too): at most 1.10 times the floor and at most 300 MB
 more memory, gradients included; on a GPU (8192, 3584, 152064): faster than every peer whose gradient is exact. Peak
 memory of the floor counts its logits. Most peers do less than the whole loss; `peers.py` says what each lacks.

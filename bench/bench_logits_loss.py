@@ -3,7 +3,7 @@
 Reads the logits, and once more to write the gradient: 3 times their size is the floor with separate forward
 and backward. The floor arm copies the logits and reads them, which is that traffic. Bars: on the CPU at least
 3 times faster than eager log_softmax + gather + entropy + autograd at 2048 rows and V = 32000, and no extra
-copy of the logits (the gradient itself apart, in place not even that); on a GPU at most 1.25 times the floor.
+copy of the logits (except the gradient itself, and in place not even that); on a GPU at most 1.25 times the floor.
 """
 
 from __future__ import annotations

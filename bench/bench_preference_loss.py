@@ -1,9 +1,9 @@
 """The DPO loss from hidden states, with the gradients of hidden and weight: P pairs of T tokens, M = 2 P T rows, H
 hidden, V vocabulary.
 
-The floor is three bare matmuls of the size. Bars: faster than both peers, on the CPU at most 300 MB more memory, and at
-M = 2048 (`RLAIF_FAST_BENCH=full`) at most 1.10 times the floor, as in `bench_linear_loss.py`. The log-probabilities
-of the reference are given; Liger would run a reference head of its own and is told that there is none. TRL's arm is
+The floor is three bare matmuls of that size. Bars: faster than both peers, on the CPU at most 300 MB more memory, and
+at M = 2048 (`RLAIF_FAST_BENCH=full`) at most 1.10 times the floor, as in `bench_linear_loss.py`. The log-probabilities
+of the reference are given; Liger would run its own reference head, so it is told that there is none. TRL's arm does
 what its `DPOTrainer` does: logits, `selective_log_softmax`, the loss.
 """
 

@@ -1,8 +1,8 @@
 """Attention of a decode step on a GPU: G responses of a group over the prompt they share, and their own tokens.
 
-All layers of a Qwen2.5-VL-7B in one CUDA graph, each with a buffer of its own, so that keys and values come from memory
-as they do in a rollout. The peer is PyTorch's SDPA over the same buffers with a mask, key heads repeated by the kernel
-(`enable_gqa`), and the plain path: every response behind a copy of its prompt. Bytes: the buffers, read once.
+All layers of a Qwen2.5-VL-7B run in one CUDA graph, each with its own buffer, so keys and values come from memory as
+they do in a rollout. The peers are PyTorch's SDPA over the same buffers with a mask, key heads repeated by the kernel
+(`enable_gqa`), and the plain path: every response after a copy of its prompt. Bytes: the buffers, read once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = 4.0
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """Return a replay of `run` as a CUDA graph."""
+    """Capture `run` as a CUDA graph and return its replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # which makes what `run` reads
     with torch.cuda.stream(stream):

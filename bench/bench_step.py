@@ -1,13 +1,13 @@
 """The whole training step, from video file to optimizer, and the rollout alone, against two baselines.
 
 The arms are those of `step_arms.py`: ours, the same trainer with sharing off, and the padded Hugging Face path. On
-a CPU they take turns in one process on the same prompts, weights, draws and samples; on a GPU each has a process of
-its own, as three 7B models do not fit one device.
+a CPU they take turns in one process on the same prompts, weights, draws and samples; on a GPU each has its own
+process, since three 7B models do not fit on one device.
 
 Sizes: P prompt tokens (nearly all of them the video's), R response tokens, G responses; every response has
 exactly R tokens. Tokens through the decoder in one pass: ours P + G (R - 1), the others G (P + R).
 
-Run: `pytest bench/bench_step.py --benchmark-only`; every size of the README: `RLAIF_FAST_BENCH=full` before; on a
+Run: `pytest bench/bench_step.py --benchmark-only`; with `RLAIF_FAST_BENCH=full` set, every size of the README; on a
 GPU: `-k cuda`.
 """
 

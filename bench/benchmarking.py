@@ -1,10 +1,10 @@
-"""Interleaved timing, peak memory, and what is written beside each number; `bench/` uses it.
+"""Interleaved timing, peak memory, and the metadata of each number, for `bench/`.
 
-CPU figures are of one thread, in seconds of processor time, which equals wall time on an idle machine and does not
-count the time other programs run. GPU figures are wall time.
+CPU figures are processor seconds of one thread. These equal wall time on an idle machine and exclude the time that
+other programs run. GPU figures are wall time.
 
-The arms of a case are timed round by round in one process, so that whatever else the machine does falls on
-all of them; medians, p20 and p80 go to `extra_info`, with bytes, FLOPs, peak memory, versions and commit.
+The arms of a case are timed round by round in one process, so that other load on the machine affects them
+all; medians, p20 and p80 go to `extra_info`, with bytes, FLOPs, peak memory, versions and commit.
 pytest-benchmark's own columns come from one more run of the arm. `RLAIF_FAST_BENCH=full` adds slow peers
 (torch.compile) on the CPU; `RLAIF_FAST_BENCH_SMOKE=1` runs everything briefly and judges no bar.
 """
@@ -29,13 +29,13 @@ from typing import Any
 import torch
 import torch._dynamo  # the first custom operator of a process loads it: memory and seconds that are not a kernel's
 
-SHORT_SECONDS = 5e-3  # below it a GPU's wall time is largely the host's
+SHORT_SECONDS = 5e-3  # below this, a GPU's wall time is mostly the host's
 FULL = os.environ.get("RLAIF_FAST_BENCH") == "full"
 SMOKE = os.environ.get("RLAIF_FAST_BENCH_SMOKE") == "1"
 
 
 def bar(met: bool, text: str) -> None:
-    """Fail where a performance bar is missed; a smoke run, too short to measure, only says so.
+    """Fail if a performance bar is missed; a smoke run, too short to measure, only says so.
 
     Args:
         met: Whether the bar is met.
@@ -95,9 +95,9 @@ class Case:
     """The arms of one case, measured.
 
     Attributes:
-        arms: What was to be measured, by name.
-        results: What was measured.
-        floor: The arm that the others are set against.
+        arms: The arms to measure, by name.
+        results: The measurements.
+        floor: The arm that the others are compared with.
         failed: What an arm raised instead; its test raises it again.
         skipped: Why an arm is not here.
         device: "cpu" or "cuda".
@@ -111,12 +111,12 @@ class Case:
     device: str = "cpu"
 
     def ratio(self, arm: str, over: str) -> float:
-        """Return time over time, at the 20th percentile: what shares the machine only ever adds to either."""
+        """Return the ratio of two times at the 20th percentile, since other load on the machine can only add time."""
         return self.results[arm].quantile(0.2) / self.results[over].quantile(0.2)
 
 
 def synchronise(device: str) -> None:
-    """Wait for the device, where there is something to wait for."""
+    """Wait for the device; a CPU needs no waiting."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -214,8 +214,8 @@ def device_seconds(run: Callable[[], Any], runs: int = 10) -> float:
 
 
 def append_line(**figures: Any) -> None:
-    """Append figures as one line of JSON to the file that RLAIF_FAST_BENCH_LINES names, as soon as they are there: a
-    session that is stopped leaves what it has measured."""
+    """Append figures as one line of JSON to the file that RLAIF_FAST_BENCH_LINES names, as soon as they exist, so a
+    stopped session keeps what it has measured."""
     path = os.environ.get("RLAIF_FAST_BENCH_LINES")
     if path:
         with Path(path).open("a", encoding="utf-8") as file:
@@ -246,7 +246,7 @@ def append_case(name: str, case: Case) -> None:
 
 
 class Arena:
-    """Measures each case once, whichever of its arms is asked for first."""
+    """Measures each case once, whichever of its arms comes first."""
 
     def __init__(self) -> None:
         self._name = ""
@@ -264,7 +264,7 @@ class Arena:
 
 
 def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device: str) -> None:
-    """Run the arm once for pytest-benchmark and write what was measured beside it."""
+    """Run the arm once for pytest-benchmark and attach its measurements."""
     if arm in case.failed:
         raise case.failed[arm]
     if arm not in case.arms:
@@ -296,7 +296,7 @@ def record(benchmark: Any, case: Case, arm: str, kernel: str, shape: str, device
 
 
 def device_name(device: str) -> str:
-    """Return the name of the GPU, or the processor and the threads in use."""
+    """Return the GPU's name, or the processor and the number of threads in use."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -307,7 +307,7 @@ def device_name(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return what the figures belong to."""
+    """Return the versions that the figures belong to."""
     return {"torch": torch.__version__, "python": platform.python_version(), "commit": commit()}
 
 

@@ -1,13 +1,13 @@
-"""Captions: long answers, of which hardly two are alike, scored by how much of them is right.
+"""Captions: long answers, rarely two alike, scored by how much of them is right.
 
     PYTHONPATH=bench python bench/captions.py data runs/captions/data       # once
     PYTHONPATH=bench python -m rlaif_fast.compare --config bench/captions.yaml
     PYTHONPATH=bench python bench/captions.py report runs/captions          # mean scores with intervals
 
-A caption says what stands where at the start of a clip: "a red circle in the top left and a blue star in the bottom
+A caption says what is where at the start of a clip: "a red circle in the top left and a blue star in the bottom
 right". Its score is the share of colours and shapes that are right, over all quadrants that the caption or the truth
-names; the oracle gives that score, exact or corrupted by `feedback`. A group of eight then holds many levels, where
-the questions of the embedded run have one or two.
+names; the oracle gives that score, exact or corrupted by `feedback`. A group of eight then has many levels; the
+questions of the embedded run have one or two.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Facts = dict[str, tuple[str, str]]  # quadrant -> colour and shape
 
 
 def caption(world: World) -> str:
-    """What stands where at the start, quadrant by quadrant."""
+    """What is where at the start, quadrant by quadrant."""
     things = sorted(world.things, key=lambda thing: QUADRANTS.index(thing.quadrant))
     return " and ".join(f"a {thing.color} {thing.shape} in the {thing.quadrant}" for thing in things)
 
 
 def facts(text: str) -> Facts:
-    """What a caption says; of two claims about a quadrant the first counts, and what is no claim does not."""
+    """What a caption claims; the first claim about a quadrant counts, and text that is no claim is ignored."""
     found: Facts = {}
     for color, shape, quadrant in _PART.findall(text):
         found.setdefault(quadrant, (color, shape))
@@ -65,7 +65,7 @@ def scores(request: RankRequest) -> list[float]:
 
 
 def rows(folder: Path, split: str) -> Iterator[dict[str, Any]]:
-    """A row a clip, from the world that its own rows name."""
+    """One row per clip, from the world that the clip's own rows name."""
     seen = set()
     for row in read_jsonl(folder / f"{split}.jsonl"):
         meta = row["metadata"]

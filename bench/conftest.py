@@ -16,7 +16,7 @@ def arena() -> Arena:
 
 @pytest.fixture
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """CPU figures are of one thread."""
+    """Measure CPU figures with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -3,8 +3,8 @@
     python bench/cuda_only_lines.py                      # compare with bench/cuda_only_lines.txt
     python bench/cuda_only_lines.py --trace tests/...    # run tests and print which of the lines they execute
 
-A line is found where a branch that asks for a CUDA tensor or device guards it (`x.is_cuda`, `device.type == "cuda"`,
-`torch.cuda.is_available()`), and where it calls `torch.cuda` itself. The list names for each its file, function and
+A line counts if a branch that checks for a CUDA tensor or device guards it (`x.is_cuda`, `device.type == "cuda"`,
+`torch.cuda.is_available()`), or if it calls `torch.cuda` itself. For each line, the list names its file, function and
 code, and who runs it: a test, or "no test: " and the reason.
 """
 
@@ -24,7 +24,7 @@ ASKS = ("is_available", "is_current_stream_capturing")  # of torch.cuda: asked o
 
 
 class Line(NamedTuple):
-    """One line of code, by what stands in it: numbers move with every edit."""
+    """One line of code, identified by its text, since line numbers move with every edit."""
 
     file: str
     function: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 def found() -> dict[Line, tuple[Path, set[int]]]:
-    """Every line that only a CUDA device reaches, with its file and the numbers of the lines that it stands on."""
+    """Every line that only a CUDA device reaches, with its file and the line numbers where it occurs."""
     lines: dict[Line, tuple[Path, set[int]]] = {}
     for path in sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def _calls_cuda(statement: ast.stmt) -> bool:
 
 
 def executed(tests: list[str]) -> set[Line]:
-    """The lines that some tests execute; they are run."""
+    """Run some tests and return the lines that they execute."""
     import pytest
 
     lines = found()
@@ -143,7 +143,7 @@ def _real(path: str) -> str:
 
 
 def main() -> int:
-    """Compare or trace; returns 1 where the list is not what the code says."""
+    """Compare or trace; return 1 if the list does not match the code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -2,10 +2,10 @@
 
     python bench/engine_accuracy.py OUT [--max_steps N] [--seed S] [--sft FOLDER] [--urls URL ...]
 
-In the environment of bench/engine_env.sh. Both stages start from one supervised checkpoint (that of `--sft`, else one
-is made), on one seed and in one process; only what draws differs. With `--urls` servers draw (docs/engines.md says how
-they start), else vLLM in the process. Runs that are there are read. Exits with 1 where the two are more than 3 points
-apart.
+Run it in the environment of bench/engine_env.sh. Both stages start from one supervised checkpoint (that of `--sft`,
+else one is made), on one seed and in one process; only the sampler differs. With `--urls` servers draw (docs/engines.md
+says how to start them), else vLLM in the process. Existing runs are read, not repeated. Exits with 1 if the two are
+more than 3 points apart.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS = {"max_model_len": 512, "max_num_seqs": 384}
 
 
 def accuracy(folder: Path, **values: Any) -> tuple[float, float]:
-    """Test accuracy where RL began and at the end, of a run that is made where there is none."""
+    """Test accuracy where RL began and at the end of a run, which is made if it does not exist."""
     if not (folder / "summary.json").exists():
         words = {"output_dir": folder, "num_processes": 1, "report": "false", **values}
         code = train([f"--{name}={value}" for name, value in words.items()])

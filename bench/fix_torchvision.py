@@ -1,6 +1,7 @@
 """Lets a CUDA build of torchvision import beside a CPU build of torch: `python bench/fix_torchvision.py`.
 
-Its Python part registers shapes for two operators of a library that cannot be loaded there; they are declared first.
+Torchvision's Python part registers shapes for two operators of a library that cannot be loaded there; the patch
+declares these operators first.
 """
 
 import argparse

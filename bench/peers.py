@@ -1,8 +1,8 @@
-"""What other libraries compute of the same: log-probabilities of a head or of logits, entropy where they have it.
+"""How other libraries compute the same: log-probabilities from a head or from logits, and entropy if they have it.
 
-The benchmarks put `token_loss` behind each; `tests/test_peers.py` compares each with the reference. A peer runs
-where its package imports and the device suits; `missing` says why it does not. The labels say what a peer lacks
-of the whole loss, the gradient included. Read from the packages themselves: cut-cross-entropy 25.1.1,
+The benchmarks apply `token_loss` after each; `tests/test_peers.py` compares each with the reference. A peer runs
+if its package imports and the device suits; `missing` says why it does not. The labels say which parts of the whole
+loss, the gradient included, a peer lacks. Read from the packages themselves: cut-cross-entropy 25.1.1,
 liger-kernel 0.8.5, quack-kernels 0.6.5, trl 1.16.0, verl 0.9.1.
 
 Letters: B responses, T tokens, M rows (B * T), H hidden, V vocabulary.
@@ -38,7 +38,7 @@ class Peer:
             (imported module, logits (B, T, V), token_ids (B, T)) -> Logps.
         dtypes: What it takes.
         capability: Least compute capability; None where it runs on a CPU too.
-        hopper: What it imports besides on compute capability 9.0.
+        hopper: What it also imports on compute capability 9.0.
         compiled: It goes through torch.compile.
         exact: Its gradient is that of its log-probabilities, up to rounding.
         matmuls: Products of M, H and V that a head makes.
@@ -80,7 +80,7 @@ class Peer:
 
 
 def missing(package: str, module: str) -> str | None:
-    """Return why a module cannot be imported, or None; errors other than of importing are not caught.
+    """Return why a module cannot be imported, or None; only import errors are caught.
 
     Args:
         package: What pip calls it.
@@ -102,7 +102,7 @@ def token_loss(
     ref: Tensor,  # (B, T)
     advantages: Tensor,  # (B, 1)
 ) -> Tensor:
-    """The loss as a trainer writes it, on log-probabilities; without entropy its term is left out."""
+    """The loss as a trainer writes it, on log-probabilities; without entropy, the entropy term is left out."""
     ratio = (logps - old).exp()
     objective = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     kl = (ref - logps).exp() - (ref - logps) - 1
@@ -113,7 +113,7 @@ def token_loss(
 
 
 def peer_loss(found: Logps, old: Tensor, ref: Tensor, advantages: Tensor) -> Tensor:  # (B, T), (B, T), (B, 1)
-    """Put the loss behind what a peer returns; a mean alone is taken as it is."""
+    """Apply the loss to what a peer returns; a bare mean is returned as it is."""
     logps, entropy = found
     if logps.dim() == 0:
         return -logps

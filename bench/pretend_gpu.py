@@ -1,4 +1,4 @@
-"""A pytest plugin that says there is a GPU, for what a GPU machine would select: only collect with it, run nothing.
+"""A pytest plugin that pretends there is a GPU, to show what a GPU machine would select: only collect with it.
 
 PYTHONPATH=bench TRITON_INTERPRET=1 pytest -p pretend_gpu --collect-only bench/bench_rank_loss.py -k cuda
 """

@@ -1,4 +1,4 @@
-"""What ranks and scores teach where the responses of a group differ: a table of answers in place of a model.
+"""What ranks and scores teach when the responses of a group differ: a table of answers in place of a model.
 
     python bench/rank_bandit.py --output bench/results/cpu/rank_bandit.json
 
@@ -89,7 +89,7 @@ def compare(kind: str, size: int, seeds: list[int], steps: int) -> dict[str, dic
 
 
 def main() -> None:
-    """Print a table a group size."""
+    """Print one table per group size."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--responses", type=int, nargs="+", default=[8, 16], help="Sizes of a group.")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))

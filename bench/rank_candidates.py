@@ -1,8 +1,8 @@
 """Uses of ranks that `rank_uses.py` predicts to be ahead, as algorithms: `--algorithm bench.rank_candidates:Levels`.
 
-In training runs they were not (docs/comparison.md), so they are no part of the package.
+In training runs they were not ahead (docs/comparison.md), so they are not part of the package.
 
-Both give a level of the group's order the gain of GRPO_rank and divide by nothing. Equal responses then share one
+Both give each level of the group's order the gain of GRPO_rank and divide by nothing. Equal responses then share one
 place, however often one was drawn, so the best stands as far above the rest in every group; `grpo_rank` spends a place
 on each response and divides by the group's root mean square, which makes a group of seven alike and one other as loud
 as one that is evenly split.
@@ -47,15 +47,15 @@ class Levels(GroupAlgorithm):
         return agreement._replace(advantages=verdicts.weigh(advantages))
 
     def trust(self, level: Tensor, members: Tensor) -> Tensor | float:
-        """How much each group counts: (N, 1), or one number."""
+        """The weight of each group: (N, 1), or one number."""
         return 1.0
 
 
 class TrustedLevels(Levels):
     """`Levels` times m / (m + 1), m the number of responses on the best level (and 5 in place of 4).
 
-    A noisy oracle that puts an answer first which the policy gave once is more often wrong than one that puts first
-    what it gave often.
+    When a noisy oracle puts an answer first, it is more often wrong if the policy gave that answer once than if it gave
+    it often.
     """
 
     size = 5.0

@@ -1,4 +1,4 @@
-"""Uses of an oracle's ranks, compared by `rank_uses.py`: each turns what is said of N groups into (N, G) advantages."""
+"""Uses of an oracle's ranks, compared by `rank_uses.py`: each turns feedback on N groups into (N, G) advantages."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
 
 Every group is corrupted several times as in `rlaif_fast.oracle.feedback`; each use (`rank_shapes.py`) turns ranks or
 scores into advantages. Equal texts have equal gradients, so the advantages of equal texts are added up first. With a
-the advantages and c the clean scores minus their mean, both added up so, four tables tell:
+for the advantages and c for the clean scores minus their mean, both added up this way, four tables show:
 
 - cos: <a, c> / (|a| |c|), sums over all groups and draws: how much of an update goes where clean scores would send it;
 - right: the same with 1 for a right response and 0 for another in place of its clean score;
@@ -74,7 +74,7 @@ class Known:
 
 
 def distinct(count: int, size: int, seed: int) -> Groups:
-    """Groups in which every response is another text, as long answers are; clean scores are uniform in [0, 1]."""
+    """Groups in which every response is a different text, like long answers; clean scores are uniform in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     clean, chances = (torch.rand(count, size, generator=generator, dtype=torch.float64) for _ in range(2))
     texts = torch.arange(size).expand(count, -1)
@@ -126,7 +126,7 @@ def of_runs(files: Sequence[Path], count: int, seed: int) -> Groups:
 
 
 def corrupted(groups: Groups, kind: str, draws: int) -> Iterator[Feed]:
-    """What an oracle says of the groups, once a draw."""
+    """What an oracle says of the groups, once per draw."""
     for seed in range(1 if kind == "exact" else draws):
         scores = groups.clean
         if kind != "exact":
@@ -136,7 +136,7 @@ def corrupted(groups: Groups, kind: str, draws: int) -> Iterator[Feed]:
 
 
 def by_text(values: Tensor, texts: Tensor) -> Tensor:
-    """(N, G) values of equal texts added up in the place of the first."""
+    """(N, G) values of equal texts, added up at the place of the first."""
     return torch.zeros_like(values).scatter_add(1, texts, values)
 
 

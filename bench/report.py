@@ -3,8 +3,8 @@
     pytest bench/bench_linear_loss.py --benchmark-only --benchmark-json=linear.json
     python bench/report.py linear.json [more.json ...] --out DIR
 
-or the lines that RLAIF_FAST_BENCH_LINES names (`.jsonl`), which a session that was stopped leaves too;
-writes DIR/kernels.md and DIR/kernels.png: time and extra memory of each arm, the floor as a line.
+It also reads the file that RLAIF_FAST_BENCH_LINES names (`.jsonl`), which even a stopped session leaves behind.
+Writes DIR/kernels.md and DIR/kernels.png: time and extra memory of each arm, the floor as a line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load(paths: list[Path]) -> dict[str, list[Row]]:
 
 
 def duration(seconds: float) -> str:
-    """Write seconds with a unit that suits them."""
+    """Write seconds in a suitable unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -48,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def on_device(row: Row) -> str:
-    """Write the time of an arm's kernels, where it was measured."""
+    """Write the time of an arm's kernels, if it was measured."""
     seconds = row.get("device_s")
     return "" if seconds is None else duration(seconds)
 

@@ -1,8 +1,7 @@
-"""Whether two sets of runs are equal to the digit: every record of their logs but times and memory.
+"""Check that two sets of runs are equal to the digit: every record of their logs except times and memory.
 
 `python bench/same_runs.py FIRST SECOND` takes two output folders (of `rlaif_fast.compare`, or of one run), looks for
-`metrics.jsonl` below both and prints a line for each run that both have. It fails where one differs, and where there is
-none.
+`metrics.jsonl` below both and prints a line for each run that both have. It fails if one differs, or if there is none.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     compute-sanitizer --tool racecheck python bench/sanitize.py
 
 With TRITON_INTERPRET=1 it needs no CUDA device and runs the Triton kernels in the interpreter, to test the script.
-The caching allocator is off: with it, an access beyond a tensor would lie in memory that is allocated too.
+The caching allocator is off: with it, an access beyond a tensor could hit memory that is also allocated.
 """
 
 from __future__ import annotations

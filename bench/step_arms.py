@@ -2,11 +2,11 @@
 for a GPU.
 
 - `ours`: shared prefix, vision once, fused loss; `ours, ...` with another sampler or attention.
-- `sharing off`: the same trainer with `shared_prefix: false`; every response behind its own prompt.
+- `sharing off`: the same trainer with `shared_prefix: false`; every response after its own prompt.
 - `plain`: the Hugging Face path as trl.GRPOTrainer takes it: `generate(num_return_sequences=G)`, a padded
   [B, P + R] forward with the logits of the completion, `selective_log_softmax`, the reference the same way.
 
-As a program it measures one of them in a process of its own.
+Run as a program, it measures one of them in its own process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Scale:
         vocabulary: Rows of the embedding; those beyond the tokenizer's are never drawn.
         frame: Width and height of a frame in pixels.
         checkpointing: Recompute activations layer by layer in the backward pass.
-        optimizer: SGD where AdamW's state would not fit beside the weights, their gradients and the reference.
+        optimizer: SGD if AdamW's state would not fit beside the weights, their gradients and the reference.
     """
 
     device: str
@@ -71,7 +71,7 @@ class Scale:
 
     @property
     def patch_tokens(self) -> int:
-        """Tokens of a temporal patch, with its timestamp and its two marks."""
+        """Tokens of a temporal patch, with its timestamp and its two markers."""
         width, height = self.frame
         return width * height // (2 * self.size.patch_size) ** 2 + 3
 
@@ -171,7 +171,7 @@ def move(model) -> None:
 
 
 def write_clips(folder: Path, case: Case, scale: Scale) -> list[Path]:
-    """One video file a prompt, as many frames as fill the prompt."""
+    """Write one video file per prompt, with enough frames to fill the prompt."""
     paths = []
     for index in range(case.videos):
         path = folder / f"{case}-{index}.webm"
@@ -204,7 +204,7 @@ def sampling(case: Case) -> SamplingParams:
 
 
 def advantages(case: Case, device: str) -> Tensor:
-    """What some oracle gave; the same for every arm."""
+    """Advantages from some oracle, the same for every arm."""
     return torch.linspace(-1, 0.5, case.generations, device=device).repeat(case.videos)
 
 

@@ -10,7 +10,7 @@ sees; nobody shows it a reference answer. From each student's start:
 - `distill`: supervised fine-tuning on the teacher's own greedy answers to the same unlabelled clips, for about as long
   as the ranking arm takes.
 
-What is finished is not run again. The table is printed and written to `teacher.json` after every run.
+Finished runs are not repeated. The table is printed and written to `teacher.json` after every run.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def label(folder: Path, start: Path, teacher: Path) -> Path:
 
 
 def rows_of(start: Path) -> Path:
-    """The file of the clips that a run learned from by reinforcement."""
+    """The file of the clips that a run's RL stage learned from."""
     from rlaif_fast.trainer.datasets import split_files
     from rlaif_fast.trainer.resume import saved_config
 
@@ -117,7 +117,7 @@ def answers(folder: Path) -> dict[str, tuple[float, str]]:
 
 
 def report(out: Path, teacher: Path, seeds: list[int]) -> None:
-    """Print and write what there is."""
+    """Print and write the results so far."""
     table: dict[str, Any] = {}
     for name in ("ranks_likelihood", "ranks_listwise", "scores", "distill"):
         folders = {
@@ -153,7 +153,7 @@ def report(out: Path, teacher: Path, seeds: list[int]) -> None:
 
 
 def main() -> None:
-    """Train the teacher, then every arm of every seed, with a report behind each."""
+    """Train the teacher, then every arm of every seed, with a report after each."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/teacher"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[71, 72, 73])

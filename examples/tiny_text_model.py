@@ -1,4 +1,4 @@
-"""A text model and a tokenizer of a few words, made from nothing: what the examples train."""
+"""A text model with random weights and a tokenizer of a few words, for the examples to train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WORDS = ("<pad>", "<eos>", "<unk>", *"0123456789", "how", "many", "is", "plus", 
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token."""
+    """One token per word."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"}
@@ -20,7 +20,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 0) -> Qwen3ForCausalLM:
-    """Two layers of 32."""
+    """Two layers of width 32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,

@@ -20,7 +20,7 @@ from rlaif_fast.oracle import ReferenceOracle
 def main(
     output_dir: str = "trl_oracle_run", steps: int = 6, peft_config=None, **options
 ) -> OracleGRPOTrainer:
-    """Train a few steps and return the trainer; with a `peft_config` adapters alone. `options` are `GRPOConfig`'s."""
+    """Train a few steps and return the trainer; with a `peft_config` only adapters. `options` go to `GRPOConfig`."""
     sums = [
         {"prompt": f"how many is {a} plus {b} ?", "reference": str(a + b)} for a in range(5) for b in range(5)
     ]

@@ -46,7 +46,7 @@ def save(folder: Path) -> Path:
 
 
 def closeness(request: RankRequest) -> list[float]:
-    """Score responses by what is seen: how close a number comes to that of the clip's frames."""
+    """Score responses by what is seen: how close their number is to the clip's number of frames."""
     frames = len(request.clips[0].frames)
     numbers = [next((int(word) for word in text.split() if word.isdigit()), 99) for text in request.responses]
     return [-float(abs(number - frames)) for number in numbers]
@@ -54,12 +54,12 @@ def closeness(request: RankRequest) -> list[float]:
 
 @functools.lru_cache(maxsize=8)
 def frames(path: str) -> np.ndarray:
-    """The frames (F, H, W, 3) of a video, by our decoder: that of Transformers needs torchcodec."""
+    """The frames (F, H, W, 3) of a video, by our decoder: the one in Transformers needs torchcodec."""
     return load_clip(path).frames.numpy()
 
 
 def with_prompts(rows: dict[str, list]) -> dict[str, list]:
-    """A question about each video, which is decoded when its row is asked for."""
+    """A question about each video; a video is decoded when its row is read."""
     contents = [
         [{"type": "video", "video": frames(path)}, {"type": "text", "text": QUESTION}]
         for path in rows["video"]
@@ -68,7 +68,7 @@ def with_prompts(rows: dict[str, list]) -> dict[str, list]:
 
 
 def main(output_dir: str = "trl_video_run", steps: int = 6, **options) -> OracleGRPOTrainer:
-    """Train a few steps; `options` are those of `GRPOConfig`. Return the trainer."""
+    """Train a few steps and return the trainer; `options` go to `GRPOConfig`."""
     folder = Path(output_dir)
     rows = Dataset.from_dict({"video": [str(folder / f"{count}.mp4") for count in COUNTS]})
     tiny = {
