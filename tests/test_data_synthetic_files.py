@@ -213,9 +213,12 @@ print(make_dataset({str(tmp_path / "shared")!r}, config).reused)
 @pytest.mark.parametrize(("ending", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
 def test_no_worker_outlives_the_command(tmp_path, ending, code):
     command = [sys.executable, "-m", "rlaif_fast.data", "make", str(tmp_path / "made")]
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 120
     while not any(tmp_path.rglob("*.mp4")) and time.monotonic() < deadline:
         time.sleep(0.05)
