@@ -10,7 +10,12 @@ import torch
 from shared_prefix_parts import TOLERANCE, assert_same, distance, standard_case
 from torch import Tensor
 
-from rlaif_fast.policy.attention import ATTENTION_BACKENDS, choose_backend
+from rlaif_fast.policy.attention import (
+    ATTENTION_BACKENDS,
+    AttentionBackend,
+    ReferenceContext,
+    choose_backend,
+)
 from rlaif_fast.policy.testing import (
     FAMILIES,
     IDS,
@@ -231,6 +236,22 @@ def test_deepstack_reaches_the_first_layers() -> None:
     with_deepstack = policy.response_hidden(prompts, ids, lengths, group_sizes=sizes, features=features)
     without = policy.response_hidden(prompts, ids, lengths, group_sizes=sizes, features=blank)
     assert distance(without, with_deepstack) > 1e-3
+
+
+def test_auto_checks_a_backend_at_the_head_size_of_the_model(monkeypatch) -> None:
+    """On some GPUs a kernel has no backward pass for large heads."""
+
+    class Context(ReferenceContext):
+        def attend(self, layer, query, keys, values, scale):
+            if query.shape[-1] != 64:
+                raise NotImplementedError("this head size")
+            return super().attend(layer, query, keys, values, scale)
+
+    picky = AttentionBackend("picky", 99, lambda device, dtype: None, "prefixes", Context, checked=True)
+    monkeypatch.setitem(ATTENTION_BACKENDS, "picky", picky)
+    assert choose_backend("auto", torch.device("cpu"), torch.float32, 64) is picky
+    policy = make_policy("qwen3_vl")
+    assert policy.head_size != 64 and policy.backend.name == "sdpa"
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -43,7 +43,7 @@ from rlaif_fast.policy.flash import (
     refuses_torch_flash,
 )
 from rlaif_fast.policy.packing import Bucket, Merge, PackedRow, bucket_mask, make_buckets
-from rlaif_fast.policy.selfcheck import check_attention, describe_check
+from rlaif_fast.policy.selfcheck import HEAD_SIZE, check_attention, describe_check
 
 log = logging.getLogger(__name__)
 
@@ -330,7 +330,9 @@ ATTENTION_BACKENDS: dict[str, AttentionBackend] = {
 }
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_size: int = HEAD_SIZE
+) -> AttentionBackend:
     """The backend called `name`, or for "auto" the best one that can run; on a GPU the log says why.
 
     Raises:
@@ -341,12 +343,12 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
         for chosen in sorted(ATTENTION_BACKENDS.values(), key=lambda b: -b.priority):
             reason = chosen.refuses(device, dtype)
             if reason is None and chosen.checked:
-                reason = check_attention(chosen, device, dtype)
+                reason = check_attention(chosen, device, dtype, head_size)
             if reason is None:
                 break
             passed_over.append(f"no {chosen.name}: {reason}")
         if device.type == "cuda":
-            checked = [describe_check(chosen, device, dtype)] if chosen.checked else []
+            checked = [describe_check(chosen, device, dtype, head_size)] if chosen.checked else []
             why = "; ".join(checked + passed_over)
             log.info("attention: %s%s", chosen.name, f" ({why})" if why else "")
         return chosen

@@ -110,7 +110,7 @@ class Policy:
             self.layouts = PromptLayouts(model, family)
             self.pattern = family.pattern(unwrap(model).config)
             name = backend_name(attention_backend, self.pattern)
-            self.backend = attention.choose_backend(name, self.device, head.weight.dtype)
+            self.backend = attention.choose_backend(name, self.device, head.weight.dtype, self.head_size)
             for layers in (attention, deepstack, linear_attention):
                 layers.install(self.decoder)
             if family.batched_vision:
@@ -120,6 +120,11 @@ class Policy:
     def device(self) -> torch.device:
         """Where passes compute; sharded weights may be in main memory between them."""
         return self.forbidden_bias.device
+
+    @property
+    def head_size(self) -> int:
+        """D of the decoder's attention."""
+        return next(layer.self_attn.head_dim for layer in self.decoder.layers if hasattr(layer, "self_attn"))
 
     @property
     def head_weight(self) -> Tensor:

@@ -49,8 +49,7 @@ def refuses_fused_layers(policy: Policy) -> str | None:
         return reason
     if any((layer.norms[2] is None) != (layer.norms[3] is None) for layer in plain_layers(policy)):
         return "a layer norms only queries or only keys"
-    head_size = policy.decoder.layers[0].self_attn.head_dim
-    return refuses_decode_step(policy.device.type, weight.dtype, weight.shape[1], head_size)
+    return refuses_decode_step(policy.device.type, weight.dtype, weight.shape[1], policy.head_size)
 
 
 class FusedLayers:
@@ -63,7 +62,6 @@ class FusedLayers:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._layers = plain_layers(policy)
-        self._head_size: int = policy.decoder.layers[0].self_attn.head_dim
 
     def __call__(
         self,
@@ -83,8 +81,10 @@ class FusedLayers:
         given = positions[:, None] if policy.position_axes == 3 else positions[:1]
         # The axes of a position are equal after the prompt, so the first stands for all.
         cos, sin = (x[0].reshape(len(ids), -1) for x in decoder.rotary_emb(residual[None], given))
-        if cos.shape[1] != self._head_size:
-            raise ValueError(f"rotary positions must be of {self._head_size} numbers; got {cos.shape[1]}")
+        if cos.shape[1] != self._policy.head_size:
+            raise ValueError(
+                f"rotary positions must be of {self._policy.head_size} numbers; got {cos.shape[1]}"
+            )
         delta: Tensor | None = None
         for index, layer in enumerate(self._layers):
             input_norm, post_attention_norm, query_norm, key_norm = layer.norms
@@ -105,4 +105,4 @@ class FusedLayers:
 
     def _heads(self, layer: PlainLayer, place: int, x: Tensor) -> Tensor:
         """Queries, keys or values (S, heads, D)."""
-        return linear(x, layer.weights[place], layer.biases[place]).unflatten(1, (-1, self._head_size))
+        return linear(x, layer.weights[place], layer.biases[place]).unflatten(1, (-1, self._policy.head_size))

@@ -45,7 +45,7 @@ class GroupCache:
         config = policy.decoder.config
         attend = {i: m.self_attn for i, m in enumerate(policy.decoder.layers) if hasattr(m, "self_attn")}
         device, dtype = policy.device, dtype_of(policy.device, policy.head_weight.dtype)
-        self.length, self.head_size = length, next(iter(attend.values())).head_dim
+        self.length, self.head_size = length, policy.head_size
         shape = (len(prompt_lengths), config.num_key_value_heads, length, self.head_size)
         self.keys, self.values = (
             {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in attend} for _ in range(2)
@@ -92,8 +92,8 @@ def tokens_a_state(policy: Policy) -> int:
     numbers = state_size(policy.decoder)
     if not numbers:
         return 0
-    layers = [m.self_attn for m in policy.decoder.layers if hasattr(m, "self_attn")]
-    a_token = 2 * len(layers) * policy.decoder.config.num_key_value_heads * layers[0].head_dim
+    layers = sum(hasattr(layer, "self_attn") for layer in policy.decoder.layers)
+    a_token = 2 * layers * policy.decoder.config.num_key_value_heads * policy.head_size
     return -(-numbers * torch.float32.itemsize // (a_token * policy.head_weight.itemsize))
 
 
