@@ -96,3 +96,28 @@ def test_the_commands_of_the_wheel_start_away_from_the_checkout(built, tmp_path)
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", code, *modules], cwd=tmp_path, env=environment, check=True)
+
+
+SOURCES = """
+import runpy
+import setuptools
+import torch
+from torch.utils import cpp_extension
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", "/usr/local/cuda"
+setuptools.setup = lambda **arguments: print(*[file for one in arguments["ext_modules"] or () for file in one.sources])
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize(("kind", "built"), [("1", {".cpp", ".cu"}), ("cpu", {".cpp"}), ("0", set())])
+def test_the_extension_is_built_as_asked_where_torch_has_cuda(kind, built):
+    command, environment = [sys.executable, "-c", SOURCES], os.environ | {"RLAIF_FAST_EXT": kind}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert {Path(file).suffix for file in done.stdout.split()} == built
+
+
+def test_another_kind_of_extension_is_refused_by_name():
+    environment = os.environ | {"RLAIF_FAST_EXT": "yes"}
+    command = [sys.executable, "setup.py", "--name"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "RLAIF_FAST_EXT: expected one of 1, cpu, 0, got 'yes'" in done.stderr
