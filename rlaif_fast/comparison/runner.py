@@ -19,7 +19,6 @@ from rlaif_fast.comparison.plan import Job
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.outputs import INDEX, write_atomically
 from rlaif_fast.runs.folder import RunDir
-from rlaif_fast.termination import Termination
 from rlaif_fast.yaml_keys import dump, load
 
 POLL_SECONDS = 0.5
@@ -209,8 +208,7 @@ def _last_line(folder: Path) -> str:
 def _stopping(running: list[_Running]) -> Iterator[None]:
     """Stop the running jobs when the comparison is stopped; they can be resumed."""
     try:
-        with Termination(0.0).installed():
-            yield
+        yield
     finally:
         for entry in running:
             with contextlib.suppress(ProcessLookupError):

@@ -46,7 +46,7 @@ def check_attention(
 
 
 def describe_check(
-    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_size: int = HEAD_SIZE
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> str:
     """Return, for the log, that `check_attention` passed, and how many milliseconds it took."""
     return (
