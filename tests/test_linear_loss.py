@@ -9,7 +9,7 @@ import torch
 from linear_parts import assert_matches, evaluate
 from torch import nn
 
-from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, token_logps
+from rlaif_fast import fused_linear_grpo_rank_loss, grpo_rank_loss, rank_advantages, token_logps
 from rlaif_fast.loss import cpu as cpu_kernels
 from rlaif_fast.loss.options import KINDS
 from rlaif_fast.loss.testing import Problem, random_problem, relative, relative_l2
@@ -328,3 +328,18 @@ def test_vmap_loses_no_gradient(batched):
 
     together = gradient(lambda leaf: torch.vmap(loss)(leaf).sum())
     torch.testing.assert_close(together, gradient(lambda leaf: loss(leaf[0]) + loss(leaf[1])))
+
+
+def test_vmap_takes_a_batch_in_every_argument():
+    """The values of batched tensors cannot be read, so they are not checked."""
+    batch = [random_problem(N=1, seed=seed) for seed in (1, 2)]
+
+    def loss(hidden, ids, ranks, tensors):
+        return fused_linear_grpo_rank_loss(hidden, batch[0].weight, ids, ranks, backend="cpu", **tensors).loss
+
+    each = [(p.hidden, p.token_ids, p.oracle_ranks, p.tensors) for p in batch]
+    stack = torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *each)
+    torch.testing.assert_close(torch.vmap(loss)(*stack), torch.stack([loss(*x) for x in each]))
+    scores = torch.randn(2, 1, 4)
+    ranking = torch.vmap(lambda s, r: rank_advantages(s, r).advantages)(scores, stack[2])
+    torch.testing.assert_close(ranking[1], rank_advantages(scores[1], each[1][2]).advantages)

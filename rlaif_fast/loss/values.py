@@ -1,7 +1,8 @@
 """Checks of what tensors hold: each failure names the argument, what was expected and what came.
 
 They read the data. On an accelerator the host waits for each that applies, a few in a call; they are skipped while
-torch.compile traces and while a CUDA graph is captured, where the kernels still guard every read by id.
+torch.compile traces, under torch.vmap and while a CUDA graph is captured, where the kernels still guard every read by
+id.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from rlaif_fast.loss.options import check_flag
 
+_VMAP = torch._C._functorch.TransformType.Vmap
+
 
 def can_read(x: Tensor, validate: bool) -> bool:
-    """Return whether values may be read: not while tracing, nor while a CUDA graph is captured."""
+    """Return whether values may be read: not while tracing, under vmap, nor while a CUDA graph is captured."""
     check_flag("validate", validate)
     if not validate or x.is_meta or torch.compiler.is_compiling():
+        return False
+    if any(level.key() == _VMAP for level in torch._C._functorch.get_interpreter_stack() or ()):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
