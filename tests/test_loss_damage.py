@@ -13,6 +13,7 @@ from rlaif_fast import (
     grpo_rank_loss,
     grpo_rank_loss_from_logits,
     rank_advantages,
+    selective_log_softmax,
     token_logps,
 )
 from rlaif_fast.loss.reference import policy_scores
@@ -109,19 +110,22 @@ def test_rows_that_share_memory_are_not_written_over():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("form", ["logps", "hidden", "dpo"])
+@pytest.mark.parametrize("form", ["logps", "hidden", "dpo", "token_logps", "log_softmax"])
 def test_a_second_derivative_is_refused(form):
     hidden, weight, ids = small(B=4)
-    leaf = (logps_of(4) if form == "logps" else hidden).requires_grad_()
     ranks = torch.tensor([[0, 1], [1, 0]])
-    if form == "logps":
-        loss = grpo_rank_loss(leaf, ranks, backend="cpu").loss
-    elif form == "hidden":
-        loss = fused_linear_grpo_rank_loss(leaf, weight, ids, ranks, backend="cpu").loss
-    else:
-        loss = fused_linear_dpo_loss(leaf, weight, ids, ref_logps_sum=torch.zeros(4), backend="cpu").loss
+    leaf = {"logps": logps_of(4), "log_softmax": hidden @ weight.T}.get(form, hidden).requires_grad_()
+    losses = {
+        "logps": lambda: grpo_rank_loss(leaf, ranks, backend="cpu").loss,
+        "hidden": lambda: fused_linear_grpo_rank_loss(leaf, weight, ids, ranks, backend="cpu").loss,
+        "dpo": lambda: (
+            fused_linear_dpo_loss(leaf, weight, ids, ref_logps_sum=torch.zeros(4), backend="cpu").loss
+        ),
+        "token_logps": lambda: token_logps(leaf, weight, ids, backend="cpu").sum(),
+        "log_softmax": lambda: selective_log_softmax(leaf, ids, backend="cpu").sum(),
+    }
     with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(loss, leaf, create_graph=True)
+        torch.autograd.grad(losses[form](), leaf, create_graph=True)[0].sum().backward()
 
 
 @pytest.mark.parametrize("name", ["logps", "old_logps"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import Head, Needs, RowStats, Scaling
-from rlaif_fast.loss.ops.scale import refuse_transforms
+from rlaif_fast.loss.ops.scale import refuse_second_derivative, refuse_transforms
 from rlaif_fast.loss.precision import dtype_of
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
@@ -127,6 +127,7 @@ def _backward(ctx, grad_logps, _, grad_entropy):
 
 
 torch.library.register_autograd("rlaif_fast::linear_stats", _backward, setup_context=_setup)
+torch.library.register_autograd("rlaif_fast::linear_grad", refuse_second_derivative)
 
 
 def linear_logps(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlaif_fast.loss import backends, reference
 from rlaif_fast.loss.inputs import RowStats, Scaling
-from rlaif_fast.loss.ops.scale import refuse_transforms
+from rlaif_fast.loss.ops.scale import refuse_second_derivative, refuse_transforms
 from rlaif_fast.loss.options import check_flag
 from rlaif_fast.loss.schema import declare, flatten, unflatten
 
@@ -93,6 +93,7 @@ def _logits_backward(ctx, grad_logps, _, grad_entropy):
 
 
 torch.library.register_autograd("rlaif_fast::logits_stats", _logits_backward, setup_context=_logits_setup)
+torch.library.register_autograd("rlaif_fast::logits_grad", refuse_second_derivative)
 
 
 class _InplaceLogitsStats(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,6 +13,13 @@ def refuse_double_backward() -> None:
     """Raise where a graph of the backward pass is asked for: gradients made in the forward pass have none."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("the loss is differentiable once: create_graph=True is not supported")
+
+
+def refuse_second_derivative(ctx: Any, *_: Tensor) -> None:
+    """Raise where autograd reaches an operator that computes a gradient of log-probabilities."""
+    raise RuntimeError(
+        "log-probabilities are differentiable once; with backend='reference' any number of times"
+    )
 
 
 def wants_gradient(x: Tensor | None) -> bool:
