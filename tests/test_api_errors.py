@@ -318,6 +318,7 @@ def test_module():
     with pytest.raises(TypeError, match="no option 'betta'"):
         GRPORankLoss(betta=1)
     assert "beta=0.04" in repr(loss)
+    assert repr(GRPORankLoss(temperature=0.7)) != repr(GRPORankLoss())
 
 
 def test_module_gives_what_the_functions_give():

@@ -132,5 +132,6 @@ class GRPORankLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Show the options that were set."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        """Show the options that were set, the scaling of logits and the backend."""
+        shown = {**self.options, **self.scaling, "backend": self.backend}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
