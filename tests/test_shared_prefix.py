@@ -277,3 +277,13 @@ def test_a_prompt_without_media_tokens_for_its_media_is_refused() -> None:
     with pytest.raises(ValueError, match="video"):
         policy.response_hidden([broken], ids, lengths)
     assert TOKENIZER.eos_token_id == policy.eos_token_ids[0]
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("wrong", [5, -1])
+def test_lengths_beyond_the_tokens_are_refused(shared_prefix: bool, wrong: int) -> None:
+    policy = make_policy("qwen3_vl", shared_prefix=shared_prefix)
+    prompts = [make_prompt("qwen3_vl", seed=seed) for seed in (1, 2)]
+    token_ids = torch.tensor([words(4, seed) for seed in range(4)])
+    with pytest.raises(ValueError, match=r"lengths: expected 0 to 4, the width of token_ids, got \[4, "):
+        policy.response_hidden(prompts, token_ids, torch.tensor([4, wrong, 1, 2]))

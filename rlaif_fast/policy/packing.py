@@ -255,14 +255,16 @@ def count_rows(
     """(N,) number of responses per prompt, as given, or all equal.
 
     Raises:
-        ValueError: The sizes do not fit together.
+        ValueError: Lengths or sizes do not fit.
     """
     if token_ids.ndim != 2 or lengths.shape != token_ids.shape[:1]:
         raise ValueError(
             "token_ids, lengths: expected (B, T) and (B,), "
             f"got {tuple(token_ids.shape)} and {tuple(lengths.shape)}"
         )
-    responses = len(token_ids)
+    responses, width = token_ids.shape
+    if ((lengths < 0) | (lengths > width)).any():
+        raise ValueError(f"lengths: expected 0 to {width}, the width of token_ids, got {lengths.tolist()}")
     if sizes is None:
         if prompts == 0 or responses % prompts:
             raise ValueError(
