@@ -163,3 +163,14 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and "was not made by a run" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "predictions-final.jsonl"])
+def test_a_finished_run_whose_records_have_changed_gets_no_report(tmp_path, capsys, name):
+    run = make_run(tmp_path / "run")
+    before = run.report.read_bytes() if run.report.is_file() else None
+    with (run.path / name).open("rb+") as file:
+        file.truncate((run.path / name).stat().st_size - 20)
+    assert main([str(run.path)]) == 2
+    assert f"{name} is not as the run wrote it" in capsys.readouterr().err
+    assert (run.report.read_bytes() if run.report.is_file() else None) == before

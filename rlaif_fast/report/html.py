@@ -39,9 +39,13 @@ def write_report(run_dir: RunDir, *, summary: Mapping[str, Any] | None = None) -
 
     Returns:
         The path of the report.
+
+    Raises:
+        UsageError: A record of a finished run has changed since.
     """
     if summary is None:
         summary = run_dir.read_summary() if run_dir.finished else {}
+        run_dir.refuse_damaged_results(summary)
     comparison = compare_predictions(run_dir)
     config = summary.get("config") or _written_config(run_dir)
     oracle = str(config.get("oracle", ""))
