@@ -7,6 +7,7 @@ import pytest
 
 from rlaif_fast.comparison.plan import read_plan
 from rlaif_fast.errors import UsageError
+from rlaif_fast.outputs import MARKER
 from rlaif_fast.runs.folder import RunDir
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.resolved import resolved
@@ -69,3 +70,12 @@ def test_create_refuses_a_name_that_is_not_utf_8(tmp_path):
     with pytest.raises(UsageError, match=r"'.*/r\\udce9' is not a name in UTF-8"):
         RunDir.create(tmp_path / os.fsdecode(b"r\xe9"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["x", "{}", "[1]", '{"created": null}'])
+def test_a_damaged_marker_is_named(tmp_path, text):
+    run = RunDir.create(tmp_path / "run")
+    (run.path / MARKER).write_text(text)
+    for read in (lambda: run.created, lambda: run.began_with("data", {})):
+        with pytest.raises(UsageError, match=f"{MARKER} is damaged"):
+            read()

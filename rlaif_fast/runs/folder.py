@@ -68,7 +68,7 @@ class RunDir:
     @property
     def created(self) -> float:
         """When the run began, in seconds since the epoch."""
-        return float(json.loads((self.path / MARKER).read_text(encoding="utf-8"))["created"])
+        return float(self._marker()["created"])
 
     @property
     def finished(self) -> bool:
@@ -242,19 +242,19 @@ class RunDir:
         Raises:
             UsageError: The marker is damaged.
         """
-        marker = self.path / MARKER
-        try:
-            values = dict(json.loads(marker.read_bytes()))
-        except (TypeError, ValueError):
-            raise UsageError(
-                f"{marker} is damaged, and says no more what the run began with; bring it back"
-            ) from None
-        known: dict[str, str] | None = values.get(kind)
-        if known is None:
-            known = dict(found)
-            if keep:
-                write_atomically(marker, json.dumps({**values, kind: known}) + "\n")
+        values = self._marker()
+        known: dict[str, str] = values.get(kind, dict(found))
+        if keep and kind not in values:
+            write_atomically(self.path / MARKER, json.dumps({**values, kind: known}) + "\n")
         return known
+
+    def _marker(self) -> dict[str, Any]:
+        try:
+            values = dict(json.loads((self.path / MARKER).read_bytes()))
+            float(values["created"])
+        except (TypeError, ValueError, KeyError):
+            raise UsageError(f"{self.path / MARKER} is damaged; bring it back, or begin a new run") from None
+        return values
 
     def refuse_damaged_results(self, summary: Mapping[str, Any]) -> None:
         """Check that metrics and predictions have not changed since the run finished.
