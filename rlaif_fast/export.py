@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rlaif_fast.cli import CommandParser, run_command
-from rlaif_fast.errors import RlaifFastError, UsageError, first_line, typed_line
+from rlaif_fast.errors import RlaifFastError, UsageError, first_line, typed_line, writing
 from rlaif_fast.outputs import refuse_records
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, save_quietly
 
@@ -71,7 +71,8 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
     Raises:
         UsageError: There is no such checkpoint, `out` is not empty, there is nothing to merge, or a dtype is given for
             adapters that are written unchanged.
-        RlaifFastError: The written model computes something else than the checkpoint; it is removed.
+        RlaifFastError: The written model computes something else than the checkpoint, or the system refused to write
+            it; it is removed.
     """
     from rlaif_fast.policy.loading import DTYPES, adapter_folder, base_of
 
@@ -94,27 +95,28 @@ def export(run: Path, out: Path, *, merge: bool = False, dtype: str = "auto") ->
             parameter.data = parameter.data.to(DTYPES[dtype])
     before = probe(loaded)
     partial = out / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        if adapters and not merge:
-            for path in source.glob("adapter_*"):
-                shutil.copy2(path, partial / path.name)
-        else:
-            save_quietly(loaded.model, partial)
-        tokenizer = cast(Any, loaded.tokenizer)
-        tokenizer.save_pretrained(partial)
-        write_settings(partial, settings_of(source), tokenizer.chat_template)
-        difference = float((probe(load(partial)) - before).abs().max())
-        if not difference <= TOLERANCE:
-            raise RlaifFastError(
-                f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
-            )
-        # The files that make the folder a model come last, so that an incomplete folder is no model.
-        for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
-            path.rename(out / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(out):
+        shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
+        partial.mkdir(parents=True)
+        try:
+            if adapters and not merge:
+                for path in source.glob("adapter_*"):
+                    shutil.copy2(path, partial / path.name)
+            else:
+                save_quietly(loaded.model, partial)
+            tokenizer = cast(Any, loaded.tokenizer)
+            tokenizer.save_pretrained(partial)
+            write_settings(partial, settings_of(source), tokenizer.chat_template)
+            difference = float((probe(load(partial)) - before).abs().max())
+            if not difference <= TOLERANCE:
+                raise RlaifFastError(
+                    f"the exported model's log-probabilities differ from the checkpoint's by {difference:.1e}"
+                )
+            # The files that make the folder a model come last, so that an incomplete folder is no model.
+            for path in sorted(partial.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
+                path.rename(out / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     print(f"{out}: loaded again, log-probabilities differ by at most {difference:.1e}")
     return out
 

@@ -1,6 +1,7 @@
 """A checkpoint as a folder for other programs: what it computes, what it holds, what is refused."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -226,6 +227,18 @@ def test_an_export_that_was_killed_leaves_no_model_and_can_be_made_again(base, t
     assert [path.name for path in out.iterdir()] == [PARTIAL]
     export(base, out)
     assert not (out / PARTIAL).exists() and (out / "config.json").is_file()
+
+
+def test_what_the_system_refuses_to_write_is_named(base, tmp_path):
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, before[1]))  # less than the weights, as on a full disk
+    try:
+        with pytest.raises(RlaifFastError, match=f"cannot write {out}: .*; raise the limit of file sizes"):
+            export(base, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(out.iterdir()) == []
 
 
 def test_the_name_reaches_the_hub(base, tmp_path, monkeypatch):
