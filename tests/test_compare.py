@@ -144,6 +144,16 @@ def test_the_command_prints_tables_and_where_they_come_from(runs, capsys):
     assert "- 2 cores; torch 2.13.0; commit 0123456789" in printed
 
 
+@pytest.mark.parametrize(("kind", "what"), [("data", "rows"), ("metadata", "metadata"), ("media", "media")])
+def test_runs_of_a_seed_with_other_test_data_are_named(runs, capsys, kind, what):
+    for path, digest in zip(runs, ("w", "x", "y")):  # b of seed 1, a and c of seed 0
+        RunDir(path).began_with(kind, {"test": digest})
+    assert main([*map(str, runs)]) == 0
+    assert f"- Tested on different {what} (seed 0): a and c." in capsys.readouterr().out
+    assert main([*map(str, runs[:2])]) == 0
+    assert "different" not in capsys.readouterr().out
+
+
 def test_the_command_refuses_an_unfinished_run(tmp_path, capsys):
     RunDir.create(tmp_path / "run")
     assert main([str(tmp_path / "run")]) == 2

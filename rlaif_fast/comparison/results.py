@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rlaif_fast.comparison.plan import Plan, Table
-from rlaif_fast.comparison.runs import made_with
+from rlaif_fast.comparison.runs import made_with, tested_on
 from rlaif_fast.errors import UsageError
 from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report.stats import RESAMPLES, Interval, percentile_interval
@@ -44,7 +44,7 @@ class Outcome:
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
         provenance: Machine, versions and commit, in words.
-        test: Digests of the test rows ("data"), their metadata and their media; unknown ones are missing.
+        test: What `tested_on` gives.
     """
 
     correct: Mapping[str, bool]
@@ -109,11 +109,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         seconds=summary["seconds"],
         peak_rss_bytes=summary["peak_rss_bytes"],
         provenance=made_with(summary),
-        test={
-            kind: known["test"]
-            for kind in ("data", "metadata", "media")
-            if "test" in (known := run.began_with(kind, {}, keep=False))
-        },
+        test=tested_on(run),
     )
 
 

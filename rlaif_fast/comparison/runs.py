@@ -6,7 +6,7 @@ Runs that differ only in their seed share one row, named by the settings in whic
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Result:
         seconds: Wall-clock time.
         peak_rss_bytes: Peak memory.
         provenance: Machine, versions and commit, in words.
+        test: What `tested_on` gives.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Result:
     seconds: float
     peak_rss_bytes: float
     provenance: str
+    test: Mapping[str, str]
 
     @property
     def gain(self) -> float:
@@ -112,6 +114,7 @@ def read_result(path: str | Path) -> Result:
             seconds=summary["seconds"],
             peak_rss_bytes=summary["peak_rss_bytes"],
             provenance=made_with(summary),
+            test=tested_on(run),
         )
     except KeyError as error:
         raise UsageError(f"{run.summary} has no {error}; make the run again with this version") from error
@@ -125,6 +128,12 @@ def made_with(summary: Mapping[str, Any]) -> str:
         f"commit {str(summary.get('git_commit') or 'unknown')[:10]}",
     )
     return "; ".join(part for part in known if part)
+
+
+def tested_on(run: RunDir) -> dict[str, str]:
+    """Digests of a run's test rows ("data"), their metadata and their media; unknown ones are missing."""
+    known = {kind: run.began_with(kind, {}, keep=False) for kind in ("data", "metadata", "media")}
+    return {kind: digests["test"] for kind, digests in known.items() if "test" in digests}
 
 
 def group_results(results: Sequence[Result]) -> list[Group]:
@@ -204,11 +213,30 @@ def category_table(groups: Sequence[Group]) -> str:
 
 
 def provenance(groups: Sequence[Group]) -> str:
-    """Where the figures come from: test size, machine, versions and commit, one line for each that occurs."""
+    """Where the figures come from: test size, machine, versions and commit, one line for each that occurs.
+
+    Runs of a seed that were tested on different data are named.
+    """
     runs = [run for group in groups for run in group.runs]
     sizes = " or ".join(str(size) for size in sorted({run.questions for run in runs}))
     lines = [f"{sizes} held-out questions a run; gains are in points; the means are over the seeds."]
-    return "\n".join([*lines, *(f"- {text}" for text in sorted({run.provenance for run in runs}))])
+    lines += [f"- {text}" for text in sorted({run.provenance for run in runs})]
+    return "\n".join([*lines, *_other_tests(runs)])
+
+
+def _other_tests(runs: Sequence[Result]) -> Iterator[str]:
+    """A line for each seed whose runs were tested on different data, with the runs of each."""
+    for seed in sorted({run.seed for run in runs}):
+        for kind in ("data", "metadata", "media"):
+            names: dict[str, list[str]] = {}
+            for run in runs:
+                if run.seed == seed and kind in run.test:
+                    names.setdefault(run.test[kind], []).append(run.name)
+            if len(names) > 1:
+                what = "rows" if kind == "data" else kind
+                apart = " and ".join(", ".join(same) for same in names.values())
+                yield f"- Tested on different {what} (seed {seed}): {apart}. Their accuracies do not compare."
+                break
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
