@@ -185,6 +185,9 @@ def test_the_best_checkpoint_of_a_run_is_taken_and_has_to_be_whole(base, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(RlaifFastError, match=r"model\.safetensors"):
         export(run.path, tmp_path / "again")
+    shutil.rmtree(weights.parent)
+    with pytest.raises(UsageError, match="no 'best' checkpoint; it was removed, or the run stopped before"):
+        export(run.path, tmp_path / "again")
 
 
 def test_what_is_refused(base, adapted, tmp_path):

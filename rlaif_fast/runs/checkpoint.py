@@ -248,7 +248,7 @@ class CheckpointStore:
         name = getattr(self.index, role)
         if name is None or not (self.folder / name).is_dir():
             raise UsageError(
-                f"{self.folder}: no {role!r} checkpoint; the run was stopped before its first one"
+                f"{self.folder}: no {role!r} checkpoint; it was removed, or the run stopped before its first one"
             )
         return self.folder / name
 
