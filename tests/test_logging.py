@@ -58,6 +58,13 @@ def test_log_every_thins_steps_but_not_the_last_nor_evaluations(run):
     ]
 
 
+def test_a_blind_control_is_recorded_at_any_step(run):
+    with _logger(run, log_every=4) as logger, logger.stage("rl", 6):
+        logger.log("rl", 1, loss=0.0)
+        logger.log("rl", 2, **{"oracle/blind_top1": 0.5})
+    assert [line["step"] for line in read_jsonl(run.metrics)] == [2]
+
+
 def test_a_step_that_is_not_recorded_does_not_read_its_tensors(run):
     class Unread:
         def tolist(self):

@@ -52,7 +52,8 @@ class RunLogger:
     Args:
         run_dir: Where to write.
         tensorboard: Whether to write event files.
-        log_every: Record every `log_every` steps; the last step of a stage and evaluations are always recorded.
+        log_every: Record every `log_every` steps; the last step of a stage, a blind control of the oracle and
+            evaluations are always recorded.
         stream: Where progress goes, standard output by default: a bar on a terminal, plain lines elsewhere.
         seconds: Timings to continue from, as returned by `seconds()` before the run was interrupted.
         report_to: Trackers that also get the metrics (`runs.trackers`).
@@ -159,7 +160,8 @@ class RunLogger:
             self._has_begun = True
         running = next((entry for entry in self._stages if entry.name == stage and stage != "eval"), None)
         last = running is not None and step >= running.total
-        if stage == "eval" or last or step % self._log_every == 0:
+        controlled = any(name.startswith("oracle/blind_") for name in scalars)
+        if stage == "eval" or last or controlled or step % self._log_every == 0:
             record = plain({"time": round(self.elapsed(), 3), "stage": stage, "step": step, **scalars})
             self.records += 1
             _append(self._metrics, json_line(record))

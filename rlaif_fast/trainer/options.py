@@ -289,7 +289,7 @@ class RunOptions:
         sharding_size: With fsdp2, how many processes together hold the weights once; 0 is all of a machine's. With more
             processes than that, each group of this size holds the weights.
         threads: CPU threads per process; 0 leaves it to torch, and divides the cores among several processes.
-        logging_steps: Steps between two lines in metrics.jsonl.
+        logging_steps: Steps between two lines in metrics.jsonl; blind controls and evaluations always have one.
         eval_videos_per_step: Videos evaluated at once, while the next ones are decoded.
         gallery_clips: Test clips shown in the report with the responses before and after.
         tensorboard: Write TensorBoard events.
