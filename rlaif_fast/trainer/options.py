@@ -243,15 +243,10 @@ class RlOptions:
         require_least("eval_steps", self.eval_steps, 1)
         require_least("early_stopping_patience", self.early_stopping_patience, 0)
         require_least("keep_checkpoints", self.keep_checkpoints, 2)
-        metrics = ("auto", "accuracy", "oracle", "none")
-        require(
-            self.metric_for_best_model in metrics,
-            "metric_for_best_model",
-            ", ".join(metrics),
-            self.metric_for_best_model,
-        )
+        metrics, metric = ("auto", "accuracy", "oracle", "none"), self.metric_for_best_model
+        require(metric in metrics, "metric_for_best_model", ", ".join(metrics), metric)
         patience = self.early_stopping_patience
-        ends = patience == 0 or self.metric_for_best_model != "none"
+        ends = patience == 0 or metric != "none"
         require(ends, "early_stopping_patience", "0 where metric_for_best_model is none", patience)
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, int(self.dynamic_sampling))
 
