@@ -83,3 +83,8 @@ def test_no_two_rounds_of_a_run_draw_with_one_seed(rounds: int) -> None:
         for attempt in range(rounds + 1)
     ]
     assert len(set(seeds)) == len(seeds)
+
+
+def test_rounds_that_are_not_made_change_no_draw() -> None:
+    few, many = (TrainConfig(dynamic_sampling_rounds=rounds) for rounds in (2, 40))
+    assert draw_seed(few, World(), 3, 0) == draw_seed(many, World(), 3, 0)

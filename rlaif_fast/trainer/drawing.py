@@ -62,7 +62,7 @@ def asked(run: Run, order: EpochOrder, step: int, attempt: int = 0) -> tuple[lis
 
 def draw_seed(config: TrainConfig, world: World, step: int, attempt: int) -> int:
     """The seed of one process's draws; no other round, step or process of the run has it."""
-    rounds = max(16, 1 + config.dynamic_sampling_rounds)
+    rounds = max(16, config.rounds)
     return ((config.seed * 1_000_003 + step) * rounds + attempt) * world.size + world.rank
 
 

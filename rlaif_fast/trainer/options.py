@@ -251,6 +251,11 @@ class RlOptions:
         require_least("dynamic_sampling_rounds", self.dynamic_sampling_rounds, int(self.dynamic_sampling))
 
     @property
+    def rounds(self) -> int:
+        """Most rollouts of one step."""
+        return 1 + self.dynamic_sampling_rounds if self.dynamic_sampling else 1
+
+    @property
     def vllm_here(self) -> bool:
         """Whether vLLM draws in the process of the run, and not on servers."""
         return self.sampler == "vllm" and not self.sampler_options.get("urls")

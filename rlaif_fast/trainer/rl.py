@@ -209,11 +209,10 @@ def sample_and_rank(
         graph if the rollout is learned from once and whole.
     """
     config, logger = run.config, run.logger
-    rounds = 1 + (config.dynamic_sampling_rounds if config.dynamic_sampling else 0)
     sampled: list[Group] = []
     towers: list[MediaFeatures] = []
     wanted = None
-    for attempt in range(rounds):
+    for attempt in range(config.rounds):
         prompts, rollout, features = roll_out(run, order, step, attempt)
         if rollout is None:
             continue
