@@ -154,6 +154,11 @@ def test_lipo_labels_are_rates_of_wins():
     torch.testing.assert_close(algorithm.loss_inputs(given)["labels"], expected)
 
 
+def test_a_bound_on_the_ratio_leaves_room_for_a_policy_that_has_not_moved():
+    with pytest.raises(UsageError, match=r"delta: expected 1 or more, got 0\.9"):
+        TrainConfig(delta=0.9)
+
+
 def test_beta_is_the_kl_s_or_dpo_s():
     assert make_algorithm(AlgorithmOptions()).beta == 0.01
     assert make_algorithm(AlgorithmOptions(algorithm="online_dpo")).beta == 0.1

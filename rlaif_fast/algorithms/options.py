@@ -40,7 +40,7 @@ class AlgorithmOptions:
         epsilon: Lower (and, by default, upper) clip range; what bounds the ratio is read where the weights have moved
             since the rollout, by `num_iterations` or `steps_per_generation`.
         epsilon_high: Upper clip range.
-        delta: Upper bound on the ratio (two-sided clipping); null for none.
+        delta: Upper bound on the ratio (two-sided clipping), at least 1; null for none.
         entropy_coef: Weight of the entropy bonus.
         loss_type: "grpo", "dapo", "dr_grpo".
         importance_sampling_level: "token" or "sequence".
@@ -111,6 +111,8 @@ class AlgorithmOptions:
             check_divisor("temperature", self.temperature)
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
+        # With less, the loss would bound an unchanged policy and learn nothing from its better responses.
+        require_least("delta", self.delta, 1)
         require(self.backend in ("auto", *BACKENDS), "backend", f"auto, {', '.join(BACKENDS)}", self.backend)
         self._check_critic()
         algorithm = find_algorithm(self)
