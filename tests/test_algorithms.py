@@ -179,6 +179,10 @@ def test_beta_is_the_kl_s_or_dpo_s():
         ({"advantage": "zscore", "penalty_weight": 0.5}, "penalty_weight: grpo_rank with advantage zscore"),
         ({"algorithm": "odrpo", "scale": "none"}, "scale: odrpo does not read it, got 'none'"),
         ({"algorithm": "online_dpo", "epsilon": 0.1}, "epsilon: online_dpo does not read it, got 0.1"),
+        (
+            {"algorithm": "lipo", "sampling_ratio_cap": 3.0},
+            "sampling_ratio_cap: lipo does not read it, got 3.0",
+        ),
         ({"algorithm": "lipo", "mask_truncated_completions": True}, "mask_truncated_completions: lipo"),
         ({"algorithm": "grpo_rnk"}, "unknown algorithm 'grpo_rnk'; did you mean 'grpo_rank'"),
     ],

@@ -41,7 +41,8 @@ LEFT = {
     ("nframes", 8): ("fps",),
     ("lr_scheduler_type", "linear"): ("min_lr_ratio",),
     ("dynamic_sampling", False): ("dynamic_sampling_rounds",),
-    ("sampler", "plain"): ("sampling_ratio_cap",),
+    ("sampler", "plain"): ("sampling_ratio_cap", "max_cached_tokens"),
+    ("eval_steps", 501): ("blind_control",),
     ("shared_prefix", False): ("attention_backend", "feature_cache_bytes"),
 }
 READ = {
@@ -101,7 +102,7 @@ def test_a_number_of_frames_leaves_bounds_to_rows_that_have_rates_of_their_own()
 
 def test_what_is_read_is_not_told():
     config = TrainConfig(**READ)
-    assert unread(config).keys() == set(SYNTHETIC)
+    assert unread(config).keys() == {*SYNTHETIC, "max_cached_tokens"}
     assert tell_unread(config, ["sampling_ratio_cap", "min_lr_ratio"], ["fps", "sft_steps"]) == []
 
 

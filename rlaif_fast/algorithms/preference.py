@@ -28,7 +28,8 @@ class PreferenceAlgorithm(GroupAlgorithm):
 
     @classmethod
     def ignores(cls, options: AlgorithmOptions) -> Collection[str]:
-        """There is no advantage, no ratio to clip and no mean over tokens; only beta ties the policy to the reference.
+        """There is no advantage, no ratio to clip or cap and no mean over tokens; only beta ties the policy to the
+        reference.
 
         Tokens that were not drawn cannot be left out of the reference's sums.
         """
@@ -43,6 +44,7 @@ class PreferenceAlgorithm(GroupAlgorithm):
             "entropy_coef",
             "loss_type",
             "importance_sampling_level",
+            "sampling_ratio_cap",
             "mask_truncated_completions",
             "max_reasoning_tokens",
         )

@@ -70,6 +70,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
     else:
         if config.beta == 0:
             yield ("kl",), "beta is 0"
+        if config.eval_steps > config.max_steps:
+            yield ("blind_control",), f"max_steps is less than eval_steps ({config.eval_steps})"
         if config.algorithm in ALGORITHMS and on_policy(config, make_algorithm(config)):
             yield OFF_POLICY, "num_iterations and steps_per_generation are 1"
     if config.nframes is not None:
@@ -85,6 +87,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield ("feature_cache_bytes",), "the vision tower trains"
     if not config.dynamic_sampling:
         yield ("dynamic_sampling_rounds",), "dynamic_sampling is false"
+    if config.sampler in ("plain", "vllm"):
+        yield ("max_cached_tokens",), f"sampler is {config.sampler}"
     if config.sampler in OWN_SAMPLERS:
         yield ("sampling_ratio_cap",), f"sampler is {config.sampler}"
     if not config.shared_prefix:
