@@ -16,6 +16,7 @@ from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.trainer.drawing import sampling_params
 from rlaif_fast.trainer.options import TrainConfig
 from rlaif_fast.trainer.unread import (
+    JUDGED,
     LEARNING,
     PACKED,
     REINFORCED,
@@ -138,6 +139,13 @@ def test_without_rl_what_draws_and_ranks_is_read_for_the_gallery_alone(run):
     (_, one, _), (_, other, said) = run("one", **off), run("other", **off, **given)
     assert metrics(one) == metrics(other)
     assert all(name in said for name in given) and given.keys() < set(SAMPLED)
+    judged = {"oracle_noise": 0.9, "oracle_shuffle": "true", "metric_for_best_model": "accuracy"}
+    _, noisy, said = run("noisy", **off, **judged)
+    assert (
+        metrics(one) == metrics(noisy)
+        and "the oracle is not the metric: oracle_noise, oracle_shuffle" in said
+    )
+    assert not set(JUDGED) & unread(TrainConfig(**off | {"metric_for_best_model": "oracle"})).keys()
     with_gallery = unread(TrainConfig(max_steps=0, gallery_clips=1, oracle="embedding"))
     assert not with_gallery.keys() & set(SAMPLED)
 
@@ -170,7 +178,7 @@ class Odd(Rloo):
 
 def test_every_name_is_a_key():
     known = {field.name for field in fields(TrainConfig)}
-    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *SAMPLED, *LEARNING, *PACKED}
+    assert known >= {*SYNTHETIC, *SUPERVISED, *REINFORCED, *SAMPLED, *JUDGED, *LEARNING, *PACKED}
 
 
 def test_the_command_refuses_a_flag_and_tells_a_file(tmp_path, capsys):

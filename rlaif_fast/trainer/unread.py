@@ -31,6 +31,8 @@ SAMPLED = (
     *("num_generations", "temperature", "top_p", "top_k"),
     *("advantage", "penalty_weight", "scale", "score", "weight_by_confidence"),
 )
+# Of the oracle, which final answers are shown to where it chooses the checkpoint.
+JUDGED = ("feedback", "feedback_strength", "oracle_noise", "oracle_shuffle", "max_invalid_fraction")
 # In either stage.
 LEARNING = ("eval_steps", "max_grad_norm", "optimizer_offload", "gradient_checkpointing", "backend")
 # Limits on how far the policy moves from the rollout: it does not if the drawing weights learn from it once, whole.
@@ -65,6 +67,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield REINFORCED, "max_steps is 0"
         if config.gallery_clips == 0:
             yield SAMPLED, "max_steps and gallery_clips are 0"
+            if config.metric_for_best_model in ("accuracy", "none"):  # "auto" looks at the data
+                yield JUDGED, "max_steps and gallery_clips are 0, and the oracle is not the metric"
         if config.sft != "auto" or config.sft_steps == 0:
             yield LEARNING, "neither stage has a step"
     else:
