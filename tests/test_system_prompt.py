@@ -51,6 +51,18 @@ def test_the_marks_of_reasoning_stay_in_it(make) -> None:
 
 
 @pytest.mark.parametrize("make", [by_table, by_processor])
+def test_an_empty_one_takes_the_place_of_the_template_s(make) -> None:
+    own = "{% if messages[0]['role'] != 'system' %}what is red{% endif %}"
+    tokenizer = tokenizer_of(lambda template: own + template)
+    said, empty = (
+        tokenizer.decode(make(tokenizer, prompt).encode(Example("1", "where"), [make_clip("a", 4)]).input_ids)
+        for prompt in (None, "")
+    )
+    assert said.split()[:3] == ["what", "is", "red"]
+    assert empty.split()[::2][:2] == ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("make", [by_table, by_processor])
 @pytest.mark.parametrize("mark", ["<|im_end|>", "<tool_call>", "<|video_pad|>"])
 def test_another_mark_in_it_is_refused(make, mark) -> None:
     with pytest.raises(UsageError, match="system_prompt: expected plain text, got the mark ") as refusal:

@@ -189,7 +189,7 @@ class PromptEncoder:
         content.append({"type": "text", "text": self._plain(last)})
         messages: list[dict] = [{"role": "user", "content": content}]
         system = self._plain(example.system) if example.system else self.system_prompt
-        if system:
+        if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         return messages
 
