@@ -157,8 +157,9 @@ def require_least(name: str, value: float | None, minimum: int) -> None:
     require(ok, name, f"{minimum} or more", value)
 
 
-def require_given(options: Any, prefix: str = "") -> None:
-    """Raise `UsageError` if a field of an option class, or of one nested in it, is None against its type.
+def check_fields(options: Any, prefix: str = "") -> None:
+    """Raise `UsageError` if a field of an option class, or of one nested in it, is None against its type, or a whole
+    number of more than 64 bits.
 
     A YAML file can say `KEY: null` for any key.
     """
@@ -166,8 +167,10 @@ def require_given(options: Any, prefix: str = "") -> None:
     for option in dataclasses.fields(options):
         value, hint = getattr(options, option.name), hints[option.name]
         if dataclasses.is_dataclass(value):
-            require_given(value, f"{prefix}{option.name}.")
+            check_fields(value, f"{prefix}{option.name}.")
         elif value is None and hint is not Any and NoneType not in (hint, *get_args(hint)):
             raise UsageError(
                 f"{prefix}{option.name}: expected a value, got null; leave it out for the default"
             )
+        elif isinstance(value, int):
+            require(abs(value) < 2**63, f"{prefix}{option.name}", "a number of 64 bits", value)

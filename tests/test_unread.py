@@ -10,7 +10,7 @@ from tiny_runs import metrics
 from rlaif_fast import train as train_module
 from rlaif_fast.algorithms.rloo import Rloo
 from rlaif_fast.data.synthetic.dataset import SyntheticConfig
-from rlaif_fast.errors import UsageError, require_given
+from rlaif_fast.errors import UsageError, check_fields
 from rlaif_fast.evals.options import EvaluateConfig
 from rlaif_fast.rollout import SamplingParams
 from rlaif_fast.trainer.drawing import sampling_params
@@ -233,7 +233,7 @@ def test_null_is_refused_in_nested_options():
         inner: object = dataclass_field(default_factory=lambda: Inner(None))
 
     with pytest.raises(UsageError, match=r"inner\.rate: expected a value, got null"):
-        require_given(Outer())
+        check_fields(Outer())
 
 
 @pytest.mark.parametrize(("name", "least"), [("max_cached_tokens", 1), ("feature_cache_bytes", 0)])
@@ -248,3 +248,12 @@ def test_sizes_below_what_works_are_refused(name, least):
 def test_null_is_refused_by_the_other_commands(options, name):
     with pytest.raises(UsageError, match=f"{name}: expected a value, got null"):
         options(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [(TrainConfig, "max_completion_length"), (EvaluateConfig, "videos_per_step"), (SyntheticConfig, "width")],
+)
+def test_numbers_beyond_64_bits_are_refused(options, name):
+    with pytest.raises(UsageError, match=f"{name}: expected a number of 64 bits, got 10000"):
+        options(**{name: 10**400})

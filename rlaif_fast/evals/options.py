@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.cli import parse_config
-from rlaif_fast.errors import UsageError, require, require_given, require_least
+from rlaif_fast.errors import UsageError, check_fields, require, require_least
 from rlaif_fast.evals.answering import Answering
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
 from rlaif_fast.trainer.cached_model import defaults_of
@@ -111,7 +111,7 @@ class EvaluateConfig:
     max_completion_length: int | None = None
 
     def __post_init__(self) -> None:
-        require_given(self)
+        check_fields(self)
         for name in PATHS:
             require(getattr(self, name) != "", name, "a name", "")
         require_least("videos_per_step", self.videos_per_step, 1)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from rlaif_fast.algorithms.options import AlgorithmOptions
 from rlaif_fast.algorithms.registry import find_algorithm
-from rlaif_fast.errors import require, require_given, require_least, require_positive
+from rlaif_fast.errors import check_fields, require, require_least, require_positive
 from rlaif_fast.loss.options import MAX_GROUP_SIZE
 from rlaif_fast.oracle.options import OracleOptions
 from rlaif_fast.policy.loading import ModelOptions, check_lora
@@ -344,7 +344,7 @@ class TrainConfig(
     total_pixels: int | None = 16384 * 32 * 32
 
     def __post_init__(self) -> None:
-        require_given(self)
+        check_fields(self)
         self.check_model()
         self.check_data()
         self.check_sft()

@@ -28,7 +28,7 @@ from rlaif_fast.data.synthetic.questions import LETTERS, VOCABULARY, drafts
 from rlaif_fast.data.synthetic.render import render
 from rlaif_fast.data.synthetic.worlds import LEVELS, World, sample_world, with_digits
 from rlaif_fast.digests import file_digest, text_digest
-from rlaif_fast.errors import RlaifFastError, UsageError, require_given
+from rlaif_fast.errors import RlaifFastError, UsageError, check_fields
 from rlaif_fast.termination import EXIT_CODE, end_with_parent
 
 __all__ = ["SPLITS", "VOCABULARY", "DatasetPaths", "SyntheticConfig", "make_dataset"]
@@ -87,7 +87,7 @@ class SyntheticConfig:
     container: str = "mp4"
 
     def __post_init__(self) -> None:
-        require_given(self)
+        check_fields(self)
         checks = {
             "sft_clips, rl_clips, validation_clips, test_clips": (
                 min(self.clips(split) for split in SPLITS) >= 0,
