@@ -1,14 +1,17 @@
 """Files that are whole and unusual: odd containers, sizes, times, turned and mirrored films."""
 
 import dataclasses
+import io
 import shutil
 import struct
+from fractions import Fraction
 from functools import partial
 
 import av
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageOps
 from video_file_parts import H264, changed, counters, scramble, whole_files
 
 from rlaif_fast.video import (
@@ -131,6 +134,31 @@ def test_rotated_film_comes_out_upright(good, tmp_path, matrix, degrees):
     assert frame.shape == ((96, 128, 3) if degrees == 180 else (128, 96, 3))
     # Turned back by as much, the counter can be read; a quarter turn to the right is np.rot90 with k = -1.
     assert read_counter(np.rot90(frame, degrees // 90)) == 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_film_of_jpegs_is_turned_by_their_exif(tmp_path, orientation):
+    """Cameras write such films; PyAV does not know the EXIF that FFmpeg attaches to their frames."""
+    jpegs = []
+    for picture in counter_frames(4):
+        upright = Image.fromarray(picture)
+        exif = upright.getexif()
+        exif[ExifTags.Base.Orientation] = orientation
+        upright.save(held := io.BytesIO(), "JPEG", exif=exif, quality=95)
+        jpegs.append(held)
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuvj420p"
+        for number, jpeg in enumerate(jpegs):
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, number, number, True
+            packet.time_base = Fraction(1, 10)
+            film.mux(packet)
+    frames = decode(str(path), range(4))
+    for frame, jpeg in zip(frames, jpegs, strict=True):
+        shown = np.asarray(ImageOps.exif_transpose(Image.open(jpeg)))
+        assert np.abs(frame.numpy().astype(int) - shown).mean() < 2  # their YUV is read by two libraries
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Reading video files through FFmpeg (PyAV): which frames a file holds, and the pixels of some of them.
 
-This file, `container.py` and `scan.py` import no torch, directly or indirectly, so that a decoding process
-(see `worker.py`) starts in a fifth of a second and takes 60 MB.
+This file, `container.py`, `display.py` and `scan.py` import no torch, directly or indirectly, so that a decoding
+process (see `worker.py`) starts in a fifth of a second and takes 60 MB.
 
 `scan` reads every packet header once and writes down the presentation time of each frame that a player would
 show: hidden reference frames (VP8), packets that an edit list cuts off and frames before time zero are left
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ import numpy as np
 
 from rlaif_fast.errors import needed_by
 from rlaif_fast.video.container import BadVideo, check_file
+from rlaif_fast.video.display import mirrored, rotation
 from rlaif_fast.video.headers import SIZES, Size
 from rlaif_fast.video.scan import Scan, seconds_since_first
 
@@ -277,8 +277,8 @@ def _summarise(path: str, stream: Any, packets: list[_Packet], unordered: bool) 
         height=first.height,
         pixel_format=first.format.name,
         colorspace=int(first.colorspace),
-        rotation=_rotation(first),
-        mirrored=_mirrored(first),
+        rotation=rotation(first),
+        mirrored=mirrored(first),
         fps=fps,
         duration=duration,
         pts=pts,
@@ -336,22 +336,6 @@ def _first_frame(path: str) -> Any:
                 if number >= FIRST_FRAME_PACKETS:
                     break
     raise BadVideo("no frame can be decoded")
-
-
-def _rotation(frame: Any) -> int:
-    clockwise = -frame.rotation % 360
-    if clockwise % 90:
-        raise BadVideo(f"the display rotation of {clockwise} degrees is not a multiple of 90")
-    return clockwise
-
-
-def _mirrored(frame: Any) -> bool:
-    """Whether the display matrix of a frame mirrors it; FFmpeg's angle then applies after a vertical flip."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
-    return a * d < b * c
 
 
 def _video_stream(container: Any) -> Any:
