@@ -5,6 +5,7 @@ import json
 import logging
 import time
 import tracemalloc
+import unicodedata
 from functools import partial
 
 import pytest
@@ -180,6 +181,25 @@ def test_missing_categories_are_noted(write, media):
     report = read_report(write(NATIVE, {**NATIVE, "task_type": "Counting Problem"}), media_root=media)
     assert [example.category for example in report.examples] == ["all", "Counting Problem"]
     assert report.notes == ["1 questions have no category"]
+
+
+def test_keys_that_look_as_if_they_cut_a_video_are_noted(write, media):
+    rows = [{**NATIVE, "category": "x", "id": key, key: 2} for key in ("start", "max_frame", "video_length")]
+    text = {"question": "x", "answer": "y", "category": "x", "start": 2}
+    report = read_report(write(*rows, text), media_root=media)
+    assert report.notes == [
+        f"1 rows about media have {key!r}, which is metadata alone; did you mean {meant!r}?"
+        for key, meant in (("start", "video_start"), ("max_frame", "max_frames"))
+    ]
+
+
+@pytest.mark.parametrize(("there", "asked"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_file_whose_accents_are_spelled_in_another_way_is_named(write, tmp_path, there, asked):
+    """As a folder that was packed on a Mac."""
+    (tmp_path / unicodedata.normalize(there, "fußgänger.mp4")).write_bytes(b"x")
+    row = {**NATIVE, "video": unicodedata.normalize(asked, "fußgänger.mp4")}
+    with pytest.raises(UsageError, match=f"the same name in the Unicode form {there} does; rename the file"):
+        read_examples(write(row), media_root=tmp_path)
 
 
 def test_answers_and_files_may_be_left_unchecked(write, media):

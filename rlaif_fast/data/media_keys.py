@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from rlaif_fast.data.errors import RowError
@@ -17,6 +19,15 @@ SECONDS = ("video_start", "video_end")
 COUNTS = ("nframes", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
 CUT_KEYS = (*SECONDS, "fps", *COUNTS)
 OF_IMAGES = ("min_pixels", "max_pixels")
+# What other datasets call them.
+_ELSEWHERE = {
+    "start": "video_start",
+    "start_time": "video_start",
+    "end": "video_end",
+    "end_time": "video_end",
+    "num_frames": "nframes",
+    "video_fps": "fps",
+}
 NAMES = {
     "video": "video",
     "video_url": "video",
@@ -159,6 +170,14 @@ def row_cut(row: Mapping[str, Any], kind: str) -> Cut:
     """What the row's own keys say about all its media of one kind."""
     names = CUT_KEYS if kind == "video" else OF_IMAGES
     return read_cut({key: row.get(key) for key in names}, kind)
+
+
+@lru_cache(1024)
+def cut_key_like(key: str) -> str | None:
+    """The key of `CUT_KEYS` that a key of a row is like; None if it is like none, or is one."""
+    if key in CUT_KEYS:
+        return None
+    return _ELSEWHERE.get(key) or next(iter(difflib.get_close_matches(key, CUT_KEYS, 1, 0.85)), None)
 
 
 def refuse_idle_cut(row: Mapping[str, Any], media: Iterable[Medium]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from rlaif_fast.data.converters import TEXT_KEYS, Fields, convert
 from rlaif_fast.data.errors import RowError
-from rlaif_fast.data.media_keys import MEDIA_KEYS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Medium
+from rlaif_fast.data.media_keys import MEDIA_KEYS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Medium, cut_key_like
 from rlaif_fast.data.published import youtube_names
 from rlaif_fast.data.schema import NO_CATEGORY, Example
 from rlaif_fast.data.sources import read_text, rows_of
@@ -118,6 +119,7 @@ def read_report(
     report = ReadReport(path)
     lines_of: dict[str, int] = {}  # id -> line
     renamed = uncategorised = 0
+    unread: Counter[str] = Counter()  # keys that do not cut a video, though they are called so
     media = MediaFiles(root, check_files)
     for line, row in rows_of(path):
         report.rows += 1
@@ -155,10 +157,16 @@ def read_report(
         uncategorised += sum(fields.category is None for fields in found)
         report.examples += examples
         report.formats[name] += 1
+        if any(example.seen for example in examples):
+            unread.update(key for key in row if cut_key_like(key) and row[key] is not None)
     if uncategorised:
         report.notes.append(f"{uncategorised} questions have no category")
     if renamed:
         report.notes.append(f"{renamed} questions share their id with another; their line was added to it")
+    report.notes += [
+        f"{count} rows about media have {key!r}, which is metadata alone; did you mean {cut_key_like(key)!r}?"
+        for key, count in unread.items()
+    ]
     return report
 
 
@@ -239,6 +247,9 @@ class MediaFiles:
             with path.open("rb"):
                 return ""
         except FileNotFoundError:
+            for form in ("NFC", "NFD"):
+                if Path(unicodedata.normalize(form, str(path))).exists():
+                    return f"{path} does not exist, but the same name in the Unicode form {form} does; rename the file"
             return f"{path} does not exist; relative paths start from the dataset's folder, or media_root"
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}"
