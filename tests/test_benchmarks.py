@@ -181,6 +181,17 @@ def test_folders_behind_links_are_searched(tmp_path, video):
     assert item.example.seen[0].path == str(tmp_path / "bench/videos/video7.mp4") and not item.trouble
 
 
+def test_hidden_files_are_not_searched(tmp_path, video):
+    """Of a Mac (._a.json), of Jupyter, and of a download that goes on."""
+    row = {"answer": "x", "category_id": 1, "id": 1, "question": "who?", "video_id": 7}
+    put(tmp_path / "test_qa.json", [row])
+    put(tmp_path / ".ipynb_checkpoints/test_qa.json", [row, row])
+    put(tmp_path / ".cache/videos/video7.mp4", "half")
+    whole = video("videos/video7.mp4")
+    [item] = read_benchmark("msrvtt_qa", tmp_path)
+    assert item.example.seen[0].path == whole and not item.trouble
+
+
 def test_frames_of_mvbench_are_three_a_second_whatever_is_sampled(tmp_path):
     row = {"video": "friends", "question": "What?", "candidates": ["Put.", "Took."], "answer": "Put."}
     put(tmp_path / "json/episodic_reasoning.json", [row | {"start": 4.0, "end": 7.7}])

@@ -106,6 +106,17 @@ def test_a_missing_frame_is_named(write, media):
         example_of(write, media, {"video": [*FRAMES, "p99.png"]})
 
 
+def test_hidden_files_are_no_pictures(tmp_path, write):
+    """A Mac writes ._0.png beside each file of a disk that is not its own."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for number in range(4):
+        Image.new("RGB", (28, 28)).save(frames / f"{number}.png")
+        (frames / f"._{number}.png").write_bytes(b"\0\5\x16\7")
+    [clip] = load(example_of(write, tmp_path, {"video": "frames"}))
+    assert len(clip.frames) == 4
+
+
 # --- markup
 
 

@@ -256,8 +256,9 @@ class MediaFiles:
 
 
 def pictures_in(folder: Path) -> tuple[str, ...]:
-    """The pictures of a folder that represents a video, in the order of the numbers in their names."""
-    found = [file for file in folder.iterdir() if file.suffix.casefold() in PICTURE_SUFFIXES]
+    """The pictures of a folder that represents a video, in the order of the numbers in their names; no hidden ones."""
+    shown = (file for file in folder.iterdir() if not file.name.startswith("."))
+    found = [file for file in shown if file.suffix.casefold() in PICTURE_SUFFIXES]
     return tuple(map(str, sorted(found, key=_by_number)))
 
 

@@ -86,17 +86,20 @@ def objects_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, in order; links to folders are followed, and each folder is read once."""
+    """Every file below a folder, in order; links to folders are followed, and each folder is read once.
+
+    Hidden files and folders are left out: a Mac, Jupyter and downloads put copies and notes of their own into them.
+    """
     found: list[Path] = []
     walked: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         real = os.path.realpath(place)
         if real in walked:
             folders.clear()
             continue
         walked.add(real)
-        found += [Path(place, name) for name in names]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(found)
 
 
