@@ -8,6 +8,7 @@ import pytest
 from rlaif_fast import evaluate
 from rlaif_fast.data import VOCABULARY, read_examples
 from rlaif_fast.data.__main__ import main
+from rlaif_fast.data.label import label
 from rlaif_fast.policy.tiny import make_tiny
 from rlaif_fast.video.testing import counter_frames, write_video
 
@@ -36,6 +37,41 @@ def test_rows_get_the_predictions_as_answers(tmp_path, capsys):
     first, second = map(json.loads, out.read_text().splitlines())
     assert first == ROWS[0] | {"answer": "a cat", "video": "../in/v/a.mp4"}
     assert second == ROWS[1] | {"answer": "a dog", "videos": ["../in/v/a.mp4"]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "what?", "video": "file://HERE/a.mp4"},
+        {"question": "what?", "videos": ["file://a.mp4"]},
+        {"question": "of <video>a.mp4</video>\nwhat?"},
+        {"question": "what?", "videoID": "a"},
+        {"question": "what?", "video_id": "video", "video": {"path": "a.mp4", "nframes": 4}},
+    ],
+    ids=lambda row: next(reversed(row)),
+)
+def test_media_are_found_from_another_folder_however_they_are_named(tmp_path, row):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in/a.mp4", counter_frames(8, 32, 32), codec="mpeg4")
+    file = lines(tmp_path / "in/rl.jsonl", [json.loads(json.dumps(row).replace("HERE", f"{tmp_path}/in"))])
+    predictions = lines(tmp_path / "p.jsonl", [{"example_id": "rl:1", "prediction": "a cat"}])
+    label(file, predictions, tmp_path / "out/labelled.jsonl")
+    (before,) = read_examples(file, require_answer=False)
+    (after,) = read_examples(tmp_path / "out/labelled.jsonl")
+    assert after.question == before.question and after.layout == before.layout
+    (medium,), (same,) = before.seen, after.seen
+    assert Path(same.path).samefile(medium.path) and same.cut == medium.cut
+
+
+def test_paths_of_a_media_root_are_found_without_it(tmp_path):
+    (tmp_path / "root").mkdir()
+    write_video(tmp_path / "root/a.mp4", counter_frames(8, 32, 32), codec="mpeg4")
+    file = lines(tmp_path / "in/rl.jsonl", [{"question": "what?", "video": "a.mp4"}])
+    predictions = lines(tmp_path / "p.jsonl", [{"example_id": "rl:1", "prediction": "a cat"}])
+    command = ["label", str(file), str(tmp_path / "out.jsonl"), "--predictions", str(predictions)]
+    assert main([*command, "--media_root", str(tmp_path / "root")]) == 0
+    (example,) = read_examples(tmp_path / "out.jsonl")
+    assert Path(example.videos[0]).samefile(tmp_path / "root/a.mp4")
 
 
 def test_a_prediction_that_was_cut_off_is_left_out(tmp_path, capsys):

@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     relabel.add_argument(
         "--predictions", type=Path, required=True, help="What rlaif_fast.evaluate --output wrote for FILE."
     )
+    relabel.add_argument("--media_root", type=Path, help="Folder that relative paths of FILE start from.")
 
     options, rest = parser.parse_known_args(argv)
     options.rest = rest  # the configuration of `make`
@@ -213,7 +214,7 @@ def _preview(options: argparse.Namespace) -> int:
 def _label(options: argparse.Namespace) -> int:
     from rlaif_fast.data.label import label
 
-    found = label(options.file, options.predictions, options.out)
+    found = label(options.file, options.predictions, options.out, media_root=options.media_root)
     told = f"{options.out}: {found.written} rows, {found.missing} without a prediction left out"
     if found.cut_off:
         told += f", {found.cut_off} whose prediction was cut off at its length limit left out"

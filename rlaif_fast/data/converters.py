@@ -58,7 +58,7 @@ class Fields:
 _ID = ("id", "question_id", "problem_id", "sample_id")
 _CATEGORY = ("category", "task_type", "problem_type")
 _COMMON = {*_ID, *_CATEGORY, *MEDIA_KEYS, "answer", "options", "metadata", "system"}
-_TAG = re.compile(r"<(video|image)>(?:([^<]{1,4096})</\1>)?\n?")
+TAG = re.compile(r"<(video|image)>(?:([^<]{1,4096})</\1>)?\n?")
 
 
 def convert(row: Row, scored: str = "answer") -> tuple[str, list[Fields]]:
@@ -192,7 +192,7 @@ def _dialogue(turns: list[Any], key: str, row: Row) -> list[Fields]:
             raise RowError(f"{key}: unknown role {role!r:.60}; use 'system', 'user' and 'assistant'")
     if not found:
         raise RowError(f"{key}: no user turn")
-    counted = [Counter(kind for kind, _ in _TAG.findall(fields.question)) for fields in found]
+    counted = [Counter(kind for kind, _ in TAG.findall(fields.question)) for fields in found]
     before: Counter[str] = Counter()
     for fields, own in zip(found, counted):
         fields.media, fields.system, fields.tags_before = list(media), system, before.copy()
@@ -317,7 +317,7 @@ def place_media(fields: Fields, row: Row) -> None:
     for kind, count in fields.tags_before.items():
         used[stands_for[kind]] += count
     pieces, tagged, at = [], [], 0
-    for match in _TAG.finditer(fields.question):
+    for match in TAG.finditer(fields.question):
         kind, inner = match.groups()
         pieces.append(fields.question[at : match.start()])
         at = match.end()
@@ -327,7 +327,7 @@ def place_media(fields: Fields, row: Row) -> None:
         kind = stands_for[kind]
         if used[kind] >= len(waiting[kind]):
             tags, count = (
-                sum(fields.tags_before.values()) + len(_TAG.findall(fields.question)),
+                sum(fields.tags_before.values()) + len(TAG.findall(fields.question)),
                 len(fields.media),
             )
             raise RowError(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlaif_fast.data.answers import letter_of, settle_options, split_target
-from rlaif_fast.data.converters import id_of
+from rlaif_fast.data.converters import TAG, id_of
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.forms import check_form
 from rlaif_fast.data.media_keys import MEDIA_KEYS, NAMES
-from rlaif_fast.data.published import unfold
+from rlaif_fast.data.published import named_video, unfold
+from rlaif_fast.data.reader import MediaFiles
 from rlaif_fast.data.schema import option_letters
 from rlaif_fast.data.sources import rows_of
 from rlaif_fast.errors import UsageError, writing
@@ -29,16 +31,17 @@ class Labelled(NamedTuple):
     outside: int  # a prediction that names none of the row's options
 
 
-def label(file: Path, predictions: Path, out: Path) -> Labelled:
+def label(file: Path, predictions: Path, out: Path, *, media_root: Path | None = None) -> Labelled:
     """Write the rows of `file` that have a prediction, with the prediction as their `answer`.
 
     Keys that describe the reference answer are dropped: `metadata.form` if the prediction does not match it, and
     `process` and `solution`, the reasoning before it.
 
     Args:
-        file: JSONL in the native format, one question per row; media are named by `video(s)` and `image(s)`.
+        file: JSONL in the native format, one question per row.
         predictions: What `rlaif_fast.evaluate --output` wrote for the same file.
         out: JSONL to write; relative media paths are rewritten to start from its folder.
+        media_root: Folder that those of `file` start from; by default its own.
 
     Returns:
         Rows written and left out.
@@ -75,9 +78,7 @@ def label(file: Path, predictions: Path, out: Path) -> Labelled:
         if answered is None:
             outside += 1
             continue
-        for key in MEDIA_KEYS:
-            if key in answered:
-                answered[key] = _moved(answered[key], file.parent, out.parent)
+        _move_media(answered, media_root or file.parent, out.parent)
         if not _fits(answered):
             answered["metadata"] = {k: value for k, value in answered["metadata"].items() if k != "form"}
         lines.append(json.dumps(answered, ensure_ascii=False) + "\n")
@@ -154,6 +155,24 @@ def _objects(file: Path, *keys: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, dict(row)
 
 
+def _move_media(row: dict[str, Any], source: Path, target: Path) -> None:
+    """Let the paths of a row's media start from another folder, and name a video that is found by its id."""
+
+    def tag(match: re.Match[str]) -> str:
+        kind, path = match.groups()
+        if path is None:
+            return match[0]
+        line = "\n" if match[0].endswith("\n") else ""
+        return f"<{kind}>{_moved(path.strip(), source, target)}</{kind}>{line}"
+
+    row["question"] = TAG.sub(tag, row["question"])
+    for key in MEDIA_KEYS:
+        if key in row:
+            row[key] = _moved(row[key], source, target)
+    if not any(row.get(key) for key in MEDIA_KEYS) and (video := named_video(row)) is not None:
+        row["video"] = _moved(MediaFiles(source, check=False).find(video.names), source, target)
+
+
 def _moved(value: Any, source: Path, target: Path) -> Any:
     """Relative paths rewritten to start from another folder, also in lists and in the mapping of a medium."""
     if isinstance(value, Mapping):
@@ -161,6 +180,9 @@ def _moved(value: Any, source: Path, target: Path) -> Any:
         return {**value, **moved}
     if isinstance(value, list):
         return [_moved(item, source, target) for item in value]
-    if not isinstance(value, str) or Path(value).is_absolute():
+    if not isinstance(value, str):
+        return value
+    value = value.removeprefix("file://")
+    if Path(value).is_absolute():
         return value
     return os.path.relpath(source.resolve() / value, target.resolve())
