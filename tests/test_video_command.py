@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -145,6 +146,21 @@ def test_preview(folder, tmp_path, capsys):
     odd = tmp_path / r"a$\frac{$.mp4"  # no formula
     odd.symlink_to(folder / "tall.mp4")
     assert main(["preview", str(odd), "--out", str(out)]) == 0, capsys.readouterr().err
+
+
+def test_a_sheet_that_cannot_be_written_whole_leaves_the_earlier_one(folder, tmp_path, capsys):
+    out = tmp_path / "sheet"  # no suffix: PNG, under this very name
+    command = ["preview", str(folder / "good.webm"), "--out", str(out)]
+    assert main(command) == 0
+    before = out.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # as on a disk that fills up
+    try:
+        code = main([*command, "--nframes", "12"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "cannot be written" in capsys.readouterr().err
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("sheet", before)]
 
 
 @pytest.mark.parametrize(

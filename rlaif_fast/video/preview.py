@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.outputs import save_figure
 from rlaif_fast.video.base import Clip, VideoInfo
 
 INK, FAINT = "#1a1a1a", "#6b6b6b"
@@ -74,7 +75,7 @@ def draw_contact_sheet(
         caption = f"#{indices[k]}   {clip.timestamps[k]:.2f} s"
         axes.text(0, -0.04, caption, transform=axes.transAxes, size=7, color=FAINT, va="top")
     try:
-        figure.savefig(out, dpi=130)
+        save_figure(figure, Path(out), dpi=130)
     except (OSError, ValueError) as error:
         raise UsageError(f"{out}: cannot be written: {error}") from None
     return len(shown)
