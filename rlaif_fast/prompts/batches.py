@@ -128,7 +128,7 @@ class BatchMaker:
         loads, self._ahead = self._submit(examples), {}
         for example in examples:
             try:
-                media = tuple(loads[file].result() for file in files(example))
+                media = tuple(loads[file].result() for file in example.seen)
                 if self.blank_frames:
                     media = tuple(blanked(clip) for clip in media)
                 prompts.append(self.encoder.encode(example, media))
@@ -138,13 +138,8 @@ class BatchMaker:
 
     def _submit(self, examples: Sequence[Example]) -> dict[MediaRef, Future[Clip]]:
         """One load per file, however many rows ask about it; loads already started are reused."""
-        wanted = dict.fromkeys(file for example in examples for file in files(example))
+        wanted = dict.fromkeys(file for example in examples for file in example.seen)
         return {file: self._ahead.get(file) or self.store.submit(file) for file in wanted}
-
-
-def files(example: Example) -> tuple[MediaRef, ...]:
-    """Each medium of a row, in the order the prompt shows it."""
-    return example.seen
 
 
 def filling_prompt(encoder: PromptEncoder, *, with_media: bool) -> Prompt:
