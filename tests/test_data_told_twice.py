@@ -218,3 +218,16 @@ def test_a_null_or_empty_key_hides_no_other_and_is_no_text(read, row, answer, op
 def test_an_index_of_no_option_is_refused(read):
     with pytest.raises(UsageError, match=r"expected the index of an option \(0, 2\), got 1"):
         read({**ASK, "a0": "red", "a1": None, "a2": "blue", "answer": 1})
+
+
+def test_a_row_in_two_formats_is_noted(tmp_path):
+    rows = [
+        {"question": "color?", "answer": "red", "category": "x", key: [USER]}
+        for key in ("messages", "prompt")
+    ]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0], rows[0] | {"messages": None}]))
+    assert read_report(file).notes == [
+        "2 rows have 'question' and 'messages'; only 'question' is read",
+        "1 rows have 'question' and 'prompt'; only 'question' is read",
+    ]

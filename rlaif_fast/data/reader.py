@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rlaif_fast.data.converters import TEXT_KEYS, Fields, convert
+from rlaif_fast.data.converters import FORMATS, TEXT_KEYS, Fields, convert
 from rlaif_fast.data.errors import RowError
 from rlaif_fast.data.media_keys import MEDIA_KEYS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, Medium, cut_key_like
 from rlaif_fast.data.published import youtube_names
@@ -120,6 +120,7 @@ def read_report(
     lines_of: dict[str, int] = {}  # id -> line
     renamed = uncategorised = 0
     unread: Counter[str] = Counter()  # keys that do not cut a video, though they are called so
+    asked_twice: Counter[tuple[str, str]] = Counter()  # the key that is read as the question, and another
     media = MediaFiles(root, check_files)
     for line, row in rows_of(path):
         report.rows += 1
@@ -157,12 +158,18 @@ def read_report(
         uncategorised += sum(fields.category is None for fields in found)
         report.examples += examples
         report.formats[name] += 1
+        read, *others = (key for key in FORMATS if row.get(key) is not None)
+        asked_twice.update((read, key) for key in others)
         if any(example.seen for example in examples):
             unread.update(key for key in row if cut_key_like(key) and row[key] is not None)
     if uncategorised:
         report.notes.append(f"{uncategorised} questions have no category")
     if renamed:
         report.notes.append(f"{renamed} questions share their id with another; their line was added to it")
+    report.notes += [
+        f"{count} rows have {read!r} and {other!r}; only {read!r} is read"
+        for (read, other), count in asked_twice.items()
+    ]
     report.notes += [
         f"{count} rows about media have {key!r}, which is metadata alone; did you mean {cut_key_like(key)!r}?"
         for key, count in unread.items()
