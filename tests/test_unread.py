@@ -36,7 +36,7 @@ LEFT = {
     ("max_steps", 0): ("learning_rate", "videos_per_step", "dynamic_sampling_rounds", "beta", "kl", "gamma"),
     ("beta", 0.0): ("kl",),
     ("oracle", "reference"): ("weight_by_confidence",),
-    ("lora_r", 0): ("feature_cache_bytes",),
+    ("lora_r", 0): ("lora_alpha", "lora_dropout", "lora_target_modules", "feature_cache_bytes"),
     ("sft_steps", 0): ("sft_learning_rate", "sft_warmup_steps"),
     ("num_iterations", 1): ("epsilon", "epsilon_high", "delta", "cliprange_value"),
     ("nframes", 8): ("fps",),

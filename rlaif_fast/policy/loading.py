@@ -301,7 +301,3 @@ def check_lora(options: ModelOptions) -> None:
             check_parts(options.lora_modules)
         return
     require(not options.load_in_4bit, "load_in_4bit", "false where lora_r is 0", options.load_in_4bit)
-    usual = ModelOptions()
-    for name in ("lora_alpha", "use_rslora", "lora_dropout", "lora_modules", "lora_target_modules"):
-        if getattr(options, name) != getattr(usual, name):
-            raise UsageError(f"{name}: {getattr(options, name)} has no effect where lora_r is 0; set lora_r")

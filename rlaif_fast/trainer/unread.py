@@ -37,6 +37,7 @@ JUDGED = ("feedback", "feedback_strength", "oracle_noise", "oracle_shuffle", "ma
 LEARNING = ("eval_steps", "max_grad_norm", "optimizer_offload", "gradient_checkpointing", "backend")
 # Limits on how far the policy moves from the rollout: it does not if the drawing weights learn from it once, whole.
 OFF_POLICY = ("epsilon", "epsilon_high", "delta", "cliprange_value")
+ADAPTED = ("lora_alpha", "use_rslora", "lora_dropout", "lora_modules", "lora_target_modules")
 PACKED = ("attention_backend", "max_cached_tokens", "feature_cache_bytes")
 
 
@@ -87,6 +88,8 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
         yield ("min_lr_ratio",), f"lr_scheduler_type is {config.lr_scheduler_type}"
     if config.oracle == "reference":
         yield ("weight_by_confidence",), "the reference oracle is always sure"
+    if not config.lora_r:
+        yield ADAPTED, "lora_r is 0"
     if not config.lora_r and not config.freeze_vision_tower:
         yield ("feature_cache_bytes",), "the vision tower trains"
     if not config.dynamic_sampling:
