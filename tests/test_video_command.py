@@ -12,7 +12,8 @@ from rich.console import Console
 from rlaif_fast.data.__main__ import main as data_command
 from rlaif_fast.data.reader import read_examples
 from rlaif_fast.oracle.__main__ import main as oracle_command
-from rlaif_fast.video import FrameSampling
+from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.video import FrameSampling, probe
 from rlaif_fast.video.__main__ import _vet_all, main
 from rlaif_fast.video.refs import Cut, MediaRef
 from rlaif_fast.video.testing import counter_frames, write_video
@@ -41,6 +42,16 @@ def test_probe(folder, capsys):
     shown = capsys.readouterr().out
     assert "vp9 128x96 yuv420p, 60 frames, 30 fps, 2.00 s; samples 4 at 2 fps" in shown
     assert "h264 72x128" in shown
+
+
+def test_frames_are_those_of_training(tmp_path, capsys):
+    """A run sees 64 frames of a long video, where `check` decoded up to 768, others and their damage too."""
+    write_video(tmp_path / "long.webm", counter_frames(600, 64, 64), fps=6)
+    assert main(["probe", "--json", str(tmp_path / "long.webm")]) == 0
+    run = TrainConfig()
+    bounds = {name: getattr(run, name) for name in ("fps", "nframes", "min_frames", "max_frames")}
+    expected = FrameSampling(**bounds).sample(probe(tmp_path / "long.webm"))[0]
+    assert json.loads(capsys.readouterr().out)["sampled"] == expected
 
 
 def test_probe_of_a_bad_file(folder, capsys):

@@ -26,6 +26,8 @@ from rlaif_fast.video.probe import info_of, probe
 from rlaif_fast.video.refs import MediaRef
 from rlaif_fast.video.sampling import FrameSampling
 
+MAX_FRAMES = 64  # as in training, whose other bounds are those of `FrameSampling`
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 when a file is bad, 2 for wrong usage."""
@@ -74,9 +76,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--min_frames", type=int, help=f"Fewest frames under --fps; {FrameSampling.min_frames} without it."
     )
-    group.add_argument(
-        "--max_frames", type=int, help=f"Most frames under --fps; {FrameSampling.max_frames} without it."
-    )
+    group.add_argument("--max_frames", type=int, help=f"Most frames under --fps; {MAX_FRAMES} without it.")
     group.add_argument("--video_start", type=float, help="Seconds.")
     group.add_argument("--video_end", type=float, help="Seconds.")
 
@@ -92,7 +92,7 @@ def _sampling(options: argparse.Namespace) -> FrameSampling:
         sampling = FrameSampling(
             fps=options.fps,
             nframes=options.nframes,
-            **limits,
+            **{"max_frames": MAX_FRAMES} | limits,
             video_start=options.video_start,
             video_end=options.video_end,
         )
