@@ -201,7 +201,7 @@ def _tell_twice(parser: Any, files: Sequence[str], flags: Sequence[str], names: 
             if name not in found:
                 continue
             held = _texts_kept({name: _plain(found[name])}, *_files_and_flags(words))[name]
-            if name in before and (source == "the flag" or held != before[name][1]):
+            if name in before and held != before[name][1]:
                 earlier = "the file" if len(paths) == 1 else before[name][0]
                 tell(f"{name}: {held!r} ({source}; {earlier} says {before[name][1]!r})")
             before[name] = source, held

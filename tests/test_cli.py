@@ -95,8 +95,8 @@ def test_of_the_processes_of_torchrun_the_first_names_files_that_are_not_read(
     assert [record.getMessage().rpartition(" ")[2] for record in caplog.records] == said
 
 
-def test_every_key_that_both_set_is_told(files, capsys):
-    words = ["--steps", "5", "--more", '{"b": 2}', "--config", files[0], "--names", '["y"]']
+def test_every_key_that_both_set_to_other_values_is_told(files, capsys):
+    words = ["--steps", "5", "--more", '{"b": 2}', "--config", files[0], "--names", '["y"]', "--model", "one"]
     config = parse_config(Options, words, **TEXTS)
     assert (config.model, config.steps, config.more, config.names) == ("one", 5, {"b": 2}, ["y"])
     told = capsys.readouterr().err.splitlines()
