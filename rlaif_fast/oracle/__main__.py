@@ -1,4 +1,4 @@
-"""`python -m rlaif_fast.oracle rank|agree|pairs`: rank a file of responses, compare rankings, make pairs of them."""
+"""`python -m rlaif_fast.oracle rank|agree|pairs|list`: rank responses, compare rankings, make pairs, name oracles."""
 
 from __future__ import annotations
 

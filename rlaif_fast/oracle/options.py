@@ -16,7 +16,8 @@ class OracleOptions:
 
     Attributes:
         oracle: Name of a registered oracle: "reference", "embedding", "local", "api", "reward_model", "callable",
-            "replay", one from the entry-point group `rlaif_fast.oracles`, or "module:Class" of a file of your own.
+            "replay", "ensemble", one from the entry-point group `rlaif_fast.oracles`, or "module:Class" of a file of
+            your own.
         oracle_options: Keyword arguments of that oracle, as YAML or JSON.
         feedback: "exact", or how the oracle's scores are corrupted before they are ranked (an experiment): "gaussian",
             "heavy_tails", "warp", "grades", "flips", "slot_bias", "slot_bias_debiased", "listwise", "outliers".

@@ -35,7 +35,7 @@ def ask_once(oracle: object) -> None:
         if not ranking.valid:
             raise RlaifFastError(
                 f"the judge {judge.model!r} at {judge.base_url}/chat/completions gave no verdict on a group of "
-                f"two answers: {ranking.error or 'it declined to judge'}. Check its address, its name and the key in "
+                f"two answers ({ranking.error or 'it declined to judge'}). Check its address, its name and the key in "
                 f"{judge.api_key_env}"
             )
 
