@@ -1,9 +1,10 @@
-"""What the documents name exists: links, files, tests, flags, and the names that their Python code imports."""
+"""What the documents name exists: links, files, tests, flags, options, and the names that their Python code imports."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import io
 import re
 import shlex
@@ -13,6 +14,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from rlaif_fast.oracle import registry
+from rlaif_fast.oracle.judge import JudgeOptions
+from rlaif_fast.plugins import find
+from rlaif_fast.trainer.options import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -161,6 +167,37 @@ def help_flags(module: str, first: str) -> set[str]:
         with suppress(SystemExit), redirect_stdout(printed):
             main(call)
     return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+
+@each_document
+def test_defaults_told_beside_a_name_are_those_of_the_code(path):
+    """`name` (number), where `name` is an option of a run or of an oracle."""
+    told = re.findall(r"`(?:--)?(\w+)` \((\d[\d.]*)(?<!\.)\b", path.read_text(encoding="utf-8"))
+    defaults = [
+        vars(TrainConfig()),
+        *({name: p.default for name, p in own.items()} for own in oracle_options()),
+    ]
+    assert [
+        (name, value)
+        for name, value in told
+        if (known := [own[name] for own in defaults if name in own]) and float(value) not in known
+    ] == []
+
+
+def test_every_option_of_an_oracle_is_documented():
+    text = (ROOT / "docs/oracles.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<=[`\"])\w+|\w+(?==)", text))
+    assert sorted({name for own in oracle_options() for name in own} - named) == []
+
+
+def oracle_options() -> list[dict[str, inspect.Parameter]]:
+    """The options of each of our oracles, `JudgeOptions` included."""
+    judge = inspect.signature(JudgeOptions).parameters
+    found = []
+    for name in registry._BUILTIN:
+        own = dict(inspect.signature(find("oracles", name, registry._BUILTIN)).parameters)
+        found.append(own | dict(judge) if own.pop("judge", None) else own)
+    return found
 
 
 @each_document
