@@ -7,12 +7,13 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in rlaif_fast.train
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlaif_fast.cli import flag_is_true, parse_config, run_command, tell
+from rlaif_fast.cli import flag_is_true, is_first, parse_config, run_command, tell
 from rlaif_fast.errors import UsageError, require
 from rlaif_fast.evals.options import EvaluateConfig, configuration, load_checkpoint
 from rlaif_fast.outputs import check_output
@@ -21,6 +22,7 @@ from rlaif_fast.trainer.options import TrainConfig
 
 if TYPE_CHECKING:
     from rlaif_fast.data.schema import Example
+    from rlaif_fast.distributed.world import World
     from rlaif_fast.trainer.evaluation import EvalResult
 
 
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     options = parse_config(EvaluateConfig, argv, prog="rlaif_fast.evaluate", description=__doc__)
+    if not is_first():  # each reads the same rows
+        logging.getLogger("rlaif_fast.data").setLevel(logging.ERROR)
     if options.benchmark is None:
         evaluate_command(options)
     else:
@@ -42,8 +46,13 @@ def _run(argv: list[str]) -> int:
 
 
 def evaluate_command(options: EvaluateConfig) -> dict:
-    """Evaluate as configured, print the table, and return {"accuracy", "by_category", "chance"}."""
+    """Evaluate as configured, print the table, and return {"accuracy", "by_category", "chance"}.
+
+    Of several processes the first does so; the others return nothing.
+    """
     from rlaif_fast.data import chance_by_category
+    from rlaif_fast.distributed.launch import RankZeroFirst, launch
+    from rlaif_fast.policy.loading import resolve_device
     from rlaif_fast.runs.files import write_jsonl
 
     output = None if options.output is None else check_output("output", options.output, [options.data])
@@ -51,10 +60,14 @@ def evaluate_command(options: EvaluateConfig) -> dict:
     if output is not None:
         check_output("output", output, model_files(Path(config.model).expanduser()))
     # Accuracy needs reference answers; with `output`, the model's own answers may be all that is wanted.
-    rows, known = _rows(options, config, require_answer=output is None)
+    with RankZeroFirst().turn():
+        rows, known = _rows(options, config, require_answer=output is None)
     if output is not None:
         check_output("output", output, [medium.path for row in rows for medium in row.seen])
-    result, unread = _answers(options, config, rows)
+    work = (options, config, rows)
+    result, unread = launch(_answers_in, work, options.num_processes, resolve_device(options.device))
+    if not is_first():
+        return {}
     if not result.predictions:
         raise UsageError(f"evaluate: none of the {len(rows)} rows could be answered: {unread}")
     if len(result.predictions) < len(rows):
@@ -113,8 +126,10 @@ def _rows(
     return data.test, data.rl
 
 
-def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Example]) -> tuple[EvalResult, str]:
-    """The checkpoint's answers, and which media could not be read."""
+def _answers_in(
+    world: World, work: tuple[EvaluateConfig, TrainConfig, Sequence[Example]]
+) -> tuple[EvalResult, str]:
+    """The checkpoint's answers, and which media could not be read: this process's part, then everyone's."""
     import torch
 
     from rlaif_fast.rollout import make_sampler
@@ -122,6 +137,8 @@ def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Exampl
     from rlaif_fast.trainer.evaluation import evaluate
     from rlaif_fast.trainer.scoring import scorer_by_name
 
+    options, config, rows = work
+    setup.set_threads(config.threads, world.local_size)
     loaded = load_checkpoint(config)
     policy = setup.make_policy(loaded, config)
     policy.model.eval()
@@ -136,8 +153,12 @@ def _answers(options: EvaluateConfig, config: TrainConfig, rows: Sequence[Exampl
             max_new_tokens=config.max_completion_length,
             max_reasoning_tokens=config.max_reasoning_tokens,
             videos_per_step=options.videos_per_step,
+            world=world,
         )
-        return result, make_batch.store.stats.summary()
+        stats = make_batch.store.stats
+        for files in world.gather(stats.bad_files):
+            stats.bad_files |= files
+        return result, stats.summary()
 
 
 def print_table(figures: dict) -> None:

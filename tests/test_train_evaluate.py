@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tiny_runs import in_a_file
 
 from rlaif_fast import evaluate as evaluate_module
 from rlaif_fast.evaluate import EvaluateConfig, evaluate_command
@@ -15,6 +18,7 @@ from rlaif_fast.trainer.datasets import split_files
 from rlaif_fast.trainer.options import TrainConfig
 
 pytest_plugins = ("tiny_runs",)
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, capsys):
@@ -27,6 +31,29 @@ def test_evaluate_agrees_with_the_run_and_reads_other_data(finished, tmp_path, c
     blind = evaluate_command(EvaluateConfig(run=str(finished), blank_frames=True))
     assert 0.0 <= blind["accuracy"] <= 1.0
     assert "category" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["by itself", "torchrun"])
+def test_several_processes_give_the_answers_of_one(finished, tmp_path, launcher):
+    rows = [json.loads(line) for line in rows_asked(finished).read_text().splitlines()]
+    videos = sorted({row["video"] for row in rows})
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(b"no video")
+    for row in rows:
+        found = rows_asked(finished).parent / row["video"]
+        row["video"] = str(damaged if row["video"] == videos[1] else found)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"run": finished, "data": data, "output": tmp_path / "one.jsonl"}
+    one = evaluate_command(EvaluateConfig(**{name: str(value) for name, value in words.items()}))
+    words |= {"output": tmp_path / "two.jsonl"} | ({} if launcher else {"num_processes": 2})
+    command = ["-m", "rlaif_fast.evaluate", *in_a_file(words, tmp_path / "two.yaml")]
+    done = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 x not a readable video") == 1
+    assert done.stdout.count("category") == 1 and json.loads(done.stdout.splitlines()[-1])["n"] < len(rows)
+    assert json.loads(done.stdout.splitlines()[-1])["accuracy"] == one["accuracy"]
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def rows_asked(folder: Path) -> Path:

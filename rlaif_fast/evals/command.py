@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlaif_fast.cli import is_first, tell
+from rlaif_fast.cli import tell
 from rlaif_fast.data.schema import Example
 from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.evals.options import FROM_RUN, EvaluateConfig, configuration, load_checkpoint
@@ -35,8 +34,6 @@ def evaluate_benchmark(options: EvaluateConfig) -> Path:
     from rlaif_fast.evals.tables import refuse_other_questions
     from rlaif_fast.policy.loading import resolve_device
 
-    if not is_first():  # each reads the same questions
-        logging.getLogger("rlaif_fast.data").setLevel(logging.ERROR)
     items = _items(options)
     check_read(options, [item.example for item in items])
     if all(item.trouble for item in items):

@@ -23,7 +23,6 @@ BENCHMARK_ONLY = (
     "judge_options",
     "before",
     "limit",
-    "num_processes",
 )
 PATHS = ("run", "model", "data", "output_dir", "judge", "before", "output", "media_root")
 FROM_RUN = (
@@ -62,7 +61,7 @@ class EvaluateConfig:
         judge_options: Options of the judge.
         before: The `items.jsonl` of another evaluation on the same questions, to compare with.
         limit: Answer only the first questions of a benchmark; null takes all.
-        num_processes: Processes that share a benchmark on this machine; under torchrun those that torchrun started.
+        num_processes: Processes that share the questions on this machine; under torchrun those that torchrun started.
         blank_frames: Replace every frame by grey, to see what the policy answers without the video.
         output: JSONL file for the predictions; null writes none.
         device: "auto", "cpu", "cuda".
@@ -115,6 +114,7 @@ class EvaluateConfig:
         for name in PATHS:
             require(getattr(self, name) != "", name, "a name", "")
         require_least("videos_per_step", self.videos_per_step, 1)
+        require_least("num_processes", self.num_processes, 1)
         require_least("max_completion_length", self.max_completion_length, 1)
         if self.fps is not None and self.nframes is not None:
             raise UsageError("fps: give it or nframes, not both")
@@ -136,7 +136,6 @@ class EvaluateConfig:
             self.answering,
         )
         require_least("limit", self.limit, 1)
-        require_least("num_processes", self.num_processes, 1)
         if self.judge is None and self.judge_options:
             raise UsageError("judge_options: there is no judge; name one, or leave them out")
 
