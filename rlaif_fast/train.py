@@ -92,7 +92,7 @@ def train(config: TrainConfig, given: Mapping[str, Any] | None = None) -> Path:
                 if config.resume is None:
                     run_dir = RunDir.create(config.output_dir, overwrite=config.overwrite_output_dir)
                     held.enter_context(run_dir.lock())
-                prepare(run_dir, config)
+                write_config(run_dir, dump_config(dataclasses.replace(config, resume=None)))
         try:
             launch(train_in, config, config.num_processes, resolve_device(config.device))
         except BaseException:
@@ -136,11 +136,6 @@ def recovered(run_dir: RunDir, *, extends: bool) -> Iterator[None]:
                     write_config(run_dir, text)
                 run_dir.put_back(dropped)
             raise
-
-
-def prepare(run_dir: RunDir, config: TrainConfig) -> None:
-    """Bring a run's folder to the state that its processes start from."""
-    write_config(run_dir, dump_config(dataclasses.replace(config, resume=None)))
 
 
 def write_config(run_dir: RunDir, text: str) -> None:
