@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 import io
 import sys
 
@@ -147,7 +148,15 @@ def test_concurrency_is_bounded():
         ({"image_size": 0}, "'image_size' must be at least 1, got 0"),
         ({"max_tokens": 0}, "'max_tokens' must be at least 1, got 0"),
         ({"temperature": -0.5}, "'temperature' must be at least 0, got -0.5"),
+        ({"temperature": float("inf")}, "'temperature' must be JSON, got inf"),
         ({"backoff": -1}, "'backoff' must be at least 0, got -1"),
+        ({"extra_body": {"since": datetime.date(2025, 1, 1)}}, "'extra_body' must be JSON"),
+        ({"extra_body": {"top_p": float("nan")}}, "'extra_body' must be JSON"),
+        ({"extra_body": {"messages": None}}, "'extra_body' must leave 'messages' out"),
+        ({"extra_body": {"stream": True}}, "'extra_body' must leave 'stream' out"),
+        ({"extra_body": {"n": 2}}, "'extra_body' must leave 'n' out"),
+        ({"use_clips": False, "frames_per_clip": 4}, "'frames_per_clip' is not read with use_clips=False"),
+        ({"use_clips": False, "image_size": 224}, "'image_size' is not read with use_clips=False"),
     ],
 )
 def test_wrong_options(options, message):

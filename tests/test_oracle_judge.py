@@ -109,7 +109,7 @@ def flipping(probability, seed):
 @pytest.mark.parametrize(("fusion", "size"), [("borda", 5), ("kemeny", 5), ("borda", 8)])
 def test_four_orders_beat_one_under_noise(fusion, size):
     requests = groups(200, size)
-    one = taus(PromptJudge(flipping(0.3, 1), orders=1, fusion=fusion), requests)
+    one = taus(PromptJudge(flipping(0.3, 1), orders=1), requests)
     four = taus(PromptJudge(flipping(0.3, 2), orders=4, fusion=fusion), requests)
     mean_one, mean_four = sum(one) / 200, sum(four) / 200
     print(f"G = {size}, {fusion}: tau of one order {mean_one:.3f}, of four fused {mean_four:.3f}")
@@ -367,6 +367,8 @@ def test_orders_are_one_or_even_and_confidence_needs_several():
     for options in ({"orders": 1}, {"protocol": "pointwise"}):
         with pytest.raises(UsageError, match="'min_confidence' must be 0 with one order"):
             JudgeOptions(min_confidence=0.5, **options)
+        with pytest.raises(UsageError, match="'fusion' is not read with one order"):
+            JudgeOptions(fusion="kemeny", **options)
 
 
 def test_too_little_confidence_ties_the_group():

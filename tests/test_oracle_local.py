@@ -340,6 +340,10 @@ def test_what_the_tokenizer_cannot_say_is_a_clear_error(checkpoint, tmp_path):
         ({"protocol": "pointwise", "orders": 2}, "'orders' must be 1 with protocol='pointwise'"),
         ({"protocol": "likelihood", "orders": 4}, "'orders' must be 1 with protocol='likelihood'"),
         ({"protocol": "likelihood", "extract": "<answer>(.*)"}, "'extract' is not read"),
+        ({"protocol": "pointwise", "seed": 1}, "'seed' is not read with protocol='pointwise'"),
+        ({"protocol": "likelihood", "fusion": "kemeny"}, "'fusion' is not read with one order"),
+        ({"use_clips": False, "min_pixels": 64}, "'min_pixels' is not read with use_clips=False"),
+        ({"use_clips": False, "max_pixels": 4096}, "'max_pixels' is not read with use_clips=False"),
     ],
 )
 def test_options_that_change_no_verdict_are_refused(options, message):

@@ -25,13 +25,14 @@ from rlaif_fast.oracle.grading import Grade, grade_ask
 from rlaif_fast.oracle.images import encode_frames
 from rlaif_fast.oracle.in_flight import InFlight
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
-from rlaif_fast.oracle.option_types import check_least
+from rlaif_fast.oracle.option_types import check_json, check_least, check_unread
 from rlaif_fast.oracle.protocols import PROTOCOLS, Ask, MalformedVerdict
 from rlaif_fast.oracle.records import request_text
 from rlaif_fast.oracle.untrusted import cut_middle
 from rlaif_fast.oracle.wire import (
     Completion,
     Fault,
+    checked_extra,
     endpoint,
     opening,
     post,
@@ -102,9 +103,12 @@ class ApiOracle(Judge):
             )
         if response_format not in _RESPONSE_FORMATS:
             raise UsageError(f"oracle option 'response_format' must be one of {_RESPONSE_FORMATS}")
-        check_least(1, concurrency=concurrency, max_attempts=max_attempts, max_tokens=max_tokens)
-        check_least(1, frames_per_clip=frames_per_clip, image_size=image_size)
+        of_frames = {"frames_per_clip": frames_per_clip, "image_size": image_size}
+        check_least(1, concurrency=concurrency, max_attempts=max_attempts, max_tokens=max_tokens, **of_frames)
         check_least(0, temperature=temperature, backoff=backoff, max_backoff=max_backoff)
+        check_json(temperature=temperature)
+        if not self.options.use_clips:
+            check_unread("with use_clips=False", ApiOracle, **of_frames)
         if timeout <= 0 or deadline <= 0:
             raise UsageError("oracle options 'timeout' and 'deadline' must be above 0 seconds")
         # If it is not a name, it may be the key itself, which must not be printed.
@@ -126,7 +130,7 @@ class ApiOracle(Judge):
         self.max_backoff = max_backoff
         self.frames_per_clip = frames_per_clip
         self.image_size = image_size
-        self.extra_body = dict(extra_body or {})
+        self.extra_body = checked_extra(extra_body or {})
         self._counts: Counter[str] = Counter()
         self._grading: InFlight[Grade | None] = InFlight()
         with needed_by("the api oracle", "judge"):

@@ -16,7 +16,7 @@ from rlaif_fast.oracle.base import Ranking, RankRequest, Verdict, gives_scores
 from rlaif_fast.oracle.extract import compile_extract
 from rlaif_fast.oracle.fusion import agreement, borda, kemeny
 from rlaif_fast.oracle.in_flight import InFlight
-from rlaif_fast.oracle.option_types import check_least
+from rlaif_fast.oracle.option_types import check_least, check_unread
 from rlaif_fast.oracle.protocols import PROMPT_VERSION, PROTOCOLS, Ranks
 from rlaif_fast.oracle.records import request_text
 from rlaif_fast.oracle.untrusted import Shown, draw_orders, show_responses
@@ -98,6 +98,8 @@ class JudgeOptions:
                 f"oracle option 'min_confidence' must be 0 with one order, whose confidence is always 1, got "
                 f"{self.min_confidence}; set 'orders'"
             )
+        if self.num_orders == 1:
+            check_unread("with one order", JudgeOptions, fusion=self.fusion)
         compile_extract(self.extract)
 
     @property

@@ -25,7 +25,7 @@ from rlaif_fast.errors import UsageError, needed_by
 from rlaif_fast.oracle.fusion import ranks_from_scores
 from rlaif_fast.oracle.identity import model_digest
 from rlaif_fast.oracle.judge import Judge, JudgeOptions, Outcome, Showing
-from rlaif_fast.oracle.option_types import check_least
+from rlaif_fast.oracle.option_types import check_least, check_unread
 from rlaif_fast.oracle.protocols import RULES, answers_block, question_block
 from rlaif_fast.oracle.untrusted import seeded_generator
 
@@ -95,6 +95,10 @@ class LocalOracle(Judge):
             )
         if protocol == "likelihood" and self.options.extract:
             raise UsageError("oracle 'local': 'extract' is not read with protocol='likelihood'; leave it out")
+        if protocol != "listwise":
+            check_unread(f"with protocol={protocol!r}", JudgeOptions, seed=self.options.seed)
+        if not self.options.use_clips:
+            check_unread("with use_clips=False", LocalOracle, min_pixels=min_pixels, max_pixels=max_pixels)
         self.batch_size = batch_size
         self.model = model
         self.pixels = (min_pixels, max_pixels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 import types
 import typing
@@ -54,6 +56,31 @@ def check_least(least: int, **options: float) -> None:
     for name, value in options.items():
         if not value >= least:
             raise UsageError(f"oracle option {name!r} must be at least {least}, got {value}")
+
+
+def check_json(**options: Any) -> None:
+    """Refuse options that cannot be sent as JSON.
+
+    Raises:
+        UsageError: For the first of them.
+    """
+    for name, value in options.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"oracle option {name!r} must be JSON, got {value!r:.60}: {error}") from None
+
+
+def check_unread(where: str, factory: Callable[..., Any], **options: Any) -> None:
+    """Refuse options that differ from the defaults of `factory` where nothing reads them.
+
+    Raises:
+        UsageError: For the first of them.
+    """
+    parameters = inspect.signature(factory).parameters
+    for name, value in options.items():
+        if value != parameters[name].default:
+            raise UsageError(f"oracle option {name!r} is not read {where}; leave it out, got {value!r:.60}")
 
 
 def _kinds(hint: Any) -> list[Any]:

@@ -21,11 +21,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlaif_fast.errors import UsageError
+from rlaif_fast.oracle.option_types import check_json
 
 MAX_BODY_BYTES = 4 << 20  # of a reply, as sent and again when unpacked
 MAX_WAIT_SECONDS = 3600.0  # longest Retry-After that is obeyed
 _MOST_TOKENS = 1 << 40  # a larger count is not believed
 _REASONING = ("thinking", "reasoning")  # types of content parts that are not the reply
+_FIXED = {
+    "messages": (),
+    "stream": (False, None),
+    "n": (1, None),
+}  # fields of a request, and what they may be
 _RETRIED_STATUS = {408, 409, 425, 429}
 
 
@@ -90,6 +96,21 @@ def endpoint(base_url: str | None) -> str:
     if parts.path.endswith("/chat/completions"):
         raise UsageError("oracle option 'base_url' must end before /chat/completions, which is added to it")
     return base_url
+
+
+def checked_extra(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that `extra_body` adds to a request.
+
+    Raises:
+        UsageError: JSON has no such value, or a field would replace the prompt or bring a reply that is not read.
+    """
+    check_json(extra_body=dict(fields))
+    for name, allowed in _FIXED.items():
+        if name in fields and fields[name] not in allowed:
+            raise UsageError(
+                f"oracle option 'extra_body' must leave {name!r} out: the prompt is ours, and one whole reply is read"
+            )
+    return dict(fields)
 
 
 @contextlib.contextmanager
