@@ -37,6 +37,8 @@ SEQUENCE = {"importance_sampling_level": "sequence"}
             {"multi_objective_aggregation": "normalize_then_sum"},
             "has no multi_objective_aggregation=normalize",
         ),
+        ({"metric_for_best_model": "eval_reward"}, "has no metric_for_best_model=eval_reward"),
+        ({"metric_for_best_model": "rewards/oracle_api/mean"}, "has no metric_for_best_model=rewards/"),
         ({"scale_rewards": "batch"}, "scale_rewards must be left out, .* scale='none'; got 'batch'"),
         ({"loss_type": "sapo", "delta": 2.0}, "delta must be None with loss_type='sapo'; got 2.0"),
         (

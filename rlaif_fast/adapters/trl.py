@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from rlaif_fast.adapters.ranking import advantages, mean_logps, rank_options
-from rlaif_fast.adapters.trl_loss import add_rank_loss, forward_loss, refuse
+from rlaif_fast.adapters.trl_loss import REWARDS, add_rank_loss, forward_loss, refuse
 from rlaif_fast.adapters.trl_media import VideoPrompts, mask_of
 from rlaif_fast.adapters.trl_metrics import logged
 from rlaif_fast.oracle.as_reward import (
@@ -136,7 +136,7 @@ class OracleGRPOTrainer(VideoPrompts):
         """Replace TRL's advantages by ours, and log statistics of the ranks in place of a reward curve."""
         output = self._whole_completions(inputs)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name in [name for name in metrics if name.split("/")[0] in ("reward", "reward_std", "rewards")]:
+        for name in [name for name in metrics if name.split("/")[0] in REWARDS]:
             del metrics[name]
         local = self._scores(output)
         scores = torch.zeros_like(output["advantages"]) if local is None else local

@@ -20,6 +20,7 @@ from rlaif_fast.loss.output import LossOutput
 
 # of RecurrentGemma, xLSTM and Inkling; TRL's own passes leave these out
 UNKNOWN_SCALES = ("logits_soft_cap", "output_logit_soft_cap", "logits_mup_width_multiplier")
+REWARDS = ("reward", "reward_std", "rewards")  # TRL's figures of them; ranks have others
 OF_TOKENS = ("dapo", "cispo")  # TRL divides these by the tokens of the accumulation window
 
 
@@ -62,7 +63,9 @@ def refuse(args: Any, scale: str) -> None:
     Raises:
         ValueError: There is such an option.
     """
+    metric = str(args.metric_for_best_model).removeprefix("eval_")
     refused = {
+        "metric_for_best_model": metric.split("/")[0] in REWARDS,  # which the log has not
         "top_entropy_quantile": args.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": args.off_policy_mask_threshold is not None,
         "use_adaptive_entropy": args.use_adaptive_entropy,
