@@ -273,6 +273,7 @@ def test_build_by_name():
         ("corrupted", {"inner": 3, "kind": "flips"}, "must be an oracle.s name or a mapping"),
         ("corrupted", {"inner": "reference", "kind": "flips", "strength": 2.0}, "expected 0 to 1"),
         ("reference", {"max_invalid_fraction": 3.0}, "must be in"),
+        ("reference", {"max_invalid_fraction": True}, "must be in"),
     ],
 )
 def test_wrong_options_are_usage_errors(name, options, message):

@@ -83,8 +83,8 @@ class CircuitBreaker(AroundOracle):
     """
 
     def __init__(self, inner: Oracle, *, max_invalid_fraction: float = 0.5, window: int = WINDOW) -> None:
-        share = isinstance(max_invalid_fraction, (int, float)) and 0.0 <= max_invalid_fraction <= 1.0
-        if not share:
+        number = isinstance(max_invalid_fraction, (int, float)) and not isinstance(max_invalid_fraction, bool)
+        if not (number and 0.0 <= max_invalid_fraction <= 1.0):
             raise UsageError(f"max_invalid_fraction must be in [0, 1], got {max_invalid_fraction!r}")
         check_window(window)
         super().__init__(inner)
