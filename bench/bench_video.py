@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.errors import RlaifFastError
 from rlaif_fast.video import (
     ClipCache,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.comparison import read_plan
 from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.data.synthetic.dataset import SPLITS, SyntheticConfig, make_dataset

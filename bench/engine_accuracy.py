@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.train import main as train
 
 BAR = 0.03

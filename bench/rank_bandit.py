@@ -25,7 +25,7 @@ from rank_shapes import USES, Feed, ranks_of
 from rank_uses import KINDS, rounded
 from torch import Tensor
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.comparison.results import over_seeds
 from rlaif_fast.oracle.feedback import CORRUPTIONS
 

@@ -33,7 +33,7 @@ import torch
 from rank_shapes import USES, Feed, centred, ranks_of, same
 from torch import Tensor
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.oracle.base import Ranking, RankRequest
 from rlaif_fast.oracle.feedback import CorruptedOracle
 from rlaif_fast.oracle.fusion import ranks_from_scores

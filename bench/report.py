@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 
 MEASURED = ("time", "seconds", "memory", "bytes")  # parts of a key whose value is of the machine
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.loss.api import fused_linear_grpo_rank_loss, grpo_rank_loss
 from rlaif_fast.machine import peak_rss_bytes
 from rlaif_fast.policy.plain import model_inputs

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from rlaif_fast.cli import CommandParser
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.report.stats import paired_bootstrap
 from rlaif_fast.runs.files import read_jsonl
 from rlaif_fast.runs.folder import RunDir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import os
@@ -298,20 +297,6 @@ def tell(line: str) -> None:
     """Print a line beside the results; if all processes of torchrun would say it, only one does."""
     if is_first():
         print(line, file=sys.stderr)
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that takes no abbreviated flags and expands `~` in paths, also in its subcommands."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"allow_abbrev": False})
-        # A shell does not expand it in --KEY=~/PATH.
-        self.register("type", Path, lambda text: Path(expanded(text)))
-
-
-def expanded(text: str) -> str:
-    """A path with `~` replaced by the home folder; the `~` of an unknown user stays."""
-    return os.path.expanduser(text)  # noqa: PTH111 - pathlib's raises then
 
 
 def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = "") -> int:

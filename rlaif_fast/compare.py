@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.errors import UsageError
 
 
@@ -21,13 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="show these finished runs")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="show these finished runs")
     parser.add_argument(
         "--categories", action="store_true", default=None, help="with RUN: add a table by category"
     )
-    parser.add_argument("--config", metavar="FILE", help="run the comparison that this YAML file describes")
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="with --config: in place of the file's output_dir"
+        "--config", type=Path, metavar="FILE", help="run the comparison that this YAML file describes"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, metavar="DIR", help="with --config: in place of the file's output_dir"
     )
     parser.add_argument(
         "--workers", type=int, help="with --config: runs at a time; without it one a GPU or core, as with 0"

@@ -20,7 +20,8 @@ from importlib import metadata
 import torch
 
 from rlaif_fast import __version__
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.loss import backends, extension
 from rlaif_fast.machine import cores as available_cores
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.errors import RlaifFastError, UsageError, first_line, typed_line, writing
 from rlaif_fast.outputs import refuse_records
 from rlaif_fast.policy.weights import ADAPTER_CONFIG, save_quietly
@@ -33,8 +34,8 @@ IMAGE, VIDEO, BOTH = "preprocessor_config.json", "video_preprocessor_config.json
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = CommandParser(prog="rlaif_fast.export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; new or empty")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; new or empty")
     parser.add_argument("--merge", action="store_true", help="merge LoRA adapters into their base model")
     parser.add_argument(
         "--dtype",
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> int:
         if options.push is not None:
             check_name(options.push)
-        folder = export(Path(options.run), Path(options.out), merge=options.merge, dtype=options.dtype)
+        folder = export(options.run, options.out, merge=options.merge, dtype=options.dtype)
         if options.push is not None:
             push(folder, options.push)
         return 0

@@ -28,6 +28,7 @@ FLOORS = (
     ("policy",),
     ("data",),
     ("video",),
+    ("command_parser",),
     ("cli", "outputs", "plugins"),
     ("yaml_keys",),
     ("digests", "errors", "machine", "recent", "streams", "termination"),

@@ -143,10 +143,13 @@ def read_plan(file: str | Path, output_dir: str | Path | None = None) -> Plan:
     folder = output_dir or values.get("output_dir")
     if not folder or not isinstance(folder, (str, Path)):
         raise UsageError(f"config: {file} names no output_dir; add one, or --output_dir")
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise UsageError(f"output_dir: {folder} is a file; give a folder")
     values = {**values, "feedback": values.get("feedback") or {"exact": {}}}
     sections = _sections(values)
     plan = Plan(
-        output_dir=Path(folder).expanduser(),
+        output_dir=folder,
         common=sections["common"],
         start=sections["start"],
         arms={name: sections[f"arms.{name}"] for name in values["arms"]},

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlaif_fast.cli import CommandParser, parse_config, run_command
+from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.data.identity import contents
 from rlaif_fast.data.reader import ReadReport, read_report
 from rlaif_fast.data.schema import Example, named_categories

@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlaif_fast.cli import CommandParser, expanded, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser, expanded
 from rlaif_fast.data.schema import NO_CATEGORY, named_categories
 from rlaif_fast.data.sources import objects_of
 from rlaif_fast.errors import UsageError, needed_by, require_least

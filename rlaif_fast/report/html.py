@@ -17,7 +17,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from rlaif_fast.cli import CommandParser, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.errors import writing
 from rlaif_fast.outputs import write_atomically
 from rlaif_fast.report import figures
@@ -203,7 +204,7 @@ def _template() -> Template:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the report of a run again; returns the exit code."""
     parser = CommandParser(prog="python -m rlaif_fast.report.html", description=write_report.__doc__)
-    parser.add_argument("run_dir", help="the --output_dir of a run")
+    parser.add_argument("run_dir", type=Path, help="the --output_dir of a run")
     arguments = parser.parse_args(argv)
 
     def command() -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlaif_fast.cli import CommandParser, expanded, run_command
+from rlaif_fast.cli import run_command
+from rlaif_fast.command_parser import CommandParser, expanded
 from rlaif_fast.errors import UsageError, require_least, require_positive
 from rlaif_fast.machine import cores
 from rlaif_fast.outputs import check_output, write_atomically
