@@ -102,3 +102,11 @@ def test_a_sheet_that_cannot_be_written_whole_leaves_the_earlier_one(preview, ca
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 2 and "cannot be written" in capsys.readouterr().err
     assert out.read_bytes() == before and not [*out.parent.glob(".sheet*")]
+
+
+def test_a_line_is_as_wide_as_its_pictures(preview):
+    """As many columns as `--frames` allows were drawn, empty ones too, until no file could hold them."""
+    _, eight = preview(ROW, words=["--frames", "8"], out="eight.png")
+    code, many = preview(ROW, words=["--frames", str(10**23)], out="many.png")
+    assert code == 0
+    assert many.read_bytes() == eight.read_bytes()

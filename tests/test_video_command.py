@@ -82,6 +82,12 @@ def test_check_of_a_clean_dataset(folder, capsys, extra, frames):
     assert f"{frames} frames in" in shown
 
 
+def test_no_more_processes_are_made_than_there_are_files(folder, capsys):
+    """The system ran out of files for them."""
+    assert main(["check", str(folder / "clean.jsonl"), "--workers", str(10**6)]) == 0
+    assert "good, 0 bad" in capsys.readouterr().out
+
+
 def test_check_keeps_no_times_of_frames(folder):
     """Those of twenty thousand videos of an hour would be 70 GB."""
     media = [MediaRef(str(folder / "good.webm"), cut=Cut(nframes=count)) for count in range(2, 42, 2)]

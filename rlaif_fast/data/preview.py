@@ -44,23 +44,25 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
             asked.setdefault(example.seen, []).append(example)
     if not asked:
         raise UsageError("no row has a video or an image to draw")
-    figure = Figure(figsize=(1.3 * frames + 5.5, 1.5 * len(asked)))
+    lines = [(_pictures(media, frames), rows) for media, rows in asked.items()]
+    columns = max(len(pictures) for pictures, _ in lines)
+    figure = Figure(figsize=(1.3 * columns + 5.5, 1.5 * len(lines)))
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(
-        len(asked), frames + 1, width_ratios=[*[1.3] * frames, 5.5], wspace=0.04, hspace=0.12
+        len(lines), columns + 1, width_ratios=[*[1.3] * columns, 5.5], wspace=0.04, hspace=0.12
     )
     figure.subplots_adjust(left=0.005, right=0.995, top=0.995, bottom=0.005)
-    for row, (media, rows) in enumerate(asked.items()):
-        for column, picture in enumerate(_pictures(media, frames)):
+    for row, (pictures, rows) in enumerate(lines):
+        for column, picture in enumerate(pictures):
             axes = figure.add_subplot(grid[row, column])
             axes.imshow(picture.numpy(), interpolation="nearest")
             axes.set_axis_off()
-        axes = figure.add_subplot(grid[row, frames])
+        axes = figure.add_subplot(grid[row, columns])
         axes.set_axis_off()
-        lines = [textwrap.shorten(_wording(example), 110) for example in rows[:9]]
+        texts = [textwrap.shorten(_wording(example), 110) for example in rows[:9]]
         axes.text(
             *(0.02, 0.98),
-            "\n".join(lines),
+            "\n".join(texts),
             va="top",
             fontsize=6.5,
             transform=axes.transAxes,
@@ -70,7 +72,7 @@ def draw_preview(examples: Sequence[Example], out: str | Path, *, clips: int = 8
         save_figure(figure, Path(out), dpi=110)
     except (OSError, ValueError) as error:
         raise UsageError(f"{out}: cannot be written: {error}") from None
-    return len(asked)
+    return len(lines)
 
 
 def _pictures(media: Sequence[MediaRef], most: int) -> list[Tensor]:

@@ -210,15 +210,16 @@ def _vet_all(
     )
     waiting: deque[Future[_Vetted]] = deque()
     source = iter(media)
-    pool = DecodePool(options.workers)
+    workers = min(options.workers, len(media))
+    pool = DecodePool(workers)
     try:
         with (
-            ThreadPoolExecutor(options.workers) as threads,
+            ThreadPoolExecutor(workers) as threads,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ):
             task, bad = progress.add_task("", total=len(media), bad=0), 0
             while len(results) < len(media):
-                while len(waiting) < 4 * options.workers and (item := next(source, None)) is not None:
+                while len(waiting) < 4 * workers and (item := next(source, None)) is not None:
                     waiting.append(threads.submit(_vet, item, sampling, options, pool))
                 results.append(waiting.popleft().result())
                 bad += bool(results[-1].reason)
