@@ -170,3 +170,21 @@ def test_wrong_usage_of_the_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--label_noise", "0.5", "--sft_clips", "0"], "label_noise: not read where sft_clips is 0"),
+        (["--label_confusion", "1", "--sft_clips", "0"], "label_confusion: not read where sft_clips is 0"),
+        (["--num_options", "2"], "num_options: not read where multiple_choice_fraction is 0"),
+        (
+            ["--label_confusion", "1", "--multiple_choice_fraction", "1"],
+            "label_confusion: not read where multiple_choice_fraction is 1",
+        ),
+    ],
+)
+def test_make_refuses_an_option_that_changes_no_file(tmp_path, flags, said, capsys):
+    assert main(["make", str(tmp_path / "made"), *flags]) == 2
+    assert capsys.readouterr().err == f"error: {said}; leave it out\n"
+    assert not (tmp_path / "made").exists()

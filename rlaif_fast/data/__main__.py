@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rlaif_fast.cli import parse_config, run_command
+from rlaif_fast.cli import given_values, parse_config, run_command
 from rlaif_fast.command_parser import CommandParser
 from rlaif_fast.data.identity import contents
 from rlaif_fast.data.reader import ReadReport, read_report
@@ -68,10 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make(options: argparse.Namespace) -> int:
-    about = "Make the embedded dataset in the folder OUT, or find it made."
-    config = parse_config(
-        SyntheticConfig, options.rest, prog="rlaif_fast.data make OUT [--overwrite]", description=about
-    )
+    texts: dict[str, Any] = {
+        "prog": "rlaif_fast.data make OUT [--overwrite]",
+        "description": "Make the embedded dataset in the folder OUT, or find it made.",
+    }
+    config = parse_config(SyntheticConfig, options.rest, **texts)
+    given = given_values(SyntheticConfig, options.rest, **texts)
+    for name, where in config.unread().items():
+        if name in given:
+            raise UsageError(f"{name}: not read where {where}; leave it out")
     if options.out is None:
         raise UsageError("make: name the folder to make, e.g. python -m rlaif_fast.data make data/synthetic")
     start = time.perf_counter()

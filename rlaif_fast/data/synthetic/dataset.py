@@ -126,6 +126,17 @@ class SyntheticConfig:
         """Number of videos of a split."""
         return int(getattr(self, f"{split}_clips"))
 
+    def unread(self) -> dict[str, str]:
+        """Every option that changes no file beside the other options, with the reason."""
+        found = {}
+        if self.sft_clips == 0:
+            found = dict.fromkeys(("label_noise", "label_confusion"), "sft_clips is 0")
+        if self.multiple_choice_fraction == 0:
+            found["num_options"] = "multiple_choice_fraction is 0"
+        elif self.multiple_choice_fraction == 1:
+            found["label_confusion"] = "multiple_choice_fraction is 1"
+        return found
+
     def digest(self) -> str:
         """Names the dataset: equal for equal files."""
         values = dataclasses.asdict(self)
