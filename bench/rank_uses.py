@@ -197,18 +197,23 @@ def main() -> None:
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=Path, nargs="+", help="Files of runs in place of made-up groups.")
     parser.add_argument("--groups", type=int, default=1500, help="Groups with at least two texts.")
-    parser.add_argument("--distinct", action="store_true", help="Make up groups whose texts all differ.")
-    parser.add_argument("--responses", type=int, default=8, help="Of a group that is made up.")
+    parser.add_argument(
+        "--distinct", action="store_true", default=None, help="Make up groups whose texts all differ."
+    )
+    parser.add_argument("--responses", type=int, help="Of a group that is made up; 8 without it.")
     parser.add_argument("--draws", type=int, default=8, help="Corruptions of each group.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="Where to write the figures as JSON too.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.rollouts:
+        given = [f"--{name}" for name in ("distinct", "responses") if getattr(options, name) is not None]
+        if given:
+            parser.error(f"{', '.join(given)}: not read with --rollouts; leave it out")
         groups = of_runs(options.rollouts, options.groups, options.seed)
     else:
         make = distinct if options.distinct else made_up
-        groups = make(options.groups, options.responses, options.seed)
+        groups = make(options.groups, options.responses or 8, options.seed)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for kind in KINDS:
         feeds = list(corrupted(groups, kind, options.draws))

@@ -25,7 +25,7 @@ from rank_shapes import (
     soft,
     unit,
 )
-from rank_uses import Groups, corrupted, distinct, made_up, measure, of_runs, ranked_alike
+from rank_uses import Groups, corrupted, distinct, made_up, main, measure, of_runs, ranked_alike
 
 from rlaif_fast.algorithms import AlgorithmOptions, Verdicts
 
@@ -253,3 +253,12 @@ def test_groups_of_a_run_are_scored_again(tmp_path):
     assert groups.clean[0, 1] == 1.0 and groups.clean[0, 0] == groups.clean[0, 2] < 0.9
     assert groups.order.tolist() == [[0, -3, 0, 0]]
     assert_near(groups.logps, *[math.log(0.75)], math.log(0.25), *[math.log(0.75)] * 2)
+
+
+@pytest.mark.parametrize("given", [["--distinct"], ["--responses", "8"]])
+def test_what_makes_up_groups_is_refused_beside_those_of_runs(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rank_uses", "--rollouts", str(tmp_path / "rollouts.jsonl"), *given])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert f"{given[0]}: not read with --rollouts; leave it out" in capsys.readouterr().err
