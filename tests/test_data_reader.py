@@ -183,6 +183,16 @@ def test_missing_categories_are_noted(write, media):
     assert report.notes == ["1 questions have no category"]
 
 
+def test_a_media_root_that_no_path_starts_from_is_noted(write, media, tmp_path):
+    whole = {**NATIVE, "category": "x", "video": str(media / NATIVE["video"])}
+    report = read_report(write(whole), media_root=tmp_path / "none")
+    assert not report.errors
+    assert report.notes == [f"media_root ({tmp_path / 'none'}) is not read, since no path is relative"]
+    relative = {**NATIVE, "category": "x", "id": "b"}
+    assert read_report(write(whole, relative), media_root=media).notes == []
+    assert read_report(write(whole)).notes == []
+
+
 def test_keys_that_look_as_if_they_cut_a_video_are_noted(write, media):
     rows = [{**NATIVE, "category": "x", "id": key, key: 2} for key in ("start", "max_frame", "video_length")]
     text = {"question": "x", "answer": "y", "category": "x", "start": 2}

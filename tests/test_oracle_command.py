@@ -265,6 +265,14 @@ def test_what_only_a_decoded_video_needs_is_refused_without_one(tmp_path, capsys
     assert f"{flag.partition('=')[0]}: not read with --no_clips" in capsys.readouterr().err
 
 
+def test_what_no_row_reads_is_told(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", ROWS[0])
+    assert main(["rank", str(source), "--nframes", "4", "--media_root", str(tmp_path / "none")]) == 0
+    told = capsys.readouterr().err
+    assert "media_root: not read, since no path is relative\n" in told
+    assert "nframes: not read, since no row has a video\n" in told
+
+
 def test_the_command_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "rlaif_fast.oracle", "list"],

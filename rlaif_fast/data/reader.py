@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -174,6 +175,8 @@ def read_report(
         f"{count} rows about media have {key!r}, which is metadata alone; did you mean {cut_key_like(key)!r}?"
         for key, count in unread.items()
     ]
+    if media_root is not None and not media.root_read and not report.errors:
+        report.notes.append(f"media_root ({root}) is not read, since no path is relative")
     return report
 
 
@@ -188,6 +191,7 @@ class MediaFiles:
     def __init__(self, root: Path, check: bool) -> None:
         self.root = root
         self.check = check
+        self.root_read = False  # whether a path was relative
         self.seen: dict[str, str] = {}  # path -> what is wrong with it
         self.folders: dict[Path, tuple[str, ...]] = {}  # folder -> the pictures in it
 
@@ -227,6 +231,7 @@ class MediaFiles:
             medium = replace(medium, path=self.find(medium.names))
         names = medium.frames or (medium.path,)
         paths = tuple(str(self.root / name) for name in names)
+        self.root_read |= not all(map(os.path.isabs, names))
         if not medium.frames and medium.kind == "video" and Path(paths[0]).is_dir():
             return MediaRef(paths[0], False, medium.cut, self._folder(Path(paths[0])))
         for path in paths if self.check else ():

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlaif_fast.cli import run_command
+from rlaif_fast.cli import run_command, tell
 from rlaif_fast.command_parser import CommandParser, expanded
 from rlaif_fast.data.schema import NO_CATEGORY, named_categories
 from rlaif_fast.data.sources import objects_of
@@ -113,8 +113,6 @@ def _rank(options: argparse.Namespace) -> int:
         for name in ("nframes", "media_root"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--{name}: not read with --no_clips, which decodes no video")
-    if options.nframes is None:
-        options.nframes = USUAL_FRAMES
     require_least("nframes", options.nframes, 1)
     rows = list(objects_of(options.file))
     if not rows:
@@ -150,8 +148,12 @@ def _checked(rows: Sequence[_Row], options: argparse.Namespace, output: Path) ->
         row_request(row, where)
     if options.no_clips:
         return lambda _: []
-    clips = RowClips(options.media_root or options.file.parent, options.nframes)
+    clips = RowClips(options.media_root or options.file.parent, options.nframes or USUAL_FRAMES)
     media = {where: clips.find(row, where) for where, row in rows}
+    if options.media_root is not None and not clips.files.root_read:
+        tell("media_root: not read, since no path is relative")
+    if options.nframes is not None and not any(m.is_video_file for found in media.values() for m in found):
+        tell("nframes: not read, since no row has a video")
     read = [medium.path for found in media.values() for medium in found]
     check_output("output", output, read)
     if options.cache is not None and any(is_same(options.cache, Path(path)) for path in read):

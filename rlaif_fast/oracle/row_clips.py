@@ -32,7 +32,7 @@ class RowClips:
     """
 
     def __init__(self, root: Path, nframes: int) -> None:
-        self._files = MediaFiles(root, check=True)
+        self.files = MediaFiles(root, check=True)
         self._sampling = FrameSampling(nframes=nframes)
         fault = self._sampling.fault()
         if fault is not None:
@@ -56,7 +56,7 @@ class RowClips:
             fields = Fields(row["question"], media=media)
             refuse_mistyped_media(dict(row), [fields])
             place_media(fields, row)
-            return tuple(map(self._files.resolve, fields.media))
+            return tuple(map(self.files.resolve, fields.media))
         except RowError as error:
             raise UsageError(f"{where}: {error}") from None
 

@@ -175,6 +175,8 @@ def _check(options: argparse.Namespace) -> int:
     console = Console()
     for row in report.errors[: options.shown]:
         console.print(f"[red]row[/red] {_escaped(row)}", highlight=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {_escaped(note)}", highlight=False, soft_wrap=True)
     if not media:
         raise UsageError(f"{options.dataset}: no row names a video or an image")
     began = time.perf_counter()
