@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import os
 import re
@@ -310,8 +311,11 @@ def run_command(command: Callable[[], int], *, debug: bool = False, flag: str = 
     """
     hint = f" (run with {flag} for the traceback)" if flag else ""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the caller closed it
+        stream = getattr(sys, name)
+        if stream is None:  # the caller closed it
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it stays open
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for what its encoding lacks
     try:
         with Termination(0.0, echo_seconds=ECHO_SECONDS).installed():
             code = command()

@@ -1,6 +1,9 @@
 """`python -m rlaif_fast.data`: check, make and preview, and the chance level of a dataset."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import av
@@ -188,3 +191,17 @@ def test_make_refuses_an_option_that_changes_no_file(tmp_path, flags, said, caps
     assert main(["make", str(tmp_path / "made"), *flags]) == 2
     assert capsys.readouterr().err == f"error: {said}; leave it out\n"
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
+def test_a_terminal_that_lacks_a_letter_gets_its_code(tmp_path, encoding):
+    """The command failed where the locale is not UTF-8, and in UTF-8 on a file name that is not."""
+    path = tmp_path / "caf\udce9.jsonl"
+    row = {"question": "?", "answer": "yes", "category": "形"}
+    path.write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "rlaif_fast.data", "check", str(path)]
+    there = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(command, env=there, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ("形" if encoding == "utf-8" else "\\u5f62").encode() in done.stdout
+    assert b"caf\\udce9.jsonl: 1 rows, 1 questions, all good" in done.stdout
