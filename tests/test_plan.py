@@ -338,3 +338,8 @@ def test_what_cannot_be_planned_is_refused(capsys):
     ):
         assert main(words) == 2
         assert told in capsys.readouterr().err
+
+
+def test_gpus_of_a_machine_are_refused_for_one_gpu(capsys):
+    assert main(["--gpus_a_machine", "4"]) == 2
+    assert "gpus_a_machine: not read where gpus is 1; leave it out" in capsys.readouterr().err

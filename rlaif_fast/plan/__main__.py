@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlaif_fast.cli import flag_is_true, given_values, parse_config, run_command, tell
+from rlaif_fast.errors import UsageError
 from rlaif_fast.plan.options import GPUS, PlanConfig
 from rlaif_fast.trainer.cached_model import defaults_of
 from rlaif_fast.trainer.unread import tell_unread
@@ -33,6 +34,8 @@ def _run(words: Sequence[str]) -> int:
         config, by_flag, given_values(PlanConfig, given, **texts).keys() - by_flag.keys()
     ):
         tell(line)
+    if config.gpus == 1 and "gpus_a_machine" in by_flag:
+        raise UsageError("gpus_a_machine: not read where gpus is 1; leave it out")
     from rlaif_fast.plan.plan import GIB, make_fit, make_plan
     from rlaif_fast.trainer.preflight import MODEL_ORACLES
     from rlaif_fast.trainer.scoring import oracles_named
