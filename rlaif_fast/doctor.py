@@ -161,10 +161,9 @@ def check_model(model: str) -> int:
     """
     from rlaif_fast.errors import UsageError
     from rlaif_fast.prompts.describe import describe_model
-    from rlaif_fast.trainer.options import TINY_FAMILIES
+    from rlaif_fast.trainer.cached_model import refuse_made
 
-    if model in TINY_FAMILIES:
-        raise UsageError(f"model: {model!r} is made by the run that trains it; give a checkpoint of that run")
+    refuse_made(model)
     try:
         lines = describe_model(model)
     except UsageError as error:

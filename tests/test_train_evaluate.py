@@ -131,3 +131,10 @@ def adapter_base(folder: Path) -> str:
     """The model that the adapters of a run were trained on."""
     best = next(folder.glob("checkpoints/*/adapter_config.json"))
     return json.loads(best.read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-qwen2_5_vl"])
+def test_the_tiny_policy_has_no_answers_before_a_run_makes_it(tmp_path, capsys, name):
+    """It was looked for on the Hugging Face hub."""
+    assert evaluate_module.main(["--model", name, "--data", str(tmp_path / "rows.jsonl")]) == 2
+    assert f"model: {name!r} is made by the run that trains it" in capsys.readouterr().err

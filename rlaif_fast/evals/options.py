@@ -12,7 +12,7 @@ from rlaif_fast.cli import parse_config
 from rlaif_fast.errors import UsageError, check_fields, require, require_least
 from rlaif_fast.evals.answering import Answering
 from rlaif_fast.policy.loading import LoadedModel, ModelOptions, load_model
-from rlaif_fast.trainer.cached_model import defaults_of
+from rlaif_fast.trainer.cached_model import defaults_of, refuse_made
 from rlaif_fast.trainer.options import TrainConfig
 
 BENCHMARK_ONLY = (
@@ -113,6 +113,7 @@ class EvaluateConfig:
         check_fields(self)
         for name in PATHS:
             require(getattr(self, name) != "", name, "a name", "")
+        refuse_made(self.model)
         require_least("videos_per_step", self.videos_per_step, 1)
         require_least("num_processes", self.num_processes, 1)
         require_least("max_completion_length", self.max_completion_length, 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlaif_fast.cli import packaged_config
 from rlaif_fast.data import VOCABULARY
-from rlaif_fast.errors import RlaifFastError, writing
+from rlaif_fast.errors import RlaifFastError, UsageError, writing
 from rlaif_fast.policy.tiny import holds_tiny, make_tiny, words_of
 from rlaif_fast.prompts.encoder import question_text
 from rlaif_fast.runs.integrity import Damage, Manifest, digests, read_manifest, write_manifest
@@ -32,6 +32,16 @@ def defaults_of(model: str, tell: Callable[[str], None]) -> Path | None:
             return None
         tell(f"model: {model} is a tiny policy, so what is not set is that of configs/tiny.yaml")
     return packaged_config("tiny.yaml")
+
+
+def refuse_made(model: str | None) -> None:
+    """Refuse a name of the tiny policy where a checkpoint is read.
+
+    Raises:
+        UsageError: It is such a name.
+    """
+    if model in TINY_FAMILIES:
+        raise UsageError(f"model: {model!r} is made by the run that trains it; give a checkpoint of that run")
 
 
 def tiny_folder(config: TrainConfig, data: Datasets) -> Path:
