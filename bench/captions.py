@@ -107,7 +107,7 @@ def mean_scores(run: Path) -> dict[str, float]:
     }
 
 
-def report(config: Path, output_dir: str | None) -> dict[str, Any]:
+def report(config: Path, output_dir: Path | None) -> dict[str, Any]:
     """Print the mean score of every arm under every kind of feedback, with its lead over the baseline."""
     plan = read_plan(config, output_dir)
     found: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def main() -> None:
     data.add_argument("folder", type=Path)
     data.add_argument("--seed", type=int, default=500)
     said = commands.add_parser("report")
-    said.add_argument("output_dir", nargs="?")
+    said.add_argument("output_dir", nargs="?", type=Path)
     said.add_argument("--config", type=Path, default=Path(__file__).with_name("captions.yaml"))
     said.add_argument("--output", type=Path, help="Where to write the figures as JSON too.")
     options = parser.parse_args()

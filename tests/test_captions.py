@@ -4,6 +4,7 @@ import json
 
 import captions
 import pytest
+import teacher
 
 from rlaif_fast.comparison import read_plan
 from rlaif_fast.oracle import RankRequest, build_oracle
@@ -61,3 +62,18 @@ def test_the_comparison_is_planned():
     plan = read_plan(captions.Path(captions.__file__).with_name("captions.yaml"))
     assert not plan.unused()
     assert {job.values["algorithm"] for job in plan.jobs() if job.after} == {"grpo", "grpo_rank", "gopo"}
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "said"),
+    [
+        (teacher.main, ["--only", "nope"], "argument --only: invalid choice: 'nope'"),
+        (captions.main, ["report", ""], "argument output_dir: expected a path, got ''"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_before_any_work(main, words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["command", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err
