@@ -213,7 +213,7 @@ def main() -> None:
         groups = of_runs(options.rollouts, options.groups, options.seed)
     else:
         make = distinct if options.distinct else made_up
-        groups = make(options.groups, options.responses or 8, options.seed)
+        groups = make(options.groups, 8 if options.responses is None else options.responses, options.seed)
     figures: dict[str, dict[str, dict[str, float]]] = {}
     for kind in KINDS:
         feeds = list(corrupted(groups, kind, options.draws))
