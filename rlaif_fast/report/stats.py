@@ -92,7 +92,6 @@ def paired_bootstrap(
     after: Sequence[float],
     *,
     clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
 ) -> Interval:
     """Return the mean change from `before` to `after` on the same examples and its 95% bootstrap interval.
 
@@ -101,14 +100,13 @@ def paired_bootstrap(
         after: Score of the same examples, in the same order.
         clusters: What each example belongs to, such as its video: questions about one video are not
             independent, so whole videos are drawn. None draws examples.
-        seed: Seed of the draws.
     """
     change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     if change.ndim != 1 or change.size == 0:
         raise ValueError(f"before, after: expected two lists of one length >= 1, got shape {change.shape}")
     index = np.arange(len(change)) if clusters is None else _numbered(clusters, len(change))
     sums, sizes = np.bincount(index, weights=change), np.bincount(index)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means: list[np.ndarray] = []
     at_once = max(1, MAX_DRAWN // len(sums))
     for start in range(0, RESAMPLES, at_once):
