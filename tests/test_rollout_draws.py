@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from rlaif_fast.algorithms import make_algorithm
 from rlaif_fast.distributed.world import World
 from rlaif_fast.rollout.base import SamplingParams
 from rlaif_fast.rollout.generate import TokenSampler, uniforms
-from rlaif_fast.trainer.drawing import draw_seed
+from rlaif_fast.trainer.drawing import asked, draw_seed, on_policy
 from rlaif_fast.trainer.options import TrainConfig
 
 
@@ -88,3 +92,27 @@ def test_no_two_rounds_of_a_run_draw_with_one_seed(rounds: int) -> None:
 def test_rounds_that_are_not_made_change_no_draw() -> None:
     few, many = (TrainConfig(dynamic_sampling_rounds=rounds) for rounds in (2, 40))
     assert draw_seed(few, World(), 3, 0) == draw_seed(many, World(), 3, 0)
+
+
+def test_no_two_rounds_of_a_run_ask_at_one_place_of_the_order() -> None:
+    config = TrainConfig(dynamic_sampling=True, dynamic_sampling_rounds=3, max_steps=4)
+    places = []
+    order = SimpleNamespace(visits=lambda place: places.append(place) or [], step=lambda place: [])
+    run = SimpleNamespace(config=config, world=World())
+    run.logger = SimpleNamespace(timer=lambda name: nullcontext())
+    run.make_batch = type("Batches", (), {"__call__": lambda *_: [], "prefetch": lambda *_: None})()
+    for step in range(4):
+        for attempt in range(4):
+            asked(run, order, step, attempt)
+    assert places[::4] == [0, 1, 2, 3]  # whatever was asked in extra rounds
+    assert sorted(places) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"num_iterations": 2}, False), ({"steps_per_generation": 2}, False)],
+)
+def test_a_rollout_is_on_policy_where_it_is_learned_from_once_and_whole(options, expected) -> None:
+    config = TrainConfig(**options)
+    assert on_policy(config, make_algorithm(config)) is expected
+    assert not on_policy(config, make_algorithm(TrainConfig(algorithm="dpo")))
