@@ -285,3 +285,64 @@ def test_equal_responses_and_those_not_judged_are_in_no_pair():
     assert preferences([blank]).nonzero().tolist() == [[0, 0, 1], [0, 1, 2]]
     tied = replace(blank, ranking=Ranking((0, 0, 0, 0)))
     assert not preferences([tied]).any()
+
+
+class Twins(World):
+    """Two processes that hold the same."""
+
+    def sum(self, *values):
+        return [2 * value for value in values]
+
+
+def step_of_a_critic(world=None, **options):
+    """What a refreshed critic makes of one PPO step, with its gradients left in place; and the rates of its parts."""
+    config = TrainConfig(
+        algorithm="ppo_rm", reward_model_refresh=True, reward_model_updates=1, max_packed_tokens=60, **options
+    )
+    policy, rates = make_policy("qwen3_vl"), []
+
+    def updater(model, rate, **span):
+        rates.append(rate)
+        return SimpleNamespace(step=lambda: None)
+
+    critic = RewardAndValue(policy, world or World(), make_algorithm(config), updater)
+    nn.init.normal_(critic.reward.head, generator=torch.Generator().manual_seed(0))
+    groups = [
+        replace(group, ranking=replace(group.ranking, confidence=sure))
+        for group, sure in zip(sampled(policy), (0.25, 0.5, 1.0))
+    ]
+    found, figures = critic.appraise(groups, config.reward_model_steps)
+    with torch.no_grad():
+        critic.value.head.mul_(1.1)
+    return critic, found, figures | critic.update(found), rates
+
+
+def test_a_critic_s_figures_and_rates_are_those_of_its_options():
+    critic, groups, figures, rates = step_of_a_critic(
+        weight_by_confidence=True,
+        center_rewards_coefficient=0.5,
+        cliprange_value=0.05,
+        reward_model_learning_rate=1e-4,
+        value_learning_rate=2e-4,
+    )
+    assert rates == [1e-4, 2e-4]
+    prompts, responses = [g.prompt for g in groups], [g.token_ids for g in groups]
+    scores = critic.scores(prompts, responses, [f for g in groups for f in g.finished]).view(-1, G)
+    weights = torch.tensor([g.ranking.confidence for g in groups])
+    order = bradley_terry_loss(scores, preferences(groups), center=0.5, weights=weights)
+    assert figures["reward_model/loss"] == pytest.approx(order.loss.item() / len(groups))
+    _, old, returns = map(torch.cat, zip(*map(_fields, groups)))
+    missed = (returns - old).square().mean() / returns.var(unbiased=False)
+    assert figures["value/explained"] == pytest.approx(1 - missed.item(), rel=1e-4)
+    costs, outside = clipped_value_loss(1.1 * old, old, returns, clip=0.05)
+    assert figures["value/loss"] == pytest.approx(costs.mean().item(), rel=1e-4)
+    assert figures["value/clipped"] == pytest.approx(outside.float().mean().item())
+    assert 0 < figures["value/clipped"] < 1
+
+
+def test_processes_with_the_same_groups_learn_as_one_does():
+    alone, _, figures, _ = step_of_a_critic()
+    twin, _, of_two, _ = step_of_a_critic(Twins(size=2))
+    assert of_two == pytest.approx(figures | {"reward_model/pairs": 2 * figures["reward_model/pairs"]})
+    for one, other in ((alone.reward, twin.reward), (alone.value, twin.value)):
+        torch.testing.assert_close(one.head.grad, other.head.grad)
