@@ -1,5 +1,6 @@
 """PPO on a reward model: its losses against their formulas, what the critic learns, and runs that go on as before."""
 
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -346,3 +347,16 @@ def test_processes_with_the_same_groups_learn_as_one_does():
     assert of_two == pytest.approx(figures | {"reward_model/pairs": 2 * figures["reward_model/pairs"]})
     for one, other in ((alone.reward, twin.reward), (alone.value, twin.value)):
         torch.testing.assert_close(one.head.grad, other.head.grad)
+
+
+def test_a_critic_goes_on_from_its_state():
+    policy = make_policy("qwen3_vl")
+    critic, resumed = (make_critic(policy, reward_model_steps=1, reward_model_refresh=True) for _ in range(2))
+    critic.appraise(sampled(policy, critic, 0), 0)
+    groups = sampled(policy, critic, 1, seed=2)
+    critic.update(critic.appraise(groups, 1)[0])
+    resumed.load_state_dict(deepcopy(critic.state_dict()))
+    for one in (critic, resumed):
+        one.update(one.appraise(groups, 2)[0])
+    assert critic.reward.head.equal(resumed.reward.head)
+    assert critic.value.head.equal(resumed.value.head)
