@@ -1,6 +1,7 @@
 """Algorithms: their advantages against the formulas, what they refuse, and how another package adds one."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rlaif_fast.errors import RlaifFastError, UsageError
 from rlaif_fast.oracle.base import Ranking
 from rlaif_fast.prompts.encoder import Prompt
 from rlaif_fast.trainer.options import TrainConfig
+from rlaif_fast.trainer.rollout_log import rollout_records, rollout_stats
 
 REWARDS = torch.tensor([[0.9, 0.1, 0.5, 0.5], [0.3, 0.3, 0.3, 0.3]])
 RANKS = torch.tensor([[0, 2, 1, 1], [0, 0, 0, 0]])
@@ -282,3 +284,21 @@ def test_what_another_process_logs_has_no_pixels_whatever_made_the_prompt():
     assert copy.prompt.inputs is None and not len(copy.prompt.input_ids)
     assert copy.prompt.example is group.prompt.example
     assert torch.equal(copy.advantages, group.advantages) and torch.equal(copy.scores, group.scores)
+
+
+def test_a_rollout_is_recorded_with_the_policy_s_own_order():
+    example = Example(id="0", question="?", answer=None)
+    group = SimpleNamespace(
+        prompt=SimpleNamespace(example=example, clips=()),
+        texts=("a", "b", "c"),
+        token_ids=((1,), (2, 3), (4, 5, 6)),
+        finished=(True, True, False),
+        ranking=Ranking((1, 0, 2)),
+        has_signal=True,
+        scores=torch.tensor([-2.0, -1.0, -3.0]),
+        advantages=torch.zeros(3),
+        agreement=torch.tensor([0.5, float("nan")]),
+    )
+    (record,) = rollout_records([group], 4)
+    assert (record["step"], record["policy_ranks"]) == (4, [1, 0, 2])
+    assert rollout_stats([group], None, asked=False)["top1_agreement"] == 1.0
