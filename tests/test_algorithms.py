@@ -302,3 +302,9 @@ def test_a_rollout_is_recorded_with_the_policy_s_own_order():
     (record,) = rollout_records([group], 4)
     assert (record["step"], record["policy_ranks"]) == (4, [1, 0, 2])
     assert rollout_stats([group], None, asked=False)["top1_agreement"] == 1.0
+
+
+def test_a_group_is_weighed_by_the_oracle_s_confidence():
+    algorithm = make_algorithm(AlgorithmOptions(weight_by_confidence=True))
+    rankings = [Ranking((0, 1), confidence=0.25), Ranking((1, 0), confidence=0.75)]
+    assert verdicts_of(rankings, torch.zeros(2, 2), algorithm).weights.tolist() == [0.25, 0.75]
