@@ -283,6 +283,15 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     assert issubclass(UsageError, RlaifFastError)
 
 
+def test_a_file_that_never_was_a_cache_is_left_alone(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "which shape?"}\n')
+    with pytest.raises(UsageError, match=r"rows\.jsonl holds something else"):
+        VerdictCache(rows)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert rows.read_text() == '{"question": "which shape?"}\n'
+
+
 def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

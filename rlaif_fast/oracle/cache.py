@@ -43,6 +43,7 @@ _NOT_DAMAGE = (
     "out of memory",
 )
 _BUSY_SECONDS = 30.0
+_MAGIC = b"SQLite format 3\0"
 _LOOKUP = 500  # keys per statement, below SQLite's limit on variables
 
 
@@ -50,11 +51,14 @@ class VerdictCache:
     """A SQLite file of rankings; any number of processes may read and write it at once.
 
     Every row carries a checksum. A row that does not match it is dropped with a warning, and its group is asked about
-    again. A file that is not a database, is damaged or has an unknown layout is renamed to NAME.corrupt-TIME with a
-    warning, and a new one is started.
+    again. A file that is damaged or has an unknown layout is renamed to NAME.corrupt-TIME with a warning, and a new one
+    is started.
 
     Args:
         path: The file; its folder is created if needed.
+
+    Raises:
+        UsageError: The file cannot be a cache, or was never one: it is no database, and no lock of ours lies beside it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,6 +71,8 @@ class VerdictCache:
             raise UsageError(f"verdict cache: cannot make {self.path.parent}: {error.strerror}") from None
         if self.path.is_dir():
             raise UsageError(f"verdict cache: {self.path} is a folder; name a file")
+        if _is_foreign(self.path):
+            raise UsageError(f"verdict cache: {self.path} holds something else; name another file")
         self._connection = self._open_or_rebuild()
 
     def get_many(self, keys: Sequence[str]) -> dict[str, Ranking]:
@@ -191,9 +197,22 @@ class VerdictCache:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Keep other processes from opening or renaming the file in the meantime."""
-        with open(f"{self.path}.lock", "w") as lock:  # noqa: PTH123
+        with _lock_of(self.path).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file is no database and, as it has no lock, never was a cache."""
+    if not path.is_file() or _lock_of(path).exists():
+        return False
+    with contextlib.suppress(PermissionError), path.open("rb") as file:
+        return file.read(len(_MAGIC)) not in (b"", _MAGIC)
+    return False
 
 
 def _checksum(key: bytes, text: bytes) -> str:
