@@ -61,6 +61,18 @@ def test_what_one_key_leaves_unread(key, names):
             tell_unread(TrainConfig(**(READ | dict([key]))), [name], [])
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"synthetic_sft_clips": 0}, {"label_noise", "label_confusion"}),
+        ({"multiple_choice_fraction": 1.0}, {"label_confusion"}),
+    ],
+)
+def test_answers_that_synthetic_data_lacks_have_no_mistakes(options, names):
+    assert not names & unread(TrainConfig()).keys()
+    assert names <= unread(TrainConfig(**options)).keys()
+
+
 @pytest.mark.parametrize("split", ["sft", "validation", "test"])
 def test_a_file_of_its_own_leaves_a_synthetic_split_unread(split):
     found = unread(TrainConfig(**{f"{split}_data": "rows.jsonl"}))

@@ -103,11 +103,15 @@ def _unread(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
 
 
 def _replaced(config: TrainConfig) -> Iterator[tuple[Collection[str], str]]:
-    """What describes synthetic splits that are replaced by files."""
+    """What describes synthetic splits that files replace, or questions that they lack."""
     for split in ("sft", "validation", "test"):
         if getattr(config, f"{split}_data") is not None:
             weak = ("label_noise", "label_confusion") if split == "sft" else ()
             yield (f"synthetic_{split}_clips", *weak), f"{split}_data is given"
+    if config.synthetic_sft_clips == 0:
+        yield ("label_noise", "label_confusion"), "synthetic_sft_clips is 0"
+    elif config.multiple_choice_fraction == 1:
+        yield ("label_confusion",), "multiple_choice_fraction is 1"
 
 
 def _has_file(config: TrainConfig, split: str) -> bool:
